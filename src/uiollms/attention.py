@@ -1,0 +1,92 @@
+"""Who sees whom, and at which position: the masks and positions of encoder and decoder.
+
+Shapes: B rows, T tokens of a row, M memory slots in front of it, l chunk_size, m num_memory.
+Masks are boolean, True = may be seen, broadcastable to [B, heads, queries, keys]; `None` means plain causal (the
+kernel's own fast path, which is also what the base model uses, so that without memory the decoder IS the base model).
+Every mask with fewer queries than keys is explicit: `is_causal=True` would be aligned top-left by SDPA and
+bottom-right by FlashAttention.
+Source: UIO-LLMs section 3.1 (encoder), 3.2 (decoder).
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+
+@lru_cache(maxsize=16)
+def encoder_positions(chunk_size: int, num_memory: int, device: torch.device) -> Tensor:
+    """[1, l + m] int64: ordinary token i at i, memory token i at (i + 1) * (l // m).
+
+    l 8, m 2 ->  0 1 2 3 4 5 6 7 | 4 8
+    """
+    tokens = torch.arange(chunk_size, device=device)
+    slots = (torch.arange(num_memory, device=device) + 1) * (chunk_size // num_memory)
+    return torch.cat([tokens, slots])[None]
+
+
+@lru_cache(maxsize=16)
+def encoder_mask(chunk_size: int, num_memory: int, device: torch.device) -> Tensor:
+    """[1, 1, l + m, l + m] bool: tokens are causal among themselves; slot i sees tokens 0 .. (i+1)*(l//m)-1 and itself.
+
+    l 4, m 2 ->  token 0   1 0 0 0 | 0 0
+                 token 1   1 1 0 0 | 0 0
+                 token 2   1 1 1 0 | 0 0
+                 token 3   1 1 1 1 | 0 0
+                 slot 0    1 1 0 0 | 1 0
+                 slot 1    1 1 1 1 | 0 1
+    """
+    positions = torch.arange(chunk_size, device=device)
+    last_seen = encoder_positions(chunk_size, num_memory, device)[0].clone()
+    last_seen[chunk_size:] -= 1  # a slot at position p has read the tokens before p
+    sees_tokens = positions[None, :] <= last_seen[:, None]
+    sees_slots = torch.eye(chunk_size + num_memory, dtype=torch.bool, device=device)[:, chunk_size:]
+    return torch.cat([sees_tokens, sees_slots], dim=1)[None, None]
+
+
+def decoder_positions(num_slots: Sequence[int], length: int, device: torch.device) -> Tensor:
+    """[B, T] int64: the tokens of row b follow its `num_slots[b]` memory slots."""
+    return torch.tensor(num_slots, device=device)[:, None] + torch.arange(length, device=device)
+
+
+def decoder_mask(num_slots: Sequence[int], local_past: int, length: int, device: torch.device) -> Tensor | None:
+    """[B or 1, 1, T, M + past + T] bool, M = max(num_slots): row b sees its first `num_slots[b]` slots, the `local_past`
+    tokens of its chunk that came in earlier calls, and is causal among its T new tokens.
+
+    num_slots [1, 2], past 0, T 2 ->  row 0   1 0 | 1 0    row 1   1 1 | 1 0
+                                              1 0 | 1 1            1 1 | 1 1
+    """
+    widest = max(num_slots)
+    if len(set(num_slots)) == 1:  # nothing to hide in front
+        if widest + local_past == 0 or length == 1:
+            return None
+        front = torch.ones(1, 1, length, widest, dtype=torch.bool, device=device)
+    else:
+        slots = torch.tensor(num_slots, device=device)
+        front = (torch.arange(widest, device=device) < slots[:, None])[:, None, None].expand(-1, -1, length, -1)
+    local = torch.ones(length, local_past + length, dtype=torch.bool, device=device).tril(local_past)
+    return torch.cat([front, local.expand(front.shape[0], 1, -1, -1)], dim=-1)
+
+
+class FullPrecisionNorm(nn.Module):
+    """RMS norm in the dtype of its input, for float64 bases: transformers' norms round to float32 inside, which would
+    hide a wrong gradient behind 1e-7 of noise. Holds the same weight under the same name."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.weight = norm.weight
+        self.variance_epsilon = norm.variance_epsilon
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., D]"""
+        variance = hidden.pow(2).mean(-1, keepdim=True)
+        return self.weight * (hidden * torch.rsqrt(variance + self.variance_epsilon))
+
+
+def promote_norms(base: nn.Module) -> None:
+    """Replace, in place, every RMS norm of a float64 `base` by its full-precision twin."""
+    for parent in list(base.modules()):
+        for name, child in parent.named_children():
+            if type(child).__name__.endswith("RMSNorm"):
+                setattr(parent, name, FullPrecisionNorm(child))

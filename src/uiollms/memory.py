@@ -1,0 +1,86 @@
+"""What a stream carries from one call to the next: memories of finished chunks, and the chunk that is still open.
+
+Shapes: B documents, H key/value heads, M memory slots so far, p tokens of the open chunk, T new tokens, K head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+
+@dataclass(eq=False)
+class Prefix:
+    """Keys and values in front of one decoder call, layer by layer; handed to the layers as their `past_key_values`.
+
+    keys, values: per layer a list of [B, H, ?, K] tensors, oldest first, to which `update` joins the call's own.
+    `local` receives, per layer, what of them belongs to the open chunk (the last `keep` entries).
+    """
+
+    keys: list[list[Tensor]]
+    values: list[list[Tensor]]
+    keep: int = 0
+    local: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *args: object) -> tuple[Tensor, Tensor]:
+        """New keys and values [B, H, T, K] -> all that the layer attends to [B, H, M + p + T, K]."""
+        keys = torch.cat([*self.keys[layer], keys], dim=2)
+        values = torch.cat([*self.values[layer], values], dim=2)
+        if self.keep:
+            self.local[layer] = (keys[:, :, -self.keep :], values[:, :, -self.keep :])
+        return keys, values
+
+
+class MemoryState(Cache):
+    """The stream after some tokens. A value: a call returns a new state and leaves the one it was given as it was, so
+    several continuations may start from one state.
+
+    memory_keys, memory_values: per layer [B, H, M, K], rotated to their final positions 0 .. M-1, never recomputed;
+    local_keys, local_values: per layer [B, H, p, K]; open_ids [B, p] int64: the tokens of the open chunk, p < chunk_size;
+    num_tokens: tokens seen in all.
+    """
+
+    def __init__(
+        self,
+        memory_keys: list[Tensor],
+        memory_values: list[Tensor],
+        local_keys: list[Tensor],
+        local_values: list[Tensor],
+        open_ids: Tensor,
+        num_tokens: int,
+    ) -> None:
+        super().__init__(layers=[])
+        self.memory_keys, self.memory_values = memory_keys, memory_values
+        self.local_keys, self.local_values = local_keys, local_values
+        self.open_ids = open_ids
+        self.num_tokens = num_tokens
+
+    @property
+    def num_slots(self) -> int:
+        """M, memory slots held."""
+        return self.memory_keys[0].shape[2]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen, compressed ones included (transformers' `generate` feeds only what comes after them)."""
+        return self.num_tokens
+
+    def prefix(self, num_slots: int, with_local: bool, keep: int = 0) -> Prefix:
+        """What a call reads that sees the first `num_slots` slots and, if asked, the open chunk so far."""
+
+        def parts(memory: list[Tensor], local: list[Tensor]) -> list[list[Tensor]]:
+            return [
+                [m[:, :, :num_slots], o] if with_local else [m[:, :, :num_slots]]
+                for m, o in zip(memory, local, strict=True)
+            ]
+
+        keys = parts(self.memory_keys, self.local_keys)
+        return Prefix(keys, parts(self.memory_values, self.local_values), keep)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows in another order (beam search); in place, as transformers asks."""
+        for tensors in (self.memory_keys, self.memory_values, self.local_keys, self.local_values):
+            tensors[:] = [t.index_select(0, beam_idx.to(t.device)) for t in tensors]
+        self.open_ids = self.open_ids.index_select(0, beam_idx.to(self.open_ids.device))

@@ -1,0 +1,412 @@
+"""The memory-enhanced transformer: one frozen base, an encoder role and a decoder role.
+
+    encode   chunk token ids            -> memory, for every layer the vectors a chunk leaves behind
+    project  memory                     -> keys and values in front of later chunks, through the decoder's own LoRA
+    decode   chunk + keys and values    -> hidden states
+    forward  a stream of tokens         -> logits, compressing every chunk that fills up
+
+Shapes: B documents, T tokens, C chunks, l chunk_size, m num_memory, L layers, D hidden size, H key/value heads,
+K head size, M memory slots in front, V vocabulary.
+Source: UIO-LLMs (arXiv 2406.18173) sections 3.1 and 3.2.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from uiollms.attention import decoder_mask, decoder_positions, encoder_mask, encoder_positions, promote_norms
+from uiollms.config import MemoryConfig
+from uiollms.lora import LoRA, added, master_dtype
+from uiollms.loss import linear_nll
+from uiollms.memory import MemoryState, Prefix
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # SmolLM2 is a llama
+PROJECTIONS = {"encoder": ("q_proj", "v_proj"), "decoder": ("k_proj", "v_proj")}
+
+LayerMemory = list[Tensor]  # L tensors [C, m, D], each on its layer's device
+
+
+class Role(nn.Module):
+    """The trained tensors of one role: a LoRA pair for two projections of every layer, and one token embedding."""
+
+    def __init__(self, name: str, base: Any, config: MemoryConfig, token_name: str, token: Tensor) -> None:
+        super().__init__()
+        salts = iter(range(2 * len(base.model.layers)))
+        offset = 0 if name == "encoder" else 2 * len(base.model.layers)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    projection: LoRA(
+                        getattr(layer.self_attn, projection),
+                        config.lora_rank,
+                        config.lora_alpha,
+                        config.lora_dropout,
+                        salt=offset + next(salts),
+                    )
+                    for projection in PROJECTIONS[name]
+                }
+            )
+            for layer in base.model.layers
+        )
+        self.register_parameter(token_name, nn.Parameter(token.clone()))
+
+
+class MemoryLM(PreTrainedModel, GenerationMixin):
+    """A Hugging Face causal LM with learned memory.
+
+    base: a loaded model of a supported family (Llama, SmolLM2, Mistral, Qwen2, Qwen3). It is frozen and shared, not
+    copied; a float64 base also gets float64 norms (see `promote_norms`). Raises ValueError, naming what was found and
+    what is allowed, for another family or for a sliding window narrower than a chunk.
+    """
+
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    def __init__(self, base: Any, config: MemoryConfig) -> None:
+        check_base(base, config)
+        super().__init__(base.config)
+        base.requires_grad_(False)
+        base.eval()
+        if base.dtype == torch.float64:
+            promote_norms(base)
+        if base.config._attn_implementation == "eager":  # takes additive masks and rounds its softmax to float32
+            base.set_attn_implementation("sdpa")
+        self.base = base
+        self.memory_config = config
+        self.generation_config = base.generation_config
+        # Chunks encoded or decoded in one batch: memory against speed, never results.
+        self.chunk_batch = 8
+        eos = first_eos(base)
+        token = base.model.embed_tokens.weight.detach()[eos].to(master_dtype(base.dtype))[None, None]
+        self.encoder = Role("encoder", base, config, "retrieval_token", token)
+        self.decoder = Role("decoder", base, config, "repeat_token", token)
+
+    # ---- what is trained ------------------------------------------------------------------------------------------
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter, as in `memory_state_dict`; gradients arrive in their `.grad`.
+
+        The last layer's encoder LoRA is listed (the authors' checkpoints hold it) and never gets a gradient: nothing
+        reads what it would change.
+        """
+        return {name: p for name, p in self.named_parameters() if not name.startswith("base.")}
+
+    def memory_state_dict(self) -> dict[str, Tensor]:
+        """What is trained, detached: `encoder.layers.{i}.{q_proj,v_proj}.lora_{A,B}`,
+        `decoder.layers.{i}.{k_proj,v_proj}.lora_{A,B}`, `encoder.retrieval_token`, `decoder.repeat_token`."""
+        return {name: p.detach() for name, p in self.trainable_parameters().items()}
+
+    def load_memory_state_dict(self, tensors: Mapping[str, Tensor], strict: bool = True) -> None:
+        """Copy `tensors` into the trained parameters, converting dtype. With `strict`, a missing, unknown or misshapen
+        tensor raises ValueError that lists them all; without, missing and unknown ones are left alone."""
+        own = self.trainable_parameters()
+        faults = [
+            f"{name}: shape {list(tensors[name].shape)}, expected {list(own[name].shape)}"
+            for name in own.keys() & tensors.keys()
+            if tensors[name].shape != own[name].shape
+        ]
+        if strict:
+            faults += [f"{name}: missing" for name in own.keys() - tensors.keys()]
+            faults += [f"{name}: unknown" for name in tensors.keys() - own.keys()]
+        if faults:
+            raise ValueError("these memory weights do not fit the model:\n  " + "\n  ".join(sorted(faults)))
+        with torch.no_grad():
+            for name in own.keys() & tensors.keys():
+                own[name].copy_(tensors[name])
+
+    def train(self, mode: bool = True) -> MemoryLM:
+        """As nn.Module's, except that the frozen base stays in evaluation mode: a base with dropout of its own would
+        make the re-run of a chunk differ from its first run."""
+        super().train(mode)
+        self.base.eval()
+        return self
+
+    # ---- sizes ----------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in."""
+        return self.base.model.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The base's, in which all but the trained parameters are computed."""
+        return self.base.dtype
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of the longest document that the base's positions allow."""
+        return self.memory_config.capacity(self.config.max_position_embeddings)
+
+    def check_length(self, num_tokens: int) -> None:
+        """Raises ValueError for a document of `num_tokens` tokens that is past the capacity."""
+        if num_tokens > self.capacity:
+            c = self.memory_config
+            raise ValueError(
+                f"the document has {num_tokens} tokens, the capacity is {self.capacity}: max_position_embeddings "
+                f"{self.config.max_position_embeddings}, chunk_size {c.chunk_size} and num_memory {c.num_memory} allow "
+                f"chunk_size * (1 + (max_position_embeddings - chunk_size) // num_memory); cut it with `truncation`, "
+                f"or compress harder (smaller num_memory)"
+            )
+
+    # ---- encoder and transfer head --------------------------------------------------------------------------------
+
+    def encode(self, input_ids: Tensor) -> Tensor:
+        """[C, l] token ids -> memory [L, C, m, D], on the first layer's device. No graph unless grad is enabled."""
+        memory = self.encode_layers(input_ids)
+        return torch.stack([layer.to(memory[0].device) for layer in memory])
+
+    def encode_layers(self, input_ids: Tensor, seeds: Sequence[int] | None = None) -> LayerMemory:
+        """As `encode`, layer by layer, every layer's memory on that layer's device; `seeds`, one a chunk, switch LoRA
+        dropout on. Chunks do not see each other.
+
+        The memory of a layer is what its attention would receive at the memory positions, so the last layer runs only
+        its input norm: its attention and MLP, the final norm and the LM head have no reader.
+        """
+        l, m = self.memory_config.chunk_size, self.memory_config.num_memory
+        if input_ids.shape[1] != l:
+            raise ValueError(f"encode takes chunks of chunk_size {l} tokens, found {list(input_ids.shape)}")
+        tokens = self.base.model.embed_tokens(input_ids.to(self.device))
+        slots = self.encoder.retrieval_token.to(tokens).expand(len(input_ids), m, -1)
+        hidden = torch.cat([tokens, slots], dim=1)  # [C, l + m, D]
+        positions = encoder_positions(l, m, hidden.device)
+        mask = encoder_mask(l, m, hidden.device)
+        rotary = self.base.model.rotary_emb(hidden, positions)
+        memory = []
+        with added(self._lora_pairs("encoder"), seeds):
+            for i, layer in enumerate(self.base.model.layers):
+                hidden = hidden.to(layer_device(layer))
+                memory.append(layer.input_layernorm(hidden[:, l:]))
+                if i + 1 < len(self.base.model.layers):
+                    hidden = run_layer(layer, hidden, mask, positions, rotary)
+        return memory
+
+    def _lora_pairs(self, role: str) -> list[tuple[nn.Module, LoRA]]:
+        layers = zip(self.base.model.layers, getattr(self, role).layers, strict=True)
+        return [(getattr(layer.self_attn, name), lora) for layer, pair in layers for name, lora in pair.items()]
+
+    def project(
+        self, memory: LayerMemory, chunks: Sequence[int], seeds: Sequence[int] | None = None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Memory (L tensors [C, m, D]) of the document's chunks number `chunks` -> keys and values, L tensors
+        [C, H, m, K] each: frozen projection + decoder LoRA, the family's key norm if it has one, RoPE at the slots'
+        positions `chunk * m .. chunk * m + m - 1`. A slot's position never changes, so this is done once."""
+        m = self.memory_config.num_memory
+        positions = torch.tensor(chunks)[:, None] * m + torch.arange(m)
+        rotary = self.base.model.rotary_emb(memory[0], positions.to(memory[0].device))
+        keys, values = [], []
+        for layer, pair, slots in zip(self.base.model.layers, self.decoder.layers, memory, strict=True):
+            attention = layer.self_attn
+            shape = (*slots.shape[:2], -1, attention.head_dim)
+            k = (attention.k_proj(slots) + pair["k_proj"](slots, seeds)).view(shape)
+            v = (attention.v_proj(slots) + pair["v_proj"](slots, seeds)).view(shape)
+            if hasattr(attention, "k_norm"):
+                k = attention.k_norm(k)
+            keys.append(rotate(attention, k.transpose(1, 2), [r.to(k.device) for r in rotary]))
+            values.append(v.transpose(1, 2))
+        return keys, values
+
+    # ---- decoder --------------------------------------------------------------------------------------------------
+
+    def decode(
+        self, input_ids: Tensor, prefix: Prefix, num_slots: Sequence[int], local_past: int = 0, repeat: Any = None
+    ) -> Tensor:
+        """[B, T] tokens behind `prefix` -> normed hidden states [B, T, D], ready for the LM head.
+
+        num_slots: how many of the prefix's slots each row sees, also the position of the row's chunk start;
+        local_past: tokens of the same chunk already in the prefix; repeat: [B] bool, rows whose first token is replaced
+        by the `repeat_token` embedding. Ordinary tokens go through the frozen weights only.
+        """
+        hidden = self.base.model.embed_tokens(input_ids.to(self.device))
+        if repeat is not None:
+            start = torch.where(repeat.to(self.device)[:, None], self.decoder.repeat_token[0].to(hidden), hidden[:, 0])
+            hidden = torch.cat([start[:, None], hidden[:, 1:]], dim=1)
+        length = input_ids.shape[1]
+        positions = decoder_positions(num_slots, length, hidden.device) + local_past
+        mask = decoder_mask(num_slots, local_past, length, hidden.device)
+        rotary = self.base.model.rotary_emb(hidden, positions)
+        for layer in self.base.model.layers:
+            hidden = run_layer(layer, hidden.to(layer_device(layer)), mask, positions, rotary, prefix)
+        return self.base.model.norm(hidden.to(self.base.model.norm.weight.device))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, V]"""
+        return self.base.lm_head(hidden.to(self.base.lm_head.weight.device))
+
+    # ---- streams --------------------------------------------------------------------------------------------------
+
+    def new_state(self, batch_size: int = 1) -> MemoryState:
+        """An empty stream for `batch_size` documents of equal length."""
+        attention = self.base.model.layers[0].self_attn
+        heads = self.config.num_key_value_heads
+
+        def empty() -> list[Tensor]:
+            return [
+                torch.empty(batch_size, heads, 0, attention.head_dim, dtype=self.dtype, device=layer_device(layer))
+                for layer in self.base.model.layers
+            ]
+
+        ids = torch.empty(batch_size, 0, dtype=torch.int64, device=self.device)
+        return MemoryState(empty(), empty(), empty(), empty(), ids, 0)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        state: MemoryState | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int = 0,
+        return_dict: bool = True,
+    ) -> Any:
+        """Feed [B, T] tokens, any T, to a stream: `.logits` [B, T, V], `.past_key_values` the advanced state, `.loss`
+        where labels are given.
+
+        The input is cut at chunk boundaries; a chunk that fills up is encoded and its local keys and values dropped, so
+        any split of a text into calls gives the same logits. Differentiable through the memories when grad is enabled.
+        labels [B, T]: as in transformers (shifted inside, -100 = not scored); `.loss` is the mean NLL over the scored
+        tokens, which is the document protocol: a chunk's first token is predicted from the chunk before it.
+        logits_to_keep: only the last so many positions' logits (0 = all); chunks that only feed memory are then encoded
+        and not decoded. Raises ValueError past the capacity.
+        """
+        state = self.new_state(len(input_ids)) if state is None else state
+        input_ids = input_ids.to(self.device)
+        self.check_length(state.num_tokens + input_ids.shape[1])
+        l = self.memory_config.chunk_size
+        past = state.open_ids.shape[1]
+        ids = torch.cat([state.open_ids, input_ids], dim=1)  # from the start of the open chunk
+        first_kept = ids.shape[1] - logits_to_keep if logits_to_keep and labels is None else past
+
+        full, tail = divmod(ids.shape[1], l)
+        slots_before = state.num_slots
+        after = self._remember(state, ids[:, : full * l])
+        after.open_ids = ids[:, full * l :]
+        after.num_tokens = state.num_tokens + input_ids.shape[1]
+
+        pieces = []
+        for start in range(0, ids.shape[1], l):
+            stop = min(start + l, ids.shape[1])
+            local_past = past if start == 0 else 0
+            if stop <= first_kept and stop - start == l:
+                continue
+            num_slots = slots_before + start // l * self.memory_config.num_memory
+            prefix = after.prefix(num_slots, with_local=start == 0, keep=stop - start if stop - start < l else 0)
+            rows = [num_slots] * len(ids)
+            pieces.append(self.decode(ids[:, start + local_past : stop], prefix, rows, local_past))
+            if prefix.keep:
+                after.local_keys = [prefix.local[i][0] for i in range(len(self.base.model.layers))]
+                after.local_values = [prefix.local[i][1] for i in range(len(self.base.model.layers))]
+        if not tail:
+            empty = self.new_state(len(ids))
+            after.local_keys, after.local_values = empty.local_keys, empty.local_values
+
+        hidden = torch.cat([piece.to(pieces[-1].device) for piece in pieces], dim=1)
+        loss = None
+        if labels is not None:
+            targets = labels[:, 1:].to(hidden.device)
+            scored = targets != -100
+            loss = linear_nll(hidden[:, :-1][scored], self.base.lm_head, targets[scored]).mean()
+        logits = self.logits(hidden[:, -logits_to_keep:])
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=after)
+        return output if return_dict else output.to_tuple()
+
+    def _remember(self, state: MemoryState, ids: Tensor) -> MemoryState:
+        """A copy of `state` with the memories of `ids` [B, C*l], complete chunks, appended."""
+        keys, values = list(state.memory_keys), list(state.memory_values)
+        batch, l, m = len(ids), self.memory_config.chunk_size, self.memory_config.num_memory
+        first = state.num_slots // m
+        count = ids.shape[1] // l
+        per_call = max(1, self.chunk_batch // batch)
+        for start in range(0, count, per_call):
+            chunks = range(start, min(start + per_call, count))
+            rows = ids[:, start * l : chunks.stop * l].reshape(-1, l)  # document-major: [B * C, l]
+            numbers = [first + c for c in chunks] * batch
+            new_keys, new_values = self.project(self.encode_layers(rows), numbers)
+            for i, (k, v) in enumerate(zip(new_keys, new_values, strict=True)):
+                keys[i] = torch.cat([keys[i], join_slots(k, batch)], dim=2)
+                values[i] = torch.cat([values[i], join_slots(v, batch)], dim=2)
+        return MemoryState(keys, values, state.local_keys, state.local_values, state.open_ids, state.num_tokens)
+
+    def reconstruct(self, input_ids: Tensor) -> Tensor:
+        """Auto-encoding logits (paper Table 1): every chunk of [C, l] is compressed, then the decoder, started by the
+        `repeat_token` embedding, predicts it from its own memory alone and the true tokens before: [C, l, V]."""
+        keys, values = self.project(self.encode_layers(input_ids), [0] * len(input_ids))
+        shifted = F.pad(input_ids[:, :-1], (1, 0))
+        prefix = Prefix([[k] for k in keys], [[v] for v in values])
+        repeat = torch.ones(len(input_ids), dtype=torch.bool)
+        rows = [self.memory_config.num_memory] * len(input_ids)
+        return self.logits(self.decode(shifted, prefix, rows, repeat=repeat))
+
+    # ---- transformers' generate() ---------------------------------------------------------------------------------
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: Tensor, past_key_values: MemoryState | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """The tokens that the stream has not seen yet."""
+        seen = past_key_values.num_tokens if past_key_values is not None else 0
+        return {"input_ids": input_ids[:, seen:], "state": past_key_values, "logits_to_keep": 1}
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any) -> None:
+        """transformers would build its own cache here; a stream starts empty in `forward`."""
+        generation_config.use_cache = True
+
+
+def check_base(base: Any, config: MemoryConfig) -> None:
+    """Raises ValueError if `base` cannot carry memory with `config`."""
+    family = base.config.model_type
+    if family not in FAMILIES:
+        raise ValueError(f"model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
+    window = getattr(base.config, "sliding_window", None)
+    if window is not None and window < config.chunk_size:
+        raise ValueError(f"the base attends to {window} tokens (sliding_window), fewer than chunk_size {config.chunk_size}")
+    if config.chunk_size > base.config.max_position_embeddings:
+        raise ValueError(
+            f"chunk_size {config.chunk_size} is past the base's max_position_embeddings {base.config.max_position_embeddings}"
+        )
+
+
+def first_eos(base: Any) -> int:
+    """The id of the base's end-of-sequence token; the first where a model names several."""
+    eos = base.config.eos_token_id
+    eos = eos[0] if isinstance(eos, list | tuple) else eos
+    if eos is None:
+        raise ValueError("the base's config names no eos_token_id, from whose embedding the memory token starts")
+    return eos
+
+
+def layer_device(layer: nn.Module) -> torch.device:
+    return layer.input_layernorm.weight.device
+
+
+def run_layer(
+    layer: nn.Module, hidden: Tensor, mask: Tensor | None, positions: Tensor, rotary: tuple, prefix: Prefix | None = None
+) -> Tensor:
+    """One of the base's own layers on [B, T, D], masks and positions moved to where it lives."""
+    device = hidden.device
+    return layer(
+        hidden,
+        attention_mask=None if mask is None else mask.to(device),
+        position_ids=positions.to(device),
+        past_key_values=prefix,
+        use_cache=prefix is not None,
+        position_embeddings=tuple(r.to(device) for r in rotary),
+    )
+
+
+def rotate(attention: nn.Module, keys: Tensor, rotary: Sequence[Tensor]) -> Tensor:
+    """Keys [C, H, m, K] rotated by the family's own rotary function."""
+    apply = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    return apply(keys, keys, *rotary)[1]
+
+
+def join_slots(kv: Tensor, batch: int) -> Tensor:
+    """[B * C, H, m, K], document-major -> [B, H, C * m, K]"""
+    _, heads, m, size = kv.shape
+    return kv.view(batch, -1, heads, m, size).transpose(1, 2).reshape(batch, heads, -1, size)

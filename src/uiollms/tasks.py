@@ -1,0 +1,104 @@
+"""Tasks: how a document becomes chunks to compress and rows to score, and who is scored when.
+
+Shapes: T tokens of a document, C complete chunks, l chunk_size.
+Source: UIO-LLMs section 3.3 and the released program's losses, see the protocols below.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IGNORED = -100  # transformers' label for "not scored"
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One decoder call. input_ids [T] int64; targets [T] int64: the token that each position must predict, -100 where
+    nothing is scored; token_weights [T] float64: the weight of that position's NLL in the sample's loss;
+    num_memories: how many of the sample's chunks, from the first, it reads; start: the place of its first token in the
+    document; repeat: its first token is replaced by the `repeat_token` embedding."""
+
+    input_ids: Tensor
+    targets: Tensor
+    token_weights: Tensor
+    num_memories: int
+    start: int = 0
+    repeat: bool = False
+
+    @property
+    def scored(self) -> Tensor:
+        """Indices [T'] of the positions that are scored."""
+        return (self.targets != IGNORED).nonzero().squeeze(1)
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """A document cut into chunks with its loss: `chunks` [C, l] are compressed, `rows` are decoded and scored. The loss
+    is the sum over all rows of token weight * NLL (nats)."""
+
+    chunks: Tensor
+    rows: tuple[Row, ...]
+
+    @property
+    def num_scored(self) -> int:
+        return sum(len(row.scored) for row in self.rows)
+
+    @classmethod
+    def language_modeling(cls, input_ids: Tensor, chunk_size: int) -> Sample:
+        """The paper's protocol: per chunk the mean NLL of all tokens but its first; the means are summed.
+
+        ids 0..9, chunk_size 4 -> reads [0 1 2 3] scores 1 2 3 (1/3 each) | reads [4 5 6 7] scores 5 6 7 (1/3 each)
+                                  | reads [8 9] scores 9 (weight 1)
+        Tokens 4 and 8 are never scored. A last chunk of one token scores nothing.
+        """
+        ids = flat(input_ids)
+        targets = torch.full_like(ids, IGNORED)
+        targets[:-1] = ids[1:]
+        targets[chunk_size - 1 :: chunk_size] = IGNORED
+        counts = [max(1, len(part) - 1) for part in ids.split(chunk_size)]
+        weights = torch.tensor([1 / n for n in counts], dtype=torch.float64).repeat_interleave(chunk_size)[: len(ids)]
+        return cls._cut(ids, targets, weights, chunk_size)
+
+    @classmethod
+    def document(cls, input_ids: Tensor, chunk_size: int) -> Sample:
+        """Our protocol: every token but the document's first is scored exactly once; the loss is their mean NLL.
+
+        ids 0..9, chunk_size 4 -> reads [0 1 2 3] scores 1 2 3 4 | reads [4 5 6 7] scores 5 6 7 8 | reads [8 9] scores 9,
+                                  1/9 each; 4 is predicted from chunk 0, whose last token is 3.
+        """
+        return cls.beacon(input_ids, flat(input_ids), chunk_size)
+
+    @classmethod
+    def beacon(cls, input_ids: Tensor, labels: Tensor, chunk_size: int) -> Sample:
+        """Pre-tokenised with labels (Activation Beacon, Zhang et al. 2024): labels [T], not shifted, -100 where not
+        scored, are shifted over the whole document; the loss is the mean NLL over the document's scored tokens.
+
+        ids 0..5, labels -100 -100 -100 -100 4 5, chunk_size 4 -> reads [0 1 2 3] scores 4 | reads [4 5] scores 5, 1/2 each
+        """
+        ids, labels = flat(input_ids), flat(labels)
+        if len(ids) != len(labels):
+            raise ValueError(f"a sample needs one label a token, found {len(ids)} tokens and {len(labels)} labels")
+        targets = torch.full_like(ids, IGNORED)
+        targets[:-1] = labels[1:]
+        count = max(1, int((targets != IGNORED).sum()))
+        weights = torch.full((len(ids),), 1 / count, dtype=torch.float64)
+        return cls._cut(ids, targets, weights, chunk_size)
+
+    @classmethod
+    def _cut(cls, ids: Tensor, targets: Tensor, weights: Tensor, chunk_size: int) -> Sample:
+        """Row t reads the memories of chunks 0 .. t-1; the last chunk's memory would have no reader."""
+        parts = zip(ids.split(chunk_size), targets.split(chunk_size), weights.split(chunk_size), strict=True)
+        rows = tuple(Row(*part, num_memories=t, start=t * chunk_size) for t, part in enumerate(parts))
+        return cls(ids[: (len(rows) - 1) * chunk_size].view(-1, chunk_size), rows)
+
+
+def flat(ids: Tensor) -> Tensor:
+    """[T] or [1, T] -> [T], on the CPU. Raises ValueError for anything else, and for an empty document."""
+    ids = torch.as_tensor(ids).cpu()
+    ids = ids[0] if ids.dim() == 2 and len(ids) == 1 else ids
+    if ids.dim() != 1 or len(ids) == 0:
+        raise ValueError(f"a sample is one document, [T] or [1, T] with T >= 1; found shape {list(ids.shape)}")
+    return ids
