@@ -10,6 +10,7 @@ Source: UIO-LLMs section 3.1 (encoder), 3.2 (decoder).
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,10 +74,10 @@ class FullPrecisionNorm(nn.Module):
     """RMS norm in the dtype of its input, for float64 bases: transformers' norms round to float32 inside, which would
     hide a wrong gradient behind 1e-7 of noise. Holds the same weight under the same name."""
 
-    def __init__(self, norm: nn.Module) -> None:
+    def __init__(self, norm: Any) -> None:
         super().__init__()
         self.weight = norm.weight
-        self.variance_epsilon = norm.variance_epsilon
+        self.variance_epsilon: float = norm.variance_epsilon
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., D]"""

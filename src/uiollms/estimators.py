@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -145,7 +146,7 @@ def window_from_draws(draws: Sequence[int], S: int, compensate: bool, num_chunks
     return weights
 
 
-ESTIMATORS = {"exact": Exact, "tbptt": TBPTT, "uio": UIO, "importance": Importance}
+ESTIMATORS: dict[str, Any] = {"exact": Exact, "tbptt": TBPTT, "uio": UIO, "importance": Importance}
 
 
 def make_estimator(name: str, S: int = 2, compensate: bool = True) -> Estimator:
@@ -153,7 +154,7 @@ def make_estimator(name: str, S: int = 2, compensate: bool = True) -> Estimator:
     if name not in ESTIMATORS:
         raise ValueError(f"estimator {name!r} is unknown; known: {', '.join(ESTIMATORS)}")
     given = {"S": S, "compensate": compensate}
-    wanted = ESTIMATORS[name].__dataclass_fields__
+    wanted = {field.name for field in fields(ESTIMATORS[name])}
     return ESTIMATORS[name](**{k: v for k, v in given.items() if k in wanted})
 
 

@@ -71,10 +71,7 @@ class MemoryState(Cache):
         """What a call reads that sees the first `num_slots` slots and, if asked, the open chunk so far."""
 
         def parts(memory: list[Tensor], local: list[Tensor]) -> list[list[Tensor]]:
-            return [
-                [m[:, :, :num_slots], o] if with_local else [m[:, :, :num_slots]]
-                for m, o in zip(memory, local, strict=True)
-            ]
+            return [[m[:, :, :num_slots], o] if with_local else [m[:, :, :num_slots]] for m, o in zip(memory, local, strict=True)]
 
         keys = parts(self.memory_keys, self.local_keys)
         return Prefix(keys, parts(self.memory_values, self.local_values), keep)

@@ -13,7 +13,7 @@ Source: UIO-LLMs (arXiv 2406.18173) sections 3.1 and 3.2.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -80,7 +80,7 @@ class MemoryLM(PreTrainedModel, GenerationMixin):
             promote_norms(base)
         if base.config._attn_implementation == "eager":  # takes additive masks and rounds its softmax to float32
             base.set_attn_implementation("sdpa")
-        self.base = base
+        self.base: Any = base
         self.memory_config = config
         self.generation_config = base.generation_config
         # Chunks encoded or decoded in one batch: memory against speed, never results.
@@ -176,7 +176,7 @@ class MemoryLM(PreTrainedModel, GenerationMixin):
         if input_ids.shape[1] != l:
             raise ValueError(f"encode takes chunks of chunk_size {l} tokens, found {list(input_ids.shape)}")
         tokens = self.base.model.embed_tokens(input_ids.to(self.device))
-        slots = self.encoder.retrieval_token.to(tokens).expand(len(input_ids), m, -1)
+        slots = self.encoder.get_parameter("retrieval_token").to(tokens).expand(len(input_ids), m, -1)
         hidden = torch.cat([tokens, slots], dim=1)  # [C, l + m, D]
         positions = encoder_positions(l, m, hidden.device)
         mask = encoder_mask(l, m, hidden.device)
@@ -204,7 +204,8 @@ class MemoryLM(PreTrainedModel, GenerationMixin):
         positions = torch.tensor(chunks)[:, None] * m + torch.arange(m)
         rotary = self.base.model.rotary_emb(memory[0], positions.to(memory[0].device))
         keys, values = [], []
-        for layer, pair, slots in zip(self.base.model.layers, self.decoder.layers, memory, strict=True):
+        layers: Iterator[Any] = zip(self.base.model.layers, self.decoder.layers, memory, strict=True)
+        for layer, pair, slots in layers:
             attention = layer.self_attn
             shape = (*slots.shape[:2], -1, attention.head_dim)
             k = (attention.k_proj(slots) + pair["k_proj"](slots, seeds)).view(shape)
@@ -228,7 +229,9 @@ class MemoryLM(PreTrainedModel, GenerationMixin):
         """
         hidden = self.base.model.embed_tokens(input_ids.to(self.device))
         if repeat is not None:
-            start = torch.where(repeat.to(self.device)[:, None], self.decoder.repeat_token[0].to(hidden), hidden[:, 0])
+            start = torch.where(
+                repeat.to(self.device)[:, None], self.decoder.get_parameter("repeat_token")[0].to(hidden), hidden[:, 0]
+            )
             hidden = torch.cat([start[:, None], hidden[:, 1:]], dim=1)
         length = input_ids.shape[1]
         positions = decoder_positions(num_slots, length, hidden.device) + local_past
@@ -353,7 +356,7 @@ class MemoryLM(PreTrainedModel, GenerationMixin):
         seen = past_key_values.num_tokens if past_key_values is not None else 0
         return {"input_ids": input_ids[:, seen:], "state": past_key_values, "logits_to_keep": 1}
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict, *args: Any) -> None:
+    def _prepare_cache_for_generation(self, generation_config: Any, *args: Any) -> None:  # type: ignore[override]
         """transformers would build its own cache here; a stream starts empty in `forward`."""
         generation_config.use_cache = True
 
@@ -381,7 +384,7 @@ def first_eos(base: Any) -> int:
     return eos
 
 
-def layer_device(layer: nn.Module) -> torch.device:
+def layer_device(layer: Any) -> torch.device:
     return layer.input_layernorm.weight.device
 
 

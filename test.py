@@ -1,0 +1,48 @@
+"""Evaluate a model with memory on the tasks of test.json (or of the file that the config's `test` names).
+
+python test.py --env_conf smollm2-8x.json
+python test.py --env_conf smollm2-8x.json --use_env_conf_tasks
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from uiollms.checkpoint import load_weights
+from uiollms.cli import parse_arguments, reporting_errors
+from uiollms.config import check_truncations, load_env_config, load_tasks
+from uiollms.pretrained import base_config, check_env, load_memory_lm
+from uiollms.report import print_results
+from uiollms.training import Evaluation
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(__doc__, arguments, evaluation=True)
+    config = load_env_config(args.env_conf, args.set)
+    memory = check_env(config, args.env_conf)
+    tasks = config.train.tasks
+    if not args.use_env_conf_tasks:
+        tasks = load_tasks(config.test)
+        wanted = [(f"tasks[{i}].truncation", task.truncation) for i, task in enumerate(tasks)]
+        check_truncations(wanted, memory, base_config(config.model.model_name).max_position_embeddings, config.test)
+
+    model, tokenizer = load_memory_lm(config, args.env_conf)
+    saved = config.model.save_ckp
+    weights = config.model.load_ckp or (saved if saved and Path(saved).exists() else config.model.released_ckp)
+    if weights:
+        load_weights(model, weights)
+    print(f"weights: {weights or 'untrained'}, base in {model.dtype}")
+
+    evaluation = Evaluation(model, tokenizer, tasks)
+    results = evaluation.run(lambda documents: tqdm(documents, desc="evaluate", leave=False))
+    print_results(results)
+    output = Path(config.train.run_dir or Path("runs") / Path(args.env_conf).stem) / "test.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps({"weights": weights, "results": [r.summary() for r in results]}, indent=4) + "\n")
+    print(f"written to {output}")
+
+
+if __name__ == "__main__":
+    sys.exit(reporting_errors(main))
