@@ -29,7 +29,9 @@ SHAPE = dict(
 )
 FAMILIES = {
     "llama": lambda: LlamaConfig(**SHAPE),
-    "smollm2": lambda: LlamaConfig(**SHAPE | dict(hidden_size=36, num_attention_heads=6, num_key_value_heads=3), tie_word_embeddings=True),
+    "smollm2": lambda: LlamaConfig(
+        **SHAPE | dict(hidden_size=36, num_attention_heads=6, num_key_value_heads=3), tie_word_embeddings=True
+    ),
     "mistral": lambda: MistralConfig(**SHAPE, sliding_window=32),
     "qwen2": lambda: Qwen2Config(**SHAPE),
     "qwen3": lambda: Qwen3Config(**SHAPE, head_dim=16),
@@ -49,7 +51,9 @@ def make_base(family: str = "llama", dtype: torch.dtype = torch.float64, seed: i
     return base
 
 
-def make_model(family: str = "llama", dtype: torch.dtype = torch.float64, seed: int = 0, config: MemoryConfig = MEMORY) -> MemoryLM:
+def make_model(
+    family: str = "llama", dtype: torch.dtype = torch.float64, seed: int = 0, config: MemoryConfig = MEMORY
+) -> MemoryLM:
     """A small random model whose LoRA and tokens are all non-zero."""
     model = MemoryLM(make_base(family, dtype, seed), config)
     for parameter in model.trainable_parameters().values():
@@ -115,11 +119,21 @@ def workspace(tmp_path, monkeypatch, tiny_folder) -> Path:
     task = dict(task_type="perplexity", task_name="files:book*.txt", num_instance=2, truncation=100)
     env = dict(
         model=dict(
-            model_name=str(tiny_folder), model_dtype="fp32", model_structure="llama", config="memory.json",
-            save_ckp="out/ckp", device_map="cpu",
+            model_name=str(tiny_folder),
+            model_dtype="fp32",
+            model_structure="llama",
+            config="memory.json",
+            save_ckp="out/ckp",
+            device_map="cpu",
         ),
         train=dict(
-            tbptt=2, train_iters=3, max_lr=1e-2, warmup=0.3, save=2, eval=3, run_dir="out",
+            tbptt=2,
+            train_iters=3,
+            max_lr=1e-2,
+            warmup=0.3,
+            save=2,
+            eval=3,
+            run_dir="out",
             corpus=[dict(name="files:book*.txt", partition=1, truncation=80)],
             tasks=[task | dict(compare=["window", "raw"])],
         ),

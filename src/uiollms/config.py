@@ -120,7 +120,7 @@ class TrainSection(Checked):
     )
     seed: int = Field(0, description="of weights, data order and draws")
     run_dir: str | None = Field(None, description="folder for metrics, plots, resolved config; null = runs/<config's name>")
-    chunk_batch: Positive = Field(8, description="chunks encoded or decoded at once: memory against speed, not results")
+    chunk_batch: Positive = Field(4, description="chunks encoded or decoded at once: memory against speed, not results")
 
     @model_validator(mode="after")
     def _shares_sum_to_one(self) -> TrainSection:

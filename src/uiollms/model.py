@@ -84,7 +84,7 @@ class MemoryLM(PreTrainedModel, GenerationMixin):
         self.memory_config = config
         self.generation_config = base.generation_config
         # Chunks encoded or decoded in one batch: memory against speed, never results.
-        self.chunk_batch = 8
+        self.chunk_batch = 4
         eos = first_eos(base)
         token = base.model.embed_tokens.weight.detach()[eos].to(master_dtype(base.dtype))[None, None]
         self.encoder = Role("encoder", base, config, "retrieval_token", token)

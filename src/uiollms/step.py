@@ -5,7 +5,7 @@
        the decoder's LoRA) and the W-weighted ones (for the encoder)
     3  one backward through the projections: the first sum to the decoder's LoRA, the second to the memories
     4  encode again, with a graph, only the chunks whose weighted gradient is not zero, and go backward from their memories
-       (where they all fit one batch of chunks, their graph was kept in 1 and they are not encoded again)
+       (where a whole document fits one batch of chunks, their graph was kept in 1 and they are not encoded again)
 
 Shapes: N rows, C chunks, B rows of a batch, T tokens, m num_memory, M = C * m slots, L layers, H key/value heads,
 K head size, D hidden size.
@@ -66,9 +66,9 @@ def gradient_step(
         weights = estimator.window(len(sample.rows), rng)
     seeds = [rng.getrandbits(62) for _ in sample.chunks] if model.training and model.memory_config.lora_dropout else None
 
-    # Chunks that need a graph and fit one batch are encoded with it at once; only more of them are worth a second run.
+    # A document whose chunks fit one batch is not encoded twice: the graph of step 1 is kept for step 4.
     needed = chunks_with_gradient(sample, weights)
-    at_once = needed if len(needed) <= model.chunk_batch and not estimator.reads_norms else []
+    at_once = needed if len(sample.chunks) <= model.chunk_batch and not estimator.reads_norms else []
     memory, graph = encode_all(model, sample.chunks, at_once, seeds)
     keys, values = project_all(model, memory, seeds)
 

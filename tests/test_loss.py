@@ -1,0 +1,39 @@
+"""The blockwise loss head against the plain one."""
+
+import pytest
+import torch
+from conftest import relative_error
+from torch.nn import functional as F
+
+from uiollms import loss
+
+
+@pytest.mark.parametrize("rows", [1, 5, 2 * loss.BLOCK + 3])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_nll_is_cross_entropy(rows, bias):
+    torch.manual_seed(0)
+    head = torch.nn.Linear(6, 11, bias=bias).double().requires_grad_(False)
+    hidden = torch.randn(rows, 6, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 11, (rows,))
+    weights = torch.rand(rows, dtype=torch.float64)
+
+    expected = F.cross_entropy(head(hidden), targets, reduction="none")
+    (expected_grad,) = torch.autograd.grad((expected * weights).sum(), hidden)
+    found = loss.linear_nll(hidden, head, targets)
+    (found_grad,) = torch.autograd.grad((found * weights).sum(), hidden)
+    assert relative_error(found, expected) < 1e-10
+    assert relative_error(found_grad, expected_grad) < 1e-10
+
+
+def test_logits_of_one_block_at_a_time(monkeypatch):
+    seen = []
+    plain = F.linear
+    monkeypatch.setattr(loss.F, "linear", lambda x, *rest: seen.append(len(x)) or plain(x, *rest))
+    head = torch.nn.Linear(4, 7)
+    loss.linear_nll(torch.randn(loss.BLOCK + 9, 4), head, torch.zeros(loss.BLOCK + 9, dtype=torch.int64))
+    assert seen == [loss.BLOCK, 9]
+
+
+def test_half_precision_hidden_states_give_float32_nll():
+    head = torch.nn.Linear(4, 7).bfloat16()
+    assert loss.linear_nll(torch.randn(3, 4).bfloat16(), head, torch.tensor([0, 1, 2])).dtype == torch.float32

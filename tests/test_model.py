@@ -1,0 +1,240 @@
+"""The invariants that every family must hold, on small random models in float64."""
+
+import copy
+
+import pytest
+import torch
+from conftest import FAMILIES, MEMORY, gradients, make_base, make_model, random_ids, relative_error, worst_error
+
+import uiollms
+from uiollms import MemoryConfig, MemoryLM, Sample
+
+ROUNDING = 1e-12  # float64, a few thousand operations
+
+
+@torch.no_grad()
+def test_without_memory_it_is_the_base_model(family):
+    base = make_base(family)
+    model = MemoryLM(base, MEMORY)
+    ids = random_ids(2, 7)
+    assert torch.equal(model(ids).logits, base(ids).logits)  # the same kernels: the same bits
+
+
+@torch.no_grad()
+def test_without_memory_it_is_the_base_model_in_float32(family):
+    base = make_base(family, torch.float32)
+    ids = random_ids(2, 7)
+    alone = base(ids).logits
+    assert torch.equal(MemoryLM(base, MEMORY)(ids).logits, alone)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pieces", [[1] * 27, [8, 8, 8, 3], [3, 13, 1, 10], [27], [16, 11]])
+def test_any_split_of_calls_gives_the_same_logits(family, pieces):
+    model = make_model(family)
+    ids = random_ids(2, 27)
+    whole = model(ids).logits
+    state, logits, start = None, [], 0
+    for length in pieces:
+        output = model(ids[:, start : start + length], state)
+        state, start = output.past_key_values, start + length
+        logits.append(output.logits)
+    assert relative_error(torch.cat(logits, 1), whole) < ROUNDING
+    assert state.num_tokens == 27 and state.num_slots == 3 * MEMORY.num_memory
+
+
+@torch.no_grad()
+def test_batched_equals_one_by_one(family):
+    model = make_model(family)
+    ids = random_ids(3, 21)
+    batched = model(ids).logits
+    for i in range(3):
+        assert relative_error(model(ids[i : i + 1]).logits[0], batched[i]) < ROUNDING
+
+
+@torch.no_grad()
+def test_a_chunk_is_encoded_without_regard_to_its_batch(family):
+    model = make_model(family)
+    chunks = random_ids(4, 8)
+    together = model.encode(chunks)
+    assert together.shape == (3, 4, MEMORY.num_memory, model.config.hidden_size)
+    for c in range(4):
+        assert relative_error(model.encode(chunks[c : c + 1])[:, 0], together[:, c]) < ROUNDING
+
+
+@torch.no_grad()
+def test_a_chunk_sees_nothing_of_earlier_raw_tokens_but_memory(family):
+    """With the memories of chunk 0 replaced by those of another text, its tokens have no way left into chunk 1."""
+    model = make_model(family)
+    a, b, tail = random_ids(1, 8, seed=1), random_ids(1, 8, seed=2), random_ids(1, 6, seed=3)
+    state_a, state_b = model(a).past_key_values, model(b).past_key_values
+    expected = model(tail, state_b).logits
+    state_a.memory_keys, state_a.memory_values = state_b.memory_keys, state_b.memory_values
+    assert torch.equal(model(tail, state_a).logits, expected)
+    assert relative_error(model(tail, model(a).past_key_values).logits, expected) > 1e-3
+
+
+def test_exact_step_is_autograd_through_everything(family):
+    """The two-pass step against one undetached graph over all chunks: forward() with grad enabled."""
+    model = make_model(family)
+    ids = random_ids(1, 29)
+    model(ids, labels=ids).loss.backward()
+    plain = gradients(model)
+    result = uiollms.gradient_step(model, Sample.document(ids, 8), estimator="exact")
+    found = gradients(model)
+    assert worst_error(found, plain) < 1e-10
+    for role in ("encoder", "decoder"):  # both adapters learn in one step (PEFT's set_adapter would silence one)
+        names = [n for n in found if n.startswith(role) and "layers.2" not in n and n != "decoder.repeat_token"]
+        assert all(found[n].abs().max() > 0 for n in names)
+    assert result.reencoded == (0, 1, 2)
+
+
+@torch.no_grad()
+def test_one_shared_frozen_base():
+    base = make_base()
+    weights = copy.deepcopy(base.state_dict())
+    model = MemoryLM(base, MEMORY)
+    assert model.base is base and not any(p.requires_grad for p in base.parameters())
+    own = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in base.parameters())
+    assert own == sum(p.numel() for p in model.trainable_parameters().values())
+    assert all(torch.equal(weights[k], v) for k, v in base.state_dict().items())
+
+
+def test_encoder_does_not_run_what_nobody_reads():
+    """The last layer's attention and MLP, the final norm and the head do no work for the encoder."""
+    model = make_model()
+    ran = []
+    last = model.base.model.layers[-1]
+    for module in (last.self_attn, last.mlp, model.base.model.norm, model.base.lm_head):
+        module.register_forward_hook(lambda module, *_: ran.append(type(module).__name__))
+    model.encode(random_ids(2, 8))
+    assert ran == []
+
+
+@torch.no_grad()
+def test_the_past_is_neither_encoded_nor_projected_again():
+    model = make_model()
+    state = model(random_ids(1, 16)).past_key_values
+    keys = [k.clone() for k in state.memory_keys]
+    calls = []
+    model.base.model.layers[0].self_attn.k_proj.register_forward_hook(lambda m, args, out: calls.append(args[0].shape[1]))
+    after = model(random_ids(1, 3), state).past_key_values
+    assert calls == [3]  # the three new tokens, nothing else
+    assert all(torch.equal(a, b) for a, b in zip(after.memory_keys, keys, strict=True))
+
+
+@torch.no_grad()
+def test_a_state_is_a_value():
+    model = make_model()
+    state = model(random_ids(1, 11)).past_key_values
+    first = model(random_ids(1, 9, seed=1), state).logits
+    model(random_ids(1, 9, seed=2), state)
+    assert torch.equal(model(random_ids(1, 9, seed=1), state).logits, first)
+    assert state.num_tokens == 11
+
+
+@torch.no_grad()
+def test_generation_crosses_boundaries_and_keeps_compressing(family):
+    model = make_model(family)
+    ids = random_ids(2, 13)
+    found = model.generate(ids, do_sample=False, max_new_tokens=9, eos_token_id=None)
+    expected = ids
+    for _ in range(9):
+        expected = torch.cat([expected, model(expected).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(found, expected)
+    sampled = model.generate(ids, do_sample=True, top_p=0.9, max_new_tokens=4, eos_token_id=None)
+    beams = model.generate(ids, num_beams=3, do_sample=False, max_new_tokens=4, eos_token_id=None)
+    assert sampled.shape == beams.shape == (2, 17)
+
+
+@torch.no_grad()
+def test_logits_to_keep_skips_work_not_results():
+    model = make_model()
+    ids = random_ids(1, 27)
+    decoded = []
+    model.base.model.norm.register_forward_hook(lambda m, args, out: decoded.append(args[0].shape[1]))
+    last = model(ids, logits_to_keep=1)
+    assert decoded == [3]  # only the tail is decoded
+    whole = model(ids)
+    assert relative_error(last.logits, whole.logits[:, -1:]) < ROUNDING
+    more = random_ids(1, 4, seed=5)
+    assert relative_error(model(more, last.past_key_values).logits, model(more, whole.past_key_values).logits) < ROUNDING
+
+
+def test_labels_give_the_document_loss():
+    model = make_model()
+    ids = random_ids(2, 19)
+    labels = ids.clone()
+    labels[:, :5] = -100
+    output = model(ids, labels=labels)
+    nll = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    assert relative_error(output.loss, nll) < ROUNDING
+
+
+def test_past_the_capacity_is_an_error_with_the_numbers():
+    model = make_model()  # 64 positions, chunks of 8, 2 slots
+    assert model.capacity == 8 * (1 + (64 - 8) // 2) == 232
+    with torch.no_grad():
+        state = model(random_ids(1, 232), logits_to_keep=1).past_key_values
+        with pytest.raises(ValueError, match=r"233 tokens, the capacity is 232.*max_position_embeddings 64"):
+            model(random_ids(1, 1), state)
+
+
+def test_llama_2_capacities():
+    shape = dict(lora_rank=128, lora_alpha=512, chunk_size=1024)
+    assert MemoryConfig(num_memory=32, **shape).capacity(4096) == 99_328
+    assert MemoryConfig(num_memory=128, **shape).capacity(4096) == 25_600
+
+
+def test_tokens_start_as_the_eos_embedding_and_share_no_storage():
+    model = MemoryLM(make_base(), MEMORY)
+    tensors = model.memory_state_dict()
+    eos = model.base.model.embed_tokens.weight[2]
+    for name in ("encoder.retrieval_token", "decoder.repeat_token"):
+        assert tensors[name].shape == (1, 1, 32) and torch.equal(tensors[name][0, 0], eos)
+    assert len({t.data_ptr() for t in (*tensors.values(), model.base.model.embed_tokens.weight)}) == len(tensors) + 1
+
+
+def test_strict_loading_lists_every_fault():
+    model = make_model()
+    tensors = dict(model.memory_state_dict())
+    tensors["encoder.extra"] = tensors.pop("decoder.repeat_token")
+    tensors["encoder.retrieval_token"] = torch.zeros(1, 1, 5)
+    with pytest.raises(ValueError) as error:
+        model.load_memory_state_dict(tensors)
+    for part in (
+        "decoder.repeat_token: missing",
+        "encoder.extra: unknown",
+        "retrieval_token: shape [1, 1, 5], expected [1, 1, 32]",
+    ):
+        assert part in str(error.value)
+    tensors.pop("encoder.retrieval_token")
+    model.load_memory_state_dict(tensors, strict=False)
+
+
+def test_unfit_bases_are_refused_by_name():
+    base = make_base("mistral")
+    with pytest.raises(ValueError, match="sliding_window"):
+        MemoryLM(base, MemoryConfig(num_memory=2, chunk_size=48, lora_rank=2, lora_alpha=2))
+    base = make_base()
+    base.config.model_type = "gpt2"
+    with pytest.raises(ValueError, match="'gpt2' is not supported; supported: llama"):
+        MemoryLM(base, MEMORY)
+
+
+def test_bfloat16_base_trains_float32_masters():
+    model = make_model("smollm2", torch.bfloat16)
+    uiollms.gradient_step(model, Sample.language_modeling(random_ids(24), 8))
+    found = gradients(model)
+    assert all(t.dtype == torch.float32 for t in found.values())
+    assert found["encoder.layers.0.q_proj.lora_A"].abs().max() > 0
+    reference = MemoryLM(copy.deepcopy(model.base).double(), MEMORY)
+    reference.load_memory_state_dict(model.memory_state_dict())
+    uiollms.gradient_step(reference, Sample.language_modeling(random_ids(24), 8))
+    exact = gradients(reference)
+    # bfloat16 carries 8 bits; three layers of them leave a few per cent
+    assert relative_error(found["decoder.layers.0.v_proj.lora_B"], exact["decoder.layers.0.v_proj.lora_B"]) < 0.1
+
+
+def test_five_families_are_tested():
+    assert set(FAMILIES) == {"llama", "smollm2", "mistral", "qwen2", "qwen3"}
