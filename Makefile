@@ -1,0 +1,42 @@
+# Two commands matter: `make demo` and `make test`. Both set up .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: setup test test-slow test-gpu lint demo schema clean
+
+setup: .venv/.ready
+
+.venv/.ready: requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps -r requirements.lock
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+# Train memory into SmolLM2-135M on State of the Union messages, from scratch, and compare on held-out ones.
+demo: setup
+	$(BIN)/python train.py --env_conf demo.json
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Lint, types, all tests that need neither minutes nor a GPU nor a network.
+test: lint
+	$(BIN)/pytest
+
+# With the real SmolLM2 model: minutes.
+test-slow: setup
+	$(BIN)/pytest -m slow
+
+# On a machine with CUDA (and flash-attn for its own tests).
+test-gpu: setup
+	$(BIN)/pytest -m gpu
+
+# JSON Schema of the config files, for editors.
+schema: setup
+	$(BIN)/python -m uiollms.schema
+
+clean:
+	rm -rf .venv runs .mypy_cache .ruff_cache .pytest_cache
