@@ -6,11 +6,16 @@ import importlib.util
 import logging
 import os
 import shutil
+import socket
 import tempfile
+import urllib.request
+from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
+from huggingface_hub import constants
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -68,7 +73,7 @@ def base_config(model_name: str) -> Any:
     if model_name in KNOWN_SHAPES:
         return KNOWN_SHAPES[model_name]
     try:
-        return AutoConfig.from_pretrained(local_path(model_name))
+        return AutoConfig.from_pretrained(local_path(model_name), local_files_only=not hub_reachable())
     except (OSError, ValueError) as error:
         raise cannot_get(model_name, error) from None
 
@@ -109,23 +114,40 @@ def converted(folder: Path, gguf: str) -> Path:
 def load_base(model_name: str, dtype: torch.dtype) -> Any:
     """The frozen causal LM, on the CPU. Raises ConfigError with one line if it cannot be had."""
     try:
-        return AutoModelForCausalLM.from_pretrained(local_path(model_name), dtype=dtype)
+        return AutoModelForCausalLM.from_pretrained(local_path(model_name), dtype=dtype, local_files_only=not hub_reachable())
     except (OSError, ValueError) as error:
         raise cannot_get(model_name, error) from None
 
 
 def load_tokenizer(model_name: str) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(local_path(model_name))
+        return AutoTokenizer.from_pretrained(local_path(model_name), local_files_only=not hub_reachable())
     except (OSError, ValueError) as error:
         raise cannot_get(model_name, error) from None
 
 
+@cache
+def hub_reachable() -> bool:
+    """Whether the hub's name resolves, asked once: its client would retry for most of a minute before it gives up."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if urllib.request.getproxies().get("https"):
+        return True  # the proxy resolves names
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return True
+
+
 def cannot_get(model_name: str, error: Exception) -> ConfigError:
-    reason = " ".join(str(error).split())[:200]
+    if hub_reachable():
+        reason = " ".join(str(error).split())[:200]
+    else:
+        reason = f"{constants.ENDPOINT} cannot be reached from here, and there is no such folder or cached model"
     return ConfigError(
-        f"model.model_name: cannot get {model_name!r} from the hub or as a local folder ({reason}); check the name, the "
-        f"network, and HF_TOKEN if the model is gated, or give the path of a downloaded folder"
+        f"model.model_name: cannot get {model_name!r}: {reason}; check the name, the network, and HF_TOKEN if the model is "
+        f"gated, or give the path of a downloaded folder"
     )
 
 

