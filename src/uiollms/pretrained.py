@@ -70,10 +70,14 @@ def cache_dir() -> Path:
 
 def base_config(model_name: str) -> Any:
     """The base's transformers config, from the known shapes, a folder or the hub. Raises ConfigError naming the model."""
-    if model_name in KNOWN_SHAPES:
-        return KNOWN_SHAPES[model_name]
+    return KNOWN_SHAPES.get(model_name) or load(AutoConfig, model_name)
+
+
+def load(loader: Any, model_name: str, **settings: Any) -> Any:
+    """`loader.from_pretrained` of a model by its name in a config. Raises ConfigError with one line if it cannot be had."""
+    path = local_path(model_name)
     try:
-        return AutoConfig.from_pretrained(local_path(model_name), local_files_only=not hub_reachable())
+        return loader.from_pretrained(path, local_files_only=not hub_reachable(), **settings)
     except (OSError, ValueError) as error:
         raise cannot_get(model_name, error) from None
 
@@ -109,21 +113,6 @@ def converted(folder: Path, gguf: str) -> Path:
     except OSError:  # another process was faster
         shutil.rmtree(work)
     return target
-
-
-def load_base(model_name: str, dtype: torch.dtype) -> Any:
-    """The frozen causal LM, on the CPU. Raises ConfigError with one line if it cannot be had."""
-    try:
-        return AutoModelForCausalLM.from_pretrained(local_path(model_name), dtype=dtype, local_files_only=not hub_reachable())
-    except (OSError, ValueError) as error:
-        raise cannot_get(model_name, error) from None
-
-
-def load_tokenizer(model_name: str) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(local_path(model_name), local_files_only=not hub_reachable())
-    except (OSError, ValueError) as error:
-        raise cannot_get(model_name, error) from None
 
 
 @cache
@@ -171,8 +160,8 @@ def load_memory_lm(config: EnvConfig, path: str | Path) -> tuple[MemoryLM, PreTr
     memory = check_env(config, path)
     name = config.model.model_name
     first_device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = load_tokenizer(name)
-    base = load_base(name, resolve_dtype(config.model.model_dtype, first_device))
+    tokenizer = load(AutoTokenizer, name)
+    base = load(AutoModelForCausalLM, name, dtype=resolve_dtype(config.model.model_dtype, first_device))
     place(base, config.model.device_map, path)
     torch.manual_seed(config.train.seed)
     model = MemoryLM(base, memory)

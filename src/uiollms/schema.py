@@ -6,9 +6,11 @@ A file that names its schema in "$schema" gets completion and checks in most edi
 import json
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from uiollms.config import EnvConfig, MemoryConfig, TestFile
 
-SCHEMAS = {"env.json": EnvConfig, "memory.json": MemoryConfig, "test.json": TestFile}
+SCHEMAS: dict[str, type[BaseModel]] = {"env.json": EnvConfig, "memory.json": MemoryConfig, "test.json": TestFile}
 
 
 def schema_text(name: str) -> str:

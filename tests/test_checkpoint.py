@@ -1,0 +1,118 @@
+"""Weights on disk: round trips, PEFT's own reading of them, and files that do not fit."""
+
+import json
+
+import pytest
+import torch
+from conftest import MEMORY, make_base, make_model, random_ids, relative_error
+from peft import PeftModel
+
+from uiollms import ConfigError, MemoryConfig, MemoryLM
+from uiollms.checkpoint import load_weights, save_weights
+
+
+@pytest.mark.parametrize("name", ["folder", "list.pth"])
+def test_round_trip(tmp_path, name, family):
+    model = make_model(family, torch.float32)
+    save_weights(model, tmp_path / name)
+    save_weights(model, tmp_path / name)  # over itself
+    other = MemoryLM(model.base, MEMORY)
+    load_weights(other, tmp_path / name)
+    expected = model.memory_state_dict()
+    assert all(torch.equal(t, expected[k]) for k, t in other.memory_state_dict().items())
+    assert [p.name for p in tmp_path.iterdir()] == [name]  # nothing temporary is left
+
+
+def test_peft_loads_each_role_as_an_adapter_of_its_own(tmp_path):
+    """PEFT's decoder adapter gives the keys and values that ours gives; its encoder adapter the same queries."""
+    model = make_model("llama", torch.float32)
+    save_weights(model, tmp_path / "ckp")
+    x = torch.randn(1, 5, 32)
+    for role, projection in (("encoder", "q_proj"), ("decoder", "k_proj"), ("encoder", "v_proj"), ("decoder", "v_proj")):
+        adapted = PeftModel.from_pretrained(make_base("llama", torch.float32), tmp_path / "ckp" / role)
+        theirs = getattr(adapted.base_model.model.model.layers[1].self_attn, projection)(x)
+        linear = getattr(model.base.model.layers[1].self_attn, projection)
+        ours = linear(x) + getattr(model, role).layers[1][projection](x)
+        assert relative_error(ours, theirs) < 1e-6  # float32
+
+
+def test_smaller_dtype(tmp_path):
+    model = make_model("llama", torch.float32)
+    save_weights(model, tmp_path / "ckp", dtype=torch.bfloat16)
+    other = MemoryLM(model.base, MEMORY)
+    load_weights(other, tmp_path / "ckp")
+    for name, tensor in other.memory_state_dict().items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, model.memory_state_dict()[name].bfloat16().float())
+
+
+def test_another_compressor_is_refused(tmp_path):
+    save_weights(make_model(), tmp_path / "ckp")
+    wider = make_model(config=MemoryConfig(**MEMORY.model_dump() | dict(num_memory=4)))
+    with pytest.raises(ConfigError, match="trained with another compressor: num_memory 2, the config says 4"):
+        load_weights(wider, tmp_path / "ckp")
+
+
+def test_another_base_is_refused(tmp_path):
+    save_weights(make_model("smollm2"), tmp_path / "ckp")
+    with pytest.raises(ConfigError, match=r"do not fit(.|\n)*retrieval_token: shape \[1, 1, 36\], expected \[1, 1, 32\]"):
+        load_weights(make_model("llama"), tmp_path / "ckp")
+
+
+def test_missing_and_damaged_files_are_named(tmp_path):
+    model = make_model("llama", torch.float32)
+    with pytest.raises(ConfigError, match="nothing"):
+        load_weights(model, tmp_path / "nothing")
+    with pytest.raises(ConfigError, match="no checkpoint can be read here"):
+        load_weights(model, tmp_path / "nothing.pth")
+    save_weights(model, tmp_path / "ckp")
+    adapter = tmp_path / "ckp" / "encoder" / "adapter_model.safetensors"
+    adapter.write_bytes(adapter.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match="ckp: the checkpoint is damaged"):
+        load_weights(model, tmp_path / "ckp")
+    (tmp_path / "text.pth").write_text("hello")
+    with pytest.raises(ConfigError, match="text.pth: not a list of tensors"):
+        load_weights(model, tmp_path / "text.pth")
+    torch.save({"a": torch.ones(1)}, tmp_path / "dict.pth")
+    with pytest.raises(ConfigError, match="expected a list of 26 tensors .*, found dict"):
+        load_weights(model, tmp_path / "dict.pth")
+
+
+def test_nothing_in_a_pth_file_is_executed(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "trapped"), "w"))
+
+    torch.save([Trap()], tmp_path / "trap.pth")
+    with pytest.raises(ConfigError, match="trap.pth: not a list of tensors"):
+        load_weights(make_model(), tmp_path / "trap.pth")
+    assert not (tmp_path / "trapped").exists()
+
+
+def test_an_interrupted_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    model = make_model("llama", torch.float32)
+    save_weights(model, tmp_path / "ckp")
+    before = {n: t.clone() for n, t in model.memory_state_dict().items()}
+    with torch.no_grad():
+        for parameter in model.trainable_parameters().values():
+            parameter.zero_()
+
+    def no_space(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("uiollms.checkpoint.save_file", no_space)
+    with pytest.raises(OSError):
+        save_weights(model, tmp_path / "ckp")
+    load_weights(model, tmp_path / "ckp")
+    assert all(torch.equal(t, before[n]) for n, t in model.memory_state_dict().items())
+
+
+def test_weights_make_the_same_model(tmp_path):
+    model = make_model()
+    save_weights(model, tmp_path / "ckp")
+    other = MemoryLM(model.base, MEMORY)
+    load_weights(other, tmp_path / "ckp")
+    ids = random_ids(1, 20)
+    with torch.no_grad():
+        assert torch.equal(other(ids).logits, model(ids).logits)
+    assert json.loads((tmp_path / "ckp" / "memory_config.json").read_text())["chunk_size"] == 8

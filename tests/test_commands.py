@@ -1,0 +1,134 @@
+"""train.py and test.py as a user runs them, on a tiny model from a local folder and text files."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from uiollms.cli import reporting_errors
+from uiollms.config import ConfigError, load_env_config
+from uiollms.pretrained import load_memory_lm
+from uiollms.training import Samples, learning_rate
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(command: str, *arguments: str) -> subprocess.CompletedProcess:
+    """A command in a process of its own, as a user starts it."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / command), *arguments], capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL
+    )
+
+
+def call(command: str, *arguments: str) -> int:
+    """The same command in this process (importing torch again takes longer than most of these tests): its exit code."""
+    spec = importlib.util.spec_from_file_location(f"command_{command[:-3]}", ROOT / command)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return reporting_errors(lambda: module.main(list(arguments)))
+
+
+def test_train_then_test(workspace):
+    trained = run("train.py", "--env_conf", "env.json")
+    assert trained.returncode == 0, trained.stderr
+    assert "with memory" in trained.stdout and "raw context" in trained.stdout
+    lines = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines if "nll" in line] == [1, 2, 3]
+    evaluation = lines[-1]["eval"][0]
+    assert evaluation["documents"] == 2 and {"memory", "window", "raw"} <= evaluation.keys()
+    assert Path("out/curve.png").stat().st_size > 1000
+    assert json.loads(Path("out/config.json").read_text())["train"]["estimator"] == "uio"  # resolved: defaults written out
+
+    tested = run("test.py", "--env_conf", "env.json")
+    assert tested.returncode == 0, tested.stderr
+    assert "weights: out/ckp" in tested.stdout
+    result = json.loads(Path("out/test.json").read_text())["results"][0]
+    assert result["memory"] == evaluation["memory"]  # the saved weights are those that training evaluated last
+    again = run("test.py", "--env_conf", "env.json", "--use_env_conf_tasks")
+    assert again.returncode == 0 and "raw context" in again.stdout
+
+
+def test_the_same_seed_trains_the_same_weights(workspace):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        changes = (f"model.save_ckp={name}.pth", f"train.seed={seed}", "train.tasks=[]")
+        assert call("train.py", "--env_conf", "env.json", *(f"--set={change}" for change in changes)) == 0
+    a, b, c = (torch.load(f"{n}.pth", weights_only=True) for n in "abc")
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    assert not all(torch.equal(x, y) for x, y in zip(a, c, strict=True))
+
+
+@pytest.mark.parametrize("estimator", ["exact", "tbptt", "importance"])
+def test_every_estimator_trains(workspace, estimator):
+    assert call("train.py", "--env_conf", "env.json", f"--set=train.estimator={estimator}", "--set=train.tasks=[]") == 0
+    assert len(Path("out/metrics.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("train.max_lrr=1", "env.json: train.max_lrr: unknown key; did you mean 'max_lr'?"),
+        ("model.config=nowhere.json", "nowhere.json: cannot be read"),
+        ("model.model_name=./no/model", "model.model_name: cannot get './no/model'"),
+        ("model.model_name=package:nothing", "package 'nothing' is not known to carry a model"),
+        ("model.load_ckp=nowhere", "nowhere"),
+        ("model.device_map=7", "env.json: model.device_map: GPU 7 does not exist, this machine has"),
+        ('model.device_map={"model":"cpu"}', "env.json: model.device_map: no key places 'lm_head'"),
+        ('model.device_map={"model.layers.9":"cpu"}', "model.device_map['model.layers.9']: the base has no module of that name"),
+        ("train.corpus.0.name=pg20", "corpus 'pg20' is unknown"),
+        ("train.corpus.0.name=files:*.md", "corpus files:*.md: no file matches"),
+        ("train.corpus.0.truncation=10000", "env.json: train.corpus[0].truncation: 10000 tokens is past the capacity 912"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_one_line(workspace, capsys, change, message):
+    assert call("train.py", "--env_conf", "env.json", f"--set={change}") == 2
+    printed = capsys.readouterr().err
+    assert message in printed and len(printed.strip().splitlines()) == 1, printed
+
+
+def test_32x_without_a_hub_is_one_line(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    failed = run("train.py", "--env_conf", "32x.json")
+    assert failed.returncode == 2
+    assert "cannot get 'meta-llama/Llama-2-7b-chat-hf'" in failed.stderr
+    assert len(failed.stderr.strip().splitlines()) == 1, failed.stderr
+
+
+def test_a_test_file_past_the_capacity_is_refused(workspace, capsys):
+    task = dict(task_type="perplexity", task_name="files:book*.txt", num_instance=1, truncation=5000)
+    Path("test.json").write_text(json.dumps([task]))
+    assert call("test.py", "--env_conf", "env.json") == 2
+    assert "test.json: tasks[0].truncation: 5000 tokens is past the capacity 912" in capsys.readouterr().err
+
+
+def test_learning_rate():
+    config = load_env_config(ROOT / "32x.json").train  # 10,000 iterations, 1 % warm-up, peak 1e-4
+    assert learning_rate(0, config) == pytest.approx(1e-6)  # the first iteration learns
+    assert learning_rate(99, config) == learning_rate(100, config) == pytest.approx(1e-4)
+    assert learning_rate(5050, config) == pytest.approx(0.5e-4)
+    assert 0 < learning_rate(9999, config) < 1e-10
+    short = config.model_copy(update=dict(train_iters=5))  # warm-up of less than one iteration
+    assert [learning_rate(i, short) > 0 for i in range(5)] == [True] * 5
+    assert learning_rate(0, config.model_copy(update=dict(warmup=0.0))) == config.max_lr
+
+
+def test_documents_that_fit_one_chunk_are_skipped_and_counted(workspace):
+    Path("short.txt").write_text("too short")
+    config = load_env_config("env.json", ["train.corpus.0.name=files:*.txt", "train.corpus.0.crop=random"])
+    model, tokenizer = load_memory_lm(config, "env.json")
+    samples = Samples(config, tokenizer, model)
+    lengths = {sum(len(row.input_ids) for row in next(samples).rows) for _ in range(12)}
+    assert lengths == {80} and samples.skipped >= 2
+    config = load_env_config("env.json", ["train.corpus.0.name=files:short.txt"])
+    with pytest.raises(ConfigError, match="fit one chunk of 16 tokens; memory needs longer ones"):
+        next(Samples(config, tokenizer, model))
+
+
+def test_help_explains_with_an_example(capsys):
+    for command in ("train.py", "test.py"):
+        with pytest.raises(SystemExit):
+            call(command, "--help")
+        assert f"python {command} --env_conf smollm2-8x.json" in capsys.readouterr().out
