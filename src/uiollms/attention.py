@@ -10,10 +10,9 @@ Source: UIO-LLMs section 3.1 (encoder), 3.2 (decoder).
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @lru_cache(maxsize=16)
@@ -68,26 +67,3 @@ def decoder_mask(num_slots: Sequence[int], local_past: int, length: int, device:
         front = (torch.arange(widest, device=device) < slots[:, None])[:, None, None].expand(-1, -1, length, -1)
     local = torch.ones(length, local_past + length, dtype=torch.bool, device=device).tril(local_past)
     return torch.cat([front, local.expand(front.shape[0], 1, -1, -1)], dim=-1)
-
-
-class FullPrecisionNorm(nn.Module):
-    """RMS norm in the dtype of its input, for float64 bases: transformers' norms round to float32 inside, which would
-    hide a wrong gradient behind 1e-7 of noise. Holds the same weight under the same name."""
-
-    def __init__(self, norm: Any) -> None:
-        super().__init__()
-        self.weight = norm.weight
-        self.variance_epsilon: float = norm.variance_epsilon
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[..., D] -> [..., D]"""
-        variance = hidden.pow(2).mean(-1, keepdim=True)
-        return self.weight * (hidden * torch.rsqrt(variance + self.variance_epsilon))
-
-
-def promote_norms(base: nn.Module) -> None:
-    """Replace, in place, every RMS norm of a float64 `base` by its full-precision twin."""
-    for parent in list(base.modules()):
-        for name, child in parent.named_children():
-            if type(child).__name__.endswith("RMSNorm"):
-                setattr(parent, name, FullPrecisionNorm(child))

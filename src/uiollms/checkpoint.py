@@ -21,8 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from uiollms.base import PROJECTIONS
 from uiollms.config import ConfigError, load_memory_config
-from uiollms.model import PROJECTIONS, MemoryLM
+from uiollms.model import MemoryLM
 
 ROLES = ("encoder", "decoder")
 TOKENS = ("encoder.retrieval_token", "decoder.repeat_token")

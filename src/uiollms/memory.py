@@ -81,3 +81,9 @@ class MemoryState(Cache):
         for tensors in (self.memory_keys, self.memory_values, self.local_keys, self.local_values):
             tensors[:] = [t.index_select(0, beam_idx.to(t.device)) for t in tensors]
         self.open_ids = self.open_ids.index_select(0, beam_idx.to(self.open_ids.device))
+
+
+def join_slots(kv: Tensor, batch: int) -> Tensor:
+    """[B * C, H, m, K], document-major -> [B, H, C * m, K]"""
+    _, heads, m, size = kv.shape
+    return kv.view(batch, -1, heads, m, size).transpose(1, 2).reshape(batch, heads, -1, size)

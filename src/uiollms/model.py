@@ -12,7 +12,6 @@ Source: UIO-LLMs (arXiv 2406.18173) sections 3.1 and 3.2.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,41 +21,14 @@ from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from uiollms.attention import decoder_mask, decoder_positions, encoder_mask, encoder_positions, promote_norms
+from uiollms.attention import decoder_mask, decoder_positions, encoder_mask, encoder_positions
+from uiollms.base import Role, check_base, first_eos, layer_device, promote_norms, rotate, run_layer
 from uiollms.config import MemoryConfig
 from uiollms.lora import LoRA, added, master_dtype
 from uiollms.loss import linear_nll
-from uiollms.memory import MemoryState, Prefix
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # SmolLM2 is a llama
-PROJECTIONS = {"encoder": ("q_proj", "v_proj"), "decoder": ("k_proj", "v_proj")}
+from uiollms.memory import MemoryState, Prefix, join_slots
 
 LayerMemory = list[Tensor]  # L tensors [C, m, D], each on its layer's device
-
-
-class Role(nn.Module):
-    """The trained tensors of one role: a LoRA pair for two projections of every layer, and one token embedding."""
-
-    def __init__(self, name: str, base: Any, config: MemoryConfig, token_name: str, token: Tensor) -> None:
-        super().__init__()
-        salts = iter(range(2 * len(base.model.layers)))
-        offset = 0 if name == "encoder" else 2 * len(base.model.layers)
-        self.layers = nn.ModuleList(
-            nn.ModuleDict(
-                {
-                    projection: LoRA(
-                        getattr(layer.self_attn, projection),
-                        config.lora_rank,
-                        config.lora_alpha,
-                        config.lora_dropout,
-                        salt=offset + next(salts),
-                    )
-                    for projection in PROJECTIONS[name]
-                }
-            )
-            for layer in base.model.layers
-        )
-        self.register_parameter(token_name, nn.Parameter(token.clone()))
 
 
 class MemoryLM(PreTrainedModel, GenerationMixin):
@@ -359,57 +331,3 @@ class MemoryLM(PreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(self, generation_config: Any, *args: Any) -> None:  # type: ignore[override]
         """transformers would build its own cache here; a stream starts empty in `forward`."""
         generation_config.use_cache = True
-
-
-def check_base(base: Any, config: MemoryConfig) -> None:
-    """Raises ValueError if `base` cannot carry memory with `config`."""
-    family = base.config.model_type
-    if family not in FAMILIES:
-        raise ValueError(f"model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
-    window = getattr(base.config, "sliding_window", None)
-    if window is not None and window < config.chunk_size:
-        raise ValueError(f"the base attends to {window} tokens (sliding_window), fewer than chunk_size {config.chunk_size}")
-    if config.chunk_size > base.config.max_position_embeddings:
-        raise ValueError(
-            f"chunk_size {config.chunk_size} is past the base's max_position_embeddings {base.config.max_position_embeddings}"
-        )
-
-
-def first_eos(base: Any) -> int:
-    """The id of the base's end-of-sequence token; the first where a model names several."""
-    eos = base.config.eos_token_id
-    eos = eos[0] if isinstance(eos, list | tuple) else eos
-    if eos is None:
-        raise ValueError("the base's config names no eos_token_id, from whose embedding the memory token starts")
-    return eos
-
-
-def layer_device(layer: Any) -> torch.device:
-    return layer.input_layernorm.weight.device
-
-
-def run_layer(
-    layer: nn.Module, hidden: Tensor, mask: Tensor | None, positions: Tensor, rotary: tuple, prefix: Prefix | None = None
-) -> Tensor:
-    """One of the base's own layers on [B, T, D], masks and positions moved to where it lives."""
-    device = hidden.device
-    return layer(
-        hidden,
-        attention_mask=None if mask is None else mask.to(device),
-        position_ids=positions.to(device),
-        past_key_values=prefix,
-        use_cache=prefix is not None,
-        position_embeddings=tuple(r.to(device) for r in rotary),
-    )
-
-
-def rotate(attention: nn.Module, keys: Tensor, rotary: Sequence[Tensor]) -> Tensor:
-    """Keys [C, H, m, K] rotated by the family's own rotary function."""
-    apply = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-    return apply(keys, keys, *rotary)[1]
-
-
-def join_slots(kv: Tensor, batch: int) -> Tensor:
-    """[B * C, H, m, K], document-major -> [B, H, C * m, K]"""
-    _, heads, m, size = kv.shape
-    return kv.view(batch, -1, heads, m, size).transpose(1, 2).reshape(batch, heads, -1, size)

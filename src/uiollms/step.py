@@ -24,8 +24,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from uiollms.estimators import Estimator, make_estimator
 from uiollms.loss import linear_nll
-from uiollms.memory import Prefix
-from uiollms.model import LayerMemory, MemoryLM, join_slots
+from uiollms.memory import Prefix, join_slots
+from uiollms.model import LayerMemory, MemoryLM
 from uiollms.tasks import Row, Sample
 
 

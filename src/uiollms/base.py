@@ -1,0 +1,117 @@
+"""What is asked of the frozen base: that it fits, one of its layers run, its keys rotated; and the LoRA of a role on it.
+
+Nothing of a model's own code is copied: layers, norms, rotary functions and attention are the library's.
+Shapes: B rows, T tokens, D hidden size, H key/value heads, m memory slots, K head size.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from uiollms.config import MemoryConfig
+from uiollms.lora import LoRA
+from uiollms.memory import Prefix
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # SmolLM2 is a llama
+PROJECTIONS = {"encoder": ("q_proj", "v_proj"), "decoder": ("k_proj", "v_proj")}
+
+
+class Role(nn.Module):
+    """The trained tensors of one role: a LoRA pair for two projections of every layer, and one token embedding."""
+
+    def __init__(self, name: str, base: Any, config: MemoryConfig, token_name: str, token: Tensor) -> None:
+        super().__init__()
+        salts = iter(range(2 * len(base.model.layers)))
+        offset = 0 if name == "encoder" else 2 * len(base.model.layers)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    projection: LoRA(
+                        getattr(layer.self_attn, projection),
+                        config.lora_rank,
+                        config.lora_alpha,
+                        config.lora_dropout,
+                        salt=offset + next(salts),
+                    )
+                    for projection in PROJECTIONS[name]
+                }
+            )
+            for layer in base.model.layers
+        )
+        self.register_parameter(token_name, nn.Parameter(token.clone()))
+
+
+def check_base(base: Any, config: MemoryConfig) -> None:
+    """Raises ValueError if `base` cannot carry memory with `config`."""
+    family = base.config.model_type
+    if family not in FAMILIES:
+        raise ValueError(f"model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
+    window = getattr(base.config, "sliding_window", None)
+    if window is not None and window < config.chunk_size:
+        raise ValueError(f"the base attends to {window} tokens (sliding_window), fewer than chunk_size {config.chunk_size}")
+    if config.chunk_size > base.config.max_position_embeddings:
+        raise ValueError(
+            f"chunk_size {config.chunk_size} is past the base's max_position_embeddings {base.config.max_position_embeddings}"
+        )
+
+
+def first_eos(base: Any) -> int:
+    """The id of the base's end-of-sequence token; the first where a model names several."""
+    eos = base.config.eos_token_id
+    eos = eos[0] if isinstance(eos, list | tuple) else eos
+    if eos is None:
+        raise ValueError("the base's config names no eos_token_id, from whose embedding the memory token starts")
+    return eos
+
+
+def layer_device(layer: Any) -> torch.device:
+    return layer.input_layernorm.weight.device
+
+
+def run_layer(
+    layer: nn.Module, hidden: Tensor, mask: Tensor | None, positions: Tensor, rotary: tuple, prefix: Prefix | None = None
+) -> Tensor:
+    """One of the base's own layers on [B, T, D], masks and positions moved to where it lives."""
+    device = hidden.device
+    return layer(
+        hidden,
+        attention_mask=None if mask is None else mask.to(device),
+        position_ids=positions.to(device),
+        past_key_values=prefix,
+        use_cache=prefix is not None,
+        position_embeddings=tuple(r.to(device) for r in rotary),
+    )
+
+
+def rotate(attention: nn.Module, keys: Tensor, rotary: Sequence[Tensor]) -> Tensor:
+    """Keys [C, H, m, K] rotated by the family's own rotary function."""
+    apply = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    return apply(keys, keys, *rotary)[1]
+
+
+class FullPrecisionNorm(nn.Module):
+    """RMS norm in the dtype of its input, for float64 bases: transformers' norms round to float32 inside, which would
+    hide a wrong gradient behind 1e-7 of noise. Holds the same weight under the same name."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.weight = norm.weight
+        self.variance_epsilon: float = norm.variance_epsilon
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., D]"""
+        variance = hidden.pow(2).mean(-1, keepdim=True)
+        return self.weight * (hidden * torch.rsqrt(variance + self.variance_epsilon))
+
+
+def promote_norms(base: nn.Module) -> None:
+    """Replace, in place, every RMS norm of a float64 `base` by its full-precision twin."""
+    for parent in list(base.modules()):
+        for name, child in parent.named_children():
+            if type(child).__name__.endswith("RMSNorm"):
+                setattr(parent, name, FullPrecisionNorm(child))
