@@ -1,0 +1,96 @@
+"""Rules as tests: what the documents name exists, versions agree, imports point one way, files stay small."""
+
+import ast
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted((ROOT / "src" / "uiollms").glob("*.py"))
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "raw_data").glob("*.md")])
+
+# Lower modules first: a module imports only from above itself in this list.
+ORDER = [
+    "config", "schema", "lora", "loss", "attention", "memory", "base", "model", "placement", "pretrained", "data",
+    "tasks", "estimators", "step", "evaluate", "training", "checkpoint", "report", "study", "cli", "__init__",
+]  # fmt: skip
+
+
+def imports_of(path: Path) -> set[str]:
+    """Names of the uiollms modules that a file imports, anywhere in it."""
+    tree = ast.parse(path.read_text())
+    names = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
+    return {name.removeprefix("uiollms.") for name in names if name.startswith("uiollms.")}
+
+
+def test_imports_point_one_way():
+    assert {p.stem for p in SOURCES} <= set(ORDER)
+    for path in SOURCES:
+        for name in imports_of(path):
+            assert ORDER.index(name) < ORDER.index(path.stem), f"{path.stem} imports {name}"
+
+
+def test_no_module_passes_350_lines():
+    assert {p.name: n for p in SOURCES if (n := len(p.read_text().splitlines())) > 350} == {}
+
+
+def test_every_module_says_its_purpose_in_one_line():
+    for path in SOURCES:
+        doc = ast.get_docstring(ast.parse(path.read_text()))
+        assert doc and doc.splitlines()[0].strip(), path
+
+
+def test_no_silenced_errors_and_no_forbidden_loaders():
+    for path in [*SOURCES, ROOT / "train.py", ROOT / "test.py"]:
+        text = path.read_text()
+        assert not re.search(r"except[^\n]*:\s*\n?\s*pass\b", text), path
+        assert "trust_remote_code=True" not in text and "weights_only=False" not in text, path
+
+
+PATH = re.compile(r"`([\w.-]+(?:/[\w.-]+)*\.(?:py|json|md|yaml|toml|png|lock|safetensors))`|\]\(([\w./-]+)\)|`((?:[\w.-]+/)+)`")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
+def test_every_path_a_document_names_exists(document):
+    for match in PATH.finditer(document.read_text()):
+        name = next(group for group in match.groups() if group)
+        if (
+            name.startswith(("http", "runs/", "ckp/", "out/"))
+            or "/" not in name
+            and name.endswith(".json")
+            and name in {"my.json"}
+        ):
+            continue
+        places = [ROOT / name, document.parent / name, ROOT / "src" / name, ROOT / "src" / "uiollms" / name]
+        assert any(p.exists() for p in places), f"{document.name} names {name}"
+
+
+def test_environment_yaml_agrees_with_pyproject():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    conda = yaml.safe_load((ROOT / "environment.yaml").read_text())
+    (pip,) = [d["pip"] for d in conda["dependencies"] if isinstance(d, dict)]
+    assert sorted(pip) == sorted(project["dependencies"] + project["optional-dependencies"]["smollm2"])
+    assert f"python{project['requires-python']}" in conda["dependencies"]
+
+
+def test_the_lock_satisfies_pyproject():
+    from packaging.requirements import Requirement
+
+    locked = dict(
+        line.split("==") for line in (ROOT / "requirements.lock").read_text().splitlines() if "==" in line and line[0] != "#"
+    )
+    locked = {name.lower().replace("_", "-"): version for name, version in locked.items()}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    for text in project["dependencies"] + extras["dev"] + extras["smollm2"]:
+        requirement = Requirement(text)
+        assert requirement.specifier.contains(locked[requirement.name.lower()]), text
+
+
+def test_ci_runs_the_readmes_test_command():
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    readme = (ROOT / "README.md").read_text()
+    assert "make test" in readme and "make demo" in readme
