@@ -11,6 +11,7 @@ from uiollms.config import (
     EnvConfig,
     MemoryConfig,
     TestFile,
+    check_truncations,
     load_env_config,
     load_memory_config,
     load_tasks,
@@ -41,7 +42,8 @@ def test_every_committed_json_loads(path, monkeypatch):
         config = load_env_config(path)
         memory = check_env(config, path)
         assert config.model.model_name in KNOWN_SHAPES
-        assert load_tasks(config.test)
+        wanted = [(task.task_name, task.truncation) for task in load_tasks(config.test)]
+        check_truncations(wanted, memory, KNOWN_SHAPES[config.model.model_name].max_position_embeddings, config.test)
         assert memory.chunk_size % memory.num_memory == 0
     elif kind == "memory":
         load_memory_config(path)

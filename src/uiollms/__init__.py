@@ -4,7 +4,7 @@ The names below are promises; the modules' docstrings say more. Reading order: t
 """
 
 from uiollms.config import ConfigError, MemoryConfig
-from uiollms.estimators import draw_window, make_estimator, window_from_draws
+from uiollms.estimators import TBPTT, UIO, Exact, Importance, draw_window, make_estimator, window_from_draws
 from uiollms.evaluate import score
 from uiollms.memory import MemoryState
 from uiollms.model import MemoryLM
@@ -12,7 +12,11 @@ from uiollms.step import gradient_step
 from uiollms.tasks import Sample
 
 __all__ = [
+    "TBPTT",
+    "UIO",
     "ConfigError",
+    "Exact",
+    "Importance",
     "MemoryConfig",
     "MemoryLM",
     "MemoryState",

@@ -158,7 +158,9 @@ def make_estimator(name: str, S: int = 2, compensate: bool = True) -> Estimator:
     return ESTIMATORS[name](**{k: v for k, v in given.items() if k in wanted})
 
 
-def draw_window(estimator: Estimator | str, num_chunks: int, rng: random.Random | int, **settings: int | bool) -> Tensor:
+def draw_window(
+    estimator: Estimator | str, num_chunks: int, rng: random.Random | int | None = None, **settings: int | bool
+) -> Tensor:
     """The weight matrix W [N, N] float64 of one draw. estimator: an object of this module, or a name with `S` and
     `compensate` as settings (S = 2 and compensated by default); rng: a `random.Random`, or a seed for a fresh one."""
     estimator = make_estimator(estimator, **settings) if isinstance(estimator, str) else estimator  # type: ignore[arg-type]

@@ -322,9 +322,11 @@ class MemoryLM(PreTrainedModel, GenerationMixin):
     # ---- transformers' generate() ---------------------------------------------------------------------------------
 
     def prepare_inputs_for_generation(  # type: ignore[override]
-        self, input_ids: Tensor, past_key_values: MemoryState | None = None, **kwargs: Any
+        self, input_ids: Tensor, past_key_values: MemoryState | None = None, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """The tokens that the stream has not seen yet."""
+        """The tokens that the stream has not seen yet. Raises ValueError for padded prompts: their chunks would differ."""
+        if attention_mask is not None and not attention_mask.all():
+            raise ValueError("the prompts are padded (attention_mask holds zeros); give a batch of prompts of equal length")
         seen = past_key_values.num_tokens if past_key_values is not None else 0
         return {"input_ids": input_ids[:, seen:], "state": past_key_values, "logits_to_keep": 1}
 
