@@ -15,7 +15,7 @@ import uiollms
 from uiollms import MemoryConfig, Sample
 from uiollms.estimators import Estimator, Importance, all_pairs, inclusion_probabilities, systematic_sample, window_from_draws
 from uiollms.memory import Prefix
-from uiollms.step import chunk_norms, decode_rows
+from uiollms.step import chunk_norms, decode_rows, row_weights
 from uiollms.tasks import Row
 
 PROVEN = 1e-10
@@ -73,6 +73,30 @@ def test_step_is_autograd_for_any_weights(protocol, chunk_batch, length):
     assert worst_error(found, plain_gradients(model, sample, weights)) < PROVEN
     assert 1 not in result.reencoded
     assert result.scored.tolist() == [len(row.scored) for row in sample.rows]
+
+
+@pytest.mark.parametrize("length", [8, 27])
+def test_copying_is_autograd_and_trains_the_repeat_token(length):
+    """Here every row reads all memories, its own chunk's too."""
+    model, sample = make_model(), Sample.copy(random_ids(length), 8)
+    count = len(sample.rows)
+    for weights in (torch.ones(count, count, dtype=torch.float64), torch.rand(count, count, dtype=torch.float64)):
+        uiollms.gradient_step(model, sample, weights=weights)
+        found = gradients(model)
+        assert worst_error(found, plain_gradients(model, sample, weights)) < PROVEN
+        assert found["decoder.repeat_token"].abs().max() > 0
+    uiollms.gradient_step(model, sample, estimator="exact")
+    exact = gradients(model)
+    assert worst_error(exact, plain_gradients(model, sample, torch.ones(count, count))) < PROVEN
+    outcomes = [(row_weights(sample, window_from_draws(d, 1, True, count + 1)), p) for d, p in reservoir_outcomes(count + 1, 1)]
+    assert worst_error(expectation(model, sample, outcomes), exact) < PROVEN  # uio is unbiased here too
+
+
+def test_copy_losses_are_the_auto_encoders():
+    model, ids = make_model(), random_ids(8)
+    with torch.no_grad():
+        expected = torch.nn.functional.cross_entropy(model.reconstruct(ids[None])[0], ids)
+    assert relative_error(uiollms.gradient_step(model, Sample.copy(ids, 8)).losses[0], expected) < 1e-12
 
 
 def test_losses_are_the_forward_passs():

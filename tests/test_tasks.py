@@ -64,3 +64,29 @@ def test_wrong_shapes_are_refused():
         Sample.document(IDS.view(2, 5), 4)
     with pytest.raises(ValueError, match=r"found shape \[0\]"):
         Sample.document(IDS[:0], 4)
+
+
+def test_question_answering_example():
+    sample = Sample.question_answering(IDS[:5], IDS[5:7], 4)
+    assert scored(sample) == [[], [(5, 0.5), (6, 0.5)]]
+    cut = Sample.question_answering(IDS[:5], IDS[5:7], 4, truncation=5)
+    assert torch.cat([row.input_ids for row in cut.rows]).tolist() == [0, 3, 4, 5, 6]
+    everything = Sample.question_answering(IDS[:6], IDS[6:8], 4, train_prompt=True)
+    assert [token for row in scored(everything) for token, _ in row] == [5, 6, 7]  # 4 is predicted in chunk 0
+    with pytest.raises(ValueError, match="the response has 7 tokens, truncation 5"):
+        Sample.question_answering(IDS[:2], IDS[:7], 4, truncation=5)
+
+
+def test_a_response_inside_chunk_0_scores_nothing():
+    assert Sample.question_answering(IDS[:2], IDS[2:4], 4).num_scored == 0
+
+
+def test_copy_example():
+    sample = Sample.copy(IDS, 4)
+    assert sample.chunks.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert scored(sample) == [[(t, 0.25) for t in range(4)], [(t, 0.25) for t in range(4, 8)]]
+    assert [row.repeat for row in sample.rows] == [True, False]
+    assert sample.rows[0].input_ids[1:].tolist() == [0, 1, 2] and sample.rows[1].input_ids.tolist() == [3, 4, 5, 6]
+    assert [row.num_memories for row in sample.rows] == [2, 2]
+    with pytest.raises(ValueError, match="complete chunk of 4 tokens, found 3"):
+        Sample.copy(IDS[:3], 4)

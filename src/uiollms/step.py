@@ -52,7 +52,8 @@ def gradient_step(
     **settings: int | bool,
 ) -> StepResult:
     """Run the two-pass step on one sample and ADD the gradients of `scale` * loss into `.grad` of the trained
-    parameters. The decoder's gradient is exact; the encoder's is weighted by `weights` [N, N] if given, else by a draw
+    parameters. The decoder's gradient is exact; the encoder's is weighted by `weights` [N, N] (row: the sample's row, column:
+    memory) if given, else by a draw
     of `estimator` (an object, or a name with settings `S` and `compensate`; by default the exact gradient) with `rng`.
 
     report_all: also compute the losses that nothing trained can change (rows that read no memory), for the report; without,
@@ -63,7 +64,7 @@ def gradient_step(
         estimator = make_estimator(estimator, **settings)  # type: ignore[arg-type]
     estimator = estimator or make_estimator("exact")
     if weights is None:
-        weights = estimator.window(len(sample.rows), rng)
+        weights = row_weights(sample, estimator.window(len(sample.chunks) + 1, rng))
     seeds = [rng.getrandbits(62) for _ in sample.chunks] if model.training and model.memory_config.lora_dropout else None
 
     # A document whose chunks fit one batch is not encoded twice: the graph of step 1 is kept for step 4.
@@ -72,7 +73,7 @@ def gradient_step(
     memory, graph = encode_all(model, sample.chunks, at_once, seeds)
     keys, values = project_all(model, memory, seeds)
 
-    sums = KVGradients(keys, values, weights, model.memory_config.num_memory)
+    sums = KVGradients(keys, values, weights, sample, model.memory_config.num_memory)
     books = Books(sample, sums.dtype, keys[-1].device if keys else model.device)
     for batch in row_batches(sample, model.chunk_batch, with_memory=False):
         if report_all:
@@ -95,6 +96,12 @@ def gradient_step(
                 graph = model.encode_layers(sample.chunks[picked], pick(seeds, picked))
         torch.autograd.backward(graph, [layer[picked] for layer in memory_grads])
     return StepResult(books.losses, books.scored, tuple(needed), books.nll)
+
+
+def row_weights(sample: Sample, window: Tensor) -> Tensor:
+    """An estimator's window [C + 1, C + 1], whose row n is for a loss that reads the first n memories, handed to the
+    sample's rows: [N, C + 1]. For a document in chunks row t reads t memories, and this is the window itself."""
+    return window[[row.num_memories for row in sample.rows]]
 
 
 def chunks_with_gradient(sample: Sample, weights: Tensor) -> list[int]:
@@ -193,15 +200,15 @@ class KVGradients:
     """The leaves of the decoder pass, and the gradients that arrive there: of every loss alike (`total`) and of loss t
     times W[t, s] at memory s (`weighted`; the same tensors where W is all ones). Sums are kept in float32 or wider."""
 
-    def __init__(self, keys: list[Tensor], values: list[Tensor], weights: Tensor, num_memory: int) -> None:
+    def __init__(self, keys: list[Tensor], values: list[Tensor], weights: Tensor, sample: Sample, num_memory: int) -> None:
         self.leaves = [kv.requires_grad_() for kv in (*keys, *values)]  # 2L x [1, H, M, K]
         self.dtype = torch.promote_types(keys[0].dtype, torch.float32) if keys else torch.float32
         self.num_memory = num_memory
-        self.weights = weights  # [N, N]
-        lower = torch.ones_like(weights).tril(-1)
+        self.weights = weights  # [N, at least C]
+        all_ones = all(bool((weights[t, : row.num_memories] == 1).all()) for t, row in enumerate(sample.rows))
         self.total = [torch.zeros_like(kv, dtype=self.dtype, requires_grad=False) for kv in self.leaves]
         self.weighted = self.total
-        if not torch.equal(weights.tril(-1), lower):
+        if not all_ones:
             self.weighted = [torch.zeros_like(kv) for kv in self.total]
 
     def prefix(self, batch: Sequence[int], rows: Sequence[Row]) -> Prefix:

@@ -88,6 +88,51 @@ class Sample:
         return cls._cut(ids, targets, weights, chunk_size)
 
     @classmethod
+    def question_answering(
+        cls, prompt: Tensor, response: Tensor, chunk_size: int, train_prompt: bool = False, truncation: int | None = None
+    ) -> Sample:
+        """Prompt, then response; the response is scored (with `train_prompt` the prompt too), but nothing in chunk 0, which
+        reads no memory. The loss is the mean NLL of the scored tokens. A prompt that makes the sample longer than
+        `truncation` tokens keeps its two ends.
+
+        prompt 0 1 2 3 4, response 5 6, chunk_size 4 -> reads [0 1 2 3] | reads [4 5 6] scores 5 6, 1/2 each
+        truncation 5 -> prompt 0 3 4: its first 5 - 2 = 3 tokens' room split into 1 and 2
+        """
+        prompt, response = flat(prompt), flat(response)
+        if truncation is not None and len(prompt) + len(response) > truncation:
+            room = truncation - len(response)
+            if room < 1:
+                raise ValueError(f"the response has {len(response)} tokens, truncation {truncation} leaves no room for a prompt")
+            prompt = torch.cat([prompt[: room // 2], prompt[len(prompt) - (room - room // 2) :]])
+        ids = torch.cat([prompt, response])
+        labels = ids.clone()
+        if not train_prompt:
+            labels[: len(prompt)] = IGNORED
+        labels[: chunk_size + 1] = IGNORED  # the token after chunk 0 is predicted in chunk 0
+        return cls.beacon(ids, labels, chunk_size)
+
+    @classmethod
+    def copy(cls, input_ids: Tensor, chunk_size: int) -> Sample:
+        """Auto-encoding (paper Table 1) and longdata copy: all complete chunks are compressed, then each is reproduced from
+        all memories, given its true tokens so far. The first chunk starts with the `repeat_token` embedding, a later one with
+        the last token of the chunk before. The loss is every chunk's mean NLL, summed. Raises ValueError if no chunk is full.
+
+        ids 0..9, chunk_size 4 -> compresses [0 1 2 3] [4 5 6 7] | reads [repeat 0 1 2] scores 0 1 2 3, 1/4 each
+                                  | reads [3 4 5 6] scores 4 5 6 7, 1/4 each
+        """
+        ids = flat(input_ids)
+        chunks = ids[: len(ids) // chunk_size * chunk_size].view(-1, chunk_size)
+        if not len(chunks):
+            raise ValueError(f"copying needs a complete chunk of {chunk_size} tokens, found {len(ids)} tokens")
+        weights = torch.full((chunk_size,), 1 / chunk_size, dtype=torch.float64)
+        fed = torch.cat([ids[:1], ids])  # its first token only holds the place of the repeat token
+        rows = tuple(
+            Row(fed[start : start + chunk_size], ids[start : start + chunk_size], weights, len(chunks), start, repeat=start == 0)
+            for start in range(0, chunks.numel(), chunk_size)
+        )
+        return cls(chunks, rows)
+
+    @classmethod
     def _cut(cls, ids: Tensor, targets: Tensor, weights: Tensor, chunk_size: int) -> Sample:
         """Row t reads the memories of chunks 0 .. t-1; the last chunk's memory would have no reader."""
         parts = zip(ids.split(chunk_size), targets.split(chunk_size), weights.split(chunk_size), strict=True)
