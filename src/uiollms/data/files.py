@@ -1,0 +1,233 @@
+"""Files -> documents, lazily: JSON lines, JSON lines in .gz, lists inside one big JSON file, plain text.
+
+Memory: 12 bytes a document (16 in a big JSON file) and the document that is being read. Time: opening reads a file once
+from end to end; after that every document costs one seek. A .gz cannot be entered in the middle, so it is unpacked once
+into the cache (see paths.py), which costs disk space of three to five times its size.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import mmap
+import os
+import re
+import shutil
+import tempfile
+import zlib
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from uiollms.config import ConfigError
+from uiollms.data.documents import Corpus, Document, Lazy
+from uiollms.paths import cache_dir, raw_dir
+
+Fields = dict[str, Any]
+MakeDocument = Callable[[Fields, str], Document]  # (fields, source) -> document; raises ConfigError naming the source
+
+
+@dataclass(frozen=True)
+class RawFile:
+    """A file of raw_data/README.md."""
+
+    name: str
+
+    def missing(self) -> str | None:
+        path = raw_dir() / self.name
+        return None if path.is_file() else f"{path} is missing; raw_data/README.md says how to get it"
+
+    def path(self) -> Path:
+        if message := self.missing():
+            raise ConfigError(message)
+        return raw_dir() / self.name
+
+
+def text_of(fields: Fields, name: str, source: str) -> str:
+    """The text in a field. Raises ConfigError if there is none, or if it is not text that a tokenizer can read."""
+    if name not in fields:
+        raise ConfigError(f"{source}: field {name!r} is missing, found {sorted(fields)}")
+    value = fields[name]
+    if not isinstance(value, str):
+        raise ConfigError(f"{source}: field {name!r} is {type(value).__name__}, expected text")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"{source}: field {name!r}: character {error.start} is half of a surrogate pair") from None
+    return value
+
+
+def plain_text(fields: Fields, source: str) -> Document:
+    """{"text": ...}"""
+    return Document(text_of(fields, "text", source), source)
+
+
+def input_output(fields: Fields, source: str) -> Document:
+    """{"input": ..., "output": ...}"""
+    response = text_of(fields, "output", source)
+    return Document(text_of(fields, "input", source), source, response, task="question answering")
+
+
+def text_or_qa(fields: Fields, source: str) -> Document:
+    """{"text": ...} or {"input": ..., "output": ...}"""
+    if "text" in fields:
+        return plain_text(fields, source)
+    if "input" in fields and "output" in fields:
+        return input_output(fields, source)
+    raise ConfigError(f"{source}: expected a field 'text', or fields 'input' and 'output'; found {sorted(fields)}")
+
+
+def json_lines(path: str | Path, make: MakeDocument = text_or_qa, limit: int | None = None, shown: str = "") -> Corpus:
+    """A JSON-lines file, its first `limit` documents, through an index of where its lines start. shown: the name of the
+    file in messages, if not its path."""
+    starts, numbers = array("q"), array("I")  # byte offsets; line numbers, which count blank lines too
+    with opened(path) as file:
+        position = 0
+        for number, line in enumerate(file, start=1):
+            if len(starts) == limit:
+                break
+            if line.strip():
+                starts.append(position)
+                numbers.append(number)
+            position += len(line)
+
+    def read(i: int) -> Document:
+        with opened(path) as file:
+            file.seek(starts[i])
+            source = f"{shown or path}: line {numbers[i]}"
+            return make(json_object(file.readline(), source), source)
+
+    return Lazy(len(starts), read)
+
+
+def json_lines_gz(path: str | Path) -> Corpus:
+    return json_lines(unpacked(path), shown=str(path))
+
+
+def json_object(data: bytes, source: str) -> Fields:
+    """Raises ConfigError for bytes that are not UTF-8, broken JSON, and values that are not objects."""
+    try:
+        value = json.loads(data.decode("utf-8-sig"))  # some editors begin a file with a byte order mark
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{source}: byte {error.start} of it is not UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        hint = "; this file is one JSON list, make it lines: jq -c '.[]' FILE" if data.lstrip()[:1] == b"[" else ""
+        raise ConfigError(f"{source}: not JSON: {error}{hint}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{source}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+@contextmanager
+def opened(path: str | Path) -> Iterator[BinaryIO]:
+    """A file for reading bytes. Raises ConfigError if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            yield file
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def text_file(path: str | Path) -> Corpus:
+    """A corpus of one document, a whole text file."""
+
+    def read(_: int) -> Document:
+        with opened(path) as file:
+            try:
+                text = file.read().decode("utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise ConfigError(f"{path}: byte {error.start} is not UTF-8") from None
+        return Document(text.replace("\r\n", "\n"), str(path))
+
+    return Lazy(1, read)
+
+
+def unpacked(path: str | Path) -> Path:
+    """The unpacked copy of a .gz in the cache, made on the first call; a changed file gets a new copy."""
+    state = state_of(path)
+    copy = cache_dir() / "unpacked" / f"{Path(path).stem}-{hashlib.sha256(state.encode()).hexdigest()[:16]}"
+    if not copy.exists():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=copy.parent) as work:  # whole or not at all
+            try:
+                with gzip.open(path) as packed, open(Path(work, "part"), "wb") as part:
+                    shutil.copyfileobj(packed, part, 1 << 20)
+            except (OSError, EOFError, zlib.error) as error:
+                raise ConfigError(f"{path}: cannot be unpacked: {error}") from None
+            os.replace(part.name, copy)
+    return copy
+
+
+def state_of(path: str | Path) -> str:
+    """Which file in which state: place, size, time of its last change. Raises ConfigError if there is none."""
+    try:
+        stat = os.stat(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    return f"{os.path.realpath(path)} {stat.st_size} {stat.st_mtime_ns}"
+
+
+def json_list(path: str | Path, key: str, make: MakeDocument) -> Corpus:
+    """The list of objects under a key of one big JSON object, {"train": [{...}, ...], "test": [...]}, through an index of
+    where its elements start and end."""
+    starts, ends = element_spans(path, key)
+
+    def read(i: int) -> Document:
+        source = f"{path}: {key}[{i}]"
+        with opened(path) as file:
+            file.seek(starts[i])
+            return make(json_object(file.read(ends[i] - starts[i]), source), source)
+
+    return Lazy(len(starts), read)
+
+
+_MARK = re.compile(rb'"(?:[^"\\]++|\\.)*+"|["{}\[\]]', re.DOTALL)  # a whole string, or a quote without end, or a bracket
+
+
+def element_spans(path: str | Path, key: str) -> tuple[array[int], array[int]]:
+    """Byte offsets (starts, ends) of the objects in the list under a key, without parsing them.
+
+    {"a": [{"x": 1}], "b": [{"x": 2}, {"x": 3}]}, key "b" -> ([24, 34], [32, 42])
+    """
+    starts, ends = array("q"), array("q")
+    depth, name, names = 0, "", set()
+    for mark, position in marks(path):
+        if len(mark) > 1:
+            if depth == 1:  # a key of the whole object, or a text value, which the next key replaces
+                name = mark[1:-1].decode("utf-8", "replace")
+            elif depth == 2 and name == key:
+                raise ConfigError(f"{path}: {key}: byte {position}: expected a list of objects, found a text in it")
+        elif mark == b'"':
+            raise ConfigError(f"{path}: not JSON: the text that starts at byte {position} has no end")
+        elif mark in b"{[":
+            depth += 1
+            if depth == 2 and mark == b"[":
+                names.add(name)
+            if depth == 3 and mark == b"{" and name == key:
+                starts.append(position)
+        else:
+            if depth == 3 and mark == b"}" and name == key:
+                ends.append(position + 1)
+            depth -= 1
+    if depth != 0:
+        raise ConfigError(f"{path}: not JSON: {depth} brackets are not closed, the file may be cut off")
+    if key not in names:
+        raise ConfigError(f"{path}: there is no list {key!r}, found {sorted(names)}")
+    return starts, ends
+
+
+def marks(path: str | Path) -> Iterator[tuple[bytes, int]]:
+    """What gives a JSON file its structure, each with its place: brackets, and texts (only the short ones that can be
+    keys are copied, the others are b"..")."""
+    with opened(path) as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            raise ConfigError(f"{path}: is empty")
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        for match in _MARK.finditer(data):
+            start, end = match.span()
+            yield (match.group() if end - start < 64 else b".."), start

@@ -1,0 +1,121 @@
+"""Datasets of the Hugging Face hub, and parquet files: rows read from memory-mapped Arrow.
+
+A dataset's files come from $UIOLLMS_HUB_DIR/<org>/<name> if that folder exists, else from the hub's cache on this machine,
+else they are downloaded into it; then the `datasets` library turns them into Arrow files, once. No program that a dataset
+brings along is run. The token for gated datasets is read from the environment, HF_TOKEN, and from nowhere else.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from uiollms.config import ConfigError
+from uiollms.data.documents import Corpus, Lazy
+from uiollms.data.files import MakeDocument, text_or_qa
+from uiollms.paths import hub_dir
+
+BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}  # by file ending, .gz aside
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A dataset of the hub. name: its id; aliases: other ids that $UIOLLMS_HUB_DIR may hold it under; files: a glob of the
+    files of each split, where the dataset's own layout does not say it."""
+
+    name: str
+    aliases: tuple[str, ...] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    def missing(self) -> str | None:
+        if self.local_folder() or self.cached_folder():
+            return None
+        return f"hub dataset {self.name} is not on this machine; it is downloaded when first used"
+
+    def local_folder(self) -> Path | None:
+        root = hub_dir()
+        folders = [root / name for name in (self.name, *self.aliases)] if root else []
+        return next((folder for folder in folders if folder.is_dir()), None)
+
+    def cached_folder(self) -> Path | None:
+        """The folder of an earlier download."""
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            return self.download(local_files_only=True)
+        except LocalEntryNotFoundError:
+            return None
+
+    def download(self, local_files_only: bool = False) -> Path:
+        from huggingface_hub import snapshot_download
+
+        folder = snapshot_download(
+            self.name,
+            repo_type="dataset",
+            allow_patterns=list(self.files.values()) or None,
+            token=os.environ.get("HF_TOKEN") or False,  # False: not even one that a login has left on the disk
+            local_files_only=local_files_only,
+        )
+        return Path(folder)
+
+    def load(self, split: str, columns: Sequence[str]) -> Any:
+        """The rows of a split, as a datasets.Dataset of those columns. Raises ConfigError with one line."""
+        import datasets
+
+        try:
+            folder = self.local_folder() or self.download()
+            if self.files:
+                paths = sorted(str(path) for path in folder.glob(self.files[split]))
+                if not paths:
+                    raise FileNotFoundError(f"no file matches {folder / self.files[split]}")
+                dataset = datasets.load_dataset(builder_of(paths[0]), data_files=paths, split="train")
+            else:
+                dataset = datasets.load_dataset(str(folder), split=split)
+        except Exception as error:  # network, disk and file formats fail in a dozen libraries' own ways
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise ConfigError(
+                f"hub dataset {self.name}, split {split}: cannot be had ({reason}); check the network, and HF_TOKEN if the "
+                f"dataset is gated, or set UIOLLMS_HUB_DIR to a folder that holds a copy of it as {self.name}"
+            ) from error
+        return with_columns(dataset, columns, f"hub dataset {self.name}, split {split}")
+
+    def rows(self, split: str, columns: Sequence[str], make: MakeDocument) -> Corpus:
+        """The documents of a split, one a row."""
+        return documents_of(self.load(split, columns), f"hub:{self.name}/{split}", make)
+
+
+def builder_of(path: str) -> str:
+    suffix = Path(path.removesuffix(".gz")).suffix
+    if suffix not in BUILDERS:
+        raise ValueError(f"{path}: expected one of {', '.join(BUILDERS)}")
+    return BUILDERS[suffix]
+
+
+def with_columns(dataset: Any, columns: Sequence[str], source: str) -> Any:
+    """Only those columns, so that reading a row reads nothing else. Raises ConfigError for one that is not there."""
+    for column in columns:
+        if column not in dataset.column_names:
+            raise ConfigError(f"{source}: column {column!r} is missing, found {sorted(dataset.column_names)}")
+    return dataset.select_columns(list(columns))
+
+
+def documents_of(dataset: Any, source: str, make: MakeDocument) -> Corpus:
+    def read(i: int) -> Any:
+        return make(dataset[i], f"{source}: row {i + 1}")
+
+    return Lazy(len(dataset), read)
+
+
+def parquet_file(path: str) -> Corpus:
+    """A parquet file with a column `text`, or columns `input` and `output`."""
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset("parquet", data_files=path, split="train")
+    except Exception as error:  # as above
+        raise ConfigError(f"{path}: cannot be read as parquet ({' '.join(str(error).split())[:300]})") from error
+    columns = ["text"] if "text" in dataset.column_names else ["input", "output"]
+    return documents_of(with_columns(dataset, columns, path), path, text_or_qa)
