@@ -24,6 +24,7 @@ from uiollms.config import ConfigError
 from uiollms.data import Document, Mixture, NewsDocument, TokenDocument, beacons, find_corpus, open_corpus
 from uiollms.data.__main__ import main
 from uiollms.data.cleaning import article_spans, collapse_repeats
+from uiollms.data.corpora_text import PG19
 from uiollms.data.documents import REGISTER, Lazy
 from uiollms.data.files import RawFile, element_spans
 
@@ -309,6 +310,7 @@ def test_split_datasets(hub: Callable[..., None]) -> None:
     assert texts("minipile.train") == ["train pile"]
     assert texts("pg19.test.128k") == [("test book " * 40_000)[: 128 * 1024]]
     assert open_corpus("pg19.train")[0].source == "hub:emozilla/pg19/train: row 1"
+    assert PG19.load("train", ["text"]).column_names == ["text"]  # what is not needed is not read
 
 
 def test_wikitext_becomes_articles(hub: Callable[..., None]) -> None:
@@ -494,13 +496,20 @@ def test_many_documents_cost_no_more_memory_than_few(tmp_path: Path, ending: str
     assert growth < 40 * 100_000  # arrays are grown by doubling, hence twice; the documents are 200 MB
 
 
+def test_a_corpus_is_a_sequence() -> None:
+    documents = numbered("a", 3)
+    assert [document.text for document in documents] == ["a0", "a1", "a2"]
+    assert documents[-1].text == "a2"
+    for i in (3, -4):
+        with pytest.raises(IndexError):
+            documents[i]
+
+
 def test_a_document_is_read_when_it_is_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines([{"text": "good"}]) + b"broken\n" + lines([{"text": "good too"}]))
     documents = open_corpus(f"files:{path}")
-    assert (len(documents), documents[0].text, documents[2].text, documents[-1].text) == (3, "good", "good too", "good too")
-    with pytest.raises(IndexError):
-        documents[3]
+    assert (len(documents), documents[0].text, documents[2].text) == (3, "good", "good too")
 
 
 # ---- Bad data ---------------------------------------------------------------------------------------------------------
@@ -611,6 +620,7 @@ def test_stop_and_resume_is_the_uninterrupted_stream() -> None:
         for _ in range(11):
             next(second)  # what it did before must not matter
         second.load_state_dict(state)
+        assert json.loads(json.dumps(second.state_dict())) == state  # so that it can stop again
         assert [next(second) for _ in range(60 - stop)] == expected[stop:]
         assert second.empty == whole.empty > 0
 
