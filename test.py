@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from uiollms.checkpoint import load_weights
 from uiollms.cli import parse_arguments, reporting_errors
-from uiollms.config import check_truncations, load_env_config, load_tasks
-from uiollms.pretrained import base_config, check_env, load_memory_lm
+from uiollms.config import load_env_config, load_tasks
+from uiollms.pretrained import base_config, check_env, check_sources, load_memory_lm
 from uiollms.report import print_results
 from uiollms.training import Evaluation
 
@@ -25,8 +25,8 @@ def main(arguments: list[str] | None = None) -> None:
     tasks = config.train.tasks
     if not args.use_env_conf_tasks:
         tasks = load_tasks(config.test)
-        wanted = [(f"tasks[{i}].truncation", task.truncation) for i, task in enumerate(tasks)]
-        check_truncations(wanted, memory, base_config(config.model.model_name).max_position_embeddings, config.test)
+        positions = base_config(config.model.model_name).max_position_embeddings
+        check_sources({f"tasks[{i}]": task for i, task in enumerate(tasks)}, memory, positions, config.test)
 
     model, tokenizer = load_memory_lm(config, args.env_conf)
     saved = config.model.save_ckp

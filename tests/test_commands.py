@@ -11,6 +11,7 @@ import torch
 
 from uiollms.cli import reporting_errors
 from uiollms.config import ConfigError, load_env_config
+from uiollms.data import Document, TokenDocument
 from uiollms.pretrained import load_memory_lm
 from uiollms.training import Samples, learning_rate
 
@@ -78,7 +79,7 @@ def test_every_estimator_trains(workspace, estimator):
         ("model.device_map=7", "env.json: model.device_map: GPU 7 does not exist, this machine has"),
         ('model.device_map={"model":"cpu"}', "env.json: model.device_map: no key places 'lm_head'"),
         ('model.device_map={"model.layers.9":"cpu"}', "model.device_map['model.layers.9']: the base has no module of that name"),
-        ("train.corpus.0.name=pg20", "corpus 'pg20' is unknown"),
+        ("train.corpus.0.name=pg20", "env.json: train.corpus[0].name: corpus 'pg20' is unknown; did you mean pg19"),
         ("train.corpus.0.name=files:*.md", "corpus files:*.md: no file matches"),
         ("train.corpus.0.truncation=10000", "env.json: train.corpus[0].truncation: 10000 tokens is past the capacity 912"),
     ],
@@ -125,6 +126,39 @@ def test_documents_that_fit_one_chunk_are_skipped_and_counted(workspace):
     config = load_env_config("env.json", ["train.corpus.0.name=files:short.txt"])
     with pytest.raises(ConfigError, match="fit one chunk of 16 tokens; memory needs longer ones"):
         next(Samples(config, tokenizer, model))
+
+
+def test_question_answering_trains_from_json_lines(workspace):
+    lines = [json.dumps({"input": f"{i}: What time is it? " * 4, "output": "The clocks were striking."}) for i in range(3)]
+    Path("qa.jsonl").write_text("\n".join(lines))
+    changes = ("train.corpus.0.name=files:qa.jsonl", "train.tasks=[]")
+    assert call("train.py", "--env_conf", "env.json", *(f"--set={change}" for change in changes)) == 0
+
+
+def test_documents_become_samples_by_their_task(workspace):
+    config = load_env_config("env.json")
+    model, tokenizer = load_memory_lm(config, "env.json")
+    samples = Samples(config, tokenizer, model)
+    entry = config.train.corpus[0]  # truncation 80
+    text = "It was a bright cold day in April. " * 4
+
+    def sample(**fields):
+        return samples.sample_of(Document(text, "here:1", **fields), entry)
+
+    assert [len(row.input_ids) for row in sample().rows] == [16] * 5
+    answered = sample(response="the answer", task="question answering")
+    assert sum(len(row.input_ids) for row in answered.rows) == 80 and answered.num_scored == 10
+    copied = sample(task="auto encoding")
+    assert len(copied.chunks) == 5 and copied.num_scored == 80 and copied.rows[0].repeat
+    tokens = TokenDocument(text, "here:1", input_ids=tuple(range(3, 103)), labels=(-100,) * 50 + tuple(range(53, 103)))
+    beacon = samples.sample_of(tokens, entry)
+    assert beacon.num_scored == 30  # 50 .. 79: the truncation cuts the rest
+    with pytest.raises(ConfigError, match="here:1: the response has .* tokens, truncation 80 leaves no room"):
+        sample(response="x" * 90, task="question answering")
+    with pytest.raises(ConfigError, match="here:1: training by distillation"):
+        sample(kl_weight=1.0)
+    with pytest.raises(ConfigError, match="training on memory utilization .* is not supported yet"):
+        sample(task="memory utilization")
 
 
 def test_help_explains_with_an_example(capsys):

@@ -210,13 +210,6 @@ def apply_override(value: Any, override: str, path: str | Path) -> None:
         raise ConfigError(f"--set {override}: {path} has no {key!r}") from None
 
 
-def check_lengths(config: EnvConfig, memory: MemoryConfig, positions: int, path: str | Path) -> None:
-    """Raises ConfigError for every truncation of training or its tasks past the capacity under `positions`."""
-    wanted = [(f"train.corpus[{i}].truncation", c.truncation) for i, c in enumerate(config.train.corpus)]
-    wanted += [(f"train.tasks[{i}].truncation", t.truncation) for i, t in enumerate(config.train.tasks)]
-    check_truncations(wanted, memory, positions, path)
-
-
 def check_truncations(wanted: list[tuple[str, int | None]], memory: MemoryConfig, positions: int, path: str | Path) -> None:
     """wanted: (JSON path, truncation) pairs of the file `path`."""
     capacity = memory.capacity(positions)

@@ -8,6 +8,7 @@ import shutil
 import socket
 import tempfile
 import urllib.request
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from uiollms.config import ConfigError, EnvConfig, MemoryConfig, check_lengths, load_memory_config
+from uiollms.config import ConfigError, CorpusEntry, EnvConfig, MemoryConfig, TaskEntry, check_truncations, load_memory_config
+from uiollms.data import find_corpus
 from uiollms.model import MemoryLM
 from uiollms.paths import cache_dir
 from uiollms.placement import place
@@ -178,8 +180,22 @@ def check_env(config: EnvConfig, path: str | Path) -> MemoryConfig:
             f"{config.model.config}: chunk_size: {memory.chunk_size} is past the {shape.max_position_embeddings} "
             f"positions of {config.model.model_name}"
         )
-    check_lengths(config, memory, shape.max_position_embeddings, path)
+    sources: dict[str, CorpusEntry | TaskEntry] = {f"train.corpus[{i}]": c for i, c in enumerate(config.train.corpus)}
+    sources |= {f"train.tasks[{i}]": t for i, t in enumerate(config.train.tasks)}
+    check_sources(sources, memory, shape.max_position_embeddings, path)
     return memory
+
+
+def check_sources(sources: Mapping[str, CorpusEntry | TaskEntry], memory: MemoryConfig, positions: int, path: str | Path) -> None:
+    """Raises ConfigError for a corpus name that does not exist and for a truncation past the capacity; sources: JSON path
+    in the file `path` -> entry."""
+    for where, entry in sources.items():
+        field = "name" if isinstance(entry, CorpusEntry) else "task_name"
+        try:
+            find_corpus(getattr(entry, field))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {where}.{field}: {error}") from None
+    check_truncations([(f"{w}.truncation", entry.truncation) for w, entry in sources.items()], memory, positions, path)
 
 
 def count_parameters(model: MemoryLM) -> tuple[int, int]:

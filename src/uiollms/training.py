@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from uiollms.config import ConfigError, CorpusEntry, EnvConfig, TaskEntry, TrainSection
-from uiollms.data import Document, Mixture, open_corpus
+from uiollms.data import Document, Mixture, TokenDocument, open_corpus
 from uiollms.evaluate import PROTOCOLS, PerplexityResult, evaluate_perplexity
 from uiollms.model import MemoryLM
 from uiollms.tasks import Sample
@@ -43,41 +43,61 @@ def make_optimizer(model: MemoryLM, config: TrainSection) -> torch.optim.AdamW:
     )
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    """[T] int64; the tokenizer's warning about its own length is off, memory is there for that."""
-    return torch.tensor(tokenizer(text, verbose=False).input_ids, dtype=torch.int64)
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = True) -> Tensor:
+    """[T] int64, with the tokenizer's own first tokens (BOS) if `special`; its warning about length is off, memory is there
+    for that."""
+    return torch.tensor(tokenizer(text, verbose=False, add_special_tokens=special).input_ids, dtype=torch.int64)
 
 
 class Samples(Iterator[Sample]):
-    """An endless stream of training samples: documents of `train.corpus`, cut to their `truncation`, as chunks with the
-    loss protocol of `train.loss`. A document that fits one chunk trains nothing: it is skipped and counted."""
+    """An endless stream of training samples from the documents of `train.corpus`. A document that no memory can help with
+    (plain text that fits one chunk, an answer within the first) trains nothing: it is skipped and counted."""
 
     MOST_SKIPPED = 10_000  # in a row, before the corpora count as unusable
 
     def __init__(self, config: EnvConfig, tokenizer: PreTrainedTokenizerBase, model: MemoryLM) -> None:
         self.entries: Sequence[CorpusEntry] = config.train.corpus
-        corpora = [open_corpus(entry.name) for entry in self.entries]
+        corpora = [open_corpus(entry.name, tokenizer) for entry in self.entries]
         self.mixture = Mixture(corpora, [entry.partition for entry in self.entries], config.train.seed)
         self.tokenizer, self.model = tokenizer, model
         self.protocol = PROTOCOLS[config.train.loss]
         self.skipped = 0
 
     def __next__(self) -> Sample:
-        chunk_size = self.model.memory_config.chunk_size
         for _ in range(self.MOST_SKIPPED):
             number, document = next(self.mixture)
-            ids = self.cut(self.tokens_of(document), self.entries[number])
-            if len(ids) > chunk_size + 1:  # a second chunk of one token scores nothing
-                return self.protocol(ids, chunk_size)
+            sample = self.sample_of(document, self.entries[number])
+            if any(row.num_memories and len(row.scored) for row in sample.rows):
+                return sample
             self.skipped += 1
         raise ConfigError(
-            f"train.corpus: {self.MOST_SKIPPED} documents in a row fit one chunk of {chunk_size} tokens; memory needs longer ones"
+            f"train.corpus: {self.MOST_SKIPPED} documents in a row fit one chunk of {self.model.memory_config.chunk_size} "
+            f"tokens; memory needs longer ones"
         )
 
-    def tokens_of(self, document: Document) -> Tensor:
-        if document.response is not None:
-            raise ConfigError(f"{document.source}: question answering is not supported yet, give plain `text`")
-        return tokenize(self.tokenizer, document.text)
+    def sample_of(self, document: Document, entry: CorpusEntry) -> Sample:
+        """A document -> its sample, by its task and the corpus's `truncation`. Raises ConfigError for a task that cannot be
+        trained yet, and naming the document where it does not fit its truncation."""
+        chunk_size = self.model.memory_config.chunk_size
+        most = entry.truncation or self.model.capacity
+        if document.kl_weight:
+            raise ConfigError(f"{document.source}: training by distillation ({entry.name}) is not supported yet")
+        if isinstance(document, TokenDocument):
+            ids, labels = (torch.tensor(side[:most]) for side in (document.input_ids, document.labels))
+            return Sample.beacon(ids, labels, chunk_size)
+        ids = tokenize(self.tokenizer, document.text)
+        if document.task == "question answering":
+            response = tokenize(self.tokenizer, document.response or "", special=False)
+            try:
+                return Sample.question_answering(ids, response, chunk_size, document.train_prompt, most)
+            except ValueError as error:
+                raise ConfigError(f"{document.source}: {error}") from None
+        if document.task in ("auto encoding", "longdata copy"):
+            ids = ids[:most]
+            return Sample.copy(ids, chunk_size) if len(ids) >= chunk_size else Sample.language_modeling(ids, chunk_size)
+        if document.task != "language modeling":
+            raise ConfigError(f"{document.source}: training on {document.task} ({entry.name}) is not supported yet")
+        return self.protocol(self.cut(ids, entry), chunk_size)
 
     def cut(self, ids: Tensor, entry: CorpusEntry) -> Tensor:
         """At most `truncation` tokens, from the start or from a random place; without one, at most the capacity."""
@@ -115,7 +135,7 @@ class Evaluation:
 def evaluation_documents(model: MemoryLM, tokenizer: PreTrainedTokenizerBase, task: TaskEntry) -> list[Tensor]:
     """Token ids [T] of a task's documents: the first `num_instance` of its corpus that fill `truncation`, and where there
     are not so many, the first shorter ones of more than a chunk. Raises ConfigError if there is none."""
-    corpus = open_corpus(task.task_name)
+    corpus = open_corpus(task.task_name, tokenizer)
     length = min(task.truncation or model.capacity, model.capacity)
     full: list[Tensor] = []
     shorter: list[Tensor] = []

@@ -15,12 +15,13 @@ from itertools import islice
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from transformers import AutoTokenizer
 
 from uiollms.cli import reporting_errors
 from uiollms.config import ConfigError
 from uiollms.data import open_corpus
 from uiollms.data.documents import REGISTER, Corpus, Document, NewsDocument, TokenDocument
-from uiollms.pretrained import load_tokenizer
+from uiollms.pretrained import load
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -30,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--check", metavar="NAME", help="read a whole corpus and report every document that cannot be read")
     parser.add_argument("--tokenizer", metavar="MODEL", help="for corpora that come tokenised: a model's name or folder")
     args = parser.parse_args(arguments)
-    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+    tokenizer = load(AutoTokenizer, args.tokenizer) if args.tokenizer else None
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
     if args.sample:
         print_samples(open_corpus(args.sample, tokenizer), args.n, console)
