@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import uiollms
 from uiollms.cli import reporting_errors
 from uiollms.config import ConfigError, load_env_config
-from uiollms.data import Document, TokenDocument
+from uiollms.data import Document, NewsDocument, TokenDocument
 from uiollms.pretrained import load_memory_lm
 from uiollms.training import Samples, learning_rate
 
@@ -155,10 +156,19 @@ def test_documents_become_samples_by_their_task(workspace):
     assert beacon.num_scored == 30  # 50 .. 79: the truncation cuts the rest
     with pytest.raises(ConfigError, match="here:1: the response has .* tokens, truncation 80 leaves no room"):
         sample(response="x" * 90, task="question answering")
-    with pytest.raises(ConfigError, match="here:1: training by distillation"):
-        sample(kl_weight=1.0)
-    with pytest.raises(ConfigError, match="training on memory utilization .* is not supported yet"):
-        sample(task="memory utilization")
+    probed = sample(task="memory utilization", kl_weight=1.0)
+    assert probed.kl_weight == 1 and len(probed.chunks) == 5 and probed.num_scored == 15
+    news = NewsDocument(
+        "The story: Ada met Bob.", "here:1", task="news qa summation", kl_weight=0.9,
+        questions=(("Who?", "Ada"), ("Whom?", "Bob")), summary="They met.", distractor=text,
+    )  # fmt: skip
+    asked = samples.sample_of(news, entry)
+    said = "".join(tokenizer.decode(chunk) for chunk in asked.chunks)
+    assert len(asked.rows) == 3 and len(asked.teachers) == 3 and news.text in said and len(asked.chunks) == 5
+    answers = [tokenizer.decode(row.targets[row.scored]) for row in asked.rows]
+    assert answers == [" Ada", " Bob", " They met."]
+    for found in (probed, asked, beacon.distilled()):
+        assert torch.isfinite(uiollms.gradient_step(model, found).losses).all()
 
 
 def test_help_explains_with_an_example(capsys):

@@ -15,7 +15,7 @@ import uiollms
 from uiollms import MemoryConfig, Sample
 from uiollms.estimators import Estimator, Importance, all_pairs, inclusion_probabilities, systematic_sample, window_from_draws
 from uiollms.memory import Prefix
-from uiollms.step import chunk_norms, decode_rows, row_weights
+from uiollms.step import chunk_norms, decode_rows, row_weights, teach
 from uiollms.tasks import Row
 
 PROVEN = 1e-10
@@ -40,8 +40,8 @@ def plain_gradients(model, sample: Sample, weights: torch.Tensor, seeds=None) ->
             layers = range(len(model.base.model.layers))
             keys = [[p[0][i] for p in parts] for i in layers]
             values = [[p[1][i] for p in parts] for i in layers]
-            nll, _ = decode_rows(model, [row], Prefix(keys, values))
-            loss = loss + (nll * row.token_weights[row.scored]).sum()
+            token_losses, _, _ = decode_rows(model, sample, [t], Prefix(keys, values), teach(model, sample))
+            loss = loss + (token_losses * row.token_weights[row.scored]).sum()
         if loss.requires_grad:
             loss.backward()
         role = "encoder" if weighted else "decoder"
@@ -90,6 +90,44 @@ def test_copying_is_autograd_and_trains_the_repeat_token(length):
     assert worst_error(exact, plain_gradients(model, sample, torch.ones(count, count))) < PROVEN
     outcomes = [(row_weights(sample, window_from_draws(d, 1, True, count + 1)), p) for d, p in reservoir_outcomes(count + 1, 1)]
     assert worst_error(expectation(model, sample, outcomes), exact) < PROVEN  # uio is unbiased here too
+
+
+def taught_samples() -> dict[str, Sample]:
+    ids = random_ids(27)
+    asked = [(random_ids(3, seed=1), random_ids(2, seed=2)), (random_ids(9, seed=3), random_ids(4, seed=4))]
+    return {
+        "distilled beacons": protocols(ids)["beacon"].distilled(),
+        "memory utilization": Sample.memory_utilization(ids, random_ids(6, seed=5), 8),
+        "questions, 0.9 KL": Sample.questions(ids, asked, 8, kl_weight=0.9),
+        "questions, plain": Sample.questions(ids, asked, 8),
+    }
+
+
+@pytest.mark.parametrize("kind", taught_samples())
+def test_taught_losses_are_the_formula_and_their_gradient_autograds(kind):
+    """Loss against softmaxes written out from the base's and the streaming model's logits."""
+    model, sample = make_model(), taught_samples()[kind]
+    weights = torch.ones(len(sample.rows), len(sample.rows) + 4, dtype=torch.float64)
+    result = uiollms.gradient_step(model, sample, weights=weights)
+    assert worst_error(gradients(model), plain_gradients(model, sample, weights)) < PROVEN
+    with torch.no_grad():
+        for t, row in enumerate(sample.rows):
+            context = sample.chunks[: row.num_memories].flatten()
+            state = model(context[None]).past_key_values if len(context) else None
+            student = model(row.input_ids[None], state).logits[0].log_softmax(-1)[row.scored]
+            nll = -student.gather(1, row.targets[row.scored, None])[:, 0]
+            loss = nll
+            if sample.kl_weight:
+                raw = model.base(torch.cat([context, row.input_ids])[None]).logits[0, len(context) :]
+                teacher = raw.log_softmax(-1)[row.scored]
+                kl = (teacher.exp() * (teacher - student)).sum(-1)
+                loss = (1 - sample.kl_weight) * nll + sample.kl_weight * kl
+            assert relative_error(result.losses[t], (loss * row.token_weights[row.scored]).sum()) < 1e-10, t
+
+
+def test_a_teacher_past_the_positions_is_refused():
+    with pytest.raises(ValueError, match="reads its context raw: 65 tokens, the base has 64 positions"):
+        uiollms.gradient_step(make_model(), Sample.document(random_ids(65), 8).distilled())
 
 
 def test_copy_losses_are_the_auto_encoders():
@@ -193,10 +231,10 @@ def test_importance_norms_are_those_of_the_memory_gradients():
     model, sample = make_model(), Sample.language_modeling(random_ids(30), 8)
     memory = [model.encode_layers(chunk[None]) for chunk in sample.chunks]
     memory = [[layer.detach().requires_grad_() for layer in one] for one in memory]
-    for row in sample.rows[1:]:
+    for t, row in list(enumerate(sample.rows))[1:]:
         projected = [model.project(memory[s], [s]) for s in range(row.num_memories)]
         keys, values = ([[p[half][i] for p in projected] for i in range(3)] for half in (0, 1))
-        nll, _ = decode_rows(model, [row], Prefix(keys, values))
+        nll, _, _ = decode_rows(model, sample, [t], Prefix(keys, values))
         (nll * row.token_weights[row.scored]).sum().backward()
     expected = [sum(layer.grad.norm().item() ** 2 for layer in one) ** 0.5 for one in memory]
     gradients(model)

@@ -81,6 +81,31 @@ def test_a_response_inside_chunk_0_scores_nothing():
     assert Sample.question_answering(IDS[:2], IDS[2:4], 4).num_scored == 0
 
 
+def test_memory_utilization_example():
+    sample = Sample.memory_utilization(IDS, torch.tensor([60, 61, 62]), 4)
+    assert sample.chunks.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert scored(sample) == [[(61, 0.5), (62, 0.5)]] and sample.rows[0].num_memories == 2
+    assert sample.teachers[0].tolist() == [*range(8), 60, 61, 62] and sample.rows[0].teacher == (0, 8)
+    with pytest.raises(ValueError, match="found 3 and 3"):
+        Sample.memory_utilization(IDS[:3], IDS[:3], 4)
+
+
+def test_questions_example():
+    asked = [(torch.tensor([20, 21]), torch.tensor([22, 23])), (torch.tensor([1, 2, 3, 4, 5]), torch.tensor([6]))]
+    sample = Sample.questions(IDS, asked, 4)
+    assert scored(sample) == [[(22, 0.5), (23, 0.5)], [(6, 1.0)]]
+    assert [row.input_ids.tolist() for row in sample.rows] == [[20, 21, 22, 23], [3, 4, 5, 6]]
+    assert [row.num_memories for row in sample.rows] == [2, 2] and sample.teachers == ()
+    with pytest.raises(ValueError, match="an answer must have 1 to 3 tokens, to fit a chunk; found 4"):
+        Sample.questions(IDS, [(IDS[:1], IDS[:4])], 4)
+
+
+def test_distilled_example():
+    sample = Sample.document(IDS, 4).distilled(0.9)
+    assert sample.kl_weight == 0.9 and torch.equal(sample.teachers[0], IDS)
+    assert [row.teacher for row in sample.rows] == [(0, 0), (0, 4), (0, 8)]
+
+
 def test_copy_example():
     sample = Sample.copy(IDS, 4)
     assert sample.chunks.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]

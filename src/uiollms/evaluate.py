@@ -60,8 +60,8 @@ def score(model: MemoryLM, input_ids: Tensor, protocol: str = "paper", mode: str
     keys, values = project_all(model, memory)
     parts = []
     for batch in batched([t for t, row in enumerate(sample.rows) if len(row.scored)], model.chunk_batch):
-        rows = [sample.rows[t] for t in batch]
-        parts.append(decode_rows(model, rows, shared_prefix(model, rows, keys, values))[0].cpu())
+        prefix = shared_prefix(model, [sample.rows[t] for t in batch], keys, values)
+        parts.append(decode_rows(model, sample, batch, prefix)[1].cpu())
     return Score(torch.cat(parts) if parts else torch.empty(0), positions)
 
 

@@ -1,4 +1,4 @@
-"""The loss head: negative log-likelihood of tokens from hidden states, never holding all logits at once.
+"""The loss head: losses of tokens from hidden states, never holding all logits at once.
 
 Shapes: N scored tokens, D hidden size, V vocabulary.
 """
@@ -12,36 +12,55 @@ BLOCK = 128
 
 
 def linear_nll(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
-    """hidden [N, D], targets [N] int64 -> NLL in nats [N], float32 (float64 for a float64 base).
+    """hidden [N, D], targets [N] int64 -> NLL in nats [N], float32 (float64 for a float64 base)."""
+    return linear_losses(hidden, head, targets)[0]
+
+
+def linear_losses(
+    hidden: Tensor, head: nn.Linear, targets: Tensor, teacher: Tensor | None = None, kl_weight: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """As `linear_nll`, with a teacher's hidden states [N, D] under the same head:
+    loss [N] = (1 - kl_weight) * NLL + kl_weight * KL(teacher || student), and the NLL [N] itself, without a gradient.
 
     The head is frozen, so the only gradient is the hidden states'. It is known as soon as the logits are, and is kept
     ([N, D]) in place of them ([N, V]): the logits of a block die with the block.
     """
-    return _LinearNLL.apply(hidden, head.weight, head.bias, targets)
+    return _LinearLosses.apply(hidden, head.weight, head.bias, targets, teacher, kl_weight)
 
 
-class _LinearNLL(torch.autograd.Function):
+class _LinearLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets):  # type: ignore[no-untyped-def]
+    def forward(ctx, hidden, weight, bias, targets, teacher, kl_weight):  # type: ignore[no-untyped-def]
         wide = torch.promote_types(hidden.dtype, torch.float32)
         nll = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device)
-        needs_grad = ctx.needs_input_grad[0]
-        grad = torch.empty_like(hidden) if needs_grad else None
+        loss = nll if teacher is None else torch.empty_like(nll)
+        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, hidden.shape[0], BLOCK):
             rows = slice(start, start + BLOCK)
-            logits = F.linear(hidden[rows], weight, bias).to(wide)
-            log_z = logits.logsumexp(-1, keepdim=True)
             target = targets[rows, None]
-            nll[rows] = (log_z - logits.gather(-1, target)).squeeze(-1)
+            log_p = F.linear(hidden[rows], weight, bias).to(wide)
+            log_p -= log_p.logsumexp(-1, keepdim=True)
+            nll[rows] = -log_p.gather(-1, target).squeeze(-1)
+            teacher_p = None
+            if teacher is not None:
+                log_q = F.linear(teacher[rows], weight, bias).to(wide).log_softmax(-1)
+                teacher_p = log_q.exp()
+                kl = (teacher_p * (log_q - log_p)).sum(-1)
+                loss[rows] = (1 - kl_weight) * nll[rows] + kl_weight * kl
             if grad is not None:
-                # d nll / d logits = softmax - onehot
-                probs = logits.sub_(log_z).exp_()
-                probs.scatter_add_(-1, target, torch.full_like(target, -1, dtype=wide))
-                grad[rows] = probs.to(weight.dtype) @ weight
+                # d loss / d logits = p - ((1 - kl_weight) * onehot + kl_weight * teacher_p)
+                residue = log_p.exp_()
+                if teacher_p is not None:
+                    residue -= kl_weight * teacher_p
+                onehot = 1.0 if teacher is None else 1 - kl_weight
+                residue.scatter_add_(-1, target, torch.full_like(target, -1, dtype=wide) * onehot)
+                grad[rows] = residue.to(weight.dtype) @ weight
         ctx.save_for_backward(grad)
-        return nll
+        nll_out = nll.clone() if loss is nll else nll
+        ctx.mark_non_differentiable(nll_out)
+        return loss, nll_out
 
     @staticmethod
-    def backward(ctx, grad_nll):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad_loss, grad_nll):  # type: ignore[no-untyped-def]
         (grad,) = ctx.saved_tensors
-        return (grad * grad_nll[:, None]).to(grad.dtype), None, None, None
+        return (grad * grad_loss[:, None]).to(grad.dtype), None, None, None, None, None

@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from uiollms.estimators import Estimator, make_estimator
-from uiollms.loss import linear_nll
+from uiollms.loss import linear_losses
 from uiollms.memory import Prefix, join_slots
 from uiollms.model import LayerMemory, MemoryLM
-from uiollms.tasks import Row, Sample
+from uiollms.tasks import IGNORED, Row, Sample
 
 
 class StepResult(NamedTuple):
@@ -74,15 +74,16 @@ def gradient_step(
     keys, values = project_all(model, memory, seeds)
 
     sums = KVGradients(keys, values, weights, sample, model.memory_config.num_memory)
+    taught = teach(model, sample)
     books = Books(sample, sums.dtype, keys[-1].device if keys else model.device)
     for batch in row_batches(sample, model.chunk_batch, with_memory=False):
         if report_all:
             with torch.no_grad():
-                books.enter(batch, *decode_rows(model, [sample.rows[t] for t in batch], empty_prefix(model)))
+                books.enter(batch, *decode_rows(model, sample, batch, empty_prefix(model), taught))
     for batch in row_batches(sample, model.chunk_batch, with_memory=True):
         with torch.enable_grad():
-            rows = [sample.rows[t] for t in batch]
-            (scale * books.enter(batch, *decode_rows(model, rows, sums.prefix(batch, rows)))).backward()
+            prefix = sums.prefix(batch, [sample.rows[t] for t in batch])
+            (scale * books.enter(batch, *decode_rows(model, sample, batch, prefix, taught))).backward()
 
     memory_grads = sums.backward_projection(model, memory, seeds)
     columns = estimator.columns(chunk_norms(memory_grads), rng) if estimator.reads_norms and needed else None
@@ -119,10 +120,10 @@ class Books:
         self.scored = torch.zeros(len(sample.rows), dtype=torch.int64)
         self.nll = torch.zeros((), dtype=dtype, device=device)
 
-    def enter(self, batch: Sequence[int], nll: Tensor, row_of: Tensor) -> Tensor:
-        """Book the NLL [N'] of a batch's scored tokens; return the batch's share of the sample's loss."""
+    def enter(self, batch: Sequence[int], loss: Tensor, nll: Tensor, row_of: Tensor) -> Tensor:
+        """Book loss and NLL [N'] of a batch's scored tokens; return the batch's share of the sample's loss."""
         rows = [self.sample.rows[t] for t in batch]
-        weighted = nll * torch.cat([row.token_weights[row.scored] for row in rows]).to(nll)
+        weighted = loss * torch.cat([row.token_weights[row.scored] for row in rows]).to(loss)
         numbers = torch.tensor(batch)[row_of]
         self.losses.index_add_(0, numbers.to(self.losses.device), weighted.detach().to(self.losses))
         self.scored += torch.bincount(numbers, minlength=len(self.scored))
@@ -181,19 +182,37 @@ def project_all(model: MemoryLM, memory: LayerMemory, seeds: Sequence[int] | Non
     return joined[: len(memory)], joined[len(memory) :]
 
 
-def decode_rows(model: MemoryLM, rows: Sequence[Row], prefix: Prefix) -> tuple[Tensor, Tensor]:
-    """A batch of rows behind `prefix` -> NLL of their scored tokens [N'], row after row, and the number within the batch
-    of the row that each belongs to [N']. Shorter rows are padded at their end, where causality hides it."""
+@torch.no_grad()
+def teach(model: MemoryLM, sample: Sample) -> list[Tensor]:
+    """The base's normed hidden states [T', D] over every raw teacher text. Raises ValueError past the base's positions."""
+    positions = model.config.max_position_embeddings
+    for text in sample.teachers:
+        if len(text) > positions:
+            raise ValueError(f"the teacher reads its context raw: {len(text)} tokens, the base has {positions} positions")
+    return [model.decode(text[None], empty_prefix(model), [0])[0] for text in sample.teachers]
+
+
+def decode_rows(
+    model: MemoryLM, sample: Sample, batch: Sequence[int], prefix: Prefix, taught: Sequence[Tensor] = ()
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A batch of the sample's rows behind `prefix` -> loss and NLL of their scored tokens [N'], row after row, and the number
+    within the batch of the row that each belongs to [N']. Shorter rows are padded at their end, where causality hides it."""
+    rows = [sample.rows[t] for t in batch]
     ids = pad_sequence([row.input_ids for row in rows], batch_first=True)
-    targets = pad_sequence([row.targets for row in rows], batch_first=True, padding_value=-100)
+    targets = pad_sequence([row.targets for row in rows], batch_first=True, padding_value=IGNORED)
     num_slots = [row.num_memories * model.memory_config.num_memory for row in rows]
     repeat = torch.tensor([row.repeat for row in rows]) if any(row.repeat for row in rows) else None
     hidden = model.decode(ids, prefix, num_slots, repeat=repeat)
-    row_of, place = (targets != -100).nonzero(as_tuple=True)
+    row_of, place = (targets != IGNORED).nonzero(as_tuple=True)
     picked = hidden[row_of.to(hidden.device), place.to(hidden.device)]
     head = model.base.lm_head
     device = head.weight.device
-    return linear_nll(picked.to(device), head, targets[row_of, place].to(device)), row_of
+    teacher = None
+    if taught:
+        parts = [taught[row.teacher[0]][(row.scored + row.teacher[1]).to(taught[0].device)] for row in rows]
+        teacher = torch.cat(parts).to(device)
+    losses = linear_losses(picked.to(device), head, targets[row_of, place].to(device), teacher, sample.kl_weight)
+    return *losses, row_of
 
 
 class KVGradients:

@@ -80,8 +80,8 @@ def pair_gradients(model: MemoryLM, sample: Sample) -> tuple[list[tuple[int, int
         leaves = [torch.cat([memory[s][i] for s in range(t)]).requires_grad_() for i in range(len(memory[0]))]
         keys, values = model.project(leaves, range(t))
         prefix = Prefix([[join_slots(k, 1)] for k in keys], [[join_slots(v, 1)] for v in values])
-        nll, _ = decode_rows(model, [row], prefix)
-        grads = torch.autograd.grad((nll * row.token_weights[row.scored].to(nll)).sum(), leaves)
+        loss, _, _ = decode_rows(model, sample, [t], prefix)
+        grads = torch.autograd.grad((loss * row.token_weights[row.scored].to(loss)).sum(), leaves)
         for s in range(t):
             arrived[t, s] = [g[s : s + 1] for g in grads]
     parameters = [p for name, p in model.encoder.named_parameters() if f"layers.{len(memory[0]) - 1}." not in name]

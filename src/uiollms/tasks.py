@@ -6,7 +6,8 @@ Source: UIO-LLMs section 3.3 and the released program's losses, see the protocol
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ class Row:
     """One decoder call. input_ids [T] int64; targets [T] int64: the token that each position must predict, -100 where
     nothing is scored; token_weights [T] float64: the weight of that position's NLL in the sample's loss;
     num_memories: how many of the sample's chunks, from the first, it reads; start: the place of its first token in the
-    document; repeat: its first token is replaced by the `repeat_token` embedding."""
+    document; repeat: its first token is replaced by the `repeat_token` embedding; teacher: (which of the sample's teacher
+    texts, where in it) the row's first token stands, for losses with a teacher."""
 
     input_ids: Tensor
     targets: Tensor
@@ -27,6 +29,7 @@ class Row:
     num_memories: int
     start: int = 0
     repeat: bool = False
+    teacher: tuple[int, int] = (0, 0)
 
     @property
     def scored(self) -> Tensor:
@@ -37,10 +40,15 @@ class Row:
 @dataclass(frozen=True, eq=False)
 class Sample:
     """A document cut into chunks with its loss: `chunks` [C, l] are compressed, `rows` are decoded and scored. The loss
-    is the sum over all rows of token weight * NLL (nats)."""
+    is the sum over all rows of token weight * NLL (nats).
+
+    With `teachers`, token texts [T'] that the base reads raw, without memory, NLL is replaced by
+    (1 - kl_weight) * NLL + kl_weight * KL(teacher || student)."""
 
     chunks: Tensor
     rows: tuple[Row, ...]
+    teachers: tuple[Tensor, ...] = ()
+    kl_weight: float = 0.0
 
     @property
     def num_scored(self) -> int:
@@ -110,6 +118,64 @@ class Sample:
             labels[: len(prompt)] = IGNORED
         labels[: chunk_size + 1] = IGNORED  # the token after chunk 0 is predicted in chunk 0
         return cls.beacon(ids, labels, chunk_size)
+
+    def distilled(self, kl_weight: float = 1.0) -> Sample:
+        """The same document and scored tokens, taught by the base reading all of it raw: row t's token i has the teacher's
+        prediction at the same place of the document."""
+        text = torch.cat([row.input_ids for row in self.rows])
+        rows = tuple(replace(row, teacher=(0, row.start)) for row in self.rows)
+        return replace(self, rows=rows, teachers=(text,), kl_weight=kl_weight)
+
+    @classmethod
+    def memory_utilization(cls, context: Tensor, probe: Tensor, chunk_size: int) -> Sample:
+        """The context's complete chunks are compressed; a probe of random tokens (at most a chunk) then shows whether memory
+        moves the predictions as the raw context does: mean KL(teacher || student) over the probe, whose teacher reads the
+        same chunks raw in front of it. Raises ValueError without a complete chunk or with a longer probe.
+
+        context 0..9, probe 60 61 62, chunk_size 4 -> compresses [0 1 2 3] [4 5 6 7] | reads [60 61 62] scored at 60 and 61
+        against a teacher reading 0 .. 7 60 61 62
+        """
+        context, probe = flat(context), flat(probe)
+        chunks = context[: len(context) // chunk_size * chunk_size].view(-1, chunk_size)
+        if not len(chunks) or len(probe) > chunk_size:
+            raise ValueError(
+                f"memory utilization needs a complete chunk of {chunk_size} tokens and a probe of at most as many, found "
+                f"{len(context)} and {len(probe)}"
+            )
+        targets = torch.full_like(probe, IGNORED)
+        targets[:-1] = probe[1:]
+        weights = torch.full((len(probe),), 1 / max(1, len(probe) - 1), dtype=torch.float64)
+        row = Row(probe, targets, weights, len(chunks), start=chunks.numel(), teacher=(0, chunks.numel()))
+        return cls(chunks, (row,), (torch.cat([chunks.flatten(), probe]),), kl_weight=1.0)
+
+    @classmethod
+    def questions(
+        cls, context: Tensor, asked: Sequence[tuple[Tensor, Tensor]], chunk_size: int, kl_weight: float = 0.0
+    ) -> Sample:
+        """News question answering: the context's complete chunks are compressed once; each (question, answer) is then asked of
+        a copy of that memory, none seeing the others; the answers are scored, every one's mean loss, summed. A question
+        that does not fit a chunk with its answer loses its start. With kl_weight the teacher reads the same context raw.
+        Raises ValueError without a complete chunk, or for an answer that fills a chunk.
+
+        context 0..7, asked (20 21, 22 23), chunk_size 4 -> compresses [0 1 2 3] [4 5 6 7] | reads [20 21 22 23] scores 22 23
+        """
+        chunks = flat(context)[: len(flat(context)) // chunk_size * chunk_size].view(-1, chunk_size)
+        if not len(chunks):
+            raise ValueError(f"news question answering needs a complete chunk of {chunk_size} tokens, found {len(flat(context))}")
+        rows: list[Row] = []
+        teachers: list[Tensor] = []
+        for question, answer in asked:
+            if len(answer) >= chunk_size or not len(answer):
+                raise ValueError(f"an answer must have 1 to {chunk_size - 1} tokens, to fit a chunk; found {len(answer)}")
+            question = question[max(0, len(question) + len(answer) - chunk_size) :]
+            ids = torch.cat([question, answer])
+            targets = torch.full_like(ids, IGNORED)
+            targets[:-1] = ids[1:]
+            targets[: max(0, len(question) - 1)] = IGNORED
+            weights = torch.full((len(ids),), 1 / max(1, int((targets != IGNORED).sum())), dtype=torch.float64)
+            rows.append(Row(ids, targets, weights, len(chunks), chunks.numel(), teacher=(len(teachers), chunks.numel())))
+            teachers.append(torch.cat([chunks.flatten(), ids]))
+        return cls(chunks, tuple(rows), tuple(teachers) if kl_weight else (), kl_weight)
 
     @classmethod
     def copy(cls, input_ids: Tensor, chunk_size: int) -> Sample:

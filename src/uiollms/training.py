@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from uiollms.config import ConfigError, CorpusEntry, EnvConfig, TaskEntry, TrainSection
-from uiollms.data import Document, Mixture, TokenDocument, open_corpus
+from uiollms.data import Document, Mixture, NewsDocument, TokenDocument, open_corpus
 from uiollms.evaluate import PROTOCOLS, PerplexityResult, evaluate_perplexity
 from uiollms.model import MemoryLM
 from uiollms.tasks import Sample
@@ -76,28 +76,54 @@ class Samples(Iterator[Sample]):
         )
 
     def sample_of(self, document: Document, entry: CorpusEntry) -> Sample:
-        """A document -> its sample, by its task and the corpus's `truncation`. Raises ConfigError for a task that cannot be
-        trained yet, and naming the document where it does not fit its truncation."""
+        """A document -> its sample, by its task and the corpus's `truncation`. Raises ConfigError, naming the document, where
+        it does not fit."""
+        try:
+            return self.build(document, entry, entry.truncation or self.model.capacity)
+        except ValueError as error:
+            raise ConfigError(f"{document.source}: {error}") from None
+
+    def build(self, document: Document, entry: CorpusEntry, most: int) -> Sample:
         chunk_size = self.model.memory_config.chunk_size
-        most = entry.truncation or self.model.capacity
-        if document.kl_weight:
-            raise ConfigError(f"{document.source}: training by distillation ({entry.name}) is not supported yet")
         if isinstance(document, TokenDocument):
             ids, labels = (torch.tensor(side[:most]) for side in (document.input_ids, document.labels))
-            return Sample.beacon(ids, labels, chunk_size)
+            sample = Sample.beacon(ids, labels, chunk_size)
+            return sample.distilled(document.kl_weight) if document.kl_weight else sample
+        if isinstance(document, NewsDocument):
+            return self.ask_news(document, most)
         ids = tokenize(self.tokenizer, document.text)
         if document.task == "question answering":
             response = tokenize(self.tokenizer, document.response or "", special=False)
-            try:
-                return Sample.question_answering(ids, response, chunk_size, document.train_prompt, most)
-            except ValueError as error:
-                raise ConfigError(f"{document.source}: {error}") from None
+            return Sample.question_answering(ids, response, chunk_size, document.train_prompt, most)
+        if document.task == "memory utilization":
+            rng = self.mixture.rng
+            probe = torch.tensor([rng.randrange(self.model.config.vocab_size) for _ in range(chunk_size)])
+            ids = ids[: min(most, self.model.config.max_position_embeddings - chunk_size)]
+            enough = len(ids) >= chunk_size
+            return Sample.memory_utilization(ids, probe, chunk_size) if enough else Sample.document(ids, chunk_size)
         if document.task in ("auto encoding", "longdata copy"):
             ids = ids[:most]
-            return Sample.copy(ids, chunk_size) if len(ids) >= chunk_size else Sample.language_modeling(ids, chunk_size)
-        if document.task != "language modeling":
-            raise ConfigError(f"{document.source}: training on {document.task} ({entry.name}) is not supported yet")
+            return Sample.copy(ids, chunk_size) if len(ids) >= chunk_size else Sample.document(ids, chunk_size)
         return self.protocol(self.cut(ids, entry), chunk_size)
+
+    def ask_news(self, document: NewsDocument, most: int) -> Sample:
+        """The story hidden at a random place of its distractor text, together a whole number of chunks within `most` tokens
+        (and, where a teacher reads them raw, within the base's positions); every question and the summary asked of it."""
+        chunk_size = self.model.memory_config.chunk_size
+        if document.kl_weight:
+            most = min(most, self.model.config.max_position_embeddings - chunk_size)
+        most = most // chunk_size * chunk_size
+        story = tokenize(self.tokenizer, document.text)[:most]
+        around = tokenize(self.tokenizer, document.distractor, special=False)
+        whole = (len(story) + len(around)) // chunk_size * chunk_size
+        around = around[: max(0, min(most, whole) - len(story))]
+        place = self.mixture.rng.randint(0, len(around))
+        context = torch.cat([around[:place], story, around[place:]])
+        asked = [(f"Question: {question}\nAnswer:", answer) for question, answer in document.questions]
+        asked += [("Summary of the story:", document.summary)] if document.summary.strip() else []
+        tokens = [tuple(tokenize(self.tokenizer, side, special=False) for side in (q, f" {a}")) for q, a in asked]
+        fitting = [(q, a[: chunk_size - 1]) for q, a in tokens]
+        return Sample.questions(context, fitting, chunk_size, document.kl_weight)
 
     def cut(self, ids: Tensor, entry: CorpusEntry) -> Tensor:
         """At most `truncation` tokens, from the start or from a random place; without one, at most the capacity."""
