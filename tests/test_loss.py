@@ -37,3 +37,23 @@ def test_logits_of_one_block_at_a_time(monkeypatch):
 def test_half_precision_hidden_states_give_float32_nll():
     head = torch.nn.Linear(4, 7).bfloat16()
     assert loss.linear_nll(torch.randn(3, 4).bfloat16(), head, torch.tensor([0, 1, 2])).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kl_weight", [0.3, 0.9, 1.0])
+def test_linear_losses_with_a_teacher(kl_weight):
+    torch.manual_seed(0)
+    head = torch.nn.Linear(6, 11).double().requires_grad_(False)
+    hidden = torch.randn(loss.BLOCK + 5, 6, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn_like(hidden).detach()
+    targets = torch.randint(0, 11, (len(hidden),))
+    weights = torch.rand(len(hidden), dtype=torch.float64)
+
+    nll = F.cross_entropy(head(hidden), targets, reduction="none")
+    kl = F.kl_div(head(hidden).log_softmax(-1), head(teacher).log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    expected = (1 - kl_weight) * nll + kl_weight * kl
+    (expected_grad,) = torch.autograd.grad((expected * weights).sum(), hidden)
+    found, found_nll = loss.linear_losses(hidden, head, targets, teacher, kl_weight)
+    (found_grad,) = torch.autograd.grad((found * weights).sum(), hidden)
+    assert relative_error(found, expected) < 1e-10 and relative_error(found_nll, nll) < 1e-10
+    assert relative_error(found_grad, expected_grad) < 1e-10
+    assert not found_nll.requires_grad
