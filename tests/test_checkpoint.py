@@ -116,3 +116,18 @@ def test_weights_make_the_same_model(tmp_path):
     with torch.no_grad():
         assert torch.equal(other(ids).logits, model(ids).logits)
     assert json.loads((tmp_path / "ckp" / "memory_config.json").read_text())["chunk_size"] == 8
+
+
+def test_convert_there_and_back(workspace):
+    from uiollms.config import load_env_config
+    from uiollms.convert import main
+    from uiollms.pretrained import load_memory_lm
+
+    model, _ = load_memory_lm(load_env_config("env.json"), "env.json")
+    save_weights(model, "a")
+    main(["--env_conf", "env.json", "a", "b.pth"])
+    main(["--env_conf", "env.json", "b.pth", "c", "--dtype", "bf16"])
+    other, _ = load_memory_lm(load_env_config("env.json", ["train.seed=9"]), "env.json")
+    load_weights(other, "c")
+    expected = {n: t.bfloat16().float() for n, t in model.memory_state_dict().items()}
+    assert all(torch.equal(t, expected[n]) for n, t in other.memory_state_dict().items())

@@ -1,0 +1,32 @@
+"""Trained weights from one format into another: PEFT folders, the authors' .pth list, smaller dtypes.
+
+python -m uiollms.convert --env_conf smollm2-8x.json runs/smollm2-8x/checkpoint adapters/smollm2-8x --dtype bf16
+python -m uiollms.convert --env_conf 32x.json ckp/32x.pth ckp/32x
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from uiollms.checkpoint import load_weights, save_weights
+from uiollms.cli import reporting_errors
+from uiollms.config import load_env_config
+from uiollms.pretrained import DTYPES, load_memory_lm
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--env_conf", required=True, metavar="FILE", help="the config that the weights belong to")
+    parser.add_argument("source", type=Path, help="a checkpoint folder, or a .pth file")
+    parser.add_argument("target", type=Path, help="a folder, or a name ending in .pth")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="of the tensors written; as they are by default")
+    args = parser.parse_args(arguments)
+    model, _ = load_memory_lm(load_env_config(args.env_conf), args.env_conf)
+    load_weights(model, args.source)
+    save_weights(model, args.target, DTYPES.get(args.dtype))
+    print(f"written to {args.target}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(reporting_errors(main))
