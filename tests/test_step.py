@@ -330,6 +330,12 @@ def test_a_row_that_scores_nothing_changes_nothing():
     assert worst_error(gradients(model), expected) == 0 and result.losses[-1] == 0
 
 
+def test_past_the_capacity_is_refused():
+    for sample in (Sample.document(random_ids(233), 8), Sample.copy(random_ids(232), 8)):
+        with pytest.raises(ValueError, match="the capacity is 232"):
+            uiollms.gradient_step(make_model(), sample)
+
+
 def test_a_document_of_one_chunk_trains_nothing():
     model = make_model()
     for length in (1, 2, 8):

@@ -21,7 +21,7 @@ from torch import Tensor
 from uiollms.loss import linear_nll
 from uiollms.memory import Prefix
 from uiollms.model import MemoryLM
-from uiollms.step import batched, decode_rows, empty_prefix, encode_all, project_all
+from uiollms.step import batched, check_sample, decode_rows, empty_prefix, encode_all, project_all
 from uiollms.tasks import IGNORED, Row, Sample
 
 PROTOCOLS: dict[str, Callable[[Tensor, int], Sample]] = {
@@ -54,8 +54,7 @@ def score(model: MemoryLM, input_ids: Tensor, protocol: str = "paper", mode: str
         return Score(raw_nll(model, sample, length), positions)
     if mode == "window":
         sample = replace(sample, chunks=sample.chunks[:0], rows=tuple(replace(r, num_memories=0) for r in sample.rows))
-    else:
-        model.check_length(length)
+    check_sample(model, sample)
     memory, _ = encode_all(model, sample.chunks)
     keys, values = project_all(model, memory)
     parts = []

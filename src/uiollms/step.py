@@ -53,12 +53,13 @@ def gradient_step(
 ) -> StepResult:
     """Run the two-pass step on one sample and ADD the gradients of `scale` * loss into `.grad` of the trained
     parameters. The decoder's gradient is exact; the encoder's is weighted by `weights` [N, N] (row: the sample's row, column:
-    memory) if given, else by a draw
-    of `estimator` (an object, or a name with settings `S` and `compensate`; by default the exact gradient) with `rng`.
+    memory) if given, else by a draw of `estimator` (an object, or a name with settings `S` and `compensate`; by default the
+    exact gradient) with `rng`. Raises ValueError past the capacity.
 
     report_all: also compute the losses that nothing trained can change (rows that read no memory), for the report; without,
     they count as 0 losses of 0 tokens.
     """
+    check_sample(model, sample)
     rng = rng if isinstance(rng, random.Random) else random.Random(rng)
     if isinstance(estimator, str):
         estimator = make_estimator(estimator, **settings)  # type: ignore[arg-type]
@@ -97,6 +98,12 @@ def gradient_step(
                 graph = model.encode_layers(sample.chunks[picked], pick(seeds, picked))
         torch.autograd.backward(graph, [layer[picked] for layer in memory_grads])
     return StepResult(books.losses, books.scored, tuple(needed), books.nll)
+
+
+def check_sample(model: MemoryLM, sample: Sample) -> None:
+    """Raises ValueError if a row stands past the capacity: behind its memories as a document of so many chunks would."""
+    chunk_size = model.memory_config.chunk_size
+    model.check_length(max(row.num_memories * chunk_size + len(row.input_ids) for row in sample.rows))
 
 
 def row_weights(sample: Sample, window: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ class Samples(Iterator[Sample]):
             enough = len(ids) >= chunk_size
             return Sample.memory_utilization(ids, probe, chunk_size) if enough else Sample.document(ids, chunk_size)
         if document.task in ("auto encoding", "longdata copy"):
-            ids = ids[:most]
+            ids = ids[: min(most, self.model.capacity - chunk_size)]  # the copies stand behind all memories
             return Sample.copy(ids, chunk_size) if len(ids) >= chunk_size else Sample.document(ids, chunk_size)
         return self.protocol(self.cut(ids, entry), chunk_size)
 
