@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -40,7 +39,9 @@ def save_weights(model: MemoryLM, path: str | Path, dtype: torch.dtype | None = 
         torch.save(list(tensors.values()), work_file)
         os.replace(work_file, path)
         return
-    work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    work = path.with_name(f".{path.name}-{os.getpid()}")
+    shutil.rmtree(work, ignore_errors=True)  # of a process of that number that was killed
+    work.mkdir()
     (work / "memory_config.json").write_text(model.memory_config.model_dump_json(indent=4) + "\n")
     save_file({name: tensors[name] for name in TOKENS}, work / "tokens.safetensors")
     for role in ROLES:
