@@ -109,9 +109,10 @@ def read_pth(model: MemoryLM, path: Path) -> dict[str, Tensor]:
 
 def peft_config(role: str, model: MemoryLM) -> LoraConfig:
     config = model.memory_config
+    base = model.config._name_or_path
     return LoraConfig(
         task_type="CAUSAL_LM",
-        base_model_name_or_path=model.config._name_or_path,
+        base_model_name_or_path=Path(base).name if Path(base).is_dir() else base,  # no path of this machine in a shared file
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
         lora_dropout=config.lora_dropout,
