@@ -29,8 +29,8 @@ TOKENS = ("encoder.retrieval_token", "decoder.repeat_token")
 
 
 def save_weights(model: MemoryLM, path: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write the trained tensors, in `dtype` if given (smaller), under a temporary name first: `path` is either what it
-    was before or the whole new checkpoint."""
+    """Write the trained tensors, in `dtype` if given (smaller), under a temporary name first. A save that fails
+    leaves what was at `path`; a process killed between the two renames at the end leaves it beside, as `.<name>-old`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.to(device="cpu", dtype=dtype or t.dtype) for name, t in model.memory_state_dict().items()}

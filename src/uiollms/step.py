@@ -1,11 +1,11 @@
-"""One training step for every estimator, at a memory cost that does not depend on S.
+"""One training step for every estimator, whose graphs hold at most one batch of chunks of either role, whatever S is.
 
     1  encode all chunks without a graph; turn their memories into keys and values
     2  decode the rows in batches; each backward ends at the keys and values, where two sums are kept: all gradients (for
        the decoder's LoRA) and the W-weighted ones (for the encoder)
     3  one backward through the projections: the first sum to the decoder's LoRA, the second to the memories
     4  encode again, with a graph, only the chunks whose weighted gradient is not zero, and go backward from their memories
-       (where a whole document fits one batch of chunks, their graph was kept in 1 and they are not encoded again)
+       (where a whole document fits one batch of chunks, the graph of those chunks is kept in 1 and they are not encoded again)
 
 Shapes: N rows, C chunks, B rows of a batch, T tokens, m num_memory, M = C * m slots, L layers, H key/value heads,
 K head size, D hidden size.
