@@ -35,7 +35,7 @@ from uiollms.model import MemoryLM
 from uiollms.pretrained import load_memory_lm
 from uiollms.study.cost import study_cost
 from uiollms.study.gradients import INFINITE, estimators_of, study_gradients
-from uiollms.study.learning import compare, plot_curves, summarise
+from uiollms.study.learning import compare, plot_curves, step_seconds, summarise
 from uiollms.study.recall import MEMORY, VALUES, recall_samples, train_base
 from uiollms.study.tables import markdown_table, plot
 from uiollms.tasks import Sample
@@ -149,9 +149,10 @@ def learning(args: argparse.Namespace, out: Path) -> Result:
     setting = describe(args, config)
     curves, record = curves_file(out, setting)
     references = setting["references"] = {mode: mean_nll(model, documents, mode) for mode in ("window", "raw")}
-    compare(estimators_of([train.tbptt]), range(args.seeds), start, held_out, train, curves, record)
+    estimators = estimators_of([train.tbptt])
+    compare(estimators, range(args.seeds), start, held_out, train, curves, record)
     plot_curves({"": curves}, {"no memory": references["window"], "raw context": references["raw"]}, out / "plot.png")
-    return setting, summarise(curves)
+    return setting, summarise(curves, step_seconds(estimators, start))
 
 
 def mean_nll(model: MemoryLM, documents: Sequence[torch.Tensor], mode: str) -> float:
@@ -192,9 +193,10 @@ def recall(args: argparse.Namespace, out: Path) -> Result:
         stream = recall_samples(distance, seed=10**6)  # of no training
         held_out = [next(stream) for _ in range(32)]
         curves, record = curves_file(out / f"distance-{distance}", setting)
-        compare(estimators_of([args.S]), range(args.seeds), start, held_out, train, curves, record)
+        estimators = estimators_of([args.S])
+        compare(estimators, range(args.seeds), start, held_out, train, curves, record)
         panels[f"distance {distance}"] = curves
-        rows += [{"distance": distance} | row for row in summarise(curves)]
+        rows += [{"distance": distance} | row for row in summarise(curves, step_seconds(estimators, start))]
     plot_curves(panels, {"guessing": math.log(VALUES)}, out / "plot.png")
     return setting, rows
 

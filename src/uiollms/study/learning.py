@@ -47,16 +47,14 @@ def held_out_nll(model: MemoryLM, samples: Sequence[Sample]) -> float:
 def learn(
     model: MemoryLM, samples: Iterator[Sample], held_out: Sequence[Sample], estimator: Estimator, train: TrainSection
 ) -> dict[str, Any]:
-    """Train `model` for `train.train_iters` iterations -> held-out NLL (nats) every `train.eval` of them, and the median
-    seconds of an iteration, evaluation left out."""
+    """Train `model` for `train.train_iters` iterations -> held-out NLL (nats) every `train.eval` of them."""
     optimizer = make_optimizer(model, train)
     parameters = list(model.trainable_parameters().values())
     warmup = max(1, math.ceil(train.warmup * train.train_iters))
     rng = random.Random(train.seed)
     model.train()
-    iterations, nll, seconds = [0], [held_out_nll(model, held_out)], []
+    iterations, nll = [0], [held_out_nll(model, held_out)]
     for iteration in range(train.train_iters):
-        started = time.perf_counter()
         for _ in range(train.accum_grad):
             gradient_step(model, next(samples), estimator=estimator, rng=rng, scale=1 / train.accum_grad, report_all=False)
         torch.nn.utils.clip_grad_norm_(parameters, train.clip_grad)
@@ -64,11 +62,28 @@ def learn(
             group["lr"] = train.max_lr * min(1, (iteration + 1) / warmup)
         optimizer.step()
         optimizer.zero_grad()
-        seconds.append(time.perf_counter() - started)
         if (iteration + 1) % train.eval == 0:
             iterations.append(iteration + 1)
             nll.append(held_out_nll(model, held_out))
-    return {"iterations": iterations, "nll": nll, "seconds": statistics.median(seconds)}
+    return {"iterations": iterations, "nll": nll}
+
+
+def step_seconds(
+    estimators: Sequence[tuple[str, int, Estimator]], start: Callable[[int], tuple[MemoryLM, Iterator[Sample]]], rounds: int = 7
+) -> dict[tuple[str, int], float]:
+    """Median seconds of a gradient step under every estimator (name, S), taken in turns on the same documents, so that
+    whatever else the machine does slows all of them alike."""
+    model, samples = start(0)
+    model.train()
+    gradient_step(model, next(samples), estimator="exact", report_all=False)  # warm up
+    seconds: dict[tuple[str, int], list[float]] = {(name, S): [] for name, S, _ in estimators}
+    for seed in range(rounds):
+        sample = next(samples)
+        for name, S, estimator in estimators:
+            started = time.perf_counter()
+            gradient_step(model, sample, estimator=estimator, rng=seed, report_all=False)
+            seconds[name, S].append(time.perf_counter() - started)
+    return {name: statistics.median(found) for name, found in seconds.items()}
 
 
 def compare(
@@ -90,28 +105,27 @@ def compare(
         record({"estimator": name, "S": S, "seed": seed} | curve)
 
 
-def summarise(curves: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row an estimator: held-out NLL after all iterations, and after the seconds that the fastest estimator took for
-    all of its own (an iteration counts as the estimator's median seconds over all seeds). Means over seeds, +- the half
-    width of a 95 % Student interval; "to exact": the same of the differences to the exact estimator's run of that seed."""
+def summarise(curves: Sequence[dict[str, Any]], seconds: dict[tuple[str, int], float]) -> list[dict[str, Any]]:
+    """One row an estimator: held-out NLL after all iterations, and after as many as it has time for while the fastest
+    estimator takes all of its own. seconds: of a step, by (estimator, S). Means over seeds, +- the half width of a 95 %
+    Student interval; "to exact": the same of the differences to the exact estimator's run of that seed."""
     names = list(dict.fromkeys((curve["estimator"], curve["S"]) for curve in curves))
-    cost = {n: statistics.median(c["seconds"] for c in curves if (c["estimator"], c["S"]) == n) for n in names}
     last = curves[0]["iterations"][-1]
-    budget = min(cost.values()) * last
+    affordable = {name: last * min(seconds[n] for n in names) / seconds[name] for name in names}
 
     def at(curve: dict[str, Any], iteration: float) -> float:
         return interpolated(curve["iterations"], curve["nll"], iteration)
 
     exact = {curve["seed"]: curve for curve in curves if curve["estimator"] == "exact"}
-    exact_cost = next((seconds for (name, _), seconds in cost.items() if name == "exact"), math.nan)
+    exact_affordable = next((count for (name, _), count in affordable.items() if name == "exact"), last)
     rows = []
     for name in names:
         own = [curve for curve in curves if (curve["estimator"], curve["S"]) == name]
-        row: dict[str, Any] = {"estimator": name[0], "S": name[1], "seeds": len(own), "seconds": cost[name]}
+        row: dict[str, Any] = {"estimator": name[0], "S": name[1], "seeds": len(own), "step_seconds": seconds[name]}
         paired = [curve for curve in own if curve["seed"] in exact]
         for label, mine, reference in (
             ("equal iterations", last, last),
-            ("equal seconds", budget / cost[name], budget / exact_cost),
+            ("equal seconds", affordable[name], exact_affordable),
         ):
             row[label] = interval([at(curve, mine) for curve in own])
             differences = [at(curve, mine) - at(exact[curve["seed"]], reference) for curve in paired]
