@@ -278,6 +278,32 @@ def test_what_a_task_cannot_use_is_refused_before_scoring(corpora, tiny, task, m
         Evaluation(*tiny, [entry(**task)])
 
 
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (
+            dict(task_type="longdata copy", compare=["raw"]),
+            "compare: raw: longdata copy is from memory alone; allowed",
+        ),
+        (dict(compare=["shuffled"], num_instance=1), "num_instance must be at least 2, found 1"),
+        (
+            dict(task_type="needle", protocols=["document"]),
+            "protocols is for perplexity and language modeling",
+        ),
+        (dict(task_type="passkey", depths=[1.5]), "depths.0.: Input should be less than or equal to 1"),
+    ],
+)
+def test_fields_that_do_not_fit_the_task_are_refused(fields, message):
+    with pytest.raises(uiollms.ConfigError, match=message):
+        entry(**fields)
+
+
+def test_task_types_are_spelled_without_regard_to_case():
+    assert entry("News QA_Summation").task_type == "news qa summation"
+    task = entry("passkey", truncation=500)
+    assert parse(TaskEntry, json.loads(task.model_dump_json()), "resolved") == task  # a run folder's config loads again
+
+
 # ---- Retrieval ----------------------------------------------------------------------------------------------------------
 
 

@@ -91,25 +91,34 @@ def plot_results(results: Sequence[TaskResult], path: Path) -> Path:
     return path
 
 
+def style(mode: str) -> dict[str, Any]:
+    """What memory is compared with lies on top, dashed: it is often the same line."""
+    own = mode in ("memory", "raw")
+    line = dict(linestyle="-", marker="o") if own else dict(linestyle="--", marker="s", zorder=3)
+    return line | dict(color=COLORS[mode], label=NAMES[mode])
+
+
 def plot_positions(result: TaskResult, axes: Any) -> None:
+    shown = []
     for mode in (mode for mode in NAMES if mode in result.modes):
         buckets = result.modes[mode]["by_position"]
         middles = [math.sqrt(b["start"] * (b["stop"] - 1)) for b in buckets]
-        axes.plot(middles, [b["perplexity"] for b in buckets], "o-", color=COLORS[mode], markersize=4, label=NAMES[mode])
+        axes.plot(middles, [b["perplexity"] for b in buckets], markersize=4, **style(mode))
+        shown += [b["perplexity"] for b in buckets if b["stop"] > result.chunk_size // 4]
+    # A document's first tokens, a bucket of one or two each, would press everything else flat: they may leave the panel.
+    margin = 0.1 * (max(shown) - min(shown)) or 1
+    axes.set_ylim(min(shown) - margin, max(shown) + margin)
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
-    axes.tick_params(axis="y", which="both", labelsize=8)
+    axes.axvline(result.chunk_size, color="0.6", linestyle=":", label="first memory")
     axes.set_xlabel("token position (buckets between powers of two)")
     axes.set_ylabel(f"perplexity ({result.protocol} protocol)")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=7)
 
 
 def plot_depths(result: TaskResult, axes: Any) -> None:
     for mode in (mode for mode in NAMES if mode in result.modes):
         points = sorted((d["depth"], d["accuracy"]) for d in result.modes[mode]["by_depth"])
-        axes.plot(*zip(*points, strict=True), "o-", color=COLORS[mode], label=NAMES[mode], alpha=0.8)
+        axes.plot(*zip(*points, strict=True), **style(mode))
     axes.set_ylim(-0.05, 1.05)
     axes.set_xlabel("depth of the hidden sentence (0 = start)")
     axes.set_ylabel("share of right answers")
