@@ -14,10 +14,11 @@ from uiollms.checkpoint import load_weights, save_weights
 from uiollms.cli import parse_arguments, reporting_errors
 from uiollms.config import load_env_config
 from uiollms.estimators import make_estimator
+from uiollms.evaluation import Evaluation
 from uiollms.pretrained import count_parameters, load_memory_lm
 from uiollms.report import plot_training, print_results
 from uiollms.step import gradient_step
-from uiollms.training import Evaluation, Run, Samples, learning_rate, make_optimizer
+from uiollms.training import Run, Samples, learning_rate, make_optimizer
 
 
 def main(arguments: list[str] | None = None) -> None:

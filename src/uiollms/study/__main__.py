@@ -31,6 +31,7 @@ from uiollms.checkpoint import load_weights
 from uiollms.cli import reporting_errors
 from uiollms.config import ConfigError, EnvConfig, MemoryConfig, TaskEntry, TrainSection, load_env_config
 from uiollms.evaluate import score
+from uiollms.evaluation import evaluation_documents
 from uiollms.model import MemoryLM
 from uiollms.pretrained import load_memory_lm
 from uiollms.study.cost import study_cost
@@ -39,7 +40,7 @@ from uiollms.study.learning import compare, plot_curves, step_seconds, summarise
 from uiollms.study.recall import MEMORY, VALUES, recall_samples, train_base
 from uiollms.study.tables import markdown_table, plot
 from uiollms.tasks import Sample
-from uiollms.training import Samples, evaluation_documents
+from uiollms.training import Samples
 
 # documents, tokens of each, chunk_size, num_memory; None: the config's own
 PRESETS: dict[str, dict[str, Any]] = {
@@ -110,9 +111,7 @@ def measure(args: argparse.Namespace, out: Path) -> Result:
     weights = config.model.load_ckp or config.model.released_ckp
     with as_preset(model, preset):
         count = args.documents or preset["documents"]
-        task = TaskEntry(
-            task_type="perplexity", task_name=args.corpus, num_instance=count, truncation=preset["tokens"], compare=()
-        )
+        task = TaskEntry(task_type="perplexity", task_name=args.corpus, num_instance=count, truncation=preset["tokens"])
         documents = evaluation_documents(model, tokenizer, task)
     if weights:
         load_weights(model, weights)
