@@ -25,8 +25,6 @@ from uiollms.model import MemoryLM
 from uiollms.step import batched, check_sample, decode_scored, empty_prefix, encode_all, project_all, taught_at, teach
 from uiollms.tasks import PROTOCOLS, Row, Sample
 
-MODES = ("memory", "window", "raw", "shuffled")
-
 
 class Score(NamedTuple):
     """nll [T'] float: nats of every scored token; positions [T'] int64: its place in the document."""
