@@ -150,13 +150,16 @@ def test_documents_become_samples_by_their_task(workspace):
     assert [len(row.input_ids) for row in sample().rows] == [16] * 5
     answered = sample(response="the answer", task="question answering")
     assert sum(len(row.input_ids) for row in answered.rows) == 80 and answered.num_scored == 10
-    copied = sample(task="auto encoding")
+    copied = sample(task="longdata copy")
     assert len(copied.chunks) == 5 and copied.num_scored == 80 and copied.rows[0].repeat
     tokens = TokenDocument(text, "here:1", input_ids=tuple(range(3, 103)), labels=(-100,) * 50 + tuple(range(53, 103)))
     beacon = maker.make(tokens, 80, rng)
     assert beacon.num_scored == 30  # 50 .. 79: the truncation cuts the rest
     with pytest.raises(ConfigError, match="here:1: the response has .* tokens, truncation 80 leaves no room"):
         sample(response="x" * 90, task="question answering")
+    long = TokenDocument(text, "here:1", kl_weight=1.0, input_ids=(5,) * 200, labels=(5,) * 200)
+    with pytest.raises(ConfigError, match="here:1: the teacher reads its context raw: 200 tokens, the base has 128 positions"):
+        maker.make(long, None, rng)
     probed = sample(task="memory utilization", kl_weight=1.0)
     assert probed.kl_weight == 1 and len(probed.chunks) == 5 and probed.num_scored == 15
     news = NewsDocument(

@@ -20,7 +20,6 @@ from uiollms.model import MemoryLM
 from uiollms.results import DocumentScore, TaskResult
 from uiollms.retrieval import DEPTHS, trials
 from uiollms.samples import SampleMaker, teaches_memory, tokenize
-from uiollms.step import check_sample
 from uiollms.tasks import PROTOCOLS, Sample
 
 log = logging.getLogger("uiollms")
@@ -189,19 +188,11 @@ def instances_of(model: MemoryLM, tokenizer: PreTrainedTokenizerBase, task: Task
 def instance_of(maker: SampleMaker, document: Document, task: TaskEntry, rng: random.Random) -> Instance | None:
     """A document of a task with samples of its own; None where memory cannot matter to them. Raises ConfigError, naming the
     document, where it does not fit the model."""
-    sample = maker.make(document, task.truncation, rng)
+    every_chunk = task.task_type == "auto encoding"  # where training draws one
+    sample = maker.make(replace(document, task="longdata copy") if every_chunk else document, task.truncation, rng)
     if not teaches_memory(sample):
         return None
-    try:
-        check_sample(maker.model, sample)
-        room = maker.model.config.max_position_embeddings
-        if sample.teachers and longest_text(sample) > room:
-            raise ValueError(
-                f"the teacher reads {longest_text(sample)} tokens raw, the base has {room} positions; set truncation"
-            )
-    except ValueError as error:
-        raise ConfigError(f"{document.source}: {error}") from None
-    if task.task_type == "auto encoding":
+    if every_chunk:
         return Instance(tuple(Sample.copy(chunk, maker.model.memory_config.chunk_size) for chunk in sample.chunks))
     if task.generate:
         ids = torch.cat([row.input_ids for row in sample.rows])

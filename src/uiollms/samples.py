@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from uiollms.config import ConfigError
 from uiollms.data import Document, NewsDocument, TokenDocument
 from uiollms.model import MemoryLM
+from uiollms.step import check_sample, check_teacher
 from uiollms.tasks import PROTOCOLS, Sample
 
 
@@ -34,10 +35,14 @@ class SampleMaker:
 
     def make(self, document: Document, truncation: int | None, rng: random.Random, crop: str = "start") -> Sample:
         """At most `truncation` tokens of a document (None: the capacity), plain text from its start or, with `crop` "random",
-        from a random place. `rng` draws that place, the probe of memory utilization and where a news story is hidden. Raises
-        ConfigError, naming the document, where it does not fit."""
+        from a random place. `rng` draws that place, the chunk of auto encoding, the probe of memory utilization and where a
+        news story is hidden. Raises ConfigError, naming the document, where it does not fit."""
         try:
-            return self._build(document, truncation, rng, crop)
+            sample = self._build(document, truncation, rng, crop)
+            if teaches_memory(sample):
+                check_sample(self.model, sample)
+                check_teacher(self.model, sample)
+            return sample
         except ValueError as error:
             raise ConfigError(f"{document.source}: {error}") from None
 
@@ -59,6 +64,10 @@ class SampleMaker:
             ids = ids[: min(most, self.model.config.max_position_embeddings - chunk_size)]
             enough = len(ids) >= chunk_size
             return Sample.memory_utilization(ids, probe, chunk_size) if enough else Sample.document(ids, chunk_size)
+        if document.task == "auto encoding":  # one chunk, from its own memory alone
+            count = len(ids[:most]) // chunk_size
+            start = chunk_size * rng.randrange(count) if count else 0
+            ids = ids[start : start + chunk_size]
         if document.task in ("auto encoding", "longdata copy"):
             ids = ids[: min(most, self.model.capacity - chunk_size)]  # the copies stand behind all memories
             return Sample.copy(ids, chunk_size) if len(ids) >= chunk_size else Sample.document(ids, chunk_size)

@@ -189,13 +189,20 @@ def project_all(model: MemoryLM, memory: LayerMemory, seeds: Sequence[int] | Non
     return joined[: len(memory)], joined[len(memory) :]
 
 
-@torch.no_grad()
-def teach(model: MemoryLM, sample: Sample) -> list[Tensor]:
-    """The base's normed hidden states [T', D] over every raw teacher text. Raises ValueError past the base's positions."""
+def check_teacher(model: MemoryLM, sample: Sample) -> None:
+    """Raises ValueError if a teacher would read past the base's positions."""
     positions = model.config.max_position_embeddings
     for text in sample.teachers:
         if len(text) > positions:
-            raise ValueError(f"the teacher reads its context raw: {len(text)} tokens, the base has {positions} positions")
+            raise ValueError(
+                f"the teacher reads its context raw: {len(text)} tokens, the base has {positions} positions; set truncation"
+            )
+
+
+@torch.no_grad()
+def teach(model: MemoryLM, sample: Sample) -> list[Tensor]:
+    """The base's normed hidden states [T', D] over every raw teacher text. Raises ValueError past the base's positions."""
+    check_teacher(model, sample)
     return [model.decode(text[None], empty_prefix(model), [0])[0] for text in sample.teachers]
 
 

@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from uiollms.config import TrainSection
 from uiollms.estimators import Estimator
-from uiollms.evaluate import shared_prefix
+from uiollms.evaluate import token_losses
 from uiollms.model import MemoryLM
-from uiollms.step import batched, decode_rows, encode_all, gradient_step, project_all
+from uiollms.step import gradient_step
 from uiollms.study.gradients import INFINITE
 from uiollms.tasks import Sample
 from uiollms.training import make_optimizer
@@ -30,18 +30,9 @@ from uiollms.training import make_optimizer
 STUDENT_T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
 
 
-@torch.no_grad()
 def held_out_nll(model: MemoryLM, samples: Sequence[Sample]) -> float:
     """Mean NLL, in nats, of all scored tokens of `samples`, with memory."""
-    total, count = 0.0, 0
-    for sample in samples:
-        memory, _ = encode_all(model, sample.chunks)
-        keys, values = project_all(model, memory)
-        for batch in batched([t for t, row in enumerate(sample.rows) if len(row.scored)], model.chunk_batch):
-            prefix = shared_prefix(model, [sample.rows[t] for t in batch], keys, values)
-            nll = decode_rows(model, sample, batch, prefix)[1]
-            total, count = total + nll.double().sum().item(), count + len(nll)
-    return total / count
+    return torch.cat([token_losses(model, sample, "memory")[1] for sample in samples]).double().mean().item()
 
 
 def learn(
