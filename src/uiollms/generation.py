@@ -49,7 +49,6 @@ class RaggedState(Cache):
     the number of different lengths allows.
     """
 
-    is_compileable = False
     is_croppable = False
 
     def __init__(self, groups: list[tuple[Tensor, int, MemoryState]]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as as_bytes
 from torch import Tensor
 
 from uiollms.config import Checked, ConfigError, MemoryConfig, parse
@@ -108,7 +108,7 @@ class Memory:
         header = Header(format=FORMAT, made_by=self.made_by, sources=self.sources)
         work = path.with_name(f".{path.name}-{os.getpid()}")
         tensors = {"slots": self.slots.contiguous(), "open_ids": self.open_ids.contiguous()}
-        save_file(tensors, work, metadata={"uiollms": header.model_dump_json()})
+        work.write_bytes(as_bytes(tensors, metadata={"uiollms": header.model_dump_json()}))
         os.replace(work, path)
 
     @classmethod

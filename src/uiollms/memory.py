@@ -58,9 +58,7 @@ class MemoryState(Cache):
         self.open_ids = open_ids
         self.num_tokens = num_tokens
 
-    # transformers would otherwise compile `forward` on a GPU, and roll tokens back on a Mac: an empty list of layers
-    # looks to it as if every layer could do both.
-    is_compileable = False
+    # On a Mac, transformers runs one token too far and takes it back, which it believes of a cache with no layers of its own.
     is_croppable = False
 
     @property
