@@ -16,10 +16,12 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / 
 # Lower modules first: a module imports only from above itself in this list.
 ORDER = """
     config schema paths data.cleaning data.documents data.files data.hub data.beacons data.corpora_text data.corpora_own
-    data.corpora_tasks data.mixture data lora loss attention memory base model placement pretrained tasks estimators step
-    evaluate samples retrieval results evaluation training checkpoint report cli convert data.__main__
-    study.gradients study.cost study.tables study.learning study.recall study study.__main__ __init__
+    data.corpora_tasks data.mixture data lora loss attention memory library usage generation base model placement pretrained tasks
+    estimators step evaluate samples retrieval results evaluation training checkpoint saving report cli convert data.__main__
+    study.gradients study.cost study.tables study.learning study.recall study study.__main__ __main__ __init__
 """.split()
+# from_pretrained and save_pretrained are methods of the model, as in transformers; they import their work when called.
+HANDED_UP = {("usage", "saving")}
 
 
 def imports_of(path: Path) -> set[str]:
@@ -40,7 +42,7 @@ def test_imports_point_one_way():
     for path in SOURCES:
         own = module_name(path)
         for name in imports_of(path):
-            assert name == own or ORDER.index(name) < ORDER.index(own), f"{own} imports {name}"
+            assert name == own or (own, name) in HANDED_UP or ORDER.index(name) < ORDER.index(own), f"{own} imports {name}"
 
 
 def test_no_module_passes_350_lines():

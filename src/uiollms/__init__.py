@@ -6,6 +6,7 @@ The names below are promises; the modules' docstrings say more. Reading order: t
 from uiollms.config import ConfigError, MemoryConfig
 from uiollms.estimators import TBPTT, UIO, Exact, Importance, draw_window, make_estimator, window_from_draws
 from uiollms.evaluate import score
+from uiollms.library import Memory
 from uiollms.memory import MemoryState
 from uiollms.model import MemoryLM
 from uiollms.step import gradient_step
@@ -17,6 +18,7 @@ __all__ = [
     "ConfigError",
     "Exact",
     "Importance",
+    "Memory",
     "MemoryConfig",
     "MemoryLM",
     "MemoryState",

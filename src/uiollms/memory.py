@@ -58,6 +58,14 @@ class MemoryState(Cache):
         self.open_ids = open_ids
         self.num_tokens = num_tokens
 
+    # On a Mac, transformers runs one token too far and takes it back, which it believes of a cache with no layers of its own.
+    is_croppable = False
+
+    @property
+    def batch_size(self) -> int:
+        """B, documents side by side."""
+        return len(self.open_ids)
+
     @property
     def num_slots(self) -> int:
         """M, memory slots held."""
@@ -76,11 +84,19 @@ class MemoryState(Cache):
         keys = parts(self.memory_keys, self.local_keys)
         return Prefix(keys, parts(self.memory_values, self.local_values), keep)
 
+    def select(self, rows: Tensor) -> MemoryState:
+        """A new state of the rows [B'] int64, in that order; a row may be taken several times."""
+
+        def picked(tensors: list[Tensor]) -> list[Tensor]:
+            return [t.index_select(0, rows.to(t.device)) for t in tensors]
+
+        keys, values = picked(self.memory_keys), picked(self.memory_values)
+        (open_ids,) = picked([self.open_ids])
+        return MemoryState(keys, values, picked(self.local_keys), picked(self.local_values), open_ids, self.num_tokens)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows in another order (beam search); in place, as transformers asks."""
-        for tensors in (self.memory_keys, self.memory_values, self.local_keys, self.local_values):
-            tensors[:] = [t.index_select(0, beam_idx.to(t.device)) for t in tensors]
-        self.open_ids = self.open_ids.index_select(0, beam_idx.to(self.open_ids.device))
+        self.__dict__.update(self.select(beam_idx).__dict__)
 
 
 def join_slots(kv: Tensor, batch: int) -> Tensor:

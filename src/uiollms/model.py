@@ -24,14 +24,16 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from uiollms.attention import decoder_mask, decoder_positions, encoder_mask, encoder_positions
 from uiollms.base import Role, check_base, first_eos, layer_device, promote_norms, rotate, run_layer
 from uiollms.config import MemoryConfig
+from uiollms.generation import Generation, RaggedState
 from uiollms.lora import LoRA, added, master_dtype
 from uiollms.loss import linear_nll
 from uiollms.memory import MemoryState, Prefix, join_slots
+from uiollms.usage import Usage
 
 LayerMemory = list[Tensor]  # L tensors [C, m, D], each on its layer's device
 
 
-class MemoryLM(PreTrainedModel, GenerationMixin):
+class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """A Hugging Face causal LM with learned memory.
 
     base: a loaded model of a supported family (Llama, SmolLM2, Mistral, Qwen2, Qwen3). It is frozen and shared, not
@@ -236,7 +238,7 @@ class MemoryLM(PreTrainedModel, GenerationMixin):
     def forward(
         self,
         input_ids: Tensor,
-        state: MemoryState | None = None,
+        state: MemoryState | RaggedState | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int = 0,
         return_dict: bool = True,
@@ -251,6 +253,8 @@ class MemoryLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: only the last so many positions' logits (0 = all); chunks that only feed memory are then encoded
         and not decoded. Raises ValueError past the capacity.
         """
+        if isinstance(state, RaggedState):
+            return state.forward(self, input_ids)
         state = self.new_state(len(input_ids)) if state is None else state
         input_ids = input_ids.to(self.device)
         self.check_length(state.num_tokens + input_ids.shape[1])
@@ -318,18 +322,3 @@ class MemoryLM(PreTrainedModel, GenerationMixin):
         repeat = torch.ones(len(input_ids), dtype=torch.bool)
         rows = [self.memory_config.num_memory] * len(input_ids)
         return self.logits(self.decode(shifted, prefix, rows, repeat=repeat))
-
-    # ---- transformers' generate() ---------------------------------------------------------------------------------
-
-    def prepare_inputs_for_generation(  # type: ignore[override]
-        self, input_ids: Tensor, past_key_values: MemoryState | None = None, attention_mask: Tensor | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        """The tokens that the stream has not seen yet. Raises ValueError for padded prompts: their chunks would differ."""
-        if attention_mask is not None and not attention_mask.all():
-            raise ValueError("the prompts are padded (attention_mask holds zeros); give a batch of prompts of equal length")
-        seen = past_key_values.num_tokens if past_key_values is not None else 0
-        return {"input_ids": input_ids[:, seen:], "state": past_key_values, "logits_to_keep": 1}
-
-    def _prepare_cache_for_generation(self, generation_config: Any, *args: Any) -> None:  # type: ignore[override]
-        """transformers would build its own cache here; a stream starts empty in `forward`."""
-        generation_config.use_cache = True

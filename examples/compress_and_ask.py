@@ -1,0 +1,36 @@
+"""Compress a document once, keep it in a file, ask it twice, and ask it together with another.
+
+python examples/compress_and_ask.py adapters/smollm2-8x README.md
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+from uiollms import Memory, MemoryLM
+from uiollms.library import join
+from uiollms.saving import load_tokenizer
+
+folder, document = sys.argv[1:]
+model, tokenizer = MemoryLM.from_pretrained(folder), load_tokenizer(folder)
+
+
+def ask(memory: Memory, question: str) -> str:
+    ids = tokenizer(f"\n\nQuestion: {question}\nAnswer:", add_special_tokens=False, return_tensors="pt").input_ids
+    output = model.generate(ids, state=memory.state(model), do_sample=False, max_new_tokens=20)
+    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+memory = model.compress(Path(document).read_text(), tokenizer, source=document)
+print(f"{memory.num_tokens} tokens in {memory.num_slots} slots a layer, {len(memory.open_ids)} tokens left as they are")
+
+with tempfile.TemporaryDirectory() as cache:
+    path = Path(cache) / "document.mem"
+    memory.save(path)
+    memory = Memory.load(path, model)  # refused if another model made it
+
+for question in ("What is this about?", "How does it begin?"):
+    print(f"{question} {ask(memory, question)}")
+
+note = model.compress("The note on the fridge says that the milk is gone. ", tokenizer, source="note")
+print(f"What does the note say? {ask(join([memory, note]), 'What does the note say?')}")

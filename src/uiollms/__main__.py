@@ -1,0 +1,254 @@
+"""Compress documents once, ask them often, chat with them in mind.
+
+python -m uiollms compress book.txt -o book.mem
+python -m uiollms ask book.mem "Who wrote the letter?" "And why?"
+python -m uiollms ask book.mem another.mem "Where do the two disagree?"
+python -m uiollms chat --memory book.mem
+
+Run where smollm2-8x.json lies (SmolLM2-135M with the shipped adapter), or say which model: --env_conf FILE for a config of
+train.py, --model FOLDER for one saved by save_pretrained. A memory can be read only by the model that made it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, TextStreamer
+
+from uiollms.cli import reporting_errors
+from uiollms.config import ConfigError, load_env_config
+from uiollms.library import Memory, join
+from uiollms.memory import MemoryState
+from uiollms.model import MemoryLM
+from uiollms.saving import load_model, load_tokenizer, load_trained
+
+DEFAULT_CONFIG = "smollm2-8x.json"
+ANSWER = "ANSWER"  # stands for the answer before, where the text of a later turn is cut out of the chat template
+
+
+def main(arguments: list[str] | None = None, stdin: TextIO | None = None) -> None:
+    args = make_parser().parse_args(arguments)
+    args.run(args, stdin or sys.stdin)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m uiollms", description=__doc__, formatter_class=raw)
+    commands = parser.add_subparsers(required=True, metavar="compress | ask | chat")
+
+    def command(name: str, run: Any, help: str, example: str) -> argparse.ArgumentParser:
+        description = f"{help[0].upper()}{help[1:]}.\n\nexample: python -m uiollms {example}"
+        own = commands.add_parser(name, help=help, description=description, formatter_class=raw)
+        own.set_defaults(run=run)
+        which = own.add_mutually_exclusive_group()
+        which.add_argument("--env_conf", metavar="FILE", default=DEFAULT_CONFIG, help=f"environment config ({DEFAULT_CONFIG})")
+        which.add_argument("--model", metavar="FOLDER", help="a model saved by save_pretrained")
+        own.add_argument("--json", action="store_true", help="one JSON object a line, for scripts")
+        return own
+
+    own = command("compress", run_compress, "compress text files into one memory", "compress book.txt -o book.mem")
+    own.add_argument("files", nargs="+", type=Path, metavar="FILE", help="UTF-8 text; several are compressed each and joined")
+    own.add_argument("-o", "--output", required=True, type=Path, metavar="NAME.mem", help="where the memory goes")
+
+    own = command("ask", run_ask, "ask memories, each question on its own", 'ask book.mem "Who wrote the letter?" "And why?"')
+    own.add_argument("items", nargs="+", metavar="NAME.mem | QUESTION", help="memories (joined if several) and questions")
+    generation_options(own)
+
+    own = command("chat", run_chat, "chat: a line in, an answer out, all of it held in memory", "chat --memory book.mem")
+    own.add_argument("--memory", nargs="+", type=Path, default=[], metavar="NAME.mem", help="documents to have in mind")
+    generation_options(own)
+    return parser
+
+
+def generation_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max_new_tokens", type=int, default=200, metavar="N", help="longest answer (200)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="of sampling; 0 = greedy (0)")
+    parser.add_argument("--top_p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens of share P (1)")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling (0)")
+
+
+# ---- commands ---------------------------------------------------------------------------------------------------------
+
+
+def run_compress(args: argparse.Namespace, stdin: TextIO) -> None:
+    if args.output.suffix != ".mem":
+        raise ConfigError(f"--output {args.output}: the name of a memory ends in .mem")
+    texts = [read_text(path) for path in args.files]
+    model, tokenizer = open_model(args)
+    began = time.monotonic()
+    parts = []
+    for path, text in zip(args.files, texts, strict=True):
+        ids = token_ids(tokenizer, text, special=True)
+        check_fits(model, ids.shape[1], path)
+        parts.append(model.compress(ids, source=path.name))
+    memory = join(parts)
+    check_fits(model, memory.num_tokens, "the files together")
+    memory.save(args.output)
+    seconds = time.monotonic() - began
+    held = dict(tokens=memory.num_tokens - len(memory.open_ids), slots=memory.num_slots, open_tokens=len(memory.open_ids))
+    if args.json:
+        print_json(memory=str(args.output), sources=[s.model_dump() for s in memory.sources], held=held, seconds=seconds)
+    else:
+        print(f"{args.output}: {in_words(held)}, {seconds:.1f} s")
+
+
+def run_ask(args: argparse.Namespace, stdin: TextIO) -> None:
+    paths = [Path(item) for item in args.items if item.endswith(".mem")]
+    questions = [item for item in args.items if not item.endswith(".mem")]
+    if not paths or not questions:
+        raise ConfigError(f"ask: {'no memory (NAME.mem)' if questions else 'no question'} among: {' '.join(args.items)}")
+    model, tokenizer, state = open_memories(args, paths)
+    for question in questions:
+        ids = first_turn(tokenizer, question, state)
+        if not args.json:
+            print(f"{question}\n> ", end="", flush=True)
+        answer(args, model, tokenizer, state, ids, question)
+
+
+def run_chat(args: argparse.Namespace, stdin: TextIO) -> None:
+    model, tokenizer, state = open_memories(args, args.memory)
+    last = None  # the token that the model said last and has not read yet
+    for line in lines_of(stdin):
+        ids = first_turn(tokenizer, line, state) if last is None else later_turn(tokenizer, line, last)
+        state, last = answer(args, model, tokenizer, state, ids, line)
+        if not args.json:
+            print(f"[held: {in_words(held_by(state))}]", flush=True)
+
+
+# ---- the parts they share ---------------------------------------------------------------------------------------------
+
+
+def answer(
+    args: argparse.Namespace, model: MemoryLM, tokenizer: Any, state: MemoryState, ids: Tensor, question: str
+) -> tuple[MemoryState, Tensor]:
+    """Read `ids` [1, T] after `state`, write the answer as it comes, or as JSON when it is there; the advanced state and
+    the last token [1, 1], which it has not read."""
+    check_fits(model, state.num_tokens + ids.shape[1] + args.max_new_tokens - 1, "the question and a longest answer")
+    sampling = dict(do_sample=True, temperature=args.temperature, top_p=args.top_p) if args.temperature else dict(do_sample=False)
+    # Without a chat template nothing says where an answer ends: it is the rest of the line.
+    stop: dict[str, Any] = {} if tokenizer.chat_template else dict(stop_strings=["\n"], tokenizer=tokenizer)
+    streamer = None if args.json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    torch.manual_seed(args.seed)
+    began = time.monotonic()
+    output = model.generate(
+        ids,
+        state=state,
+        max_new_tokens=args.max_new_tokens,
+        streamer=streamer,
+        return_dict_in_generate=True,
+        **sampling,
+        **stop,
+    )
+    if args.json:
+        new = output.sequences[0, ids.shape[1] :]
+        text = tokenizer.decode(new, skip_special_tokens=True).strip()
+        held, seconds = held_by(output.past_key_values), time.monotonic() - began
+        print_json(question=question, answer=text, new_tokens=len(new), held=held, seconds=seconds)
+    return output.past_key_values, output.sequences[:, -1:]
+
+
+def first_turn(tokenizer: Any, question: str, state: MemoryState) -> Tensor:
+    """[1, T] token ids of a question behind `state`. What the tokenizer starts every text with (BOS, for some) stands at the
+    start of the stream and nowhere else."""
+    ids = token_ids(tokenizer, turn_text(tokenizer, [question]))
+    start = token_ids(tokenizer, "", special=True)
+    if torch.equal(ids[:, : start.shape[1]], start):
+        ids = ids[:, start.shape[1] :]
+    return ids if state.num_tokens else torch.cat([start, ids], dim=1)
+
+
+def later_turn(tokenizer: Any, question: str, last: Tensor) -> Tensor:
+    """[1, T] token ids of a question behind an answer whose last token [1, 1] has not been read yet."""
+    ids = token_ids(tokenizer, turn_text(tokenizer, ["-", ANSWER, question]).partition(ANSWER)[2])
+    return ids if torch.equal(ids[:, :1], last) else torch.cat([last, ids], dim=1)
+
+
+def turn_text(tokenizer: Any, said: list[str]) -> str:
+    """The user's and the model's words in turn, up to where the model speaks: in the tokenizer's chat template, or in plain
+    words without one."""
+    if not tokenizer.chat_template:
+        return "".join(f" {s}" if i % 2 else f"\n\nQuestion: {s}\nAnswer:" for i, s in enumerate(said))
+    turns = [{"role": ("user", "assistant")[i % 2], "content": s} for i, s in enumerate(said)]
+    return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+
+
+def open_model(args: argparse.Namespace) -> tuple[MemoryLM, PreTrainedTokenizerBase]:
+    if args.model:
+        return load_model(args.model, device_map="auto"), load_tokenizer(args.model)
+    if args.env_conf == DEFAULT_CONFIG and not Path(DEFAULT_CONFIG).exists():
+        raise ConfigError(f"there is no {DEFAULT_CONFIG} here; say which model: --env_conf FILE, or --model FOLDER")
+    model, tokenizer, _ = load_trained(load_env_config(args.env_conf), args.env_conf)
+    return model, tokenizer
+
+
+def open_memories(args: argparse.Namespace, paths: list[Path]) -> tuple[MemoryLM, PreTrainedTokenizerBase, MemoryState]:
+    """The model, its tokenizer, and a stream that holds the memories; files are read before the model is loaded."""
+    memories = [Memory.load(path) for path in paths]
+    model, tokenizer = open_model(args)
+    for path, memory in zip(paths, memories, strict=True):
+        memory.check(model, path)
+    if not memories:
+        return model, tokenizer, model.new_state()
+    joined = join(memories)
+    check_fits(model, joined.num_tokens, "the memories together")
+    return model, tokenizer, joined.state(model)
+
+
+def check_fits(model: MemoryLM, num_tokens: int, what: str | Path) -> None:
+    try:
+        model.check_length(num_tokens)
+    except ValueError as error:
+        raise ConfigError(f"{what}: {error}") from None
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: byte {error.start} is not UTF-8") from None
+
+
+def token_ids(tokenizer: Any, text: str, special: bool = False) -> Tensor:
+    """[1, T], with the tokenizer's own first tokens if `special`."""
+    return torch.tensor([tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]], dtype=torch.int64)
+
+
+def lines_of(stdin: TextIO) -> Iterator[str]:
+    """Lines with something on them, up to the end of the input or /quit."""
+    while True:
+        if stdin.isatty():
+            print("you> ", end="", flush=True)
+        line = stdin.readline()
+        if not line or line.strip() == "/quit":
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def held_by(state: MemoryState) -> dict[str, int]:
+    """tokens: in memory slots; slots: of a layer; open_tokens: of the chunk that is not full yet, held as they are."""
+    open_tokens = state.open_ids.shape[1]
+    return dict(tokens=state.num_tokens - open_tokens, slots=state.num_slots, open_tokens=open_tokens)
+
+
+def in_words(held: dict[str, int]) -> str:
+    return f"{held['tokens']:,} tokens in {held['slots']:,} memory slots (+ {held['open_tokens']:,} open tokens)"
+
+
+def print_json(**fields: Any) -> None:
+    seconds = round(fields.pop("seconds"), 3)
+    print(json.dumps(fields | {"seconds": seconds}, ensure_ascii=False), flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(reporting_errors(main))

