@@ -5,6 +5,7 @@ Shapes: B documents, H key/value heads, M memory slots so far, p tokens of the o
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,12 +17,12 @@ from transformers.cache_utils import Cache
 class Prefix:
     """Keys and values in front of one decoder call, layer by layer; handed to the layers as their `past_key_values`.
 
-    keys, values: per layer a list of [B, H, ?, K] tensors, oldest first, to which `update` joins the call's own.
+    keys, values: by layer number a list of [B, H, ?, K] tensors, oldest first, to which `update` joins the call's own.
     `local` receives, per layer, what of them belongs to the open chunk (the last `keep` entries).
     """
 
-    keys: list[list[Tensor]]
-    values: list[list[Tensor]]
+    keys: Sequence[list[Tensor]] | Mapping[int, list[Tensor]]
+    values: Sequence[list[Tensor]] | Mapping[int, list[Tensor]]
     keep: int = 0
     local: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 

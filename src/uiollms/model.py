@@ -22,7 +22,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from uiollms.attention import decoder_mask, decoder_positions, encoder_mask, encoder_positions
-from uiollms.base import Role, check_base, first_eos, layer_device, promote_norms, rotate, run_layer
+from uiollms.base import Role, check_base, first_eos, layer_device, promote_norms, rotate, run_last_rows, run_layer
 from uiollms.config import MemoryConfig
 from uiollms.lora import LoRA, added, master_dtype
 from uiollms.loss import linear_nll
@@ -142,7 +142,8 @@ class MemoryLM(PreTrainedModel, GenerationMixin):
         dropout on. Chunks do not see each other.
 
         The memory of a layer is what its attention would receive at the memory positions, so the last layer runs only
-        its input norm: its attention and MLP, the final norm and the LM head have no reader.
+        its input norm: its attention and MLP, the final norm and the LM head have no reader. Of the layer before it only
+        the slots are read: there the chunk's tokens become keys and values, and nothing more.
         """
         l, m = self.memory_config.chunk_size, self.memory_config.num_memory
         if input_ids.shape[1] != l:
@@ -157,9 +158,11 @@ class MemoryLM(PreTrainedModel, GenerationMixin):
         with added(self._lora_pairs("encoder"), seeds):
             for i, layer in enumerate(self.base.model.layers):
                 hidden = hidden.to(layer_device(layer))
-                memory.append(layer.input_layernorm(hidden[:, l:]))
-                if i + 1 < len(self.base.model.layers):
+                memory.append(layer.input_layernorm(hidden[:, -m:]))
+                if i + 2 < len(self.base.model.layers):
                     hidden = run_layer(layer, hidden, mask, positions, rotary)
+                elif i + 2 == len(self.base.model.layers):
+                    hidden = run_last_rows(layer, hidden, m, mask, positions, rotary)
         return memory
 
     def _lora_pairs(self, role: str) -> list[tuple[nn.Module, LoRA]]:
