@@ -275,12 +275,12 @@ class MemoryLM(PreTrainedModel, GenerationMixin):
             if stop <= first_kept and stop - start == l:
                 continue
             num_slots = slots_before + start // l * self.memory_config.num_memory
-            prefix = after.prefix(num_slots, with_local=start == 0, keep=stop - start if stop - start < l else 0)
+            keep = (stop - start) % l
+            prefix = after.prefix(num_slots, with_local=start == 0, keep=keep, spare=l - keep if keep else 0)
             rows = [num_slots] * len(ids)
             pieces.append(self.decode(ids[:, start + local_past : stop], prefix, rows, local_past))
             if prefix.keep:
-                after.local_keys = [prefix.local[i][0] for i in range(len(self.base.model.layers))]
-                after.local_values = [prefix.local[i][1] for i in range(len(self.base.model.layers))]
+                after.keep_open(prefix)
         if not tail:
             empty = self.new_state(len(ids))
             after.local_keys, after.local_values = empty.local_keys, empty.local_values
@@ -310,7 +310,9 @@ class MemoryLM(PreTrainedModel, GenerationMixin):
             for i, (k, v) in enumerate(zip(new_keys, new_values, strict=True)):
                 keys[i] = torch.cat([keys[i], join_slots(k, batch)], dim=2)
                 values[i] = torch.cat([values[i], join_slots(v, batch)], dim=2)
-        return MemoryState(keys, values, state.local_keys, state.local_values, state.open_ids, state.num_tokens)
+        after = MemoryState(keys, values, state.local_keys, state.local_values, state.open_ids, state.num_tokens)
+        after.rooms = state.rooms
+        return after
 
     def reconstruct(self, input_ids: Tensor) -> Tensor:
         """Auto-encoding logits (paper Table 1): every chunk of [C, l] is compressed, then the decoder, started by the
