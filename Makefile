@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup test test-slow test-gpu lint demo schema clean
+.PHONY: setup test test-slow test-gpu lint demo schema bench bench-quick clean
 
 setup: .venv/.ready
 
@@ -33,6 +33,14 @@ test-slow: setup
 # On a machine with CUDA (and flash-attn for its own tests).
 test-gpu: setup
 	$(BIN)/pytest -m gpu
+
+# Speed and memory against length, S and chunk batch, beside the straightforward algorithm; table, JSON and plots in runs/bench.
+bench: setup
+	$(BIN)/python -m benchmarks
+
+# Does it run: a tiny model, seconds.
+bench-quick: setup
+	$(BIN)/python -m benchmarks --model tiny --quick --repeats 1 --out runs/bench-quick
 
 # JSON Schema of the config files, for editors.
 schema: setup

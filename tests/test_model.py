@@ -124,6 +124,26 @@ def test_the_past_is_neither_encoded_nor_projected_again():
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_continuations_that_share_room_do_not_see_each_other():
+    """Without a graph, new tokens are written behind a state's own instead of copying all; crossing a boundary on the way."""
+    model, ids, other = make_model(), random_ids(2, 27), random_ids(2, 27, seed=1)
+    expected = {name: model(torch.cat([ids[:, :11], more], dim=1)).logits[:, 11:] for name, more in (("a", ids), ("b", other))}
+    states = dict.fromkeys(expected, model(ids[:, :11]).past_key_values)
+    assert all(room.length == 5 for room in states["a"].rooms.values()) and states["a"].rooms
+    for t in range(27):
+        for name, more in (("a", ids), ("b", other)):
+            output = model(more[:, t : t + 1], states[name])
+            states[name] = output.past_key_values
+            torch.testing.assert_close(output.logits[:, 0], expected[name][:, t], rtol=1e-9, atol=1e-9)
+    same, swapped = model(ids[:, :11]).past_key_values, model(ids[:, :11]).past_key_values
+    swapped.memory_keys = [torch.zeros_like(k) for k in swapped.memory_keys]
+    assert relative_error(model(ids[:, 11:12], swapped).logits, model(ids[:, 11:12], same).logits) > 1e-3
+    same.reorder_cache(torch.tensor([1, 0]))
+    expected_rows = model(ids[:, :12]).logits[[1, 0], 11:]
+    torch.testing.assert_close(model(ids[[1, 0], 11:12], same).logits, expected_rows, rtol=1e-9, atol=1e-9)
+
+
 def test_a_state_is_a_value():
     model = make_model()
     state = model(random_ids(1, 11)).past_key_values

@@ -15,7 +15,7 @@ import uiollms
 from uiollms import MemoryConfig, Sample
 from uiollms.estimators import Estimator, Importance, all_pairs, inclusion_probabilities, systematic_sample, window_from_draws
 from uiollms.memory import Prefix
-from uiollms.step import chunk_norms, decode_rows, row_weights, teach
+from uiollms.step import chunk_norms, chunks_with_gradient, decode_rows, row_weights, teach
 from uiollms.tasks import Row
 
 PROVEN = 1e-10
@@ -342,3 +342,15 @@ def test_a_document_of_one_chunk_trains_nothing():
         result = uiollms.gradient_step(model, Sample.language_modeling(random_ids(length), 8), estimator="uio", rng=0)
         assert result.reencoded == () and torch.isfinite(result.losses).all()
     assert all(p.grad is None for p in model.trainable_parameters().values())
+
+
+def test_chunks_with_gradient_are_those_that_a_scored_row_reads_with_weight():
+    """Beside the loops it replaces; a copying sample's rows read later chunks too."""
+    for sample in (Sample.document(random_ids(45), 8), Sample.copy(random_ids(27), 8), protocols(random_ids(45))["beacon"]):
+        weights = (torch.rand(len(sample.rows), len(sample.rows) + 4) < 0.2).double()
+        slow = [
+            s
+            for s in range(len(sample.chunks))
+            if any(len(row.scored) and row.num_memories > s and weights[t, s] != 0 for t, row in enumerate(sample.rows))
+        ]
+        assert chunks_with_gradient(sample, weights) == slow

@@ -88,6 +88,24 @@ def run_layer(
     )
 
 
+def run_last_rows(layer: Any, hidden: Tensor, rows: int, mask: Tensor, positions: Tensor, rotary: Sequence[Tensor]) -> Tensor:
+    """As `run_layer` on [B, T, D], but only the last `rows` positions go through it, [B, rows, D]: the others are no more
+    than keys and values in front of them. mask: of all positions, [1, 1, T, T]."""
+    attention = layer.self_attn
+    front = slice(0, hidden.shape[1] - rows)
+    back = slice(hidden.shape[1] - rows, None)
+    normed = layer.input_layernorm(hidden[:, front])
+    shape = (*normed.shape[:2], -1, attention.head_dim)
+    keys, values = attention.k_proj(normed).view(shape), attention.v_proj(normed).view(shape)
+    if hasattr(attention, "k_norm"):
+        keys = attention.k_norm(keys)
+    rotary = [r.to(hidden.device) for r in rotary]
+    keys = rotate(attention, keys.transpose(1, 2), [r[:, front] for r in rotary])
+    number = attention.layer_idx
+    prefix = Prefix({number: [keys]}, {number: [values.transpose(1, 2)]})
+    return run_layer(layer, hidden[:, back], mask[:, :, back], positions[:, back], tuple(r[:, back] for r in rotary), prefix)
+
+
 def rotate(attention: nn.Module, keys: Tensor, rotary: Sequence[Tensor]) -> Tensor:
     """Keys [C, H, m, K] rotated by the family's own rotary function."""
     apply = sys.modules[type(attention).__module__].apply_rotary_pos_emb

@@ -5,6 +5,7 @@ Shapes: B documents, H key/value heads, M memory slots so far, p tokens of the o
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,25 +14,63 @@ from transformers.cache_utils import Cache
 
 
 @dataclass(eq=False)
+class Room:
+    """Keys and values [B, H, M + l, K] of one layer, memory then open chunk, with room for all of the chunk, so that a new
+    token is written behind the last instead of everything being copied. States share it: each reads only its own first
+    entries, and only one that holds all `length` entries written so far may write; another copies."""
+
+    keys: Tensor
+    values: Tensor
+    length: int
+
+    def holds(self, part: Tensor) -> bool:
+        """Whether `part` of the keys is a view of this room's (a state's fields may have been replaced)."""
+        return not part.numel() or part.untyped_storage().data_ptr() == self.keys.untyped_storage().data_ptr()
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        stop = self.length + keys.shape[2]
+        self.keys[:, :, self.length : stop] = keys
+        self.values[:, :, self.length : stop] = values
+        self.length = stop
+
+
+@dataclass(eq=False)
 class Prefix:
     """Keys and values in front of one decoder call, layer by layer; handed to the layers as their `past_key_values`.
 
-    keys, values: per layer a list of [B, H, ?, K] tensors, oldest first, to which `update` joins the call's own.
+    keys, values: by layer number a list of [B, H, ?, K] tensors, oldest first, to which `update` joins the call's own.
     `local` receives, per layer, what of them belongs to the open chunk (the last `keep` entries).
+    spare: how many more entries the open chunk may take; without a graph, if not 0, `rooms` (by layer) are used and filled.
     """
 
-    keys: list[list[Tensor]]
-    values: list[list[Tensor]]
+    keys: Sequence[list[Tensor]] | Mapping[int, list[Tensor]]
+    values: Sequence[list[Tensor]] | Mapping[int, list[Tensor]]
     keep: int = 0
     local: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    spare: int = 0
+    rooms: dict[int, Room] = field(default_factory=dict)
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args: object) -> tuple[Tensor, Tensor]:
         """New keys and values [B, H, T, K] -> all that the layer attends to [B, H, M + p + T, K]."""
-        keys = torch.cat([*self.keys[layer], keys], dim=2)
-        values = torch.cat([*self.values[layer], values], dim=2)
+        if self.spare and not torch.is_grad_enabled():
+            keys, values = self._append(keys, values, layer)
+        else:
+            keys = torch.cat([*self.keys[layer], keys], dim=2)
+            values = torch.cat([*self.values[layer], values], dim=2)
         if self.keep:
             self.local[layer] = (keys[:, :, -self.keep :], values[:, :, -self.keep :])
         return keys, values
+
+    def _append(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        room, taken = self.rooms.get(layer), sum(part.shape[2] for part in self.keys[layer])
+        if room is None or room.length != taken or not all(room.holds(part) for part in self.keys[layer]):
+            batch, heads, length, size = keys.shape
+            shape = (batch, heads, taken + length + self.spare, size)
+            room = self.rooms[layer] = Room(keys.new_empty(shape), values.new_empty(shape), 0)
+            for part in zip(self.keys[layer], self.values[layer], strict=True):
+                room.append(*part)
+        room.append(keys, values)
+        return room.keys[:, :, : room.length], room.values[:, :, : room.length]
 
 
 class MemoryState(Cache):
@@ -57,6 +96,7 @@ class MemoryState(Cache):
         self.local_keys, self.local_values = local_keys, local_values
         self.open_ids = open_ids
         self.num_tokens = num_tokens
+        self.rooms: dict[int, Room] = {}  # where the local keys and values lie, if they do not lie alone
 
     # On a Mac, transformers runs one token too far and takes it back, which it believes of a cache with no layers of its own.
     is_croppable = False
@@ -75,14 +115,26 @@ class MemoryState(Cache):
         """Tokens seen, compressed ones included (transformers' `generate` feeds only what comes after them)."""
         return self.num_tokens
 
-    def prefix(self, num_slots: int, with_local: bool, keep: int = 0) -> Prefix:
-        """What a call reads that sees the first `num_slots` slots and, if asked, the open chunk so far."""
+    def prefix(self, num_slots: int, with_local: bool, keep: int = 0, spare: int = 0) -> Prefix:
+        """What a call reads that sees the first `num_slots` slots and, if asked, the open chunk so far; `keep` and `spare` as
+        in `Prefix`."""
 
         def parts(memory: list[Tensor], local: list[Tensor]) -> list[list[Tensor]]:
             return [[m[:, :, :num_slots], o] if with_local else [m[:, :, :num_slots]] for m, o in zip(memory, local, strict=True)]
 
         keys = parts(self.memory_keys, self.local_keys)
-        return Prefix(keys, parts(self.memory_values, self.local_values), keep)
+        rooms = dict(self.rooms) if with_local else {}
+        return Prefix(keys, parts(self.memory_values, self.local_values), keep, spare=spare, rooms=rooms)
+
+    def keep_open(self, prefix: Prefix) -> None:
+        """Take over from a call what belongs to the open chunk; where it lies in rooms, the memory is read from there too."""
+        layers, slots = range(len(prefix.local)), self.num_slots
+        self.local_keys = [prefix.local[i][0] for i in layers]
+        self.local_values = [prefix.local[i][1] for i in layers]
+        self.rooms = prefix.rooms
+        if self.rooms:
+            self.memory_keys = [self.rooms[i].keys[:, :, :slots] for i in layers]
+            self.memory_values = [self.rooms[i].values[:, :, :slots] for i in layers]
 
     def select(self, rows: Tensor) -> MemoryState:
         """A new state of the rows [B'] int64, in that order; a row may be taken several times."""

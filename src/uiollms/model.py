@@ -22,7 +22,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from uiollms.attention import decoder_mask, decoder_positions, encoder_mask, encoder_positions
-from uiollms.base import Role, check_base, first_eos, layer_device, promote_norms, rotate, run_layer
+from uiollms.base import Role, check_base, first_eos, layer_device, promote_norms, rotate, run_last_rows, run_layer
 from uiollms.config import MemoryConfig
 from uiollms.generation import Generation, RaggedState
 from uiollms.lora import LoRA, added, master_dtype
@@ -144,7 +144,8 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
         dropout on. Chunks do not see each other.
 
         The memory of a layer is what its attention would receive at the memory positions, so the last layer runs only
-        its input norm: its attention and MLP, the final norm and the LM head have no reader.
+        its input norm: its attention and MLP, the final norm and the LM head have no reader. Of the layer before it only
+        the slots are read: there the chunk's tokens become keys and values, and nothing more.
         """
         l, m = self.memory_config.chunk_size, self.memory_config.num_memory
         if input_ids.shape[1] != l:
@@ -159,9 +160,11 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
         with added(self._lora_pairs("encoder"), seeds):
             for i, layer in enumerate(self.base.model.layers):
                 hidden = hidden.to(layer_device(layer))
-                memory.append(layer.input_layernorm(hidden[:, l:]))
-                if i + 1 < len(self.base.model.layers):
+                memory.append(layer.input_layernorm(hidden[:, -m:]))
+                if i + 2 < len(self.base.model.layers):
                     hidden = run_layer(layer, hidden, mask, positions, rotary)
+                elif i + 2 == len(self.base.model.layers):
+                    hidden = run_last_rows(layer, hidden, m, mask, positions, rotary)
         return memory
 
     def _lora_pairs(self, role: str) -> list[tuple[nn.Module, LoRA]]:
@@ -276,12 +279,12 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
             if stop <= first_kept and stop - start == l:
                 continue
             num_slots = slots_before + start // l * self.memory_config.num_memory
-            prefix = after.prefix(num_slots, with_local=start == 0, keep=stop - start if stop - start < l else 0)
+            keep = (stop - start) % l
+            prefix = after.prefix(num_slots, with_local=start == 0, keep=keep, spare=l - keep if keep else 0)
             rows = [num_slots] * len(ids)
             pieces.append(self.decode(ids[:, start + local_past : stop], prefix, rows, local_past))
             if prefix.keep:
-                after.local_keys = [prefix.local[i][0] for i in range(len(self.base.model.layers))]
-                after.local_values = [prefix.local[i][1] for i in range(len(self.base.model.layers))]
+                after.keep_open(prefix)
         if not tail:
             empty = self.new_state(len(ids))
             after.local_keys, after.local_values = empty.local_keys, empty.local_values
@@ -311,7 +314,9 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
             for i, (k, v) in enumerate(zip(new_keys, new_values, strict=True)):
                 keys[i] = torch.cat([keys[i], join_slots(k, batch)], dim=2)
                 values[i] = torch.cat([values[i], join_slots(v, batch)], dim=2)
-        return MemoryState(keys, values, state.local_keys, state.local_values, state.open_ids, state.num_tokens)
+        after = MemoryState(keys, values, state.local_keys, state.local_values, state.open_ids, state.num_tokens)
+        after.rooms = state.rooms
+        return after
 
     def reconstruct(self, input_ids: Tensor) -> Tensor:
         """Auto-encoding logits (paper Table 1): every chunk of [C, l] is compressed, then the decoder, started by the

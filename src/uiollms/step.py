@@ -114,8 +114,9 @@ def row_weights(sample: Sample, window: Tensor) -> Tensor:
 
 def chunks_with_gradient(sample: Sample, weights: Tensor) -> list[int]:
     """The chunks whose memory some scored row reads with a weight that is not zero."""
-    readers = [(t, row.num_memories) for t, row in enumerate(sample.rows) if len(row.scored)]
-    return [s for s in range(len(sample.chunks)) if any(seen > s and weights[t, s] != 0 for t, seen in readers)]
+    seen = torch.tensor([row.num_memories if len(row.scored) else 0 for row in sample.rows])
+    read = torch.arange(len(sample.chunks)) < seen[:, None]  # [N, C]
+    return (read & (weights[:, : len(sample.chunks)].cpu() != 0)).any(0).nonzero().flatten().tolist()
 
 
 class Books:

@@ -1,0 +1,1 @@
+"""How fast, how small, how close to the machine: `python -m benchmarks --help`."""

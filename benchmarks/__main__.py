@@ -1,0 +1,97 @@
+"""One command, one table: `python -m benchmarks`; JSON, tables and plots in `--out`.
+
+Every figure is a ratio within this run (or comes with what it is a ratio of); alternatives take turns, medians count, memory is
+that of a new process. GEMM peak: this run's, at the model's own shapes. FLOPs: what `benchmarks/flops.py` writes down.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import cases, plots
+from benchmarks.flops import Flops
+from benchmarks.gemm import gemm_peak
+from benchmarks.measure import machine
+from benchmarks.models import MODELS
+from uiollms.model import MemoryLM
+
+LENGTHS = [2048, 4096, 8192, 16384, 32768, 63744, 99328, 131072]
+PASTS = [1024, 8192, 65536]
+WINDOWS = [1, 2, 4, 8]
+BATCHES = [1, 2, 4, 8, 16]
+
+
+def measure(name: str, model: MemoryLM, what: list[str], quick: bool, repeats: int) -> dict[str, Any]:
+    """All tables of one model. quick: short documents, few settings."""
+    l = model.memory_config.chunk_size
+    lengths = [4 * l, 8 * l] if quick else LENGTHS
+    compared = 8 * l if quick else 8192
+    gemm = gemm_peak(Flops.of(model), model.chunk_batch * l, model.dtype, repeats)
+    bench = cases.Bench(name, model, gemm["peak"], repeats, fresh=not quick)
+    tables: dict[str, cases.Table] = {}
+    if "training" in what or "scoring" in what:
+        tables["against the baseline"] = cases.against_baseline(bench, compared)
+    for kind, wanted in (("uio", "training"), ("score", "scoring")):
+        if wanted in what:
+            tables[f"{wanted} against length"] = cases.against_length(bench, kind, lengths)
+    if "training" in what:
+        tables["training against S"] = cases.against_S(bench, compared, WINDOWS[: 2 if quick else None])
+        sizes = BATCHES[: 2 if quick else None]
+        tables["training against chunk_batch"] = cases.against_chunk_batch(bench, compared, sizes)
+    if "generation" in what:
+        pasts = [4 * l, 8 * l] if quick else [n for n in PASTS if n + l <= model.capacity]
+        tables["generation against past"] = cases.against_past(bench, pasts, 4 if quick else 16)
+    return {"gemm": gemm, "chunk_batch": model.chunk_batch, "tables": tables}
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The whole report as Markdown tables."""
+    lines = ["# Benchmarks", "", ", ".join(f"{key} {value}" for key, value in report["machine"].items()), ""]
+    for name, result in report["models"].items():
+        lines += [f"## {name}: GEMM peak {result['gemm']['peak'] / 1e9:.1f} GFLOP/s, chunk_batch {result['chunk_batch']}", ""]
+        for title, rows in result["tables"].items():
+            lines += [f"### {title}", "", "| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
+            lines += ["| " + " | ".join(shown(value) for value in row.values()) + " |" for row in rows] + [""]
+    return "\n".join(lines)
+
+
+def shown(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return "-" if value is None else str(value)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--what", default="training,scoring,generation", help="comma-separated; default: all three")
+    parser.add_argument("--model", nargs="+", default=["midsize", "smollm2"], choices=list(MODELS))
+    parser.add_argument("--quick", action="store_true", help="short documents, few settings, memory in this process")
+    parser.add_argument("--repeats", type=int, default=3, help="turns of every comparison")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
+    parser.add_argument("--chunk-batch", type=int, default=4, help="chunks computed at once")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"))
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    what = options.what.split(",")
+    if unknown := set(what) - {"training", "scoring", "generation"}:
+        parser.error(f"--what: {', '.join(sorted(unknown))} is unknown; known: training, scoring, generation")
+    report: dict[str, Any] = {"machine": machine(), "models": {}}
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name in options.model:
+        model = MODELS[name]()
+        model.chunk_batch = options.chunk_batch
+        report["models"][name] = measure(name, model, what, options.quick, options.repeats)
+        (options.out / "bench.json").write_text(json.dumps(report, indent=1))  # after every model: hours may follow
+        (options.out / "bench.md").write_text(markdown(report))
+    plots.draw(report, options.out / "bench.png")
+    print(markdown(report))
+
+
+if __name__ == "__main__":
+    main()

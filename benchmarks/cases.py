@@ -1,0 +1,215 @@
+"""What is measured: training, scoring and generation, ours and the obvious alternative.
+
+Shapes: H key/value heads, M memory slots, K head size, n tokens of a past.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from benchmarks.alone import run_alone
+from benchmarks.flops import Flops
+from benchmarks.measure import in_new_process, interleaved, median_ratio
+from benchmarks.models import random_document
+from benchmarks.passes import memory_formula, passes, useful
+from uiollms.memory import MemoryState
+from uiollms.model import MemoryLM
+
+Table = list[dict[str, Any]]
+
+
+@dataclass
+class Bench:
+    """One model under measurement. peak: FLOP/s of its GEMMs in this run; fresh: memory in new processes (else in this one,
+    which is quick, and hides what the allocator has kept)."""
+
+    name: str
+    model: MemoryLM
+    peak: float
+    repeats: int
+    fresh: bool
+
+    def grown(self, kind: str, length: int, S: int = 2, chunk_batch: int | None = None) -> float:
+        """Peak MiB above the loaded weights of one pass."""
+        size = chunk_batch or self.model.chunk_batch
+        case = {"model": self.name, "pass": kind, "length": length, "S": S, "chunk_batch": size}
+        return (in_new_process if self.fresh else run_alone)(case)["bytes"] / 2**20
+
+
+def against_baseline(bench: Bench, length: int) -> Table:
+    """Time and memory of every pass over one document, S = 2, beside the straightforward algorithm."""
+    model = bench.model
+    document = random_document(model, length)
+    seconds = interleaved(passes(model, document, 2), bench.repeats)
+    flops = useful(model, document, 2)
+    rows = []
+    for key, twin in (("uio", "baseline uio"), ("exact", "baseline uio"), ("score", "baseline score")):
+        ours, theirs = bench.grown(key, length), bench.grown(twin, length)
+        median = statistics.median(seconds[key])
+        rows.append(
+            {
+                "pass": key,
+                "tokens": length,
+                "seconds": median,
+                "time / baseline": median_ratio(seconds[key], seconds[twin]),
+                "floor / baseline": flops[key] / bench.peak / statistics.median(seconds[twin]),
+                "utilisation": flops[key] / median / bench.peak,
+                "peak MiB": ours,
+                "memory / baseline": ours / theirs if theirs else None,
+            }
+        )
+    return rows
+
+
+def against_length(bench: Bench, kind: str, lengths: Sequence[int]) -> Table:
+    """Time a token, utilisation and peak memory against length, S = 2. All lengths take turns."""
+    model = bench.model
+    documents = {n: random_document(model, n) for n in lengths if n <= model.capacity}
+    seconds = interleaved({n: passes(model, d, 2, only=kind)[kind] for n, d in documents.items()}, bench.repeats)
+    rows: Table = []
+    for n, document in documents.items():
+        grown, median = bench.grown(kind, n), statistics.median(seconds[n])
+        first = rows[0] if rows else None
+        rows.append(
+            {
+                "pass": kind,
+                "tokens": n,
+                "us / token": 1e6 * median / n,
+                "time / token, / first": median_ratio(seconds[n], seconds[lengths[0]]) * lengths[0] / n,
+                "utilisation": useful(model, document, 2)[kind] / median / bench.peak,
+                "peak MiB": grown,
+                "bytes / token above first": (grown - first["peak MiB"]) * 2**20 / (n - first["tokens"]) if first else None,
+                "formula, bytes / token": memory_formula(model, n)[kind] / n,
+            }
+        )
+    return rows
+
+
+def against_S(bench: Bench, length: int, windows: Sequence[int]) -> Table:
+    """A training step against S."""
+    document = random_document(bench.model, length)
+    seconds = interleaved({S: passes(bench.model, document, S, only="uio")["uio"] for S in windows}, bench.repeats)
+    return [
+        {
+            "S": S,
+            "tokens": length,
+            "time / first": median_ratio(seconds[S], seconds[windows[0]]),
+            "peak MiB": bench.grown("uio", length, S),
+        }
+        for S in windows
+    ]
+
+
+def against_chunk_batch(bench: Bench, length: int, sizes: Sequence[int]) -> Table:
+    """A training step against the chunks computed at once."""
+    model = bench.model
+    document, before = random_document(model, length), model.chunk_batch
+    call = passes(model, document, 2, only="uio")["uio"]
+
+    def with_batch(size: int) -> object:
+        model.chunk_batch = size
+        return call()
+
+    seconds = interleaved({size: lambda size=size: with_batch(size) for size in sizes}, bench.repeats)
+    model.chunk_batch = before
+    return [
+        {
+            "chunk_batch": size,
+            "tokens": length,
+            "time / first": median_ratio(seconds[size], seconds[sizes[0]]),
+            "peak MiB": bench.grown("uio", length, chunk_batch=size),
+        }
+        for size in sizes
+    ]
+
+
+def against_past(bench: Bench, pasts: Sequence[int], new_tokens: int) -> Table:
+    """Greedy decoding of `new_tokens` tokens, crossing a chunk boundary, behind pasts of random contents; beside it the base
+    with a full KV cache of equal length, where that fits its positions."""
+    model = bench.model
+    calls: dict[tuple[str, int], Callable[[], float]] = {}
+    for n in pasts:
+        calls["memory", n] = lambda n=n: continue_stream(model, random_state(model, n), new_tokens)
+        if n + new_tokens <= model.config.max_position_embeddings:
+            calls["base", n] = lambda n=n: continue_base(model, n, new_tokens)
+    seconds: dict[tuple[str, int], list[float]] = {key: [] for key in calls}
+    for call in calls.values():
+        call()
+    for _ in range(bench.repeats):
+        for key, call in calls.items():
+            seconds[key].append(call())
+    rows: Table = []
+    for n in pasts:
+        ours = seconds["memory", n]
+        flops = Flops.of(model).generation(n // model.memory_config.chunk_size * model.memory_config.num_memory)
+        base = seconds.get(("base", n))
+        rows.append(
+            {
+                "past": n,
+                "ms / token": 1e3 * statistics.median(ours) / new_tokens,
+                "time / first": median_ratio(ours, seconds["memory", pasts[0]]),
+                "base time / ours": median_ratio(base, ours) if base else None,
+                "utilisation": flops * new_tokens / statistics.median(ours) / bench.peak,
+            }
+        )
+    return rows
+
+
+def random_state(model: MemoryLM, past: int) -> MemoryState:
+    """A stream after `past` tokens, at the middle of a chunk; what its memories hold changes no time."""
+    size, l = model.base.model.layers[0].self_attn.head_dim, model.memory_config.chunk_size
+    slots = past // l * model.memory_config.num_memory
+    heads, layers = model.config.num_key_value_heads, range(model.config.num_hidden_layers)
+
+    def random_kv() -> list[Tensor]:
+        return [torch.randn(1, heads, slots, size, dtype=model.dtype) for _ in layers]
+
+    empty = model.new_state()
+    state = MemoryState(random_kv(), random_kv(), empty.local_keys, empty.local_values, empty.open_ids, past // l * l)
+    with torch.no_grad():
+        return model(random_document(model, l // 2)[None], state, logits_to_keep=1).past_key_values
+
+
+@torch.no_grad()
+def continue_stream(model: MemoryLM, state: MemoryState, new_tokens: int) -> float:
+    """Seconds for `new_tokens` greedy tokens."""
+    token = torch.zeros(1, 1, dtype=torch.int64)
+
+    def decode() -> None:
+        nonlocal state, token
+        for _ in range(new_tokens):
+            output = model(token, state, logits_to_keep=1)
+            state, token = output.past_key_values, output.logits[:, -1:].argmax(-1)
+
+    return clocked(decode)
+
+
+@torch.no_grad()
+def continue_base(model: MemoryLM, past: int, new_tokens: int) -> float:
+    """The same for the base with its library KV cache, filled with random keys and values."""
+    size, cache = model.base.model.layers[0].self_attn.head_dim, DynamicCache()
+    for i in range(model.config.num_hidden_layers):
+        shape = (1, model.config.num_key_value_heads, past, size)
+        cache.update(torch.randn(shape, dtype=model.dtype), torch.randn(shape, dtype=model.dtype), i)
+    token = torch.zeros(1, 1, dtype=torch.int64)
+
+    def decode() -> None:
+        nonlocal token
+        for _ in range(new_tokens):
+            token = model.base(token, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
+
+    return clocked(decode)
+
+
+def clocked(call: Callable[[], None]) -> float:
+    start = perf_counter()
+    call()
+    return perf_counter() - start

@@ -1,0 +1,75 @@
+"""How things are measured: alternatives take turns within one run, medians count, and memory is measured in a new process."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Hashable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import torch
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def interleaved(calls: Mapping[Key, Callable[[], object]], repeats: int) -> dict[Key, list[float]]:
+    """Seconds of every call, `repeats` times, taking turns, so that a busy neighbour or a hot CPU meets all alike; each
+    is called once before."""
+    for call in calls.values():
+        call()
+    seconds: dict[Key, list[float]] = {key: [] for key in calls}
+    for _ in range(repeats):
+        for key, call in calls.items():
+            start = time.perf_counter()
+            call()
+            seconds[key].append(time.perf_counter() - start)
+    return seconds
+
+
+def median_ratio(ours: list[float], theirs: list[float]) -> float:
+    """Median over the turns of ours / theirs."""
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def in_new_process(case: dict[str, Any]) -> dict[str, Any]:
+    """`benchmarks.alone.run_alone(case)` in a process of its own, whose allocator has kept nothing from before."""
+    command = [sys.executable, "-m", "benchmarks.alone", json.dumps(case), str(torch.get_num_threads())]
+    root = Path(__file__).parent.parent
+    path = os.pathsep.join([str(root), str(root / "src"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, cwd=root, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def machine() -> dict[str, Any]:
+    """What ran this: CPU, memory, libraries, and how busy the machine was at the start."""
+    model = next((line.split(":")[1].strip() for line in cpu_info() if line.startswith("model name")), platform.processor())
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "load_average": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": commit(),
+    }
+
+
+def cpu_info() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def commit() -> str:
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip()

@@ -1,0 +1,115 @@
+"""The benchmarks measure what they say: the FLOP count, the baseline's gradients, the whole command on a tiny model."""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import gradients, make_model, random_ids, worst_error
+from torch.utils.flop_counter import FlopCounterMode
+
+import uiollms
+from uiollms import MemoryConfig, Sample
+from uiollms.estimators import window_from_draws
+from uiollms.evaluate import score
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks/ is run from the repository, not installed
+
+from benchmarks.baseline import Baseline
+from benchmarks.flops import Flops
+
+MEMORY = MemoryConfig(num_memory=2, chunk_size=8, lora_rank=3, lora_alpha=6)
+
+
+def matmul_flops(call) -> int:
+    """FLOPs of the products outside attention: torch's counter does not know the CPU's attention kernel."""
+    counter = FlopCounterMode(display=False)
+    with counter:
+        call()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("length, S", [(16, 1), (27, 1), (43, 2), (45, 7)])
+def test_baseline_gives_the_steps_gradients(length, S):
+    """float64; 1e-10 as for every other twin of the step."""
+    model, sample = make_model(), Sample.document(random_ids(length), 8)
+    baseline, rng = Baseline(model), random.Random(length)
+    draws = [rng.randint(0, c) for c in range(S, len(sample.rows))]
+    loss = baseline.train_step(sample, S, draws)
+    result = uiollms.gradient_step(model, sample, weights=window_from_draws(draws, S, True, len(sample.rows)))
+    found, expected = baseline.gradients(), gradients(model)
+    found |= {name: torch.zeros_like(expected[name]) for name in expected.keys() - found.keys()}
+    assert loss == pytest.approx(result.losses.sum().item(), rel=1e-10)
+    assert worst_error(found, expected) < 1e-10
+    assert all(found[name].abs().max() > 0 for name in ("encoder.layers.0.q_proj.lora_A", "decoder.layers.0.k_proj.lora_A"))
+
+
+def test_baseline_scores_alike():
+    model, ids = make_model(), random_ids(43)
+    found = Baseline(model).score(Sample.document(ids, 8))
+    torch.testing.assert_close(found, score(model, ids, "document").nll, rtol=1e-10, atol=0)
+
+
+def without_attention(flops: Flops) -> Flops:
+    class Linear(Flops):
+        def attention(self, pairs: int) -> int:
+            return 0
+
+    return Linear(**flops.__dict__)
+
+
+@pytest.mark.parametrize("family", ["llama", "smollm2"])
+def test_flops_of_forward_passes_are_counted_by_torch(family):
+    model = make_model(family)
+    flops = without_attention(Flops.of(model))
+    ids = random_ids(1, 8)
+    with torch.no_grad():
+        assert matmul_flops(lambda: model.encode_layers(ids)) == flops.encoder_forward()
+        memory = model.encode_layers(ids)
+        assert matmul_flops(lambda: model.project(memory, [0])) == flops.project_forward()
+        sample = Sample.document(random_ids(32), 8)  # of whole chunks: padding costs, and is not useful
+        assert matmul_flops(lambda: score(model, random_ids(32), "document")) == flops.scoring(sample)
+
+
+def test_flops_by_hand():
+    """One layer of everything, written out: D 4, q 4, kv 2, I 3, V 5, l 4, m 2, r 1."""
+    flops = Flops(layers=2, hidden=4, q=4, kv=2, intermediate=3, vocab=5, chunk=4, slots=2, rank=1)
+    assert flops.slot_pairs == 2 + 4 + 2
+    # 6 tokens' keys and values; 2 slots' queries, outputs and MLPs; LoRA of q (2 slots) and v (6 tokens); 8 pairs
+    assert flops.encoder_forward() == 6 * 2 * (2 * 4 * 2) + 2 * 2 * (2 * 4 * 4 + 3 * 4 * 3) + 2 * 2 * 8 + 6 * 2 * 6 + 4 * 8 * 4
+    # 3 tokens behind one memory: 6 + 6 pairs; the head for 2 of them
+    layer = 3 * 2 * (2 * 4 * 4 + 2 * 4 * 2 + 3 * 4 * 3) + 4 * 12 * 4
+    assert flops.decoder_forward(3, 1, 2) == 2 * layer + 2 * 2 * 4 * 5
+
+
+def test_the_command_on_a_tiny_model(tmp_path, capsys):
+    from benchmarks.__main__ import main
+
+    main(["--model", "tiny", "--quick", "--repeats", "1", "--out", str(tmp_path)])
+    report = json.loads((tmp_path / "bench.json").read_text())
+    tables = report["models"]["tiny"]["tables"]
+    assert list(tables) == [
+        "against the baseline",
+        "training against length",
+        "scoring against length",
+        "training against S",
+        "training against chunk_batch",
+        "generation against past",
+    ]
+    assert all(0 < row["utilisation"] < 1 for name in list(tables)[:3] for row in tables[name])
+    assert (tmp_path / "bench.png").stat().st_size > 0
+    assert (tmp_path / "bench.md").read_text().strip() == capsys.readouterr().out.strip()
+    with pytest.raises(SystemExit):
+        main(["--what", "speed"])
+
+
+def test_memory_is_measured_in_a_new_process():
+    from benchmarks.measure import in_new_process
+
+    case = {"model": "tiny", "pass": "baseline uio", "length": 64, "S": 2, "chunk_batch": 4}
+    result = in_new_process(case)
+    assert result["seconds"] > 0 and result["bytes"] >= 0
+    with pytest.raises(RuntimeError, match="KeyError"):
+        in_new_process(case | {"model": "none"})
