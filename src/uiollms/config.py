@@ -24,7 +24,9 @@ class ConfigError(ValueError):
 class Checked(BaseModel):
     """Unknown keys are errors, types are strict (no "10" for 10, no true for 1), objects do not change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, populate_by_name=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class MemoryConfig(Checked):
@@ -118,9 +120,14 @@ class TrainSection(Checked):
     loss: Literal["paper", "document"] = Field(
         "paper", description="paper: every chunk's mean NLL, first tokens unscored; document: every token but the first"
     )
-    seed: int = Field(0, description="of weights, data order and draws")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of weights, data order and draws")
     run_dir: str | None = Field(None, description="folder for metrics, plots, resolved config; null = runs/<config's name>")
     chunk_batch: Positive = Field(4, description="chunks encoded or decoded at once: memory against speed, not results")
+    keep_last: Positive = Field(2, description="newest checkpoints kept in the run folder")
+    keep_best: bool = Field(False, description="also keep the checkpoint with the lowest perplexity of tasks[0]")
+    max_bad_steps: Positive = Field(
+        10, description="steps in a row with a loss or gradient that is not finite before the run stops"
+    )
 
     @model_validator(mode="after")
     def _shares_sum_to_one(self) -> TrainSection:

@@ -1,14 +1,11 @@
-"""What surrounds the training step: samples from documents, the learning rate, the run folder."""
+"""What surrounds the training step: samples from documents, the learning rate, evaluations."""
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,18 +59,29 @@ class Samples(Iterator[Sample]):
         self.tokenizer, self.model = tokenizer, model
         self.protocol = PROTOCOLS[config.train.loss]
         self.skipped = 0
+        self.source = ""  # of the last sample's document
 
     def __next__(self) -> Sample:
         for _ in range(self.MOST_SKIPPED):
             number, document = next(self.mixture)
             sample = self.sample_of(document, self.entries[number])
             if any(row.num_memories and len(row.scored) for row in sample.rows):
+                self.source = document.source
                 return sample
             self.skipped += 1
         raise ConfigError(
             f"train.corpus: {self.MOST_SKIPPED} documents in a row fit one chunk of {self.model.memory_config.chunk_size} "
             f"tokens; memory needs longer ones"
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the data, in plain lists and numbers (JSON)."""
+        return {"mixture": self.mixture.state_dict(), "skipped": self.skipped}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ConfigError if the corpora have changed since the state was taken."""
+        self.mixture.load_state_dict(state["mixture"])
+        self.skipped = state["skipped"]
 
     def sample_of(self, document: Document, entry: CorpusEntry) -> Sample:
         """A document -> its sample, by its task and the corpus's `truncation`. Raises ConfigError, naming the document, where
@@ -177,21 +185,3 @@ def evaluation_documents(model: MemoryLM, tokenizer: PreTrainedTokenizerBase, ta
     if len(documents) < task.num_instance:
         log.warning("%s: %d documents of the %d asked for", task.task_name, len(documents), task.num_instance)
     return documents
-
-
-class Run:
-    """The run folder: resolved config, metrics as JSON lines, plots."""
-
-    def __init__(self, config: EnvConfig, env_conf: str | Path) -> None:
-        self.folder = Path(config.train.run_dir or Path("runs") / Path(env_conf).stem)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.json").write_text(config.model_dump_json(indent=4) + "\n")
-        self.metrics = self.folder / "metrics.jsonl"
-        self.metrics.write_text("")
-        self.started = time.time()
-
-    def log(self, **values: Any) -> None:
-        """Append one line to metrics.jsonl, with the seconds since the run began."""
-        line = json.dumps({"seconds": round(time.time() - self.started, 2), **values})
-        with self.metrics.open("a") as file:
-            file.write(line + "\n")
