@@ -47,7 +47,7 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run) -> None:
     trained, frozen = count_parameters(model)
     print(f"trained parameters {trained / 1e6:.1f} M, frozen {frozen / 1e6:.1f} M in {model.dtype}")
 
-    state = TrainingState(model, optimizer, samples, draws)  # all that changes from here on
+    state = TrainingState(model, tokenizer, optimizer, samples, draws)  # all that changes from here on
     run.begin(state)  # at iteration 0, or where a checkpoint stands
 
     def evaluate() -> None:

@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from uiollms.config import load_env_config
 from uiollms.pretrained import load_memory_lm
+from uiollms.run import Run
 from uiollms.training import Samples
 
 
@@ -74,15 +76,15 @@ def test_killed_fifty_times(run_folder):
     assert within_a_save >= 10
 
 
-@pytest.mark.parametrize("number, event", [(signal.SIGTERM, 60), (signal.SIGINT, 150), (signal.SIGTERM, 215)])
-def test_a_signal_lets_the_iteration_finish_and_saves(run_folder, number, event):
+def test_a_signal_lets_the_iteration_finish_and_saves(run_folder):
     assert forked(train()) == 0
     metrics, tensors = metrics_of(run_folder), tensors_of(run_folder)
-    assert forked(train_and_at(event, signalled(number), "--restart")) == 128 + number
-    stopped = steps_in(run_folder)[-1]
-    assert 0 < stopped < 10 and metrics_of(run_folder)[-1]["iteration"] == stopped
-    assert forked(train("--resume")) == 0
-    assert metrics_of(run_folder) == metrics and tensors_of(run_folder) == tensors
+    for number, event in ((signal.SIGTERM, 60), (signal.SIGINT, 150)):
+        assert forked(train_and_at(event, signalled(number), "--restart")) == 128 + number
+        stopped = steps_in(run_folder)[-1]
+        assert 0 < stopped < 10 and metrics_of(run_folder)[-1]["iteration"] == stopped
+        assert forked(train("--resume")) == 0
+        assert metrics_of(run_folder) == metrics and tensors_of(run_folder) == tensors
 
 
 def test_a_signal_ends_an_evaluation_which_is_made_again(run_folder):
@@ -91,17 +93,15 @@ def test_a_signal_ends_an_evaluation_which_is_made_again(run_folder):
     metrics = metrics_of(run_folder)
 
     def at_the_second_document() -> int:
-        from uiollms import evaluate
+        unless_stopped = Run.unless_stopped
 
-        score, calls = evaluate.score, []
+        def signalling(self: Run, items: Iterable) -> Iterator:
+            for number, item in enumerate(unless_stopped(self, items)):
+                if number == 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                yield item
 
-        def counted(*arguments, **settings):
-            calls.append(1)
-            if len(calls) == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return score(*arguments, **settings)
-
-        evaluate.score = counted
+        Run.unless_stopped = signalling
         return call(*TRAIN, *evaluating)
 
     assert forked(at_the_second_document) == 143
@@ -119,7 +119,7 @@ def test_a_second_signal_ends_at_once(run_folder):
 
 
 def test_evaluation_does_not_disturb_training(run_folder):
-    for folder, change in (("a", "train.tasks=[]"), ("b", "train.eval=1")):
+    for folder, change in (("a", "train.tasks=[]"), ("b", "train.eval=4")):
         assert call(*TRAIN, f"--set=train.run_dir={folder}", f"--set=model.save_ckp={folder}/ckp", f"--set={change}") == 0
     assert tensors_of(Path("a")) == tensors_of(Path("b"))
 
@@ -173,7 +173,7 @@ def test_what_may_change_is_logged(run_folder):
     assert [line["iteration"] for line in metrics_of(run_folder) if "nll" in line] == [1, 2, 3, 4, 5, 6]
 
 
-def test_the_checkpoints_kept(run_folder):
+def test_the_checkpoints_kept(run_folder, capsys):
     """Perplexities are written into the metrics as they would come, so that the best is neither first nor last."""
     flags = ("--set=train.keep_last=1", "--set=train.keep_best=true", "--set=train.eval=2")
     for stop in (2, 4, 6, 8):
@@ -184,6 +184,8 @@ def test_the_checkpoints_kept(run_folder):
                 line["eval"][0]["memory"]["perplexity"] = abs(line["iteration"] - 4.5)
         (run_folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert steps_in(run_folder) == [4, 8]
+    assert call(*TRAIN, "--set=train.keep_best=true", "--set=train.tasks=[]") == 2
+    assert "env.json: train: keep_best needs an evaluation" in capsys.readouterr().err
 
 
 def test_a_checkpoint_serves_as_weights(run_folder):

@@ -136,6 +136,12 @@ class TrainSection(Checked):
             raise ValueError(f"the corpus partitions sum to {total:g}, they must sum to 1")
         return self
 
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> TrainSection:
+        if self.keep_best and not self.tasks:
+            raise ValueError("keep_best needs an evaluation to compare checkpoints by; tasks is empty")
+        return self
+
 
 class EnvConfig(Checked):
     """One experiment, `32x.json`."""
@@ -173,6 +179,8 @@ def read_json(path: str | Path) -> Any:
 
 def parse(model: type[Model], value: Any, path: str | Path) -> Model:
     """A JSON value -> a typed object. Raises ConfigError with one line for every fault."""
+    if (location := half_surrogate(value)) is not None:
+        raise ConfigError(f"{path}: {json_path(location)}: holds half of a surrogate pair, which is no text")
     try:
         return model.model_validate_json(json.dumps(value))
     except ValidationError as error:
@@ -252,9 +260,20 @@ def json_path(location: tuple[str | int, ...]) -> str:
     for part in location:
         if isinstance(part, int):
             text += f"[{part}]"
+        elif not part.isprintable() or not part:
+            text += f"[{json.dumps(part)}]"
         elif not any(c in part for c in "([{"):
             text += f".{part}" if text else part
     return text
+
+
+def half_surrogate(value: Any, location: tuple[str | int, ...] = ()) -> tuple[str | int, ...] | None:
+    """Where in a JSON value a text stands that no file can hold; None if nowhere."""
+    if isinstance(value, str):
+        return location if any("\ud800" <= c <= "\udfff" for c in value) else None
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    found = (half_surrogate(part, (*location, key)) for key, v in inner for part in ((v, key) if isinstance(key, str) else (v,)))
+    return next((place for place in found if place is not None), None)
 
 
 def fields_at(model: type[BaseModel], location: tuple[str | int, ...]) -> list[str]:

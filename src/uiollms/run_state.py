@@ -26,6 +26,7 @@ from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from uiollms.checkpoint import load_weights, write_weights
 from uiollms.config import Checked, ConfigError, EnvConfig, MemoryConfig, parse, read_json
@@ -85,6 +86,7 @@ class TrainingState:
     loss or gradient was not finite; bad_in_a_row: those since the last good one."""
 
     model: MemoryLM
+    tokenizer: PreTrainedTokenizerBase
     optimizer: torch.optim.AdamW
     samples: Samples
     draws: random.Random
@@ -152,7 +154,7 @@ def save_state(
         config=config,
         compressor=compressor,
         config_hash=config_hash(config, compressor),
-        tokenizer=fingerprint(state.samples.tokenizer),
+        tokenizer=fingerprint(state.tokenizer),
         environment=environment,
     )
     path = folder / f"step-{state.iteration:08d}"
@@ -231,7 +233,7 @@ def read_record(path: Path) -> Record:
 def load_state(state: TrainingState, path: Path, record: Record) -> None:
     """Put everything of a checkpoint back. Raises ConfigError if it does not fit the model, the tokenizer or the data."""
     position = parse(Position, read_json(path / "rank-0.json"), path / "rank-0.json")
-    if record.tokenizer != fingerprint(state.samples.tokenizer):
+    if record.tokenizer != fingerprint(state.tokenizer):
         raise ConfigError(f"{path}: the run's vocabulary was another one: {record.config.model.model_name} has changed since")
     load_weights(state.model, path)
     try:
