@@ -13,9 +13,10 @@ from tqdm import tqdm
 from uiollms.checkpoint import load_weights
 from uiollms.cli import parse_arguments, reporting_errors
 from uiollms.config import load_env_config, load_tasks
+from uiollms.evaluation import Evaluation
 from uiollms.pretrained import base_config, check_env, check_sources, load_memory_lm
-from uiollms.report import print_results
-from uiollms.training import Evaluation
+from uiollms.report import plot_results, print_results
+from uiollms.results import save_token_nlls
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -38,10 +39,13 @@ def main(arguments: list[str] | None = None) -> None:
     evaluation = Evaluation(model, tokenizer, tasks)
     results = evaluation.run(lambda documents: tqdm(documents, desc="evaluate", leave=False))
     print_results(results)
-    output = Path(config.train.run_dir or Path("runs") / Path(args.env_conf).stem) / "test.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps({"weights": weights, "results": [r.summary() for r in results]}, indent=4) + "\n")
-    print(f"written to {output}")
+    folder = Path(config.train.run_dir or Path("runs") / Path(args.env_conf).stem)
+    folder.mkdir(parents=True, exist_ok=True)
+    summaries = {"weights": weights, "results": [r.summary() for r in results]}
+    (folder / "test.json").write_text(json.dumps(summaries, indent=4) + "\n")
+    save_token_nlls(results, folder / "test-nll.safetensors")
+    plot_results(results, folder / "test.png")
+    print(f"written to {folder}: test.json (all numbers), test-nll.safetensors (every token's NLL), test.png")
 
 
 if __name__ == "__main__":

@@ -17,13 +17,14 @@ from uiollms.checkpoint import load_weights
 from uiollms.cli import parse_arguments, reporting_errors
 from uiollms.config import EnvConfig, load_env_config
 from uiollms.estimators import make_estimator
+from uiollms.evaluation import Evaluation
 from uiollms.faults import training_on
 from uiollms.pretrained import check_env, count_parameters, load_memory_lm
 from uiollms.report import print_results
 from uiollms.run import Run, open_run
 from uiollms.run_state import TrainingState
 from uiollms.step import gradient_step
-from uiollms.training import Evaluation, Samples, learning_rate, make_optimizer
+from uiollms.training import Samples, learning_rate, make_optimizer
 
 
 def main(arguments: list[str] | None = None) -> None:

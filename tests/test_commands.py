@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from uiollms.cli import reporting_errors
 from uiollms.config import ConfigError, load_env_config
 from uiollms.data import Document, NewsDocument, TokenDocument
 from uiollms.pretrained import load_memory_lm
+from uiollms.samples import SampleMaker
 from uiollms.training import Samples, learning_rate
 
 ROOT = Path(__file__).parent.parent
@@ -139,12 +141,11 @@ def test_question_answering_trains_from_json_lines(workspace):
 def test_documents_become_samples_by_their_task(workspace):
     config = load_env_config("env.json")
     model, tokenizer = load_memory_lm(config, "env.json")
-    samples = Samples(config, tokenizer, model)
-    entry = config.train.corpus[0]  # truncation 80
+    maker, rng = SampleMaker(model, tokenizer), random.Random(0)
     text = "It was a bright cold day in April. " * 4
 
     def sample(**fields):
-        return samples.sample_of(Document(text, "here:1", **fields), entry)
+        return maker.make(Document(text, "here:1", **fields), 80, rng)
 
     assert [len(row.input_ids) for row in sample().rows] == [16] * 5
     answered = sample(response="the answer", task="question answering")
@@ -152,7 +153,7 @@ def test_documents_become_samples_by_their_task(workspace):
     copied = sample(task="auto encoding")
     assert len(copied.chunks) == 5 and copied.num_scored == 80 and copied.rows[0].repeat
     tokens = TokenDocument(text, "here:1", input_ids=tuple(range(3, 103)), labels=(-100,) * 50 + tuple(range(53, 103)))
-    beacon = samples.sample_of(tokens, entry)
+    beacon = maker.make(tokens, 80, rng)
     assert beacon.num_scored == 30  # 50 .. 79: the truncation cuts the rest
     with pytest.raises(ConfigError, match="here:1: the response has .* tokens, truncation 80 leaves no room"):
         sample(response="x" * 90, task="question answering")
@@ -162,7 +163,7 @@ def test_documents_become_samples_by_their_task(workspace):
         "The story: Ada met Bob.", "here:1", task="news qa summation", kl_weight=0.9,
         questions=(("Who?", "Ada"), ("Whom?", "Bob")), summary="They met.", distractor=text,
     )  # fmt: skip
-    asked = samples.sample_of(news, entry)
+    asked = maker.make(news, 80, rng)
     said = "".join(tokenizer.decode(chunk) for chunk in asked.chunks)
     assert len(asked.rows) == 3 and len(asked.teachers) == 3 and news.text in said and len(asked.chunks) == 5
     answers = [tokenizer.decode(row.targets[row.scored]) for row in asked.rows]

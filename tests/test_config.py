@@ -137,7 +137,16 @@ def changed(path: str, value) -> dict:
         ("model.model_structure", "gpt2", "e.json: model.model_structure: Input should be 'llama'"),
         ("train.estimator", "uoi", "e.json: train.estimator: Input should be 'uio', 'tbptt', 'exact' or 'importance'"),
         ("model.device_map", {"lm_head": -1}, "e.json: model.device_map"),
-        ("train.tasks.0.task_type", "random memory utilization", "e.json: train.tasks[0].task_type: Input should be"),
+        (
+            "train.tasks.0.task_type",
+            "Random Memory_Utilization",
+            "e.json: train.tasks[0].task_type: the release names this task but has no code for it; use 'memory util",
+        ),
+        ("train.tasks.0.task_type", "perplexed", "e.json: train.tasks[0].task_type: Input should be 'perplexity', "),
+        ("train.tasks.0.depths", [0.5], "e.json: train.tasks[0]: depths is for passkey and needle; perplexity hides nothing"),
+        ("train.tasks.0.generate", True, "e.json: train.tasks[0]: generate is for question answering, found with perplexity"),
+        ("train.tasks.0.protocols", ["release"], "e.json: train.tasks[0].protocols[0]: Input should be 'paper' or 'document'"),
+        ("train.tasks.0.protocols", [], "e.json: train.tasks[0].protocols: "),
     ],
 )
 def test_wrong_values_are_refused_by_name(field, value, message):

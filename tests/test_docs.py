@@ -17,7 +17,8 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / 
 ORDER = """
     config schema faults integrity paths data.cleaning data.documents data.files data.hub data.beacons data.corpora_text
     data.corpora_own data.corpora_tasks data.mixture data lora loss attention memory base model placement pretrained tasks
-    estimators step evaluate training checkpoint run_state report run cli convert data.__main__ study __init__
+    estimators step evaluate samples retrieval results evaluation training checkpoint run_state report run cli convert
+    data.__main__ study.gradients study.cost study.tables study.learning study.recall study study.__main__ __init__
 """.split()
 
 

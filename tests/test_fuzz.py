@@ -89,6 +89,11 @@ def mutations(draw: Any, good: Any) -> tuple[Any, tuple, str]:
     return value, path, how
 
 
+def same(taken: Any, given: Any) -> bool:
+    """Whether a config has a value as it was given; a whole number for a float may be too large to be kept exactly."""
+    return taken == given or isinstance(taken, float) and taken == float(given)
+
+
 def lines_of(error: ConfigError) -> list[str]:
     return str(error).split("\n")
 
@@ -119,7 +124,7 @@ def test_every_mutation_of_a_config_has_a_meaning_or_is_refused_by_name(tmp_path
         dumped = json.loads(config.model_dump_json())
         if path[0] == "$schema" or how == "deleted":
             return  # read by editors only; a default
-        assert at(dumped, path) == at(value, path), (path, at(value, path))
+        assert same(at(dumped, path), at(value, path)), (path, at(value, path))
 
 
 @examples(150)
@@ -134,7 +139,7 @@ def test_every_mutation_of_a_compressor(tmp_path, mutation):
         assert all(line.startswith(f"{file}: ") for line in lines_of(error))
     else:
         if path[0] != "$schema" and how != "deleted":
-            assert config.model_dump()[path[0]] == value[path[0]]
+            assert same(config.model_dump()[path[0]], value[path[0]])
 
 
 @st.composite

@@ -12,7 +12,7 @@ from uiollms.config import load_env_config
 from uiollms.data import open_corpus
 from uiollms.evaluate import score
 from uiollms.pretrained import load_memory_lm
-from uiollms.training import tokenize
+from uiollms.samples import tokenize
 
 ROOT = Path(__file__).parent.parent
 

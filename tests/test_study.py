@@ -1,26 +1,23 @@
 """The study's shortcut (all pair gradients, one Gram matrix) against steps that are really taken."""
 
+import json
 import random
 
 import pytest
 import torch
-from conftest import gradients, make_model, random_ids, relative_error
+from conftest import gradients, make_base, make_model, random_ids, relative_error
 
 import uiollms
+from uiollms.config import ConfigError, TrainSection
 from uiollms.estimators import Importance, make_estimator
 from uiollms.step import chunk_norms
-from uiollms.study import (
-    PeakMemory,
-    as_preset,
-    draw_weights,
-    estimators_of,
-    gram,
-    markdown_table,
-    pair_gradients,
-    statistics_of,
-    study_cost,
-    study_gradients,
-)
+from uiollms.study.__main__ import as_preset
+from uiollms.study.__main__ import main as study
+from uiollms.study.cost import PeakMemory, study_cost
+from uiollms.study.gradients import draw_weights, estimators_of, gram, pair_gradients, statistics_of, study_gradients
+from uiollms.study.learning import compare, summarise
+from uiollms.study.recall import MEMORY, VOCABULARY, draw_documents, recall_sample, recall_samples
+from uiollms.study.tables import markdown_table
 
 SAMPLE = uiollms.Sample.language_modeling(random_ids(38), 8)
 
@@ -92,3 +89,86 @@ def test_a_preset_is_left_as_it_was_entered():
     with as_preset(model, dict(chunk_size=4, num_memory=1)):
         assert model.encode(random_ids(2, 4)).shape == (3, 2, 1, 32)
     assert model.memory_config is own
+
+
+def test_the_comparison_reads_curves_at_equal_iterations_and_at_equal_seconds():
+    """exact needs 2 s an iteration, tbptt 1 s: after tbptt's 10 s exact stands at iteration 5."""
+    curves = [
+        dict(estimator=name, S=1, seed=seed, iterations=[0, 10], nll=[4.0, end + seed])
+        for name, end in (("exact", 2.0), ("tbptt", 3.0))
+        for seed in (0, 1)
+    ]
+    exact, tbptt = summarise(curves, {("exact", 1): 2.0, ("tbptt", 1): 1.0})
+    assert exact["equal iterations"] == "2.500 +- 6.353" and tbptt["equal iterations, to exact"] == "1.000 +- 0.000"
+    assert exact["equal seconds"].startswith("3.250") and tbptt["equal seconds, to exact"].startswith("0.250")
+    assert exact["equal iterations, to exact"] == ""
+
+
+def test_recall_asks_what_was_told_that_many_chunks_ago():
+    ids, answers = draw_documents(torch.Generator().manual_seed(0), torch.tensor([3, 0]))
+    for document, distance in zip(ids.view(2, 16, 8), (3, 0), strict=True):
+        told = [{pair // 8: pair % 8 for pair in chunk[:4].tolist()} for chunk in document]
+        assert len(set().union(*told)) == 64  # no key twice
+        for t, chunk in enumerate(document):
+            source = told[t - distance if t >= distance else t]
+            for query, answer in chunk[4:].view(2, 2).tolist():
+                assert source[query - 512] == answer - 576
+    sample = recall_sample(ids[0], answers[0], 3)
+    assert answers.sum() == 64 and sample.num_scored == 2 * 13
+    assert all(len(row.scored) == 0 for row in sample.rows[:3])
+
+
+def test_a_truncated_gradient_cannot_learn_what_is_asked_later():
+    """At distance 3 the last chunk's memory is of no use: nothing of tbptt's S = 1 points the encoder to the answer."""
+    model, sample = make_recall_model(), next(recall_samples(3, seed=0))
+    window = make_estimator("tbptt", S=1).window(16, random.Random(0))
+    wanted = torch.ones(16, 16).tril(-3).triu(-3)
+    assert (window * wanted).sum() == 0
+    uiollms.gradient_step(model, sample, weights=wanted)
+    assert model.encoder.get_parameter("retrieval_token").grad.norm() > 0
+
+
+def make_recall_model():
+    base = make_base(dtype=torch.float32, vocab_size=VOCABULARY, max_position_embeddings=128)
+    return uiollms.MemoryLM(base, MEMORY)
+
+
+def test_learn_keeps_a_curve_and_the_same_seed_gives_the_same_curve():
+    train = TrainSection.model_validate(
+        dict(tbptt=1, train_iters=4, max_lr=1e-2, eval=2, save=4, corpus=(dict(name="recall", partition=1),))
+    )
+    stream = recall_samples(1, seed=9)
+    held_out = [next(stream) for _ in range(2)]
+
+    def start(seed):
+        torch.manual_seed(seed)
+        return make_recall_model(), recall_samples(1, seed)
+
+    curves = []
+    estimators = [e for e in estimators_of([1]) if e[0] in ("uio", "exact")]
+    compare(estimators, [0], start, held_out, train, [], curves.append)
+    assert [c["estimator"] for c in curves] == ["uio", "exact"] and curves[0]["iterations"] == [0, 2, 4]
+    assert curves[0]["nll"][0] == curves[1]["nll"][0] and curves[0]["nll"] != curves[1]["nll"]
+    again = []
+    compare(estimators, [0], start, held_out, train, curves[:1], again.append)  # the first is done already
+    assert [c["estimator"] for c in again] == ["exact"] and again[0]["nll"] == curves[1]["nll"]
+    by_hand = [score_of(start(0)[0], sample) for sample in held_out]
+    assert curves[0]["nll"][0] == pytest.approx(sum(by_hand) / sum(s.num_scored for s in held_out), rel=1e-5)
+
+
+def score_of(model, sample) -> float:
+    """Sum of the NLL as a training step reports it."""
+    return float(uiollms.gradient_step(model, sample).nll)
+
+
+def test_the_learning_study_trains_compares_and_goes_on(workspace, capsys):
+    arguments = ["learning", "--env_conf", "env.json", "--seeds", "2", "--out", "out/study", "--set", "train.eval=3"]
+    study(arguments)
+    curves = (workspace / "out/study/curves.jsonl").read_text()
+    rows = json.loads((workspace / "out/study/results.json").read_text())["rows"]
+    assert curves.count("\n") == 1 + 5 * 2 and {row["seeds"] for row in rows} == {2}
+    assert (workspace / "out/study/plot.png").stat().st_size > 0
+    study(arguments)  # nothing left to train
+    assert (workspace / "out/study/curves.jsonl").read_text() == curves
+    with pytest.raises(ConfigError, match=r"curves.jsonl: its curves were trained with other settings"):
+        study([*arguments, "--set", "train.max_lr=5e-3"])

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -85,16 +85,76 @@ class CorpusEntry(Checked):
     crop: Literal["start", "random"] = Field("start", description="which tokens are kept when a document is longer")
 
 
+TaskType = Literal[
+    "perplexity",
+    "language modeling",
+    "question answering",
+    "auto encoding",
+    "longdata copy",
+    "activation beacons",
+    "news qa summation",
+    "memory utilization",
+    "passkey",
+    "needle",
+]
+TEXT_TASKS = ("perplexity", "language modeling")  # every token of plain text is scored, by a protocol
+COPY_TASKS = ("auto encoding", "longdata copy")
+RETRIEVAL_TASKS = ("passkey", "needle")
+
+
 class TaskEntry(Checked):
     """One evaluation."""
 
-    task_type: Literal["perplexity"] = Field(description="what is measured")
-    task_name: str = Field(description="corpus name")
-    num_instance: Positive = Field(description="documents")
-    truncation: Positive | None = Field(None, description="tokens kept of a document, null = all")
-    compare: tuple[Literal["window", "raw"], ...] = Field(
-        (), description="also score the same tokens without memory (window) and with the raw context, where positions allow"
+    task_type: TaskType = Field(description="what is measured, see README")
+    task_name: str = Field(description="corpus name; for passkey and needle the corpus that the filler text comes from")
+    num_instance: Positive = Field(description="documents; for passkey and needle trials at each depth")
+    truncation: Positive | None = Field(
+        default=None, description="tokens kept of a document, null = all; passkey, needle: of a trial"
     )
+    compare: tuple[Literal["window", "raw", "shuffled"], ...] = Field(
+        default=(),
+        description="also score the same tokens without memory (window), with the raw context where positions allow (raw), and "
+        "with the memories of another document (shuffled)",
+    )
+    protocols: tuple[Literal["paper", "document"], ...] = Field(
+        default=("paper",),
+        min_length=1,
+        description="perplexity and language modeling only: which tokens are scored, one result each. paper: all but the first "
+        "of every chunk; document: all but the document's first",
+    )
+    depths: tuple[Fraction, ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="passkey and needle only: where in the context the sentence is hidden, 0 its start, 1 its end; null = 0, "
+        "0.25, 0.5, 0.75 and 1",
+    )
+    generate: bool = Field(
+        default=False,
+        description="question answering only: also answer greedily, up to the reference's length, scored by ROUGE-L",
+    )
+
+    @field_validator("task_type", mode="before")
+    @classmethod
+    def _spelling(cls, value: Any) -> Any:
+        """Case, spaces and underscores as people write them: "Language_Modeling" is "language modeling"."""
+        name = " ".join(value.replace("_", " ").lower().split()) if isinstance(value, str) else value
+        if name == "random memory utilization":
+            raise ValueError("the release names this task but has no code for it; use 'memory utilization'")
+        return name
+
+    @model_validator(mode="after")
+    def _fields_fit_the_task(self) -> TaskEntry:
+        if self.protocols != ("paper",) and self.task_type not in TEXT_TASKS:
+            raise ValueError(f"protocols is for {' and '.join(TEXT_TASKS)}; {self.task_type} has one way to score: remove it")
+        if self.depths is not None and self.task_type not in RETRIEVAL_TASKS:
+            raise ValueError(f"depths is for {' and '.join(RETRIEVAL_TASKS)}; {self.task_type} hides nothing: remove it")
+        if self.generate and self.task_type != "question answering":
+            raise ValueError(f"generate is for question answering, found with {self.task_type}: remove it")
+        if "raw" in self.compare and self.task_type in COPY_TASKS:
+            raise ValueError(f"compare: raw: {self.task_type} is from memory alone; allowed are window and shuffled")
+        if "shuffled" in self.compare and self.num_instance < 2:
+            raise ValueError("compare: shuffled reads another document's memories, num_instance must be at least 2, found 1")
+        return self
 
 
 class TrainSection(Checked):

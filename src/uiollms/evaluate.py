@@ -1,33 +1,29 @@
-"""Evaluation: documents -> perplexity, with memory and beside what it is to be compared with.
+"""Scores of one sample: what the model says of every scored token, with memory and beside what it is to be compared with.
 
-    memory   chunks read the memories of all earlier chunks: the model
-    window   every chunk on its own, no memory: what the frozen base does with the same window
-    raw      the base with the whole raw context, where its positions allow: what memory would be if it lost nothing
+    memory    rows read the memories of the chunks before them: the model
+    window    every row on its own, no memory: what the frozen base does with the same window
+    raw       the base with the whole raw context, where its positions allow: what memory would be if it lost nothing
+    shuffled  rows read as many memories, but of another document: what memory is worth for its content
 
-Shapes: T tokens of a document, T' scored tokens.
+Shapes: T tokens of a document, T' scored tokens, C chunks, l chunk_size, B rows, D hidden size, H key/value heads, M memory
+slots in front, m num_memory, K head size.
 """
 
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from uiollms.loss import linear_nll
+from uiollms.loss import linear_losses
 from uiollms.memory import Prefix
 from uiollms.model import MemoryLM
-from uiollms.step import batched, check_sample, decode_rows, empty_prefix, encode_all, project_all
-from uiollms.tasks import IGNORED, Row, Sample
-
-PROTOCOLS: dict[str, Callable[[Tensor, int], Sample]] = {
-    "paper": Sample.language_modeling,
-    "document": Sample.document,
-}
+from uiollms.step import batched, check_sample, decode_scored, empty_prefix, encode_all, project_all, taught_at, teach
+from uiollms.tasks import PROTOCOLS, Row, Sample
 
 
 class Score(NamedTuple):
@@ -42,26 +38,94 @@ class Score(NamedTuple):
         return math.exp(self.nll.double().mean().item())
 
 
-@torch.no_grad()
 def score(model: MemoryLM, input_ids: Tensor, protocol: str = "paper", mode: str = "memory") -> Score:
     """Per-token NLL of one document [T] or [1, T]. protocol: "paper" leaves the first token of every chunk unscored,
-    "document" only the document's first; mode: see the top of this file. Raises ValueError past the capacity, and for
-    "raw" past the base's positions."""
+    "document" only the document's first; mode: "memory", "window" or "raw", see the top of this file. Raises ValueError past
+    the capacity, and for "raw" past the base's positions."""
     sample = PROTOCOLS[protocol](input_ids, model.memory_config.chunk_size)
-    positions = torch.cat([row.start + row.scored + 1 for row in sample.rows])
-    length = sum(len(row.input_ids) for row in sample.rows)
+    return Score(token_losses(model, sample, mode)[1], positions(sample))
+
+
+def positions(sample: Sample) -> Tensor:
+    """[T'] int64: where in its document each scored token of a sample stands. A row's token predicts the next one; in a copy,
+    whose rows begin one token early, its own place."""
+    ahead = 0 if any(row.repeat for row in sample.rows) else 1
+    return torch.cat([row.start + row.scored + ahead for row in sample.rows])
+
+
+@torch.no_grad()
+def token_losses(model: MemoryLM, sample: Sample, mode: str = "memory", other: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Loss and NLL, [T'] each, of the sample's scored tokens: what training takes the weighted sum of, so with a teacher the
+    loss holds KL(teacher || student) and without one it is the NLL. other: another document's chunks, for "shuffled"."""
+    if not sample.num_scored:
+        return torch.empty(0), torch.empty(0)
+    taught = teach(model, sample)
+    parts = []
+    for rows, hidden, targets in scored_hidden(model, sample, mode, other):
+        teacher = taught_at(model, taught, rows) if taught else None
+        losses = linear_losses(hidden, model.base.lm_head, targets, teacher, sample.kl_weight)
+        parts.append([loss.cpu() for loss in losses])
+    loss, nll = (torch.cat(column) for column in zip(*parts, strict=True))
+    return loss, nll
+
+
+@torch.no_grad()
+def exact_match(model: MemoryLM, sample: Sample, mode: str = "memory", other: Tensor | None = None) -> bool:
+    """Whether each scored token is the likeliest one: then, and only then, greedy decoding gives just these tokens."""
+    found = scored_hidden(model, sample, mode, other)
+    return all(bool((model.logits(hidden).argmax(-1) == targets).all()) for _, hidden, targets in found)
+
+
+def scored_hidden(
+    model: MemoryLM, sample: Sample, mode: str, other: Tensor | None = None
+) -> Iterator[tuple[Sequence[Row], Tensor, Tensor]]:
+    """Batches of rows that score anything, the normed hidden states [N, D] of their scored positions, and their targets [N].
+    Raises ValueError past the capacity, and where another document has too few chunks."""
     if mode == "raw":
-        return Score(raw_nll(model, sample, length), positions)
+        sample = with_raw_texts(sample)
+        rows = [row for row in sample.rows if len(row.scored)]
+        targets = torch.cat([row.targets[row.scored] for row in rows])
+        hidden = taught_at(model, teach(model, sample), rows)
+        yield rows, hidden, targets.to(hidden.device)
+        return
     if mode == "window":
         sample = replace(sample, chunks=sample.chunks[:0], rows=tuple(replace(r, num_memories=0) for r in sample.rows))
+    elif mode == "shuffled":
+        if other is None or len(other) < len(sample.chunks):
+            raise ValueError(
+                f"{len(sample.chunks)} memories are read, the other document has {0 if other is None else len(other)}"
+            )
+        sample = replace(sample, chunks=other[: len(sample.chunks)])
     check_sample(model, sample)
-    memory, _ = encode_all(model, sample.chunks)
-    keys, values = project_all(model, memory)
-    parts = []
+    keys, values = project_all(model, encode_all(model, sample.chunks)[0])
     for batch in batched([t for t, row in enumerate(sample.rows) if len(row.scored)], model.chunk_batch):
-        prefix = shared_prefix(model, [sample.rows[t] for t in batch], keys, values)
-        parts.append(decode_rows(model, sample, batch, prefix)[1].cpu())
-    return Score(torch.cat(parts) if parts else torch.empty(0), positions)
+        rows = [sample.rows[t] for t in batch]
+        prefix = shared_prefix(model, rows, keys, values)
+        yield rows, *decode_scored(model, sample, batch, prefix)[:2]
+
+
+def with_raw_texts(sample: Sample) -> Sample:
+    """The sample with, as its teacher texts, what each row reads when its memories are the raw chunks; a text that begins
+    another is not repeated.
+
+    chunks [0 1] [2 3], rows [0 1] [2 3] [4] reading 0, 1, 2 of them -> one text 0 1 2 3 4, in which they stand at 0, 2, 4
+    """
+    if sample.teachers:
+        return sample
+    texts: list[Tensor] = []
+    rows = []
+    for row in reversed(sample.rows):
+        before = sample.chunks[: row.num_memories].flatten()
+        text = torch.cat([before, row.input_ids])
+        if not texts or not torch.equal(texts[-1][: len(text)], text):
+            texts.append(text)
+        rows.append(replace(row, teacher=(len(texts) - 1, len(before))))
+    return replace(sample, rows=tuple(reversed(rows)), teachers=tuple(texts))
+
+
+def longest_text(sample: Sample) -> int:
+    """Tokens of the longest raw text that "raw" (or the sample's own teacher) reads."""
+    return max(len(text) for text in with_raw_texts(sample).teachers)
 
 
 def shared_prefix(model: MemoryLM, rows: Sequence[Row], keys: Sequence[Tensor], values: Sequence[Tensor]) -> Prefix:
@@ -76,83 +140,47 @@ def shared_prefix(model: MemoryLM, rows: Sequence[Row], keys: Sequence[Tensor], 
     return Prefix(handed_out(keys), handed_out(values))
 
 
-def raw_nll(model: MemoryLM, sample: Sample, length: int) -> Tensor:
-    """NLL [T'] of the sample's scored tokens by the base, each given all raw tokens before it."""
-    positions = model.config.max_position_embeddings
-    if length > positions:
-        raise ValueError(f"the raw context has {length} tokens, the base {positions} positions")
-    ids = torch.cat([row.input_ids for row in sample.rows])
-    targets = torch.cat([row.targets for row in sample.rows])
-    hidden = model.decode(ids[None], empty_prefix(model), [0])[0]
-    scored = (targets != IGNORED).nonzero().squeeze(1)
-    head = model.base.lm_head
-    device = head.weight.device
-    return linear_nll(hidden[scored.to(hidden.device)].to(device), head, targets[scored].to(device)).cpu()
+# ---- Free-running copies ------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class PerplexityResult:
-    """Perplexities of one task. per_document: for every mode the documents' mean NLL and scored tokens, in nats."""
-
-    name: str
-    truncation: int | None
-    per_document: dict[str, list[tuple[float, int]]]
-
-    def perplexity(self, mode: str = "memory") -> float:
-        """Token-weighted: exp of the mean NLL of all scored tokens."""
-        return token_weighted(self.per_document[mode])
-
-    def interval(self, mode: str = "memory", level: float = 0.95, draws: int = 1000) -> tuple[float, float]:
-        """Bootstrap interval of the token-weighted perplexity, documents resampled (seed 0)."""
-        rng, documents = random.Random(0), self.per_document[mode]
-        means = sorted(token_weighted(rng.choices(documents, k=len(documents))) for _ in range(draws))
-        tail = int((1 - level) / 2 * draws)
-        return means[tail], means[-1 - tail]
-
-    @property
-    def recovered(self) -> float | None:
-        """(window - memory) / (window - raw): the share of what raw context wins that memory wins too."""
-        if not {"window", "raw"} <= self.per_document.keys():
-            return None
-        window, raw = self.perplexity("window"), self.perplexity("raw")
-        return (window - self.perplexity()) / (window - raw)
-
-    def summary(self) -> dict[str, Any]:
-        """Plain numbers for JSON; mean, max and min over documents as the released program reports them."""
-        ppl = [math.exp(nll) for nll, _ in self.per_document["memory"]]
-        result: dict[str, Any] = {
-            "task": self.name,
-            "truncation": self.truncation,
-            "documents": len(ppl),
-            "scored_tokens": sum(n for _, n in self.per_document["memory"]),
-            "mean": sum(ppl) / len(ppl),
-            "max": max(ppl),
-            "min": min(ppl),
-        }
-        for mode in self.per_document:
-            result[mode] = {"perplexity": self.perplexity(mode), "interval_95": self.interval(mode)}
-        return result | {"recovered": self.recovered}
+@torch.no_grad()
+def greedy_reconstruction(model: MemoryLM, chunks: Tensor) -> Tensor:
+    """Auto encoding, free-running: each of the chunks [C, l] from its own memory alone, every token the likeliest behind
+    those chosen before it, the first behind the `repeat_token` embedding -> [C, l]."""
+    parts = []
+    for batch in chunks.split(model.chunk_batch):
+        keys, values = model.project(model.encode_layers(batch), [0] * len(batch))
+        parts.append(greedy(model, Prefix([[k] for k in keys], [[v] for v in values]), batch[:, 0], repeat=True))
+    return torch.cat(parts)
 
 
-def token_weighted(documents: Sequence[tuple[float, int]]) -> float:
-    total = sum(count for _, count in documents)
-    return math.exp(sum(nll * count for nll, count in documents) / total)
+@torch.no_grad()
+def greedy_copy(model: MemoryLM, chunks: Tensor, count: int) -> Tensor:
+    """Longdata copy, free-running: from the memories of all chunks [C, l] (none: C = 0) the document's first `count` chunks
+    one by one, the first behind the `repeat_token` embedding, a later one behind the last token of its predecessor
+    -> [count, l]."""
+    keys, values = project_all(model, encode_all(model, chunks)[0])
+    memory = Prefix([[k] for k in keys], [[v] for v in values]) if keys else empty_prefix(model)
+    copies: list[Tensor] = []
+    for _ in range(count):
+        last = copies[-1][:, -1] if copies else torch.zeros(1, dtype=torch.int64)
+        copies.append(greedy(model, memory, last, repeat=not copies))
+    return torch.cat(copies)
 
 
-def evaluate_perplexity(
-    model: MemoryLM,
-    documents: Iterable[Tensor],
-    name: str,
-    truncation: int | None,
-    modes: Sequence[str] = ("memory",),
-    protocol: str = "paper",
-) -> PerplexityResult:
-    """Score token documents [T] in every mode; "raw" is left out where a document is longer than the base's positions."""
-    per_document: dict[str, list[tuple[float, int]]] = {mode: [] for mode in modes}
-    for ids in documents if modes else ():
-        if len(ids) > model.config.max_position_embeddings:
-            per_document.pop("raw", None)
-        for mode in per_document:
-            nll = score(model, ids, protocol, mode).nll
-            per_document[mode].append((nll.double().mean().item(), len(nll)))
-    return PerplexityResult(name, truncation, per_document)
+def greedy(model: MemoryLM, memory: Prefix, first: Tensor, repeat: bool) -> Tensor:
+    """A chunk of tokens [B, l] for every row of `memory`, each the likeliest behind those before it; the row starts with its
+    token of `first` [B] or, with `repeat`, with the `repeat_token` embedding in its place."""
+    layers = range(len(memory.keys))
+    num_slots = [memory.keys[0][0].shape[2] if memory.keys[0] else 0] * len(first)
+    tokens = [first.cpu()]
+    local: dict[int, tuple[Tensor, Tensor]] = {}
+    for i in range(model.memory_config.chunk_size):
+        keys = [[*memory.keys[j], *([local[j][0]] if i else [])] for j in layers]
+        values = [[*memory.values[j], *([local[j][1]] if i else [])] for j in layers]
+        prefix = Prefix(keys, values, keep=i + 1)
+        started = torch.ones(len(first), dtype=torch.bool) if repeat and i == 0 else None
+        hidden = model.decode(tokens[-1][:, None], prefix, num_slots, local_past=i, repeat=started)
+        tokens.append(model.logits(hidden[:, -1]).argmax(-1).cpu())
+        local = prefix.local
+    return torch.stack(tokens[1:], dim=1)

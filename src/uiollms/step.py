@@ -199,11 +199,10 @@ def teach(model: MemoryLM, sample: Sample) -> list[Tensor]:
     return [model.decode(text[None], empty_prefix(model), [0])[0] for text in sample.teachers]
 
 
-def decode_rows(
-    model: MemoryLM, sample: Sample, batch: Sequence[int], prefix: Prefix, taught: Sequence[Tensor] = ()
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A batch of the sample's rows behind `prefix` -> loss and NLL of their scored tokens [N'], row after row, and the number
-    within the batch of the row that each belongs to [N']. Shorter rows are padded at their end, where causality hides it."""
+def decode_scored(model: MemoryLM, sample: Sample, batch: Sequence[int], prefix: Prefix) -> tuple[Tensor, Tensor, Tensor]:
+    """A batch of the sample's rows behind `prefix` -> normed hidden states [N', D] of their scored positions, row after row,
+    their targets [N'], both on the LM head's device, and the number within the batch of the row that each belongs to [N'].
+    Shorter rows are padded at their end, where causality hides it."""
     rows = [sample.rows[t] for t in batch]
     ids = pad_sequence([row.input_ids for row in rows], batch_first=True)
     targets = pad_sequence([row.targets for row in rows], batch_first=True, padding_value=IGNORED)
@@ -212,14 +211,24 @@ def decode_rows(
     hidden = model.decode(ids, prefix, num_slots, repeat=repeat)
     row_of, place = (targets != IGNORED).nonzero(as_tuple=True)
     picked = hidden[row_of.to(hidden.device), place.to(hidden.device)]
-    head = model.base.lm_head
-    device = head.weight.device
-    teacher = None
-    if taught:
-        parts = [taught[row.teacher[0]][(row.scored + row.teacher[1]).to(taught[0].device)] for row in rows]
-        teacher = torch.cat(parts).to(device)
-    losses = linear_losses(picked.to(device), head, targets[row_of, place].to(device), teacher, sample.kl_weight)
-    return *losses, row_of
+    device = model.base.lm_head.weight.device
+    return picked.to(device), targets[row_of, place].to(device), row_of
+
+
+def taught_at(model: MemoryLM, taught: Sequence[Tensor], rows: Sequence[Row]) -> Tensor:
+    """The teacher's hidden states [N', D] at the rows' scored positions, on the LM head's device."""
+    parts = [taught[row.teacher[0]][(row.scored + row.teacher[1]).to(taught[0].device)] for row in rows]
+    return torch.cat(parts).to(model.base.lm_head.weight.device)
+
+
+def decode_rows(
+    model: MemoryLM, sample: Sample, batch: Sequence[int], prefix: Prefix, taught: Sequence[Tensor] = ()
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A batch of the sample's rows behind `prefix` -> loss and NLL of their scored tokens [N'], row after row, and the number
+    within the batch of the row that each belongs to [N']."""
+    hidden, targets, row_of = decode_scored(model, sample, batch, prefix)
+    teacher = taught_at(model, taught, [sample.rows[t] for t in batch]) if taught else None
+    return *linear_losses(hidden, model.base.lm_head, targets, teacher, sample.kl_weight), row_of
 
 
 class KVGradients:

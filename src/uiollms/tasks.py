@@ -6,7 +6,7 @@ Source: UIO-LLMs section 3.3 and the released program's losses, see the protocol
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -213,3 +213,10 @@ def flat(ids: Tensor) -> Tensor:
     if ids.dim() != 1 or len(ids) == 0:
         raise ValueError(f"a sample is one document, [T] or [1, T] with T >= 1; found shape {list(ids.shape)}")
     return ids
+
+
+# Who is scored in plain text, by the names in configs.
+PROTOCOLS: dict[str, Callable[[Tensor, int], Sample]] = {
+    "paper": Sample.language_modeling,
+    "document": Sample.document,
+}

@@ -1,24 +1,19 @@
-"""What surrounds the training step: samples from documents, the learning rate, evaluations."""
+"""What surrounds the training step: samples from documents, the optimizer, the learning rate."""
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from uiollms.config import ConfigError, CorpusEntry, EnvConfig, TaskEntry, TrainSection
-from uiollms.data import Document, Mixture, NewsDocument, TokenDocument, open_corpus
-from uiollms.evaluate import PROTOCOLS, PerplexityResult, evaluate_perplexity
+from uiollms.config import ConfigError, CorpusEntry, EnvConfig, TrainSection
+from uiollms.data import Mixture, open_corpus
 from uiollms.model import MemoryLM
+from uiollms.samples import SampleMaker, teaches_memory
 from uiollms.tasks import Sample
-
-log = logging.getLogger("uiollms")
 
 
 def learning_rate(iteration: int, config: TrainSection) -> float:
@@ -40,12 +35,6 @@ def make_optimizer(model: MemoryLM, config: TrainSection) -> torch.optim.AdamW:
     )
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = True) -> Tensor:
-    """[T] int64, with the tokenizer's own first tokens (BOS) if `special`; its warning about length is off, memory is there
-    for that."""
-    return torch.tensor(tokenizer(text, verbose=False, add_special_tokens=special).input_ids, dtype=torch.int64)
-
-
 class Samples(Iterator[Sample]):
     """An endless stream of training samples from the documents of `train.corpus`. A document that no memory can help with
     (plain text that fits one chunk, an answer within the first) trains nothing: it is skipped and counted."""
@@ -56,22 +45,22 @@ class Samples(Iterator[Sample]):
         self.entries: Sequence[CorpusEntry] = config.train.corpus
         corpora = [open_corpus(entry.name, tokenizer) for entry in self.entries]
         self.mixture = Mixture(corpora, [entry.partition for entry in self.entries], config.train.seed)
-        self.tokenizer, self.model = tokenizer, model
-        self.protocol = PROTOCOLS[config.train.loss]
+        self.maker = SampleMaker(model, tokenizer, config.train.loss)
         self.skipped = 0
         self.source = ""  # of the last sample's document
 
     def __next__(self) -> Sample:
         for _ in range(self.MOST_SKIPPED):
             number, document = next(self.mixture)
-            sample = self.sample_of(document, self.entries[number])
-            if any(row.num_memories and len(row.scored) for row in sample.rows):
+            entry = self.entries[number]
+            sample = self.maker.make(document, entry.truncation, self.mixture.rng, entry.crop)
+            if teaches_memory(sample):
                 self.source = document.source
                 return sample
             self.skipped += 1
         raise ConfigError(
-            f"train.corpus: {self.MOST_SKIPPED} documents in a row fit one chunk of {self.model.memory_config.chunk_size} "
-            f"tokens; memory needs longer ones"
+            f"train.corpus: {self.MOST_SKIPPED} documents in a row fit one chunk of "
+            f"{self.maker.model.memory_config.chunk_size} tokens; memory needs longer ones"
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -82,106 +71,3 @@ class Samples(Iterator[Sample]):
         """Raises ConfigError if the corpora have changed since the state was taken."""
         self.mixture.load_state_dict(state["mixture"])
         self.skipped = state["skipped"]
-
-    def sample_of(self, document: Document, entry: CorpusEntry) -> Sample:
-        """A document -> its sample, by its task and the corpus's `truncation`. Raises ConfigError, naming the document, where
-        it does not fit."""
-        try:
-            return self.build(document, entry, entry.truncation or self.model.capacity)
-        except ValueError as error:
-            raise ConfigError(f"{document.source}: {error}") from None
-
-    def build(self, document: Document, entry: CorpusEntry, most: int) -> Sample:
-        chunk_size = self.model.memory_config.chunk_size
-        if isinstance(document, TokenDocument):
-            ids, labels = (torch.tensor(side[:most]) for side in (document.input_ids, document.labels))
-            sample = Sample.beacon(ids, labels, chunk_size)
-            return sample.distilled(document.kl_weight) if document.kl_weight else sample
-        if isinstance(document, NewsDocument):
-            return self.ask_news(document, most)
-        ids = tokenize(self.tokenizer, document.text)
-        if document.task == "question answering":
-            response = tokenize(self.tokenizer, document.response or "", special=False)
-            return Sample.question_answering(ids, response, chunk_size, document.train_prompt, most)
-        if document.task == "memory utilization":
-            rng = self.mixture.rng
-            probe = torch.tensor([rng.randrange(self.model.config.vocab_size) for _ in range(chunk_size)])
-            ids = ids[: min(most, self.model.config.max_position_embeddings - chunk_size)]
-            enough = len(ids) >= chunk_size
-            return Sample.memory_utilization(ids, probe, chunk_size) if enough else Sample.document(ids, chunk_size)
-        if document.task in ("auto encoding", "longdata copy"):
-            ids = ids[: min(most, self.model.capacity - chunk_size)]  # the copies stand behind all memories
-            return Sample.copy(ids, chunk_size) if len(ids) >= chunk_size else Sample.document(ids, chunk_size)
-        return self.protocol(self.cut(ids, entry), chunk_size)
-
-    def ask_news(self, document: NewsDocument, most: int) -> Sample:
-        """The story hidden at a random place of its distractor text, together a whole number of chunks within `most` tokens
-        (and, where a teacher reads them raw, within the base's positions); every question and the summary asked of it."""
-        chunk_size = self.model.memory_config.chunk_size
-        if document.kl_weight:
-            most = min(most, self.model.config.max_position_embeddings - chunk_size)
-        most = most // chunk_size * chunk_size
-        story = tokenize(self.tokenizer, document.text)[:most]
-        around = tokenize(self.tokenizer, document.distractor, special=False)
-        whole = (len(story) + len(around)) // chunk_size * chunk_size
-        around = around[: max(0, min(most, whole) - len(story))]
-        place = self.mixture.rng.randint(0, len(around))
-        context = torch.cat([around[:place], story, around[place:]])
-        asked = [(f"Question: {question}\nAnswer:", answer) for question, answer in document.questions]
-        asked += [("Summary of the story:", document.summary)] if document.summary.strip() else []
-        tokens = [tuple(tokenize(self.tokenizer, side, special=False) for side in (q, f" {a}")) for q, a in asked]
-        fitting = [(q, a[: chunk_size - 1]) for q, a in tokens]
-        return Sample.questions(context, fitting, chunk_size, document.kl_weight)
-
-    def cut(self, ids: Tensor, entry: CorpusEntry) -> Tensor:
-        """At most `truncation` tokens, from the start or from a random place; without one, at most the capacity."""
-        length = min(entry.truncation or len(ids), self.model.capacity)
-        start = self.mixture.rng.randint(0, len(ids) - length) if entry.crop == "random" and len(ids) > length else 0
-        return ids[start : start + length]
-
-
-class Evaluation:
-    """The evaluation tasks of a run. Documents are tokenised once, and what the frozen base scores on its own (window,
-    raw) is computed once: only memory changes while training goes on."""
-
-    def __init__(self, model: MemoryLM, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[TaskEntry]) -> None:
-        self.model, self.tasks = model, tasks
-        self.documents = [evaluation_documents(model, tokenizer, task) for task in tasks]
-        self.baselines: list[PerplexityResult | None] = [None] * len(tasks)
-
-    def run(self, progress: Callable[[list[Tensor]], Iterable[Tensor]] = iter) -> list[PerplexityResult]:
-        """Evaluate the model as it is now; documents are scored independently of each other."""
-        results = []
-        was_training = self.model.training
-        self.model.eval()
-        for i, (task, documents) in enumerate(zip(self.tasks, self.documents, strict=True)):
-
-            def measure(modes: Sequence[str], task: TaskEntry = task, documents: list[Tensor] = documents) -> PerplexityResult:
-                return evaluate_perplexity(self.model, progress(documents), task.task_name, task.truncation, modes)
-
-            baseline = self.baselines[i] = self.baselines[i] or measure(task.compare)
-            result = measure(["memory"])
-            results.append(replace(result, per_document=result.per_document | baseline.per_document))
-        self.model.train(was_training)
-        return results
-
-
-def evaluation_documents(model: MemoryLM, tokenizer: PreTrainedTokenizerBase, task: TaskEntry) -> list[Tensor]:
-    """Token ids [T] of a task's documents: the first `num_instance` of its corpus that fill `truncation`, and where there
-    are not so many, the first shorter ones of more than a chunk. Raises ConfigError if there is none."""
-    corpus = open_corpus(task.task_name, tokenizer)
-    length = min(task.truncation or model.capacity, model.capacity)
-    full: list[Tensor] = []
-    shorter: list[Tensor] = []
-    for i in range(len(corpus)):
-        ids = tokenize(tokenizer, corpus[i].text)[:length]
-        if len(ids) > model.memory_config.chunk_size:
-            (full if len(ids) == length else shorter).append(ids)
-        if len(full) == task.num_instance:
-            break
-    documents = (full + shorter)[: task.num_instance]
-    if not documents:
-        raise ConfigError(f"corpus {task.task_name!r} has no document longer than one chunk")
-    if len(documents) < task.num_instance:
-        log.warning("%s: %d documents of the %d asked for", task.task_name, len(documents), task.num_instance)
-    return documents

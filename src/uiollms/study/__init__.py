@@ -1,0 +1,1 @@
+"""What a gradient estimator costs and buys, measured: see `python -m uiollms.study --help`."""

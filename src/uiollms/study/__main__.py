@@ -1,0 +1,225 @@
+"""What a gradient estimator costs and buys, measured on a real model and real documents.
+
+    python -m uiollms.study gradients --env_conf smollm2-8x.json                     bias and variance, as the config trains
+    python -m uiollms.study gradients --env_conf smollm2-8x.json --preset quick      the same in a minute
+    python -m uiollms.study gradients --env_conf smollm2-8x.json --preset table4     the paper's Table 4 set-up
+    python -m uiollms.study cost      --env_conf smollm2-8x.json --preset figure7    time and memory, the paper's Figure 7 set-up
+    python -m uiollms.study learning  --env_conf config/study-learning.json          what is learned, on real text
+    python -m uiollms.study recall    --distances 1 4                                what is learned of long dependences
+
+Results (JSON, a markdown table, a plot) go to --out. `learning` and `recall` add a line to curves.jsonl after every
+training and go on from there when they are started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markdown import Markdown
+
+from uiollms.checkpoint import load_weights
+from uiollms.cli import reporting_errors
+from uiollms.config import ConfigError, EnvConfig, MemoryConfig, TaskEntry, TrainSection, load_env_config
+from uiollms.evaluate import score
+from uiollms.evaluation import evaluation_documents
+from uiollms.model import MemoryLM
+from uiollms.pretrained import load_memory_lm
+from uiollms.study.cost import study_cost
+from uiollms.study.gradients import INFINITE, estimators_of, study_gradients
+from uiollms.study.learning import compare, plot_curves, step_seconds, summarise
+from uiollms.study.recall import MEMORY, VALUES, recall_samples, train_base
+from uiollms.study.tables import markdown_table, plot
+from uiollms.tasks import Sample
+from uiollms.training import Samples
+
+# documents, tokens of each, chunk_size, num_memory; None: the config's own
+PRESETS: dict[str, dict[str, Any]] = {
+    "config": dict(documents=4, tokens=2048, chunk_size=None, num_memory=None, windows=[1, 2, 4, 8, INFINITE]),
+    "quick": dict(documents=2, tokens=512, chunk_size=64, num_memory=8, windows=[1, 2, 4, INFINITE]),
+    "table4": dict(documents=8, tokens=2048, chunk_size=128, num_memory=16, windows=[1, 2, 4, 8, INFINITE]),
+    "figure7": dict(documents=1, tokens=2048, chunk_size=16, num_memory=4, windows=[1, 2, 3, 4, 5, 6]),
+}
+
+
+@contextmanager
+def as_preset(model: MemoryLM, preset: dict[str, Any]) -> Iterator[None]:
+    """The model with the preset's chunk size and memory: LoRA does not depend on either, so the weights stay."""
+    own = model.memory_config
+    changed = {k: preset[k] for k in ("chunk_size", "num_memory") if preset[k]}
+    model.memory_config = MemoryConfig(**own.model_dump() | changed)
+    try:
+        yield
+    finally:
+        model.memory_config = own
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m uiollms.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="what", required=True)
+    for name in ("gradients", "cost", "learning", "recall"):
+        command = commands.add_parser(name)
+        command.add_argument("--out", type=Path, help="folder of the results; runs/study-... by default")
+        if name != "recall":
+            command.add_argument("--env_conf", required=True, metavar="FILE")
+            command.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
+        if name in ("gradients", "cost"):
+            command.add_argument("--preset", choices=list(PRESETS), default="config")
+            command.add_argument("--corpus", default="sotu.test", help="where the documents come from")
+            command.add_argument("--documents", type=int, help="how many, instead of the preset's")
+            command.add_argument("--draws", type=int, default=2000, help="draws of every estimator")
+        else:
+            command.add_argument("--seeds", type=int, default=3, help="trainings of every estimator (1 to 10)")
+        if name == "recall":
+            command.add_argument("--distances", type=int, nargs="+", default=[1, 4], help="chunks between told and asked")
+            command.add_argument("--S", type=int, default=1, help="window of tbptt, uio and importance")
+            command.add_argument("--iterations", type=int, default=100)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    preset = getattr(args, "preset", None)
+    out = args.out or Path("runs") / ("study-" + "-".join(filter(None, [args.what, preset])))
+    out.mkdir(parents=True, exist_ok=True)
+    setting, rows = {"gradients": measure, "cost": measure, "learning": learning, "recall": recall}[args.what](args, out)
+    (out / "results.json").write_text(json.dumps({"setting": setting, "rows": rows}, indent=4) + "\n")
+    (out / "table.md").write_text(markdown_table(rows))
+    Console(width=150).print(Markdown(markdown_table(rows)))
+    logging.info("written to %s", out)
+
+
+Result = tuple[dict[str, Any], list[dict[str, Any]]]  # what was set, and the table
+
+
+def measure(args: argparse.Namespace, out: Path) -> Result:
+    """gradients, cost: estimators on trained weights."""
+    preset = PRESETS[args.preset]
+    config = load_env_config(args.env_conf, args.set)
+    model, tokenizer = load_memory_lm(config, args.env_conf)
+    weights = config.model.load_ckp or config.model.released_ckp
+    with as_preset(model, preset):
+        count = args.documents or preset["documents"]
+        task = TaskEntry(task_type="perplexity", task_name=args.corpus, num_instance=count, truncation=preset["tokens"])
+        documents = evaluation_documents(model, tokenizer, task)
+    if weights:
+        load_weights(model, weights)
+    with as_preset(model, preset):
+        if args.what == "gradients":
+            rows = study_gradients(model, documents, preset["windows"], args.draws)
+            columns = ["bias", "variance", "norm_ratio", "cosine", "relative_error", "encoder_backwards"]
+        else:
+            rows = study_cost(model, documents[0], preset["windows"])
+            columns = ["seconds", "peak_mib", "encoder_backwards"]
+        setting: dict[str, Any] = {"chunk_size": model.memory_config.chunk_size, "num_memory": model.memory_config.num_memory}
+    plot(rows, columns, out / "plot.png")
+    setting |= {"documents": len(documents), "tokens": preset["tokens"], "draws": args.draws, "weights": weights}
+    return setting | {"corpus": args.corpus, "dtype": str(model.dtype), "threads": torch.get_num_threads()}, rows
+
+
+def learning(args: argparse.Namespace, out: Path) -> Result:
+    """Every estimator trains the config's memory on the config's corpora; its first evaluation task is held out."""
+    config = load_env_config(args.env_conf, args.set)
+    train = config.train
+    if not train.tasks or train.tasks[0].truncation is None:
+        raise ConfigError(f"{args.env_conf}: train.tasks: expected a perplexity task with a truncation: what is held out")
+    model, tokenizer = load_memory_lm(config, args.env_conf)
+    documents = evaluation_documents(model, tokenizer, train.tasks[0])
+    held_out = [Sample.language_modeling(ids, model.memory_config.chunk_size) for ids in documents]
+
+    def start(seed: int) -> tuple[MemoryLM, Iterator[Sample]]:
+        torch.manual_seed(seed)
+        fresh = MemoryLM(model.base, model.memory_config)
+        fresh.chunk_batch = model.chunk_batch
+        seeded = config.model_copy(update={"train": train.model_copy(update={"seed": seed})})
+        return fresh, Samples(seeded, tokenizer, fresh)
+
+    setting = describe(args, config)
+    curves, record = curves_file(out, setting)
+    references = setting["references"] = {mode: mean_nll(model, documents, mode) for mode in ("window", "raw")}
+    estimators = estimators_of([train.tbptt])
+    compare(estimators, range(args.seeds), start, held_out, train, curves, record)
+    plot_curves({"": curves}, {"no memory": references["window"], "raw context": references["raw"]}, out / "plot.png")
+    return setting, summarise(curves, step_seconds(estimators, start))
+
+
+def mean_nll(model: MemoryLM, documents: Sequence[torch.Tensor], mode: str) -> float:
+    return torch.cat([score(model, ids, mode=mode).nll for ids in documents]).double().mean().item()
+
+
+def describe(args: argparse.Namespace, config: EnvConfig) -> dict[str, Any]:
+    return {"config": config.model_dump(mode="json"), "dtype": config.model.model_dtype, "threads": torch.get_num_threads()}
+
+
+def recall(args: argparse.Namespace, out: Path) -> Result:
+    """Every estimator trains memory for questions about what was told `distance` chunks ago."""
+    base = train_base(out / "base")
+    train = TrainSection.model_validate(
+        {
+            "tbptt": args.S,
+            "train_iters": args.iterations,
+            "max_lr": 2e-3,
+            "warmup": 0.1,
+            "weight_decay": 0.01,
+            "accum_grad": 8,
+            "corpus": ({"name": "recall", "partition": 1},),
+            "save": args.iterations,
+            "eval": max(1, args.iterations // 10),
+        }
+    )
+    panels: dict[str, Sequence[dict[str, Any]]] = {}
+    rows: list[dict[str, Any]] = []
+    setting = {"train": train.model_dump(mode="json"), "memory": MEMORY.model_dump(), "threads": torch.get_num_threads()}
+    for distance in args.distances:
+
+        def start(seed: int, distance: int = distance) -> tuple[MemoryLM, Iterator[Sample]]:
+            torch.manual_seed(seed)
+            model = MemoryLM(base, MEMORY)
+            model.chunk_batch = 16
+            return model, recall_samples(distance, seed)
+
+        stream = recall_samples(distance, seed=10**6)  # of no training
+        held_out = [next(stream) for _ in range(32)]
+        curves, record = curves_file(out / f"distance-{distance}", setting)
+        estimators = estimators_of([args.S])
+        compare(estimators, range(args.seeds), start, held_out, train, curves, record)
+        panels[f"distance {distance}"] = curves
+        rows += [{"distance": distance} | row for row in summarise(curves, step_seconds(estimators, start))]
+    plot_curves(panels, {"guessing": math.log(VALUES)}, out / "plot.png")
+    return setting, rows
+
+
+def curves_file(folder: Path, setting: dict[str, Any]) -> tuple[list[dict[str, Any]], Any]:
+    """Curves of earlier calls with the same setting, and a function that adds one to that list and to curves.jsonl. Raises
+    ConfigError where the file holds curves of another setting."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "curves.jsonl"
+    plain = json.loads(json.dumps(setting))
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if lines and lines[0] != plain:
+        raise ConfigError(f"{path}: its curves were trained with other settings; give another --out, or remove the folder")
+    if not lines:
+        path.write_text(json.dumps(plain) + "\n")
+    curves = lines[1:]
+
+    def record(curve: dict[str, Any]) -> None:
+        curves.append(curve)
+        with path.open("a") as file:
+            file.write(json.dumps(curve) + "\n")
+
+    return curves, record
+
+
+if __name__ == "__main__":
+    sys.exit(reporting_errors(main))

@@ -1,0 +1,74 @@
+"""Seconds and peak memory of one training step under every estimator and S."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import statistics
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from uiollms.model import MemoryLM
+from uiollms.step import gradient_step
+from uiollms.study.gradients import estimators_of
+from uiollms.tasks import Sample
+
+
+class PeakMemory:
+    """`with PeakMemory(device) as peak: ...`; then `peak.bytes`: how far memory rose above where it was. On a CPU the
+    resident set is sampled every millisecond, after freed pages were given back."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.bytes = device, 0
+
+    def __enter__(self) -> PeakMemory:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.start = torch.cuda.memory_allocated(self.device)
+            return self
+        ctypes.CDLL(None).malloc_trim(0)
+        self.process, self.done = psutil.Process(), threading.Event()
+        self.start = self.most = self.process.memory_info().rss
+        self.thread = threading.Thread(target=self._watch)
+        self.thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self.done.wait(0.001):
+            self.most = max(self.most, self.process.memory_info().rss)
+
+    def __exit__(self, *_: object) -> None:
+        if self.device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self.device) - self.start
+            return
+        self.done.set()
+        self.thread.join()
+        self.bytes = max(self.most, self.process.memory_info().rss) - self.start
+
+
+def study_cost(model: MemoryLM, ids: Tensor, windows: Sequence[int], repeats: int = 1) -> list[dict[str, Any]]:
+    """Seconds (median) and peak memory of one training step for every estimator and S, and the chunks re-encoded."""
+    sample = Sample.language_modeling(ids, model.memory_config.chunk_size)
+    gradient_step(model, sample, estimator="tbptt", S=1)  # warm up
+    rows = []
+    for name, S, estimator in tqdm(estimators_of(windows), desc="steps"):
+        seconds, backwards, peaks = [], [], []
+        for seed in range(repeats):
+            model.zero_grad(set_to_none=True)
+            with PeakMemory(model.device) as peak:
+                start = time.perf_counter()
+                result = gradient_step(model, sample, estimator=estimator, rng=seed, report_all=False)
+                seconds.append(time.perf_counter() - start)
+            peaks.append(peak.bytes)
+            backwards.append(len(result.reencoded))
+        cost = {"seconds": statistics.median(seconds), "peak_mib": max(peaks) / 2**20}
+        rows.append({"estimator": name, "S": S, "encoder_backwards": statistics.mean(backwards)} | cost)
+    return rows

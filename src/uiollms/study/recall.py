@@ -1,0 +1,101 @@
+"""A recall task with distance as the dial: what was told in one chunk is asked `distance` chunks later, and only there.
+
+    a chunk of 8 tokens    pair pair pair pair | query answer | query answer
+    pair (k, v)            one token a combination; no key comes twice in a document
+    query k                asks for a key told `distance` chunks ago; the answer v is scored
+
+The base is a small Llama trained here to answer from the raw text, at every distance; then it is frozen and memory is
+trained. A gradient cut off S chunks back never tells the encoder what a question further on will need.
+
+Shapes: B documents, N chunks, P pairs and Q queries of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from uiollms.config import MemoryConfig
+from uiollms.tasks import IGNORED, Sample
+
+KEYS, VALUES, PAIRS, QUERIES = 64, 8, 4, 2
+CHUNK = PAIRS + 2 * QUERIES
+QUERY, ANSWER = KEYS * VALUES, KEYS * VALUES + KEYS  # the first ids of queries and of answers, after those of pairs
+VOCABULARY = ANSWER + VALUES
+MOST_CHUNKS = KEYS // PAIRS
+MEMORY = MemoryConfig.model_validate(dict(num_memory=4, chunk_size=CHUNK, lora_rank=16, lora_alpha=32))
+
+
+def draw_documents(generator: torch.Generator, distances: Tensor, num_chunks: int = MOST_CHUNKS) -> tuple[Tensor, Tensor]:
+    """One document for every distance [B] -> token ids [B, N * 8] int64, and which of them are answers, [B, N * 8] bool.
+    A chunk with nothing so far behind it asks for its own pairs."""
+    batch, rows = len(distances), torch.arange(len(distances))[:, None, None]
+    keys = torch.rand(batch, KEYS, generator=generator).argsort(1)[:, : PAIRS * num_chunks].view(batch, num_chunks, PAIRS)
+    values = torch.randint(VALUES, keys.shape, generator=generator)
+    chunk = torch.arange(num_chunks)[None]
+    source = torch.where(chunk >= distances[:, None], chunk - distances[:, None], chunk)[:, :, None]  # [B, N, 1]
+    asked = torch.randint(PAIRS, (batch, num_chunks, QUERIES), generator=generator)
+    queries, answers = QUERY + keys[rows, source, asked], ANSWER + values[rows, source, asked]  # [B, N, Q]
+    ids = torch.cat([keys * VALUES + values, torch.stack([queries, answers], dim=-1).flatten(2)], dim=2)
+    return ids.flatten(1), (ids >= ANSWER).flatten(1)
+
+
+def recall_sample(ids: Tensor, answers: Tensor, distance: int) -> Sample:
+    """A document [T] whose answers `distance` chunks on are scored, those of the first chunks (about themselves) not."""
+    labels = torch.where(answers, ids, IGNORED)
+    labels[: distance * CHUNK] = IGNORED
+    return Sample.beacon(ids, labels, CHUNK)
+
+
+def recall_samples(distance: int, seed: int) -> Iterator[Sample]:
+    """An endless stream of documents with that distance (at least 1)."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        (ids,), (answers,) = draw_documents(generator, torch.tensor([distance]))
+        yield recall_sample(ids, answers, distance)
+
+
+def train_base(folder: Path, seed: int = 0, enough: float = 0.98) -> Any:
+    """The small Llama (4 layers of 128) that answers from raw text at every distance with `enough` accuracy, from `folder`
+    if it was trained before. Documents grow from 2 to 16 chunks as it learns. Raises RuntimeError if it does not."""
+    if folder.exists():
+        return AutoModelForCausalLM.from_pretrained(folder)
+    torch.manual_seed(seed)
+    base = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            max_position_embeddings=512,
+            initializer_range=0.05,
+            eos_token_id=QUERY,
+        )
+    )
+    optimizer = torch.optim.AdamW(base.parameters(), lr=1e-3, betas=(0.9, 0.98))
+    generator = torch.Generator().manual_seed(seed)
+    for num_chunks in (2, 8, MOST_CHUNKS):
+        accuracy = 0.0
+        for _ in tqdm(range(2000), desc=f"base, {num_chunks} chunks", leave=False):
+            distances = torch.randint(num_chunks - 1, (512 // num_chunks,), generator=generator)
+            ids, answers = draw_documents(generator, distances, num_chunks)
+            logits, targets = base(ids).logits[:, :-1][answers[:, 1:]], ids[:, 1:][answers[:, 1:]]
+            optimizer.zero_grad()
+            F.cross_entropy(logits, targets).backward()
+            torch.nn.utils.clip_grad_norm_(base.parameters(), 1.0)
+            optimizer.step()
+            accuracy = 0.9 * accuracy + 0.1 * (logits.argmax(-1) == targets).float().mean().item()
+            if accuracy > enough:
+                break
+        else:
+            raise RuntimeError(f"the base answers {accuracy:.0%} of the questions in {num_chunks} chunks, expected {enough:.0%}")
+    base.save_pretrained(folder)
+    return base

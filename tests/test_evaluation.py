@@ -1,0 +1,363 @@
+"""Evaluation tasks from config to numbers: every task type, retrieval trials, what is stored, and what is refused."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_ids
+from safetensors import safe_open
+from test_commands import ROOT, call
+
+import uiollms
+from uiollms.config import TaskEntry, TaskType, load_env_config, load_tasks, parse
+from uiollms.data import Document
+from uiollms.evaluate import token_losses
+from uiollms.evaluation import Evaluation, Instance, partner
+from uiollms.pretrained import load_memory_lm
+from uiollms.report import plot_training
+from uiollms.results import DocumentScore, TaskResult, bleu4, bootstrap, rouge_l
+from uiollms.retrieval import WORDS, trials
+from uiollms.tasks import Sample
+
+TEXT = "The harbour has three walls, and on calm days their stones can be counted under the water. "
+
+
+@pytest.fixture
+def tiny(workspace):
+    """(model, tokenizer) of the tiny folder: chunks of 16 into 2 slots, 128 positions, a token a byte."""
+    return load_memory_lm(load_env_config("env.json"), "env.json")
+
+
+@pytest.fixture
+def corpora(workspace, monkeypatch):
+    """raw_data of the repository's examples, and three hub datasets in a folder."""
+    monkeypatch.setenv("UIOLLMS_CACHE", str(workspace / "cache"))
+    monkeypatch.setenv("UIOLLMS_RAW_DATA", str(ROOT / "raw_data" / "examples"))
+    monkeypatch.setenv("UIOLLMS_HUB_DIR", str(workspace / "hub"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", workspace / "arrow")
+    story = dict(story=f"Ada met Bob. {TEXT}", questions=["Who?", "Whom?"], answers=["Ada", "Bob"], summary="They met.")
+    for name, rows in {
+        "Yukang/LongAlpaca-12k": [dict(instruction=TEXT, output="It has three.")] * 400,
+        "glnmario/news-qa-summarization": [story] * 4,
+        "emozilla/pg19": [dict(text=TEXT * 3)] * 4,
+    }.items():
+        path = workspace / "hub" / name / "train.jsonl"
+        path.parent.mkdir(parents=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def entry(task_type: str = "perplexity", **fields) -> TaskEntry:
+    """A task as a config has it, through JSON."""
+    task = dict(task_type=task_type, task_name="files:book*.txt", num_instance=2, truncation=100) | fields
+    return parse(TaskEntry, task, "here")
+
+
+# ---- All tasks through the commands -------------------------------------------------------------------------------------
+
+
+def shrunk() -> list[dict]:
+    """config/test-tasks.json for the tiny model: fewer tokens."""
+    tasks = json.loads((ROOT / "config/test-tasks.json").read_text())["tasks"]
+    short = {"passkey": 230, "needle": 180}
+    return [task | dict(num_instance=2, truncation=short.get(task["task_type"], 96)) for task in tasks]
+
+
+def test_every_task_type_evaluates(workspace, corpora, capsys):
+    """test.py on the tiny model with every task of config/test-tasks.json, and what it leaves in the run folder."""
+    Path("test.json").write_text(json.dumps(dict(tasks=shrunk())))
+    assert {task.task_type for task in load_tasks("test.json")} == set(TaskType.__args__)
+    assert call("test.py", "--env_conf", "env.json") == 0, capsys.readouterr().err
+    table = capsys.readouterr().out
+    results = json.loads(Path("out/test.json").read_text())["results"]
+    assert len(results) == 13  # 12 tasks, perplexity under two protocols
+    for result in results:
+        assert result["documents"] >= 1 and result["scored_tokens"] > 0, result["task_type"]
+        assert all(math.isfinite(result[mode]["nll"]) for mode in ("memory", "window", "raw", "shuffled") if mode in result)
+        assert result["task_type"] in table
+    named = {(r["task_type"], r["protocol"], r["task"]): r for r in results}
+    assert {"window", "raw", "shuffled", "memory"} <= named["perplexity", "document", "sotu.test"].keys()
+    distilled = named["activation beacons", None, "beacons sampled.8192.distill"]
+    assert distilled["memory"]["loss"] != pytest.approx(distilled["memory"]["nll"])  # a divergence, not an NLL
+    answered = named["question answering", None, "longalpaca.test.false"]
+    assert 0 <= answered["memory"]["rouge_l"] <= 1 and "rouge_l" in answered["raw"] and "rouge_l" not in answered["window"]
+    copied = named["auto encoding", None, "minipile copy 256.test"]["memory"]
+    assert {"bleu4", "rouge_l", "token_accuracy"} <= copied.keys()
+    hidden = named["passkey", None, "sotu.train"]
+    assert [d["depth"] for d in hidden["memory"]["by_depth"]] == [0, 0.5, 1] and hidden["documents"] == 6
+    assert "raw" not in hidden  # 230 tokens are past the 128 positions
+    assert Path("out/test.png").stat().st_size > 10_000
+
+
+def test_tasks_inside_a_training_run(workspace):
+    """Every evaluation logs the summary that test.py writes, and the curve is drawn from it."""
+    tasks = [
+        entry(compare=["window"], protocols=["document", "paper"]),
+        entry("auto encoding", num_instance=1, truncation=40, compare=["window"]),
+        entry("passkey", num_instance=1, truncation=230, depths=[0.5]),
+    ]
+    dumped = json.dumps([task.model_dump() for task in tasks])
+    assert call("train.py", "--env_conf", "env.json", f"--set=train.tasks={dumped}") == 0
+    lines = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    logged = lines[-1]["eval"]
+    assert [r["task_type"] for r in logged] == ["perplexity", "perplexity", "auto encoding", "passkey"]
+    assert plot_training(Path("out")).stat().st_size > 1000  # with the paper's protocol, as the training loss: one panel
+    Path("test.json").write_text(dumped)
+    assert call("test.py", "--env_conf", "env.json") == 0
+    assert json.loads(Path("out/test.json").read_text())["results"] == logged
+    # No task under the training loss's protocol: a panel of its own
+    Path("out/metrics.jsonl").write_text(json.dumps(lines[0]) + "\n" + json.dumps(lines[-1] | {"eval": logged[:1]}) + "\n")
+    assert plot_training(Path("out")).stat().st_size > 1000
+
+
+# ---- Stored tokens, means, intervals ------------------------------------------------------------------------------------
+
+
+def test_the_stored_nlls_are_the_scores(workspace, tiny):
+    model, tokenizer = tiny
+    task = entry(num_instance=3, compare=["window", "raw", "shuffled"], protocols=["paper", "document"])
+    Path("test.json").write_text(json.dumps([task.model_dump()]))
+    assert call("test.py", "--env_conf", "env.json") == 0
+    ids = [torch.tensor(tokenizer(Path(f"book{i}.txt").read_text()).input_ids[:100]) for i in range(3)]
+    with safe_open("out/test-nll.safetensors", "pt") as file:
+        assert len(file.keys()) == 2 * 3 * 4 * 2  # protocols, documents, modes, nll and positions
+        assert [json.loads(file.metadata()[r])["protocol"] for r in "01"] == ["paper", "document"]
+        for r, protocol in enumerate(task.protocols):
+            for d, document in enumerate(ids):
+                for mode in ("memory", "window", "raw"):
+                    expected = uiollms.score(model, document, protocol) if mode == "memory" else None
+                    expected = expected or uiollms.evaluate.score(model, document, protocol, mode)
+                    assert torch.equal(file.get_tensor(f"{r}.{d}.{mode}.nll"), expected.nll.float())
+                    assert torch.equal(file.get_tensor(f"{r}.{d}.{mode}.positions"), expected.positions)
+                # Document d reads the memories of document d + 1, counted round.
+                other = ids[(d + 1) % 3][:96].view(6, 16)
+                sample = {"paper": Sample.language_modeling, "document": Sample.document}[protocol](document, 16)
+                shuffled = token_losses(model, sample, "shuffled", other)[1]
+                assert torch.equal(file.get_tensor(f"{r}.{d}.shuffled.nll"), shuffled.float())
+
+
+def test_means_by_position_and_chunk_recombine_to_the_total(tiny):
+    result = Evaluation(*tiny, [entry(protocols=["document"])]).run()[0]
+    numbers = result.modes["memory"]
+    for groups in (numbers["by_position"], numbers["by_chunk"]):
+        tokens = sum(g["tokens"] for g in groups)
+        assert tokens == 2 * 99 and sum(g["nll"] * g["tokens"] for g in groups) / tokens == pytest.approx(numbers["nll"])
+    assert [(g["start"], g["stop"]) for g in numbers["by_position"]] == [(2**i, 2 ** (i + 1)) for i in range(7)]
+    assert [g["tokens"] for g in numbers["by_position"]] == [2 * n for n in (1, 2, 4, 8, 16, 32, 36)]
+    assert [(g["chunk"], g["tokens"]) for g in numbers["by_chunk"]] == [*((c, 32) for c in range(6)), (6, 6)]
+
+
+def scores_of(*documents: tuple[float, int], **fields) -> dict[int, DocumentScore]:
+    """(NLL, tokens) -> scores of documents with that NLL at every token."""
+    return {
+        i: DocumentScore(torch.full((n,), nll), torch.full((n,), nll), torch.arange(1, n + 1), **fields)
+        for i, (nll, n) in enumerate(documents)
+    }
+
+
+def test_summary_numbers():
+    two = scores_of((math.log(10), 30), (math.log(20), 10))
+    scores = {"memory": two, "window": scores_of((math.log(40), 40)), "raw": scores_of((math.log(5), 40))}
+    summary = TaskResult("x", "perplexity", 100, 8, "paper", scores).summary()
+    weighted = math.exp((30 * math.log(10) + 10 * math.log(20)) / 40)
+    near = 1e-6  # NLLs are stored in float32
+    assert summary["memory"]["perplexity"] == pytest.approx(weighted, rel=near)
+    assert (summary["mean"], summary["max"], summary["min"]) == pytest.approx((15, 20, 10), rel=near)
+    assert summary["memory"]["document_mean"] == pytest.approx(15, rel=near)
+    assert summary["scored_tokens"] == 40 and summary["recovered"] == pytest.approx((40 - weighted) / 35, rel=near)
+    for interval in ("interval_95", "document_mean_interval_95"):
+        assert summary["memory"][interval] == pytest.approx((10, 20), rel=near)
+    assert json.loads(json.dumps(summary)) is not None
+
+
+def test_bootstrap_covers_what_it_should():
+    """The mean of 100 values 0 .. 1 has a standard error of about 0.029; 95 % is 1.96 of them on either side."""
+    values = [i / 99 for i in range(100)]
+    low, high = bootstrap(values, lambda drawn: sum(drawn) / len(drawn))
+    assert low == pytest.approx(0.5 - 1.96 * 0.029, abs=0.015) and high == pytest.approx(0.5 + 1.96 * 0.029, abs=0.015)
+    assert bootstrap([3.0], max) == (3.0, 3.0)
+
+
+def test_bleu_and_rouge_of_texts():
+    same = (TEXT, TEXT)
+    assert bleu4([same]) == pytest.approx(100) and rouge_l([same]) == 1
+    assert bleu4([(TEXT, "nothing of it")]) < 5 and rouge_l([(TEXT, "something else")]) == 0
+    assert rouge_l([("a b c d", "a x c d")]) == pytest.approx(0.75)  # the longest common subsequence is a c d
+
+
+# ---- Documents and modes ------------------------------------------------------------------------------------------------
+
+
+def test_the_base_is_scored_once_and_memory_every_time(tiny):
+    model, tokenizer = tiny
+    compared = dict(compare=["window", "raw", "shuffled"])
+    evaluation = Evaluation(model, tokenizer, [entry(**compared), entry("auto encoding", truncation=40, compare=["window"])])
+    first = evaluation.run()
+    for parameter in model.trainable_parameters().values():
+        torch.nn.init.normal_(parameter, std=0.3)
+    second = evaluation.run()
+    for mode, changes in dict(memory=True, shuffled=True, window=False, raw=False).items():
+        assert (first[0].modes[mode] != second[0].modes[mode]) == changes, mode
+    assert first[0].scores["raw"] is second[0].scores["raw"]
+    assert first[1].modes["window"] != second[1].modes["window"]  # the repeat token is trained
+
+
+def test_documents_do_not_leak_into_each_other(tiny):
+    """The release scores document 2 behind document 1's memories (6-faults-of-the-release.md, 2)."""
+    both = Evaluation(*tiny, [entry()]).run()[0].scores["memory"]
+    alone = Evaluation(*tiny, [entry(task_name="files:book1.txt", num_instance=1)]).run()[0].scores["memory"]
+    assert torch.equal(both[1].nll, alone[0].nll) and not torch.equal(both[0].nll, both[1].nll)
+
+
+def test_the_mode_of_the_model_is_left_as_it_was(tiny):
+    model, tokenizer = tiny
+    for training in (True, False):
+        model.train(training)
+        Evaluation(model, tokenizer, [entry()]).run()
+        assert model.training == training
+
+
+def test_a_shuffled_document_reads_the_next_that_is_long_enough(workspace, tiny):
+    def instance(*lengths: int) -> Instance:
+        return Instance(tuple(Sample.document(random_ids(n), 8) for n in lengths))
+
+    short, middle, long = ring = [instance(9), instance(20), instance(33)]
+    assert [partner(ring, i) for i in range(3)] == [middle, long, None]
+    assert partner([instance(9, 9), short, long, several := instance(9, 9, 9)], 0) is several
+    Path("short.txt").write_text("a document of a few words")
+    texts = dict(task_name="files:[bs]*.txt", num_instance=5, compare=["shuffled"])
+    result = Evaluation(*tiny, [entry(**texts, truncation=90)]).run()[0]
+    assert result.modes["shuffled"]["documents"] == 5
+    result = Evaluation(*tiny, [entry(task_name="files:book*.txt", compare=["shuffled"], truncation=None, num_instance=4)]).run()
+    assert result[0].modes["shuffled"]["documents"] == 4  # of one length
+
+
+def test_auto_encoding_reads_each_chunk_alone(tiny):
+    """Teacher-forced NLL: `reconstruct` on the document's chunks."""
+    model, tokenizer = tiny
+    document = Evaluation(model, tokenizer, [entry("auto encoding", num_instance=1, truncation=40)]).run()[0].scores["memory"][0]
+    chunks = torch.tensor(tokenizer(Path("book0.txt").read_text()).input_ids[:32]).view(2, 16)
+    with torch.no_grad():
+        expected = torch.nn.functional.cross_entropy(model.reconstruct(chunks).flatten(0, 1), chunks.flatten(), reduction="none")
+    # float32: batched and single rows round differently
+    torch.testing.assert_close(document.nll, expected, rtol=1e-4, atol=1e-5)
+    assert document.positions.tolist() == list(range(32)) and document.hits[1] == 32
+    assert [reference for reference, _ in document.texts] == [tokenizer.decode(chunk) for chunk in chunks]
+
+
+def test_longdata_copy_positions_and_texts(tiny):
+    document = Evaluation(*tiny, [entry("longdata copy", num_instance=1, truncation=40)]).run()[0].scores["memory"][0]
+    assert document.positions.tolist() == list(range(32)) and len(document.texts) == 2
+
+
+REFUSED = [
+    (dict(task_type="question answering"), "book0.txt is for language modeling, .* takes documents for question answering"),
+    (dict(task_type="news qa summation"), "book0.txt is for language modeling, .* takes documents for news qa summation"),
+    (dict(task_name="files:qa.jsonl"), "is for question answering, task_type 'perplexity' takes documents for language mod"),
+    (
+        dict(task_type="passkey", task_name="files:qa.jsonl", truncation=300),
+        "'passkey' takes documents for language",
+    ),
+    (dict(task_type="passkey", truncation=100), "passkey: a trial of 100 tokens is too short, truncation must be at least 1"),
+    (dict(task_type="passkey", task_name="files:blank.txt", truncation=300), "the corpus has 1 documents, all of them blank"),
+    (dict(task_name="files:few.txt"), "has no document for perplexity that is long enough for memory"),
+    (dict(task_type="auto encoding", task_name="files:few.txt"), "no document for auto encoding that is long enough"),
+    (dict(task_name="files:book0.txt", compare=["shuffled"]), "shuffled needs 2 documents, the corpus has one that fits"),
+    (dict(task_type="activation beacons", task_name="beacons sampled.8192.distill", truncation=400), "400 tokens raw, the base"),
+]
+
+
+@pytest.mark.parametrize("task, message", REFUSED)
+def test_what_a_task_cannot_use_is_refused_before_scoring(corpora, tiny, task, message):
+    Path("qa.jsonl").write_text(json.dumps(dict(input=TEXT, output="three")))
+    Path("few.txt").write_text("a few words")
+    Path("blank.txt").write_text(" \n")
+    with pytest.raises(uiollms.ConfigError, match=message):
+        Evaluation(*tiny, [entry(**task)])
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (
+            dict(task_type="longdata copy", compare=["raw"]),
+            "compare: raw: longdata copy is from memory alone; allowed",
+        ),
+        (dict(compare=["shuffled"], num_instance=1), "num_instance must be at least 2, found 1"),
+        (
+            dict(task_type="needle", protocols=["document"]),
+            "protocols is for perplexity and language modeling",
+        ),
+        (dict(task_type="passkey", depths=[1.5]), "depths.0.: Input should be less than or equal to 1"),
+    ],
+)
+def test_fields_that_do_not_fit_the_task_are_refused(fields, message):
+    with pytest.raises(uiollms.ConfigError, match=message):
+        entry(**fields)
+
+
+def test_task_types_are_spelled_without_regard_to_case():
+    assert entry("News QA_Summation").task_type == "news qa summation"
+    task = entry("passkey", truncation=500)
+    assert parse(TaskEntry, json.loads(task.model_dump_json()), "resolved") == task  # a run folder's config loads again
+
+
+# ---- Retrieval ----------------------------------------------------------------------------------------------------------
+
+
+def text_of(trial, tokenizer) -> tuple[str, str]:
+    """(the whole trial, its scored tokens) as text."""
+    ids = torch.cat([row.input_ids for row in trial.sample.rows])
+    answer = torch.cat([row.targets[row.scored] for row in trial.sample.rows])
+    return tokenizer.decode(ids), tokenizer.decode(answer)
+
+
+@pytest.mark.parametrize("task_type, sentence", [("passkey", "the secret number of this text is"), ("needle", "hides a")])
+def test_the_sentence_stands_at_the_depth_asked(tiny, task_type, sentence):
+    tokenizer = tiny[1]
+    filler = [Document(f"{i}. {TEXT}", "here") for i in range(3)]
+    depths = [0.0, 0.3, 1.0]
+    found = trials(task_type, filler, tokenizer, 400, 16, 2, depths)
+    assert [trial.depth for trial in found] == [0, 0, 0.3, 0.3, 1, 1]
+    for trial in found:
+        text, answer = text_of(trial, tokenizer)
+        assert sum(len(row.input_ids) for row in trial.sample.rows) == 400 and text.endswith(answer)
+        assert text.count(answer) == 2  # in the sentence and at the end
+        begins = text.index("\nTake note" if task_type == "passkey" else "\nThe gardener")
+        question = text.index("\nQuestion")
+        hidden = text.index(".\n", begins) + 2 if task_type == "passkey" else text.index("stairs.\n") + 8
+        room = question - (hidden - begins)  # one byte is one token
+        assert begins == trial.place == round(trial.depth * room) and sentence in text[begins:hidden]
+    answers = [text_of(trial, tokenizer)[1] for trial in found]
+    assert answers[:2] == answers[2:4] == answers[4:] and answers[0] != answers[1]  # trials differ, depths do not
+    again = trials(task_type, filler, tokenizer, 400, 16, 2, depths)
+    assert [text_of(t, tokenizer) for t in again] == [text_of(t, tokenizer) for t in found]
+
+
+def test_passkeys_have_five_digits_and_needles_are_words(tiny):
+    filler = [Document(TEXT, "here")]
+    keys = [text_of(t, tiny[1])[1] for t in trials("passkey", filler, tiny[1], 400, 16, 30, [0.5])]
+    assert all(key[0] == " " and len(key) == 6 and key[1:].isdigit() for key in keys) and len(set(keys)) == 30
+    words = [text_of(t, tiny[1])[1].strip() for t in trials("needle", filler, tiny[1], 400, 16, len(WORDS), [0.5])]
+    assert sorted(words) == sorted(WORDS)
+
+
+@torch.no_grad()
+def test_accuracy_counts_the_answers_that_the_model_would_give(tiny):
+    """At depth 0 the trials are given the model's own greedy answers, at depth 1 keep theirs, which it cannot know."""
+    model, tokenizer = tiny
+    task = entry("passkey", truncation=230, depths=[0.0, 1.0], num_instance=2)
+    evaluation = Evaluation(model, tokenizer, [task])
+    instances = evaluation.measurements[0].instances
+    for i in (0, 1):
+        ids = torch.cat([row.input_ids for row in instances[i].samples[0].rows])
+        for place in range(224, 230):
+            ids[place] = model(ids[None, :place]).logits[0, -1].argmax()
+        labels = ids.clone()
+        labels[:224] = -100
+        instances[i] = replace(instances[i], samples=(Sample.beacon(ids, labels, 16),))
+    numbers = evaluation.run()[0].modes["memory"]
+    assert [(d["depth"], d["accuracy"], d["trials"]) for d in numbers["by_depth"]] == [(0, 1, 2), (1, 0, 2)]
+    assert numbers["accuracy"] == 0.5 and numbers["accuracy_interval_95"] == (0, 1)
