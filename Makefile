@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup test test-slow test-gpu lint demo schema bench bench-quick clean
+.PHONY: setup test test-slow test-gpu lint demo schema bench bench-quick audit clean
 
 setup: .venv/.ready
 
@@ -15,7 +15,7 @@ setup: .venv/.ready
 
 # Train memory into SmolLM2-135M on State of the Union messages, from scratch, and compare on held-out ones.
 demo: setup
-	$(BIN)/python train.py --env_conf demo.json
+	$(BIN)/python train.py --env_conf demo.json --restart
 
 lint: setup
 	$(BIN)/ruff check .
@@ -45,6 +45,12 @@ bench-quick: setup
 # JSON Schema of the config files, for editors.
 schema: setup
 	$(BIN)/python -m uiollms.schema
+
+# Known vulnerabilities of all that is installed. Needs a network: the tool comes into an environment of its own.
+audit: requirements.lock
+	$(PYTHON) -m venv .venv/audit
+	.venv/audit/bin/pip install -q --disable-pip-version-check pip-audit==2.10.1
+	.venv/audit/bin/pip-audit --strict --no-deps --disable-pip -r requirements.lock
 
 clean:
 	rm -rf .venv runs .mypy_cache .ruff_cache .pytest_cache

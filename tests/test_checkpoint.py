@@ -1,11 +1,13 @@
 """Weights on disk: round trips, PEFT's own reading of them, and files that do not fit."""
 
 import json
+import resource
 
 import pytest
 import torch
 from conftest import MEMORY, make_base, make_model, random_ids, relative_error
 from peft import PeftModel
+from processes import forked
 
 from uiollms import ConfigError, MemoryConfig, MemoryLM
 from uiollms.checkpoint import load_weights, save_weights
@@ -89,22 +91,65 @@ def test_nothing_in_a_pth_file_is_executed(tmp_path):
     assert not (tmp_path / "trapped").exists()
 
 
-def test_an_interrupted_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["folder", "list.pth"])
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, name):
     model = make_model("llama", torch.float32)
-    save_weights(model, tmp_path / "ckp")
+    save_weights(model, tmp_path / name)
     before = {n: t.clone() for n, t in model.memory_state_dict().items()}
     with torch.no_grad():
         for parameter in model.trainable_parameters().values():
             parameter.zero_()
 
-    def no_space(*args, **kwargs):
-        raise OSError(28, "No space left on device")
+    def save_with_room_for(size: int) -> int:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        with pytest.raises(ConfigError, match=f"{name}: cannot be written .*{name} is as it was"):
+            save_weights(model, tmp_path / name)
+        return 0
 
-    monkeypatch.setattr("uiollms.checkpoint.save_file", no_space)
-    with pytest.raises(OSError):
-        save_weights(model, tmp_path / "ckp")
-    load_weights(model, tmp_path / "ckp")
+    for size in (0, 100, 1000, 4000):
+        assert forked(lambda size=size: save_with_room_for(size)) == 0
+        assert [p.name for p in tmp_path.iterdir()] == [name]
+    load_weights(model, tmp_path / name)
     assert all(torch.equal(t, before[n]) for n, t in model.memory_state_dict().items())
+
+
+def test_every_flipped_bit_is_noticed(tmp_path):
+    model = make_model("llama", torch.float32)
+    save_weights(model, tmp_path / "ckp")
+    save_weights(model, tmp_path / "list.pth")
+    for path in [p for p in (tmp_path / "ckp").rglob("*") if p.is_file() and p.name != "checksums.json"]:
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-3] + bytes([whole[-3] ^ 16]) + whole[-2:])
+        with pytest.raises(ConfigError, match=rf"ckp: the checkpoint is damaged \(.*{path.name}: its sha256 is"):
+            load_weights(model, tmp_path / "ckp")
+        path.write_bytes(whole)
+    load_weights(model, tmp_path / "ckp")
+    data = model.memory_state_dict()["encoder.retrieval_token"].numpy().tobytes()
+    whole = (tmp_path / "list.pth").read_bytes()
+    (tmp_path / "list.pth").write_bytes(whole.replace(data, data[:-1] + bytes([data[-1] ^ 1])))
+    with pytest.raises(
+        ConfigError, match="list.pth: not a list of tensors saved by torch .damaged: the checksum of archive/data/0 is another"
+    ):
+        load_weights(model, tmp_path / "list.pth")
+
+
+def test_another_vocabulary_is_refused(tmp_path):
+    model = make_model("llama", torch.float32)
+    save_weights(model, tmp_path / "ckp")
+    wider = MemoryLM(make_base("llama", torch.float32, vocab_size=70), MEMORY)
+    with pytest.raises(ConfigError, match="ckp: trained with a vocabulary of 61 tokens, the model has 70"):
+        load_weights(wider, tmp_path / "ckp")
+
+
+def test_weights_take_the_place_of_nothing_else(tmp_path):
+    model = make_model("llama", torch.float32)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "book.txt").write_text("a year of work")
+    with pytest.raises(ConfigError, match=r"data: weights would replace it, but it holds other files \(book.txt\)"):
+        save_weights(model, tmp_path / "data")
+    with pytest.raises(ConfigError, match="book.txt: weights would replace it, but it is not a folder"):
+        save_weights(model, tmp_path / "data" / "book.txt")
+    assert (tmp_path / "data" / "book.txt").read_text() == "a year of work"
 
 
 def test_weights_make_the_same_model(tmp_path):

@@ -2,70 +2,105 @@
 
 <folder>/memory_config.json                 the compressor they were trained for
          encoder/ decoder/                  PEFT adapters: adapter_config.json, adapter_model.safetensors
-         tokens.safetensors                 the two token embeddings
+         tokens.safetensors                 the two token embeddings; its header names the base's vocabulary size
+         checksums.json                     sha256 of every file, written last
 <name>.pth                                  the released program's format: a pickled list, encoder then decoder, each
                                             its token and then, layer by layer, A and B of its two projections
 """
 
 from __future__ import annotations
 
+import io
 import os
-import pickle
-import shutil
+import zipfile
 from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from uiollms.base import PROJECTIONS
 from uiollms.config import ConfigError, load_memory_config
+from uiollms.faults import writing
+from uiollms.integrity import CHECKSUMS, remove, seal, sync, verify
 from uiollms.model import MemoryLM
 
 ROLES = ("encoder", "decoder")
 TOKENS = ("encoder.retrieval_token", "decoder.repeat_token")
+ADAPTERS = [f"{role}/{name}" for role in ROLES for name in ("adapter_config.json", "adapter_model.safetensors")]
+WEIGHT_FILES = ["memory_config.json", "tokens.safetensors", *ADAPTERS, CHECKSUMS]
 
 
 def save_weights(model: MemoryLM, path: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write the trained tensors, in `dtype` if given (smaller), under a temporary name first. A save that fails
-    leaves what was at `path`; a process killed between the two renames at the end leaves it beside, as `.<name>-old`."""
+    """Write the trained tensors, in `dtype` if given (smaller), under a temporary name first, and to the disk before they
+    get theirs. A save that fails raises ConfigError and leaves what was at `path`; a process killed between the two renames
+    at the end leaves it beside, as `.<name>-old`. Raises ConfigError where `path` is a folder that holds anything but weights."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: t.to(device="cpu", dtype=dtype or t.dtype) for name, t in model.memory_state_dict().items()}
-    if path.suffix == ".pth":
-        work_file = path.with_name(path.name + ".tmp")
-        torch.save(list(tensors.values()), work_file)
-        os.replace(work_file, path)
-        return
-    work = path.with_name(f".{path.name}-{os.getpid()}")
-    shutil.rmtree(work, ignore_errors=True)  # of a process of that number that was killed
-    work.mkdir()
-    (work / "memory_config.json").write_text(model.memory_config.model_dump_json(indent=4) + "\n")
-    save_file({name: tensors[name] for name in TOKENS}, work / "tokens.safetensors")
+    check_target(path)
+    work = path.with_name(f".{path.name}-new")
+    remedy = f"; {path} is as it was" if path.exists() else ""
+    with writing(path, remedy):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(work)  # of a process that was killed
+        try:
+            if path.suffix == ".pth":
+                listed = io.BytesIO()
+                torch.save(list(cpu_tensors(model, dtype).values()), listed)
+                work.write_bytes(listed.getbuffer())
+                sync(work)
+                os.replace(work, path)
+            else:
+                write_weights(model, work, dtype)
+                seal(work)
+                replace_folder(work, path)
+        except BaseException:
+            remove(work)  # half a file helps nobody, least of all on a full disk
+            raise
+        sync(path.parent)
+
+
+def write_weights(model: MemoryLM, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """The files of the folder format, but for the checksums, in a new folder."""
+    tensors = cpu_tensors(model, dtype)
+    folder.mkdir()
+    (folder / "memory_config.json").write_text(model.memory_config.model_dump_json(indent=4) + "\n")
+    header = {"vocab_size": str(model.config.vocab_size)}  # one key: more would be written in a random order
+    save_file({name: tensors[name] for name in TOKENS}, folder / "tokens.safetensors", metadata=header)
     for role in ROLES:
-        peft_config(role, model).save_pretrained(str(work / role))
+        peft_config(role, model).save_pretrained(str(folder / role))
         adapter = {peft_name(name): t.contiguous() for name, t in tensors.items() if is_lora_of(role, name)}
-        save_file(adapter, work / role / "adapter_model.safetensors", metadata={"format": "pt"})
-    replace_folder(work, path)
+        save_file(adapter, folder / role / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def cpu_tensors(model: MemoryLM, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    return {name: t.to(device="cpu", dtype=dtype or t.dtype) for name, t in model.memory_state_dict().items()}
+
+
+def check_target(path: Path) -> None:
+    """Raises ConfigError unless weights can go to `path` without taking anything else's place."""
+    if path.suffix == ".pth" or not (path.exists() or path.is_symlink()):
+        return
+    others = [p for p in path.rglob("*") if p.is_file() and p.relative_to(path).as_posix() not in WEIGHT_FILES]
+    if others or not path.is_dir():
+        what = f"holds other files ({others[0].relative_to(path)})" if others else "is not a folder"
+        raise ConfigError(f"{path}: weights would replace it, but it {what}; move it, or choose another model.save_ckp")
 
 
 def replace_folder(work: Path, path: Path) -> None:
     """Give `work` the name `path`; what was there goes only once the new folder stands."""
-    if not path.exists():
-        work.rename(path)
-        return
     old = path.with_name(f".{path.name}-old")
-    shutil.rmtree(old, ignore_errors=True)
-    path.rename(old)
+    if path.exists():
+        remove(old)
+        path.rename(old)
     work.rename(path)
-    shutil.rmtree(old)
+    remove(old)
 
 
 def load_weights(model: MemoryLM, path: str | Path) -> None:
-    """Read trained tensors into `model`. Raises ConfigError for files that are missing or broken, a compressor other than
-    the model's, and tensors that do not fit."""
+    """Read trained tensors into `model`. Raises ConfigError for files that are missing, broken or not those that
+    checksums.json names (where there is one), a compressor or vocabulary other than the model's, and tensors that do not fit."""
     path = Path(path)
     try:
         tensors = read_pth(model, path) if path.suffix == ".pth" else read_folder(model, path)
@@ -79,6 +114,8 @@ def load_weights(model: MemoryLM, path: str | Path) -> None:
 
 
 def read_folder(model: MemoryLM, path: Path) -> dict[str, Tensor]:
+    if (path / CHECKSUMS).exists():
+        verify(path, [name for name in WEIGHT_FILES if name != CHECKSUMS])
     saved = load_memory_config(path / "memory_config.json")
     differing = [
         f"{field} {getattr(saved, field)}, the config says {getattr(model.memory_config, field)}"
@@ -87,7 +124,11 @@ def read_folder(model: MemoryLM, path: Path) -> dict[str, Tensor]:
     ]
     if differing:
         raise ValueError(f"trained with another compressor: {'; '.join(differing)}")
-    tensors = load_file(path / "tokens.safetensors")
+    with safe_open(path / "tokens.safetensors", "pt") as file:
+        vocabulary = (file.metadata() or {}).get("vocab_size")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    if vocabulary not in (None, str(model.config.vocab_size)):
+        raise ValueError(f"trained with a vocabulary of {vocabulary} tokens, the model has {model.config.vocab_size}")
     for role in ROLES:
         adapter = load_file(path / role / "adapter_model.safetensors")
         tensors |= {plain_name(role, name): t for name, t in adapter.items()}
@@ -97,8 +138,14 @@ def read_folder(model: MemoryLM, path: Path) -> dict[str, Tensor]:
 def read_pth(model: MemoryLM, path: Path) -> dict[str, Tensor]:
     """The authors' list, with torch's weights-only loader: nothing in the file is executed."""
     try:
+        if zipfile.is_zipfile(path):  # torch does not look at the checksums in its own files
+            with zipfile.ZipFile(path) as archive:
+                if bad := archive.testzip():
+                    raise zipfile.BadZipFile(f"damaged: the checksum of {bad} is another")
         listed = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a file that means harm can fail in any way the unpickler knows
         raise ValueError(f"not a list of tensors saved by torch ({' '.join(str(error).split())[:120]})") from None
     names = list(model.trainable_parameters())
     if not isinstance(listed, list) or len(listed) != len(names) or not all(isinstance(t, Tensor) for t in listed):

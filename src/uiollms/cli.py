@@ -24,6 +24,15 @@ def parse_arguments(doc: str | None, arguments: list[str] | None, evaluation: bo
     )
     if evaluation:
         parser.add_argument("--use_env_conf_tasks", action="store_true", help="run the config's train.tasks instead")
+    else:
+        parser.add_argument(
+            "--resume",
+            nargs="?",
+            const="",
+            metavar="CHECKPOINT",
+            help="go on from the newest checkpoint of the run folder, or from this one; begins where there is none yet",
+        )
+        parser.add_argument("--restart", action="store_true", help="begin anew although the run folder holds an unfinished run")
     return parser.parse_args(arguments)
 
 
@@ -35,7 +44,7 @@ def reporting_errors(main: Callable[[], None]) -> int:
     transformers_logging.disable_progress_bar()
     try:
         main()
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:  # OSError: a disk or a network
         print(error, file=sys.stderr)
         return 2
     return 0

@@ -24,7 +24,9 @@ class ConfigError(ValueError):
 class Checked(BaseModel):
     """Unknown keys are errors, types are strict (no "10" for 10, no true for 1), objects do not change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, populate_by_name=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class MemoryConfig(Checked):
@@ -178,15 +180,26 @@ class TrainSection(Checked):
     loss: Literal["paper", "document"] = Field(
         "paper", description="paper: every chunk's mean NLL, first tokens unscored; document: every token but the first"
     )
-    seed: int = Field(0, description="of weights, data order and draws")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of weights, data order and draws")
     run_dir: str | None = Field(None, description="folder for metrics, plots, resolved config; null = runs/<config's name>")
     chunk_batch: Positive = Field(4, description="chunks encoded or decoded at once: memory against speed, not results")
+    keep_last: Positive = Field(2, description="newest checkpoints kept in the run folder")
+    keep_best: bool = Field(False, description="also keep the checkpoint with the lowest perplexity of tasks[0]")
+    max_bad_steps: Positive = Field(
+        10, description="steps in a row with a loss or gradient that is not finite before the run stops"
+    )
 
     @model_validator(mode="after")
     def _shares_sum_to_one(self) -> TrainSection:
         total = sum(entry.partition for entry in self.corpus)
         if abs(total - 1) > 1e-6:
             raise ValueError(f"the corpus partitions sum to {total:g}, they must sum to 1")
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> TrainSection:
+        if self.keep_best and not self.tasks:
+            raise ValueError("keep_best needs an evaluation to compare checkpoints by; tasks is empty")
         return self
 
 
@@ -226,6 +239,8 @@ def read_json(path: str | Path) -> Any:
 
 def parse(model: type[Model], value: Any, path: str | Path) -> Model:
     """A JSON value -> a typed object. Raises ConfigError with one line for every fault."""
+    if (location := half_surrogate(value)) is not None:
+        raise ConfigError(f"{path}: {json_path(location)}: holds half of a surrogate pair, which is no text")
     try:
         return model.model_validate_json(json.dumps(value))
     except ValidationError as error:
@@ -305,9 +320,20 @@ def json_path(location: tuple[str | int, ...]) -> str:
     for part in location:
         if isinstance(part, int):
             text += f"[{part}]"
+        elif not part.isprintable() or not part:
+            text += f"[{json.dumps(part)}]"
         elif not any(c in part for c in "([{"):
             text += f".{part}" if text else part
     return text
+
+
+def half_surrogate(value: Any, location: tuple[str | int, ...] = ()) -> tuple[str | int, ...] | None:
+    """Where in a JSON value a text stands that no file can hold; None if nowhere."""
+    if isinstance(value, str):
+        return location if any("\ud800" <= c <= "\udfff" for c in value) else None
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    found = (half_surrogate(part, (*location, key)) for key, v in inner for part in ((v, key) if isinstance(key, str) else (v,)))
+    return next((place for place in found if place is not None), None)
 
 
 def fields_at(model: type[BaseModel], location: tuple[str | int, ...]) -> list[str]:

@@ -74,7 +74,7 @@ def load(loader: Any, model_name: str, **settings: Any) -> Any:
     """`loader.from_pretrained` of a model by its name in a config. Raises ConfigError with one line if it cannot be had."""
     path = local_path(model_name)
     try:
-        return loader.from_pretrained(path, local_files_only=not hub_reachable(), **settings)
+        return loader.from_pretrained(path, local_files_only=not hub_reachable(), trust_remote_code=False, **settings)
     except (OSError, ValueError) as error:
         raise cannot_get(model_name, error) from None
 

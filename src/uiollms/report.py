@@ -138,7 +138,8 @@ def plot_bars(result: TaskResult, axes: Any) -> None:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """The lines of metrics.jsonl, but for a last one that a killed process left without its end."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
 
 
 def plot_training(run: Path) -> Path:

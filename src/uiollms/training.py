@@ -1,12 +1,9 @@
-"""What surrounds the training step: samples from documents, the learning rate, the run folder."""
+"""What surrounds the training step: samples from documents, the optimizer, the learning rate."""
 
 from __future__ import annotations
 
-import json
 import math
-import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,6 +47,7 @@ class Samples(Iterator[Sample]):
         self.mixture = Mixture(corpora, [entry.partition for entry in self.entries], config.train.seed)
         self.maker = SampleMaker(model, tokenizer, config.train.loss)
         self.skipped = 0
+        self.source = ""  # of the last sample's document
 
     def __next__(self) -> Sample:
         for _ in range(self.MOST_SKIPPED):
@@ -57,6 +55,7 @@ class Samples(Iterator[Sample]):
             entry = self.entries[number]
             sample = self.maker.make(document, entry.truncation, self.mixture.rng, entry.crop)
             if teaches_memory(sample):
+                self.source = document.source
                 return sample
             self.skipped += 1
         raise ConfigError(
@@ -64,20 +63,11 @@ class Samples(Iterator[Sample]):
             f"{self.maker.model.memory_config.chunk_size} tokens; memory needs longer ones"
         )
 
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the data, in plain lists and numbers (JSON)."""
+        return {"mixture": self.mixture.state_dict(), "skipped": self.skipped}
 
-class Run:
-    """The run folder: resolved config, metrics as JSON lines, plots."""
-
-    def __init__(self, config: EnvConfig, env_conf: str | Path) -> None:
-        self.folder = Path(config.train.run_dir or Path("runs") / Path(env_conf).stem)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.json").write_text(config.model_dump_json(indent=4) + "\n")
-        self.metrics = self.folder / "metrics.jsonl"
-        self.metrics.write_text("")
-        self.started = time.time()
-
-    def log(self, **values: Any) -> None:
-        """Append one line to metrics.jsonl, with the seconds since the run began."""
-        line = json.dumps({"seconds": round(time.time() - self.started, 2), **values})
-        with self.metrics.open("a") as file:
-            file.write(line + "\n")
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ConfigError if the corpora have changed since the state was taken."""
+        self.mixture.load_state_dict(state["mixture"])
+        self.skipped = state["skipped"]

@@ -1,0 +1,327 @@
+"""The run folder: one process at a time writes metrics, log and checkpoints there, and a run that stops can go on.
+
+<run folder>/config.json, versions.json      the config with all defaults written out; versions, git revision, machine
+             log.txt, metrics.jsonl          what happened; a line for every iteration and for every evaluation
+             tensorboard/, curve.png         the same to look at
+             checkpoints/step-00000120/      see run_state.py
+             earlier-1/ ...                  whatever lay here when a new run began, or beyond the checkpoint one went on from
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import platform
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from filelock import FileLock, Timeout
+
+from uiollms.checkpoint import check_target, save_weights
+from uiollms.config import ConfigError, EnvConfig, MemoryConfig
+from uiollms.faults import writing
+from uiollms.integrity import remove, sync
+from uiollms.report import plot_training, read_metrics
+from uiollms.run_state import (
+    Record,
+    TrainingState,
+    check_same_run,
+    load_state,
+    read_record,
+    save_state,
+    saved_steps,
+    seed_generators,
+    step_of,
+)
+
+log = logging.getLogger("uiollms")
+
+FILES = ("checkpoints", "config.json", "versions.json", "metrics.jsonl", "log.txt", "tensorboard", "curve.png")
+PACKAGES = ("uiollms", "torch", "transformers", "peft", "safetensors", "numpy", "datasets")
+Item = TypeVar("Item")
+
+
+@contextmanager
+def open_run(
+    config: EnvConfig, compressor: MemoryConfig, env_conf: str | Path, resume: str | None = None, restart: bool = False
+) -> Iterator[Run]:
+    """The run folder, for this process alone, with the checkpoint to go on from found, checked and compared with the config;
+    nothing in it is touched yet. resume: a checkpoint, "" = the newest one if there is any; restart: leave an unfinished run.
+    Raises ConfigError."""
+    folder = Path(config.train.run_dir or Path("runs") / Path(env_conf).stem)
+    lock = FileLock(folder / "lock", timeout=0)
+    with ExitStack() as stack:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(lock)
+            except Timeout:
+                raise ConfigError(f"{folder}: another process is training in this folder; choose another train.run_dir") from None
+        check_can_save(config.model.save_ckp)
+        yield Run(folder, config, compressor, resume, restart, stack)
+
+
+def check_can_save(save_ckp: str | None) -> None:
+    """Raises ConfigError now rather than at the first save."""
+    if save_ckp is not None:
+        path = Path(save_ckp)
+        check_target(path)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-").close()
+
+
+class Run:
+    """One training run in its folder; made by `open_run`, started by `begin`."""
+
+    def __init__(
+        self, folder: Path, config: EnvConfig, compressor: MemoryConfig, resume: str | None, restart: bool, stack: ExitStack
+    ) -> None:
+        self.folder, self.config, self.compressor, self.stack = folder, config, compressor, stack
+        self.checkpoints = folder / "checkpoints"
+        self.metrics = folder / "metrics.jsonl"
+        self.stopped_by: signal.Signals | None = None
+        self.record: Record | None = None
+        saved = saved_steps(self.checkpoints)
+        self.start = None if resume is None else Path(resume) if resume else saved[-1] if saved else None
+        if self.start:
+            self.record = self.checked(self.start, saved)
+            self.changes = check_same_run(self.record, config, compressor, self.start)
+        elif saved and resume is None and not restart:
+            self.refuse_unfinished(saved[-1])
+
+    def checked(self, path: Path, saved: list[Path]) -> Record:
+        """The record of a whole checkpoint. Raises ConfigError that offers the newest whole one before it."""
+        try:
+            return read_record(path)
+        except ConfigError as error:
+            for other in reversed([p for p in saved if step_of(p) < step_of(path)]):
+                try:
+                    read_record(other)
+                except ConfigError:
+                    continue
+                raise ConfigError(f"{error}; the one before it is whole: --resume {other}") from None
+            raise ConfigError(f"{error}; no other whole checkpoint is there") from None
+
+    def refuse_unfinished(self, newest: Path) -> None:
+        try:
+            goal = read_record(newest).config.train.train_iters
+        except ConfigError:
+            goal = None
+        if goal is None or step_of(newest) < goal:
+            raise ConfigError(
+                f"{self.folder}: holds an unfinished run, iteration {step_of(newest)} of {goal or 'unknown'}; go on with "
+                f"--resume, or begin anew with --restart (its files then move to {self.free_name().name}/)"
+            )
+
+    def begin(self, state: TrainingState) -> None:
+        """Restore `state` from the checkpoint, if there is one to go on from, and open the folder's files. From here SIGINT and
+        SIGTERM let the iteration finish."""
+        seed_generators(self.config.train.seed)
+        if self.start and self.record:
+            load_state(state, self.start, self.record)
+        going_on = self.start is not None and self.start.resolve().parent == self.checkpoints.resolve()
+        with writing(self.folder):
+            newer = [path for path in saved_steps(self.checkpoints) if step_of(path) > state.iteration]
+            self.set_aside(newer if going_on else [self.folder / name for name in FILES if (self.folder / name).exists()])
+            self.checkpoints.mkdir(exist_ok=True)
+            for leftover in self.checkpoints.glob(".step-*"):  # of a process that was killed
+                remove(leftover)
+            seconds = self.cut_metrics(state.iteration)
+            (self.folder / "config.json").write_text(self.config.model_dump_json(indent=4) + "\n")
+            self.environment = environment() | {"dtype": str(state.model.dtype), "device": device_name()}
+            (self.folder / "versions.json").write_text(json.dumps(self.environment, indent=4) + "\n")
+            self.open_log()
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=state.iteration + 1 if self.start else None)
+            self.stack.callback(self.board.close)
+        self.began = time.time() - seconds
+        self.catch_signals()
+        if self.record:
+            log.info("goes on from %s, iteration %d of %d", self.start, state.iteration, self.config.train.train_iters)
+            was = self.record.environment
+            moved = [f"{name}: {was.get(name)} -> {now}" for name, now in self.environment.items() if was.get(name) != now]
+            for change in (*self.changes, *moved):
+                log.info("changed since: %s", change)
+
+    def set_aside(self, paths: list[Path]) -> None:
+        """Move what another run left into the next free earlier-<n>/: nothing is lost."""
+        if paths:
+            target = self.free_name()
+            target.mkdir()
+            for path in paths:
+                path.rename(target / path.name)
+            log.info("%s kept in %s", ", ".join(path.name for path in paths), target)
+
+    def free_name(self) -> Path:
+        return next(p for n in range(1, 10**9) if not (p := self.folder / f"earlier-{n}").exists())
+
+    def cut_metrics(self, iteration: int) -> float:
+        """Leave the lines up to an iteration, so that none stands twice; the seconds of the last."""
+        kept: list[dict[str, Any]] = []
+        if self.metrics.exists():
+            kept = [line for line in read_metrics(self.folder) if line["iteration"] <= iteration]
+        work = self.metrics.with_name(".metrics-new")
+        work.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        sync(work)
+        work.replace(self.metrics)
+        return kept[-1]["seconds"] if kept else 0.0
+
+    def open_log(self) -> None:
+        handler = logging.FileHandler(self.folder / "log.txt", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        self.stack.callback(handler.close)
+        self.stack.callback(log.removeHandler, handler)
+
+    # ---- while it runs ---------------------------------------------------------------------------------------------------
+
+    def log(self, **values: Any) -> None:
+        """Append one line to metrics.jsonl, with the seconds that the run has taken, and the same to TensorBoard. Numbers that
+        are not finite become null."""
+        line = {"seconds": round(time.time() - self.began, 2), **finite(values)}
+        with writing(self.metrics), self.metrics.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        for name, number in scalars(values):
+            self.board.add_scalar(name, number, values["iteration"])
+
+    def save(self, state: TrainingState) -> None:
+        """Weights to `save_ckp`, then everything to a checkpoint; older ones than the config keeps are deleted once it is
+        whole. Raises ConfigError if the disk is full; the checkpoints before stay."""
+        if self.config.model.save_ckp:
+            save_weights(state.model, self.config.model.save_ckp)
+        with writing(self.metrics):
+            sync(self.metrics)  # a checkpoint never knows of more iterations than the metrics
+        save_state(state, self.checkpoints, self.config, self.compressor, self.environment)
+        saved = saved_steps(self.checkpoints)
+        best = self.best(saved) if self.config.train.keep_best else None
+        with writing(self.checkpoints):
+            for path in saved[: -self.config.train.keep_last]:
+                if path != best:
+                    gone = path.with_name(f".{path.name}-gone")
+                    path.rename(gone)
+                    remove(gone)
+
+    def best(self, saved: list[Path]) -> Path | None:
+        """The checkpoint with the lowest perplexity of the first task."""
+        perplexity = {}
+        for line in read_metrics(self.folder):
+            if "eval" in line and (found := line["eval"][0].get("memory", {}).get("perplexity")) is not None:
+                perplexity[line["iteration"]] = found
+        return min((p for p in saved if step_of(p) in perplexity), key=lambda p: perplexity[step_of(p)], default=None)
+
+    def evaluation_missing(self, iteration: int) -> bool:
+        """Whether the run was stopped between a checkpoint and the evaluation that follows it."""
+        evaluated = any(line["iteration"] == iteration and "eval" in line for line in read_metrics(self.folder))
+        return bool(self.config.train.tasks) and not evaluated and self.evaluates(iteration)
+
+    def evaluates(self, iteration: int) -> bool:
+        train = self.config.train
+        return bool(train.tasks) and iteration > 0 and (iteration % train.eval == 0 or iteration == train.train_iters)
+
+    def saves(self, state: TrainingState) -> bool:
+        """A checkpoint is due: every `save` iterations, before an evaluation, at the end, and when the run has to stop."""
+        train = self.config.train
+        due = state.iteration % train.save == 0 or state.iteration == train.train_iters or self.evaluates(state.iteration)
+        return due or self.stopped_by is not None or state.bad_in_a_row >= train.max_bad_steps
+
+    def stop_if_asked(self, state: TrainingState, sources: list[str]) -> None:
+        """Called once all is saved. Raises SystemExit after a signal, ConfigError after too many bad steps in a row."""
+        if state.bad_in_a_row >= self.config.train.max_bad_steps:
+            raise ConfigError(
+                f"{self.folder}: the loss or gradient of {state.bad_in_a_row} steps in a row was not finite, the last at "
+                f"iteration {state.iteration} on {', '.join(sources)}; none of them changed the weights, which are saved; lower "
+                f"train.max_lr, or look at the documents that metrics.jsonl names"
+            )
+        self.exit_if_signalled()
+
+    def exit_if_signalled(self) -> None:
+        if self.stopped_by is not None:
+            log.info("stopped by %s; --resume goes on", self.stopped_by.name)
+            raise SystemExit(128 + self.stopped_by)
+
+    def unless_stopped(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items, until a signal comes: an evaluation is given up, and made again when the run goes on."""
+        for item in items:
+            self.exit_if_signalled()
+            yield item
+
+    def plot(self) -> None:
+        with writing(self.folder / "curve.png"):
+            plot_training(self.folder)
+
+    def catch_signals(self) -> None:
+        def stop(number: int, frame: Any) -> None:
+            self.stopped_by = signal.Signals(number)
+            os.write(2, b"\nfinishes the iteration, saves and stops; a second signal ends it at once\n")
+            for each in previous:
+                signal.signal(each, signal.SIG_DFL)
+
+        if threading.current_thread() is threading.main_thread():
+            previous = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
+            for each, handler in previous.items():
+                self.stack.callback(signal.signal, each, handler)
+
+
+def finite(value: Any) -> Any:
+    """The same with None for numbers that JSON does not know."""
+    if isinstance(value, dict):
+        return {key: finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def scalars(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """Every number in nested dicts, and in lists of dicts, by its path: {"eval": [{"mean": 3}]} -> ("eval/0/mean", 3)."""
+    if isinstance(value, dict):
+        for key, v in value.items():
+            yield from scalars(v, f"{name}/{key}" if name else key)
+    elif isinstance(value, list | tuple) and all(isinstance(v, dict) for v in value):
+        yield from scalars(dict(enumerate(value)), name)
+    elif isinstance(value, int | float) and name != "iteration":
+        yield name, value
+
+
+@cache
+def environment() -> dict[str, str | None]:
+    """What ran: versions, and the git revision of this program where it is a clone."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "git": git_revision(Path(__file__).parents[2])}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # used from its source folder
+            found[package] = None
+    return found | {"platform": platform.platform()}
+
+
+def git_revision(root: Path) -> str | None:
+    """The commit of a clone, with "+" behind it where tracked files have changed since; None outside of one."""
+    if not (root / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True).stdout
+
+    try:
+        return git("rev-parse", "HEAD").strip() + ("+" if git("status", "--porcelain", "--untracked-files=no").strip() else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
