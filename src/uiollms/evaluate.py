@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from uiollms.distributed import ALONE, Division
 from uiollms.loss import linear_nll
 from uiollms.memory import Prefix
 from uiollms.model import MemoryLM
@@ -56,7 +57,7 @@ def score(model: MemoryLM, input_ids: Tensor, protocol: str = "paper", mode: str
         sample = replace(sample, chunks=sample.chunks[:0], rows=tuple(replace(r, num_memories=0) for r in sample.rows))
     check_sample(model, sample)
     memory, _ = encode_all(model, sample.chunks)
-    keys, values = project_all(model, memory)
+    keys, values = project_all(model, memory, Division(ALONE, len(sample.chunks), ()))
     parts = []
     for batch in batched([t for t, row in enumerate(sample.rows) if len(row.scored)], model.chunk_batch):
         prefix = shared_prefix(model, [sample.rows[t] for t in batch], keys, values)
