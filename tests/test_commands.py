@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -119,14 +120,16 @@ def test_learning_rate():
 
 def test_documents_that_fit_one_chunk_are_skipped_and_counted(workspace):
     Path("short.txt").write_text("too short")
+    Path("blank.txt").write_text(" \n")
     config = load_env_config("env.json", ["train.corpus.0.name=files:*.txt", "train.corpus.0.crop=random"])
     model, tokenizer = load_memory_lm(config, "env.json")
     samples = Samples(config, tokenizer, model)
-    lengths = {sum(len(row.input_ids) for row in next(samples).rows) for _ in range(12)}
-    assert lengths == {80} and samples.skipped >= 2
+    lengths = {sum(len(row.input_ids) for row in drawn.sample.rows) for drawn in samples.take(12)}
+    assert lengths == {80} and samples.skipped == samples.mixture.drawn - 12 >= 4  # two epochs of six documents
     config = load_env_config("env.json", ["train.corpus.0.name=files:short.txt"])
-    with pytest.raises(ConfigError, match="fit one chunk of 16 tokens; memory needs longer ones"):
-        next(Samples(config, tokenizer, model))
+    with pytest.raises(ConfigError, match="10000 documents in a row are blank or fit one chunk of 16 .* the last is short.txt"):
+        Samples(config, tokenizer, model).take(1)
+    assert Document("question", "", response=" ").is_empty
 
 
 def test_question_answering_trains_from_json_lines(workspace):
@@ -144,7 +147,7 @@ def test_documents_become_samples_by_their_task(workspace):
     text = "It was a bright cold day in April. " * 4
 
     def sample(**fields):
-        return samples.sample_of(Document(text, "here:1", **fields), entry)
+        return samples.sample_of(Document(text, "here:1", **fields), entry, random.Random(0))
 
     assert [len(row.input_ids) for row in sample().rows] == [16] * 5
     answered = sample(response="the answer", task="question answering")
@@ -152,7 +155,7 @@ def test_documents_become_samples_by_their_task(workspace):
     copied = sample(task="auto encoding")
     assert len(copied.chunks) == 5 and copied.num_scored == 80 and copied.rows[0].repeat
     tokens = TokenDocument(text, "here:1", input_ids=tuple(range(3, 103)), labels=(-100,) * 50 + tuple(range(53, 103)))
-    beacon = samples.sample_of(tokens, entry)
+    beacon = samples.sample_of(tokens, entry, random.Random(0))
     assert beacon.num_scored == 30  # 50 .. 79: the truncation cuts the rest
     with pytest.raises(ConfigError, match="here:1: the response has .* tokens, truncation 80 leaves no room"):
         sample(response="x" * 90, task="question answering")
@@ -162,7 +165,7 @@ def test_documents_become_samples_by_their_task(workspace):
         "The story: Ada met Bob.", "here:1", task="news qa summation", kl_weight=0.9,
         questions=(("Who?", "Ada"), ("Whom?", "Bob")), summary="They met.", distractor=text,
     )  # fmt: skip
-    asked = samples.sample_of(news, entry)
+    asked = samples.sample_of(news, entry, random.Random(0))
     said = "".join(tokenizer.decode(chunk) for chunk in asked.chunks)
     assert len(asked.rows) == 3 and len(asked.teachers) == 3 and news.text in said and len(asked.chunks) == 5
     answers = [tokenizer.decode(row.targets[row.scored]) for row in asked.rows]

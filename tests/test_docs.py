@@ -15,9 +15,10 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / 
 
 # Lower modules first: a module imports only from above itself in this list.
 ORDER = """
-    config schema faults integrity paths data.cleaning data.documents data.files data.hub data.beacons data.corpora_text
-    data.corpora_own data.corpora_tasks data.mixture data lora loss attention memory base model placement pretrained tasks
-    estimators step evaluate training checkpoint run_state report run cli convert data.__main__ study __init__
+    config schema faults integrity paths environment distributed data.cleaning data.documents data.files data.hub
+    data.beacons data.corpora_text data.corpora_own data.corpora_tasks data.mixture data lora loss attention memory base
+    model placement pretrained tasks estimators step evaluate training checkpoint run_state report run cli convert
+    data.__main__ study __init__
 """.split()
 
 

@@ -8,7 +8,7 @@ What is sent, counting what one process receives, for W processes:
     one document over W         for every memory slot and layer 2 H K elements of keys and values, in the base's dtype, and 2 H K
       processes (`Division`)    sums of their gradients, in float32 (twice that where the estimator weights its gradients);
                                 (W - 1) / W of each. A token has m / l slots.
-Llama-2-7B, 32x: 1 slot x layer a token, so 16 KiB + 32 (or 64) KiB a token times (W - 1) / W; Llama-3-8B's grouped heads: a quarter.
+Llama-2-7B in bf16, 32x: one slot of one layer a token, so 16 + 32 (or 64) KiB a token, times (W - 1) / W; grouped heads: less.
 Keys and values are sent rather than memories (D elements, fewer where 2 H K > D) because then only its owner projects a chunk and
 goes backward through the projection: nothing is computed twice.
 
@@ -99,6 +99,10 @@ class Group:
             dist.all_reduce(tensor, operation, group=self.group)
         return tensor.tolist()
 
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self.sum(0)
+
     def from_first(self, value: Value) -> Value:
         """What the first process has, tensors on the CPU, in all of them."""
         values = [value]
@@ -138,8 +142,8 @@ ALONE = Group()
 
 
 class World(Group):
-    """All processes of a run. data: those that, like this one, stand first, second, .. in theirs share of documents; chunks: those
-    that share one document with this one."""
+    """All processes of a run. chunks: those that share a document with this one; data: those that each have another document (of
+    every document's processes the one at the same place)."""
 
     def __init__(self, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu", ranks: int = 1) -> None:
         """ranks: processes of one document. They are neighbours: the others are as far apart."""
@@ -158,19 +162,17 @@ def open_world(config: EnvConfig) -> Iterator[World]:
     with talking():
         state = PartialState(cpu=cpu, timeout=PATIENCE)
     size = state.num_processes
-    warn_if_fewer(size)
-    ranks = (config.train.chunk_ranks or size) if config.train.chunk_parallel else 1
-    if size % ranks:
-        raise ConfigError(f"train.chunk_ranks: {ranks} processes a document do not divide the {size} processes of this run")
-    if size == 1:
-        yield World()
-        return
-    if state.process_index:
-        log.setLevel(logging.WARNING)
     try:
-        yield World(dist.group.WORLD, "cpu" if cpu else state.device, ranks)
+        warn_if_fewer(size)
+        ranks = (config.train.chunk_ranks or size) if config.train.chunk_parallel else 1
+        if size % ranks:
+            raise ConfigError(f"train.chunk_ranks: {ranks} processes a document do not divide the {size} processes of this run")
+        if state.process_index:
+            log.setLevel(logging.WARNING)
+        yield World(dist.group.WORLD, "cpu" if cpu else state.device, ranks) if size > 1 else World()
     finally:
         state.destroy_process_group()
+        PartialState._reset_state()  # a later run in this interpreter asks its launcher anew
 
 
 def warn_if_fewer(size: int) -> None:

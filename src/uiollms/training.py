@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from uiollms.config import ConfigError, CorpusEntry, EnvConfig, TaskEntry, TrainSection
 from uiollms.data import Document, Mixture, NewsDocument, TokenDocument, open_corpus
+from uiollms.data.mixture import Draw
+from uiollms.distributed import ALONE, Group
 from uiollms.evaluate import PROTOCOLS, PerplexityResult, evaluate_perplexity
 from uiollms.model import MemoryLM
 from uiollms.tasks import Sample
@@ -46,33 +49,68 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = True
     return torch.tensor(tokenizer(text, verbose=False, add_special_tokens=special).input_ids, dtype=torch.int64)
 
 
-class Samples(Iterator[Sample]):
-    """An endless stream of training samples from the documents of `train.corpus`. A document that no memory can help with
-    (plain text that fits one chunk, an answer within the first) trains nothing: it is skipped and counted."""
+@dataclass(frozen=True)
+class Drawn:
+    """A document for the training step. rng: of its reservoirs and LoRA dropout, as much its own as its text, so that neither the
+    number of processes nor a restart changes them."""
+
+    source: str
+    sample: Sample
+    rng: random.Random
+
+
+class Samples:
+    """The endless stream of training samples from the documents of `train.corpus`, the same in every process. A document that no
+    memory can help with (blank, plain text that fits one chunk, an answer within the first) trains nothing: it is skipped and
+    counted."""
 
     MOST_SKIPPED = 10_000  # in a row, before the corpora count as unusable
 
     def __init__(self, config: EnvConfig, tokenizer: PreTrainedTokenizerBase, model: MemoryLM) -> None:
         self.entries: Sequence[CorpusEntry] = config.train.corpus
         corpora = [open_corpus(entry.name, tokenizer) for entry in self.entries]
-        self.mixture = Mixture(corpora, [entry.partition for entry in self.entries], config.train.seed)
+        self.seed = config.train.seed
+        self.mixture = Mixture(corpora, [entry.partition for entry in self.entries], self.seed)
         self.tokenizer, self.model = tokenizer, model
         self.protocol = PROTOCOLS[config.train.loss]
         self.skipped = 0
-        self.source = ""  # of the last sample's document
 
-    def __next__(self) -> Sample:
-        for _ in range(self.MOST_SKIPPED):
-            number, document = next(self.mixture)
-            sample = self.sample_of(document, self.entries[number])
-            if any(row.num_memories and len(row.scored) for row in sample.rows):
-                self.source = document.source
-                return sample
-            self.skipped += 1
-        raise ConfigError(
-            f"train.corpus: {self.MOST_SKIPPED} documents in a row fit one chunk of {self.model.memory_config.chunk_size} "
-            f"tokens; memory needs longer ones"
-        )
+    def take(self, count: int, group: Group = ALONE) -> list[Drawn]:
+        """The stream's next `count` samples, or of those every `group.size`-th from number `group.rank`. Each process opens its
+        own, and they tell each other which are skipped, so all go on from the same place. Raises ConfigError if all are."""
+        taken: list[Draw] = []
+        opened: dict[int, Drawn | None] = {}
+        in_a_row = 0
+        while len(taken) < count:
+            draws = [next(self.mixture) for _ in range(count - len(taken))]
+            for draw in draws[group.rank :: group.size]:
+                opened[draw.number] = self.open(draw)
+            holders = group.sum(*(opened.get(draw.number) is not None for draw in draws))
+            for draw, used in zip(draws, holders, strict=True):
+                taken += [draw] if used else []
+                in_a_row = 0 if used else in_a_row + 1
+                self.skipped += not used
+                if in_a_row == self.MOST_SKIPPED:
+                    raise ConfigError(
+                        f"train.corpus: {in_a_row} documents in a row are blank or fit one chunk of "
+                        f"{self.model.memory_config.chunk_size} tokens; memory needs longer ones; the last is "
+                        f"{self.mixture.open(draw).source}"
+                    )
+        mine = [opened.get(draw.number) or self.open(draw) for draw in taken[group.rank :: group.size]]
+        return [drawn for drawn in mine if drawn]
+
+    def open(self, draw: Draw) -> Drawn | None:
+        """The sample of a draw, None where it trains nothing; the same in every process and at any time."""
+        document = self.mixture.open(draw)
+        if document.is_empty:
+            return None
+        sample = self.sample_of(document, self.entries[draw.corpus], self.generator("sample", draw))
+        if not any(row.num_memories and len(row.scored) for row in sample.rows):
+            return None
+        return Drawn(document.source, sample, self.generator("step", draw))
+
+    def generator(self, use: str, draw: Draw) -> random.Random:
+        return random.Random(f"{self.seed} {use} {draw.number}")
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the data, in plain lists and numbers (JSON)."""
@@ -83,28 +121,27 @@ class Samples(Iterator[Sample]):
         self.mixture.load_state_dict(state["mixture"])
         self.skipped = state["skipped"]
 
-    def sample_of(self, document: Document, entry: CorpusEntry) -> Sample:
-        """A document -> its sample, by its task and the corpus's `truncation`. Raises ConfigError, naming the document, where
-        it does not fit."""
+    def sample_of(self, document: Document, entry: CorpusEntry, rng: random.Random) -> Sample:
+        """A document -> its sample, by its task and the corpus's `truncation`; rng: of crops and other places. Raises
+        ConfigError, naming the document, where it does not fit."""
         try:
-            return self.build(document, entry, entry.truncation or self.model.capacity)
+            return self.build(document, entry, entry.truncation or self.model.capacity, rng)
         except ValueError as error:
             raise ConfigError(f"{document.source}: {error}") from None
 
-    def build(self, document: Document, entry: CorpusEntry, most: int) -> Sample:
+    def build(self, document: Document, entry: CorpusEntry, most: int, rng: random.Random) -> Sample:
         chunk_size = self.model.memory_config.chunk_size
         if isinstance(document, TokenDocument):
             ids, labels = (torch.tensor(side[:most]) for side in (document.input_ids, document.labels))
             sample = Sample.beacon(ids, labels, chunk_size)
             return sample.distilled(document.kl_weight) if document.kl_weight else sample
         if isinstance(document, NewsDocument):
-            return self.ask_news(document, most)
+            return self.ask_news(document, most, rng)
         ids = tokenize(self.tokenizer, document.text)
         if document.task == "question answering":
             response = tokenize(self.tokenizer, document.response or "", special=False)
             return Sample.question_answering(ids, response, chunk_size, document.train_prompt, most)
         if document.task == "memory utilization":
-            rng = self.mixture.rng
             probe = torch.tensor([rng.randrange(self.model.config.vocab_size) for _ in range(chunk_size)])
             ids = ids[: min(most, self.model.config.max_position_embeddings - chunk_size)]
             enough = len(ids) >= chunk_size
@@ -112,9 +149,9 @@ class Samples(Iterator[Sample]):
         if document.task in ("auto encoding", "longdata copy"):
             ids = ids[: min(most, self.model.capacity - chunk_size)]  # the copies stand behind all memories
             return Sample.copy(ids, chunk_size) if len(ids) >= chunk_size else Sample.document(ids, chunk_size)
-        return self.protocol(self.cut(ids, entry), chunk_size)
+        return self.protocol(self.cut(ids, entry, rng), chunk_size)
 
-    def ask_news(self, document: NewsDocument, most: int) -> Sample:
+    def ask_news(self, document: NewsDocument, most: int, rng: random.Random) -> Sample:
         """The story hidden at a random place of its distractor text, together a whole number of chunks within `most` tokens
         (and, where a teacher reads them raw, within the base's positions); every question and the summary asked of it."""
         chunk_size = self.model.memory_config.chunk_size
@@ -125,7 +162,7 @@ class Samples(Iterator[Sample]):
         around = tokenize(self.tokenizer, document.distractor, special=False)
         whole = (len(story) + len(around)) // chunk_size * chunk_size
         around = around[: max(0, min(most, whole) - len(story))]
-        place = self.mixture.rng.randint(0, len(around))
+        place = rng.randint(0, len(around))
         context = torch.cat([around[:place], story, around[place:]])
         asked = [(f"Question: {question}\nAnswer:", answer) for question, answer in document.questions]
         asked += [("Summary of the story:", document.summary)] if document.summary.strip() else []
@@ -133,10 +170,10 @@ class Samples(Iterator[Sample]):
         fitting = [(q, a[: chunk_size - 1]) for q, a in tokens]
         return Sample.questions(context, fitting, chunk_size, document.kl_weight)
 
-    def cut(self, ids: Tensor, entry: CorpusEntry) -> Tensor:
+    def cut(self, ids: Tensor, entry: CorpusEntry, rng: random.Random) -> Tensor:
         """At most `truncation` tokens, from the start or from a random place; without one, at most the capacity."""
         length = min(entry.truncation or len(ids), self.model.capacity)
-        start = self.mixture.rng.randint(0, len(ids) - length) if entry.crop == "random" and len(ids) > length else 0
+        start = rng.randint(0, len(ids) - length) if entry.crop == "random" and len(ids) > length else 0
         return ids[start : start + length]
 
 
