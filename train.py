@@ -3,19 +3,20 @@
 python train.py --env_conf smollm2-8x.json
 python train.py --env_conf smollm2-8x.json --set train.max_lr=5e-4 --set train.train_iters=100
 python train.py --env_conf smollm2-8x.json --resume
+torchrun --nproc_per_node 2 train.py --env_conf smollm2-8x.json
 """
 
 import math
-import random
 import sys
 from pathlib import Path
 
-import torch
+from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from uiollms.checkpoint import load_weights
 from uiollms.cli import parse_arguments, reporting_errors
 from uiollms.config import EnvConfig, load_env_config
+from uiollms.distributed import World, open_world
 from uiollms.estimators import make_estimator
 from uiollms.evaluation import Evaluation
 from uiollms.faults import training_on
@@ -30,11 +31,15 @@ from uiollms.training import Samples, learning_rate, make_optimizer
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(__doc__, arguments)
     config = load_env_config(args.env_conf, args.set)
-    with open_run(config, check_env(config, args.env_conf), args.env_conf, args.resume, args.restart) as run:
-        fit(config, args.env_conf, run)
+    compressor = check_env(config, args.env_conf)
+    with (
+        open_world(config) as world,
+        open_run(config, compressor, args.env_conf, args.resume, args.restart, world) as run,
+    ):
+        fit(config, args.env_conf, run, world)
 
 
-def fit(config: EnvConfig, env_conf: str | Path, run: Run) -> None:
+def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World) -> None:
     train = config.train
     model, tokenizer = load_memory_lm(config, env_conf)
     if config.model.load_ckp:
@@ -43,54 +48,70 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run) -> None:
     estimator = make_estimator(train.estimator, S=train.tbptt, compensate=train.compensate)
     optimizer = make_optimizer(model, train)
     parameters = list(model.trainable_parameters().values())
-    draws = random.Random(train.seed)  # of reservoirs and LoRA dropout; data has its own
-    evaluation = Evaluation(model, tokenizer, train.tasks)
+    evaluation = Evaluation(model, tokenizer, train.tasks if world.is_first else ())
     trained, frozen = count_parameters(model)
-    print(f"trained parameters {trained / 1e6:.1f} M, frozen {frozen / 1e6:.1f} M in {model.dtype}")
+    say = print if world.is_first else lambda *_: None
+    say(f"trained parameters {trained / 1e6:.1f} M, frozen {frozen / 1e6:.1f} M in {model.dtype}")
 
-    state = TrainingState(model, tokenizer, optimizer, samples, draws)  # all that changes from here on
-    run.begin(state)  # at iteration 0, or where a checkpoint stands
+    state = TrainingState(model, tokenizer, optimizer, samples)  # all that changes from here on
+    run.begin(state)  # at iteration 0, or where a checkpoint stands; in all processes alike
 
     def evaluate() -> None:
-        results = evaluation.run(lambda documents: tqdm(run.unless_stopped(documents), desc="evaluate", leave=False))
-        run.log(iteration=state.iteration, eval=[r.summary() for r in results])
-        run.plot()
-        progress.clear()
-        print_results(results)
+        try:
+            if world.is_first:
+                results = evaluation.run(lambda documents: tqdm(run.unless_stopped(documents), desc="evaluate", leave=False))
+                run.log(iteration=state.iteration, eval=[r.summary() for r in results])
+                run.plot()
+                progress.clear()
+                print_results(results)
+        finally:
+            run.agree_to_stop()  # here the other processes wait for the first
+        run.exit_if_signalled()
 
     model.train()
     iterations = range(state.iteration, train.train_iters)
-    progress = tqdm(iterations, desc="train", unit="it", smoothing=0.1, initial=state.iteration, total=train.train_iters)
+    shown = dict(desc="train", unit="it", smoothing=0.1, initial=state.iteration, total=train.train_iters)
+    progress = tqdm(iterations, **shown, disable=not world.is_first)
     if run.evaluation_missing(state.iteration):
         evaluate()
     for iteration in progress:
         # ---- the algorithm -----------------------------------------------------------------------------------------
-        nll, scored, sources = torch.zeros(()), 0, []
-        for _ in range(train.accum_grad):
-            sample = next(samples)  # a document, cut into chunks
-            sources.append(samples.source)
+        nll, scored, sources = 0.0, 0, []
+        documents = train.accum_grad * world.data.size  # a step; each is shared by the world.chunks
+        for document in samples.take(documents, world.data):  # this process's, cut into chunks
+            sources.append(document.source)
             # Draw the window, encode, losses, gradients: see uiollms/step.py
-            with training_on(samples.source, train):
+            with training_on(document.source, train):
                 result = gradient_step(
-                    model, sample, estimator=estimator, rng=draws, scale=1 / train.accum_grad, report_all=False
+                    model,
+                    document.sample,
+                    estimator=estimator,
+                    rng=document.rng,
+                    scale=1 / documents,
+                    report_all=False,
+                    group=world.chunks,
                 )
             nll, scored = nll + result.nll.cpu(), scored + int(result.scored.sum())
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, train.clip_grad).item()
+        world.sum_gradients(parameters)
+        nll, scored = world.sum(float(nll), scored)
+        grad_norm = clip_grad_norm_(parameters, train.clip_grad).item()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(iteration, train)
-        good = math.isfinite(grad_norm) and math.isfinite(nll.item())
+        good = math.isfinite(grad_norm) and math.isfinite(nll)
         if good:
             optimizer.step()
         optimizer.zero_grad()
         # ------------------------------------------------------------------------------------------------------------
         done = state.advance(good)
-        lr, mean_nll = optimizer.param_groups[0]["lr"], nll.item() / scored
+        lr, mean_nll = optimizer.param_groups[0]["lr"], nll / scored
         if good:
             run.log(iteration=done, nll=mean_nll, lr=lr, grad_norm=grad_norm)
         else:
+            sources = [name for names in world.data.every(sources) for name in names]
             run.log(iteration=done, skipped=sources, lr=lr)
         progress.set_postfix(nll=f"{mean_nll:.3f}", lr=f"{lr:.1e}")
 
+        run.agree_to_stop()
         if run.saves(state):
             run.save(state)
         run.stop_if_asked(state, sources)
@@ -100,10 +121,10 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run) -> None:
         run.plot()
 
     if samples.skipped:
-        print(f"{samples.skipped} documents that fit one chunk were skipped")
+        say(f"{samples.skipped} documents that are blank or fit one chunk were skipped")
     if state.skipped_steps:
-        print(f"{state.skipped_steps} steps were skipped, their loss or gradient was not finite")
-    print(f"metrics and curve.png are in {run.folder}, weights in {config.model.save_ckp or 'no file (save_ckp is null)'}")
+        say(f"{state.skipped_steps} steps were skipped, their loss or gradient was not finite")
+    say(f"metrics and curve.png are in {run.folder}, weights in {config.model.save_ckp or 'no file (save_ckp is null)'}")
 
 
 if __name__ == "__main__":

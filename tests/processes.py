@@ -4,19 +4,22 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
+from typing import Any
 
 import matplotlib.figure  # noqa: F401  slow imports happen here, once, for all children
 import torch.utils.tensorboard  # noqa: F401
 from test_commands import call
 
-from uiollms.run import environment
+from uiollms.environment import environment
 
 TRAIN = ["train.py", "--env_conf", "env.json"]
 
 
-def forked(function: Callable[[], int], kill_after: float | None = None, output: str = os.devnull) -> int:
-    """Run in a forked child, killed after some seconds if asked; its exit code, or minus the signal that ended it."""
+def forked(function: Callable[[], int], kill_after: float | None = None, output: str = os.devnull, wait: bool = True) -> Any:
+    """Run in a forked child, killed after some seconds if asked; its exit code, or minus the signal that ended it. Without
+    `wait`, a function that waits for it and returns that."""
     environment()  # asks git, once for all children
     child = os.fork()
     if not child:
@@ -31,8 +34,12 @@ def forked(function: Callable[[], int], kill_after: float | None = None, output:
             code = function()
         except SystemExit as stop:
             code = int(stop.code)
+        except Exception:
+            traceback.print_exc()
         finally:
             os._exit(code)
+    if not wait:
+        return lambda: os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if kill_after is not None:
         time.sleep(kill_after)
         os.kill(child, signal.SIGKILL)

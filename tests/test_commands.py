@@ -121,14 +121,16 @@ def test_learning_rate():
 
 def test_documents_that_fit_one_chunk_are_skipped_and_counted(workspace):
     Path("short.txt").write_text("too short")
+    Path("blank.txt").write_text(" \n")
     config = load_env_config("env.json", ["train.corpus.0.name=files:*.txt", "train.corpus.0.crop=random"])
     model, tokenizer = load_memory_lm(config, "env.json")
     samples = Samples(config, tokenizer, model)
-    lengths = {sum(len(row.input_ids) for row in next(samples).rows) for _ in range(12)}
-    assert lengths == {80} and samples.skipped >= 2
+    lengths = {sum(len(row.input_ids) for row in drawn.sample.rows) for drawn in samples.take(12)}
+    assert lengths == {80} and samples.skipped == samples.mixture.drawn - 12 >= 4  # two epochs of six documents
     config = load_env_config("env.json", ["train.corpus.0.name=files:short.txt"])
-    with pytest.raises(ConfigError, match="fit one chunk of 16 tokens; memory needs longer ones"):
-        next(Samples(config, tokenizer, model))
+    with pytest.raises(ConfigError, match="10000 documents in a row are blank or fit one chunk of 16 .* the last is short.txt"):
+        Samples(config, tokenizer, model).take(1)
+    assert Document("question", "", response=" ").is_empty
 
 
 def test_question_answering_trains_from_json_lines(workspace):

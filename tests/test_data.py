@@ -479,7 +479,7 @@ def peak_bytes(path: Path) -> int:
     tracemalloc.start()
     try:
         stream = Mixture([open_corpus(f"files:{path}")], [1.0], seed=0)
-        assert [len(next(stream)[1].text) for _ in range(3)] == [2000] * 3
+        assert [len(stream.open(next(stream)).text) for _ in range(3)] == [2000] * 3
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -600,12 +600,12 @@ def test_docstring_example_of_spans(tmp_path: Path) -> None:
 # ---- Mixture ----------------------------------------------------------------------------------------------------------
 
 
-def numbered(name: str, size: int, empty: int | None = None) -> Lazy:
-    return Lazy(size, lambda i: Document(" \n" if i == empty else f"{name}{i}", f"{name}{i}"))
+def numbered(name: str, size: int) -> Lazy:
+    return Lazy(size, lambda i: Document(f"{name}{i}", f"{name}{i}"))
 
 
 def mixture() -> Mixture:
-    return Mixture([numbered("a", 3), numbered("b", 7, empty=2), numbered("c", 40)], [0.5, 0.3, 0.2], seed=5)
+    return Mixture([numbered("a", 3), numbered("b", 7), numbered("c", 40)], [0.5, 0.3, 0.2], seed=5)
 
 
 def test_stop_and_resume_is_the_uninterrupted_stream() -> None:
@@ -622,7 +622,6 @@ def test_stop_and_resume_is_the_uninterrupted_stream() -> None:
         second.load_state_dict(state)
         assert json.loads(json.dumps(second.state_dict())) == state  # so that it can stop again
         assert [next(second) for _ in range(60 - stop)] == expected[stop:]
-        assert second.empty == whole.empty > 0
 
 
 def test_taking_the_state_changes_nothing() -> None:
@@ -643,24 +642,23 @@ def test_state_is_small_for_any_corpus() -> None:
 
 def test_every_epoch_has_every_document_once_in_a_new_order() -> None:
     stream = Mixture([numbered("a", 20)], [1.0], seed=1)
-    epochs = [[next(stream)[1].text for _ in range(20)] for _ in range(3)]
+    epochs = [[stream.open(next(stream)).text for _ in range(20)] for _ in range(3)]
     assert all(sorted(epoch) == sorted(f"a{i}" for i in range(20)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
 
 
 def test_shares_are_kept() -> None:
     stream = Mixture([numbered("a", 5), numbered("b", 5)], [0.05, 0.95], seed=3)
-    drawn = [next(stream)[0] for _ in range(4000)]
+    drawn = [next(stream).corpus for _ in range(4000)]
     assert 0.04 < drawn.count(0) / 4000 < 0.06  # 3 standard deviations
 
 
-def test_empty_documents_are_skipped_and_counted() -> None:
-    stream = Mixture([numbered("a", 4, empty=2)], [1.0], seed=0)
-    assert {next(stream)[1].text for _ in range(30)} == {"a0", "a1", "a3"}
-    assert stream.empty == 10
-    assert Document("question", "", response=" ").is_empty
-    with pytest.raises(ConfigError, match=r"train\.corpus: 10000 documents in a row are empty, the last is a0"):
-        next(Mixture([numbered("a", 1, empty=0)], [1.0], seed=0))
+def test_drawing_opens_nothing() -> None:
+    opened: list[int] = []
+    stream = Mixture([Lazy(5, lambda i: opened.append(i) or Document(f"a{i}", f"a{i}"))], [1.0], seed=0)
+    draws = [next(stream) for _ in range(12)]
+    assert opened == [] and [draw.number for draw in draws] == list(range(12))
+    assert stream.open(draws[3]).text == f"a{draws[3].place}" and opened == [draws[3].place]
 
 
 def test_corpora_without_documents_and_changed_corpora_are_refused() -> None:

@@ -247,8 +247,8 @@ def test_every_kind_of_corpus_goes_on_where_it_stopped(workspace, monkeypatch, n
     config = load_env_config("env.json", [f"train.corpus.0.name={name}", "train.corpus.0.crop=random"])
     model, tokenizer = load_memory_lm(config, "env.json")
 
-    def taken(samples: Samples, count: int) -> list[tuple[str, list[int]]]:
-        return [(samples.source, sample.rows[0].input_ids.tolist()) for sample in (next(samples) for _ in range(count))]
+    def taken(samples: Samples, count: int) -> list[tuple]:
+        return [(drawn.source, drawn.sample.rows[0].input_ids.tolist(), drawn.rng.random()) for drawn in samples.take(count)]
 
     samples = Samples(config, tokenizer, model)
     taken(samples, 5)

@@ -167,7 +167,7 @@ class TrainSection(Checked):
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    accum_grad: Positive = Field(1, description="documents per optimizer step")
+    accum_grad: Positive = Field(1, description="documents per optimizer step, of each process that has its own")
     clip_grad: Annotated[float, Field(gt=0)] = Field(1.0, description="largest global gradient norm")
     corpus: tuple[CorpusEntry, ...] = Field(min_length=1)
     save: Positive = Field(description="iterations between checkpoints")
@@ -188,6 +188,8 @@ class TrainSection(Checked):
     max_bad_steps: Positive = Field(
         10, description="steps in a row with a loss or gradient that is not finite before the run stops"
     )
+    chunk_parallel: bool = Field(False, description="with several processes: the chunks of one document over them")
+    chunk_ranks: Positive | None = Field(None, description="processes that share one document; null = all of them")
 
     @model_validator(mode="after")
     def _shares_sum_to_one(self) -> TrainSection:
@@ -200,6 +202,12 @@ class TrainSection(Checked):
     def _best_is_measured(self) -> TrainSection:
         if self.keep_best and not self.tasks:
             raise ValueError("keep_best needs an evaluation to compare checkpoints by; tasks is empty")
+        return self
+
+    @model_validator(mode="after")
+    def _chunk_ranks_need_chunk_parallel(self) -> TrainSection:
+        if self.chunk_ranks and not self.chunk_parallel:
+            raise ValueError(f"chunk_ranks {self.chunk_ranks} has a meaning only with chunk_parallel: true")
         return self
 
 

@@ -29,6 +29,8 @@ def training_on(source: str, train: TrainSection) -> Iterator[None]:
     """Around the training step on the document `source`: too little memory, and a document past the capacity."""
     try:
         yield
+    except ConfigError:  # not the document's: another process has ended
+        raise
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError; a CPU's has no class of its own
         if not is_out_of_memory(error):
             raise

@@ -1,4 +1,4 @@
-"""The run folder: one process at a time writes metrics, log and checkpoints there, and a run that stops can go on.
+"""The run folder: one run at a time, through its first process, writes metrics, log and checkpoints; one that stops can go on.
 
 <run folder>/config.json, versions.json      the config with all defaults written out; versions, git revision, machine
              log.txt, metrics.jsonl          what happened; a line for every iteration and for every evaluation
@@ -13,24 +13,21 @@ import json
 import logging
 import math
 import os
-import platform
 import signal
-import subprocess
 import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from filelock import FileLock, Timeout
 
 from uiollms.checkpoint import check_target, save_weights
 from uiollms.config import ConfigError, EnvConfig, MemoryConfig
+from uiollms.distributed import ALONE, Group
+from uiollms.environment import device_name, environment
 from uiollms.faults import writing
 from uiollms.integrity import remove, sync
 from uiollms.report import plot_training, read_metrics
@@ -43,26 +40,35 @@ from uiollms.run_state import (
     save_state,
     saved_steps,
     seed_generators,
+    share_state,
     step_of,
 )
 
 log = logging.getLogger("uiollms")
 
 FILES = ("checkpoints", "config.json", "versions.json", "metrics.jsonl", "log.txt", "tensorboard", "curve.png")
-PACKAGES = ("uiollms", "torch", "transformers", "peft", "safetensors", "numpy", "datasets")
+REPEATED = 5  # seconds in which a launcher sends its processes what the terminal has sent them already
 Item = TypeVar("Item")
 
 
 @contextmanager
 def open_run(
-    config: EnvConfig, compressor: MemoryConfig, env_conf: str | Path, resume: str | None = None, restart: bool = False
+    config: EnvConfig,
+    compressor: MemoryConfig,
+    env_conf: str | Path,
+    resume: str | None = None,
+    restart: bool = False,
+    world: Group = ALONE,
 ) -> Iterator[Run]:
-    """The run folder, for this process alone, with the checkpoint to go on from found, checked and compared with the config;
+    """The run folder, for this run alone, with the checkpoint to go on from found, checked and compared with the config;
     nothing in it is touched yet. resume: a checkpoint, "" = the newest one if there is any; restart: leave an unfinished run.
     Raises ConfigError."""
     folder = Path(config.train.run_dir or Path("runs") / Path(env_conf).stem)
     lock = FileLock(folder / "lock", timeout=0)
     with ExitStack() as stack:
+        if not world.is_first:
+            yield Run(folder, config, compressor, None, True, stack, world)
+            return
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             try:
@@ -70,7 +76,7 @@ def open_run(
             except Timeout:
                 raise ConfigError(f"{folder}: another process is training in this folder; choose another train.run_dir") from None
         check_can_save(config.model.save_ckp)
-        yield Run(folder, config, compressor, resume, restart, stack)
+        yield Run(folder, config, compressor, resume, restart, stack, world)
 
 
 def check_can_save(save_ckp: str | None) -> None:
@@ -84,12 +90,20 @@ def check_can_save(save_ckp: str | None) -> None:
 
 
 class Run:
-    """One training run in its folder; made by `open_run`, started by `begin`."""
+    """One training run in its folder; made by `open_run`, started by `begin`. All processes of a run have one, and make the same
+    calls; only the first one's touches the folder."""
 
     def __init__(
-        self, folder: Path, config: EnvConfig, compressor: MemoryConfig, resume: str | None, restart: bool, stack: ExitStack
+        self,
+        folder: Path,
+        config: EnvConfig,
+        compressor: MemoryConfig,
+        resume: str | None,
+        restart: bool,
+        stack: ExitStack,
+        world: Group,
     ) -> None:
-        self.folder, self.config, self.compressor, self.stack = folder, config, compressor, stack
+        self.folder, self.config, self.compressor, self.stack, self.world = folder, config, compressor, stack, world
         self.checkpoints = folder / "checkpoints"
         self.metrics = folder / "metrics.jsonl"
         self.stopped_by: signal.Signals | None = None
@@ -127,11 +141,17 @@ class Run:
             )
 
     def begin(self, state: TrainingState) -> None:
-        """Restore `state` from the checkpoint, if there is one to go on from, and open the folder's files. From here SIGINT and
-        SIGTERM let the iteration finish."""
+        """Restore `state` from the checkpoint, if there is one to go on from, in all processes, and open the folder's files. From
+        here SIGINT and SIGTERM let the iteration finish."""
         seed_generators(self.config.train.seed)
         if self.start and self.record:
             load_state(state, self.start, self.record)
+        share_state(state, self.world)
+        if self.world.is_first:
+            self.open_files(state)
+        self.catch_signals()
+
+    def open_files(self, state: TrainingState) -> None:
         going_on = self.start is not None and self.start.resolve().parent == self.checkpoints.resolve()
         with writing(self.folder):
             newer = [path for path in saved_steps(self.checkpoints) if step_of(path) > state.iteration]
@@ -141,7 +161,12 @@ class Run:
                 remove(leftover)
             seconds = self.cut_metrics(state.iteration)
             (self.folder / "config.json").write_text(self.config.model_dump_json(indent=4) + "\n")
-            self.environment = environment() | {"dtype": str(state.model.dtype), "device": device_name()}
+            here: dict[str, str | None] = {
+                "dtype": str(state.model.dtype),
+                "device": device_name(),
+                "processes": str(self.world.size),
+            }
+            self.environment = environment() | here
             (self.folder / "versions.json").write_text(json.dumps(self.environment, indent=4) + "\n")
             self.open_log()
             from torch.utils.tensorboard import SummaryWriter  # slow to import
@@ -149,7 +174,6 @@ class Run:
             self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=state.iteration + 1 if self.start else None)
             self.stack.callback(self.board.close)
         self.began = time.time() - seconds
-        self.catch_signals()
         if self.record:
             log.info("goes on from %s, iteration %d of %d", self.start, state.iteration, self.config.train.train_iters)
             was = self.record.environment
@@ -193,6 +217,8 @@ class Run:
     def log(self, **values: Any) -> None:
         """Append one line to metrics.jsonl, with the seconds that the run has taken, and the same to TensorBoard. Numbers that
         are not finite become null."""
+        if not self.world.is_first:
+            return
         line = {"seconds": round(time.time() - self.began, 2), **finite(values)}
         with writing(self.metrics), self.metrics.open("a") as file:
             file.write(json.dumps(line) + "\n")
@@ -202,6 +228,8 @@ class Run:
     def save(self, state: TrainingState) -> None:
         """Weights to `save_ckp`, then everything to a checkpoint; older ones than the config keeps are deleted once it is
         whole. Raises ConfigError if the disk is full; the checkpoints before stay."""
+        if not self.world.is_first:
+            return
         if self.config.model.save_ckp:
             save_weights(state.model, self.config.model.save_ckp)
         with writing(self.metrics):
@@ -226,21 +254,26 @@ class Run:
 
     def evaluation_missing(self, iteration: int) -> bool:
         """Whether the run was stopped between a checkpoint and the evaluation that follows it."""
-        evaluated = any(line["iteration"] == iteration and "eval" in line for line in read_metrics(self.folder))
-        return bool(self.config.train.tasks) and not evaluated and self.evaluates(iteration)
+        if not self.evaluates(iteration):
+            return False
+        lines = read_metrics(self.folder) if self.world.is_first else []
+        return self.world.from_first(not any(line["iteration"] == iteration and "eval" in line for line in lines))
 
     def evaluates(self, iteration: int) -> bool:
         train = self.config.train
         return bool(train.tasks) and iteration > 0 and (iteration % train.eval == 0 or iteration == train.train_iters)
 
     def saves(self, state: TrainingState) -> bool:
-        """A checkpoint is due: every `save` iterations, before an evaluation, at the end, and when the run has to stop."""
+        """A checkpoint is due, for all processes alike: every `save` iterations, before an evaluation, at the end, and when the
+        run has to stop."""
         train = self.config.train
         due = state.iteration % train.save == 0 or state.iteration == train.train_iters or self.evaluates(state.iteration)
         return due or self.stopped_by is not None or state.bad_in_a_row >= train.max_bad_steps
 
     def stop_if_asked(self, state: TrainingState, sources: list[str]) -> None:
         """Called once all is saved. Raises SystemExit after a signal, ConfigError after too many bad steps in a row."""
+        if self.stopped_by is not None or state.bad_in_a_row >= self.config.train.max_bad_steps:
+            self.world.wait()  # a launcher ends all others once one has ended: not while the first one saves
         if state.bad_in_a_row >= self.config.train.max_bad_steps:
             raise ConfigError(
                 f"{self.folder}: the loss or gradient of {state.bad_in_a_row} steps in a row was not finite, the last at "
@@ -248,6 +281,12 @@ class Run:
                 f"train.max_lr, or look at the documents that metrics.jsonl names"
             )
         self.exit_if_signalled()
+
+    def agree_to_stop(self) -> None:
+        """What one process was told, all do."""
+        number = self.world.largest(self.stopped_by or 0)
+        if number and self.stopped_by is None:
+            self.stop_by(signal.Signals(number))
 
     def exit_if_signalled(self) -> None:
         if self.stopped_by is not None:
@@ -261,20 +300,27 @@ class Run:
             yield item
 
     def plot(self) -> None:
+        if not self.world.is_first:
+            return
         with writing(self.folder / "curve.png"):
             plot_training(self.folder)
 
     def catch_signals(self) -> None:
         def stop(number: int, frame: Any) -> None:
-            self.stopped_by = signal.Signals(number)
-            os.write(2, b"\nfinishes the iteration, saves and stops; a second signal ends it at once\n")
-            for each in previous:
-                signal.signal(each, signal.SIG_DFL)
+            if self.stopped_by is None:
+                os.write(2, b"\nfinishes the iteration, saves and stops; a second signal ends it at once\n")
+                self.stop_by(signal.Signals(number))
+            elif time.monotonic() >= self.ends_from:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
 
         if threading.current_thread() is threading.main_thread():
-            previous = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
-            for each, handler in previous.items():
-                self.stack.callback(signal.signal, each, handler)
+            for each in (signal.SIGINT, signal.SIGTERM):
+                self.stack.callback(signal.signal, each, signal.signal(each, stop))
+
+    def stop_by(self, number: signal.Signals) -> None:
+        self.stopped_by = number
+        self.ends_from = time.monotonic() + (REPEATED if self.world.size > 1 else 0)
 
 
 def finite(value: Any) -> Any:
@@ -295,33 +341,3 @@ def scalars(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
         yield from scalars(dict(enumerate(value)), name)
     elif isinstance(value, int | float) and name != "iteration":
         yield name, value
-
-
-@cache
-def environment() -> dict[str, str | None]:
-    """What ran: versions, and the git revision of this program where it is a clone."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "git": git_revision(Path(__file__).parents[2])}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # used from its source folder
-            found[package] = None
-    return found | {"platform": platform.platform()}
-
-
-def git_revision(root: Path) -> str | None:
-    """The commit of a clone, with "+" behind it where tracked files have changed since; None outside of one."""
-    if not (root / ".git").exists():
-        return None
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True).stdout
-
-    try:
-        return git("rev-parse", "HEAD").strip() + ("+" if git("status", "--porcelain", "--untracked-files=no").strip() else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()

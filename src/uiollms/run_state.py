@@ -4,10 +4,11 @@
     memory_config.json, tokens.safetensors, encoder/, decoder/    the weights, as in checkpoint.py: load_ckp and PEFT read them
     optimizer.safetensors       AdamW's "<parameter>.step", ".exp_avg", ".exp_avg_sq"
     state.json                  iteration, counters, the resolved configs and their hash, versions
-    rank-0.json                 one for each process: random generators, place in the data
+    rank-0.json                 place in the data, and the first process's global random generators
     checksums.json              sha256 of every file
 
-The learning rate follows from the iteration. Nothing is pickled.
+The learning rate follows from the iteration, and what is random about a document from the seed and its number in the data: no
+other process has anything of its own, so a run may go on with more or fewer of them. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from uiollms.checkpoint import load_weights, write_weights
 from uiollms.config import Checked, ConfigError, EnvConfig, MemoryConfig, parse, read_json
 from uiollms.data.beacons import fingerprint
 from uiollms.data.mixture import generator_state
+from uiollms.distributed import Group
 from uiollms.faults import writing
 from uiollms.integrity import remove, seal, sync, verify
 from uiollms.model import MemoryLM
@@ -41,11 +43,12 @@ STEP = re.compile(r"step-(\d{8,})")
 NEEDED = ("state.json", "rank-0.json", "optimizer.safetensors", "tokens.safetensors", "memory_config.json")
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
-# Fields that may differ when a run goes on: they move, measure or end it, and change nothing that it has learned from.
+# Fields that may differ when a run goes on: they move, measure, share out or end it. Every change is logged.
 FREE = {
     *(f"model.{name}" for name in ("config", "model_method", "save_ckp", "load_ckp", "released_ckp", "device_map")),
     *(f"train.{name}" for name in ("train_iters", "save", "eval", "tasks", "run_dir", "chunk_batch")),
-    *(f"train.{name}" for name in ("keep_last", "keep_best", "max_bad_steps")),
+    *(f"train.{name}" for name in ("keep_last", "keep_best", "max_bad_steps", "chunk_parallel", "chunk_ranks")),
+    "train.accum_grad",  # with it, another number of processes takes as many documents a step
     "test",
 }
 
@@ -69,14 +72,12 @@ class Record(Checked):
 
 
 class Position(Checked):
-    """rank-<n>.json. python, numpy, torch, cuda: the global generators (torch's in hex); draws: the generator of reservoirs
-    and dropout; samples: place in the data."""
+    """rank-0.json. python, numpy, torch, cuda: the global generators (torch's in hex); samples: place in the data."""
 
     python: Generator
     numpy: tuple[str, tuple[int, ...], Annotated[int, Field(ge=0, le=624)], int, float]
     torch: str
     cuda: tuple[str, ...]
-    draws: Generator
     samples: dict[str, Any]
 
 
@@ -89,7 +90,6 @@ class TrainingState:
     tokenizer: PreTrainedTokenizerBase
     optimizer: torch.optim.AdamW
     samples: Samples
-    draws: random.Random
     iteration: int = 0
     skipped_steps: int = 0
     bad_in_a_row: int = 0
@@ -192,7 +192,6 @@ def position_of(state: TrainingState) -> Position:
         numpy=(algorithm, tuple(int(n) for n in numbers), *rest),  # type: ignore[arg-type]
         torch=hex_of(torch.get_rng_state()),
         cuda=tuple(hex_of(generator) for generator in cuda),
-        draws=state.draws.getstate(),
         samples=state.samples.state_dict(),
     )
 
@@ -239,7 +238,6 @@ def load_state(state: TrainingState, path: Path, record: Record) -> None:
     try:
         load_optimizer(state, load_file(path / "optimizer.safetensors"))
         state.samples.load_state_dict(position.samples)
-        state.draws.setstate(generator_state(position.draws))
         random.setstate(generator_state(position.python))
         algorithm, numbers, place, has_gauss, gauss = position.numpy
         np.random.set_state((algorithm, np.array(numbers, dtype=np.uint32), place, has_gauss, gauss))
@@ -253,6 +251,21 @@ def load_state(state: TrainingState, path: Path, record: Record) -> None:
         raise ConfigError(f"{path}: not the state of such a run ({reason})") from None
     state.iteration, state.skipped_steps = record.iteration, record.skipped_steps
     state.bad_in_a_row = record.bad_in_a_row
+
+
+def share_state(state: TrainingState, world: Group) -> None:
+    """What the first process has, fresh or loaded, to all."""
+    if world.size == 1:
+        return
+    weights = {name: tensor.cpu() for name, tensor in state.model.memory_state_dict().items()}
+    counters = state.iteration, state.skipped_steps, state.bad_in_a_row
+    weights, moments, place, counters = world.from_first(
+        (weights, optimizer_tensors(state), state.samples.state_dict(), counters)
+    )
+    state.model.load_memory_state_dict(weights)
+    load_optimizer(state, moments)
+    state.samples.load_state_dict(place)
+    state.iteration, state.skipped_steps, state.bad_in_a_row = counters
 
 
 def load_optimizer(state: TrainingState, tensors: dict[str, Tensor]) -> None:

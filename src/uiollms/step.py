@@ -7,6 +7,9 @@
     4  encode again, with a graph, only the chunks whose weighted gradient is not zero, and go backward from their memories
        (where a whole document fits one batch of chunks, the graph of those chunks is kept in 1 and they are not encoded again)
 
+With a group of several processes each does 1, 3 and 4 for its own chunks and 2 for its own rows; keys and values are gathered
+before 2, their gradients summed at the chunks' owners after it (distributed.py). Gradients of the group add up to the document's.
+
 Shapes: N rows, C chunks, B rows of a batch, T tokens, m num_memory, M = C * m slots, L layers, H key/value heads,
 K head size, D hidden size.
 Source: UIO-LLMs section 3.3; the two passes: GradCache (Gao et al. 2021, arXiv 2101.06983).
@@ -22,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from uiollms.distributed import ALONE, Division, Group
 from uiollms.estimators import Estimator, make_estimator
 from uiollms.loss import linear_losses
 from uiollms.memory import Prefix, join_slots
@@ -32,7 +36,7 @@ from uiollms.tasks import IGNORED, Row, Sample
 class StepResult(NamedTuple):
     """losses [N]: every row's share of the sample's loss; scored [N] int64: its scored tokens; reencoded: the chunks
     that went through the encoder with a graph; nll: the sum of the scored tokens' NLL, in nats, unweighted (a tensor:
-    reading it waits for the device)."""
+    reading it waits for the device). In a group of several processes: of this one's rows and chunks, zero elsewhere."""
 
     losses: Tensor
     scored: Tensor
@@ -49,6 +53,7 @@ def gradient_step(
     rng: random.Random | int | None = None,
     scale: float = 1.0,
     report_all: bool = True,
+    group: Group = ALONE,
     **settings: int | bool,
 ) -> StepResult:
     """Run the two-pass step on one sample and ADD the gradients of `scale` * loss into `.grad` of the trained
@@ -58,6 +63,7 @@ def gradient_step(
 
     report_all: also compute the losses that nothing trained can change (rows that read no memory), for the report; without,
     they count as 0 losses of 0 tokens.
+    group: the processes that share this sample, with equal weights and an `rng` in the same state.
     """
     check_sample(model, sample)
     rng = rng if isinstance(rng, random.Random) else random.Random(rng)
@@ -69,35 +75,40 @@ def gradient_step(
     seeds = [rng.getrandbits(62) for _ in sample.chunks] if model.training and model.memory_config.lora_dropout else None
 
     # A document whose chunks fit one batch is not encoded twice: the graph of step 1 is kept for step 4.
-    needed = chunks_with_gradient(sample, weights)
-    at_once = needed if len(sample.chunks) <= model.chunk_batch and not estimator.reads_norms else []
-    memory, graph = encode_all(model, sample.chunks, at_once, seeds)
-    keys, values = project_all(model, memory, seeds)
+    needed = set(chunks_with_gradient(sample, weights))
+    division = Division(group, len(sample.chunks), sorted(needed))
+    chunks, seeds = sample.chunks[division.own], pick(seeds, division.own)  # from here on those of this process
+    wanted = [i for i, s in enumerate(division.own) if s in needed & division.owned]
+    at_once = wanted if len(chunks) <= model.chunk_batch and not estimator.reads_norms else []
+    memory, graph = encode_all(model, chunks, at_once, seeds)
+    keys, values = project_all(model, memory, division, seeds)
 
     sums = KVGradients(keys, values, weights, sample, model.memory_config.num_memory)
     taught = teach(model, sample)
     books = Books(sample, sums.dtype, keys[-1].device if keys else model.device)
-    for batch in row_batches(sample, model.chunk_batch, with_memory=False):
+    for batch in row_batches(sample, group, model.chunk_batch, with_memory=False):
         if report_all:
             with torch.no_grad():
                 books.enter(batch, *decode_rows(model, sample, batch, empty_prefix(model), taught))
-    for batch in row_batches(sample, model.chunk_batch, with_memory=True):
+    for batch in row_batches(sample, group, model.chunk_batch, with_memory=True):
         with torch.enable_grad():
             prefix = sums.prefix(batch, [sample.rows[t] for t in batch])
             (scale * books.enter(batch, *decode_rows(model, sample, batch, prefix, taught))).backward()
 
-    memory_grads = sums.backward_projection(model, memory, seeds)
-    columns = estimator.columns(chunk_norms(memory_grads), rng) if estimator.reads_norms and needed else None
-    if columns is not None:
-        memory_grads = [scale_chunks(layer, columns) for layer in memory_grads]
-        needed = [s for s in needed if columns[s] != 0]
-    for batch in [at_once] if at_once else batched(needed, model.chunk_batch):
+    memory_grads = sums.backward_projection(model, memory, division, seeds)
+    if estimator.reads_norms and needed:
+        columns = estimator.columns(division.gather(chunk_norms(memory_grads)).tolist(), rng)
+        if columns is not None:
+            factors = [columns[s] for s in division.own]
+            memory_grads = [scale_chunks(layer, factors) for layer in memory_grads]
+            wanted = [i for i in wanted if factors[i] != 0]
+    for batch in [at_once] if at_once else batched(wanted, model.chunk_batch):
         picked = list(batch)
         if not at_once:
             with torch.enable_grad():
-                graph = model.encode_layers(sample.chunks[picked], pick(seeds, picked))
+                graph = model.encode_layers(chunks[picked], pick(seeds, picked))
         torch.autograd.backward(graph, [layer[picked] for layer in memory_grads])
-    return StepResult(books.losses, books.scored, tuple(needed), books.nll)
+    return StepResult(books.losses, books.scored, tuple(division.own[i] for i in wanted), books.nll)
 
 
 def check_sample(model: MemoryLM, sample: Sample) -> None:
@@ -144,10 +155,11 @@ def batched(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
         yield items[start : start + size]
 
 
-def row_batches(sample: Sample, size: int, with_memory: bool) -> Iterator[Sequence[int]]:
-    """Numbers of the rows that score anything and that do, or do not, read memory, in batches."""
+def row_batches(sample: Sample, group: Group, size: int, with_memory: bool) -> Iterator[Sequence[int]]:
+    """Numbers of this process's rows that score anything and that do, or do not, read memory, in batches. Rows go round the
+    group one by one, because later rows read more."""
     numbers = [t for t, row in enumerate(sample.rows) if len(row.scored) and (row.num_memories > 0) == with_memory]
-    return batched(numbers, size)
+    return batched(numbers[group.rank :: group.size], size)
 
 
 def pick(seeds: Sequence[int] | None, chunks: Sequence[int]) -> list[int] | None:
@@ -180,13 +192,18 @@ def encode_all(
 
 
 @torch.no_grad()
-def project_all(model: MemoryLM, memory: LayerMemory, seeds: Sequence[int] | None = None) -> tuple[list[Tensor], list[Tensor]]:
-    """Memories of a document's chunks, L x [C, m, D] -> keys and values in front of any later chunk, L x [1, H, M, K]."""
+def project_all(
+    model: MemoryLM, memory: LayerMemory, division: Division | None = None, seeds: Sequence[int] | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Memories of this process's chunks (without a `division` all), L x [n, m, D] -> keys and values of the whole document's in
+    front of any later chunk, L x [1, H, M, K]."""
+    division = division or Division(ALONE, len(memory[0]) if memory else 0, ())
     batches = []
-    for batch in batched(range(len(memory[0]) if memory else 0), model.chunk_batch):
-        keys, values = model.project([layer[list(batch)] for layer in memory], batch, pick(seeds, batch))
-        batches.append([join_slots(kv, 1) for kv in (*keys, *values)])
-    joined = [torch.cat(parts, dim=2) for parts in zip(*batches, strict=True)]
+    for batch in batched(range(len(division.own)), model.chunk_batch):
+        numbers = [division.own[i] for i in batch]
+        keys, values = model.project([layer[list(batch)] for layer in memory], numbers, pick(seeds, batch))
+        batches.append([*keys, *values])
+    joined = [join_slots(division.gather(torch.cat(parts)), 1) for parts in zip(*batches, strict=True)]
     return joined[: len(memory)], joined[len(memory) :]
 
 
@@ -265,31 +282,38 @@ class KVGradients:
         half = len(fanned) // 2
         return Prefix(fanned[:half], fanned[half:])
 
-    def backward_projection(self, model: MemoryLM, memory: LayerMemory, seeds: Sequence[int] | None) -> LayerMemory:
+    def backward_projection(
+        self, model: MemoryLM, memory: LayerMemory, division: Division, seeds: Sequence[int] | None
+    ) -> LayerMemory:
         """Step 3: `total` to the decoder's LoRA, `weighted` to the memories, whose gradients are returned."""
         if not memory:
             return []
         lora = [p for name, p in model.decoder.named_parameters() if "lora" in name]
+        total = [division.scatter_sum(self._by_chunk(g)) for g in self.total]  # 2L x [n, H, m, K]
+        weighted = total
+        if self.weighted is not self.total:
+            weighted = [division.scatter_sum(self._by_chunk(g)) for g in self.weighted]
         grads: list[LayerMemory] = []
-        for batch in batched(range(len(memory[0])), model.chunk_batch):
+        for batch in batched(range(len(division.own)), model.chunk_batch):
             leaves = [layer[list(batch)].requires_grad_() for layer in memory]
             with torch.enable_grad():
-                keys, values = model.project(leaves, batch, pick(seeds, batch))
+                keys, values = model.project(leaves, [division.own[i] for i in batch], pick(seeds, batch))
             outputs = [*keys, *values]
-            total = [self._of_chunks(g, batch).to(out) for g, out in zip(self.total, outputs, strict=True)]
-            if self.weighted is self.total:
-                torch.autograd.backward(outputs, total, inputs=[*lora, *leaves])
+            part = slice(batch[0], batch[-1] + 1)
+            arrived = [g[part].to(out) for g, out in zip(total, outputs, strict=True)]
+            if weighted is total:
+                torch.autograd.backward(outputs, arrived, inputs=[*lora, *leaves])
                 grads.append([leaf.grad for leaf in leaves])  # type: ignore[misc]
             else:
-                weighted = [self._of_chunks(g, batch).to(out) for g, out in zip(self.weighted, outputs, strict=True)]
-                torch.autograd.backward(outputs, total, inputs=lora, retain_graph=True)
-                grads.append(list(torch.autograd.grad(outputs, leaves, weighted)))
+                torch.autograd.backward(outputs, arrived, inputs=lora, retain_graph=True)
+                arrived = [g[part].to(out) for g, out in zip(weighted, outputs, strict=True)]
+                grads.append(list(torch.autograd.grad(outputs, leaves, arrived)))
         return [torch.cat(parts) for parts in zip(*grads, strict=True)]
 
-    def _of_chunks(self, grad: Tensor, chunks: Sequence[int]) -> Tensor:
-        """[1, H, M, K] -> the slots of `chunks`, [C', H, m, K]"""
+    def _by_chunk(self, grad: Tensor) -> Tensor:
+        """[1, H, M, K] -> [C, H, m, K]"""
         _, heads, _, size = grad.shape
-        return grad.view(heads, -1, self.num_memory, size)[:, chunks[0] : chunks[-1] + 1].transpose(0, 1)
+        return grad.view(heads, -1, self.num_memory, size).transpose(0, 1)
 
 
 class _FanOut(torch.autograd.Function):
@@ -315,10 +339,10 @@ class _FanOut(torch.autograd.Function):
         return None, None, None, None
 
 
-def chunk_norms(memory_grads: LayerMemory) -> list[float]:
-    """The Euclidean norm of every chunk's memory gradient over all layers, [C]."""
+def chunk_norms(memory_grads: LayerMemory) -> Tensor:
+    """The Euclidean norm of every chunk's memory gradient over all layers, [n] float64."""
     squares = [layer.double().pow(2).sum((1, 2)).cpu() for layer in memory_grads]
-    return torch.stack(squares).sum(0).sqrt().tolist()
+    return torch.stack(squares).sum(0).sqrt()
 
 
 def scale_chunks(layer: Tensor, factors: Sequence[float]) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from uiollms.config import ConfigError, CorpusEntry, EnvConfig, TrainSection
 from uiollms.data import Mixture, open_corpus
+from uiollms.data.mixture import Draw
+from uiollms.distributed import ALONE, Group
 from uiollms.model import MemoryLM
 from uiollms.samples import SampleMaker, teaches_memory
 from uiollms.tasks import Sample
@@ -35,33 +39,68 @@ def make_optimizer(model: MemoryLM, config: TrainSection) -> torch.optim.AdamW:
     )
 
 
-class Samples(Iterator[Sample]):
-    """An endless stream of training samples from the documents of `train.corpus`. A document that no memory can help with
-    (plain text that fits one chunk, an answer within the first) trains nothing: it is skipped and counted."""
+@dataclass(frozen=True)
+class Drawn:
+    """A document for the training step. rng: of its reservoirs and LoRA dropout, as much its own as its text, so that neither the
+    number of processes nor a restart changes them."""
+
+    source: str
+    sample: Sample
+    rng: random.Random
+
+
+class Samples:
+    """The endless stream of training samples from the documents of `train.corpus`, the same in every process. A document that no
+    memory can help with (blank, plain text that fits one chunk, an answer within the first) trains nothing: it is skipped and
+    counted."""
 
     MOST_SKIPPED = 10_000  # in a row, before the corpora count as unusable
 
     def __init__(self, config: EnvConfig, tokenizer: PreTrainedTokenizerBase, model: MemoryLM) -> None:
         self.entries: Sequence[CorpusEntry] = config.train.corpus
         corpora = [open_corpus(entry.name, tokenizer) for entry in self.entries]
-        self.mixture = Mixture(corpora, [entry.partition for entry in self.entries], config.train.seed)
+        self.seed = config.train.seed
+        self.mixture = Mixture(corpora, [entry.partition for entry in self.entries], self.seed)
         self.maker = SampleMaker(model, tokenizer, config.train.loss)
         self.skipped = 0
-        self.source = ""  # of the last sample's document
 
-    def __next__(self) -> Sample:
-        for _ in range(self.MOST_SKIPPED):
-            number, document = next(self.mixture)
-            entry = self.entries[number]
-            sample = self.maker.make(document, entry.truncation, self.mixture.rng, entry.crop)
-            if teaches_memory(sample):
-                self.source = document.source
-                return sample
-            self.skipped += 1
-        raise ConfigError(
-            f"train.corpus: {self.MOST_SKIPPED} documents in a row fit one chunk of "
-            f"{self.maker.model.memory_config.chunk_size} tokens; memory needs longer ones"
-        )
+    def take(self, count: int, group: Group = ALONE) -> list[Drawn]:
+        """The stream's next `count` samples, or of those every `group.size`-th from number `group.rank`. Each process opens its
+        own, and they tell each other which are skipped, so all go on from the same place. Raises ConfigError if all are."""
+        taken: list[Draw] = []
+        opened: dict[int, Drawn | None] = {}
+        in_a_row = 0
+        while len(taken) < count:
+            draws = [next(self.mixture) for _ in range(count - len(taken))]
+            for draw in draws[group.rank :: group.size]:
+                opened[draw.number] = self.open(draw)
+            holders = group.sum(*(opened.get(draw.number) is not None for draw in draws))
+            for draw, used in zip(draws, holders, strict=True):
+                taken += [draw] if used else []
+                in_a_row = 0 if used else in_a_row + 1
+                self.skipped += not used
+                if in_a_row == self.MOST_SKIPPED:
+                    raise ConfigError(
+                        f"train.corpus: {in_a_row} documents in a row are blank or fit one chunk of "
+                        f"{self.maker.model.memory_config.chunk_size} tokens; memory needs longer ones; the last is "
+                        f"{self.mixture.open(draw).source}"
+                    )
+        mine = [opened.get(draw.number) or self.open(draw) for draw in taken[group.rank :: group.size]]
+        return [drawn for drawn in mine if drawn]
+
+    def open(self, draw: Draw) -> Drawn | None:
+        """The sample of a draw, None where it trains nothing; the same in every process and at any time."""
+        document = self.mixture.open(draw)
+        if document.is_empty:
+            return None
+        entry = self.entries[draw.corpus]
+        sample = self.maker.make(document, entry.truncation, self.generator("sample", draw), entry.crop)
+        if not teaches_memory(sample):
+            return None
+        return Drawn(document.source, sample, self.generator("step", draw))
+
+    def generator(self, use: str, draw: Draw) -> random.Random:
+        return random.Random(f"{self.seed} {use} {draw.number}")
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the data, in plain lists and numbers (JSON)."""

