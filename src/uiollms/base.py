@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from uiollms.config import MemoryConfig
+from uiollms.devices import device_of, moved
 from uiollms.lora import LoRA
 from uiollms.memory import Prefix
 
@@ -70,21 +71,30 @@ def first_eos(base: Any) -> int:
 
 
 def layer_device(layer: Any) -> torch.device:
-    return layer.input_layernorm.weight.device
+    return device_of(layer.input_layernorm)
 
 
-def run_layer(
-    layer: nn.Module, hidden: Tensor, mask: Tensor | None, positions: Tensor, rotary: tuple, prefix: Prefix | None = None
-) -> Tensor:
-    """One of the base's own layers on [B, T, D], masks and positions moved to where it lives."""
-    device = hidden.device
+class Beside(NamedTuple):
+    """What all layers read beside their hidden states; it travels with them, copied once where the device changes."""
+
+    mask: Tensor | None
+    positions: Tensor
+    rotary: tuple[Tensor, ...]
+
+    def to(self, device: torch.device) -> Beside:
+        mask = None if self.mask is None else moved(self.mask, device)
+        return Beside(mask, moved(self.positions, device), tuple(moved(r, device) for r in self.rotary))
+
+
+def run_layer(layer: nn.Module, hidden: Tensor, beside: Beside, prefix: Prefix | None = None) -> Tensor:
+    """One of the base's own layers on [B, T, D]; all inputs are where it lives."""
     return layer(
         hidden,
-        attention_mask=None if mask is None else mask.to(device),
-        position_ids=positions.to(device),
+        attention_mask=beside.mask,
+        position_ids=beside.positions,
         past_key_values=prefix,
         use_cache=prefix is not None,
-        position_embeddings=tuple(r.to(device) for r in rotary),
+        position_embeddings=beside.rotary,
     )
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from uiollms.devices import device_of, moved
 from uiollms.estimators import Estimator, make_estimator
 from uiollms.loss import linear_losses
 from uiollms.memory import Prefix, join_slots
@@ -76,7 +77,7 @@ def gradient_step(
 
     sums = KVGradients(keys, values, weights, sample, model.memory_config.num_memory)
     taught = teach(model, sample)
-    books = Books(sample, sums.dtype, keys[-1].device if keys else model.device)
+    books = Books(sample, sums.dtype, device_of(model.base.lm_head))
     for batch in row_batches(sample, model.chunk_batch, with_memory=False):
         if report_all:
             with torch.no_grad():
@@ -96,7 +97,7 @@ def gradient_step(
         if not at_once:
             with torch.enable_grad():
                 graph = model.encode_layers(sample.chunks[picked], pick(seeds, picked))
-        torch.autograd.backward(graph, [layer[picked] for layer in memory_grads])
+        torch.autograd.backward(graph, [layer[moved(torch.tensor(picked), layer.device)] for layer in memory_grads])
     return StepResult(books.losses, books.scored, tuple(needed), books.nll)
 
 
@@ -130,9 +131,9 @@ class Books:
     def enter(self, batch: Sequence[int], loss: Tensor, nll: Tensor, row_of: Tensor) -> Tensor:
         """Book loss and NLL [N'] of a batch's scored tokens; return the batch's share of the sample's loss."""
         rows = [self.sample.rows[t] for t in batch]
-        weighted = loss * torch.cat([row.token_weights[row.scored] for row in rows]).to(loss)
+        weighted = loss * torch.cat([row.token_weights[row.scored] for row in rows]).to(loss, non_blocking=True)
         numbers = torch.tensor(batch)[row_of]
-        self.losses.index_add_(0, numbers.to(self.losses.device), weighted.detach().to(self.losses))
+        self.losses.index_add_(0, moved(numbers, self.losses.device), weighted.detach().to(self.losses))
         self.scored += torch.bincount(numbers, minlength=len(self.scored))
         self.nll += nll.detach().sum().to(self.nll)
         return weighted.sum()
@@ -175,7 +176,7 @@ def encode_all(
             parts.append((batch, model.encode_layers(chunks[list(batch)], pick(seeds, batch))))
     order = torch.tensor([c for batch, _ in parts for c in batch], dtype=torch.int64).argsort()
     layers = zip(*(memory for _, memory in parts), strict=True)
-    return [torch.cat(layer)[order.to(layer[0].device)] for layer in layers], graph
+    return [torch.cat(layer)[moved(order, layer[0].device)] for layer in layers], graph
 
 
 @torch.no_grad()
@@ -183,7 +184,7 @@ def project_all(model: MemoryLM, memory: LayerMemory, seeds: Sequence[int] | Non
     """Memories of a document's chunks, L x [C, m, D] -> keys and values in front of any later chunk, L x [1, H, M, K]."""
     batches = []
     for batch in batched(range(len(memory[0]) if memory else 0), model.chunk_batch):
-        keys, values = model.project([layer[list(batch)] for layer in memory], batch, pick(seeds, batch))
+        keys, values = model.project([layer[batch[0] : batch[-1] + 1] for layer in memory], batch, pick(seeds, batch))
         batches.append([join_slots(kv, 1) for kv in (*keys, *values)])
     joined = [torch.cat(parts, dim=2) for parts in zip(*batches, strict=True)]
     return joined[: len(memory)], joined[len(memory) :]
@@ -217,15 +218,15 @@ def decode_scored(model: MemoryLM, sample: Sample, batch: Sequence[int], prefix:
     repeat = torch.tensor([row.repeat for row in rows]) if any(row.repeat for row in rows) else None
     hidden = model.decode(ids, prefix, num_slots, repeat=repeat)
     row_of, place = (targets != IGNORED).nonzero(as_tuple=True)
-    picked = hidden[row_of.to(hidden.device), place.to(hidden.device)]
-    device = model.base.lm_head.weight.device
-    return picked.to(device), targets[row_of, place].to(device), row_of
+    picked = hidden[moved(row_of, hidden.device), moved(place, hidden.device)]
+    device = device_of(model.base.lm_head)
+    return moved(picked, device), moved(targets[row_of, place], device), row_of
 
 
 def taught_at(model: MemoryLM, taught: Sequence[Tensor], rows: Sequence[Row]) -> Tensor:
     """The teacher's hidden states [N', D] at the rows' scored positions, on the LM head's device."""
-    parts = [taught[row.teacher[0]][(row.scored + row.teacher[1]).to(taught[0].device)] for row in rows]
-    return torch.cat(parts).to(model.base.lm_head.weight.device)
+    parts = [taught[row.teacher[0]][moved(row.scored + row.teacher[1], taught[0].device)] for row in rows]
+    return moved(torch.cat(parts), device_of(model.base.lm_head))
 
 
 def decode_rows(
@@ -257,8 +258,9 @@ class KVGradients:
         """What a batch of rows reads: the slots that any of them sees, handed to all (masks hide the rest)."""
         widest = max(row.num_memories for row in rows)
         slot_weights = self.weights[list(batch), :widest].repeat_interleave(self.num_memory, dim=1)  # [B, M']
+        on = {device: slot_weights.to(device, self.dtype, non_blocking=True) for device in {leaf.device for leaf in self.leaves}}
         fanned = [
-            [_FanOut.apply(leaf, total, weighted, slot_weights)]
+            [_FanOut.apply(leaf, total, weighted, on[leaf.device])]
             for leaf, total, weighted in zip(self.leaves, self.total, self.weighted, strict=True)
         ]
         half = len(fanned) // 2
@@ -271,7 +273,7 @@ class KVGradients:
         lora = [p for name, p in model.decoder.named_parameters() if "lora" in name]
         grads: list[LayerMemory] = []
         for batch in batched(range(len(memory[0])), model.chunk_batch):
-            leaves = [layer[list(batch)].requires_grad_() for layer in memory]
+            leaves = [layer[batch[0] : batch[-1] + 1].detach().requires_grad_() for layer in memory]
             with torch.enable_grad():
                 keys, values = model.project(leaves, batch, pick(seeds, batch))
             outputs = [*keys, *values]
@@ -309,17 +311,17 @@ class _FanOut(torch.autograd.Function):
         grad = grad.to(total.dtype)
         total[0, :, :slots] += grad.sum(0)
         if weighted is not total:
-            weights = ctx.slot_weights.to(grad)
-            weighted[0, :, :slots] += torch.einsum("bs,bhsk->hsk", weights, grad)
+            weighted[0, :, :slots] += torch.einsum("bs,bhsk->hsk", ctx.slot_weights, grad)
         return None, None, None, None
 
 
 def chunk_norms(memory_grads: LayerMemory) -> list[float]:
-    """The Euclidean norm of every chunk's memory gradient over all layers, [C]."""
-    squares = [layer.double().pow(2).sum((1, 2)).cpu() for layer in memory_grads]
+    """The Euclidean norm of every chunk's memory gradient over all layers, [C]: the one place where a step waits for the
+    devices."""
+    squares = [moved(layer.double().pow(2).sum((1, 2)), memory_grads[-1].device) for layer in memory_grads]
     return torch.stack(squares).sum(0).sqrt().tolist()
 
 
 def scale_chunks(layer: Tensor, factors: Sequence[float]) -> Tensor:
     """[C, m, D] times a factor for every chunk."""
-    return layer * torch.tensor(factors, dtype=torch.float64)[:, None, None].to(layer)
+    return layer * torch.tensor(factors, dtype=torch.float64)[:, None, None].to(layer, non_blocking=True)
