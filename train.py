@@ -2,6 +2,7 @@
 
 python train.py --env_conf smollm2-8x.json
 python train.py --env_conf smollm2-8x.json --set train.max_lr=5e-4 --set train.train_iters=100
+python train.py --env_conf 32x.json --dry_run --device_memory 24GiB,24GiB
 """
 
 import random
@@ -15,15 +16,18 @@ from uiollms.cli import parse_arguments, reporting_errors
 from uiollms.config import load_env_config
 from uiollms.estimators import make_estimator
 from uiollms.evaluation import Evaluation
+from uiollms.plan import dry_run
 from uiollms.pretrained import count_parameters, load_memory_lm
 from uiollms.report import plot_training, print_results
 from uiollms.step import gradient_step
 from uiollms.training import Run, Samples, learning_rate, make_optimizer
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int | None:
     args = parse_arguments(__doc__, arguments)
     config = load_env_config(args.env_conf, args.set)
+    if args.dry_run:
+        return dry_run(config, args.env_conf, args.device_memory)
     train = config.train
 
     model, tokenizer = load_memory_lm(config, args.env_conf)

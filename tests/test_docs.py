@@ -16,9 +16,9 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / 
 # Lower modules first: a module imports only from above itself in this list.
 ORDER = """
     config schema paths data.cleaning data.documents data.files data.hub data.beacons data.corpora_text data.corpora_own
-    data.corpora_tasks data.mixture data lora loss attention memory base model placement pretrained tasks estimators step
-    evaluate samples retrieval results evaluation training checkpoint report cli convert data.__main__
-    study.gradients study.cost study.tables study.learning study.recall study study.__main__ __init__
+    data.corpora_tasks data.mixture data devices lora loss attention memory base model pretend_kernels pretend placement
+    pretrained tasks estimators step evaluate samples retrieval results evaluation training checkpoint report cli plan convert
+    data.__main__ study.gradients study.cost study.tables study.learning study.recall study study.__main__ __init__
 """.split()
 
 

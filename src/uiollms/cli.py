@@ -24,18 +24,28 @@ def parse_arguments(doc: str | None, arguments: list[str] | None, evaluation: bo
     )
     if evaluation:
         parser.add_argument("--use_env_conf_tasks", action="store_true", help="run the config's train.tasks instead")
-    return parser.parse_args(arguments)
+    else:
+        parser.add_argument(
+            "--dry_run", action="store_true", help="print what a step takes on every device; exit code 3: too much"
+        )
+        parser.add_argument(
+            "--device_memory", metavar="SIZES", help="for --dry_run: what GPU 0, 1, ... have, such as 24GiB,24GiB"
+        )
+    args = parser.parse_args(arguments)
+    if not evaluation and args.device_memory and not args.dry_run:
+        parser.error("--device_memory is for --dry_run")
+    return args
 
 
-def reporting_errors(main: Callable[[], None]) -> int:
-    """Run a command; what the user can mend is printed as it is, exit code 2. Anything else is a bug and raises."""
+def reporting_errors(main: Callable[[], int | None]) -> int:
+    """Run a command and return its exit code; what the user can mend is printed as it is, exit code 2. Anything else is a bug
+    and raises."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        main()
+        return main() or 0
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    return 0
