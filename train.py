@@ -4,6 +4,7 @@ python train.py --env_conf smollm2-8x.json
 python train.py --env_conf smollm2-8x.json --set train.max_lr=5e-4 --set train.train_iters=100
 python train.py --env_conf smollm2-8x.json --resume
 torchrun --nproc_per_node 2 train.py --env_conf smollm2-8x.json
+python train.py --env_conf 32x.json --dry_run --device_memory 24GiB,24GiB
 """
 
 import math
@@ -20,6 +21,7 @@ from uiollms.distributed import World, open_world
 from uiollms.estimators import make_estimator
 from uiollms.evaluation import Evaluation
 from uiollms.faults import training_on
+from uiollms.plan import dry_run
 from uiollms.pretrained import check_env, count_parameters, load_memory_lm
 from uiollms.report import print_results
 from uiollms.run import Run, open_run
@@ -28,15 +30,18 @@ from uiollms.step import gradient_step
 from uiollms.training import Samples, learning_rate, make_optimizer
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int | None:
     args = parse_arguments(__doc__, arguments)
     config = load_env_config(args.env_conf, args.set)
+    if args.dry_run:
+        return dry_run(config, args.env_conf, args.device_memory)
     compressor = check_env(config, args.env_conf)
     with (
         open_world(config) as world,
         open_run(config, compressor, args.env_conf, args.resume, args.restart, world) as run,
     ):
         fit(config, args.env_conf, run, world)
+    return 0
 
 
 def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World) -> None:

@@ -81,7 +81,10 @@ def test_every_estimator_trains(workspace, estimator):
         ("model.load_ckp=nowhere", "nowhere"),
         ("model.device_map=7", "env.json: model.device_map: GPU 7 does not exist, this machine has"),
         ('model.device_map={"model":"cpu"}', "env.json: model.device_map: no key places 'lm_head'"),
-        ('model.device_map={"model.layers.9":"cpu"}', "model.device_map['model.layers.9']: the base has no module of that name"),
+        (
+            'model.device_map={"model.layers.9":"cpu"}',
+            "['model.layers.9']: the base has no such layer; its 3 layers are",
+        ),
         ("train.corpus.0.name=pg20", "env.json: train.corpus[0].name: corpus 'pg20' is unknown; did you mean pg19"),
         ("train.corpus.0.name=files:*.md", "corpus files:*.md: no file matches"),
         ("train.corpus.0.truncation=10000", "env.json: train.corpus[0].truncation: 10000 tokens is past the capacity 912"),

@@ -14,6 +14,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from uiollms.devices import moved
+
 
 @lru_cache(maxsize=16)
 def encoder_positions(chunk_size: int, num_memory: int, device: torch.device) -> Tensor:
@@ -47,7 +49,7 @@ def encoder_mask(chunk_size: int, num_memory: int, device: torch.device) -> Tens
 
 def decoder_positions(num_slots: Sequence[int], length: int, device: torch.device) -> Tensor:
     """[B, T] int64: the tokens of row b follow its `num_slots[b]` memory slots."""
-    return torch.tensor(num_slots, device=device)[:, None] + torch.arange(length, device=device)
+    return moved(torch.tensor(num_slots), device)[:, None] + torch.arange(length, device=device)
 
 
 def decoder_mask(num_slots: Sequence[int], local_past: int, length: int, device: torch.device) -> Tensor | None:
@@ -63,7 +65,7 @@ def decoder_mask(num_slots: Sequence[int], local_past: int, length: int, device:
             return None
         front = torch.ones(1, 1, length, widest, dtype=torch.bool, device=device)
     else:
-        slots = torch.tensor(num_slots, device=device)
+        slots = moved(torch.tensor(num_slots), device)
         front = (torch.arange(widest, device=device) < slots[:, None])[:, None, None].expand(-1, -1, length, -1)
     local = torch.ones(length, local_past + length, dtype=torch.bool, device=device).tril(local_past)
     return torch.cat([front, local.expand(front.shape[0], 1, -1, -1)], dim=-1)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from uiollms.config import MemoryConfig
+from uiollms.devices import device_of, moved
 from uiollms.lora import LoRA
 from uiollms.memory import Prefix
 
@@ -70,27 +71,38 @@ def first_eos(base: Any) -> int:
 
 
 def layer_device(layer: Any) -> torch.device:
-    return layer.input_layernorm.weight.device
+    return device_of(layer.input_layernorm)
 
 
-def run_layer(
-    layer: nn.Module, hidden: Tensor, mask: Tensor | None, positions: Tensor, rotary: tuple, prefix: Prefix | None = None
-) -> Tensor:
-    """One of the base's own layers on [B, T, D], masks and positions moved to where it lives."""
-    device = hidden.device
+class Beside(NamedTuple):
+    """What all layers read beside their hidden states; it travels with them, copied once where the device changes."""
+
+    mask: Tensor | None
+    positions: Tensor
+    rotary: tuple[Tensor, ...]
+
+    def to(self, device: torch.device) -> Beside:
+        mask = None if self.mask is None else moved(self.mask, device)
+        return Beside(mask, moved(self.positions, device), tuple(moved(r, device) for r in self.rotary))
+
+
+def run_layer(layer: nn.Module, hidden: Tensor, beside: Beside, prefix: Prefix | None = None) -> Tensor:
+    """One of the base's own layers on [B, T, D]; all inputs are where it lives."""
     return layer(
         hidden,
-        attention_mask=None if mask is None else mask.to(device),
-        position_ids=positions.to(device),
+        attention_mask=beside.mask,
+        position_ids=beside.positions,
         past_key_values=prefix,
         use_cache=prefix is not None,
-        position_embeddings=tuple(r.to(device) for r in rotary),
+        position_embeddings=beside.rotary,
     )
 
 
-def run_last_rows(layer: Any, hidden: Tensor, rows: int, mask: Tensor, positions: Tensor, rotary: Sequence[Tensor]) -> Tensor:
+def run_last_rows(layer: Any, hidden: Tensor, rows: int, beside: Beside) -> Tensor:
     """As `run_layer` on [B, T, D], but only the last `rows` positions go through it, [B, rows, D]: the others are no more
-    than keys and values in front of them. mask: of all positions, [1, 1, T, T]."""
+    than keys and values in front of them. beside: of all positions; its mask, [1, 1, T, T], is given."""
+    mask, positions, rotary = beside
+    assert mask is not None
     attention = layer.self_attn
     front = slice(0, hidden.shape[1] - rows)
     back = slice(hidden.shape[1] - rows, None)
@@ -99,11 +111,11 @@ def run_last_rows(layer: Any, hidden: Tensor, rows: int, mask: Tensor, positions
     keys, values = attention.k_proj(normed).view(shape), attention.v_proj(normed).view(shape)
     if hasattr(attention, "k_norm"):
         keys = attention.k_norm(keys)
-    rotary = [r.to(hidden.device) for r in rotary]
     keys = rotate(attention, keys.transpose(1, 2), [r[:, front] for r in rotary])
     number = attention.layer_idx
     prefix = Prefix({number: [keys]}, {number: [values.transpose(1, 2)]})
-    return run_layer(layer, hidden[:, back], mask[:, :, back], positions[:, back], tuple(r[:, back] for r in rotary), prefix)
+    last = Beside(mask[:, :, back], positions[:, back], tuple(r[:, back] for r in rotary))
+    return run_layer(layer, hidden[:, back], last, prefix)
 
 
 def rotate(attention: nn.Module, keys: Tensor, rotary: Sequence[Tensor]) -> Tensor:

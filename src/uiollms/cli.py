@@ -33,18 +33,27 @@ def parse_arguments(doc: str | None, arguments: list[str] | None, evaluation: bo
             help="go on from the newest checkpoint of the run folder, or from this one; begins where there is none yet",
         )
         parser.add_argument("--restart", action="store_true", help="begin anew although the run folder holds an unfinished run")
-    return parser.parse_args(arguments)
+        parser.add_argument(
+            "--dry_run", action="store_true", help="print what a step takes on every device; exit code 3: too much"
+        )
+        parser.add_argument(
+            "--device_memory", metavar="SIZES", help="for --dry_run: what GPU 0, 1, ... have, such as 24GiB,24GiB"
+        )
+    args = parser.parse_args(arguments)
+    if not evaluation and args.device_memory and not args.dry_run:
+        parser.error("--device_memory is for --dry_run")
+    return args
 
 
-def reporting_errors(main: Callable[[], None]) -> int:
-    """Run a command; what the user can mend is printed as it is, exit code 2. Anything else is a bug and raises."""
+def reporting_errors(main: Callable[[], int | None]) -> int:
+    """Run a command and return its exit code; what the user can mend is printed as it is, exit code 2. Anything else is a bug
+    and raises."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        main()
+        return main() or 0
     except (ConfigError, OSError) as error:  # OSError: a disk or a network
         print(error, file=sys.stderr)
         return 2
-    return 0

@@ -71,6 +71,7 @@ class ModelSection(Checked):
     released_ckp: str | None = Field(
         None, description="weights that test.py uses while there is neither load_ckp nor a checkpoint at save_ckp"
     )
+    offload_dir: str | None = Field(None, description="folder for the weights that device_map puts on disk; null = the cache")
     device_map: dict[str, Place] | Literal["auto", "balanced", "sequential", "cpu"] | Annotated[int, Field(ge=0)] = Field(
         "auto", description="module -> device, or one word for all"
     )

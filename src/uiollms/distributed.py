@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from uiollms.config import ConfigError, EnvConfig
+from uiollms.devices import moved
 
 log = logging.getLogger("uiollms")
 
@@ -208,12 +209,12 @@ class Division:
 
     def gather(self, own: Tensor) -> Tensor:
         """[n, ...], one entry for each of `own` -> [C, ...]"""
-        return own if self.group.size == 1 else self.group.gather(own)[self.place.to(own.device)]
+        return own if self.group.size == 1 else self.group.gather(own)[moved(self.place, own.device)]
 
     def scatter_sum(self, whole: Tensor) -> Tensor:
         """[C, ...] -> its sum over the group at `own`, [n, ...], zeros at chunks that another process owns"""
         if self.group.size == 1:
             return whole
         dealt = whole.new_zeros(self.group.size * len(self.own), *whole.shape[1:])
-        dealt[self.place.to(whole.device)] = whole
+        dealt[moved(self.place, whole.device)] = whole
         return self.group.scatter_sum(dealt)

@@ -19,10 +19,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from uiollms.devices import moved
+from uiollms.kv_gradients import batched
 from uiollms.loss import linear_losses
 from uiollms.memory import Prefix
 from uiollms.model import MemoryLM
-from uiollms.step import batched, check_sample, decode_scored, empty_prefix, encode_all, project_all, taught_at, teach
+from uiollms.step import check_sample, decode_scored, empty_prefix, encode_all, project_all, taught_at, teach
 from uiollms.tasks import PROTOCOLS, Row, Sample
 
 
@@ -64,8 +66,8 @@ def token_losses(model: MemoryLM, sample: Sample, mode: str = "memory", other: T
     for rows, hidden, targets in scored_hidden(model, sample, mode, other):
         teacher = taught_at(model, taught, rows) if taught else None
         losses = linear_losses(hidden, model.base.lm_head, targets, teacher, sample.kl_weight)
-        parts.append([loss.cpu() for loss in losses])
-    loss, nll = (torch.cat(column) for column in zip(*parts, strict=True))
+        parts.append(losses)
+    loss, nll = torch.stack([torch.cat(column) for column in zip(*parts, strict=True)]).cpu()  # the only wait for the device
     return loss, nll
 
 
@@ -86,7 +88,7 @@ def scored_hidden(
         rows = [row for row in sample.rows if len(row.scored)]
         targets = torch.cat([row.targets[row.scored] for row in rows])
         hidden = taught_at(model, teach(model, sample), rows)
-        yield rows, hidden, targets.to(hidden.device)
+        yield rows, hidden, moved(targets, hidden.device)
         return
     if mode == "window":
         sample = replace(sample, chunks=sample.chunks[:0], rows=tuple(replace(r, num_memories=0) for r in sample.rows))

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from uiollms.devices import device_of
+
 # Any odd 64-bit constant spreads neighbouring seeds; this is the golden ratio's (Knuth, TAOCP 3, 6.4).
 _SPREAD = 0x9E3779B97F4A7C15
 
@@ -26,7 +28,7 @@ class LoRA(nn.Module):
     def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float, salt: int) -> None:
         super().__init__()
         dtype = master_dtype(linear.weight.dtype)
-        device = linear.weight.device
+        device = device_of(linear)
         self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, dtype=dtype, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))

@@ -4,6 +4,7 @@ Shapes: N scored tokens, D hidden size, V vocabulary.
 """
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,7 +26,8 @@ def linear_losses(
     The head is frozen, so the only gradient is the hidden states'. It is known as soon as the logits are, and is kept
     ([N, D]) in place of them ([N, V]): the logits of a block die with the block.
     """
-    return _LinearLosses.apply(hidden, head.weight, head.bias, targets, teacher, kl_weight)
+    with align_module_device(head):  # it may rest on disk
+        return _LinearLosses.apply(hidden, head.weight, head.bias, targets, teacher, kl_weight)
 
 
 class _LinearLosses(torch.autograd.Function):

@@ -16,14 +16,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from uiollms.attention import decoder_mask, decoder_positions, encoder_mask, encoder_positions
-from uiollms.base import Role, check_base, first_eos, layer_device, promote_norms, rotate, run_last_rows, run_layer
+from uiollms.base import (
+    Beside,
+    Role,
+    check_base,
+    first_eos,
+    layer_device,
+    promote_norms,
+    rotate,
+    run_last_rows,
+    run_layer,
+)
 from uiollms.config import MemoryConfig
+from uiollms.devices import device_of, moved
 from uiollms.generation import Generation, RaggedState
 from uiollms.lora import LoRA, added, master_dtype
 from uiollms.loss import linear_nll
@@ -59,8 +71,9 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
         self.generation_config = base.generation_config
         # Chunks encoded or decoded in one batch: memory against speed, never results.
         self.chunk_batch = 4
-        eos = first_eos(base)
-        token = base.model.embed_tokens.weight.detach()[eos].to(master_dtype(base.dtype))[None, None]
+        embedding = base.model.embed_tokens
+        with align_module_device(embedding):  # it may rest on disk
+            token = embedding.weight.detach()[first_eos(base)].to(master_dtype(base.dtype))[None, None]
         self.encoder = Role("encoder", base, config, "retrieval_token", token)
         self.decoder = Role("decoder", base, config, "repeat_token", token)
 
@@ -109,7 +122,7 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
     @property
     def device(self) -> torch.device:
         """Where token ids go in."""
-        return self.base.model.embed_tokens.weight.device
+        return device_of(self.base.model.embed_tokens)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -150,21 +163,21 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
         l, m = self.memory_config.chunk_size, self.memory_config.num_memory
         if input_ids.shape[1] != l:
             raise ValueError(f"encode takes chunks of chunk_size {l} tokens, found {list(input_ids.shape)}")
-        tokens = self.base.model.embed_tokens(input_ids.to(self.device))
+        tokens = self.base.model.embed_tokens(moved(input_ids, self.device))
         slots = self.encoder.get_parameter("retrieval_token").to(tokens).expand(len(input_ids), m, -1)
         hidden = torch.cat([tokens, slots], dim=1)  # [C, l + m, D]
         positions = encoder_positions(l, m, hidden.device)
         mask = encoder_mask(l, m, hidden.device)
-        rotary = self.base.model.rotary_emb(hidden, positions)
+        beside = Beside(mask, positions, self.base.model.rotary_emb(hidden, positions))
         memory = []
         with added(self._lora_pairs("encoder"), seeds):
             for i, layer in enumerate(self.base.model.layers):
-                hidden = hidden.to(layer_device(layer))
+                hidden, beside = moved(hidden, layer_device(layer)), beside.to(layer_device(layer))
                 memory.append(layer.input_layernorm(hidden[:, -m:]))
                 if i + 2 < len(self.base.model.layers):
-                    hidden = run_layer(layer, hidden, mask, positions, rotary)
+                    hidden = run_layer(layer, hidden, beside)
                 elif i + 2 == len(self.base.model.layers):
-                    hidden = run_last_rows(layer, hidden, m, mask, positions, rotary)
+                    hidden = run_last_rows(layer, hidden, m, beside)
         return memory
 
     def _lora_pairs(self, role: str) -> list[tuple[nn.Module, LoRA]]:
@@ -179,7 +192,8 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
         positions `chunk * m .. chunk * m + m - 1`. A slot's position never changes, so this is done once."""
         m = self.memory_config.num_memory
         positions = torch.tensor(chunks)[:, None] * m + torch.arange(m)
-        rotary = self.base.model.rotary_emb(memory[0], positions.to(memory[0].device))
+        like = torch.empty(0, dtype=memory[0].dtype, device=self.device)  # the table is where the tokens are
+        rotary = self.base.model.rotary_emb(like, moved(positions, self.device))
         keys, values = [], []
         layers: Iterator[Any] = zip(self.base.model.layers, self.decoder.layers, memory, strict=True)
         for layer, pair, slots in layers:
@@ -189,7 +203,8 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
             v = (attention.v_proj(slots) + pair["v_proj"](slots, seeds)).view(shape)
             if hasattr(attention, "k_norm"):
                 k = attention.k_norm(k)
-            keys.append(rotate(attention, k.transpose(1, 2), [r.to(k.device) for r in rotary]))
+            rotary = [moved(r, k.device) for r in rotary]
+            keys.append(rotate(attention, k.transpose(1, 2), rotary))
             values.append(v.transpose(1, 2))
         return keys, values
 
@@ -204,23 +219,24 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
         local_past: tokens of the same chunk already in the prefix; repeat: [B] bool, rows whose first token is replaced
         by the `repeat_token` embedding. Ordinary tokens go through the frozen weights only.
         """
-        hidden = self.base.model.embed_tokens(input_ids.to(self.device))
+        hidden = self.base.model.embed_tokens(moved(input_ids, self.device))
         if repeat is not None:
             start = torch.where(
-                repeat.to(self.device)[:, None], self.decoder.get_parameter("repeat_token")[0].to(hidden), hidden[:, 0]
+                moved(repeat, self.device)[:, None], self.decoder.get_parameter("repeat_token")[0].to(hidden), hidden[:, 0]
             )
             hidden = torch.cat([start[:, None], hidden[:, 1:]], dim=1)
         length = input_ids.shape[1]
         positions = decoder_positions(num_slots, length, hidden.device) + local_past
         mask = decoder_mask(num_slots, local_past, length, hidden.device)
-        rotary = self.base.model.rotary_emb(hidden, positions)
+        beside = Beside(mask, positions, self.base.model.rotary_emb(hidden, positions))
         for layer in self.base.model.layers:
-            hidden = run_layer(layer, hidden.to(layer_device(layer)), mask, positions, rotary, prefix)
-        return self.base.model.norm(hidden.to(self.base.model.norm.weight.device))
+            beside = beside.to(layer_device(layer))
+            hidden = run_layer(layer, moved(hidden, layer_device(layer)), beside, prefix)
+        return self.base.model.norm(moved(hidden, device_of(self.base.model.norm)))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, V]"""
-        return self.base.lm_head(hidden.to(self.base.lm_head.weight.device))
+        return self.base.lm_head(moved(hidden, device_of(self.base.lm_head)))
 
     # ---- streams --------------------------------------------------------------------------------------------------
 

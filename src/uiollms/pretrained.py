@@ -159,7 +159,7 @@ def load_memory_lm(config: EnvConfig, path: str | Path) -> tuple[MemoryLM, PreTr
     first_device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load(AutoTokenizer, name)
     base = load(AutoModelForCausalLM, name, dtype=resolve_dtype(config.model.model_dtype, first_device))
-    place(base, config.model.device_map, path)
+    place(base, config.model.device_map, path, config.model.offload_dir)
     torch.manual_seed(config.train.seed)
     model = MemoryLM(base, memory)
     model.chunk_batch = config.train.chunk_batch

@@ -25,8 +25,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from uiollms.devices import device_of, moved
 from uiollms.distributed import ALONE, Division, Group
 from uiollms.estimators import Estimator, make_estimator
+from uiollms.kv_gradients import KVGradients, batched, pick
 from uiollms.loss import linear_losses
 from uiollms.memory import Prefix, join_slots
 from uiollms.model import LayerMemory, MemoryLM
@@ -85,7 +87,7 @@ def gradient_step(
 
     sums = KVGradients(keys, values, weights, sample, model.memory_config.num_memory)
     taught = teach(model, sample)
-    books = Books(sample, sums.dtype, keys[-1].device if keys else model.device)
+    books = Books(sample, sums.dtype, device_of(model.base.lm_head))
     for batch in row_batches(sample, group, model.chunk_batch, with_memory=False):
         if report_all:
             with torch.no_grad():
@@ -107,7 +109,7 @@ def gradient_step(
         if not at_once:
             with torch.enable_grad():
                 graph = model.encode_layers(chunks[picked], pick(seeds, picked))
-        torch.autograd.backward(graph, [layer[picked] for layer in memory_grads])
+        torch.autograd.backward(graph, [layer[moved(torch.tensor(picked), layer.device)] for layer in memory_grads])
     return StepResult(books.losses, books.scored, tuple(division.own[i] for i in wanted), books.nll)
 
 
@@ -142,17 +144,12 @@ class Books:
     def enter(self, batch: Sequence[int], loss: Tensor, nll: Tensor, row_of: Tensor) -> Tensor:
         """Book loss and NLL [N'] of a batch's scored tokens; return the batch's share of the sample's loss."""
         rows = [self.sample.rows[t] for t in batch]
-        weighted = loss * torch.cat([row.token_weights[row.scored] for row in rows]).to(loss)
+        weighted = loss * torch.cat([row.token_weights[row.scored] for row in rows]).to(loss, non_blocking=True)
         numbers = torch.tensor(batch)[row_of]
-        self.losses.index_add_(0, numbers.to(self.losses.device), weighted.detach().to(self.losses))
+        self.losses.index_add_(0, moved(numbers, self.losses.device), weighted.detach().to(self.losses))
         self.scored += torch.bincount(numbers, minlength=len(self.scored))
         self.nll += nll.detach().sum().to(self.nll)
         return weighted.sum()
-
-
-def batched(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
 
 
 def row_batches(sample: Sample, group: Group, size: int, with_memory: bool) -> Iterator[Sequence[int]]:
@@ -160,10 +157,6 @@ def row_batches(sample: Sample, group: Group, size: int, with_memory: bool) -> I
     group one by one, because later rows read more."""
     numbers = [t for t, row in enumerate(sample.rows) if len(row.scored) and (row.num_memories > 0) == with_memory]
     return batched(numbers[group.rank :: group.size], size)
-
-
-def pick(seeds: Sequence[int] | None, chunks: Sequence[int]) -> list[int] | None:
-    return None if seeds is None else [seeds[c] for c in chunks]
 
 
 def empty_prefix(model: MemoryLM) -> Prefix:
@@ -188,7 +181,7 @@ def encode_all(
             parts.append((batch, model.encode_layers(chunks[list(batch)], pick(seeds, batch))))
     order = torch.tensor([c for batch, _ in parts for c in batch], dtype=torch.int64).argsort()
     layers = zip(*(memory for _, memory in parts), strict=True)
-    return [torch.cat(layer)[order.to(layer[0].device)] for layer in layers], graph
+    return [torch.cat(layer)[moved(order, layer[0].device)] for layer in layers], graph
 
 
 @torch.no_grad()
@@ -201,7 +194,7 @@ def project_all(
     batches = []
     for batch in batched(range(len(division.own)), model.chunk_batch):
         numbers = [division.own[i] for i in batch]
-        keys, values = model.project([layer[list(batch)] for layer in memory], numbers, pick(seeds, batch))
+        keys, values = model.project([layer[batch[0] : batch[-1] + 1] for layer in memory], numbers, pick(seeds, batch))
         batches.append([*keys, *values])
     joined = [join_slots(division.gather(torch.cat(parts)), 1) for parts in zip(*batches, strict=True)]
     return joined[: len(memory)], joined[len(memory) :]
@@ -235,15 +228,15 @@ def decode_scored(model: MemoryLM, sample: Sample, batch: Sequence[int], prefix:
     repeat = torch.tensor([row.repeat for row in rows]) if any(row.repeat for row in rows) else None
     hidden = model.decode(ids, prefix, num_slots, repeat=repeat)
     row_of, place = (targets != IGNORED).nonzero(as_tuple=True)
-    picked = hidden[row_of.to(hidden.device), place.to(hidden.device)]
-    device = model.base.lm_head.weight.device
-    return picked.to(device), targets[row_of, place].to(device), row_of
+    picked = hidden[moved(row_of, hidden.device), moved(place, hidden.device)]
+    device = device_of(model.base.lm_head)
+    return moved(picked, device), moved(targets[row_of, place], device), row_of
 
 
 def taught_at(model: MemoryLM, taught: Sequence[Tensor], rows: Sequence[Row]) -> Tensor:
     """The teacher's hidden states [N', D] at the rows' scored positions, on the LM head's device."""
-    parts = [taught[row.teacher[0]][(row.scored + row.teacher[1]).to(taught[0].device)] for row in rows]
-    return torch.cat(parts).to(model.base.lm_head.weight.device)
+    parts = [taught[row.teacher[0]][moved(row.scored + row.teacher[1], taught[0].device)] for row in rows]
+    return moved(torch.cat(parts), device_of(model.base.lm_head))
 
 
 def decode_rows(
@@ -256,95 +249,13 @@ def decode_rows(
     return *linear_losses(hidden, model.base.lm_head, targets, teacher, sample.kl_weight), row_of
 
 
-class KVGradients:
-    """The leaves of the decoder pass, and the gradients that arrive there: of every loss alike (`total`) and of loss t
-    times W[t, s] at memory s (`weighted`; the same tensors where W is all ones). Sums are kept in float32 or wider."""
-
-    def __init__(self, keys: list[Tensor], values: list[Tensor], weights: Tensor, sample: Sample, num_memory: int) -> None:
-        self.leaves = [kv.requires_grad_() for kv in (*keys, *values)]  # 2L x [1, H, M, K]
-        self.dtype = torch.promote_types(keys[0].dtype, torch.float32) if keys else torch.float32
-        self.num_memory = num_memory
-        self.weights = weights  # [N, at least C]
-        all_ones = all(bool((weights[t, : row.num_memories] == 1).all()) for t, row in enumerate(sample.rows))
-        self.total = [torch.zeros_like(kv, dtype=self.dtype, requires_grad=False) for kv in self.leaves]
-        self.weighted = self.total
-        if not all_ones:
-            self.weighted = [torch.zeros_like(kv) for kv in self.total]
-
-    def prefix(self, batch: Sequence[int], rows: Sequence[Row]) -> Prefix:
-        """What a batch of rows reads: the slots that any of them sees, handed to all (masks hide the rest)."""
-        widest = max(row.num_memories for row in rows)
-        slot_weights = self.weights[list(batch), :widest].repeat_interleave(self.num_memory, dim=1)  # [B, M']
-        fanned = [
-            [_FanOut.apply(leaf, total, weighted, slot_weights)]
-            for leaf, total, weighted in zip(self.leaves, self.total, self.weighted, strict=True)
-        ]
-        half = len(fanned) // 2
-        return Prefix(fanned[:half], fanned[half:])
-
-    def backward_projection(
-        self, model: MemoryLM, memory: LayerMemory, division: Division, seeds: Sequence[int] | None
-    ) -> LayerMemory:
-        """Step 3: `total` to the decoder's LoRA, `weighted` to the memories, whose gradients are returned."""
-        if not memory:
-            return []
-        lora = [p for name, p in model.decoder.named_parameters() if "lora" in name]
-        total = [division.scatter_sum(self._by_chunk(g)) for g in self.total]  # 2L x [n, H, m, K]
-        weighted = total
-        if self.weighted is not self.total:
-            weighted = [division.scatter_sum(self._by_chunk(g)) for g in self.weighted]
-        grads: list[LayerMemory] = []
-        for batch in batched(range(len(division.own)), model.chunk_batch):
-            leaves = [layer[list(batch)].requires_grad_() for layer in memory]
-            with torch.enable_grad():
-                keys, values = model.project(leaves, [division.own[i] for i in batch], pick(seeds, batch))
-            outputs = [*keys, *values]
-            part = slice(batch[0], batch[-1] + 1)
-            arrived = [g[part].to(out) for g, out in zip(total, outputs, strict=True)]
-            if weighted is total:
-                torch.autograd.backward(outputs, arrived, inputs=[*lora, *leaves])
-                grads.append([leaf.grad for leaf in leaves])  # type: ignore[misc]
-            else:
-                torch.autograd.backward(outputs, arrived, inputs=lora, retain_graph=True)
-                arrived = [g[part].to(out) for g, out in zip(weighted, outputs, strict=True)]
-                grads.append(list(torch.autograd.grad(outputs, leaves, arrived)))
-        return [torch.cat(parts) for parts in zip(*grads, strict=True)]
-
-    def _by_chunk(self, grad: Tensor) -> Tensor:
-        """[1, H, M, K] -> [C, H, m, K]"""
-        _, heads, _, size = grad.shape
-        return grad.view(heads, -1, self.num_memory, size).transpose(0, 1)
-
-
-class _FanOut(torch.autograd.Function):
-    """One leaf [1, H, M, K] handed to B rows, [B, H, M', K] with M' <= M; backward adds the plain and the weighted sum
-    of the rows' gradients to their accumulators and returns nothing, so that no row's gradient outlives the layer."""
-
-    @staticmethod
-    def forward(ctx, leaf, total, weighted, slot_weights):  # type: ignore[no-untyped-def]
-        ctx.sums = total, weighted
-        ctx.slot_weights = slot_weights
-        rows, slots = slot_weights.shape
-        return leaf[:, :, :slots].expand(rows, -1, -1, -1)
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        total, weighted = ctx.sums
-        slots = grad.shape[2]
-        grad = grad.to(total.dtype)
-        total[0, :, :slots] += grad.sum(0)
-        if weighted is not total:
-            weights = ctx.slot_weights.to(grad)
-            weighted[0, :, :slots] += torch.einsum("bs,bhsk->hsk", weights, grad)
-        return None, None, None, None
-
-
 def chunk_norms(memory_grads: LayerMemory) -> Tensor:
-    """The Euclidean norm of every chunk's memory gradient over all layers, [n] float64."""
-    squares = [layer.double().pow(2).sum((1, 2)).cpu() for layer in memory_grads]
+    """The Euclidean norm of every chunk's memory gradient over all layers, [n] float64, on the last layer's device: a step
+    waits for the devices only where these are read."""
+    squares = [moved(layer.double().pow(2).sum((1, 2)), memory_grads[-1].device) for layer in memory_grads]
     return torch.stack(squares).sum(0).sqrt()
 
 
 def scale_chunks(layer: Tensor, factors: Sequence[float]) -> Tensor:
     """[C, m, D] times a factor for every chunk."""
-    return layer * torch.tensor(factors, dtype=torch.float64)[:, None, None].to(layer)
+    return layer * torch.tensor(factors, dtype=torch.float64)[:, None, None].to(layer, non_blocking=True)

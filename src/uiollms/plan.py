@@ -1,0 +1,302 @@
+"""What a run would take on every device, before anything is rented: `train.py --dry_run`.
+
+The real training step, gradient clipping and AdamW run on pretended devices (`pretend.py`) at the configured shapes, so the
+figures are measured on the program itself, not modelled beside it: every tensor of every kernel is counted from its birth to
+its death. To save time only the last two batches of rows, which read the most memory, are decoded, and one full batch of
+chunks is encoded with a graph; past MEASURED batches the peaks of both phases, linear in the length, are extended.
+
+Shapes: C chunks in memory, m num_memory, D hidden size, H key/value heads, K head size.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from accelerate.utils import convert_file_size_to_int
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from uiollms.base import layer_device
+from uiollms.config import ConfigError, EnvConfig
+from uiollms.estimators import Estimator, all_pairs, make_estimator
+from uiollms.model import MemoryLM
+from uiollms.placement import CPU, as_device, on_disk, resolved, send, this_machine, worker
+from uiollms.pretend import Pretend, pretended
+from uiollms.pretrained import DTYPES, base_config, check_env, computes_bf16
+from uiollms.step import gradient_step
+from uiollms.tasks import PROTOCOLS, Sample
+from uiollms.training import make_optimizer
+
+DOES_NOT_FIT = 3  # exit code
+MEASURED = 6  # batches of chunks; longer documents are extended from this many and two thirds of it
+
+
+class Need(NamedTuple):
+    """Bytes on one device at the peak of a step. trained: LoRA and tokens, their gradients and optimizer state; memories: of
+    all chunks; kv: their keys and values; kv_gradients: the sums of step 2; activations: the rest, graphs above all."""
+
+    weights: float
+    trained: float
+    memories: float
+    kv: float
+    kv_gradients: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+Needs = dict[torch.device, Need]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """need: of one training step, by device; have: bytes free there (0: no such device here); capacity: tokens; longest:
+    tokens of the longest document that fits with this chunk_batch; most_chunks: the largest chunk_batch that fits at this
+    length (None: none does)."""
+
+    length: int
+    chunk_batch: int
+    capacity: int
+    need: Needs
+    have: dict[torch.device, int]
+    longest: int | None = None
+    most_chunks: int | None = None
+
+    @property
+    def fits(self) -> bool:
+        return all(need.total <= self.have[device] for device, need in self.need.items())
+
+
+def make_plan(config: EnvConfig, path: str | Path, machine: dict[torch.device, int] | None = None) -> Plan:
+    """machine: bytes of every device (default: what is free on this machine; a GPU that the map names and that is not here
+    counts as 0). Needs no weights, and no hub for the models of the shipped configs. Raises ConfigError."""
+    rehearsal = Rehearsal(config, path, machine)
+    chunk_size, batch = rehearsal.memory.chunk_size, config.train.chunk_batch
+    # A corpus without truncation may fill the capacity.
+    length = max(min(c.truncation or rehearsal.capacity, rehearsal.capacity) for c in config.train.corpus)
+    chunks = chunks_in_memory(length, chunk_size)
+    most = chunks_in_memory(rehearsal.capacity, chunk_size)
+    need = rehearsal.need(chunks, batch)
+    have = {device: rehearsal.machine[device] for device in need}
+
+    plan = Plan(length, batch, rehearsal.capacity, need, have)
+    if not all(have.values()):
+        return plan
+
+    def share(chunks: int, batch: int) -> float:
+        """The fullest device's share of its memory; 1 just fits."""
+        return max(n.total / have[d] for d, n in rehearsal.need(chunks, batch).items())
+
+    fitting = largest(lambda chunks: share(chunks, batch), chunks, most)
+    longest = None if fitting is None else rehearsal.capacity if fitting == most else (fitting + 1) * chunk_size
+    return replace(plan, longest=longest, most_chunks=largest(lambda b: share(chunks, b), batch, chunks))
+
+
+def chunks_in_memory(length: int, chunk_size: int) -> int:
+    """All chunks of a document but its last, and at least one."""
+    return max(1, -(-length // chunk_size) - 1)
+
+
+def largest(share: Callable[[int], float], start: int, top: int) -> int | None:
+    """The largest n in 1 .. top with share(n) <= 1, None if there is none. share must grow with n; as it does so nearly
+    linearly, the next n to ask is where the line through the two ends crosses 1."""
+    if share(top) <= 1:
+        return top
+    if not share(1) <= 1:
+        return None
+    low, high, ask = 1, top, start
+    while high - low > 1:
+        ask = min(max(ask, low + 1), high - 1)
+        low, high = (ask, high) if share(ask) <= 1 else (low, ask)
+        ask = low + int((high - low) * (1 - share(low)) / (share(high) - share(low)))
+    return low
+
+
+class Rehearsal:
+    """A config's training step on pretended devices, for any number of chunks in memory and any chunk batch."""
+
+    def __init__(self, config: EnvConfig, path: str | Path, machine: dict[torch.device, int] | None = None) -> None:
+        self.config, self.path = config, path
+        self.memory = check_env(config, path)
+        self.shape = base_config(config.model.model_name)
+        self.capacity = self.memory.capacity(self.shape.max_position_embeddings)
+        places = config.model.device_map
+        named = places.values() if isinstance(places, dict) else [places]
+        absent = {as_device(place): 0 for place in named if isinstance(place, int)}
+        self.machine = absent | this_machine() if machine is None else machine
+        word_means_gpu = not isinstance(places, dict | int) and places != "cpu" and any(d.type == "cuda" for d in self.machine)
+        on_cpu = not absent and not word_means_gpu
+        name = config.model.model_dtype  # `auto` on a GPU is taken for bfloat16: the GPU may not be here to be asked
+        auto = torch.float32 if on_cpu and not computes_bf16(CPU) else torch.bfloat16
+        self.dtype = DTYPES.get(name, auto)
+        self.measured: dict[tuple[int, int], dict[torch.device, Measured]] = {}
+
+    def need(self, chunks: int, batch: int) -> Needs:
+        """Bytes on every device of the map, for a document with so many chunks in memory."""
+        near, far = MEASURED * batch * 2 // 3, MEASURED * batch
+        if chunks <= far:
+            measured = self.measure(chunks, batch)
+        else:
+            a, b, further = self.measure(near, batch), self.measure(far, batch), (chunks - far) / (far - near)
+            measured = {d: Measured(*(y + (y - x) * further for x, y in zip(a[d], b[d], strict=True))) for d in a}
+        return {device: m.need() for device, m in measured.items()}
+
+    def measure(self, chunks: int, batch: int) -> dict[torch.device, Measured]:
+        if (chunks, batch) not in self.measured:
+            self.measured[chunks, batch] = self.rehearse(chunks, batch)
+        return self.measured[chunks, batch]
+
+    def rehearse(self, chunks: int, batch: int) -> dict[torch.device, Measured]:
+        """One step, clipping and update on pretended devices."""
+        train = self.config.train
+        with torch.device("meta"):
+            base = AutoModelForCausalLM.from_config(self.shape, dtype=self.dtype)
+        places = resolved(base, self.config.model.device_map, self.path, self.machine)
+        resting, working = on_disk(base, places), worker(places)
+        with Pretend() as world:
+            send(base, {name: working if place == "disk" else place for name, place in places.items()})
+            weights = Counter(world.live)
+            model = MemoryLM(base, self.memory)
+            model.chunk_batch = batch
+            model.train()
+            parameters = list(model.trainable_parameters().values())
+            optimizer = make_optimizer(model, train)
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+            trained = world.live - weights
+            optimizer.zero_grad()
+
+            sample = self.sample(chunks, batch)
+            estimator = make_estimator(train.estimator, S=train.tbptt, compensate=train.compensate)
+            window = estimator.window(chunks + 1, random.Random(0))
+            all_ones = torch.equal(window, all_pairs(chunks + 1))
+            stand_in = OneBatch(world, batch, all_ones)
+            world.watch_from_here()
+            # A document of one batch is short enough for the estimator itself, which may keep that batch's graph.
+            gradient_step(model, sample, estimator=stand_in if chunks > batch else estimator, rng=0, report_all=False)
+            torch.nn.utils.clip_grad_norm_(parameters, train.clip_grad)
+            optimizer.step()
+            before, after = stand_in.peak or world.peak, world.peak
+
+            # Weights on disk are in memory one module at a time.
+            sizes = [sum(p.nbytes for p in base.get_submodule(name).parameters(recurse=False)) for name in resting]
+            saved = Counter({as_device(working): sum(sizes) - max(sizes)} if sizes else {})
+            memory = self.memory_bytes(model, chunks, all_ones)
+            devices = {as_device(working if place == "disk" else place) for place in places.values()}
+            result = {}
+            for device in sorted(devices, key=str):
+                d, less = pretended(device), saved[device]
+                kept = memory.get(d, (0, 0, 0))
+                result[device] = Measured(weights[d] - less, trained[d], *kept, before[d] - less, after[d] - less)
+            return result
+
+    def sample(self, chunks: int, batch: int) -> Sample:
+        """A document with so many chunks in memory, of whose rows the last two batches are kept."""
+        ids = torch.zeros((chunks + 1) * self.memory.chunk_size, dtype=torch.int64)
+        sample = PROTOCOLS[self.config.train.loss](ids, self.memory.chunk_size)
+        rows = sample.rows[1:]
+        return replace(sample, rows=rows[max(0, -(-len(rows) // batch) - 2) * batch :])
+
+    def memory_bytes(self, model: MemoryLM, chunks: int, all_ones: bool) -> dict[torch.device, tuple[int, int, int]]:
+        """Memories, their keys and values, and the sums of those' gradients, by device."""
+        width = model.dtype.itemsize
+        sums = (1 if all_ones else 2) * max(width, 4)
+        slots = chunks * self.memory.num_memory
+        found: dict[torch.device, tuple[int, int, int]] = {}
+        for layer in model.base.model.layers:
+            kv = 2 * slots * layer.self_attn.k_proj.out_features
+            parts = (slots * self.shape.hidden_size * width, kv * width, kv * sums)
+            device = layer_device(layer)
+            memories, pairs, gradients = found.get(device, (0, 0, 0))
+            found[device] = memories + parts[0], pairs + parts[1], gradients + parts[2]
+        return found
+
+
+class OneBatch(Estimator):
+    """Stands in for any estimator: one full batch of chunks is encoded again. Notes the peak when it is asked which."""
+
+    def __init__(self, world: Pretend, batch: int, all_ones: bool) -> None:
+        self.world, self.batch, self.all_ones = world, batch, all_ones
+        self.peak: Counter[torch.device] = Counter()
+
+    def window(self, num_chunks: int, rng: random.Random) -> Tensor:
+        return all_pairs(num_chunks) * (1.0 if self.all_ones else 0.5)
+
+    def columns(self, norms: Sequence[float], rng: random.Random) -> list[float]:
+        self.peak = self.world.peak
+        self.world.watch_from_here()
+        return [float(chunk < self.batch) for chunk in range(len(norms))]
+
+
+class Measured(NamedTuple):
+    """Bytes on one device; `before` and `after`: peaks until the memories' gradients are known, and from there on."""
+
+    weights: float
+    trained: float
+    memories: float
+    kv: float
+    kv_gradients: float
+    before: float
+    after: float
+
+    def need(self) -> Need:
+        parts = self[:5]
+        return Need(*parts, max(self.before, self.after) - sum(parts))
+
+
+# ---- the command ------------------------------------------------------------------------------------------------------
+
+
+def dry_run(config: EnvConfig, path: str | Path, device_memory: str | None = None, console: Console | None = None) -> int:
+    """Print the plan of a config; exit code 0 if it fits, 3 if not. device_memory: "24GiB,24GiB", what GPU 0, 1, ... have, if
+    not this machine's."""
+    logging.getLogger("accelerate.utils.modeling").setLevel(logging.ERROR)  # it warns of GPUs that are not here
+    machine = None if device_memory is None else parse_memory(device_memory) | {CPU: this_machine()[CPU]}
+    plan = make_plan(config, path, machine)
+    print_plan(plan, console or Console(width=130))
+    return 0 if plan.fits else DOES_NOT_FIT
+
+
+def parse_memory(text: str) -> dict[torch.device, int]:
+    """ "24GiB,24GiB" -> bytes of GPU 0 and 1. Raises ConfigError."""
+    try:
+        sizes = [convert_file_size_to_int(size.strip()) for size in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--device_memory {text}: expected one size a GPU, such as 24GiB,24GiB") from None
+    return {torch.device("cuda", i): size for i, size in enumerate(sizes)}
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    table = Table(
+        title=f"one training step: a document of {plan.length:,} tokens, chunk_batch {plan.chunk_batch} (GiB)",
+        title_justify="left",
+    )
+    for column in ("device", "weights", "LoRA, optimizer", "memories", "keys, values", "their gradients", "activations"):
+        table.add_column(column, justify="left" if column == "device" else "right")
+    for column in ("total", "has", "fits"):
+        table.add_column(column, justify="right")
+    for device, need in plan.need.items():
+        have = plan.have[device]
+        figures = [f"{size / 2**30:.2f}" for size in (*need, need.total)]
+        table.add_row(str(device), *figures, f"{have / 2**30:.2f}" if have else "not here", "yes" if need.total <= have else "NO")
+    console.print(table)
+    longest = (
+        "none" if plan.longest is None else f"{plan.longest:,} tokens{' (the capacity)' if plan.longest == plan.capacity else ''}"
+    )
+    most = "none" if plan.most_chunks is None else f"{plan.most_chunks}"
+    console.print(f"longest document with chunk_batch {plan.chunk_batch}: {longest}")
+    console.print(f"largest chunk_batch at {plan.length:,} tokens: {most}")
+    if not all(plan.have.values()):
+        console.print("a GPU that the map names is not here; --device_memory 24GiB,24GiB asks about other machines")

@@ -1,0 +1,200 @@
+"""Placement proven without a GPU: the real step and evaluation on pretended devices, 32x.json at its true shape."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MEMORY, make_base, make_model, random_ids
+from transformers import AutoModelForCausalLM
+
+import uiollms
+from uiollms import MemoryLM, Sample
+from uiollms.base import layer_device
+from uiollms.config import MemoryConfig, load_env_config, load_memory_config
+from uiollms.placement import CPU, resolved, send
+from uiollms.pretend import HOST, Pretend, PretendError
+from uiollms.pretrained import KNOWN_SHAPES
+from uiollms.step import KVGradients, encode_all, project_all
+
+ROOT = Path(__file__).parent.parent
+GPUS = [torch.device("cuda", i) for i in range(2)]
+TWO = dict.fromkeys([*GPUS, CPU], 2**40)
+
+
+def placed(world: Pretend, base, device_map, memory: MemoryConfig, path="e.json") -> MemoryLM:
+    send(base, resolved(base, device_map, path, TWO))
+    model = MemoryLM(base, memory)
+    model.chunk_batch = 2
+    world.watch_from_here()
+    return model.train()
+
+
+def assert_everything_is_with_its_layer(world: Pretend, model: MemoryLM, sample: Sample) -> None:
+    memory, _ = encode_all(model, sample.chunks)
+    keys, values = project_all(model, memory)
+    sums = KVGradients(keys, values, torch.full((9, 9), 0.5), sample, model.memory_config.num_memory)
+    layers = len(memory)
+    for i, layer in enumerate(model.base.model.layers):
+        where = layer_device(layer)
+        everything = [memory[i], keys[i], values[i], sums.total[i], sums.total[layers + i], sums.weighted[i]]
+        assert {world.device_of(t) for t in everything} == {where}
+        lora = [p for role in (model.encoder, model.decoder) for p in role.layers[i].parameters()]
+        assert {world.device_of(p) for p in lora} == {where}
+    for name, parameter in model.trainable_parameters().items():
+        idle = f"encoder.layers.{layers - 1}." in name or name == "decoder.repeat_token"  # nothing reads what they change
+        assert (parameter.grad is None) == idle, name
+        assert parameter.grad is None or world.device_of(parameter.grad) == world.device_of(parameter), name
+
+
+@pytest.fixture(scope="module")
+def llama():
+    """32x.json on two pretended GPUs, and the world it lives in."""
+    config = load_env_config(ROOT / "32x.json")
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(KNOWN_SHAPES[config.model.model_name], dtype=torch.bfloat16)
+    with Pretend() as world:
+        model = placed(world, base, config.model.device_map, load_memory_config(ROOT / config.model.config), "32x.json")
+    return world, model
+
+
+@pytest.mark.parametrize("estimator, reads", [("exact", 0), ("tbptt", 0), ("uio", 0), ("importance", 1)])
+def test_32x_trains_on_two_gpus(llama, estimator, reads):
+    """Nothing waits for a GPU inside a document, but where `importance` reads its norms, once; it also encodes chunks twice,
+    the others keep the graph of so short a document."""
+    world, model = llama
+    with world:
+        assert [layer_device(layer) for layer in model.base.model.layers] == [GPUS[0]] * 16 + [GPUS[1]] * 16
+        model.zero_grad()
+        sample = Sample.language_modeling(random_ids(2 * 1024 + 300), 1024)
+        world.watch_from_here()
+        result = uiollms.gradient_step(model, sample, estimator=estimator, S=1, rng=0)
+        assert world.syncs == ({"tolist on cuda:1": 1} if reads else {})
+        assert result.reencoded and world.device_of(result.nll) == GPUS[1]
+        if estimator == "uio":
+            assert_everything_is_with_its_layer(world, model, sample)
+
+
+@pytest.mark.parametrize("mode", ["memory", "window", "raw"])
+def test_32x_evaluates_on_two_gpus(llama, mode):
+    """The document's NLLs are fetched at its end, once."""
+    world, model = llama
+    with world:
+        world.watch_from_here()
+        found = uiollms.score(model, random_ids(2 * 1024 + 300), mode=mode)
+        assert world.syncs == {"copy from cuda:1 to cpu:0": 1}
+        assert len(found.nll) == 2 * 1023 + 299
+
+
+SPLIT = {"model": 0, "model.layers.1": 1, "model.layers.2": 1, "lm_head": 1}
+
+
+@pytest.fixture
+def tiny():
+    with torch.device("meta"):
+        base = make_base(seed=0)
+    with Pretend() as world:
+        yield world, placed(world, base, SPLIT, MEMORY)
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        Sample.document(random_ids(45), 8),
+        Sample.document(random_ids(45), 8).distilled(0.5),
+        Sample.copy(random_ids(24), 8),
+        Sample.memory_utilization(random_ids(24), random_ids(6), 8),
+        Sample.questions(random_ids(24), [(random_ids(3), random_ids(2)), (random_ids(2), random_ids(4))], 8, kl_weight=0.9),
+    ],
+    ids=["document", "distilled", "copy", "utilization", "questions"],
+)
+def test_every_kind_of_sample_keeps_to_the_map_and_never_waits(tiny, sample):
+    world, model = tiny
+    uiollms.gradient_step(model, sample, estimator="uio", S=1, rng=0)
+    assert not world.syncs
+
+
+def test_dropout_keeps_to_the_map(tiny):
+    _, model = tiny
+    for role in (model.encoder, model.decoder):
+        for lora in (m for m in role.modules() if hasattr(m, "dropout")):
+            lora.dropout = 0.5
+    model.memory_config = MEMORY.model_copy(update=dict(lora_dropout=0.5))
+    uiollms.gradient_step(model, Sample.document(random_ids(30), 8), rng=0)
+
+
+def test_layers_on_the_cpu_among_gpus(tiny):
+    """Copies back from a GPU must wait; nothing mixes."""
+    world, _ = tiny
+    with torch.device("meta"):
+        base = make_base()
+    model = placed(world, base, {"model": 0, "model.layers.1": "cpu", "lm_head": "cpu"}, MEMORY)
+    sample = Sample.document(random_ids(45), 8)
+    uiollms.gradient_step(model, sample, estimator="uio", S=1, rng=0)
+    assert set(world.syncs) <= {"copy from cuda:0 to cpu:0", "copy from cpu:0 to cuda:0"} and world.syncs
+    assert_everything_is_with_its_layer(world, model, sample)
+
+
+# ---- what is wrong is caught ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "forgotten", ["uiollms.base.moved", "uiollms.model.moved", "uiollms.step.moved", "uiollms.attention.moved"]
+)
+def test_a_forgotten_move_is_caught(tiny, monkeypatch, forgotten):
+    """Masks and rotary tables (base), hidden states (model), targets (step), positions (attention) left where they were."""
+    _, model = tiny
+    monkeypatch.setattr(forgotten, lambda tensor, device: tensor)
+    with pytest.raises(PretendError, match="mixes tensors of"):
+        uiollms.gradient_step(model, Sample.document(random_ids(45), 8), rng=0)
+
+
+def test_a_wait_inside_a_document_is_counted(tiny, monkeypatch):
+    world, model = tiny
+    sample = Sample.document(random_ids(45), 8)
+    monkeypatch.setattr("uiollms.model.moved", lambda tensor, device: tensor.to(device))  # blocking
+    uiollms.gradient_step(model, sample, rng=0)
+    assert world.syncs["copy from cpu to cuda:0"] > 3
+
+
+def test_operations_that_real_devices_refuse():
+    with Pretend() as world:
+        a, b = (torch.ones(3, 4, device=gpu) for gpu in GPUS)
+        assert (a.device, b.to(a).device, (a * 2).device, a.to("cpu").device) == (GPUS[0], GPUS[0], GPUS[0], HOST)
+        assert (a + torch.tensor(2.0)).device == GPUS[0]  # a number may come from the CPU, as in torch
+        for wrong in (lambda: a + b, lambda: a @ torch.ones(4, 2), lambda: torch.cat([a, b])):
+            with pytest.raises(PretendError, match="mixes tensors of"):
+                wrong()
+        world.watch_from_here()
+        a[torch.tensor([0, 1])]
+        a.sum().item()
+        a.copy_(torch.ones(3, 4))
+        assert world.syncs == {"index on cuda:0 from the CPU": 1, "item on cuda:0": 1, "copy from cpu:0 to cuda:0": 1}
+        with pytest.raises(PretendError, match="would wait for the device"):
+            a.nonzero()
+
+
+def test_gradients_cross_back():
+    with Pretend() as world:
+        x = torch.ones(5, device=GPUS[0], requires_grad=True)
+        (x.to(GPUS[1], torch.float64) * 2).sum().backward()
+        assert world.device_of(x.grad) == GPUS[0] and x.grad.dtype == torch.float32
+
+
+def test_bytes_are_counted_while_they_live():
+    with Pretend() as world:
+        a = torch.zeros(256, device=GPUS[0])
+        view = a[:4]
+        assert world.live[GPUS[0]] == 1024
+        b = a * 2
+        del a, b
+        assert (world.live[GPUS[0]], world.peak[GPUS[0]]) == (1024, 2048)
+        del view
+        assert world.live[GPUS[0]] == 0
+
+
+def test_the_world_leaves_nothing_behind(tiny):
+    """Tables cached by device are forgotten: the real model afterwards is the one it was before."""
+    real, ids = make_model(), random_ids(45)
+    with Pretend():
+        pass
+    assert torch.isfinite(uiollms.score(real, ids).nll).all()
