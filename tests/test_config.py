@@ -11,7 +11,6 @@ from uiollms.config import (
     EnvConfig,
     MemoryConfig,
     TestFile,
-    check_truncations,
     load_env_config,
     load_memory_config,
     load_tasks,
@@ -19,7 +18,7 @@ from uiollms.config import (
     read_json,
 )
 from uiollms.placement import normalised
-from uiollms.pretrained import KNOWN_SHAPES, check_env
+from uiollms.pretrained import KNOWN_SHAPES, check_env, check_truncations
 from uiollms.schema import SCHEMAS, schema_text
 
 ROOT = Path(__file__).parent.parent

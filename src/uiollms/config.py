@@ -293,19 +293,6 @@ def apply_override(value: Any, override: str, path: str | Path) -> None:
         raise ConfigError(f"--set {override}: {path} has no {key!r}") from None
 
 
-def check_truncations(wanted: list[tuple[str, int | None]], memory: MemoryConfig, positions: int, path: str | Path) -> None:
-    """wanted: (JSON path, truncation) pairs of the file `path`."""
-    capacity = memory.capacity(positions)
-    faults = [
-        f"{path}: {where}: {length} tokens is past the capacity {capacity} (chunk_size {memory.chunk_size}, num_memory "
-        f"{memory.num_memory}, {positions} positions); use at most {capacity}"
-        for where, length in wanted
-        if length is not None and length > capacity
-    ]
-    if faults:
-        raise ConfigError("\n".join(faults))
-
-
 def describe(fault: Any, model: type[BaseModel], path: str | Path) -> str:
     """One line for one pydantic fault."""
     where = json_path(fault["loc"])

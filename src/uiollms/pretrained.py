@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from uiollms.config import ConfigError, CorpusEntry, EnvConfig, MemoryConfig, TaskEntry, check_truncations, load_memory_config
+from uiollms.config import ConfigError, CorpusEntry, EnvConfig, MemoryConfig, TaskEntry, load_memory_config
 from uiollms.data import find_corpus
 from uiollms.model import MemoryLM
 from uiollms.paths import cache_dir
@@ -184,6 +184,19 @@ def check_env(config: EnvConfig, path: str | Path) -> MemoryConfig:
     sources |= {f"train.tasks[{i}]": t for i, t in enumerate(config.train.tasks)}
     check_sources(sources, memory, shape.max_position_embeddings, path)
     return memory
+
+
+def check_truncations(wanted: list[tuple[str, int | None]], memory: MemoryConfig, positions: int, path: str | Path) -> None:
+    """wanted: (JSON path, truncation) pairs of the file `path`."""
+    capacity = memory.capacity(positions)
+    faults = [
+        f"{path}: {where}: {length} tokens is past the capacity {capacity} (chunk_size {memory.chunk_size}, num_memory "
+        f"{memory.num_memory}, {positions} positions); use at most {capacity}"
+        for where, length in wanted
+        if length is not None and length > capacity
+    ]
+    if faults:
+        raise ConfigError("\n".join(faults))
 
 
 def check_sources(sources: Mapping[str, CorpusEntry | TaskEntry], memory: MemoryConfig, positions: int, path: str | Path) -> None:
