@@ -304,7 +304,7 @@ REFUSED = [
     (dict(task_name="files:few.txt"), "has no document for perplexity that is long enough for memory"),
     (dict(task_type="auto encoding", task_name="files:few.txt"), "no document for auto encoding that is long enough"),
     (dict(task_name="files:book0.txt", compare=["shuffled"]), "shuffled needs 2 documents, the corpus has one that fits"),
-    (dict(task_type="activation beacons", task_name="beacons sampled.8192.distill", truncation=400), "400 tokens raw, the base"),
+    (dict(task_type="activation beacons", task_name="beacons sampled.8192.distill", truncation=400), "400 tokens, the base"),
 ]
 
 

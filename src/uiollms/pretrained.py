@@ -186,6 +186,19 @@ def check_env(config: EnvConfig, path: str | Path) -> MemoryConfig:
     return memory
 
 
+def check_truncations(wanted: list[tuple[str, int | None]], memory: MemoryConfig, positions: int, path: str | Path) -> None:
+    """wanted: (JSON path, truncation) pairs of the file `path`."""
+    capacity = memory.capacity(positions)
+    faults = [
+        f"{path}: {where}: {length} tokens is past the capacity {capacity} (chunk_size {memory.chunk_size}, num_memory "
+        f"{memory.num_memory}, {positions} positions); use at most {capacity}"
+        for where, length in wanted
+        if length is not None and length > capacity
+    ]
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
 def check_sources(sources: Mapping[str, CorpusEntry | TaskEntry], memory: MemoryConfig, positions: int, path: str | Path) -> None:
     """Raises ConfigError for a corpus name that does not exist and for a truncation past the capacity; sources: JSON path
     in the file `path` -> entry."""
