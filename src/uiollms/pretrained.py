@@ -215,16 +215,3 @@ def count_parameters(model: MemoryLM) -> tuple[int, int]:
     """Trained and frozen parameters."""
     trained = sum(p.numel() for p in model.trainable_parameters().values())
     return trained, sum(p.numel() for p in model.base.parameters())
-
-
-def check_truncations(wanted: list[tuple[str, int | None]], memory: MemoryConfig, positions: int, path: str | Path) -> None:
-    """wanted: (JSON path, truncation) pairs of the file `path`."""
-    capacity = memory.capacity(positions)
-    faults = [
-        f"{path}: {where}: {length} tokens is past the capacity {capacity} (chunk_size {memory.chunk_size}, num_memory "
-        f"{memory.num_memory}, {positions} positions); use at most {capacity}"
-        for where, length in wanted
-        if length is not None and length > capacity
-    ]
-    if faults:
-        raise ConfigError("\n".join(faults))
