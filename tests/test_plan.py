@@ -165,6 +165,7 @@ print(json.dumps(result))
 """
 
 
+@pytest.mark.slow  # two minutes: several steps of a mid-size model, each in a process of its own
 @pytest.mark.parametrize(
     "key_value_heads, length",
     [(8, 1536), pytest.param(8, 4096, marks=pytest.mark.slow), pytest.param(2, 2304, marks=pytest.mark.slow)],
