@@ -168,7 +168,7 @@ print(json.dumps(result))
 @pytest.mark.slow  # two minutes: several steps of a mid-size model, each in a process of its own
 @pytest.mark.parametrize(
     "key_value_heads, length",
-    [(8, 1536), pytest.param(8, 4096, marks=pytest.mark.slow), pytest.param(2, 2304, marks=pytest.mark.slow)],
+    [(8, 1536), (8, 4096), (2, 2304)],
 )
 def test_predicted_memory_is_measured_memory(key_value_heads, length):
     """The rise of the resident set over a step, within 5 % (the goal is 15 %). glibc is told to give every freed tensor back

@@ -80,7 +80,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
             command.add_argument("--documents", type=int, help="how many, instead of the preset's")
             command.add_argument("--draws", type=int, default=2000, help="draws of every estimator")
         else:
-            command.add_argument("--seeds", type=int, default=3, help="trainings of every estimator (1 to 10)")
+            command.add_argument(
+                "--seeds", type=int, choices=range(1, 11), default=3, help="trainings of every estimator (1 to 10)"
+            )
         if name == "recall":
             command.add_argument("--distances", type=int, nargs="+", default=[1, 4], help="chunks between told and asked")
             command.add_argument("--S", type=int, default=1, help="window of tbptt, uio and importance")

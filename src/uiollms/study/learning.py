@@ -1,6 +1,6 @@
 """Does the estimator matter for what is learned? The same start, the same documents, another estimator.
 
-All runs of one seed start from the same untrained memory and see the same documents in the same order; only the encoder's
+All runs of one seed start from the same memory, fresh or loaded, and see the same documents in the same order; only the encoder's
 gradient differs. The learning rate stays constant after its warm-up, so that a curve may be read at any iteration, and
 after any number of seconds.
 """
