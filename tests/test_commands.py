@@ -14,6 +14,7 @@ import uiollms
 from uiollms.cli import reporting_errors
 from uiollms.config import ConfigError, load_env_config
 from uiollms.data import Document, NewsDocument, TokenDocument
+from uiollms.paths import run_folder
 from uiollms.pretrained import load_memory_lm
 from uiollms.samples import SampleMaker
 from uiollms.training import Samples, learning_rate
@@ -34,6 +35,21 @@ def call(command: str, *arguments: str) -> int:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return reporting_errors(lambda: module.main(list(arguments)))
+
+
+@pytest.mark.parametrize(
+    "run_dir, save_ckp, folder",
+    [
+        ("out", "runs/8x/checkpoint", "out"),
+        (None, "runs/8x/checkpoint", "runs/8x"),
+        (None, "/scratch/mine/checkpoint", "/scratch/mine"),
+        (None, "ckp/32x.pth", "runs/32x"),
+        (None, "checkpoint", "runs/checkpoint"),
+        (None, None, "runs/env"),
+    ],
+)
+def test_save_ckp_decides_the_run_folder(run_dir, save_ckp, folder):
+    assert run_folder(run_dir, save_ckp, "configs/env.json") == Path(folder)
 
 
 def test_train_then_test(workspace):
