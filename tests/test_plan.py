@@ -59,6 +59,12 @@ def test_the_parts_are_what_they_say(workspace):
     assert (need.memories, need.kv, need.kv_gradients) == (slots * 32 * 4, 2 * slots * 16 * 4, 2 * 2 * slots * 16 * 4)
 
 
+def test_checkpointing_needs_less(workspace):
+    """Of the two layers' inner activations one layer's remain, and the inputs of both."""
+    kept, twice = (rehearsal(f"train.checkpointing={value}").need(4, 4)[CPU] for value in ("false", "true"))
+    assert kept[:5] == twice[:5] and twice.activations < 0.8 * kept.activations
+
+
 def test_what_fits_and_what_is_largest(workspace, monkeypatch):
     monkeypatch.setattr(plan, "MEASURED", 3)
     changes = ("model.device_map=0", "train.chunk_batch=4", "train.corpus.0.truncation=640")

@@ -168,7 +168,7 @@ class Rehearsal:
             send(base, {name: working if place == "disk" else place for name, place in places.items()})
             weights = Counter(world.live)
             model = MemoryLM(base, self.memory)
-            model.chunk_batch = batch
+            model.chunk_batch, model.checkpointing = batch, train.checkpointing
             model.train()
             parameters = list(model.trainable_parameters().values())
             optimizer = make_optimizer(model, train)

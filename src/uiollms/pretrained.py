@@ -163,6 +163,7 @@ def load_memory_lm(config: EnvConfig, path: str | Path) -> tuple[MemoryLM, PreTr
     torch.manual_seed(config.train.seed)
     model = MemoryLM(base, memory)
     model.chunk_batch = config.train.chunk_batch
+    model.checkpointing = config.train.checkpointing
     return model, tokenizer
 
 
