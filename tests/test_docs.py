@@ -63,7 +63,8 @@ def test_no_silenced_errors_and_no_forbidden_loaders():
         assert "trust_remote_code=True" not in text and "weights_only=False" not in text, path
 
 
-PATH = re.compile(r"`([\w.-]+(?:/[\w.-]+)*\.(?:py|json|md|yaml|toml|png|lock|safetensors))`|\]\(([\w./-]+)\)|`((?:[\w.-]+/)+)`")
+PATH = re.compile(r"`([\w.-]+(?:/[\w.-]+)*\.(?:py|json|md|yaml|toml|png|lock|safetensors|cff))`|`((?:[\w.-]+/)+)`")
+LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)")
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
@@ -74,6 +75,27 @@ def test_every_path_a_document_names_exists(document):
             continue
         places = [ROOT / name, document.parent / name, document.parent / "examples" / name, PACKAGE / name, ROOT / "src" / name]
         assert any(p.exists() for p in places), f"{document.name} names {name}"
+
+
+def anchors(document: Path) -> set[str]:
+    """The headings of a page as the names that links use: "Will it fit? `--dry_run`" is will-it-fit---dry_run."""
+    headings = re.findall(r"^#+ (.*)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
+def test_every_link_leads_somewhere_from_where_it_stands(document):
+    for path, anchor in LINK.findall(document.read_text()):
+        target = document.parent / path if path else document
+        assert target.exists(), f"{document.name} links to {path}"
+        assert not anchor or anchor in anchors(target), f"{document.name} links to {path}#{anchor}"
+
+
+def test_the_readme_is_short_and_leads_to_every_page():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 120
+    linked = {ROOT / path for path, _ in LINK.findall(text)}
+    assert set(ROOT.glob("docs/*.md")) <= linked
 
 
 def test_environment_yaml_agrees_with_pyproject():
