@@ -14,6 +14,7 @@ from uiollms.cli import parse_arguments, reporting_errors
 from uiollms.config import load_env_config, load_tasks
 from uiollms.evaluation import Evaluation
 from uiollms.paths import run_folder
+from uiollms.plan import choose_chunk_batch
 from uiollms.pretrained import base_config, check_env, check_sources, load_memory_lm
 from uiollms.report import plot_results, print_results
 from uiollms.results import save_token_nlls
@@ -24,6 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(__doc__, arguments, evaluation=True)
     config = load_env_config(args.env_conf, args.set)
     memory = check_env(config, args.env_conf)
+    config = choose_chunk_batch(config, args.env_conf)
     tasks = config.train.tasks
     if not args.use_env_conf_tasks:
         tasks = load_tasks(config.test)
