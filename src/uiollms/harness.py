@@ -42,7 +42,8 @@ class HarnessLM(TemplateLM):
     """What lm-eval asks of a model, answered by the one of an environment config, with the weights that test.py would take.
 
     env_conf: the config; weights: a checkpoint in place of test.py's choice; batch_size: continuations of one context in one
-    call; settings: fields of the config, as in --set of train.py, such as model.model_dtype=fp32.
+    call; device: of no effect, the config's model.device_map places the model (lm-eval's command line says cuda:0 everywhere);
+    settings: fields of the config, as in --set of train.py, such as model.model_dtype=fp32.
 
     Texts of any length up to the capacity are read as they are, never cut or moved into windows: full chunks become memory.
     One past the capacity is a ConfigError before anything is computed. Requests are answered in the order of their tokens, and
@@ -51,12 +52,17 @@ class HarnessLM(TemplateLM):
     one, EOS) in front of an empty context and of a document.
     """
 
-    def __init__(self, env_conf: str, weights: str | None = None, batch_size: int | str = 1, **settings: Any) -> None:
+    def __init__(
+        self,
+        env_conf: str,
+        weights: str | None = None,
+        batch_size: int | str = 1,
+        device: str | None = None,
+        **settings: Any,
+    ) -> None:
         super().__init__()
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ConfigError(f"--batch_size {batch_size}: give a number, at least 1; there is no automatic choice")
-        if "device" in settings:
-            raise ConfigError(f"--device {settings['device']}: the config places the model; use model_args model.device_map=...")
         self.batch_size = int(batch_size)
         chosen = settings | ({"model.load_ckp": weights} if weights else {})
         config = load_env_config(env_conf, [f"{field}={json.dumps(value)}" for field, value in chosen.items()])
@@ -94,7 +100,12 @@ class HarnessLM(TemplateLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval writes into its results."""
-        return {"weights": self.weights, "model_dtype": str(self.model.dtype), "capacity": self.model.capacity}
+        return {"weights": self.weights, "model_dtype": str(self.model.dtype)}
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest text, memory included."""
+        return self.model.capacity
 
     # ---- what lm-eval asks ----------------------------------------------------------------------------------------
 
