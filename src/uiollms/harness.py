@@ -66,6 +66,7 @@ class HarnessLM(TemplateLM):
         self.batch_size = int(batch_size)
         chosen = settings | ({"model.load_ckp": weights} if weights else {})
         config = load_env_config(env_conf, [f"{field}={json.dumps(value)}" for field, value in chosen.items()])
+        self.tokenizer: Any
         self.model, self.tokenizer, self.weights = load_trained(config, env_conf)
         self.model.eval()
         # The text read last, whole chunks of which the next text may begin with.
@@ -95,8 +96,12 @@ class HarnessLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The turns in the tokenizer's chat template; without a generation prompt the last turn is left open."""
-        last = dict(add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt)
-        return self.tokenizer.apply_chat_template(chat_history, tokenize=False, **last)
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval writes into its results."""
