@@ -192,7 +192,9 @@ def test_the_first_token_is_predicted_from_bos_once(folder, writes_bos):
         lm.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     text = lm.tokenizer.encode("Once upon a time", add_special_tokens=False)
     expected = sum(token_by_token(lm.model, [BOS, *text])[0])
-    assert asked(lm, "loglikelihood_rolling", ("Once upon a time",)) == [pytest.approx(expected, rel=1e-9)]
+    assert asked(lm, "loglikelihood_rolling", ("Once upon a time",), ("<s>Once upon a time",)) == pytest.approx(
+        [expected, expected], rel=1e-9
+    )
     assert asked(lm, "loglikelihood", ("", "Once upon a time"))[0][0] == pytest.approx(expected, rel=1e-9)
     for start in ("", "<s>"):  # a context that brings its own gets no second one
         ids = [BOS, *text] if start or writes_bos else text
