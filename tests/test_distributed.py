@@ -361,10 +361,17 @@ def test_a_bad_step_is_skipped_by_all(run_folder):
     assert all(len(line["skipped"]) == 4 for line in lines if "nll" not in line)  # the documents of both processes
 
 
-def test_torchrun(run_folder):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", f"--master_port={free_port()}"]
+TORCHRUN = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
+ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port"]
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, pytest.param(ACCELERATE, marks=pytest.mark.slow)], ids=["torchrun", "accelerate"])
+def test_launchers(run_folder, launcher):
+    """The commands of docs/scaling.md."""
+    command = [sys.executable, "-m", *launcher, str(free_port())]
     command += [str(ROOT / "train.py"), "--env_conf", "env.json", "--set=train.train_iters=2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [1, 2, 2] and "eval" in lines[-1]
