@@ -19,7 +19,7 @@ from uiollms.config import (
 )
 from uiollms.placement import normalised
 from uiollms.pretrained import KNOWN_SHAPES, check_env, check_truncations
-from uiollms.schema import SCHEMAS, schema_text
+from uiollms.schema import SCHEMAS, config_page, schema_text
 
 ROOT = Path(__file__).parent.parent
 AUTHORS = ROOT.parent / "shared" / "configs"
@@ -55,6 +55,14 @@ def test_every_committed_json_loads(path, monkeypatch):
 def test_all_kinds_were_visited():
     assert {kind_of(p) for p in COMMITTED} == {"env", "memory", "test", "schema"}
     assert set(SCHEMAS) == {p.name for p in (ROOT / "config/schema").glob("*.json")}
+
+
+def test_the_page_of_all_fields_is_the_generated_one():
+    page = (ROOT / "docs" / "config.md").read_text()
+    assert page == config_page(), "run: make schema"
+    for field in ("model.save_ckp", "train.corpus[].crop", "train.tasks[].compare", "test", "num_memory", "tasks[]"):
+        assert f"\n| `{field}` | " in page
+    assert '\n| `train.estimator` | `uio`, `tbptt`, `exact`, `importance` | `"uio"` | ' in page  # allowed, default
 
 
 def test_32x_is_the_papers():
