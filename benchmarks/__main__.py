@@ -1,7 +1,7 @@
 """One command, one table: `python -m benchmarks`; JSON, tables and plots in `--out`.
 
 Every figure is a ratio within this run (or comes with what it is a ratio of); alternatives take turns, medians count, memory is
-that of a new process. GEMM peak: this run's, at the model's own shapes. FLOPs: what `benchmarks/flops.py` writes down.
+that of a new process. GEMM peak: this run's, at the model's own shapes. FLOPs: what `uiollms/flops.py` writes down.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from benchmarks import cases, plots
-from benchmarks.flops import Flops
 from benchmarks.gemm import gemm_peak
 from benchmarks.measure import machine
 from benchmarks.models import MODELS
+from uiollms.flops import Flops
 from uiollms.model import MemoryLM
 
 LENGTHS = [2048, 4096, 8192, 16384, 32768, 63744, 99328, 131072]

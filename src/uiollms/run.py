@@ -30,6 +30,7 @@ from uiollms.distributed import ALONE, Group
 from uiollms.environment import device_name, environment
 from uiollms.faults import writing
 from uiollms.integrity import remove, sync
+from uiollms.paths import run_folder
 from uiollms.report import plot_training, read_metrics
 from uiollms.run_state import (
     Record,
@@ -63,7 +64,7 @@ def open_run(
     """The run folder, for this run alone, with the checkpoint to go on from found, checked and compared with the config;
     nothing in it is touched yet. resume: a checkpoint, "" = the newest one if there is any; restart: leave an unfinished run.
     Raises ConfigError."""
-    folder = Path(config.train.run_dir or Path("runs") / Path(env_conf).stem)
+    folder = run_folder(config.train.run_dir, config.model.save_ckp, env_conf)
     lock = FileLock(folder / "lock", timeout=0)
     with ExitStack() as stack:
         if not world.is_first:

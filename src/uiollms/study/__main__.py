@@ -45,7 +45,7 @@ from uiollms.training import Samples
 # documents, tokens of each, chunk_size, num_memory; None: the config's own
 PRESETS: dict[str, dict[str, Any]] = {
     "config": dict(documents=4, tokens=2048, chunk_size=None, num_memory=None, windows=[1, 2, 4, 8, INFINITE]),
-    "quick": dict(documents=2, tokens=512, chunk_size=64, num_memory=8, windows=[1, 2, 4, INFINITE]),
+    "quick": dict(documents=2, tokens=384, chunk_size=64, num_memory=8, windows=[1, 2, 4, INFINITE]),
     "table4": dict(documents=8, tokens=2048, chunk_size=128, num_memory=16, windows=[1, 2, 4, 8, INFINITE]),
     "figure7": dict(documents=1, tokens=2048, chunk_size=16, num_memory=4, windows=[1, 2, 3, 4, 5, 6]),
 }
@@ -127,7 +127,8 @@ def measure(args: argparse.Namespace, out: Path) -> Result:
         setting: dict[str, Any] = {"chunk_size": model.memory_config.chunk_size, "num_memory": model.memory_config.num_memory}
     plot(rows, columns, out / "plot.png")
     setting |= {"documents": len(documents), "tokens": preset["tokens"], "draws": args.draws, "weights": weights}
-    return setting | {"corpus": args.corpus, "dtype": str(model.dtype), "threads": torch.get_num_threads()}, rows
+    machine = {"dtype": str(model.dtype), "threads": torch.get_num_threads(), "chunk_batch": model.chunk_batch}
+    return setting | machine | {"corpus": args.corpus}, rows
 
 
 def learning(args: argparse.Namespace, out: Path) -> Result:
