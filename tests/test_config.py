@@ -213,6 +213,12 @@ def test_a_bare_list_of_tasks_is_a_test_file(tmp_path):
     assert load_tasks(tmp_path / "t.json") == parse(TestFile, {"tasks": [task]}, "t").tasks
 
 
+def test_a_task_that_the_release_only_names_is_refused():
+    task = dict(task_type="Random_Memory_Utilization", task_name="sotu.test", num_instance=1)
+    with pytest.raises(ConfigError, match="the release names this task but has no code for it; use 'memory utilization'"):
+        parse(TestFile, {"tasks": [task]}, "t.json")
+
+
 def test_every_structure_is_a_tested_family():
     structures = EnvConfig.model_fields["model"].annotation.model_fields["model_structure"].annotation.__args__
     assert set(structures) == set(FAMILIES) - {"smollm2"}

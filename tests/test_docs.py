@@ -91,6 +91,14 @@ def test_every_link_leads_somewhere_from_where_it_stands(document):
         assert not anchor or anchor in anchors(target), f"{document.name} links to {path}#{anchor}"
 
 
+def test_every_test_a_document_names_exists():
+    written = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    tests = set(re.findall(r"^def (test_\w+)", written, re.MULTILINE))
+    for document in DOCUMENTS:
+        named = set(re.findall(r"`(test_\w+)`", document.read_text()))
+        assert named <= tests, f"{document.name} names {named - tests}"
+
+
 def test_the_readme_is_short_and_leads_to_every_page():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 120
