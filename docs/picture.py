@@ -108,7 +108,7 @@ def show_mask(axes: Any, mask: torch.Tensor, rows: list[str], columns: list[str]
     axes.set_ylabel("sees")
 
 
-def weights(num_chunks: int = 8, S: int = 2, draws: int = 4000) -> Figure:
+def weights(num_chunks: int = 8, S: int = 2, draws: int = 20_000) -> Figure:
     """W of every estimator: one draw above, the mean over `draws` below."""
     shown = [("exact", True), ("tbptt", True), ("uio", True), ("uio", False), ("importance", True)]
     assert {name for name, _ in shown} == set(ESTIMATORS)

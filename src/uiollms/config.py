@@ -194,8 +194,8 @@ class TrainSection(Checked):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of weights, data order and draws")
     run_dir: str | None = Field(
         None,
-        description="folder for metrics, plots, resolved config; null = after save_ckp (runs/8x/checkpoint: runs/8x, ckp/32x.pth: "
-        "runs/32x), without one after the config's name",
+        description="folder for metrics, plots, resolved config; null = after save_ckp (runs/8x/checkpoint: runs/8x, "
+        "ckp/32x.pth: runs/32x), without one after the config's name",
     )
     chunk_batch: Positive | Literal["auto"] = Field(
         4, description="chunks encoded or decoded at once: memory against speed, not results; auto = what free memory allows"
