@@ -122,7 +122,7 @@ def run_last_rows(layer: Any, hidden: Tensor, rows: int, beside: Beside) -> Tens
 def run_with_lora(
     layer: Any, hidden: Tensor, loras: Any, seeds: Sequence[int] | None, beside: Beside, rows: int | None = None
 ) -> Tensor:
-    """As `run_layer`, or with `rows` as `run_last_rows`, with `loras` (a mapping: name of a projection -> LoRA) added to its projections."""
+    """As `run_layer`, or with `rows` as `run_last_rows`, with `loras` (name of a projection -> LoRA) added to its projections."""
     with added([(getattr(layer.self_attn, name), lora) for name, lora in loras.items()], seeds):
         return run_layer(layer, hidden, beside) if rows is None else run_last_rows(layer, hidden, rows, beside)
 

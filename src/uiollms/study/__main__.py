@@ -35,7 +35,7 @@ from uiollms.evaluation import evaluation_documents
 from uiollms.model import MemoryLM
 from uiollms.pretrained import load_memory_lm
 from uiollms.study.cost import study_cost
-from uiollms.study.gradients import INFINITE, estimators_of, study_gradients
+from uiollms.study.gradients import INFINITE, NAMES, estimators_of, study_gradients
 from uiollms.study.learning import compare, plot_curves, step_seconds, summarise
 from uiollms.study.recall import MEMORY, VALUES, recall_samples, train_base
 from uiollms.study.tables import markdown_table, plot
@@ -79,7 +79,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
             command.add_argument("--corpus", default="sotu.test", help="where the documents come from")
             command.add_argument("--documents", type=int, help="how many, instead of the preset's")
             command.add_argument("--draws", type=int, default=2000, help="draws of every estimator")
-        else:
+        if name == "cost":
+            command.add_argument("--repeats", type=int, default=1, help="turns of all steps; the median counts")
+            command.add_argument("--estimators", nargs="+", default=NAMES, choices=NAMES, help="which; default: all")
+        if name in ("learning", "recall"):
             command.add_argument(
                 "--seeds", type=int, choices=range(1, 11), default=3, help="trainings of every estimator (1 to 10)"
             )
@@ -122,7 +125,7 @@ def measure(args: argparse.Namespace, out: Path) -> Result:
             rows = study_gradients(model, documents, preset["windows"], args.draws)
             columns = ["bias", "variance", "norm_ratio", "cosine", "relative_error", "encoder_backwards"]
         else:
-            rows = study_cost(model, documents[0], preset["windows"])
+            rows = study_cost(model, documents[0], preset["windows"], args.repeats, args.estimators)
             columns = ["seconds", "peak_mib", "encoder_backwards"]
         setting: dict[str, Any] = {"chunk_size": model.memory_config.chunk_size, "num_memory": model.memory_config.num_memory}
     plot(rows, columns, out / "plot.png")

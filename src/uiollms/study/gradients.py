@@ -25,6 +25,7 @@ from uiollms.step import decode_rows
 from uiollms.tasks import Sample
 
 INFINITE = 10**6  # a window wider than any document
+NAMES = ("tbptt", "uio", "uio, no factor", "importance", "exact")
 
 
 def estimators_of(windows: Sequence[int]) -> list[tuple[str, int, Estimator]]:
@@ -32,7 +33,8 @@ def estimators_of(windows: Sequence[int]) -> list[tuple[str, int, Estimator]]:
     rows = [
         (name, S, make_estimator("uio" if name.startswith("uio") else name, S, compensate=name != "uio, no factor"))
         for S in windows
-        for name in ("tbptt", "uio", "uio, no factor", "importance")
+        for name in NAMES
+        if name != "exact"
     ]
     return [*rows, ("exact", INFINITE, Exact())]
 
