@@ -97,7 +97,7 @@ def show_mask(axes: Any, mask: torch.Tensor, rows: list[str], columns: list[str]
     """mask [1, 1, queries, keys]: what a row may see is coloured, by whether a token or a memory slot is seen."""
     seen = mask[0, 0].int()
     seen[:, list(slots)] *= 2
-    axes.imshow(seen, cmap=ListedColormap(["white", DEC, ENC]), vmin=0, vmax=2)
+    axes.imshow(seen.numpy(), cmap=ListedColormap(["white", DEC, ENC]), vmin=0, vmax=2)
     axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=8)
     axes.set_yticks(range(len(rows)), rows, fontsize=8)
     axes.set_xticks([x + 0.5 for x in range(len(columns))], minor=True)
@@ -135,7 +135,7 @@ def weights_of(estimator: Estimator, num_chunks: int, rng: random.Random) -> tor
 
 
 def show_weights(axes: Any, matrix: torch.Tensor, form: str) -> None:
-    axes.imshow(matrix, cmap="Blues", vmin=0, vmax=4)
+    axes.imshow(matrix.numpy(), cmap="Blues", vmin=0, vmax=4)
     for t, s in matrix.nonzero().tolist():
         value = matrix[t, s].item()
         axes.text(s, t, form.format(value), ha="center", va="center", fontsize=7, color="white" if value > 2.5 else INK)

@@ -95,6 +95,29 @@ def test_every_link_leads_somewhere_from_where_it_stands(document):
         assert not anchor or anchor in anchors(target), f"{document.name} links to {path}#{anchor}"
 
 
+COMMAND = re.compile(r"python (-m uiollms[\w.]*|-m benchmarks|[\w/]+\.py)([^`\n#]*)")
+
+
+def test_every_command_a_document_names_exists():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    found = 0
+    for document in DOCUMENTS:
+        text = document.read_text()
+        named = re.findall(r"(?:`|^    )make ([\w-]+)", text, re.MULTILINE)
+        assert set(named) <= targets, f"{document.name}: make {set(named) - targets}"
+        for program, arguments in COMMAND.findall(text):
+            path = ROOT / program
+            if program.startswith("-m"):
+                place = (ROOT if program == "-m benchmarks" else ROOT / "src") / program.removeprefix("-m ").replace(".", "/")
+                path = place / "__main__.py" if place.is_dir() else place.with_suffix(".py")
+            assert path.exists(), f"{document.name}: python {program}"
+            options = path.read_text() + (PACKAGE / "cli.py").read_text()
+            for flag in re.findall(r"--\w+", arguments):
+                found += 1
+                assert f'"{flag}"' in options, f"{document.name}: python {program} has no {flag}"
+    assert found > 30
+
+
 def test_every_test_a_document_names_exists():
     written = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     tests = set(re.findall(r"^def (test_\w+)", written, re.MULTILINE))
