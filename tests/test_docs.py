@@ -22,7 +22,7 @@ ORDER = """
     refusals config schema faults integrity paths environment devices distributed data.cleaning data.documents data.files data.hub
     data.beacons data.corpora_text data.corpora_own data.corpora_tasks data.mixture data lora loss attention memory library usage
     generation base model pretend_kernels pretend placement pretrained tasks flops estimators kv_gradients step evaluate samples
-    retrieval results evaluation training checkpoint saving run_state report run cli plan dry_run convert data.__main__
+    retrieval results evaluation training checkpoint saving run_state report run cli plan dry_run convert harness data.__main__
     study.gradients study.cost study.tables study.learning study.recall study study.__main__ __main__ __init__
 """.split()
 # from_pretrained and save_pretrained are methods of the model, as in transformers; they import their work when called.
@@ -111,6 +111,8 @@ def test_every_command_a_document_names_exists():
                 place = (ROOT if program == "-m benchmarks" else ROOT / "src") / program.removeprefix("-m ").replace(".", "/")
                 path = place / "__main__.py" if place.is_dir() else place.with_suffix(".py")
             assert path.exists(), f"{document.name}: python {program}"
+            if program == "-m uiollms.harness":
+                continue  # its options are lm-eval's
             options = path.read_text() + (PACKAGE / "cli.py").read_text()
             for flag in re.findall(r"--\w+", arguments):
                 found += 1
@@ -189,7 +191,7 @@ def test_the_lock_satisfies_pyproject():
     locked = locked_versions()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    for text in project["dependencies"] + extras["dev"] + extras["smollm2"]:
+    for text in project["dependencies"] + extras["dev"] + extras["smollm2"] + extras["lm-eval"]:
         requirement = Requirement(text)
         assert requirement.specifier.contains(locked[requirement.name.lower()]), text
 
