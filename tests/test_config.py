@@ -62,7 +62,7 @@ def test_the_page_of_all_fields_is_the_generated_one():
     assert page == config_page(), "run: make schema"
     for field in ("model.save_ckp", "train.corpus[].crop", "train.tasks[].compare", "test", "num_memory", "tasks[]"):
         assert f"\n| `{field}` | " in page
-    assert '\n| `train.estimator` | `uio`, `tbptt`, `exact`, `importance` | `"uio"` | ' in page  # allowed, default
+    assert '\n| `train.loss` | `paper`, `document` | `"paper"` | ' in page  # allowed, default
 
 
 def test_32x_is_the_papers():
