@@ -207,7 +207,7 @@ class TrainSection(Checked):
         10, description="steps in a row with a loss or gradient that is not finite before the run stops"
     )
     chunk_parallel: bool = Field(
-        False, description="with several processes: the chunks of one document over them, docs/scaling-parallel.md"
+        False, description="with several processes: the chunks of one document over them, docs/scaling.md"
     )
     chunk_ranks: Positive | None = Field(None, description="processes that share one document; null = all of them")
 
