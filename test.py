@@ -2,12 +2,11 @@
 
 python test.py --env_conf smollm2-8x.json
 python test.py --env_conf smollm2-8x.json --use_env_conf_tasks
+python test.py --env_conf smollm2-8x.json --quiet --json | python -m json.tool
 """
 
 import json
 import sys
-
-from tqdm import tqdm
 
 from uiollms.checkpoint import load_weights
 from uiollms.cli import parse_arguments, reporting_errors
@@ -36,18 +35,20 @@ def main(arguments: list[str] | None = None) -> None:
     weights = weights_of(config)
     if weights:
         load_weights(model, weights)
-    print(f"weights: {weights or 'untrained'}, base in {model.dtype}")
+    args.output.say(f"weights: {weights or 'untrained'}, base in {model.dtype}")
 
     evaluation = Evaluation(model, tokenizer, tasks)
-    results = evaluation.run(lambda documents: tqdm(documents, desc="evaluate", leave=False))
-    print_results(results)
+    results = evaluation.run(lambda documents: args.output.bar(documents, desc="evaluate", leave=False))
+    if args.output.has_words:
+        print_results(results)
     folder = run_folder(config.train.run_dir, config.model.save_ckp, args.env_conf)
     folder.mkdir(parents=True, exist_ok=True)
     summaries = {"weights": weights, "results": [r.summary() for r in results]}
     (folder / "test.json").write_text(json.dumps(summaries, indent=4) + "\n")
     save_token_nlls(results, folder / "test-nll.safetensors")
     plot_results(results, folder / "test.png")
-    print(f"written to {folder}: test.json (all numbers), test-nll.safetensors (every token's NLL), test.png")
+    args.output.line(json.dumps(summaries))
+    args.output.say(f"written to {folder}: test.json (all numbers), test-nll.safetensors (every token's NLL), test.png")
 
 
 if __name__ == "__main__":

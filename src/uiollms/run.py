@@ -17,7 +17,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -107,6 +107,7 @@ class Run:
         self.folder, self.config, self.compressor, self.stack, self.world = folder, config, compressor, stack, world
         self.checkpoints = folder / "checkpoints"
         self.metrics = folder / "metrics.jsonl"
+        self.echo: Callable[[str], None] = lambda line: None  # what else a line of metrics.jsonl goes to
         self.stopped_by: signal.Signals | None = None
         self.record: Record | None = None
         saved = saved_steps(self.checkpoints)
@@ -220,9 +221,10 @@ class Run:
         are not finite become null."""
         if not self.world.is_first:
             return
-        line = {"seconds": round(time.time() - self.began, 2), **finite(values)}
+        line = json.dumps({"seconds": round(time.time() - self.began, 2), **finite(values)})
         with writing(self.metrics), self.metrics.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(line + "\n")
+        self.echo(line)
         for name, number in scalars(values):
             self.board.add_scalar(name, number, values["iteration"])
 
