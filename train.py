@@ -27,7 +27,7 @@ from uiollms.report import print_results
 from uiollms.run import Run, open_run
 from uiollms.run_state import TrainingState
 from uiollms.step import gradient_step
-from uiollms.training import Samples, learning_rate, make_optimizer
+from uiollms.training import Samples, gradient_norms, learning_rate, make_optimizer
 
 
 def main(arguments: list[str] | None = None) -> int | None:
@@ -74,14 +74,14 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World) -> None
         run.exit_if_signalled()
 
     model.train()
-    iterations = range(state.iteration, train.train_iters)
+    iterations = run.timed(range(state.iteration, train.train_iters))
     shown = dict(desc="train", unit="it", smoothing=0.1, initial=state.iteration, total=train.train_iters)
     progress = tqdm(iterations, **shown, disable=not world.is_first)
     if run.evaluation_missing(state.iteration):
         evaluate()
     for iteration in progress:
         # ---- the algorithm -----------------------------------------------------------------------------------------
-        nll, scored, sources = 0.0, 0, []
+        nll, scored, tokens, sources = 0.0, 0, 0, []
         documents = train.accum_grad * world.data.size  # a step; each is shared by the world.chunks
         for document in samples.take(documents, world.data):  # this process's, cut into chunks
             sources.append(document.source)
@@ -97,8 +97,10 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World) -> None
                     group=world.chunks,
                 )
             nll, scored = nll + result.nll.cpu(), scored + int(result.scored.sum())
+            tokens += document.sample.num_tokens * world.chunks.is_first
         world.sum_gradients(parameters)
-        nll, scored = world.sum(float(nll), scored)
+        nll, scored, tokens = world.sum(float(nll), scored, tokens)
+        norms = gradient_norms(model)
         grad_norm = clip_grad_norm_(parameters, train.clip_grad).item()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(iteration, train)
@@ -110,7 +112,7 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World) -> None
         done = state.advance(good)
         lr, mean_nll = optimizer.param_groups[0]["lr"], nll / scored
         if good:
-            run.log(iteration=done, nll=mean_nll, lr=lr, grad_norm=grad_norm)
+            run.log(iteration=done, nll=mean_nll, lr=lr, grad_norm=grad_norm, grad_norms=norms, tokens=int(tokens))
         else:
             sources = [name for names in world.data.every(sources) for name in names]
             run.log(iteration=done, skipped=sources, lr=lr)

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from uiollms.metrics import read_metrics
 from uiollms.results import TaskResult
 
 COLORS = {"window": "tab:red", "shuffled": "tab:orange", "memory": "tab:blue", "raw": "tab:green"}
@@ -135,11 +136,6 @@ def plot_bars(result: TaskResult, axes: Any) -> None:
     axes.set_ylim(0, 1.15 * max(result.modes[m][key] for m in modes) or 1)
     axes.tick_params(axis="x", labelsize=7)
     axes.set_ylabel(f"{measure}, nats per scored token" if result.kind == "loss" else measure)
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, but for a last one that a killed process left without its end."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
 
 
 def plot_training(run: Path) -> Path:
