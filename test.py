@@ -13,10 +13,12 @@ from tqdm import tqdm
 from uiollms.checkpoint import load_weights
 from uiollms.cli import parse_arguments, reporting_errors
 from uiollms.config import load_env_config, load_tasks
+from uiollms.environment import device_name, environment
 from uiollms.evaluation import Evaluation
 from uiollms.pretrained import base_config, check_env, check_sources, load_memory_lm
-from uiollms.report import plot_results, print_results
 from uiollms.results import save_token_nlls
+from uiollms.views.plots import plot_results
+from uiollms.views.tables import print_results
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -41,7 +43,9 @@ def main(arguments: list[str] | None = None) -> None:
     print_results(results)
     folder = Path(config.train.run_dir or Path("runs") / Path(args.env_conf).stem)
     folder.mkdir(parents=True, exist_ok=True)
-    summaries = {"weights": weights, "results": [r.summary() for r in results]}
+    versions = environment() | {"dtype": str(model.dtype), "device": device_name()}
+    about = {"weights": weights and str(weights), "config": config.model_dump(mode="json"), "versions": versions}
+    summaries = about | {"results": [r.summary() for r in results]}
     (folder / "test.json").write_text(json.dumps(summaries, indent=4) + "\n")
     save_token_nlls(results, folder / "test-nll.safetensors")
     plot_results(results, folder / "test.png")

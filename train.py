@@ -23,11 +23,11 @@ from uiollms.evaluation import Evaluation
 from uiollms.faults import training_on
 from uiollms.plan import dry_run
 from uiollms.pretrained import check_env, count_parameters, load_memory_lm
-from uiollms.report import print_results
 from uiollms.run import Run, open_run
 from uiollms.run_state import TrainingState
 from uiollms.step import gradient_step
 from uiollms.training import Samples, gradient_norms, learning_rate, make_optimizer
+from uiollms.views.tables import print_results
 
 
 def main(arguments: list[str] | None = None) -> int | None:

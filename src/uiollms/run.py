@@ -30,7 +30,6 @@ from uiollms.environment import device_name, environment
 from uiollms.faults import writing
 from uiollms.integrity import remove, sync
 from uiollms.metrics import finite, machine_use, read_metrics, scalars
-from uiollms.report import plot_training
 from uiollms.run_state import (
     Record,
     TrainingState,
@@ -43,10 +42,14 @@ from uiollms.run_state import (
     share_state,
     step_of,
 )
+from uiollms.views.curves import plot_training
 
 log = logging.getLogger("uiollms")
 
-FILES = ("checkpoints", "config.json", "versions.json", "metrics.jsonl", "log.txt", "tensorboard", "curve.png")
+FILES = (
+    *("checkpoints", "config.json", "versions.json", "metrics.jsonl", "log.txt", "tensorboard", "curve.png"),
+    *("test.json", "test-nll.safetensors", "test.png", "attention.safetensors", "report.html", "plots"),  # of the run's weights
+)
 REPEATED = 5  # seconds in which a launcher sends its processes what the terminal has sent them already
 Item = TypeVar("Item")
 
