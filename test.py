@@ -6,7 +6,6 @@ python test.py --env_conf smollm2-8x.json --use_env_conf_tasks
 
 import json
 import sys
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -15,8 +14,11 @@ from uiollms.cli import parse_arguments, reporting_errors
 from uiollms.config import load_env_config, load_tasks
 from uiollms.environment import device_name, environment
 from uiollms.evaluation import Evaluation
+from uiollms.paths import run_folder
+from uiollms.plan import choose_chunk_batch
 from uiollms.pretrained import base_config, check_env, check_sources, load_memory_lm
 from uiollms.results import save_token_nlls
+from uiollms.saving import weights_of
 from uiollms.views.plots import plot_results
 from uiollms.views.tables import print_results
 
@@ -25,6 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(__doc__, arguments, evaluation=True)
     config = load_env_config(args.env_conf, args.set)
     memory = check_env(config, args.env_conf)
+    config = choose_chunk_batch(config, args.env_conf)
     tasks = config.train.tasks
     if not args.use_env_conf_tasks:
         tasks = load_tasks(config.test)
@@ -32,8 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
         check_sources({f"tasks[{i}]": task for i, task in enumerate(tasks)}, memory, positions, config.test)
 
     model, tokenizer = load_memory_lm(config, args.env_conf)
-    saved = config.model.save_ckp
-    weights = config.model.load_ckp or (saved if saved and Path(saved).exists() else config.model.released_ckp)
+    weights = weights_of(config)
     if weights:
         load_weights(model, weights)
     print(f"weights: {weights or 'untrained'}, base in {model.dtype}")
@@ -41,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     evaluation = Evaluation(model, tokenizer, tasks)
     results = evaluation.run(lambda documents: tqdm(documents, desc="evaluate", leave=False))
     print_results(results)
-    folder = Path(config.train.run_dir or Path("runs") / Path(args.env_conf).stem)
+    folder = run_folder(config.train.run_dir, config.model.save_ckp, args.env_conf)
     folder.mkdir(parents=True, exist_ok=True)
     versions = environment() | {"dtype": str(model.dtype), "device": device_name()}
     about = {"weights": weights and str(weights), "config": config.model_dump(mode="json"), "versions": versions}

@@ -18,10 +18,11 @@ from uiollms.checkpoint import load_weights
 from uiollms.cli import parse_arguments, reporting_errors
 from uiollms.config import EnvConfig, load_env_config
 from uiollms.distributed import World, open_world
+from uiollms.dry_run import dry_run
 from uiollms.estimators import make_estimator
 from uiollms.evaluation import Evaluation
 from uiollms.faults import training_on
-from uiollms.plan import dry_run
+from uiollms.plan import choose_chunk_batch
 from uiollms.pretrained import check_env, count_parameters, load_memory_lm
 from uiollms.run import Run, open_run
 from uiollms.run_state import TrainingState
@@ -36,6 +37,7 @@ def main(arguments: list[str] | None = None) -> int | None:
     if args.dry_run:
         return dry_run(config, args.env_conf, args.device_memory)
     compressor = check_env(config, args.env_conf)
+    config = choose_chunk_batch(config, args.env_conf)
     with (
         open_world(config) as world,
         open_run(config, compressor, args.env_conf, args.resume, args.restart, world) as run,

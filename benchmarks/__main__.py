@@ -1,7 +1,7 @@
 """One command, one table: `python -m benchmarks`; JSON, tables and plots in `--out`.
 
 Every figure is a ratio within this run (or comes with what it is a ratio of); alternatives take turns, medians count, memory is
-that of a new process. GEMM peak: this run's, at the model's own shapes. FLOPs: what `benchmarks/flops.py` writes down.
+that of a new process. GEMM peak: this run's, at the model's own shapes. FLOPs: what `uiollms/flops.py` writes down.
 """
 
 from __future__ import annotations
@@ -14,33 +14,35 @@ from typing import Any
 import torch
 
 from benchmarks import cases, plots
-from benchmarks.flops import Flops
 from benchmarks.gemm import gemm_peak
 from benchmarks.measure import machine
 from benchmarks.models import MODELS
+from uiollms.flops import Flops
 from uiollms.model import MemoryLM
 
+WHAT = ["baseline", "length", "S", "chunk_batch", "generation"]
 LENGTHS = [2048, 4096, 8192, 16384, 32768, 63744, 99328, 131072]
 PASTS = [1024, 8192, 65536]
 WINDOWS = [1, 2, 4, 8]
 BATCHES = [1, 2, 4, 8, 16]
 
 
-def measure(name: str, model: MemoryLM, what: list[str], quick: bool, repeats: int) -> dict[str, Any]:
-    """All tables of one model. quick: short documents, few settings."""
-    l = model.memory_config.chunk_size
-    lengths = [4 * l, 8 * l] if quick else LENGTHS
+def measure(name: str, model: MemoryLM, options: argparse.Namespace) -> dict[str, Any]:
+    """The tables of one model that were asked for."""
+    l, what, quick = model.memory_config.chunk_size, options.what, options.quick
     compared = 8 * l if quick else 8192
-    gemm = gemm_peak(Flops.of(model), model.chunk_batch * l, model.dtype, repeats)
-    bench = cases.Bench(name, model, gemm["peak"], repeats, fresh=not quick)
+    gemm = gemm_peak(Flops.of(model), model.chunk_batch * l, model.dtype, options.repeats)
+    bench = cases.Bench(name, model, gemm["peak"], options.repeats, fresh=not quick)
     tables: dict[str, cases.Table] = {}
-    if "training" in what or "scoring" in what:
+    if "baseline" in what:
         tables["against the baseline"] = cases.against_baseline(bench, compared)
-    for kind, wanted in (("uio", "training"), ("score", "scoring")):
-        if wanted in what:
-            tables[f"{wanted} against length"] = cases.against_length(bench, kind, lengths)
-    if "training" in what:
+    if "length" in what:
+        lengths = options.lengths or ([4 * l, 8 * l] if quick else LENGTHS)
+        for kind, title in (("uio", "training"), ("score", "scoring")):
+            tables[f"{title} against length"] = cases.against_length(bench, kind, lengths)
+    if "S" in what:
         tables["training against S"] = cases.against_S(bench, compared, WINDOWS[: 2 if quick else None])
+    if "chunk_batch" in what:
         sizes = BATCHES[: 2 if quick else None]
         tables["training against chunk_batch"] = cases.against_chunk_batch(bench, compared, sizes)
     if "generation" in what:
@@ -68,7 +70,8 @@ def shown(value: object) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--what", default="training,scoring,generation", help="comma-separated; default: all three")
+    parser.add_argument("--what", nargs="+", default=WHAT, choices=WHAT, help="which comparisons; default: all")
+    parser.add_argument("--lengths", type=int, nargs="+", help="tokens of the documents of `length`")
     parser.add_argument("--model", nargs="+", default=["midsize", "smollm2"], choices=list(MODELS))
     parser.add_argument("--quick", action="store_true", help="short documents, few settings, memory in this process")
     parser.add_argument("--repeats", type=int, default=3, help="turns of every comparison")
@@ -78,15 +81,12 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    what = options.what.split(",")
-    if unknown := set(what) - {"training", "scoring", "generation"}:
-        parser.error(f"--what: {', '.join(sorted(unknown))} is unknown; known: training, scoring, generation")
     report: dict[str, Any] = {"machine": machine(), "models": {}}
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.model:
         model = MODELS[name]()
         model.chunk_batch = options.chunk_batch
-        report["models"][name] = measure(name, model, what, options.quick, options.repeats)
+        report["models"][name] = measure(name, model, options)
         (options.out / "bench.json").write_text(json.dumps(report, indent=1))  # after every model: hours may follow
         (options.out / "bench.md").write_text(markdown(report))
     plots.draw(report, options.out / "bench.png")

@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from benchmarks.alone import run_alone
-from benchmarks.flops import Flops
 from benchmarks.measure import in_new_process, interleaved, median_ratio
 from benchmarks.models import random_document
 from benchmarks.passes import memory_formula, passes, useful
+from uiollms.flops import Flops
 from uiollms.memory import MemoryState
 from uiollms.model import MemoryLM
 

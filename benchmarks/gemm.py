@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.flops import Flops, gemm_shapes
 from benchmarks.measure import interleaved
+from uiollms.flops import Flops, gemm_shapes
 
 
 def gemm_peak(flops: Flops, rows: int, dtype: torch.dtype, repeats: int) -> dict[str, Any]:

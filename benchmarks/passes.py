@@ -8,9 +8,9 @@ from collections.abc import Callable
 from torch import Tensor
 
 from benchmarks.baseline import Baseline
-from benchmarks.flops import Flops
 from uiollms.estimators import Exact, draw_window, window_from_draws
 from uiollms.evaluate import score
+from uiollms.flops import Flops
 from uiollms.model import MemoryLM
 from uiollms.step import chunks_with_gradient, gradient_step
 from uiollms.tasks import Sample

@@ -18,7 +18,8 @@ from uiollms.evaluate import score
 sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks/ is run from the repository, not installed
 
 from benchmarks.baseline import Baseline
-from benchmarks.flops import Flops
+
+from uiollms.flops import Flops
 
 MEMORY = MemoryConfig(num_memory=2, chunk_size=8, lora_rank=3, lora_alpha=6)
 
@@ -71,6 +72,18 @@ def test_flops_of_forward_passes_are_counted_by_torch(family):
         assert matmul_flops(lambda: model.project(memory, [0])) == flops.project_forward()
         sample = Sample.document(random_ids(32), 8)  # of whole chunks: padding costs, and is not useful
         assert matmul_flops(lambda: score(model, random_ids(32), "document")) == flops.scoring(sample)
+
+
+@pytest.mark.parametrize("family", ["llama", "smollm2"])
+def test_flops_of_a_step_are_counted_by_torch(family):
+    """The exact step of a document of one batch, which encodes nothing twice. What torch does beyond the count: memories are
+    projected twice, and in the encoder's layer 0 ordinary tokens get a gradient that nobody reads."""
+    model, sample = make_model(family), Sample.language_modeling(random_ids(24), 8)
+    flops = without_attention(Flops.of(model))
+    chunks = len(sample.chunks)
+    unread = flops.keys_values(8) + flops.q_proj(8) + 2 * (2 * 8 * flops.rank * flops.hidden)
+    counted = matmul_flops(lambda: uiollms.gradient_step(model, sample, estimator="exact"))
+    assert counted == flops.training(sample, chunks) + chunks * (flops.project_forward() + unread)
 
 
 def test_flops_by_hand():

@@ -14,6 +14,7 @@ import uiollms
 from uiollms.cli import reporting_errors
 from uiollms.config import ConfigError, load_env_config
 from uiollms.data import Document, NewsDocument, TokenDocument
+from uiollms.paths import run_folder
 from uiollms.pretrained import load_memory_lm
 from uiollms.samples import SampleMaker
 from uiollms.training import Samples, learning_rate
@@ -36,7 +37,22 @@ def call(command: str, *arguments: str) -> int:
     return reporting_errors(lambda: module.main(list(arguments)))
 
 
-def test_train_then_test(workspace):
+@pytest.mark.parametrize(
+    "run_dir, save_ckp, folder",
+    [
+        ("out", "runs/8x/checkpoint", "out"),
+        (None, "runs/8x/checkpoint", "runs/8x"),
+        (None, "/scratch/mine/checkpoint", "/scratch/mine"),
+        (None, "ckp/32x.pth", "runs/32x"),
+        (None, "checkpoint", "runs/checkpoint"),
+        (None, None, "runs/env"),
+    ],
+)
+def test_save_ckp_decides_the_run_folder(run_dir, save_ckp, folder):
+    assert run_folder(run_dir, save_ckp, "configs/env.json") == Path(folder)
+
+
+def test_train_then_test(workspace, capsys):
     trained = run("train.py", "--env_conf", "env.json")
     assert trained.returncode == 0, trained.stderr
     assert "with memory" in trained.stdout and "raw context" in trained.stdout
@@ -52,8 +68,8 @@ def test_train_then_test(workspace):
     assert "weights: out/ckp" in tested.stdout
     result = json.loads(Path("out/test.json").read_text())["results"][0]
     assert result["memory"] == evaluation["memory"]  # the saved weights are those that training evaluated last
-    again = run("test.py", "--env_conf", "env.json", "--use_env_conf_tasks")
-    assert again.returncode == 0 and "raw context" in again.stdout
+    assert call("test.py", "--env_conf", "env.json", "--use_env_conf_tasks", "--set=train.chunk_batch=auto") == 0
+    assert "raw context" in capsys.readouterr().out
 
 
 def test_the_same_seed_trains_the_same_weights(workspace):
@@ -139,8 +155,9 @@ def test_documents_that_fit_one_chunk_are_skipped_and_counted(workspace):
 def test_question_answering_trains_from_json_lines(workspace):
     lines = [json.dumps({"input": f"{i}: What time is it? " * 4, "output": "The clocks were striking."}) for i in range(3)]
     Path("qa.jsonl").write_text("\n".join(lines))
-    changes = ("train.corpus.0.name=files:qa.jsonl", "train.tasks=[]")
+    changes = ("train.corpus.0.name=files:qa.jsonl", "train.tasks=[]", "train.chunk_batch=auto")
     assert call("train.py", "--env_conf", "env.json", *(f"--set={change}" for change in changes)) == 0
+    assert json.loads(Path("out/config.json").read_text())["train"]["chunk_batch"] == 4  # of a document of 4 chunks in memory
 
 
 def test_documents_become_samples_by_their_task(workspace):

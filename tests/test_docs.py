@@ -17,9 +17,9 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / 
 ORDER = """
     config schema faults integrity paths environment devices distributed data.cleaning data.documents data.files data.hub
     data.beacons data.corpora_text data.corpora_own data.corpora_tasks data.mixture data lora loss attention memory library usage
-    generation base model pretend_kernels pretend placement pretrained tasks estimators kv_gradients step evaluate samples
-    retrieval results evaluation training checkpoint saving run_state metrics attention_mass
-    views views.tables views.plots views.curves run cli plan convert views.folder views.page report data.__main__
+    generation base model pretend_kernels pretend placement pretrained tasks flops estimators kv_gradients step evaluate samples
+    retrieval results evaluation training checkpoint saving run_state metrics attention_mass views views.tables views.plots
+    views.curves run cli plan dry_run convert views.folder views.page report data.__main__
     study.gradients study.cost study.tables study.learning study.recall study study.__main__ __main__ __init__
 """.split()
 # from_pretrained and save_pretrained are methods of the model, as in transformers; they import their work when called.
@@ -64,7 +64,8 @@ def test_no_silenced_errors_and_no_forbidden_loaders():
         assert "trust_remote_code=True" not in text and "weights_only=False" not in text, path
 
 
-PATH = re.compile(r"`([\w.-]+(?:/[\w.-]+)*\.(?:py|json|md|yaml|toml|png|lock|safetensors))`|\]\(([\w./-]+)\)|`((?:[\w.-]+/)+)`")
+PATH = re.compile(r"`([\w.-]+(?:/[\w.-]+)*\.(?:py|json|md|yaml|toml|png|lock|safetensors|cff))`|`((?:[\w.-]+/)+)`")
+LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)")
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
@@ -75,6 +76,27 @@ def test_every_path_a_document_names_exists(document):
             continue
         places = [ROOT / name, document.parent / name, document.parent / "examples" / name, PACKAGE / name, ROOT / "src" / name]
         assert any(p.exists() for p in places), f"{document.name} names {name}"
+
+
+def anchors(document: Path) -> set[str]:
+    """The headings of a page as the names that links use: "Will it fit? `--dry_run`" is will-it-fit---dry_run."""
+    headings = re.findall(r"^#+ (.*)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
+def test_every_link_leads_somewhere_from_where_it_stands(document):
+    for path, anchor in LINK.findall(document.read_text()):
+        target = document.parent / path if path else document
+        assert target.exists(), f"{document.name} links to {path}"
+        assert not anchor or anchor in anchors(target), f"{document.name} links to {path}#{anchor}"
+
+
+def test_the_readme_is_short_and_leads_to_every_page():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 120
+    linked = {ROOT / path for path, _ in LINK.findall(text)}
+    assert set(ROOT.glob("docs/*.md")) <= linked
 
 
 def test_environment_yaml_agrees_with_pyproject():

@@ -13,9 +13,10 @@ from test_commands import call
 
 from uiollms import plan
 from uiollms.config import ConfigError, load_env_config
+from uiollms.dry_run import dry_run, parse_memory
 from uiollms.estimators import make_estimator
 from uiollms.placement import CPU
-from uiollms.plan import Rehearsal, dry_run, largest, make_plan, parse_memory
+from uiollms.plan import Rehearsal, choose_chunk_batch, largest, make_plan
 
 ROOT = Path(__file__).parent.parent
 GPUS = [torch.device("cuda", i) for i in range(2)]
@@ -59,6 +60,12 @@ def test_the_parts_are_what_they_say(workspace):
     assert (need.memories, need.kv, need.kv_gradients) == (slots * 32 * 4, 2 * slots * 16 * 4, 2 * 2 * slots * 16 * 4)
 
 
+def test_checkpointing_needs_less(workspace):
+    """Of the two layers' inner activations one layer's remain, and the inputs of both."""
+    kept, twice = (rehearsal(f"train.checkpointing={value}").need(4, 4)[CPU] for value in ("false", "true"))
+    assert kept[:5] == twice[:5] and twice.activations < 0.8 * kept.activations
+
+
 def test_what_fits_and_what_is_largest(workspace, monkeypatch):
     monkeypatch.setattr(plan, "MEASURED", 3)
     changes = ("model.device_map=0", "train.chunk_batch=4", "train.corpus.0.truncation=640")
@@ -71,6 +78,25 @@ def test_what_fits_and_what_is_largest(workspace, monkeypatch):
     assert needs.need(39, 3)[GPUS[0]].total <= tight[GPUS[0]] < needs.need(39, 4)[GPUS[0]].total
     none = make_plan(load_env_config("env.json", list(changes)), "env.json", gpu | {GPUS[0]: 1000})
     assert (none.fits, none.longest, none.most_chunks) == (False, None, None)
+
+
+def test_chunk_batch_auto_is_what_memory_allows(workspace, monkeypatch):
+    """The largest that leaves a fifth free, nothing past 16, and 1 where nothing fits; several processes share the CPU."""
+    config = load_env_config("env.json", ["train.chunk_batch=auto", "train.corpus.0.truncation=640"])
+    needs = Rehearsal(config, "env.json", {CPU: 2**40})
+
+    def chosen(free: float) -> int:
+        monkeypatch.setattr(plan, "this_machine", lambda: {CPU: int(free)})
+        return choose_chunk_batch(config, "env.json").train.chunk_batch
+
+    assert chosen(2**40) == 16
+    enough = needs.need(39, 8)[CPU].total / 0.8
+    assert (chosen(enough + 2), chosen(enough - 2), chosen(1000)) == (8, 4, 1)
+    assert make_plan(config, "env.json", {CPU: int(enough + 2)}).chunk_batch == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert (chosen(2 * enough + 4), chosen(2 * enough - 4)) == (8, 4)
+    given = load_env_config("env.json")
+    assert choose_chunk_batch(given, "env.json") is given
 
 
 def test_largest_finds_the_last_that_fits():

@@ -272,6 +272,19 @@ def test_dropout_is_the_same_in_both_runs_of_a_chunk(chunk_batch):
     assert worst_error(gradients(model), plain_gradients(model, sample, weights)) < PROVEN
 
 
+@pytest.mark.parametrize("estimator", ["exact", "uio", "importance"])
+def test_checkpointing_changes_no_gradient(estimator):
+    """The same operations on the same numbers, in both roles, with dropout: equal bit for bit."""
+    model = make_model(config=MemoryConfig(**MEMORY.model_dump() | dict(lora_dropout=0.4)))
+    model.chunk_batch = 2
+    model.train()
+    sample, found = Sample.language_modeling(random_ids(38), 8), []
+    for model.checkpointing in (False, True):
+        result = uiollms.gradient_step(model, sample, estimator=estimator, rng=7)
+        found.append(gradients(model) | {"losses": result.losses})
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 def test_only_chunks_with_gradient_are_encoded_with_a_graph():
     """28 of the release's 32 encoder backwards at 8,192 tokens are of zeros."""
     model, sample = make_model(), Sample.language_modeling(random_ids(8 * 9), 8)

@@ -75,6 +75,8 @@ def test_cost_counts_what_is_encoded_again():
     rows = {(r["estimator"], r["S"]): r for r in study_cost(model, random_ids(38), [1])}
     assert rows["exact", 10**6]["encoder_backwards"] == 4 and rows["importance", 1]["encoder_backwards"] <= 2
     assert all(row["seconds"] > 0 for row in rows.values()) and len(rows) == len(estimators_of([1]))
+    chosen = study_cost(model, random_ids(38), [1, 2], repeats=2, names=["uio"])
+    assert [(r["estimator"], r["S"]) for r in chosen] == [("uio", 1), ("uio", 2)]
 
 
 def test_peak_memory_sees_a_large_tensor():

@@ -7,15 +7,16 @@ Shapes: B rows, T tokens, D hidden size, H key/value heads, m memory slots, K he
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from uiollms.config import MemoryConfig
 from uiollms.devices import device_of, moved
-from uiollms.lora import LoRA
+from uiollms.lora import LoRA, added
 from uiollms.memory import Prefix
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # SmolLM2 is a llama
@@ -116,6 +117,20 @@ def run_last_rows(layer: Any, hidden: Tensor, rows: int, beside: Beside) -> Tens
     prefix = Prefix({number: [keys]}, {number: [values.transpose(1, 2)]})
     last = Beside(mask[:, :, back], positions[:, back], tuple(r[:, back] for r in rotary))
     return run_layer(layer, hidden[:, back], last, prefix)
+
+
+def run_with_lora(
+    layer: Any, hidden: Tensor, loras: Any, seeds: Sequence[int] | None, beside: Beside, rows: int | None = None
+) -> Tensor:
+    """As `run_layer`, or with `rows` as `run_last_rows`, with `loras` (name of a projection -> LoRA) added to its projections."""
+    with added([(getattr(layer.self_attn, name), lora) for name, lora in loras.items()], seeds):
+        return run_layer(layer, hidden, beside) if rows is None else run_last_rows(layer, hidden, rows, beside)
+
+
+def run_twice(function: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    """A layer's function of [B, T, D] whose inner activations are not kept but computed again in the backward. It draws nothing
+    (dropout has seeds of its own), and is not stopped early there: hooks that load weights from disk must see the layer's end."""
+    return checkpoint(function, hidden, use_reentrant=False, preserve_rng_state=False, early_stop=False, determinism_check="none")
 
 
 def rotate(attention: nn.Module, keys: Tensor, rotary: Sequence[Tensor]) -> Tensor:

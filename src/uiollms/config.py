@@ -182,8 +182,11 @@ class TrainSection(Checked):
         "paper", description="paper: every chunk's mean NLL, first tokens unscored; document: every token but the first"
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of weights, data order and draws")
-    run_dir: str | None = Field(None, description="folder for metrics, plots, resolved config; null = runs/<config's name>")
-    chunk_batch: Positive = Field(4, description="chunks encoded or decoded at once: memory against speed, not results")
+    run_dir: str | None = Field(None, description="folder for metrics, plots, resolved config; null = runs/<name>, from save_ckp")
+    chunk_batch: Positive | Literal["auto"] = Field(
+        4, description="chunks encoded or decoded at once: memory against speed, not results; auto = what free memory allows"
+    )
+    checkpointing: bool = Field(False, description="activations inside layers computed twice, not kept: memory against time")
     keep_last: Positive = Field(2, description="newest checkpoints kept in the run folder")
     keep_best: bool = Field(False, description="also keep the checkpoint with the lowest perplexity of tasks[0]")
     max_bad_steps: Positive = Field(

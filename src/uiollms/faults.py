@@ -36,7 +36,8 @@ def training_on(source: str, train: TrainSection) -> Iterator[None]:
             raise
         longest = max((entry.truncation or 0 for entry in train.corpus), default=0)
         raise ConfigError(
-            f"{source}: out of memory in the training step; lower train.chunk_batch ({train.chunk_batch}; changes no result), or "
+            f"{source}: out of memory in the training step; lower train.chunk_batch ({train.chunk_batch}) or set "
+            f"train.checkpointing (now {str(train.checkpointing).lower()}), which change no result; or lower "
             f"train.corpus[].truncation ({longest or 'null'}), or spread the layers over more devices with model.device_map"
         ) from error
     except ValueError as error:

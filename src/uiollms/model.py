@@ -12,7 +12,8 @@ Source: UIO-LLMs (arXiv 2406.18173) sections 3.1 and 3.2.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,13 +32,14 @@ from uiollms.base import (
     layer_device,
     promote_norms,
     rotate,
-    run_last_rows,
     run_layer,
+    run_twice,
+    run_with_lora,
 )
 from uiollms.config import MemoryConfig
 from uiollms.devices import device_of, moved
 from uiollms.generation import Generation, RaggedState
-from uiollms.lora import LoRA, added, master_dtype
+from uiollms.lora import master_dtype
 from uiollms.loss import linear_nll
 from uiollms.memory import MemoryState, Prefix, join_slots
 from uiollms.usage import Usage
@@ -71,6 +73,8 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
         self.generation_config = base.generation_config
         # Chunks encoded or decoded in one batch: memory against speed, never results.
         self.chunk_batch = 4
+        # A backward runs a layer's forward again instead of keeping what happened inside it: memory against time.
+        self.checkpointing = False
         embedding = base.model.embed_tokens
         with align_module_device(embedding):  # it may rest on disk
             token = embedding.weight.detach()[first_eos(base)].to(master_dtype(base.dtype))[None, None]
@@ -169,20 +173,18 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
         positions = encoder_positions(l, m, hidden.device)
         mask = encoder_mask(l, m, hidden.device)
         beside = Beside(mask, positions, self.base.model.rotary_emb(hidden, positions))
-        memory = []
-        with added(self._lora_pairs("encoder"), seeds):
-            for i, layer in enumerate(self.base.model.layers):
-                hidden, beside = moved(hidden, layer_device(layer)), beside.to(layer_device(layer))
-                memory.append(layer.input_layernorm(hidden[:, -m:]))
-                if i + 2 < len(self.base.model.layers):
-                    hidden = run_layer(layer, hidden, beside)
-                elif i + 2 == len(self.base.model.layers):
-                    hidden = run_last_rows(layer, hidden, m, beside)
+        memory, count = [], len(self.base.model.layers)
+        for i, (layer, loras) in enumerate(zip(self.base.model.layers, self.encoder.layers, strict=True)):
+            hidden, beside = moved(hidden, layer_device(layer)), beside.to(layer_device(layer))
+            memory.append(layer.input_layernorm(hidden[:, -m:]))
+            if i + 1 < count:
+                rows = m if i + 2 == count else None
+                hidden = self._run(partial(run_with_lora, layer, loras=loras, seeds=seeds, beside=beside, rows=rows), hidden)
         return memory
 
-    def _lora_pairs(self, role: str) -> list[tuple[nn.Module, LoRA]]:
-        layers = zip(self.base.model.layers, getattr(self, role).layers, strict=True)
-        return [(getattr(layer.self_attn, name), lora) for layer, pair in layers for name, lora in pair.items()]
+    def _run(self, function: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        twice = self.checkpointing and torch.is_grad_enabled()
+        return run_twice(function, hidden) if twice else function(hidden)
 
     def project(
         self, memory: LayerMemory, chunks: Sequence[int], seeds: Sequence[int] | None = None
@@ -231,7 +233,8 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
         beside = Beside(mask, positions, self.base.model.rotary_emb(hidden, positions))
         for layer in self.base.model.layers:
             beside = beside.to(layer_device(layer))
-            hidden = run_layer(layer, moved(hidden, layer_device(layer)), beside, prefix)
+            run = partial(run_layer, layer, beside=beside, prefix=prefix)
+            hidden = self._run(run, moved(hidden, layer_device(layer)))
         return self.base.model.norm(moved(hidden, device_of(self.base.model.norm)))
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ Shapes: C chunks in memory, m num_memory, D hidden size, H key/value heads, K he
 
 from __future__ import annotations
 
-import logging
+import os
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,24 +19,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from accelerate.utils import convert_file_size_to_int
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from uiollms.base import layer_device
-from uiollms.config import ConfigError, EnvConfig
+from uiollms.config import EnvConfig
 from uiollms.estimators import Estimator, all_pairs, make_estimator
+from uiollms.flops import Flops
 from uiollms.model import MemoryLM
 from uiollms.placement import CPU, as_device, on_disk, resolved, send, this_machine, worker
 from uiollms.pretend import Pretend, pretended
 from uiollms.pretrained import DTYPES, base_config, check_env, computes_bf16
-from uiollms.step import gradient_step
+from uiollms.step import chunks_with_gradient, gradient_step
 from uiollms.tasks import PROTOCOLS, Sample
 from uiollms.training import make_optimizer
 
-DOES_NOT_FIT = 3  # exit code
+BATCHES = (16, 8, 4, 2)  # that `"chunk_batch": "auto"` tries; a larger one gains no time (docs/benchmarks.md)
+SHARE = 0.8  # of a device's free memory that it fills: kernels and allocators take some themselves
 MEASURED = 6  # batches of chunks; longer documents are extended from this many and two thirds of it
 
 
@@ -63,7 +62,7 @@ Needs = dict[torch.device, Need]
 class Plan:
     """need: of one training step, by device; have: bytes free there (0: no such device here); capacity: tokens; longest:
     tokens of the longest document that fits with this chunk_batch; most_chunks: the largest chunk_batch that fits at this
-    length (None: none does)."""
+    length (None: none does); flops: useful ones of a step (see flops.py)."""
 
     length: int
     chunk_batch: int
@@ -72,6 +71,7 @@ class Plan:
     have: dict[torch.device, int]
     longest: int | None = None
     most_chunks: int | None = None
+    flops: int = 0
 
     @property
     def fits(self) -> bool:
@@ -82,15 +82,14 @@ def make_plan(config: EnvConfig, path: str | Path, machine: dict[torch.device, i
     """machine: bytes of every device (default: what is free on this machine; a GPU that the map names and that is not here
     counts as 0). Needs no weights, and no hub for the models of the shipped configs. Raises ConfigError."""
     rehearsal = Rehearsal(config, path, machine)
-    chunk_size, batch = rehearsal.memory.chunk_size, config.train.chunk_batch
-    # A corpus without truncation may fill the capacity.
-    length = max(min(c.truncation or rehearsal.capacity, rehearsal.capacity) for c in config.train.corpus)
+    chunk_size, length = rehearsal.memory.chunk_size, rehearsal.longest_document()
     chunks = chunks_in_memory(length, chunk_size)
+    batch = config.train.chunk_batch if config.train.chunk_batch != "auto" else largest_batch(rehearsal, chunks)
     most = chunks_in_memory(rehearsal.capacity, chunk_size)
     need = rehearsal.need(chunks, batch)
     have = {device: rehearsal.machine[device] for device in need}
 
-    plan = Plan(length, batch, rehearsal.capacity, need, have)
+    plan = Plan(length, batch, rehearsal.capacity, need, have, flops=rehearsal.flops(chunks))
     if not all(have.values()):
         return plan
 
@@ -101,6 +100,26 @@ def make_plan(config: EnvConfig, path: str | Path, machine: dict[torch.device, i
     fitting = largest(lambda chunks: share(chunks, batch), chunks, most)
     longest = None if fitting is None else rehearsal.capacity if fitting == most else (fitting + 1) * chunk_size
     return replace(plan, longest=longest, most_chunks=largest(lambda b: share(chunks, b), batch, chunks))
+
+
+def choose_chunk_batch(config: EnvConfig, path: str | Path) -> EnvConfig:
+    """The config with a number for `"chunk_batch": "auto"`: the largest power of two, up to 16, that this machine's free memory
+    allows for its longest document; one that does not fit at all gets 1."""
+    if config.train.chunk_batch != "auto":
+        return config
+    rehearsal = Rehearsal(config, path)
+    batch = largest_batch(rehearsal, chunks_in_memory(rehearsal.longest_document(), rehearsal.memory.chunk_size))
+    return config.model_copy(update={"train": config.train.model_copy(update={"chunk_batch": batch})})
+
+
+def largest_batch(rehearsal: Rehearsal, chunks: int) -> int:
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's; those on one CPU share its memory
+    have = {d: size / processes if d == CPU else size for d, size in rehearsal.machine.items()}
+
+    def fits(batch: int) -> bool:
+        return all(need.total <= SHARE * have[device] for device, need in rehearsal.need(chunks, batch).items())
+
+    return next((batch for batch in BATCHES if batch < 2 * chunks and fits(batch)), 1)
 
 
 def chunks_in_memory(length: int, chunk_size: int) -> int:
@@ -142,6 +161,10 @@ class Rehearsal:
         self.dtype = DTYPES.get(name, auto)
         self.measured: dict[tuple[int, int], dict[torch.device, Measured]] = {}
 
+    def longest_document(self) -> int:
+        """Tokens; a corpus without truncation may fill the capacity."""
+        return max(min(c.truncation or self.capacity, self.capacity) for c in self.config.train.corpus)
+
     def need(self, chunks: int, batch: int) -> Needs:
         """Bytes on every device of the map, for a document with so many chunks in memory."""
         near, far = MEASURED * batch * 2 // 3, MEASURED * batch
@@ -168,7 +191,7 @@ class Rehearsal:
             send(base, {name: working if place == "disk" else place for name, place in places.items()})
             weights = Counter(world.live)
             model = MemoryLM(base, self.memory)
-            model.chunk_batch = batch
+            model.chunk_batch, model.checkpointing = batch, train.checkpointing
             model.train()
             parameters = list(model.trainable_parameters().values())
             optimizer = make_optimizer(model, train)
@@ -202,12 +225,24 @@ class Rehearsal:
                 result[device] = Measured(weights[d] - less, trained[d], *kept, before[d] - less, after[d] - less)
             return result
 
-    def sample(self, chunks: int, batch: int) -> Sample:
-        """A document with so many chunks in memory, of whose rows the last two batches are kept."""
+    def document(self, chunks: int) -> Sample:
+        """A document with so many chunks in memory."""
         ids = torch.zeros((chunks + 1) * self.memory.chunk_size, dtype=torch.int64)
-        sample = PROTOCOLS[self.config.train.loss](ids, self.memory.chunk_size)
+        return PROTOCOLS[self.config.train.loss](ids, self.memory.chunk_size)
+
+    def sample(self, chunks: int, batch: int) -> Sample:
+        """The same with only the last two batches of its rows."""
+        sample = self.document(chunks)
         rows = sample.rows[1:]
         return replace(sample, rows=rows[max(0, -(-len(rows) // batch) - 2) * batch :])
+
+    def flops(self, chunks: int) -> int:
+        """Useful FLOPs of a step, for one draw of the estimator."""
+        sample, train = self.document(chunks), self.config.train
+        estimator = make_estimator(train.estimator, S=train.tbptt, compensate=train.compensate)
+        window = estimator.window(chunks + 1, random.Random(0))
+        backwards = min(train.tbptt, chunks) if estimator.reads_norms else len(chunks_with_gradient(sample, window))
+        return Flops.of_shape(self.shape, self.memory).training(sample, backwards)
 
     def memory_bytes(self, model: MemoryLM, chunks: int, all_ones: bool) -> dict[torch.device, tuple[int, int, int]]:
         """Memories, their keys and values, and the sums of those' gradients, by device."""
@@ -254,49 +289,3 @@ class Measured(NamedTuple):
     def need(self) -> Need:
         parts = self[:5]
         return Need(*parts, max(self.before, self.after) - sum(parts))
-
-
-# ---- the command ------------------------------------------------------------------------------------------------------
-
-
-def dry_run(config: EnvConfig, path: str | Path, device_memory: str | None = None, console: Console | None = None) -> int:
-    """Print the plan of a config; exit code 0 if it fits, 3 if not. device_memory: "24GiB,24GiB", what GPU 0, 1, ... have, if
-    not this machine's."""
-    logging.getLogger("accelerate.utils.modeling").setLevel(logging.ERROR)  # it warns of GPUs that are not here
-    machine = None if device_memory is None else parse_memory(device_memory) | {CPU: this_machine()[CPU]}
-    plan = make_plan(config, path, machine)
-    print_plan(plan, console or Console(width=130))
-    return 0 if plan.fits else DOES_NOT_FIT
-
-
-def parse_memory(text: str) -> dict[torch.device, int]:
-    """ "24GiB,24GiB" -> bytes of GPU 0 and 1. Raises ConfigError."""
-    try:
-        sizes = [convert_file_size_to_int(size.strip()) for size in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"--device_memory {text}: expected one size a GPU, such as 24GiB,24GiB") from None
-    return {torch.device("cuda", i): size for i, size in enumerate(sizes)}
-
-
-def print_plan(plan: Plan, console: Console) -> None:
-    table = Table(
-        title=f"one training step: a document of {plan.length:,} tokens, chunk_batch {plan.chunk_batch} (GiB)",
-        title_justify="left",
-    )
-    for column in ("device", "weights", "LoRA, optimizer", "memories", "keys, values", "their gradients", "activations"):
-        table.add_column(column, justify="left" if column == "device" else "right")
-    for column in ("total", "has", "fits"):
-        table.add_column(column, justify="right")
-    for device, need in plan.need.items():
-        have = plan.have[device]
-        figures = [f"{size / 2**30:.2f}" for size in (*need, need.total)]
-        table.add_row(str(device), *figures, f"{have / 2**30:.2f}" if have else "not here", "yes" if need.total <= have else "NO")
-    console.print(table)
-    longest = (
-        "none" if plan.longest is None else f"{plan.longest:,} tokens{' (the capacity)' if plan.longest == plan.capacity else ''}"
-    )
-    most = "none" if plan.most_chunks is None else f"{plan.most_chunks}"
-    console.print(f"longest document with chunk_batch {plan.chunk_batch}: {longest}")
-    console.print(f"largest chunk_batch at {plan.length:,} tokens: {most}")
-    if not all(plan.have.values()):
-        console.print("a GPU that the map names is not here; --device_memory 24GiB,24GiB asks about other machines")

@@ -62,6 +62,7 @@ class Pretend:
             _Kernels(self),
             _Calls(self),
             mock.patch.object(torch, "Generator", generator),
+            mock.patch.object(torch.autograd, "_engine_run_backward", self.run_backward),
             mock.patch.object(torch._C, "_group_tensors_by_device_and_dtype", self.grouped),  # the optimizer's; it asks no mode
         )
 
@@ -75,6 +76,12 @@ class Pretend:
         for context in reversed(self._contexts):
             context.__exit__(*error)
         forget_tables()
+
+    def run_backward(self, *args: Any, run: Any = torch.autograd.graph._engine_run_backward, **kwargs: Any) -> Any:
+        """Calls inside a backward, such as a checkpointed layer's, are seen too: torch hands `backward` to a mode with the mode
+        itself switched off."""
+        with _Calls(self):
+            return run(*args, **kwargs)
 
     def device_of(self, tensor: Tensor) -> torch.device:
         """Where a tensor lives. A meta tensor from before this world was loaded, as weights are, to the CPU."""

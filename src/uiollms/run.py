@@ -30,6 +30,7 @@ from uiollms.environment import device_name, environment
 from uiollms.faults import writing
 from uiollms.integrity import remove, sync
 from uiollms.metrics import finite, machine_use, read_metrics, scalars
+from uiollms.paths import run_folder
 from uiollms.run_state import (
     Record,
     TrainingState,
@@ -66,7 +67,7 @@ def open_run(
     """The run folder, for this run alone, with the checkpoint to go on from found, checked and compared with the config;
     nothing in it is touched yet. resume: a checkpoint, "" = the newest one if there is any; restart: leave an unfinished run.
     Raises ConfigError."""
-    folder = Path(config.train.run_dir or Path("runs") / Path(env_conf).stem)
+    folder = run_folder(config.train.run_dir, config.model.save_ckp, env_conf)
     lock = FileLock(folder / "lock", timeout=0)
     with ExitStack() as stack:
         if not world.is_first:

@@ -123,13 +123,20 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     return load(AutoTokenizer, str(folder) if own.is_file() else base_name(folder))
 
 
+def weights_of(config: EnvConfig) -> str | None:
+    """The weights that a config is evaluated and used with: load_ckp, else what train.py has saved, else released_ckp."""
+    saved = config.model.save_ckp
+    return config.model.load_ckp or (saved if saved and Path(saved).exists() else config.model.released_ckp)
+
+
 def load_trained(config: EnvConfig, path: str | Path) -> tuple[MemoryLM, PreTrainedTokenizerBase, str]:
     """What an environment config describes with the weights that test.py would take, its tokenizer, and where the weights
     are from. Raises ConfigError if there are none."""
-    saved = config.model.save_ckp
-    weights = config.model.load_ckp or (saved if saved and Path(saved).exists() else config.model.released_ckp)
+    weights = weights_of(config)
     if weights is None:
-        raise ConfigError(f"{path}: there are no trained weights yet: neither load_ckp, {saved} nor released_ckp; run train.py")
+        raise ConfigError(
+            f"{path}: there are no trained weights yet: neither load_ckp, {config.model.save_ckp} nor released_ckp; run train.py"
+        )
     model, tokenizer = load_memory_lm(config, path)
     load_weights(model, weights)
     return model, tokenizer, weights

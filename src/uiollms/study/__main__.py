@@ -35,7 +35,7 @@ from uiollms.evaluation import evaluation_documents
 from uiollms.model import MemoryLM
 from uiollms.pretrained import load_memory_lm
 from uiollms.study.cost import study_cost
-from uiollms.study.gradients import INFINITE, estimators_of, study_gradients
+from uiollms.study.gradients import INFINITE, NAMES, estimators_of, study_gradients
 from uiollms.study.learning import compare, plot_curves, step_seconds, summarise
 from uiollms.study.recall import MEMORY, VALUES, recall_samples, train_base
 from uiollms.study.tables import markdown_table, plot
@@ -45,7 +45,7 @@ from uiollms.training import Samples
 # documents, tokens of each, chunk_size, num_memory; None: the config's own
 PRESETS: dict[str, dict[str, Any]] = {
     "config": dict(documents=4, tokens=2048, chunk_size=None, num_memory=None, windows=[1, 2, 4, 8, INFINITE]),
-    "quick": dict(documents=2, tokens=512, chunk_size=64, num_memory=8, windows=[1, 2, 4, INFINITE]),
+    "quick": dict(documents=2, tokens=384, chunk_size=64, num_memory=8, windows=[1, 2, 4, INFINITE]),
     "table4": dict(documents=8, tokens=2048, chunk_size=128, num_memory=16, windows=[1, 2, 4, 8, INFINITE]),
     "figure7": dict(documents=1, tokens=2048, chunk_size=16, num_memory=4, windows=[1, 2, 3, 4, 5, 6]),
 }
@@ -79,7 +79,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
             command.add_argument("--corpus", default="sotu.test", help="where the documents come from")
             command.add_argument("--documents", type=int, help="how many, instead of the preset's")
             command.add_argument("--draws", type=int, default=2000, help="draws of every estimator")
-        else:
+        if name == "cost":
+            command.add_argument("--repeats", type=int, default=1, help="turns of all steps; the median counts")
+            command.add_argument("--estimators", nargs="+", default=NAMES, choices=NAMES, help="which; default: all")
+        if name in ("learning", "recall"):
             command.add_argument(
                 "--seeds", type=int, choices=range(1, 11), default=3, help="trainings of every estimator (1 to 10)"
             )
@@ -122,12 +125,13 @@ def measure(args: argparse.Namespace, out: Path) -> Result:
             rows = study_gradients(model, documents, preset["windows"], args.draws)
             columns = ["bias", "variance", "norm_ratio", "cosine", "relative_error", "encoder_backwards"]
         else:
-            rows = study_cost(model, documents[0], preset["windows"])
+            rows = study_cost(model, documents[0], preset["windows"], args.repeats, args.estimators)
             columns = ["seconds", "peak_mib", "encoder_backwards"]
         setting: dict[str, Any] = {"chunk_size": model.memory_config.chunk_size, "num_memory": model.memory_config.num_memory}
     plot(rows, columns, out / "plot.png")
     setting |= {"documents": len(documents), "tokens": preset["tokens"], "draws": args.draws, "weights": weights}
-    return setting | {"corpus": args.corpus, "dtype": str(model.dtype), "threads": torch.get_num_threads()}, rows
+    machine = {"dtype": str(model.dtype), "threads": torch.get_num_threads(), "chunk_batch": model.chunk_batch}
+    return setting | machine | {"corpus": args.corpus}, rows
 
 
 def learning(args: argparse.Namespace, out: Path) -> Result:

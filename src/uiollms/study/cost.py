@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from uiollms.model import MemoryLM
 from uiollms.step import gradient_step
-from uiollms.study.gradients import estimators_of
+from uiollms.study.gradients import NAMES, estimators_of
 from uiollms.tasks import Sample
 
 
@@ -54,21 +54,33 @@ class PeakMemory:
         self.bytes = max(self.most, self.process.memory_info().rss) - self.start
 
 
-def study_cost(model: MemoryLM, ids: Tensor, windows: Sequence[int], repeats: int = 1) -> list[dict[str, Any]]:
-    """Seconds (median) and peak memory of one training step for every estimator and S, and the chunks re-encoded."""
+def study_cost(
+    model: MemoryLM, ids: Tensor, windows: Sequence[int], repeats: int = 1, names: Sequence[str] = NAMES
+) -> list[dict[str, Any]]:
+    """Seconds (median) and peak memory of one training step for every estimator and S, and the chunks re-encoded. All take turns,
+    `repeats` times, so that a busy machine slows all alike."""
     sample = Sample.language_modeling(ids, model.memory_config.chunk_size)
     gradient_step(model, sample, estimator="tbptt", S=1)  # warm up
-    rows = []
-    for name, S, estimator in tqdm(estimators_of(windows), desc="steps"):
-        seconds, backwards, peaks = [], [], []
-        for seed in range(repeats):
+    measured = [(name, S, estimator) for name, S, estimator in estimators_of(windows) if name in names]
+    seconds: list[list[float]] = [[] for _ in measured]
+    backwards: list[list[int]] = [[] for _ in measured]
+    peaks: list[list[int]] = [[] for _ in measured]
+    for seed in range(repeats):
+        for i, (*_, estimator) in enumerate(tqdm(measured, desc=f"steps, turn {seed + 1} of {repeats}")):
             model.zero_grad(set_to_none=True)
             with PeakMemory(model.device) as peak:
                 start = time.perf_counter()
                 result = gradient_step(model, sample, estimator=estimator, rng=seed, report_all=False)
-                seconds.append(time.perf_counter() - start)
-            peaks.append(peak.bytes)
-            backwards.append(len(result.reencoded))
-        cost = {"seconds": statistics.median(seconds), "peak_mib": max(peaks) / 2**20}
-        rows.append({"estimator": name, "S": S, "encoder_backwards": statistics.mean(backwards)} | cost)
-    return rows
+                seconds[i].append(time.perf_counter() - start)
+            peaks[i].append(peak.bytes)
+            backwards[i].append(len(result.reencoded))
+    return [
+        {
+            "estimator": name,
+            "S": S,
+            "encoder_backwards": statistics.mean(backwards[i]),
+            "seconds": statistics.median(seconds[i]),
+            "peak_mib": max(peaks[i]) / 2**20,
+        }
+        for i, (name, S, _) in enumerate(measured)
+    ]

@@ -25,6 +25,7 @@ from uiollms.step import decode_rows
 from uiollms.tasks import Sample
 
 INFINITE = 10**6  # a window wider than any document
+NAMES = ("tbptt", "uio", "uio, no factor", "importance", "exact")
 
 
 def estimators_of(windows: Sequence[int]) -> list[tuple[str, int, Estimator]]:
@@ -32,7 +33,8 @@ def estimators_of(windows: Sequence[int]) -> list[tuple[str, int, Estimator]]:
     rows = [
         (name, S, make_estimator("uio" if name.startswith("uio") else name, S, compensate=name != "uio, no factor"))
         for S in windows
-        for name in ("tbptt", "uio", "uio, no factor", "importance")
+        for name in NAMES
+        if name != "exact"
     ]
     return [*rows, ("exact", INFINITE, Exact())]
 
@@ -118,7 +120,8 @@ def statistics_of(weights: Tensor, products: Tensor, pairs: Sequence[tuple[int, 
 
 
 def study_gradients(model: MemoryLM, documents: Sequence[Tensor], windows: Sequence[int], draws: int) -> list[dict[str, Any]]:
-    """One row of statistics for every estimator and S, averaged over documents."""
+    """One row of statistics for every estimator and S, averaged over documents; `norm_ratio_variance` over draws and documents
+    (the paper's Table 4 draws once for each input), so with the variance of the documents' means added."""
     per_document: dict[tuple[str, int], list[dict[str, float]]] = {}
     for number, ids in enumerate(tqdm(documents, desc="documents")):
         sample = Sample.language_modeling(ids, model.memory_config.chunk_size)
@@ -128,7 +131,9 @@ def study_gradients(model: MemoryLM, documents: Sequence[Tensor], windows: Seque
         for name, S, estimator in estimators_of(windows):
             weights = draw_weights(estimator, pairs, len(sample.rows), norms, draws, seed=number)
             per_document.setdefault((name, S), []).append(statistics_of(weights, products, pairs))
-    return [
-        {"estimator": name, "S": S} | {key: statistics.mean(row[key] for row in rows) for key in rows[0]}
-        for (name, S), rows in per_document.items()
-    ]
+    result = []
+    for (name, S), rows in per_document.items():
+        means: dict[str, Any] = {key: statistics.mean(row[key] for row in rows) for key in rows[0]}
+        means["norm_ratio_variance"] += statistics.pvariance([row["norm_ratio"] for row in rows])
+        result.append({"estimator": name, "S": S} | means)
+    return result

@@ -16,6 +16,7 @@ from uiollms.config import ConfigError, EnvConfig, MemoryConfig, load_memory_con
 from uiollms.metrics import read_metrics
 from uiollms.results import TaskResult, load_token_nlls
 from uiollms.run_state import saved_steps
+from uiollms.saving import weights_of
 
 Part = TypeVar("Part")
 ATTENTION = "attention.safetensors"
@@ -82,9 +83,7 @@ def read_folder(path: Path) -> RunFolder:
     """Raises ConfigError for a folder that holds neither metrics.jsonl nor test.json."""
     if not any((path / name).exists() for name in ("metrics.jsonl", "test.json")):
         what = "holds neither metrics.jsonl nor test.json" if path.is_dir() else "is not a folder"
-        raise ConfigError(
-            f"{path}: {what}; a run folder is what train.py or test.py made (train.run_dir, or runs/<config's name>)"
-        )
+        raise ConfigError(f"{path}: {what}; a run folder is what train.py or test.py made, see train.run_dir")
     run = RunFolder(path)
     train = "python train.py --env_conf FILE"
     tested = run.part("the evaluation by test.py", "test.json", read_object, run.test_command) or {}
@@ -130,10 +129,7 @@ def newest_checkpoint(path: Path) -> Path | None:
 
 def find_weights(config: EnvConfig | None, tested: dict[str, Any]) -> str | None:
     """The weights that test.py evaluated, else those it would."""
-    if config is None or tested.get("weights"):
-        return tested.get("weights")
-    model = config.model
-    return next((p for p in (model.save_ckp, model.load_ckp, model.released_ckp) if p and Path(p).exists()), None)
+    return tested.get("weights") or (config and weights_of(config))
 
 
 def find_compressor(config: EnvConfig | None, checkpoint: Path | None) -> MemoryConfig | None:

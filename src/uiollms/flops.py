@@ -23,6 +23,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from transformers import PreTrainedConfig
+
+from uiollms.config import MemoryConfig
 from uiollms.model import MemoryLM
 from uiollms.tasks import Row, Sample
 
@@ -43,8 +46,11 @@ class Flops:
 
     @classmethod
     def of(cls, model: MemoryLM) -> Flops:
-        config, memory = model.config, model.memory_config
-        size = model.base.model.layers[0].self_attn.head_dim
+        return cls.of_shape(model.config, model.memory_config)
+
+    @classmethod
+    def of_shape(cls, config: PreTrainedConfig, memory: MemoryConfig) -> Flops:
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return cls(
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
@@ -133,7 +139,7 @@ class Flops:
     def decoder_backward(self, tokens: int, memories: int, scored: int) -> int:
         """To the memories' keys and values in every layer."""
         upper = self.queries(tokens) + self.keys_values(tokens) + 2 * self.attention(self.row_pairs(tokens, memories))
-        lowest = self.o_proj_mlp(tokens) + 6 * tokens * memories * self.slots * self.q  # dP, dV, dK of the slots
+        lowest = self.o_proj_mlp(tokens) + self.attention(tokens * memories * self.slots) * 3 // 2  # dP, dV, dK of the slots
         return (self.layers - 1) * upper + lowest + self.head(scored)
 
     def row_pairs(self, tokens: int, memories: int) -> int:

@@ -1,0 +1,65 @@
+"""`train.py --dry_run`: the plan of a run as a table, and an exit code.
+
+python train.py --env_conf 32x.json --dry_run --device_memory 24GiB,24GiB
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from accelerate.utils import convert_file_size_to_int
+from rich.console import Console
+from rich.table import Table
+
+from uiollms.config import ConfigError, EnvConfig
+from uiollms.placement import CPU, this_machine
+from uiollms.plan import Plan, make_plan
+
+DOES_NOT_FIT = 3  # exit code
+
+
+def dry_run(config: EnvConfig, path: str | Path, device_memory: str | None = None, console: Console | None = None) -> int:
+    """Print the plan of a config; exit code 0 if it fits, 3 if not. device_memory: "24GiB,24GiB", what GPU 0, 1, ... have, if
+    not this machine's."""
+    logging.getLogger("accelerate.utils.modeling").setLevel(logging.ERROR)  # it warns of GPUs that are not here
+    machine = None if device_memory is None else parse_memory(device_memory) | {CPU: this_machine()[CPU]}
+    plan = make_plan(config, path, machine)
+    print_plan(plan, console or Console(width=130))
+    return 0 if plan.fits else DOES_NOT_FIT
+
+
+def parse_memory(text: str) -> dict[torch.device, int]:
+    """ "24GiB,24GiB" -> bytes of GPU 0 and 1. Raises ConfigError."""
+    try:
+        sizes = [convert_file_size_to_int(size.strip()) for size in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--device_memory {text}: expected one size a GPU, such as 24GiB,24GiB") from None
+    return {torch.device("cuda", i): size for i, size in enumerate(sizes)}
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    table = Table(
+        title=f"one training step: a document of {plan.length:,} tokens, chunk_batch {plan.chunk_batch} (GiB)",
+        title_justify="left",
+    )
+    for column in ("device", "weights", "LoRA, optimizer", "memories", "keys, values", "their gradients", "activations"):
+        table.add_column(column, justify="left" if column == "device" else "right")
+    for column in ("total", "has", "fits"):
+        table.add_column(column, justify="right")
+    for device, need in plan.need.items():
+        have = plan.have[device]
+        figures = [f"{size / 2**30:.2f}" for size in (*need, need.total)]
+        table.add_row(str(device), *figures, f"{have / 2**30:.2f}" if have else "not here", "yes" if need.total <= have else "NO")
+    console.print(table)
+    longest = (
+        "none" if plan.longest is None else f"{plan.longest:,} tokens{' (the capacity)' if plan.longest == plan.capacity else ''}"
+    )
+    most = "none" if plan.most_chunks is None else f"{plan.most_chunks}"
+    console.print(f"longest document with chunk_batch {plan.chunk_batch}: {longest}")
+    console.print(f"largest chunk_batch at {plan.length:,} tokens: {most}")
+    tera = plan.flops / 1e12
+    console.print(f"useful work of a step: {tera:,.3g} TFLOP; on devices that really do 100 TFLOP/s in turn, {tera / 100:,.3g} s")
+    if not all(plan.have.values()):
+        console.print("a GPU that the map names is not here; --device_memory 24GiB,24GiB asks about other machines")
