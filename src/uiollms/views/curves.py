@@ -27,7 +27,7 @@ def plot_training(run: Path, path: Path | None = None) -> Path:
     x, y = [m["iteration"] for m in steps], [m["nll"] for m in steps]
     panels[0].plot(x, y, ".", color="0.75", markersize=4, label="training batch")
     width = max(1, len(y) // 20)
-    panels[0].plot(x, smoothed(y, width), color="0.3", label=f"mean of the last {width}")
+    panels[0].plot(x, smoothed(y, width), color="0.3", label=f"mean of the last {width}" if width > 1 else "training")
     for mode, color in COLORS.items():
         points = [(iteration, math.log(task[mode]["perplexity"])) for iteration, task in evaluations if mode in task]
         if points:

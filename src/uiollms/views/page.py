@@ -78,7 +78,8 @@ def draw(run: RunFolder, folder: Path) -> Iterator[Picture]:
         said = f"Share of a layer's attention, averaged over heads and tokens, in one document of {about['tokens']} tokens from "
         said += f"{about['task']} in chunks of {about['chunk_size']} with {about['num_memory']} slots each, weights: "
         said += f"{about['weights']}. Left: what a memory of each age gets, averaged over the chunks that have one "
-        said += "so old. Right: all memories together; the rest goes to the chunk's own tokens."
+        said += "so old (logarithmic colours, down to a thousandth of the largest). Right: all memories together; the rest goes "
+        said += "to the chunk's own tokens."
         yield Picture(plot_attention(run.attention, folder / "attention.png"), "Attention to memory", said)
 
 

@@ -54,16 +54,19 @@ def style(mode: str) -> dict[str, Any]:
 
 
 def plot_positions(result: TaskResult, axes: Any) -> None:
-    shown = []
+    shown, first = [], float(result.chunk_size)
     for mode in (mode for mode in NAMES if mode in result.modes):
         buckets = result.modes[mode]["by_position"]
         middles = [math.sqrt(b["start"] * (b["stop"] - 1)) for b in buckets]
         axes.plot(middles, [b["perplexity"] for b in buckets], markersize=4, **style(mode))
-        shown += [b["perplexity"] for b in buckets if b["stop"] > result.chunk_size // 4]
-    # A document's first tokens, a bucket of one or two each, would press everything else flat: they may leave the panel.
+        wanted = [b for b in buckets if b["stop"] > result.chunk_size // 4]
+        shown += [b["perplexity"] for b in wanted]
+        first = min([first, *(b["start"] for b in wanted)])
+    # A document's first tokens, a bucket of one or two each, would press everything else flat: they are outside the panel.
     margin = 0.1 * (max(shown) - min(shown)) or 1
     axes.set_ylim(min(shown) - margin, max(shown) + margin)
     axes.set_xscale("log", base=2)
+    axes.set_xlim(left=first)
     axes.axvline(result.chunk_size, color="0.6", linestyle=":", label="first memory")
     axes.set_xlabel("token position (buckets between powers of two)")
     axes.set_ylabel(f"perplexity ({result.protocol} protocol)")
@@ -106,18 +109,21 @@ def plot_bars(result: TaskResult, axes: Any) -> None:
 
 
 def plot_attention(mass: AttentionMass, path: Path) -> Path:
-    """A heat map, layers x age of memory in chunks; beside it what all memories get together, by how many a chunk reads."""
+    """A heat map, layers x age of memory in chunks, its colours logarithmic because layers differ by orders of magnitude; beside
+    it what all memories get together, by how many a chunk reads."""
+    from matplotlib.colors import LogNorm, Normalize
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 5.5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for axes, values, label, title in (
-        (left, mass.by_age, "age of the memory, in chunks (1 = the chunk before)", "to a memory, by its age"),
-        (right, mass.on_memory, "memories that the chunk reads", "to all memories together"),
-    ):
+    most = 100 * mass.by_age.max().item()
+    by_age = ("to a memory, by its age", "age in chunks (1 = the chunk before)", LogNorm(most / 1000, most, clip=True))
+    together = ("to all memories together", "memories that the chunk reads", Normalize(vmin=0))
+    for axes, values, (title, label, norm) in ((left, mass.by_age, by_age), (right, mass.on_memory, together)):
         layers, columns = values.shape
         extent = (0.5, columns + 0.5, -0.5, layers - 0.5)
-        image = axes.imshow((100 * values).numpy(), origin="lower", aspect="auto", extent=extent, vmin=0, interpolation="nearest")
+        percent = (100 * values).numpy()
+        image = axes.imshow(percent, origin="lower", aspect="auto", extent=extent, norm=norm, interpolation="nearest")
         figure.colorbar(image, ax=axes, label="% of the layer's attention")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.yaxis.get_major_locator().set_params(integer=True)
