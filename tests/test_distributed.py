@@ -391,7 +391,7 @@ def test_chunk_ranks_must_divide(run_folder):
 
 
 def test_a_base_sharded_by_fsdp(tmp_path):
-    """As docs/scaling-parallel.md has it: frozen linear layers sharded, documents of equal length; equal gradients."""
+    """As docs/scaling.md has it: frozen linear layers sharded, documents of equal length; equal gradients."""
 
     def document(rank: int) -> Sample:
         return Sample.document(random_ids(38, seed=rank), 8)

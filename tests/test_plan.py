@@ -122,6 +122,7 @@ def test_the_command(workspace, capsys):
     assert call("train.py", "--env_conf", "env.json", "--dry_run") == 0
     printed = capsys.readouterr().out
     assert "a document of 80 tokens, chunk_batch 4" in printed and "longest document with chunk_batch 4: 912 tokens" in printed
+    assert "s where 100 GFLOP/s are really done" in printed
     assert not Path("out").exists()  # nothing is run
     assert call("train.py", "--env_conf", "env.json", "--dry_run", "--set", "model.device_map=0") == 3
     assert "not here" in capsys.readouterr().out
