@@ -24,11 +24,11 @@ from uiollms.evaluation import Evaluation
 from uiollms.faults import training_on
 from uiollms.plan import choose_chunk_batch
 from uiollms.pretrained import check_env, count_parameters, load_memory_lm
-from uiollms.report import print_results
 from uiollms.run import Run, open_run
 from uiollms.run_state import TrainingState
 from uiollms.step import gradient_step
-from uiollms.training import Samples, learning_rate, make_optimizer
+from uiollms.training import Samples, gradient_norms, learning_rate, make_optimizer
+from uiollms.views.tables import print_results
 
 
 def main(arguments: list[str] | None = None) -> int | None:
@@ -79,7 +79,7 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
         run.exit_if_signalled()
 
     model.train()
-    iterations = range(state.iteration, train.train_iters)
+    iterations = run.timed(range(state.iteration, train.train_iters))
     shown = dict(desc="train", unit="it", smoothing=0.1, initial=state.iteration, total=train.train_iters)
     progress = output.bar(iterations, **shown)
     if run.evaluation_missing(state.iteration):
@@ -105,6 +105,7 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
             tokens += document.sample.num_tokens * world.chunks.is_first
         world.sum_gradients(parameters)
         nll, scored, tokens = world.sum(float(nll), scored, tokens)
+        norms = gradient_norms(model)
         grad_norm = clip_grad_norm_(parameters, train.clip_grad).item()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(iteration, train)
@@ -116,7 +117,7 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
         done = state.advance(good)
         lr, mean_nll = optimizer.param_groups[0]["lr"], nll / scored
         if good:
-            run.log(iteration=done, nll=mean_nll, lr=lr, grad_norm=grad_norm)
+            run.log(iteration=done, nll=mean_nll, lr=lr, grad_norm=grad_norm, grad_norms=norms, tokens=int(tokens))
         else:
             sources = [name for names in world.data.every(sources) for name in names]
             run.log(iteration=done, skipped=sources, lr=lr)
