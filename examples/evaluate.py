@@ -9,8 +9,8 @@ import sys
 from uiollms import MemoryLM
 from uiollms.config import TaskEntry
 from uiollms.evaluation import Evaluation
-from uiollms.report import print_results
 from uiollms.saving import load_tokenizer
+from uiollms.views.tables import print_results
 
 folder, *documents = sys.argv[1:]
 model, tokenizer = MemoryLM.from_pretrained(folder), load_tokenizer(folder)
