@@ -129,7 +129,7 @@ def newest_checkpoint(path: Path) -> Path | None:
 
 def find_weights(config: EnvConfig | None, tested: dict[str, Any]) -> str | None:
     """The weights that test.py evaluated, else those it would."""
-    return tested.get("weights") or (config and weights_of(config))
+    return tested.get("weights") or (weights_of(config) if config else None)
 
 
 def find_compressor(config: EnvConfig | None, checkpoint: Path | None) -> MemoryConfig | None:
