@@ -11,10 +11,12 @@ from types import ModuleType
 import pytest
 import torch
 from conftest import MEMORY, gradients, make_base, make_model, random_ids, relative_error, worst_error
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 import uiollms
 from uiollms import ConfigError, MemoryConfig, MemoryLM, base, flash
+from uiollms.attention import decoder_mask
 from uiollms.config import load_env_config
 from uiollms.evaluate import token_losses
 from uiollms.pretrained import load, load_memory_lm
@@ -208,6 +210,29 @@ def test_generation(kernel):
 def test_the_encoder(kernel, num_memory):
     config = MemoryConfig(**MEMORY.model_dump() | dict(num_memory=num_memory))
     agree(make_model(config=config), lambda model: [model.encode(random_ids(3, 8))])
+
+
+@pytest.mark.parametrize("slots, past, length", [([1, 2], 0, 2), ([0, 3, 1], 4, 3), ([2, 2], 3, 2), ([0], 2, 3), ([4, 0], 2, 1)])
+def test_rows_are_the_decoder_mask(kernel, slots, past, length):
+    """Values and gradients of one attention, 4 heads over 2 key/value heads."""
+    rows, keys = len(slots), max(slots) + past + length
+    shapes = (rows, 4, length, 8), (rows, 2, keys, 8), (rows, 2, keys, 8)
+    tensors = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+    seen = flash.Rows.of(slots, past, length, torch.device("cpu"))
+    found, _ = flash.attend(None, *tensors, None, 8**-0.5, seen)
+    query, key, value = tensors
+    expected = F.scaled_dot_product_attention(
+        query,
+        key.repeat_interleave(2, 1),
+        value.repeat_interleave(2, 1),
+        decoder_mask(slots, past, length, seen.device),
+        is_causal=keys == length > 1,
+    ).transpose(1, 2)
+    assert relative_error(found, expected) < PROVEN
+    of = torch.randn_like(found)
+    pairs = zip(torch.autograd.grad(found, tensors, of), torch.autograd.grad(expected, tensors, of), strict=True)
+    assert all(relative_error(*pair) < PROVEN for pair in pairs)
+    assert [name for name, _ in kernel.calls] == ["varlen" if len(set(slots)) > 1 else "dense"]
 
 
 @torch.no_grad()

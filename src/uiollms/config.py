@@ -66,9 +66,7 @@ class ModelSection(Checked):
         description="the base's family, must agree with its own config"
     )
     attn_implementation: Literal["auto", "sdpa", "flash_attention_2"] = Field(
-        "auto",
-        description="kernel of the base's attention; flash_attention_2 needs CUDA, the package flash-attn and bf16 or fp16; "
-        "auto = sdpa, which runs everywhere",
+        "auto", description="of the base; flash_attention_2: CUDA, bf16 or fp16 and the package flash-attn; auto = sdpa"
     )
     config: str = Field(description="path of the compressor config")
     save_ckp: str | None = Field(None, description="where checkpoints go; a name ending in .pth is the authors' format")
