@@ -2,23 +2,24 @@
 
 python test.py --env_conf smollm2-8x.json
 python test.py --env_conf smollm2-8x.json --use_env_conf_tasks
+python test.py --env_conf smollm2-8x.json --quiet --json | python -m json.tool
 """
 
 import json
 import sys
 
-from tqdm import tqdm
-
 from uiollms.checkpoint import load_weights
 from uiollms.cli import parse_arguments, reporting_errors
 from uiollms.config import load_env_config, load_tasks
+from uiollms.environment import device_name, environment
 from uiollms.evaluation import Evaluation
 from uiollms.paths import run_folder
 from uiollms.plan import choose_chunk_batch
 from uiollms.pretrained import base_config, check_env, check_sources, load_memory_lm
-from uiollms.report import plot_results, print_results
 from uiollms.results import save_token_nlls
 from uiollms.saving import weights_of
+from uiollms.views.plots import plot_results
+from uiollms.views.tables import print_results
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -36,18 +37,22 @@ def main(arguments: list[str] | None = None) -> None:
     weights = weights_of(config)
     if weights:
         load_weights(model, weights)
-    print(f"weights: {weights or 'untrained'}, base in {model.dtype}")
+    args.output.say(f"weights: {weights or 'untrained'}, base in {model.dtype}")
 
     evaluation = Evaluation(model, tokenizer, tasks)
-    results = evaluation.run(lambda documents: tqdm(documents, desc="evaluate", leave=False))
-    print_results(results)
+    results = evaluation.run(lambda documents: args.output.bar(documents, desc="evaluate", leave=False))
+    if args.output.has_words:
+        print_results(results)
     folder = run_folder(config.train.run_dir, config.model.save_ckp, args.env_conf)
     folder.mkdir(parents=True, exist_ok=True)
-    summaries = {"weights": weights, "results": [r.summary() for r in results]}
+    versions = environment() | {"dtype": str(model.dtype), "device": device_name()}
+    about = {"weights": weights and str(weights), "config": config.model_dump(mode="json"), "versions": versions}
+    summaries = about | {"results": [r.summary() for r in results]}
     (folder / "test.json").write_text(json.dumps(summaries, indent=4) + "\n")
     save_token_nlls(results, folder / "test-nll.safetensors")
     plot_results(results, folder / "test.png")
-    print(f"written to {folder}: test.json (all numbers), test-nll.safetensors (every token's NLL), test.png")
+    args.output.line(json.dumps(summaries))
+    args.output.say(f"written to {folder}: test.json (all numbers), test-nll.safetensors (every token's NLL), test.png")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 python train.py --env_conf smollm2-8x.json
 python train.py --env_conf smollm2-8x.json --set train.max_lr=5e-4 --set train.train_iters=100
 python train.py --env_conf smollm2-8x.json --resume
+python train.py --env_conf smollm2-8x.json --quiet --json > metrics.jsonl
 torchrun --nproc_per_node 2 train.py --env_conf smollm2-8x.json
 python train.py --env_conf 32x.json --dry_run --device_memory 24GiB,24GiB
 """
@@ -12,10 +13,9 @@ import sys
 from pathlib import Path
 
 from torch.nn.utils import clip_grad_norm_
-from tqdm import tqdm
 
 from uiollms.checkpoint import load_weights
-from uiollms.cli import parse_arguments, reporting_errors
+from uiollms.cli import SILENT, Output, parse_arguments, reporting_errors, step_words
 from uiollms.config import EnvConfig, load_env_config
 from uiollms.distributed import World, open_world
 from uiollms.dry_run import dry_run
@@ -24,29 +24,30 @@ from uiollms.evaluation import Evaluation
 from uiollms.faults import training_on
 from uiollms.plan import choose_chunk_batch
 from uiollms.pretrained import check_env, count_parameters, load_memory_lm
-from uiollms.report import print_results
 from uiollms.run import Run, open_run
 from uiollms.run_state import TrainingState
 from uiollms.step import gradient_step
-from uiollms.training import Samples, learning_rate, make_optimizer
+from uiollms.training import Samples, gradient_norms, learning_rate, make_optimizer
+from uiollms.views.tables import print_results
 
 
 def main(arguments: list[str] | None = None) -> int | None:
     args = parse_arguments(__doc__, arguments)
     config = load_env_config(args.env_conf, args.set)
     if args.dry_run:
-        return dry_run(config, args.env_conf, args.device_memory)
+        return dry_run(config, args.env_conf, args.device_memory, args.output.console(width=130))
     compressor = check_env(config, args.env_conf)
     config = choose_chunk_batch(config, args.env_conf)
     with (
         open_world(config) as world,
         open_run(config, compressor, args.env_conf, args.resume, args.restart, world) as run,
     ):
-        fit(config, args.env_conf, run, world)
+        run.echo = args.output.line
+        fit(config, args.env_conf, run, world, args.output if world.is_first else SILENT)
     return 0
 
 
-def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World) -> None:
+def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output: Output) -> None:
     train = config.train
     model, tokenizer = load_memory_lm(config, env_conf)
     if config.model.load_ckp:
@@ -57,8 +58,7 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World) -> None
     parameters = list(model.trainable_parameters().values())
     evaluation = Evaluation(model, tokenizer, train.tasks if world.is_first else ())
     trained, frozen = count_parameters(model)
-    say = print if world.is_first else lambda *_: None
-    say(f"trained parameters {trained / 1e6:.1f} M, frozen {frozen / 1e6:.1f} M in {model.dtype}")
+    output.say(f"trained parameters {trained / 1e6:.1f} M, frozen {frozen / 1e6:.1f} M in {model.dtype}")
 
     state = TrainingState(model, tokenizer, optimizer, samples)  # all that changes from here on
     run.begin(state)  # at iteration 0, or where a checkpoint stands; in all processes alike
@@ -66,24 +66,27 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World) -> None
     def evaluate() -> None:
         try:
             if world.is_first:
-                results = evaluation.run(lambda documents: tqdm(run.unless_stopped(documents), desc="evaluate", leave=False))
+                results = evaluation.run(
+                    lambda documents: output.bar(run.unless_stopped(documents), desc="evaluate", leave=False)
+                )
                 run.log(iteration=state.iteration, eval=[r.summary() for r in results])
                 run.plot()
                 progress.clear()
-                print_results(results)
+                if output.has_words:
+                    print_results(results)
         finally:
             run.agree_to_stop()  # here the other processes wait for the first
         run.exit_if_signalled()
 
     model.train()
-    iterations = range(state.iteration, train.train_iters)
+    iterations = run.timed(range(state.iteration, train.train_iters))
     shown = dict(desc="train", unit="it", smoothing=0.1, initial=state.iteration, total=train.train_iters)
-    progress = tqdm(iterations, **shown, disable=not world.is_first)
+    progress = output.bar(iterations, **shown)
     if run.evaluation_missing(state.iteration):
         evaluate()
     for iteration in progress:
         # ---- the algorithm -----------------------------------------------------------------------------------------
-        nll, scored, sources = 0.0, 0, []
+        nll, scored, tokens, sources = 0.0, 0, 0, []
         documents = train.accum_grad * world.data.size  # a step; each is shared by the world.chunks
         for document in samples.take(documents, world.data):  # this process's, cut into chunks
             sources.append(document.source)
@@ -99,8 +102,10 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World) -> None
                     group=world.chunks,
                 )
             nll, scored = nll + result.nll.cpu(), scored + int(result.scored.sum())
+            tokens += document.sample.num_tokens * world.chunks.is_first
         world.sum_gradients(parameters)
-        nll, scored = world.sum(float(nll), scored)
+        nll, scored, tokens = world.sum(float(nll), scored, tokens)
+        norms = gradient_norms(model)
         grad_norm = clip_grad_norm_(parameters, train.clip_grad).item()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(iteration, train)
@@ -112,11 +117,11 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World) -> None
         done = state.advance(good)
         lr, mean_nll = optimizer.param_groups[0]["lr"], nll / scored
         if good:
-            run.log(iteration=done, nll=mean_nll, lr=lr, grad_norm=grad_norm)
+            run.log(iteration=done, nll=mean_nll, lr=lr, grad_norm=grad_norm, grad_norms=norms, tokens=int(tokens))
         else:
             sources = [name for names in world.data.every(sources) for name in names]
             run.log(iteration=done, skipped=sources, lr=lr)
-        progress.set_postfix(nll=f"{mean_nll:.3f}", lr=f"{lr:.1e}")
+        progress.set_postfix_str(step_words(progress, mean_nll, lr, tokens))
 
         run.agree_to_stop()
         if run.saves(state):
@@ -128,10 +133,10 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World) -> None
         run.plot()
 
     if samples.skipped:
-        say(f"{samples.skipped} documents that are blank or fit one chunk were skipped")
+        output.say(f"{samples.skipped} documents that are blank or fit one chunk were skipped")
     if state.skipped_steps:
-        say(f"{state.skipped_steps} steps were skipped, their loss or gradient was not finite")
-    say(f"metrics and curve.png are in {run.folder}, weights in {config.model.save_ckp or 'no file (save_ckp is null)'}")
+        output.say(f"{state.skipped_steps} steps were skipped, their loss or gradient was not finite")
+    output.say(f"metrics and curve.png are in {run.folder}, weights in {config.model.save_ckp or 'no file (save_ckp is null)'}")
 
 
 if __name__ == "__main__":

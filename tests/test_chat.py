@@ -168,7 +168,8 @@ def test_help_shows_an_example(command, capsys):
     assert f"example: python -m uiollms {command}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("script", ["compress_and_ask.py", "generate.py"])
+# sotu_task.py belongs to an lm-eval task: tests/test_harness.py
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "examples").glob("*.py") if path.stem != "sotu_task"))
 def test_examples_run(trained, tiny_folder, capsys, monkeypatch, script):
     trained.save_pretrained("model", tokenizer=AutoTokenizer.from_pretrained(tiny_folder))
     monkeypatch.setattr(sys, "argv", [script, "model", "book0.txt"])

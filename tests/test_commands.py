@@ -1,8 +1,10 @@
 """train.py and test.py as a user runs them, on a tiny model from a local folder and text files."""
 
+import importlib
 import importlib.util
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -197,8 +199,59 @@ def test_documents_become_samples_by_their_task(workspace):
         assert torch.isfinite(uiollms.gradient_step(model, found).losses).all()
 
 
-def test_help_explains_with_an_example(capsys):
-    for command in ("train.py", "test.py"):
-        with pytest.raises(SystemExit):
-            call(command, "--help")
-        assert f"python {command} --env_conf smollm2-8x.json" in capsys.readouterr().out
+COMMANDS = {
+    "train.py": "python train.py --env_conf smollm2-8x.json",
+    "test.py": "python test.py --env_conf smollm2-8x.json",
+    "uiollms": "python -m uiollms compress book.txt -o book.mem",
+    "uiollms.data": "python -m uiollms.data --sample sotu.test",
+    "uiollms.convert": "python -m uiollms.convert --env_conf smollm2-8x.json runs/smollm2-8x/checkpoint",
+    "uiollms.study": "python -m uiollms.study gradients --env_conf smollm2-8x.json",
+    "uiollms.study gradients": "python -m uiollms.study gradients --env_conf smollm2-8x.json",
+    "uiollms.study cost": "python -m uiollms.study cost --env_conf smollm2-8x.json",
+    "uiollms.study learning": "python -m uiollms.study learning --env_conf config/study-learning.json",
+    "uiollms.study recall": "python -m uiollms.study recall --distances 4",
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_explains_with_an_example(command, capsys):
+    name, *sub = command.split()
+    with pytest.raises(SystemExit) as end:
+        if name.endswith(".py"):
+            call(name, "--help")
+        else:
+            module = importlib.import_module(f"{name}.__main__" if name != "uiollms.convert" else name)
+            module.main([*sub, "--help"])
+    assert end.value.code == 0 and COMMANDS[command] in capsys.readouterr().out
+
+
+def test_the_bar_says_how_training_goes(workspace, capsys):
+    assert call("train.py", "--env_conf", "env.json") == 0
+    shown = capsys.readouterr()
+    last = shown.err.split("train: ")[-1]
+    assert re.search(r"3/3 \[00:\d\d<00:00, .*nll \d+\.\d{3}, lr \d\.\de-\d\d, [\d,]+ tokens/s\]", last), last
+    assert "with memory" in shown.out and "trained parameters" in shown.out
+
+
+@pytest.mark.parametrize("flags", [["--json"], ["--quiet", "--json"], ["--quiet"]], ids=" ".join)
+def test_output_for_scripts(workspace, capsys, flags):
+    assert call("train.py", "--env_conf", "env.json", *flags) == 0
+    trained = capsys.readouterr()
+    assert trained.out == (Path("out/metrics.jsonl").read_text() if "--json" in flags else "")
+    assert ("train: 100%" in trained.err) == ("--quiet" not in flags)
+
+    assert call("test.py", "--env_conf", "env.json", *flags) == 0
+    tested = capsys.readouterr()
+    assert ("evaluate:" in tested.err) == ("--quiet" not in flags)
+    if "--json" in flags:
+        assert json.loads(tested.out) == json.loads(Path("out/test.json").read_text())
+    else:
+        assert tested.out == ""
+
+
+def test_a_dry_run_for_scripts_is_its_exit_code(workspace, capsys):
+    assert call("train.py", "--env_conf", "env.json", "--dry_run", "--quiet") == 0
+    assert capsys.readouterr().out == ""
+    with pytest.raises(SystemExit):
+        call("train.py", "--env_conf", "env.json", "--dry_run", "--json")
+    assert "its exit code says whether the run fits" in capsys.readouterr().err

@@ -19,7 +19,7 @@ from uiollms.config import (
 )
 from uiollms.placement import normalised
 from uiollms.pretrained import KNOWN_SHAPES, check_env, check_truncations
-from uiollms.schema import SCHEMAS, schema_text
+from uiollms.schema import SCHEMAS, config_page, schema_text
 
 ROOT = Path(__file__).parent.parent
 AUTHORS = ROOT.parent / "shared" / "configs"
@@ -55,6 +55,14 @@ def test_every_committed_json_loads(path, monkeypatch):
 def test_all_kinds_were_visited():
     assert {kind_of(p) for p in COMMITTED} == {"env", "memory", "test", "schema"}
     assert set(SCHEMAS) == {p.name for p in (ROOT / "config/schema").glob("*.json")}
+
+
+def test_the_page_of_all_fields_is_the_generated_one():
+    page = (ROOT / "docs" / "config.md").read_text()
+    assert page == config_page(), "run: make schema"
+    for field in ("model.save_ckp", "train.corpus[].crop", "train.tasks[].compare", "test", "num_memory", "tasks[]"):
+        assert f"\n| `{field}` | " in page
+    assert '\n| `train.loss` | `paper`, `document` | `"paper"` | ' in page  # allowed, default
 
 
 def test_32x_is_the_papers():
@@ -203,6 +211,12 @@ def test_a_bare_list_of_tasks_is_a_test_file(tmp_path):
     task = dict(task_type="perplexity", task_name="sotu.test", num_instance=1, truncation=None)
     (tmp_path / "t.json").write_text(json.dumps([task]))
     assert load_tasks(tmp_path / "t.json") == parse(TestFile, {"tasks": [task]}, "t").tasks
+
+
+def test_a_task_that_the_release_only_names_is_refused():
+    task = dict(task_type="Random_Memory_Utilization", task_name="sotu.test", num_instance=1)
+    with pytest.raises(ConfigError, match="the release names this task but has no code for it; use 'memory utilization'"):
+        parse(TestFile, {"tasks": [task]}, "t.json")
 
 
 def test_every_structure_is_a_tested_family():

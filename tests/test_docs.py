@@ -1,12 +1,16 @@
 """Rules as tests: what the documents name exists, versions agree, imports point one way, files stay small."""
 
 import ast
+import importlib.util
+import platform
 import re
 import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from rattler import BuildString, Channel, MatchSpec, PackageRecord
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "uiollms"
@@ -15,10 +19,11 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / 
 
 # Lower modules first: a module imports only from above itself in this list.
 ORDER = """
-    config schema faults integrity paths environment devices distributed data.cleaning data.documents data.files data.hub
+    refusals config schema faults integrity paths environment devices distributed data.cleaning data.documents data.files data.hub
     data.beacons data.corpora_text data.corpora_own data.corpora_tasks data.mixture data lora loss attention flash memory library
     usage generation base model pretend_kernels pretend placement pretrained tasks flops estimators kv_gradients step evaluate
-    samples retrieval results evaluation training checkpoint saving run_state report run cli plan dry_run convert data.__main__
+    samples retrieval results evaluation training checkpoint saving run_state metrics attention_mass views views.tables
+    views.plots views.curves run cli plan dry_run convert harness views.folder views.page report data.__main__
     study.gradients study.cost study.tables study.learning study.recall study study.__main__ __main__ __init__
 """.split()
 # from_pretrained and save_pretrained are methods of the model, as in transformers; they import their work when called.
@@ -91,11 +96,54 @@ def test_every_link_leads_somewhere_from_where_it_stands(document):
         assert not anchor or anchor in anchors(target), f"{document.name} links to {path}#{anchor}"
 
 
+COMMAND = re.compile(r"python (-m uiollms[\w.]*|-m benchmarks|[\w/]+\.py)([^`\n#]*)")
+
+
+def test_every_command_a_document_names_exists():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    found = 0
+    for document in DOCUMENTS:
+        text = document.read_text()
+        named = re.findall(r"(?:`|^    )make ([\w-]+)", text, re.MULTILINE)
+        assert set(named) <= targets, f"{document.name}: make {set(named) - targets}"
+        for program, arguments in COMMAND.findall(text):
+            path = ROOT / program
+            if program.startswith("-m"):
+                place = (ROOT if program == "-m benchmarks" else ROOT / "src") / program.removeprefix("-m ").replace(".", "/")
+                path = place / "__main__.py" if place.is_dir() else place.with_suffix(".py")
+            assert path.exists(), f"{document.name}: python {program}"
+            if program == "-m uiollms.harness":
+                continue  # its options are lm-eval's
+            options = path.read_text() + (PACKAGE / "cli.py").read_text()
+            for flag in re.findall(r"--\w+", arguments):
+                found += 1
+                assert f'"{flag}"' in options, f"{document.name}: python {program} has no {flag}"
+    assert found > 30
+
+
+def test_every_test_a_document_names_exists():
+    written = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    tests = set(re.findall(r"^def (test_\w+)", written, re.MULTILINE))
+    for document in DOCUMENTS:
+        named = set(re.findall(r"`(test_\w+)`", document.read_text()))
+        assert named <= tests, f"{document.name} names {named - tests}"
+
+
 def test_the_readme_is_short_and_leads_to_every_page():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 120
     linked = {ROOT / path for path, _ in LINK.findall(text)}
     assert set(ROOT.glob("docs/*.md")) <= linked
+
+
+def test_the_pictures_are_drawn_by_the_programs_functions():
+    spec = importlib.util.spec_from_file_location("picture", ROOT / "docs" / "picture.py")
+    picture = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(picture)
+    assert {path.name for path in (ROOT / "docs").glob("*.png")} == set(picture.PICTURES)
+    encoder, _ = picture.masks(l=4, m=2).axes
+    assert encoder.images[0].get_array().tolist()[4:] == [[1, 1, 0, 0, 2, 0], [1, 1, 1, 1, 0, 2]]  # attention.py's example
+    assert len(picture.weights(draws=2).axes) == 2 * 5
 
 
 def test_environment_yaml_agrees_with_pyproject():
@@ -106,16 +154,45 @@ def test_environment_yaml_agrees_with_pyproject():
     assert f"python{project['requires-python']}" in conda["dependencies"]
 
 
-def test_the_lock_satisfies_pyproject():
-    from packaging.requirements import Requirement
+def locked_versions() -> dict[str, str]:
+    """requirements.lock as name -> version."""
+    lines = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if "==" in line and line[0] != "#"]
+    return {name.lower().replace("_", "-"): version for name, version in (line.split("==") for line in lines)}
 
-    locked = dict(
-        line.split("==") for line in (ROOT / "requirements.lock").read_text().splitlines() if "==" in line and line[0] != "#"
+
+def test_environment_yaml_is_what_conda_can_read():
+    """It cannot be solved where no channel is: its syntax is held to conda's own grammar, its pip part to the lock file."""
+    conda = yaml.safe_load((ROOT / "environment.yaml").read_text())
+    assert conda.keys() == {"name", "channels", "dependencies"}
+    assert [Channel(name).name for name in conda["channels"]] == ["conda-forge"]
+    texts = [text for text in conda["dependencies"] if isinstance(text, str)]
+    python, _ = (MatchSpec(text, strict=True) for text in texts)  # raises what conda could not read
+    assert python.matches(PackageRecord("python", platform.python_version(), BuildString("0"), 0, "linux-64"))
+    (pip,) = [d["pip"] for d in conda["dependencies"] if isinstance(d, dict)]
+    for requirement in map(Requirement, pip):
+        assert requirement.specifier.contains(locked_versions()[requirement.name.lower()]), requirement
+
+
+def test_citation_and_changelog_know_this_version():
+    """CITATION.cff was validated with cffconvert 2.0.0 when it was written; here what would go stale."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (citation["title"], citation["version"], citation["license"]) == (
+        project["name"],
+        project["version"],
+        project["license"],
     )
-    locked = {name.lower().replace("_", "-"): version for name, version in locked.items()}
+    (paper,) = citation["references"]
+    assert "2406.18173" in str(paper["identifiers"]) and "arXiv 2406.18173" in (ROOT / "src/uiollms/__init__.py").read_text()
+    assert f"## {project['version']}" in (ROOT / "CHANGELOG.md").read_text()
+    assert "Apache License" in (ROOT / "LICENSE").read_text()
+
+
+def test_the_lock_satisfies_pyproject():
+    locked = locked_versions()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    for text in project["dependencies"] + extras["dev"] + extras["smollm2"]:
+    for text in project["dependencies"] + extras["dev"] + extras["smollm2"] + extras["lm-eval"]:
         requirement = Requirement(text)
         assert requirement.specifier.contains(locked[requirement.name.lower()]), text
 

@@ -18,11 +18,11 @@ from uiollms.data import Document
 from uiollms.evaluate import token_losses
 from uiollms.evaluation import Evaluation, Instance, partner
 from uiollms.pretrained import load_memory_lm
-from uiollms.report import plot_training
 from uiollms.results import DocumentScore, TaskResult, bleu4, bootstrap, rouge_l
 from uiollms.retrieval import WORDS, trials
 from uiollms.samples import SampleMaker
 from uiollms.tasks import Sample
+from uiollms.views.curves import plot_training
 
 TEXT = "The harbour has three walls, and on calm days their stones can be counted under the water. "
 

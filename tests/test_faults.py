@@ -44,7 +44,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 # ---- the disk --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [2_000, 20_000])
+@pytest.mark.parametrize("size", [5_000, 20_000])
 def test_a_full_disk_while_saving(two_checkpoints, size):
     """Files larger than `size` cannot be written: the adapters, or the random generators."""
     before = contents(two_checkpoints)

@@ -124,6 +124,16 @@ def test_the_past_is_neither_encoded_nor_projected_again():
 
 
 @torch.no_grad()
+def test_memories_keep_nothing_else_alive():
+    """The release keeps a view of all hidden states, 33 times as large (6-faults-of-the-release.md, 7)."""
+    model = make_model()
+    state = model(random_ids(1, 20)).past_key_values
+    for memory in [*model.encode_layers(random_ids(2, 8)), model.encode(random_ids(2, 8))]:
+        assert memory.untyped_storage().nbytes() == memory.nbytes
+    for keys in (*state.memory_keys, *state.memory_values):  # 4 slots, with room for the open chunk of 8 behind them
+        assert keys.untyped_storage().nbytes() <= keys.nbytes // 4 * (4 + 8)
+
+
 @torch.no_grad()
 def test_continuations_that_share_room_do_not_see_each_other():
     """Without a graph, new tokens are written behind a state's own instead of copying all; crossing a boundary on the way."""

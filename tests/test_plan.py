@@ -16,7 +16,7 @@ from uiollms.config import ConfigError, load_env_config
 from uiollms.dry_run import dry_run, parse_memory
 from uiollms.estimators import make_estimator
 from uiollms.placement import CPU
-from uiollms.plan import Rehearsal, choose_chunk_batch, largest, make_plan
+from uiollms.plan import Rehearsal, choose_chunk_batch, largest, largest_batch, make_plan
 
 ROOT = Path(__file__).parent.parent
 GPUS = [torch.device("cuda", i) for i in range(2)]
@@ -81,20 +81,19 @@ def test_what_fits_and_what_is_largest(workspace, monkeypatch):
 
 
 def test_chunk_batch_auto_is_what_memory_allows(workspace, monkeypatch):
-    """The largest that leaves a fifth free, nothing past 16, and 1 where nothing fits; several processes share the CPU."""
-    config = load_env_config("env.json", ["train.chunk_batch=auto", "train.corpus.0.truncation=640"])
+    """The largest that leaves a fifth free, nothing past the largest, and 1 where nothing fits; processes share the CPU."""
+    config = load_env_config("env.json", ["train.chunk_batch=auto"])  # a document of 80 tokens: 4 chunks in memory
     needs = Rehearsal(config, "env.json", {CPU: 2**40})
 
     def chosen(free: float) -> int:
-        monkeypatch.setattr(plan, "this_machine", lambda: {CPU: int(free)})
-        return choose_chunk_batch(config, "env.json").train.chunk_batch
+        needs.machine = {CPU: int(free)}
+        return largest_batch(needs, 4)
 
-    assert chosen(2**40) == 16
-    enough = needs.need(39, 8)[CPU].total / 0.8
-    assert (chosen(enough + 2), chosen(enough - 2), chosen(1000)) == (8, 4, 1)
-    assert make_plan(config, "env.json", {CPU: int(enough + 2)}).chunk_batch == 8
+    enough = needs.need(4, 2)[CPU].total / 0.8
+    assert (chosen(2**40), chosen(enough + 2), chosen(enough - 2), chosen(1000)) == (4, 2, 1, 1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert (chosen(2 * enough + 4), chosen(2 * enough - 4)) == (8, 4)
+    assert (chosen(2 * enough + 4), chosen(2 * enough - 4)) == (2, 1)
+    assert choose_chunk_batch(config, "env.json").train.chunk_batch == 4
     given = load_env_config("env.json")
     assert choose_chunk_batch(given, "env.json") is given
 
@@ -122,6 +121,7 @@ def test_the_command(workspace, capsys):
     assert call("train.py", "--env_conf", "env.json", "--dry_run") == 0
     printed = capsys.readouterr().out
     assert "a document of 80 tokens, chunk_batch 4" in printed and "longest document with chunk_batch 4: 912 tokens" in printed
+    assert "s where 100 GFLOP/s are really done" in printed
     assert not Path("out").exists()  # nothing is run
     assert call("train.py", "--env_conf", "env.json", "--dry_run", "--set", "model.device_map=0") == 3
     assert "not here" in capsys.readouterr().out

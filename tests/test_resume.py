@@ -35,7 +35,7 @@ def run_folder(workspace) -> Path:
 
 def metrics_of(folder: Path) -> list[dict]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "machine")} for line in lines]
 
 
 def tensors_of(folder: Path) -> dict[str, bytes]:
@@ -219,8 +219,11 @@ def test_the_run_folder(run_folder, monkeypatch):
 
     board = EventAccumulator(str(run_folder / "tensorboard")).Reload()
     expected = [line["nll"] for line in metrics_of(run_folder) if "nll" in line]
-    assert [event.value for event in board.Scalars("nll")] == pytest.approx(expected, rel=1e-6)  # stored in float32
-    assert "eval/0/memory/perplexity" in board.Tags()["scalars"]
+    assert [event.value for event in board.Scalars("train/nll/paper")] == pytest.approx(expected, rel=1e-6)  # stored in float32
+    parts = {f"train/grad_norm/{part}" for part in ("all", "encoder_lora", "decoder_lora", "token_embeddings")}
+    measured = {"train/lr", "train/tokens_per_second", "train/resident_gib", *parts}
+    assert measured <= set(board.Tags()["scalars"])
+    assert "eval/0.perplexity.paper.files:book*.txt.60/memory/perplexity" in board.Tags()["scalars"]
 
 
 CORPORA = ["files:book*.txt", "files:lines.jsonl", "files:lines.jsonl.gz", "files:rows.parquet", "sotu.train", "minipile.train"]

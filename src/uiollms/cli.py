@@ -1,15 +1,56 @@
-"""What the commands share: arguments, and errors as one line instead of a traceback."""
+"""What the commands share: arguments, what they show, and errors as one line instead of a traceback."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
 
+from rich.console import Console
+from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from uiollms.config import ConfigError
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a command shows: words and tables on stdout, progress on stderr. json: JSON alone on stdout, for scripts; quiet: no
+    words, no tables, no progress. Warnings and errors are on stderr always."""
+
+    quiet: bool = False
+    json: bool = False
+
+    @property
+    def has_words(self) -> bool:
+        return not (self.quiet or self.json)
+
+    def say(self, text: str) -> None:
+        if self.has_words:
+            print(text)
+
+    def line(self, text: str) -> None:
+        """One line of JSON, at once."""
+        if self.json:
+            print(text, flush=True)
+
+    def bar(self, items: Iterable[Any], **settings: Any) -> tqdm:
+        return tqdm(items, **settings, disable=self.quiet)
+
+    def console(self, width: int) -> Console:
+        return Console(width=width, quiet=self.quiet)
+
+
+SILENT = Output(quiet=True)
+
+
+def step_words(progress: tqdm, nll: float, lr: float, tokens: float) -> str:
+    """What the bar says of a training step of `tokens` tokens: loss, learning rate, tokens a second at the bar's pace."""
+    pace = progress.format_dict["rate"]  # steps a second, smoothed; None until there is a second step
+    return f"nll {nll:.3f}, lr {lr:.1e}" + (f", {tokens * pace:,.0f} tokens/s" if pace else "")
 
 
 def parse_arguments(doc: str | None, arguments: list[str] | None, evaluation: bool = False) -> argparse.Namespace:
@@ -22,6 +63,9 @@ def parse_arguments(doc: str | None, arguments: list[str] | None, evaluation: bo
         metavar="FIELD=VALUE",
         help="override one field of the config, value in JSON, such as train.max_lr=3e-5; may be repeated",
     )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar, no words, no table")
+    shown = "the results, as in test.json, as one JSON object" if evaluation else "every line of metrics.jsonl as it is written"
+    parser.add_argument("--json", action="store_true", help=f"{shown} on stdout, and nothing else there: for scripts")
     if evaluation:
         parser.add_argument("--use_env_conf_tasks", action="store_true", help="run the config's train.tasks instead")
     else:
@@ -42,6 +86,9 @@ def parse_arguments(doc: str | None, arguments: list[str] | None, evaluation: bo
     args = parser.parse_args(arguments)
     if not evaluation and args.device_memory and not args.dry_run:
         parser.error("--device_memory is for --dry_run")
+    if not evaluation and args.json and args.dry_run:
+        parser.error("--json: --dry_run prints a table alone; its exit code says whether the run fits")
+    args.output = Output(args.quiet, args.json)
     return args
 
 

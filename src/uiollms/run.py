@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,8 +29,8 @@ from uiollms.distributed import ALONE, Group
 from uiollms.environment import device_name, environment
 from uiollms.faults import writing
 from uiollms.integrity import remove, sync
+from uiollms.metrics import finite, machine_use, read_metrics, scalars
 from uiollms.paths import run_folder
-from uiollms.report import plot_training, read_metrics
 from uiollms.run_state import (
     Record,
     TrainingState,
@@ -44,10 +43,14 @@ from uiollms.run_state import (
     share_state,
     step_of,
 )
+from uiollms.views.curves import plot_training
 
 log = logging.getLogger("uiollms")
 
-FILES = ("checkpoints", "config.json", "versions.json", "metrics.jsonl", "log.txt", "tensorboard", "curve.png")
+FILES = (
+    *("checkpoints", "config.json", "versions.json", "metrics.jsonl", "log.txt", "tensorboard", "curve.png"),
+    *("test.json", "test-nll.safetensors", "test.png", "attention.safetensors", "report.html", "plots"),  # of the run's weights
+)
 REPEATED = 5  # seconds in which a launcher sends its processes what the terminal has sent them already
 Item = TypeVar("Item")
 
@@ -107,6 +110,7 @@ class Run:
         self.folder, self.config, self.compressor, self.stack, self.world = folder, config, compressor, stack, world
         self.checkpoints = folder / "checkpoints"
         self.metrics = folder / "metrics.jsonl"
+        self.echo: Callable[[str], None] = lambda line: None  # what else a line of metrics.jsonl goes to
         self.stopped_by: signal.Signals | None = None
         self.record: Record | None = None
         saved = saved_steps(self.checkpoints)
@@ -216,15 +220,25 @@ class Run:
     # ---- while it runs ---------------------------------------------------------------------------------------------------
 
     def log(self, **values: Any) -> None:
-        """Append one line to metrics.jsonl, with the seconds that the run has taken, and the same to TensorBoard. Numbers that
-        are not finite become null."""
+        """Append one line to metrics.jsonl, with the seconds that the run has taken, and its numbers to TensorBoard. Numbers that
+        are not finite become null. tokens: read in the iteration, from which follow those a second."""
         if not self.world.is_first:
             return
         line = {"seconds": round(time.time() - self.began, 2), **finite(values)}
+        if "tokens" in values:
+            line["machine"] = machine_use(values["tokens"], time.perf_counter() - self.clock)
+        text = json.dumps(line)
         with writing(self.metrics), self.metrics.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        for name, number in scalars(values):
+            file.write(text + "\n")
+        self.echo(text)
+        for name, number in scalars(line, self.config.train.loss):
             self.board.add_scalar(name, number, values["iteration"])
+
+    def timed(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items. The clock behind tokens a second starts anew with each: evaluations and checkpoints do not count."""
+        for item in items:
+            self.clock = time.perf_counter()
+            yield item
 
     def save(self, state: TrainingState) -> None:
         """Weights to `save_ckp`, then everything to a checkpoint; older ones than the config keeps are deleted once it is
@@ -322,23 +336,3 @@ class Run:
     def stop_by(self, number: signal.Signals) -> None:
         self.stopped_by = number
         self.ends_from = time.monotonic() + (REPEATED if self.world.size > 1 else 0)
-
-
-def finite(value: Any) -> Any:
-    """The same with None for numbers that JSON does not know."""
-    if isinstance(value, dict):
-        return {key: finite(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def scalars(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """Every number in nested dicts, and in lists of dicts, by its path: {"eval": [{"mean": 3}]} -> ("eval/0/mean", 3)."""
-    if isinstance(value, dict):
-        for key, v in value.items():
-            yield from scalars(v, f"{name}/{key}" if name else key)
-    elif isinstance(value, list | tuple) and all(isinstance(v, dict) for v in value):
-        yield from scalars(dict(enumerate(value)), name)
-    elif isinstance(value, int | float) and name != "iteration":
-        yield name, value

@@ -54,6 +54,11 @@ class Sample:
     def num_scored(self) -> int:
         return sum(len(row.scored) for row in self.rows)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the decoder reads: for plain text the document's."""
+        return sum(len(row.input_ids) for row in self.rows)
+
     @classmethod
     def language_modeling(cls, input_ids: Tensor, chunk_size: int) -> Sample:
         """The paper's protocol: per chunk the mean NLL of all tokens but its first; the means are summed.

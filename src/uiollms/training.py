@@ -1,4 +1,4 @@
-"""What surrounds the training step: samples from documents, the optimizer, the learning rate."""
+"""What surrounds the training step: samples from documents, the optimizer, the learning rate, norms of gradients."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.utils import get_total_norm
 from transformers import PreTrainedTokenizerBase
 
 from uiollms.config import ConfigError, CorpusEntry, EnvConfig, TrainSection
@@ -37,6 +38,16 @@ def make_optimizer(model: MemoryLM, config: TrainSection) -> torch.optim.AdamW:
         betas=(config.beta1, config.beta2),
         weight_decay=config.weight_decay,
     )
+
+
+def gradient_norms(model: MemoryLM) -> dict[str, float]:
+    """Euclidean norms of the gradients, by what is trained: encoder_lora, decoder_lora, token_embeddings (both together)."""
+    parts: dict[str, list[torch.Tensor]] = {"encoder_lora": [], "decoder_lora": [], "token_embeddings": []}
+    for name, parameter in model.trainable_parameters().items():
+        role, kind = name.split(".")[:2]
+        if parameter.grad is not None:
+            parts[f"{role}_lora" if kind == "layers" else "token_embeddings"].append(parameter.grad)
+    return {part: get_total_norm(gradients).item() for part, gradients in parts.items()}
 
 
 @dataclass(frozen=True)

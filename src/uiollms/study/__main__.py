@@ -63,13 +63,24 @@ def as_preset(model: MemoryLM, preset: dict[str, Any]) -> Iterator[None]:
         model.memory_config = own
 
 
+# command -> (what it does, an example of its arguments)
+COMMANDS = {
+    "gradients": ("bias and variance of every gradient estimator", "--env_conf smollm2-8x.json --preset table4"),
+    "cost": ("time and peak memory of a step, by estimator and window", "--env_conf smollm2-8x.json --preset figure7"),
+    "learning": ("what every estimator learns on text", "--env_conf config/study-learning.json --preset quick --seeds 3"),
+    "recall": ("what every estimator learns of long dependences", "--distances 4 --iterations 250 --seeds 3"),
+}
+
+
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python -m uiollms.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="what", required=True)
-    for name in ("gradients", "cost", "learning", "recall"):
-        command = commands.add_parser(name)
+    for name, (what, example) in COMMANDS.items():
+        description = f"{what[0].upper()}{what[1:]}.\n\nexample: python -m uiollms.study {name} {example}"
+        raw = argparse.RawDescriptionHelpFormatter
+        command = commands.add_parser(name, help=what, description=description, formatter_class=raw)
         command.add_argument("--out", type=Path, help="folder of the results; runs/study-... by default")
         if name != "recall":
             command.add_argument("--env_conf", required=True, metavar="FILE")

@@ -1,0 +1,30 @@
+"""Your own text with memory, without, and with the raw context: one table, and the same numbers as JSON.
+
+python examples/evaluate.py adapters/smollm2-8x README.md CONTRIBUTING.md
+"""
+
+import json
+import sys
+
+from uiollms import MemoryLM
+from uiollms.config import TaskEntry
+from uiollms.evaluation import Evaluation
+from uiollms.saving import load_tokenizer
+from uiollms.views.tables import print_results
+
+folder, *documents = sys.argv[1:]
+model, tokenizer = MemoryLM.from_pretrained(folder), load_tokenizer(folder)
+tasks = [
+    TaskEntry(
+        task_type="perplexity",
+        task_name=f"files:{document}",
+        num_instance=1,
+        truncation=4 * model.memory_config.chunk_size,
+        compare=("window", "raw"),
+        protocols=("paper", "document"),
+    )
+    for document in documents
+]
+results = Evaluation(model, tokenizer, tasks).run()
+print_results(results)
+print(json.dumps([result.summary() for result in results])[:300], "...")

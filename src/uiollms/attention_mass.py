@@ -1,0 +1,128 @@
+"""How much of each layer's attention goes to memory, and to memory of which age.
+
+A document is decoded chunk by chunk behind its memories as always, but the attention itself is computed by the base's own eager
+function, which returns its weights. Age 1 is the memory of the chunk just before the one that reads.
+
+Shapes: T tokens of a document, R rows (its chunks but the first, which reads no memory), L layers, H heads, t tokens of a row,
+m num_memory, M = memories * m slots in front of a row, A = R ages.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedTokenizerBase
+
+from uiollms.config import TEXT_TASKS, ConfigError, EnvConfig, load_tasks
+from uiollms.evaluate import shared_prefix
+from uiollms.evaluation import evaluation_documents
+from uiollms.model import MemoryLM
+from uiollms.step import encode_all, project_all
+from uiollms.tasks import Sample
+
+SEEN = "uiollms_seen"  # the name of the attention function, as "sdpa" is one
+MOST_CHUNKS = 16  # of the document, where nobody asks for more
+
+
+@dataclass(frozen=True)
+class AttentionMass:
+    """shares [L, R, 1 + A] float32: of a layer's attention, averaged over heads and a row's tokens, what goes to the row's own
+    chunk (place 0) and to the memory of each age (place = age); row r reads r + 1 memories, and what it lacks is 0. So each row
+    sums to 1. about: what was measured, as text."""
+
+    shares: Tensor
+    about: dict[str, str]
+
+    @property
+    def by_age(self) -> Tensor:
+        """[L, A]: averaged over the rows that have a memory of that age."""
+        rows = self.shares.shape[1]
+        return torch.stack([self.shares[:, age - 1 :, age].mean(1) for age in range(1, rows + 1)], dim=1)
+
+    @property
+    def on_memory(self) -> Tensor:
+        """[L, R]: what goes to all memories together, by how many the row reads."""
+        return self.shares[:, :, 1:].sum(2)
+
+    def save(self, path: Path) -> None:
+        save_file({"shares": self.shares.contiguous()}, path, self.about)
+
+    @classmethod
+    def load(cls, path: Path) -> AttentionMass:
+        with safe_open(path, "pt") as file:
+            return cls(file.get_tensor("shares"), file.metadata() or {})
+
+
+@torch.no_grad()
+def attention_shares(model: MemoryLM, ids: Tensor) -> Tensor:
+    """A document's ids [T] -> shares [L, R, 1 + A], see `AttentionMass`. Raises ValueError for one that fits a chunk."""
+    m = model.memory_config.num_memory
+    sample = Sample.document(ids, model.memory_config.chunk_size)
+    rows = [row for row in sample.rows if row.num_memories]
+    if not rows:
+        raise ValueError(f"{len(ids)} tokens fit one chunk of {model.memory_config.chunk_size}: no memory is read")
+    keys, values = project_all(model, encode_all(model, sample.chunks)[0])
+    shares = torch.zeros(len(keys), len(rows), 1 + len(rows))
+    for r, row in enumerate(rows):
+
+        def record(layer: int, weights: Tensor, r: int = r, count: int = row.num_memories) -> None:
+            """weights [1, H, t, M + t]"""
+            received = weights[0].float().mean((0, 1))  # [M + t]
+            by_chunk = received[: count * m].view(count, m).sum(1)
+            shares[layer, r, 0] = received[count * m :].sum()
+            shares[layer, r, 1 : count + 1] = by_chunk.flip(0)  # the newest first
+
+        with weights_seen(model, record):
+            model.decode(row.input_ids[None], shared_prefix(model, [row], keys, values), [row.num_memories * m])
+    return shares
+
+
+@contextmanager
+def weights_seen(model: MemoryLM, record: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """While open, the base attends with its family's own eager function, and `record` gets every layer's number and weights
+    [B, H, queries, keys]."""
+
+    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **settings: Any) -> Any:
+        eager = sys.modules[type(module).__module__].eager_attention_forward
+        if mask is None:  # plain causal, which an eager function does not know
+            queries, keys = query.shape[2], key.shape[2]
+            mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+        added = torch.zeros((), dtype=query.dtype, device=query.device).masked_fill(~mask, torch.finfo(query.dtype).min)
+        output, weights = eager(module, query, key, value, added, **settings)
+        record(int(module.layer_idx), weights)  # type: ignore[arg-type]
+        return output, weights
+
+    usual = model.base.config._attn_implementation
+    AttentionInterface.register(SEEN, attend)
+    model.base.set_attn_implementation(SEEN)
+    try:
+        yield
+    finally:
+        model.base.set_attn_implementation(usual)
+
+
+def measure_attention(
+    model: MemoryLM, tokenizer: PreTrainedTokenizerBase, config: EnvConfig, tokens: int | None = None
+) -> AttentionMass:
+    """Of the first document of the config's first text task (of `train.tasks`, else of the file `test`), cut to `tokens` (by
+    default the task's truncation, but no more than 16 chunks). Raises ConfigError if the config has no such task."""
+    task = next((t for t in (*config.train.tasks, *load_tasks(config.test)) if t.task_type in TEXT_TASKS), None)
+    if task is None:
+        raise ConfigError(f"no task of {' or '.join(TEXT_TASKS)} in train.tasks or {config.test}, whose document would be read")
+    memory = model.memory_config
+    if tokens is not None and tokens <= memory.chunk_size:
+        raise ConfigError(f"{tokens} tokens fit one chunk of {memory.chunk_size}, where no memory is read; take more")
+    longest = tokens or min(task.truncation or model.capacity, MOST_CHUNKS * memory.chunk_size)
+    (ids,) = evaluation_documents(model, tokenizer, task.model_copy(update=dict(num_instance=1, truncation=longest)))
+    about = dict(task=task.task_name, tokens=len(ids), chunk_size=memory.chunk_size, num_memory=memory.num_memory)
+    model.eval()
+    return AttentionMass(attention_shares(model, ids), {name: str(value) for name, value in about.items()})

@@ -1,0 +1,251 @@
+"""lm-eval's tasks on a model with memory; as a program, lm-eval's own command line with `--model uiollms`.
+
+python -m uiollms.harness --model uiollms --model_args env_conf=smollm2-8x.json --tasks arc_easy
+
+lm-eval 0.4 looks for models in its own package only, so its `lm_eval` command does not find this one. In a program, import
+this module, then lm_eval.simple_evaluate(model="uiollms", model_args="env_conf=smollm2-8x.json", tasks=...).
+Shapes: T tokens, B continuations of one context, V vocabulary, l chunk_size, m num_memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from lm_eval.__main__ import cli_evaluate
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils_hf import stop_sequences_criteria
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from uiollms.cli import reporting_errors
+from uiollms.config import ConfigError, load_env_config
+from uiollms.devices import moved
+from uiollms.evaluate import token_losses
+from uiollms.kv_gradients import batched
+from uiollms.memory import MemoryState
+from uiollms.saving import load_trained
+from uiollms.tasks import IGNORED, Sample
+
+DEFAULT_NEW_TOKENS = 256  # of generate_until, as in lm-eval's Hugging Face model
+
+
+@register_model("uiollms")
+class HarnessLM(TemplateLM):
+    """What lm-eval asks of a model, answered by the one of an environment config, with the weights that test.py would take.
+
+    env_conf: the config; weights: a checkpoint in place of test.py's choice; batch_size: continuations of one context in one
+    call; device: of no effect, the config's model.device_map places the model (lm-eval's command line says cuda:0 everywhere);
+    settings: fields of the config, as in --set of train.py, such as model.model_dtype=fp32.
+
+    Texts of any length up to the capacity are read as they are, never cut or moved into windows: full chunks become memory.
+    One past the capacity is a ConfigError before anything is computed. Requests are answered in the order of their tokens, and
+    the chunks with which a text begins as the one before it did are not compressed again.
+    Special tokens are those of lm-eval's Hugging Face model: what the tokenizer writes in front of a text, and BOS (without
+    one, EOS) in front of an empty context and of a document.
+    """
+
+    def __init__(
+        self,
+        env_conf: str,
+        weights: str | None = None,
+        batch_size: int | str = 1,
+        device: str | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
+            raise ConfigError(f"--batch_size {batch_size}: give a number, at least 1; there is no automatic choice")
+        self.batch_size = int(batch_size)
+        chosen = settings | ({"model.load_ckp": weights} if weights else {})
+        config = load_env_config(env_conf, [f"{field}={json.dumps(value)}" for field, value in chosen.items()])
+        self.tokenizer: Any
+        self.model, self.tokenizer, self.weights = load_trained(config, env_conf)
+        self.model.eval()
+        # The text read last, whole chunks of which the next text may begin with.
+        self.seen: list[int] = []
+        self.state = self.model.new_state()
+
+    # ---- tokens ---------------------------------------------------------------------------------------------------
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What the first token of a text is predicted from."""
+        return self.tokenizer.eos_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """[T]; without a word on special tokens, the tokenizer's own unless the text brings them itself."""
+        if add_special_tokens is None:
+            add_special_tokens = not has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id))
+        return self.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The turns in the tokenizer's chat template; without a generation prompt the last turn is left open."""
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What lm-eval writes into its results."""
+        return {"weights": self.weights, "model_dtype": str(self.model.dtype)}
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest text, memory included."""
+        return self.model.capacity
+
+    # ---- what lm-eval asks ----------------------------------------------------------------------------------------
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """(texts, context, continuation) each -> (log probability of the continuation in nats, whether it is the greedy one).
+        A context is compressed once for all of its continuations."""
+        self.check_fits([len(context) + len(continuation) for _, context, continuation in requests], "loglikelihood")
+        answers: dict[int, tuple[float, bool]] = {}
+        order = sorted(range(len(requests)), key=lambda i: requests[i][1])
+        with tqdm(total=len(requests), desc="loglikelihood", disable=disable_tqdm) as progress:
+            for context, group in groupby(order, key=lambda i: requests[i][1]):
+                logits, state = self.read(context)
+                for batch in batched(list(group), self.batch_size):
+                    found = self.score_continuations(logits, state, [torch.tensor(requests[i][2]) for i in batch])
+                    for i, answer in zip(batch, found, strict=True):
+                        answers[i] = answer
+                        self.cache_hook.add_partial("loglikelihood", requests[i][0], answer)
+                    progress.update(len(batch))
+        return [answers[i] for i in range(len(requests))]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log probability of whole documents in nats, each in one pass: the document protocol behind one prefix token, so
+        every token of the document is scored once, given all before it. A BOS that the tokenizer would write is that prefix
+        token, and is not scored itself (lm-eval's Hugging Face model scores it behind a second one)."""
+        documents = [self.tok_encode(request.args[0], add_special_tokens=False) for request in requests]
+        prefix = [self.prefix_token_id]
+        documents = [ids if ids[:1] == prefix else prefix + ids for ids in documents]
+        self.check_fits([len(ids) for ids in documents], "loglikelihood_rolling")
+        answers = []
+        for request, ids in zip(tqdm(requests, desc="loglikelihood_rolling", disable=disable_tqdm), documents, strict=True):
+            sample = Sample.document(torch.tensor(ids), self.model.memory_config.chunk_size)
+            answers.append(-token_losses(self.model, sample)[1].double().sum().item())
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, answers[-1])
+        return answers
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """The text that follows each prompt, up to the first of its stop strings."""
+        prompts = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
+        settings = [normalize_gen_kwargs(request.args[1], DEFAULT_NEW_TOKENS) for request in requests]
+        lengths = [len(ids) + own["max_gen_toks"] for ids, own in zip(prompts, settings, strict=True)]
+        self.check_fits(lengths, "generate_until (prompt and max_gen_toks)")
+        answers: dict[int, str] = {}
+        order = sorted(range(len(requests)), key=lambda i: prompts[i])
+        for i in tqdm(order, desc="generate_until", disable=disable_tqdm):
+            answers[i] = self.answer(prompts[i], **settings[i])
+            self.cache_hook.add_partial("generate_until", requests[i].args, answers[i])
+        return [answers[i] for i in range(len(requests))]
+
+    def check_fits(self, lengths: Sequence[int], kind: str) -> None:
+        """Raises ConfigError for requests of so many tokens."""
+        past = [n for n in lengths if n > self.model.capacity]
+        if past:
+            raise ConfigError(
+                f"{kind}: {len(past)} of {len(lengths)} requests are past the capacity of {self.model.capacity} tokens, the "
+                f"longest has {max(past)} (number {lengths.index(max(past))}); choose others (lm-eval's --samples), or a config "
+                f"that compresses harder (smaller num_memory)"
+            )
+
+    # ---- how it is answered ---------------------------------------------------------------------------------------
+
+    def resume(self, ids: list[int]) -> tuple[MemoryState, Tensor]:
+        """The stream behind the whole chunks that `ids` and the text read last both begin with, and the tokens [1, T'] of
+        `ids` after them, T' >= 1."""
+        l, m = self.model.memory_config.chunk_size, self.model.memory_config.num_memory
+        limit = min(len(ids) - 1, len(self.seen)) // l
+        chunks = next((c for c in range(limit) if ids[c * l : (c + 1) * l] != self.seen[c * l : (c + 1) * l]), limit)
+        state = self.model.new_state()
+        state.memory_keys = [keys[:, :, : chunks * m] for keys in self.state.memory_keys]
+        state.memory_values = [values[:, :, : chunks * m] for values in self.state.memory_values]
+        state.num_tokens = chunks * l
+        return state, torch.tensor([ids[chunks * l :]])
+
+    @torch.no_grad()
+    def read(self, ids: list[int]) -> tuple[Tensor, MemoryState]:
+        """Token ids [T] -> logits [1, 1, V] behind the last, and the stream."""
+        state, rest = self.resume(ids)
+        output = self.model(rest, state, logits_to_keep=1)
+        self.seen, self.state = ids, output.past_key_values
+        return output.logits, self.state
+
+    @torch.no_grad()
+    def score_continuations(
+        self, logits: Tensor, state: MemoryState, continuations: Sequence[Tensor]
+    ) -> Iterator[tuple[float, bool]]:
+        """`logits` and `state` of `read`, B continuations [T] of any lengths -> for each its log probability, and whether
+        each of its tokens is the likeliest. Shorter ones are padded on the right, where none of their own tokens looks."""
+        targets = pad_sequence(list(continuations), batch_first=True, padding_value=IGNORED)  # [B, T]
+        total, greedy = torch.zeros(len(targets), dtype=torch.float64), torch.ones(len(targets), dtype=torch.bool)
+        start = 0
+        for predicted in self.predictions(logits, state, targets.clamp(min=0)):
+            wanted = moved(targets[:, start : start + predicted.shape[1]], predicted.device)
+            start += predicted.shape[1]
+            precise = predicted.to(torch.promote_types(predicted.dtype, torch.float32)).transpose(1, 2)  # [B, V, T']
+            total -= F.cross_entropy(precise, wanted, ignore_index=IGNORED, reduction="none").sum(1).cpu()
+            greedy &= ((predicted.argmax(-1) == wanted) | (wanted == IGNORED)).all(1).cpu()
+        return zip(total.tolist(), greedy.tolist(), strict=True)
+
+    def predictions(self, logits: Tensor, state: MemoryState, ids: Tensor) -> Iterator[Tensor]:
+        """[B, T] tokens behind `state` -> the logits that predict them, [B, T', V] at a time: no more than a chunk."""
+        if ids.shape[1]:
+            yield logits.expand(len(ids), -1, -1)
+        state = state.select(torch.zeros(len(ids), dtype=torch.int64))
+        for start in range(0, ids.shape[1] - 1, self.model.memory_config.chunk_size):
+            stop = min(start + self.model.memory_config.chunk_size, ids.shape[1] - 1)
+            output = self.model(ids[:, start:stop], state)
+            state = output.past_key_values
+            yield output.logits
+
+    def answer(self, ids: list[int], until: list[str], max_gen_toks: int, **options: Any) -> str:
+        """What is generated behind the prompt `ids` [T], as transformers' `generate` does it with lm-eval's stop strings."""
+        if not options["do_sample"]:
+            options.pop("temperature", None)
+        until = handle_stop_sequences(until, eos=self.tokenizer.decode(self.eot_token_id))
+        state, rest = self.resume(ids)
+        output = self.model.generate(
+            rest,
+            state=state,
+            attention_mask=torch.ones_like(rest),
+            max_new_tokens=max_gen_toks,
+            stopping_criteria=stop_sequences_criteria(self.tokenizer, until, rest.shape[1], 1),
+            return_dict_in_generate=True,
+            **options,
+        )
+        new = output.sequences[0, rest.shape[1] :].tolist()
+        if output.past_key_values.batch_size == 1:  # not of beams
+            self.seen, self.state = ids + new[:-1], output.past_key_values
+        return postprocess_generated_text(self.tokenizer.decode(new, skip_special_tokens=True), until, None)
+
+
+def main() -> int:
+    """lm-eval's command line; its exit code, 2 with one line for what the user can mend."""
+    return reporting_errors(cli_evaluate)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

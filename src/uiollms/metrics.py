@@ -1,0 +1,60 @@
+"""The lines of metrics.jsonl: what a step takes of the machine, and what its numbers are called in TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def machine_use(tokens: int, seconds: float) -> dict[str, float]:
+    """What varies from machine to machine, and from run to run: tokens read in a step a second (all processes'), and the most
+    memory that this process has held so far, in GiB: resident, and allocated by torch on the GPU where that is most."""
+    use = {"tokens_per_second": tokens / seconds, "resident_gib": peak_resident() / 2**30}
+    if torch.cuda.is_initialized():
+        use["gpu_gib"] = max(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())) / 2**30
+    return use
+
+
+def peak_resident() -> int:
+    """Bytes of the largest resident set that this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def finite(value: Any) -> Any:
+    """The same with None for numbers that JSON does not know."""
+    if isinstance(value, dict):
+        return {key: finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, but for a last one that a killed process left without its end."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+
+
+def scalars(line: dict[str, Any], protocol: str) -> Iterator[tuple[str, float]]:
+    """The numbers of a line by their names in TensorBoard; protocol: of the training loss.
+
+    an iteration    train/nll/paper, train/lr, train/grad_norm/all, train/grad_norm/encoder_lora, train/tokens_per_second ...
+    an evaluation   eval/0.perplexity.paper.sotu.test.2048/memory/perplexity ...: the task's number and name, mode, measure
+    """
+    named = {f"nll/{protocol}": line.get("nll"), "lr": line.get("lr"), "grad_norm/all": line.get("grad_norm")}
+    named |= {f"grad_norm/{part}": norm for part, norm in line.get("grad_norms", {}).items()}
+    named |= line.get("machine", {})
+    yield from ((f"train/{name}", number) for name, number in named.items() if number is not None)
+    for i, result in enumerate(line.get("eval", [])):
+        words = (i, result["task_type"], result["protocol"], result["task"], result["truncation"])
+        task = ".".join(str(word).replace("/", "_").replace(" ", "_") for word in words if word is not None)
+        for key, value in result.items():
+            numbers = {f"{key}/{name}": v for name, v in value.items()} if isinstance(value, dict) else {key: value}
+            yield from ((f"eval/{task}/{name}", v) for name, v in numbers.items() if isinstance(v, int | float))

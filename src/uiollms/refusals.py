@@ -1,0 +1,59 @@
+"""What is wrong with a JSON value: one line for every fault, with its path in the file."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+
+def describe(fault: Any, model: type[BaseModel], path: str | Path) -> str:
+    """One line for one pydantic fault."""
+    where = json_path(fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        known = fields_at(model, fault["loc"][:-1])
+        near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+        return f"{path}: {where}: unknown key; {hint}"
+    if fault["type"] == "missing":
+        return f"{path}: {where}: missing"
+    message = fault["msg"].removeprefix("Value error, ")
+    found = fault["input"]
+    shown = "" if isinstance(found, dict | list) else f", found {json.dumps(found, default=str)}"
+    return f"{path}: {where}: {message}{shown}" if where else f"{path}: {message}{shown}"
+
+
+def json_path(location: tuple[str | int, ...]) -> str:
+    """("train", "corpus", 0, "name") -> train.corpus[0].name; pydantic's labels of union members are left out."""
+    text = ""
+    for part in location:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        elif not part.isprintable() or not part:
+            text += f"[{json.dumps(part)}]"
+        elif not any(c in part for c in "([{"):
+            text += f".{part}" if text else part
+    return text
+
+
+def half_surrogate(value: Any, location: tuple[str | int, ...] = ()) -> tuple[str | int, ...] | None:
+    """Where in a JSON value a text stands that no file can hold; None if nowhere."""
+    if isinstance(value, str):
+        return location if any("\ud800" <= c <= "\udfff" for c in value) else None
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    found = (half_surrogate(part, (*location, key)) for key, v in inner for part in ((v, key) if isinstance(key, str) else (v,)))
+    return next((place for place in found if place is not None), None)
+
+
+def fields_at(model: type[BaseModel], location: tuple[str | int, ...]) -> list[str]:
+    """Names of the fields of the typed object that a location leads to."""
+    current: Any = model
+    for part in location:
+        if isinstance(part, str) and part in current.model_fields:
+            annotation = current.model_fields[part].annotation
+            candidates = [annotation, *getattr(annotation, "__args__", ())]
+            current = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), current)
+    return [field.alias or name for name, field in current.model_fields.items()]

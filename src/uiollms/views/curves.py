@@ -1,0 +1,113 @@
+"""Pictures of a training run: losses, and what each iteration did and took."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from uiollms.metrics import read_metrics
+from uiollms.views.plots import COLORS
+from uiollms.views.tables import NAMES
+
+
+def plot_training(run: Path, path: Path | None = None) -> Path:
+    """`curve.png` in the run folder, or `path`: training NLL per token, and an evaluation, against iterations; in a panel of its
+    own where it scores other tokens than the training loss."""
+    from matplotlib.figure import Figure  # slow to import, and only runs that plot need it
+
+    metrics = read_metrics(run)
+    steps = [m for m in metrics if "nll" in m]
+    evaluations = [(m["iteration"], curve_task(run, m["eval"])) for m in metrics if m.get("eval")]
+    apart = bool(evaluations) and evaluations[0][1].get("protocol", "paper") != loss_of(run)
+    figure = Figure(figsize=(8, 8 if apart else 4.5), layout="constrained")
+    panels = figure.subplots(1 + apart, squeeze=False).flatten()
+    x, y = [m["iteration"] for m in steps], [m["nll"] for m in steps]
+    panels[0].plot(x, y, ".", color="0.75", markersize=4, label="training batch")
+    width = max(1, len(y) // 20)
+    panels[0].plot(x, smoothed(y, width), color="0.3", label=f"mean of the last {width}" if width > 1 else "training")
+    for mode, color in COLORS.items():
+        points = [(iteration, math.log(task[mode]["perplexity"])) for iteration, task in evaluations if mode in task]
+        if points:
+            panels[-1].plot(*zip(*points, strict=True), "o-", color=color, label=f"held out, {NAMES[mode]}")
+    for axes in panels:
+        axes.set_xlabel("iteration")
+        axes.set_ylabel("NLL, nats per scored token")
+        axes.legend()
+        axes.grid(alpha=0.3)
+    if y:
+        panels[0].set_ylim(min(y) - 0.2, sorted(y)[int(len(y) * 0.9)] + 1)
+    path = path or run / "curve.png"
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def loss_of(run: Path) -> str:
+    """Which tokens the run's training loss scores: "paper" or "document"."""
+    config = run / "config.json"
+    return json.loads(config.read_text())["train"]["loss"] if config.exists() else "paper"
+
+
+def curve_task(run: Path, tasks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of an evaluation's tasks the one that the curve shows: the first that scores the same tokens as the training loss, else
+    the first. (Metrics that name no protocol are perplexities under the paper's.)"""
+    return next((task for task in tasks if task.get("protocol", "paper") == loss_of(run)), tasks[0])
+
+
+def smoothed(y: Sequence[float], width: int) -> list[float]:
+    """Every number as the mean of the last `width`, or of as many as there are."""
+    return [sum(y[max(0, i - width + 1) : i + 1]) / min(i + 1, width) for i in range(len(y))]
+
+
+GRADIENTS = {"encoder_lora": "encoder LoRA", "decoder_lora": "decoder LoRA", "token_embeddings": "token embeddings"}
+
+
+def plot_steps(metrics: Sequence[dict[str, Any]], path: Path) -> Path:
+    """Panels against iterations: learning rate, gradient norms before clipping, tokens a second, peak memory; each where the
+    metrics have it."""
+    from matplotlib.figure import Figure
+
+    steps = [m for m in metrics if "lr" in m]
+    norms = {"all": column(steps, "grad_norm")} | {GRADIENTS[part]: column(steps, "grad_norms", part) for part in GRADIENTS}
+    memory = {"resident": column(steps, "machine", "resident_gib"), "on the GPU": column(steps, "machine", "gpu_gib")}
+    panels = {
+        "learning rate": {"": column(steps, "lr")},
+        "gradient norm before clipping": norms,
+        "tokens read a second": {"": column(steps, "machine", "tokens_per_second")},
+        "peak memory so far, GiB": memory,
+    }
+    panels = {label: lines for label, lines in panels.items() if any(lines.values())}
+    figure = Figure(figsize=(11, 3.2 * math.ceil(len(panels) / 2)), layout="constrained")
+    for i, (label, lines) in enumerate(panels.items()):
+        axes = figure.add_subplot(math.ceil(len(panels) / 2), 2, i + 1)
+        for name, points in lines.items():
+            if points:
+                look: dict[str, Any] = dict(linewidth=0.9, marker=".", markersize=3)
+                if name == "all":  # often within a hair of the largest part
+                    look = dict(color="0.8", linewidth=3)
+                axes.plot(*zip(*points, strict=True), label=name, **look)
+        if "norm" in label:
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(0, 1.1 * max(number for points in lines.values() for _, number in points) or 1)
+        if len([points for points in lines.values() if points]) > 1:
+            axes.legend(fontsize=8)
+        axes.set_xlabel("iteration")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def column(steps: Sequence[dict[str, Any]], *keys: str) -> list[tuple[int, float]]:
+    """(iteration, number) of every step that has the number."""
+    points = []
+    for step in steps:
+        value: Any = step
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is not None:
+            points.append((step["iteration"], value))
+    return points

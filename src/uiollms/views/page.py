@@ -1,0 +1,125 @@
+"""A run folder as one HTML page that needs no other file, and its pictures as PNGs beside it."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+
+from uiollms.faults import writing
+from uiollms.views.curves import plot_steps, plot_training
+from uiollms.views.folder import RunFolder, config_text
+from uiollms.views.plots import plot_attention, plot_lengths, plot_results
+from uiollms.views.tables import COLUMNS, rows_of
+
+
+@dataclass
+class Picture:
+    """A PNG with its heading and what it shows, in words."""
+
+    path: Path
+    title: str
+    caption: str
+
+    @property
+    def base64(self) -> str:
+        return base64.b64encode(self.path.read_bytes()).decode()
+
+
+def write_report(run: RunFolder) -> Path:
+    """`plots/*.png` and `report.html` in the run folder, from what it holds; the page's path."""
+    template = files("uiollms.views").joinpath("page.html").read_text(encoding="utf-8")
+    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(template)
+    target = run.path / "report.html"
+    with writing(target):
+        (run.path / "plots").mkdir(exist_ok=True)
+        text = page.render(
+            title=f"Run {run.path.resolve().name}",
+            facts=list(facts(run)),
+            config=run.config and config_text(run.config),
+            evaluated=f"From {run.evaluated}",
+            columns=COLUMNS,
+            rows=[rows_of(result) for result in run.results],
+            pictures=list(draw(run, run.path / "plots")),
+            missing=run.missing,
+        )
+        target.write_text(text, encoding="utf-8")
+    return target
+
+
+def draw(run: RunFolder, folder: Path) -> Iterator[Picture]:
+    if any("nll" in line for line in run.metrics):
+        said = "Loss of every training batch and its running mean; held-out perplexities as NLL, in a panel of their own where "
+        said += "they score other tokens than the training loss."
+        yield Picture(plot_training(run.path, folder / "training.png"), "Training curve", said)
+        said = "Gradient norms are before clipping, of all trained tensors and of each part. Tokens are those that the decoder "
+        said += "reads, all processes together, without evaluations and checkpoints. Memory is the first process's peak so far."
+        yield Picture(plot_steps(run.metrics, folder / "steps.png"), "Steps", said)
+    text = [result for result in run.results if result.kind == "text"]
+    if text:
+        said = "Perplexity of the tokens between two powers of two. Left of the dotted line no memory is read yet."
+        yield Picture(plot_results(text, folder / "position.png"), "Perplexity by position", said)
+    text = [result for result in run.nlls if result.kind == "text"]
+    if text:
+        said = "Perplexity of the first so many tokens together, over the documents that have so many: what shorter documents "
+        said += "would have. The last point is the longest document's length."
+        yield Picture(plot_lengths(text, folder / "length.png"), "Perplexity by length, with and without memory", said)
+    others = [result for result in run.results if result.kind != "text"]
+    if others:
+        said = "Accuracy by the depth at which the sentence is hidden; other tasks as bars."
+        yield Picture(plot_results(others, folder / "tasks.png"), "Other tasks", said)
+    if run.attention:
+        about = run.attention.about
+        said = f"Share of a layer's attention, averaged over heads and tokens, in one document of {about['tokens']} tokens from "
+        said += f"{about['task']} in chunks of {about['chunk_size']} with {about['num_memory']} slots each, weights: "
+        said += f"{about['weights']}. Left: what a memory of each age gets, averaged over the chunks that have one "
+        said += "so old (logarithmic colours, down to a thousandth of the largest). Right: all memories together; the rest goes "
+        said += "to the chunk's own tokens."
+        yield Picture(plot_attention(run.attention, folder / "attention.png"), "Attention to memory", said)
+
+
+def facts(run: RunFolder) -> Iterator[tuple[str, str]]:
+    """What was run, in short: (name, value)."""
+    versions = run.versions
+    if run.config:
+        model, train = run.config.model, run.config.train
+        dtype = versions.get("dtype") or model.model_dtype
+        yield "model", f"{model.model_name} ({model.model_structure}), {dtype}"
+    yield "weights", run.weights_name
+    if run.compressor:
+        c = run.compressor
+        yield "compressor", f"chunks of {c.chunk_size} tokens into {c.num_memory} slots a layer, LoRA rank {c.lora_rank}"
+    steps = [line for line in run.metrics if "lr" in line]
+    if run.config and steps:
+        chosen = f"{train.estimator}, S = {train.tbptt}" if train.estimator != "exact" else "exact"
+        yield "gradient", f"{chosen}; loss: {train.loss} protocol"
+        yield "optimizer", f"AdamW, peak learning rate {train.max_lr:g}, {train.accum_grad} documents a step, seed {train.seed}"
+        shares = [f"{c.name} ({c.partition:.0%}, {c.truncation or 'all'} tokens)" for c in train.corpus]
+        yield "corpora", ", ".join(shares)
+    if steps:
+        goal = f" of {run.config.train.train_iters}" if run.config else ""
+        yield "iterations", f"{steps[-1]['iteration']}{goal} in {duration(run.metrics[-1]['seconds'])}, evaluations included"
+        skipped = sum("skipped" in line for line in steps)
+        if skipped:
+            yield "skipped", f"{skipped} steps, whose loss or gradient was not finite"
+    tokens = sum(line.get("tokens", 0) for line in steps)
+    if tokens:
+        yield "tokens read", f"{tokens:,}"
+    if versions:
+        names = ("platform", "device", "processes")
+        yield "machine", ", ".join(f"{name} {versions[name]}" for name in names if versions.get(name))
+        yield "git revision", versions.get("git") or "none: not a clone"
+        named = {name: value for name, value in versions.items() if name not in (*names, "git", "dtype") and value}
+        yield "versions", ", ".join(f"{name} {value}" for name, value in named.items())
+
+
+def duration(seconds: float) -> str:
+    """4105 -> 1 h 8 min; 75 -> 1 min 15 s"""
+    minutes, rest = divmod(math.floor(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"

@@ -1,0 +1,73 @@
+"""The table of an evaluation, in words and numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from uiollms.results import TaskResult
+
+NAMES = {
+    "window": "no memory (window only)",
+    "shuffled": "memory of another document",
+    "memory": "with memory",
+    "raw": "raw context",
+}
+
+COLUMNS = ("task", "documents", "tokens", "mode", "result (95 % interval)", "also")
+
+
+def print_results(results: Sequence[TaskResult], console: Console | None = None) -> None:
+    """One table of all tasks, a row a mode."""
+    table = Table(title="evaluation", title_justify="left")
+    for column in COLUMNS:
+        table.add_column(column, justify="right" if column == "tokens" else "left", no_wrap=column not in ("task", "also"))
+    for result in results:
+        for row in rows_of(result):
+            table.add_row(*row)
+        table.add_section()
+    (console or Console(width=170)).print(table)
+
+
+def rows_of(result: TaskResult) -> list[tuple[str, ...]]:
+    """A task's cells under `COLUMNS`, a row a mode: its main number with its 95 % interval, and what else says something."""
+    key, interval, name = result.main
+    rows: list[tuple[str, ...]] = []
+    for i, mode in enumerate(mode for mode in NAMES if mode in result.modes):
+        numbers = result.modes[mode]
+        main = f"{name} {short(numbers[key])}{between(numbers.get(interval))}"
+        tokens = str(result.truncation or "all")
+        rows.append((result.title if i == 0 else "", str(numbers["documents"]), tokens, NAMES[mode], main, also(result, mode)))
+    return rows
+
+
+def short(value: float) -> str:
+    """Two decimals, three for what is below 10."""
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}"
+
+
+def between(interval: tuple[float, float] | None) -> str:
+    return f" ({short(interval[0])} .. {short(interval[1])})" if interval else ""
+
+
+def also(result: TaskResult, mode: str) -> str:
+    """The second column of numbers, in words."""
+    numbers = result.modes[mode]
+    parts = []
+    if result.task_type == "perplexity":
+        parts.append(f"document mean {short(numbers['document_mean'])}{between(numbers['document_mean_interval_95'])}")
+        if mode == "memory" and result.recovered is not None:
+            parts.append(f"{result.recovered:.0%} recovered")
+    if result.kind == "retrieval":
+        parts.append("by depth " + ", ".join(f"{d['depth']:g}: {d['accuracy']:.0%}" for d in numbers["by_depth"]))
+    if "rouge_l" in numbers:
+        parts.append(f"ROUGE-L {numbers['rouge_l']:.3f}")
+    if result.kind == "copy":
+        parts.append(f"tokens right {numbers['token_accuracy']:.1%}")
+    if result.task_type == "language modeling":
+        parts.append(f"perplexity {short(numbers['perplexity'])}")
+    if result.kind != "text":
+        parts.append(f"NLL {numbers['nll']:.3f}")
+    return ", ".join(parts)

@@ -1,0 +1,96 @@
+"""Attention mass against the softmax written out by hand from queries and keys, and through the report's command."""
+
+import math
+
+import pytest
+import torch
+from conftest import make_model, random_ids
+from transformers.models.llama.modeling_llama import repeat_kv
+
+from uiollms.attention_mass import AttentionMass, attention_shares, weights_seen
+from uiollms.evaluate import score
+
+
+def into(seen: dict, key: tuple[int, str]):
+    return lambda module, arguments, output: seen.__setitem__(key, output)
+
+
+def by_hand(model, ids) -> torch.Tensor:
+    """The slow obvious twin: hooks catch what enters and leaves every layer's q_proj and k_norm or k_proj, here the weights are
+    softmax(q k^T / sqrt(K)), token by token over the memories and the chunk's tokens up to it; the keys of the memories are
+    those that a stream holds."""
+    l, m = model.memory_config.chunk_size, model.memory_config.num_memory
+    layers = model.base.model.layers
+    count = -(-len(ids) // l)
+    shares = torch.zeros(len(layers), count - 1, count, dtype=torch.float64)
+    for r in range(1, count):
+        state = model(ids[None, : r * l]).past_key_values  # compressed: r memories
+        seen: dict[tuple[int, str], torch.Tensor] = {}
+        hooks = []
+        for i, layer in enumerate(layers):
+            for name in ("q", "k"):
+                module = getattr(layer.self_attn, f"{name}_norm", None) or getattr(layer.self_attn, f"{name}_proj")
+                hooks.append(module.register_forward_hook(into(seen, (i, name))))
+        row = ids[r * l : (r + 1) * l]
+        prefix = state.prefix(r * m, with_local=False)
+        model.decode(row[None], prefix, [r * m])
+        for hook in hooks:
+            hook.remove()
+        positions = r * m + torch.arange(len(row))[None]
+        cos, sin = model.base.model.rotary_emb(torch.zeros(0, dtype=model.dtype), positions)
+        for i, layer in enumerate(layers):
+            attention = layer.self_attn
+            q, k = (seen[i, name].reshape(1, len(row), -1, attention.head_dim).transpose(1, 2) for name in ("q", "k"))
+            half = attention.head_dim // 2
+            q, k = (x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin for x in (q, k))
+            keys = torch.cat([state.memory_keys[i][:, :, : r * m], k], dim=2)[0]
+            keys = repeat_kv(keys[None], q.shape[1] // len(keys))[0]
+            for head in range(q.shape[1]):
+                for t in range(len(row)):
+                    visible = keys[head, : r * m + t + 1]
+                    weights = torch.softmax(visible @ q[0, head, t] / math.sqrt(attention.head_dim), 0)
+                    share = 1 / (q.shape[1] * len(row))
+                    shares[i, r - 1, 0] += share * weights[r * m :].sum()
+                    for age in range(1, r + 1):
+                        first = (r - age) * m
+                        shares[i, r - 1, age] += share * weights[first : first + m].sum()
+    return shares
+
+
+@torch.no_grad()
+def test_masses_are_the_softmax_by_hand(family):
+    model, ids = make_model(family), random_ids(29)
+    shares = attention_shares(model, ids)
+    assert shares.shape == (3, 3, 4)
+    assert torch.allclose(shares.sum(2), torch.ones(3, 3), atol=1e-6)  # own tokens and memories together
+    assert torch.allclose(shares.double(), by_hand(model, ids), atol=1e-6)  # eager's softmax is float32
+    assert [(shares[:, r, r + 2 :] == 0).all() and (shares[:, r, : r + 2] > 0).all() for r in range(3)] == [True] * 3
+
+
+def test_the_model_is_as_before():
+    """Same attention function and same scores afterwards, an error included; and almost the same while it is watched."""
+    model, ids = make_model(), random_ids(29)
+    usual, expected = model.base.config._attn_implementation, score(model, ids).nll
+    attention_shares(model, ids)
+    layers = []
+    with weights_seen(model, lambda layer, weights: layers.append(layer)):
+        watched = score(model, ids).nll  # a batch of rows, masked by their own numbers of memories
+        alone = score(model, ids[:8]).nll  # no mask: plain causal
+    assert sorted(set(layers)) == [0, 1, 2] and torch.allclose(watched, expected, atol=1e-5)
+    assert torch.allclose(alone, expected[:7], atol=1e-5)
+    with pytest.raises(ZeroDivisionError), weights_seen(model, lambda *_: 1 / 0):
+        score(model, ids)
+    assert model.base.config._attn_implementation == usual and torch.equal(score(model, ids).nll, expected)
+    with pytest.raises(ValueError, match="8 tokens fit one chunk of 8"):
+        attention_shares(model, ids[:8])
+
+
+def test_averages_are_over_the_rows_that_have_the_memory(tmp_path):
+    """Two layers; the second pays all its attention to the oldest memory."""
+    first = [[0.5, 0.5, 0, 0], [0.4, 0.4, 0.2, 0], [0.1, 0.3, 0.2, 0.4]]
+    shares = torch.tensor([first, [[0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]], dtype=torch.float32)
+    AttentionMass(shares, {"tokens": "29"}).save(tmp_path / "attention.safetensors")
+    mass = AttentionMass.load(tmp_path / "attention.safetensors")
+    assert mass.about == {"tokens": "29"} and torch.equal(mass.shares, shares)
+    assert torch.allclose(mass.by_age, torch.tensor([[0.4, 0.2, 0.4], [1 / 3, 1 / 2, 1]]))
+    assert torch.allclose(mass.on_memory, torch.tensor([[0.5, 0.6, 0.9], [1, 1, 1]]))

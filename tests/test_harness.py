@@ -1,0 +1,284 @@
+"""lm-eval's own harness on the tiny model: local tasks, beside the model asked token by token."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import CachingLM
+from lm_eval.tasks import TaskManager
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from uiollms import ConfigError, MemoryLM
+from uiollms.checkpoint import save_weights
+from uiollms.config import load_env_config
+from uiollms.harness import HarnessLM, main
+from uiollms.pretrained import load_memory_lm
+
+ROOT = Path(__file__).parent.parent
+BOS, CHUNK, POSITIONS, CAPACITY = 1, 16, 128, 912
+DOCUMENT = "It was a bright cold day, and the clocks were striking. " * 3  # 168 tokens: past the base's positions
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_folder) -> Path:
+    """A config, its trained weights, and a base that says letters only, so that what it says can be a task's text."""
+    folder = tmp_path_factory.mktemp("harness")
+    base, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_folder), AutoTokenizer.from_pretrained(tiny_folder)
+    letters = tokenizer.convert_tokens_to_ids([*"abcdefghijklmnopqrstuvwxyz"])
+    silent = torch.ones(base.config.vocab_size, dtype=torch.bool).index_fill(0, torch.tensor(letters), False)
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter *= 8 if parameter.dim() == 2 else 1  # what comes next depends on more than the last token
+        base.lm_head.weight[silent] *= 0.01
+    base.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    (folder / "memory.json").write_text(json.dumps(dict(num_memory=2, chunk_size=CHUNK, lora_rank=2, lora_alpha=4)))
+    model = dict(model_name=str(folder / "base"), model_dtype="fp32", model_structure="llama", config=str(folder / "memory.json"))
+    corpus = [dict(name="files:*.txt", partition=1)]
+    train = dict(tbptt=2, train_iters=1, max_lr=1e-2, save=1, eval=1, corpus=corpus)
+    env = folder / "env.json"
+    env.write_text(json.dumps(dict(model=model | dict(device_map="cpu"), train=train)))
+    trained, _ = load_memory_lm(load_env_config(env), env)
+    for parameter in trained.trainable_parameters().values():
+        torch.nn.init.normal_(parameter, std=0.3)
+    save_weights(trained, folder / "weights")
+    return folder
+
+
+def model_args(folder: Path) -> dict:
+    return {"env_conf": str(folder / "env.json"), "weights": str(folder / "weights"), "model.model_dtype": "fp64"}
+
+
+@pytest.fixture(scope="module")
+def lm(folder) -> HarnessLM:
+    return HarnessLM(**model_args(folder), batch_size=3, device="cuda:0")  # as the command line says it without being asked
+
+
+# ---- the slow twin ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def token_by_token(model: MemoryLM, ids: list[int]) -> tuple[list[float], list[bool]]:
+    """Of every token but the first: its log probability given those before it, and whether it is the likeliest."""
+    state, found, likeliest = None, [], []
+    for token, following in zip(ids, ids[1:], strict=False):
+        output = model(torch.tensor([[token]]), state)
+        state, logits = output.past_key_values, output.logits[0, -1]
+        found.append(logits.log_softmax(-1)[following].item())
+        likeliest.append(logits.argmax().item() == following)
+    return found, likeliest
+
+
+@torch.no_grad()
+def say(model: MemoryLM, ids: list[int], count: int) -> list[int]:
+    """The likeliest tokens, one by one."""
+    output, said = model(torch.tensor([ids])), []
+    for _ in range(count):
+        said.append(output.logits[0, -1].argmax().item())
+        output = model(torch.tensor([said[-1:]]), output.past_key_values)
+    return said
+
+
+def request(kind: str, *arguments) -> Instance:
+    return Instance(request_type=kind, doc={}, arguments=arguments, idx=0)
+
+
+def asked(lm: HarnessLM, kind: str, *arguments: tuple) -> list:
+    return getattr(lm, kind)([request(kind, *a) for a in arguments], disable_tqdm=True)
+
+
+# ---- through the harness ------------------------------------------------------------------------------------------------
+
+
+def write_task(folder: Path, name: str, documents: list[dict], **task) -> None:
+    data = folder / f"{name}.jsonl"
+    data.write_text("".join(json.dumps(document) + "\n" for document in documents))
+    source = dict(data_files={"test": str(data)}, cache_dir=str(folder / "cache"))
+    task |= dict(task=name, dataset_path="json", dataset_kwargs=source, test_split="test")
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
+
+
+def test_three_tasks_through_the_harness(folder, lm, tmp_path):
+    encode, decode = lm.tokenizer.encode, lm.tokenizer.decode
+    prompts = [f"{DOCUMENT}Question: {q}?\nAnswer:" for q in ("who", "when")]
+    greedy = [decode(say(lm.model, encode(prompt), 20)) for prompt in prompts]
+    choices = [["no", said, "not at all, or hardly ever"] for said in greedy]
+    rows = [dict(prompt=p, choices=c) for p, c in zip(prompts, choices, strict=True)]
+    write_task(
+        tmp_path,
+        "choose",
+        rows,
+        output_type="multiple_choice",
+        doc_to_text="{{prompt}}",
+        doc_to_choice="{{choices}}",
+        doc_to_target=1,
+        target_delimiter="",
+    )
+    stop = max((greedy[0][i : i + 2] for i in range(19)), key=greedy[0].find)
+    write_task(
+        tmp_path,
+        "answer",
+        [dict(prompt=p, said=g.split(stop)[0]) for p, g in zip(prompts, greedy, strict=True)],
+        output_type="generate_until",
+        doc_to_text="{{prompt}}",
+        doc_to_target="{{said}}",
+        generation_kwargs=dict(until=[stop], max_gen_toks=20, do_sample=False),
+        metric_list=[dict(metric="exact_match")],
+    )
+    texts = [DOCUMENT + "And then?", "Short.", DOCUMENT]
+    write_task(
+        tmp_path,
+        "read",
+        [dict(text=text) for text in texts],
+        output_type="loglikelihood_rolling",
+        doc_to_text="",
+        doc_to_target="{{text}}",
+    )
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    results = simple_evaluate(
+        "uiollms", model_args(folder), tasks=["choose", "answer", "read"], task_manager=manager, batch_size=2, bootstrap_iters=0
+    )
+
+    for sample, prompt, three in zip(results["samples"]["choose"], prompts, choices, strict=True):
+        for (found, is_greedy), choice in zip(sample["filtered_resps"], three, strict=True):
+            logs, likeliest = token_by_token(lm.model, encode(prompt + choice))
+            assert found == pytest.approx(sum(logs[-len(choice) :]), rel=1e-9)  # float64; batches and chunk sizes differ
+            assert is_greedy == all(likeliest[-len(choice) :]) == (choice == three[1])
+    said = [sample["filtered_resps"][0] for sample in results["samples"]["answer"]]
+    assert said == [g.split(stop)[0] for g in greedy] and 0 < len(said[0]) < 20
+    assert results["results"]["answer"]["exact_match,none"] == 1
+    logs = [token_by_token(lm.model, [BOS, *encode(text)])[0] for text in texts]
+    assert [len(one) for one in logs] == [len(text) for text in texts] and len(logs[0]) > POSITIONS
+    for sample, expected in zip(results["samples"]["read"], logs, strict=True):
+        assert sample["filtered_resps"][0] == pytest.approx(sum(expected), rel=1e-9)
+    bits = -sum(map(sum, logs)) / sum(map(len, logs)) / math.log(2)
+    assert results["results"]["read"]["bits_per_byte,none"] == pytest.approx(bits, rel=1e-9)
+    assert results["config"]["weights"] == str(folder / "weights") and results["max_length"] == CAPACITY
+
+
+PAST = "loglikelihood_rolling: 2 of 2 requests are past the capacity of 912 tokens, the longest has 17297"
+
+
+def test_the_example_task(lm):
+    """Its speeches have more bytes than the tiny model's capacity has tokens."""
+    manager = TaskManager(include_path=str(ROOT / "examples"), include_defaults=False)
+    with pytest.raises(ConfigError, match=PAST):
+        simple_evaluate(lm, tasks=["sotu"], task_manager=manager, limit=2)
+
+
+@pytest.mark.slow  # lm-eval lists its 14,000 tasks first
+def test_the_command_line_says_what_does_not_fit(folder, monkeypatch, capsys):
+    arguments = ["--model_args", f"env_conf={folder / 'env.json'},weights={folder / 'weights'}", "--limit", "2"]
+    task = str(ROOT / "examples" / "sotu_task.yaml")
+    monkeypatch.setattr(sys, "argv", ["harness", "--model", "uiollms", *arguments, "--tasks", task])
+    assert main() == 2
+    assert PAST in capsys.readouterr().err
+
+
+# ---- special tokens, order, memory --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("writes_bos", [False, True])
+def test_the_first_token_is_predicted_from_bos_once(folder, writes_bos):
+    lm = HarnessLM(**model_args(folder))
+    if writes_bos:
+        lm.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    text = lm.tokenizer.encode("Once upon a time", add_special_tokens=False)
+    expected = sum(token_by_token(lm.model, [BOS, *text])[0])
+    assert asked(lm, "loglikelihood_rolling", ("Once upon a time",), ("<s>Once upon a time",)) == pytest.approx(
+        [expected, expected], rel=1e-9
+    )
+    assert asked(lm, "loglikelihood", ("", "Once upon a time"))[0][0] == pytest.approx(expected, rel=1e-9)
+    for start in ("", "<s>"):  # a context that brings its own gets no second one
+        ids = [BOS, *text] if start or writes_bos else text
+        expected = sum(token_by_token(lm.model, ids)[0][-5:])
+        assert asked(lm, "loglikelihood", (f"{start}Once upon a", " time"))[0][0] == pytest.approx(expected, rel=1e-9)
+
+
+def test_answers_keep_their_places_and_chunks_are_compressed_once(lm, monkeypatch):
+    pairs = [("z" * 20, "a"), (DOCUMENT + "x", "b"), (DOCUMENT + "y", "c" * 40), (DOCUMENT + "x", ""), ("z" * 20, "d"), ("z", "")]
+    alone = [asked(lm, "loglikelihood", pair)[0] for pair in pairs]
+    assert alone[3] == alone[5] == (0.0, True)
+    encoded, encode_layers = [], lm.model.encode_layers
+    monkeypatch.setattr(lm.model, "encode_layers", lambda ids, *rest: encoded.append(len(ids)) or encode_layers(ids, *rest))
+    lm.seen = []
+    together = asked(lm, "loglikelihood", *pairs)
+    assert [found for found, _ in together] == pytest.approx([found for found, _ in alone], rel=1e-9)
+    full = (len(DOCUMENT) + 1) // CHUNK
+    assert sum(encoded) == full + 3 + 1  # the document; 39 of the 40 "c" behind 9 open tokens; the first 16 "z"
+
+
+def test_a_prompt_goes_on_from_the_answer_before_it(lm):
+    settings = dict(until=[], max_gen_toks=25, temperature=0.7)
+    said = lm.tokenizer.decode(say(lm.model, lm.tokenizer.encode(DOCUMENT), 25))
+    again = lm.tokenizer.decode(say(lm.model, lm.tokenizer.encode(DOCUMENT + said), 5))
+    greedy = settings | dict(do_sample=False)
+    assert asked(lm, "generate_until", (DOCUMENT + said, greedy | dict(max_gen_toks=5)), (DOCUMENT, greedy)) == [again, said]
+    sampled = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        sampled.append(asked(lm, "generate_until", (DOCUMENT, settings | dict(temperature=20.0))))
+    assert sampled[0] == sampled[1] != sampled[2]
+    beams = asked(lm, "generate_until", (DOCUMENT, greedy | dict(num_beams=2)), (DOCUMENT, greedy))
+    assert beams[1] == said and asked(lm, "generate_until", ("", greedy)) == [lm.tokenizer.decode(say(lm.model, [BOS], 25))]
+
+
+def test_answers_are_kept_as_they_come(lm, tmp_path, monkeypatch):
+    """--use_cache of a run that was cut off: what had been answered is not asked again."""
+    cached = CachingLM(lm, str(tmp_path / "answers.db"))
+    wanted = {
+        "loglikelihood": [("a", "b"), ("a", "cd")],
+        "loglikelihood_rolling": [("some text",)],
+        "generate_until": [("a", dict(until=["\n"], max_gen_toks=3))],
+    }
+    found = {kind: asked(lm, kind, *arguments) for kind, arguments in wanted.items()}
+    monkeypatch.setattr(lm, "model", None)
+    for kind, arguments in wanted.items():
+        kept = getattr(cached, kind)([request(kind, *a) for a in arguments])
+        assert [tuple(k) if isinstance(k, list) else k for k in kept] == found[kind]
+
+
+def test_chat_templates(lm, monkeypatch):
+    template = (
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }};{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    monkeypatch.setattr(lm.tokenizer, "chat_template", template)
+    turns = [dict(role="user", content="Hi"), dict(role="assistant", content="Well")]
+    assert lm.apply_chat_template(turns[:1]) == "<user>Hi;<assistant>"
+    assert lm.apply_chat_template(turns, add_generation_prompt=False) == "<user>Hi;<assistant>Well"
+    assert "/" not in lm.tokenizer_name
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(batch_size="auto"), "--batch_size auto: give a number"),
+        (dict(batch_size=0), "--batch_size 0: give a number"),
+        ({"model.model_dtpye": "fp64"}, "did you mean 'model_dtype'"),
+        (dict(wieghts="here"), "env.json: wieghts: unknown key"),
+    ],
+)
+def test_what_model_args_may_not_say(folder, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        HarnessLM(str(folder / "env.json"), **settings)
+
+
+@pytest.mark.parametrize(
+    "kind, arguments",
+    [
+        ("loglikelihood", ("x" * CAPACITY, "y")),
+        ("loglikelihood_rolling", ("x" * CAPACITY,)),
+        ("generate_until", ("x" * (CAPACITY - 9), dict(max_gen_toks=10))),
+    ],
+)
+def test_past_the_capacity(lm, kind, arguments):
+    with pytest.raises(ConfigError, match=f"{kind}.*: 1 of 2 requests are past the capacity of 912 tokens, the longest has 913"):
+        asked(lm, kind, ("a", *arguments[1:]), arguments)
