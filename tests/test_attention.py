@@ -5,7 +5,7 @@ import torch
 from conftest import make_model, random_ids, relative_error
 from torch.nn import functional as F
 
-from uiollms.attention import decoder_mask, decoder_positions, encoder_mask, encoder_positions
+from uiollms.attention import decoder_mask, decoder_positions, encoder_mask, encoder_positions, slot_mask
 
 CPU = torch.device("cpu")
 
@@ -20,6 +20,7 @@ def test_encoder_mask_is_the_definition(l, m):
             else:
                 seen = key < (query - l + 1) * (l // m) or key == query
             assert mask[query, key] == seen, (query, key)
+    assert torch.equal(slot_mask(l, m, CPU)[0, 0], mask[l:])
     positions = encoder_positions(l, m, CPU)[0].tolist()
     assert positions == [*range(l), *((i + 1) * (l // m) for i in range(m))]
 

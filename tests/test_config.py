@@ -133,7 +133,7 @@ def changed(path: str, value) -> dict:
     [
         ("train.max_lrr", 1e-4, "e.json: train.max_lrr: unknown key; did you mean 'max_lr'?"),
         ("train.corpus.0.nam", "x", "e.json: train.corpus[0].nam: unknown key; did you mean 'name'?"),
-        ("model.zzz", 1, "e.json: model.zzz: unknown key; known: config, device_map"),
+        ("model.zzz", 1, "e.json: model.zzz: unknown key; known: attn_implementation, config, device_map"),
         ("train.train_iters", "10", 'e.json: train.train_iters: Input should be a valid integer, found "10"'),
         ("train.train_iters", True, "e.json: train.train_iters: Input should be a valid integer, found true"),
         ("train.train_iters", 0, "e.json: train.train_iters: Input should be greater than 0, found 0"),

@@ -47,6 +47,14 @@ def encoder_mask(chunk_size: int, num_memory: int, device: torch.device) -> Tens
     return torch.cat([sees_tokens, sees_slots], dim=1)[None, None]
 
 
+@lru_cache(maxsize=16)
+def slot_mask(chunk_size: int, num_memory: int, device: torch.device) -> Tensor:
+    """[1, 1, m, l + m] bool: the slots' rows of `encoder_mask`, built without the others."""
+    after_last_seen = encoder_positions(chunk_size, num_memory, device)[0, chunk_size:]
+    sees_tokens = torch.arange(chunk_size, device=device) < after_last_seen[:, None]
+    return torch.cat([sees_tokens, torch.eye(num_memory, dtype=torch.bool, device=device)], dim=1)[None, None]
+
+
 def decoder_positions(num_slots: Sequence[int], length: int, device: torch.device) -> Tensor:
     """[B, T] int64: the tokens of row b follow its `num_slots[b]` memory slots."""
     return moved(torch.tensor(num_slots), device)[:, None] + torch.arange(length, device=device)

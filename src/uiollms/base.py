@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from uiollms import flash
+from uiollms.attention import decoder_mask, decoder_positions, encoder_mask, encoder_positions
 from uiollms.config import MemoryConfig
 from uiollms.devices import device_of, moved
 from uiollms.lora import LoRA, added
@@ -60,6 +63,8 @@ def check_base(base: Any, config: MemoryConfig) -> None:
         raise ValueError(
             f"chunk_size {config.chunk_size} is past the base's max_position_embeddings {base.config.max_position_embeddings}"
         )
+    if flash.asked(base) and (fault := flash.unfit(base.dtype, base.config)):
+        raise ValueError(f'{fault}; load the base in another dtype, or with attn_implementation="sdpa"')
 
 
 def first_eos(base: Any) -> int:
@@ -76,20 +81,41 @@ def layer_device(layer: Any) -> torch.device:
 
 
 class Beside(NamedTuple):
-    """What all layers read beside their hidden states; it travels with them, copied once where the device changes."""
+    """What all layers read beside their hidden states; it travels with them, copied once where the device changes.
+    seen: who sees whom, instead of a mask, where flash-attn is asked for."""
 
     mask: Tensor | None
     positions: Tensor
     rotary: tuple[Tensor, ...]
+    seen: flash.Seen | None = None
 
     def to(self, device: torch.device) -> Beside:
         mask = None if self.mask is None else moved(self.mask, device)
-        return Beside(mask, moved(self.positions, device), tuple(moved(r, device) for r in self.rotary))
+        seen = None if self.seen is None else self.seen.to(device)
+        return Beside(mask, moved(self.positions, device), tuple(moved(r, device) for r in self.rotary), seen)
 
 
-def run_layer(layer: nn.Module, hidden: Tensor, beside: Beside, prefix: Prefix | None = None) -> Tensor:
+def beside_chunks(base: Any, hidden: Tensor, config: MemoryConfig) -> Beside:
+    """For encoder layers on [C, l + m, D]."""
+    size = config.chunk_size, config.num_memory, hidden.device
+    positions = encoder_positions(*size)
+    mask, seen = (None, flash.Chunks.of(*size)) if flash.asked(base) else (encoder_mask(*size), None)
+    return Beside(mask, positions, base.model.rotary_emb(hidden, positions), seen)
+
+
+def beside_rows(base: Any, hidden: Tensor, num_slots: Sequence[int], local_past: int) -> Beside:
+    """For decoder layers on [B, T, D] behind `num_slots` slots and `local_past` tokens of the same chunk."""
+    length, device = hidden.shape[1], hidden.device
+    positions = decoder_positions(num_slots, length, device) + local_past
+    size = num_slots, local_past, length, device
+    mask, seen = (None, flash.Rows.of(*size)) if flash.asked(base) else (decoder_mask(*size), None)
+    return Beside(mask, positions, base.model.rotary_emb(hidden, positions), seen)
+
+
+def run_layer(layer: Any, hidden: Tensor, beside: Beside, prefix: Prefix | None = None) -> Tensor:
     """One of the base's own layers on [B, T, D]; all inputs are where it lives."""
-    return layer(
+    run = partial(
+        layer,
         hidden,
         attention_mask=beside.mask,
         position_ids=beside.positions,
@@ -97,13 +123,16 @@ def run_layer(layer: nn.Module, hidden: Tensor, beside: Beside, prefix: Prefix |
         use_cache=prefix is not None,
         position_embeddings=beside.rotary,
     )
+    if beside.seen is None:
+        return run()
+    with flash.switched(layer.self_attn.config):
+        return run(seen=beside.seen)
 
 
 def run_last_rows(layer: Any, hidden: Tensor, rows: int, beside: Beside) -> Tensor:
     """As `run_layer` on [B, T, D], but only the last `rows` positions go through it, [B, rows, D]: the others are no more
-    than keys and values in front of them. beside: of all positions; its mask, [1, 1, T, T], is given."""
-    mask, positions, rotary = beside
-    assert mask is not None
+    than keys and values in front of them. beside: of all positions, for encoder layers."""
+    mask, positions, rotary, seen = beside
     attention = layer.self_attn
     front = slice(0, hidden.shape[1] - rows)
     back = slice(hidden.shape[1] - rows, None)
@@ -115,7 +144,8 @@ def run_last_rows(layer: Any, hidden: Tensor, rows: int, beside: Beside) -> Tens
     keys = rotate(attention, keys.transpose(1, 2), [r[:, front] for r in rotary])
     number = attention.layer_idx
     prefix = Prefix({number: [keys]}, {number: [values.transpose(1, 2)]})
-    last = Beside(mask[:, :, back], positions[:, back], tuple(r[:, back] for r in rotary))
+    mask = None if mask is None else mask[:, :, back]
+    last = Beside(mask, positions[:, back], tuple(r[:, back] for r in rotary), seen)
     return run_layer(layer, hidden[:, back], last, prefix)
 
 

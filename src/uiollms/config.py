@@ -68,6 +68,9 @@ class ModelSection(Checked):
     model_structure: Literal["llama", "mistral", "qwen2", "qwen3"] = Field(
         description="the base's family (SmolLM2's is llama); must be the model's own"
     )
+    attn_implementation: Literal["auto", "sdpa", "flash_attention_2"] = Field(
+        "auto", description="auto = sdpa; flash_attention_2 needs CUDA, bf16 or fp16, and the package flash-attn: docs/scaling.md"
+    )
     config: str = Field(description="path of the compressor config, config/*.json")
     save_ckp: str | None = Field(
         None,

@@ -23,10 +23,10 @@ from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from uiollms.attention import decoder_mask, decoder_positions, encoder_mask, encoder_positions
 from uiollms.base import (
-    Beside,
     Role,
+    beside_chunks,
+    beside_rows,
     check_base,
     first_eos,
     layer_device,
@@ -170,9 +170,7 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
         tokens = self.base.model.embed_tokens(moved(input_ids, self.device))
         slots = self.encoder.get_parameter("retrieval_token").to(tokens).expand(len(input_ids), m, -1)
         hidden = torch.cat([tokens, slots], dim=1)  # [C, l + m, D]
-        positions = encoder_positions(l, m, hidden.device)
-        mask = encoder_mask(l, m, hidden.device)
-        beside = Beside(mask, positions, self.base.model.rotary_emb(hidden, positions))
+        beside = beside_chunks(self.base, hidden, self.memory_config)
         memory, count = [], len(self.base.model.layers)
         for i, (layer, loras) in enumerate(zip(self.base.model.layers, self.encoder.layers, strict=True)):
             hidden, beside = moved(hidden, layer_device(layer)), beside.to(layer_device(layer))
@@ -227,10 +225,7 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
                 moved(repeat, self.device)[:, None], self.decoder.get_parameter("repeat_token")[0].to(hidden), hidden[:, 0]
             )
             hidden = torch.cat([start[:, None], hidden[:, 1:]], dim=1)
-        length = input_ids.shape[1]
-        positions = decoder_positions(num_slots, length, hidden.device) + local_past
-        mask = decoder_mask(num_slots, local_past, length, hidden.device)
-        beside = Beside(mask, positions, self.base.model.rotary_emb(hidden, positions))
+        beside = beside_rows(self.base, hidden, num_slots, local_past)
         for layer in self.base.model.layers:
             beside = beside.to(layer_device(layer))
             run = partial(run_layer, layer, beside=beside, prefix=prefix)

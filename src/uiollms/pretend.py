@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from uiollms.attention import encoder_mask, encoder_positions
+from uiollms.attention import encoder_mask, encoder_positions, slot_mask
 from uiollms.pretend_kernels import META, Shapes, attend
 
 aten = torch.ops.aten
@@ -152,6 +152,7 @@ def generator(device: Any = "cpu", real: Any = torch.Generator) -> torch.Generat
 def forget_tables() -> None:
     """Masks and positions that are kept by device must not pass between worlds."""
     encoder_mask.cache_clear()
+    slot_mask.cache_clear()
     encoder_positions.cache_clear()
 
 

@@ -27,6 +27,7 @@ from transformers import (
 
 from uiollms.config import ConfigError, CorpusEntry, EnvConfig, MemoryConfig, TaskEntry, load_memory_config
 from uiollms.data import find_corpus
+from uiollms.flash import check_request
 from uiollms.model import MemoryLM
 from uiollms.paths import cache_dir
 from uiollms.placement import place
@@ -158,7 +159,10 @@ def load_memory_lm(config: EnvConfig, path: str | Path) -> tuple[MemoryLM, PreTr
     name = config.model.model_name
     first_device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load(AutoTokenizer, name)
-    base = load(AutoModelForCausalLM, name, dtype=resolve_dtype(config.model.model_dtype, first_device))
+    dtype, kernel = resolve_dtype(config.model.model_dtype, first_device), config.model.attn_implementation
+    kernel = "sdpa" if kernel == "auto" else kernel
+    check_request(kernel, f"{path}: model.attn_implementation", dtype, config.model.device_map, base_config(name))
+    base = load(AutoModelForCausalLM, name, dtype=dtype, attn_implementation=kernel)
     place(base, config.model.device_map, path, config.model.offload_dir)
     torch.manual_seed(config.train.seed)
     model = MemoryLM(base, memory)

@@ -46,6 +46,7 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 # Fields that may differ when a run goes on: they move, measure, share out or end it. Every change is logged.
 FREE = {
     *(f"model.{name}" for name in ("config", "model_method", "save_ckp", "load_ckp", "released_ckp", "device_map")),
+    "model.attn_implementation",
     *(f"train.{name}" for name in ("train_iters", "save", "eval", "tasks", "run_dir", "chunk_batch", "checkpointing")),
     *(f"train.{name}" for name in ("keep_last", "keep_best", "max_bad_steps", "chunk_parallel", "chunk_ranks")),
     "train.accum_grad",  # with it, another number of processes takes as many documents a step

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from uiollms.checkpoint import load_weights, replace_folder, save_weights
 from uiollms.config import Checked, ConfigError, EnvConfig, load_memory_config, parse, read_json
+from uiollms.flash import check_request
 from uiollms.model import MemoryLM
 from uiollms.paths import cache_dir
 from uiollms.placement import place
@@ -86,7 +87,9 @@ def load_model(
         settings = {"attn_implementation": attn_implementation, "revision": revision, "token": token}
         given = {name: value for name, value in settings.items() if value is not None}
         cuda = torch.cuda.is_available() and device_map not in (None, "cpu")
-        base = load_base(folder, base, dtype=as_dtype(dtype, torch.device("cuda" if cuda else "cpu")), **given)
+        dtype = as_dtype(dtype, torch.device("cuda" if cuda else "cpu"))
+        check_request(attn_implementation, f"{folder}: attn_implementation", dtype, device_map)
+        base = load_base(folder, base, dtype=dtype, **given)
     put(base, device_map, folder)
     model = MemoryLM(base, memory)
     load_weights(model, folder)
