@@ -45,7 +45,7 @@ from uiollms.training import Samples
 # documents, tokens of each, chunk_size, num_memory; None: the config's own
 PRESETS: dict[str, dict[str, Any]] = {
     "config": dict(documents=4, tokens=2048, chunk_size=None, num_memory=None, windows=[1, 2, 4, 8, INFINITE]),
-    "quick": dict(documents=2, tokens=384, chunk_size=64, num_memory=8, windows=[1, 2, 4, INFINITE]),
+    "quick": dict(documents=2, tokens=320, chunk_size=64, num_memory=8, windows=[1, 2, 4, INFINITE]),
     "table4": dict(documents=8, tokens=2048, chunk_size=128, num_memory=16, windows=[1, 2, 4, 8, INFINITE]),
     "figure7": dict(documents=1, tokens=2048, chunk_size=16, num_memory=4, windows=[1, 2, 3, 4, 5, 6]),
 }
