@@ -121,7 +121,7 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
         else:
             sources = [name for names in world.data.every(sources) for name in names]
             run.log(iteration=done, skipped=sources, lr=lr)
-        progress.set_postfix_str(step_words(progress, mean_nll, lr, tokens))
+        progress.set_postfix_str(step_words(mean_nll, lr, tokens, run.step_seconds))
 
         run.agree_to_stop()
         if run.saves(state):

@@ -47,10 +47,9 @@ class Output:
 SILENT = Output(quiet=True)
 
 
-def step_words(progress: tqdm, nll: float, lr: float, tokens: float) -> str:
-    """What the bar says of a training step of `tokens` tokens: loss, learning rate, tokens a second at the bar's pace."""
-    pace = progress.format_dict["rate"]  # steps a second, smoothed; None until there is a second step
-    return f"nll {nll:.3f}, lr {lr:.1e}" + (f", {tokens * pace:,.0f} tokens/s" if pace else "")
+def step_words(nll: float, lr: float, tokens: float, seconds: float) -> str:
+    """What the bar says of a training step of `tokens` tokens in `seconds`: loss, learning rate, tokens a second."""
+    return f"nll {nll:.3f}, lr {lr:.1e}, {tokens / seconds:,.0f} tokens/s"
 
 
 def parse_arguments(doc: str | None, arguments: list[str] | None, evaluation: bool = False) -> argparse.Namespace:

@@ -226,7 +226,7 @@ class Run:
             return
         line = {"seconds": round(time.time() - self.began, 2), **finite(values)}
         if "tokens" in values:
-            line["machine"] = machine_use(values["tokens"], time.perf_counter() - self.clock)
+            line["machine"] = machine_use(values["tokens"], self.step_seconds)
         text = json.dumps(line)
         with writing(self.metrics), self.metrics.open("a") as file:
             file.write(text + "\n")
@@ -239,6 +239,11 @@ class Run:
         for item in items:
             self.clock = time.perf_counter()
             yield item
+
+    @property
+    def step_seconds(self) -> float:
+        """Since the current item of `timed` was handed out."""
+        return time.perf_counter() - self.clock
 
     def save(self, state: TrainingState) -> None:
         """Weights to `save_ckp`, then everything to a checkpoint; older ones than the config keeps are deleted once it is
