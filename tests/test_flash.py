@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 import uiollms
-from uiollms import ConfigError, MemoryConfig, MemoryLM, base, flash
+from uiollms import ConfigError, MemoryConfig, MemoryLM, attention, base, flash
 from uiollms.attention import decoder_mask
 from uiollms.config import load_env_config
 from uiollms.evaluate import token_losses
@@ -120,8 +120,8 @@ def dense_mask(*size):
 def asking(model: MemoryLM):
     """flash-attn asked of the base (transformers would not let a model without CUDA ask); dense masks cannot be built."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base, "encoder_mask", dense_mask)
         for module in (base, flash):
-            patch.setattr(module, "encoder_mask", dense_mask)
             patch.setattr(module, "decoder_mask", dense_mask)
         patch.setattr(model.base.config, "_attn_implementation", flash.ASKED)
         yield
@@ -219,7 +219,7 @@ def test_rows_are_the_decoder_mask(kernel, slots, past, length):
     shapes = (rows, 4, length, 8), (rows, 2, keys, 8), (rows, 2, keys, 8)
     tensors = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
     seen = flash.Rows.of(slots, past, length, torch.device("cpu"))
-    found, _ = flash.attend(None, *tensors, None, 8**-0.5, seen)
+    found, _ = attention.attend(None, *tensors, None, 8**-0.5, seen)
     query, key, value = tensors
     expected = F.scaled_dot_product_attention(
         query,
@@ -253,7 +253,7 @@ def test_the_base_is_what_was_loaded_but_for_the_time_of_a_call(kernel, monkeypa
     with asking(model):  # checks the name afterwards
         with pytest.raises(ZeroDivisionError):
             model(random_ids(1, 5))
-    assert inside == [flash.NAME]
+    assert inside == [attention.NAME]
 
 
 @torch.no_grad()
@@ -271,15 +271,15 @@ def test_torchs_switch_for_deterministic_algorithms_is_handed_on(kernel):
 
 
 def test_layers_that_are_not_on_cuda_compute_as_with_sdpa(monkeypatch):
-    """Bit for bit, and without the package."""
+    """Without the package; to rounding, since SDPA alone leaves the memory where it lies."""
     monkeypatch.setitem(sys.modules, "flash_attn", None)  # importing it raises
     model, sample = make_model(), Sample.language_modeling(random_ids(37), 8)
     first = uiollms.gradient_step(model, sample, estimator="uio", S=2, rng=3)
     expected = gradients(model)
     monkeypatch.setattr(model.base.config, "_attn_implementation", flash.ASKED)
     second = uiollms.gradient_step(model, sample, estimator="uio", S=2, rng=3)
-    assert torch.equal(second.losses, first.losses)
-    assert all(torch.equal(g, expected[name]) for name, g in gradients(model).items())
+    assert relative_error(second.losses, first.losses) < PROVEN
+    assert worst_error(gradients(model), expected) < PROVEN
 
 
 # ---- asked where it cannot run -------------------------------------------------------------------------------------------

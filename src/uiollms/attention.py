@@ -1,4 +1,5 @@
-"""Who sees whom, and at which position: the masks and positions of encoder and decoder.
+"""Who sees whom, and at which position: the masks and positions of encoder and decoder, and how the library's layers are told
+of what is not a mask.
 
 Shapes: B rows, T tokens of a row, M memory slots in front of it, l chunk_size, m num_memory.
 Masks are boolean, True = may be seen, broadcastable to [B, heads, queries, keys]; `None` means plain causal (the
@@ -8,11 +9,17 @@ bottom-right by FlashAttention.
 Source: UIO-LLMs section 3.1 (encoder), 3.2 (decoder).
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from uiollms.devices import moved
 
@@ -77,3 +84,45 @@ def decoder_mask(num_slots: Sequence[int], local_past: int, length: int, device:
         front = (torch.arange(widest, device=device) < slots[:, None])[:, None, None].expand(-1, -1, length, -1)
     local = torch.ones(length, local_past + length, dtype=torch.bool, device=device).tril(local_past)
     return torch.cat([front, local.expand(front.shape[0], 1, -1, -1)], dim=-1)
+
+
+# ---- handed to the library -----------------------------------------------------------------------------------------------
+
+NAME = "uiollms"  # the attention function that the layers are told to use for the time of our call
+
+
+class Seen(Protocol):
+    """Who sees whom in a call, instead of a mask; it travels with the hidden states."""
+
+    def to(self, device: torch.device) -> Seen: ...
+
+    def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """Queries [B, heads, T, K], keys and values [B, key/value heads, ?, K] -> [B, T, heads, K]."""
+        ...
+
+
+def attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, scaling: float, seen: Seen, **_: Any
+) -> tuple[Tensor, None]:
+    """The attention function of a layer that is called with `seen=` and no mask. What else the library hands over has no use:
+    the base stays in evaluation mode (no dropout), and memory is not behind a sliding window."""
+    return seen.attend(module, query, key, value, scaling), None
+
+
+AttentionInterface.register(NAME, attend)
+
+
+@contextmanager
+def switched(config: Any) -> Iterator[None]:
+    """Layers of this config attend with the function above for the time of the block."""
+    before = config._attn_implementation
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def sdpa(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """[B, heads, T, K], twice [B, key/value heads, S, K] -> [B, T, heads, K]; no mask: causal, as many keys as queries."""
+    return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling)[0]

@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from uiollms import flash
-from uiollms.attention import decoder_mask, decoder_positions, encoder_mask, encoder_positions
+from uiollms.apart import Apart, SharedPrefix
+from uiollms.attention import Seen, decoder_mask, decoder_positions, encoder_mask, encoder_positions, switched
 from uiollms.config import MemoryConfig
 from uiollms.devices import device_of, moved
 from uiollms.lora import LoRA, added
 from uiollms.memory import Prefix
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # SmolLM2 is a llama
+Front = Prefix | SharedPrefix  # what is in front of a decoder call's own tokens
 PROJECTIONS = {"encoder": ("q_proj", "v_proj"), "decoder": ("k_proj", "v_proj")}
 
 
@@ -82,12 +84,12 @@ def layer_device(layer: Any) -> torch.device:
 
 class Beside(NamedTuple):
     """What all layers read beside their hidden states; it travels with them, copied once where the device changes.
-    seen: who sees whom, instead of a mask, where flash-attn is asked for."""
+    seen: who sees whom, instead of a mask, where no mask is needed."""
 
     mask: Tensor | None
     positions: Tensor
     rotary: tuple[Tensor, ...]
-    seen: flash.Seen | None = None
+    seen: Seen | None = None
 
     def to(self, device: torch.device) -> Beside:
         mask = None if self.mask is None else moved(self.mask, device)
@@ -99,20 +101,27 @@ def beside_chunks(base: Any, hidden: Tensor, config: MemoryConfig) -> Beside:
     """For encoder layers on [C, l + m, D]."""
     size = config.chunk_size, config.num_memory, hidden.device
     positions = encoder_positions(*size)
-    mask, seen = (None, flash.Chunks.of(*size)) if flash.asked(base) else (encoder_mask(*size), None)
+    kernel = base.config._attn_implementation
+    seen = flash.Chunks.of(*size, plain=kernel == "sdpa") if kernel in ("sdpa", flash.ASKED) else None
+    mask = encoder_mask(*size) if seen is None else None
     return Beside(mask, positions, base.model.rotary_emb(hidden, positions), seen)
 
 
-def beside_rows(base: Any, hidden: Tensor, num_slots: Sequence[int], local_past: int) -> Beside:
-    """For decoder layers on [B, T, D] behind `num_slots` slots and `local_past` tokens of the same chunk."""
+def beside_rows(base: Any, hidden: Tensor, num_slots: Sequence[int], local_past: int, prefix: Front) -> Beside:
+    """For decoder layers on [B, T, D] behind `num_slots` slots and `local_past` tokens of the same chunk, in `prefix`."""
     length, device = hidden.shape[1], hidden.device
     positions = decoder_positions(num_slots, length, device) + local_past
     size = num_slots, local_past, length, device
-    mask, seen = (None, flash.Rows.of(*size)) if flash.asked(base) else (decoder_mask(*size), None)
+    seen: Seen | None = None
+    if flash.asked(base):
+        seen = flash.Rows.of(*size)
+    elif isinstance(prefix, SharedPrefix) and prefix.apart:
+        seen = Apart(prefix, tuple(num_slots), length, device)
+    mask = decoder_mask(*size) if seen is None else None
     return Beside(mask, positions, base.model.rotary_emb(hidden, positions), seen)
 
 
-def run_layer(layer: Any, hidden: Tensor, beside: Beside, prefix: Prefix | None = None) -> Tensor:
+def run_layer(layer: Any, hidden: Tensor, beside: Beside, prefix: Front | None = None) -> Tensor:
     """One of the base's own layers on [B, T, D]; all inputs are where it lives."""
     run = partial(
         layer,
@@ -125,7 +134,7 @@ def run_layer(layer: Any, hidden: Tensor, beside: Beside, prefix: Prefix | None 
     )
     if beside.seen is None:
         return run()
-    with flash.switched(layer.self_attn.config):
+    with switched(layer.self_attn.config):
         return run(seen=beside.seen)
 
 

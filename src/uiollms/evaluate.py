@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from uiollms.apart import SharedPrefix, attends_apart
+from uiollms.base import Front
 from uiollms.devices import moved
 from uiollms.kv_gradients import batched
 from uiollms.loss import linear_losses
@@ -130,16 +132,12 @@ def longest_text(sample: Sample) -> int:
     return max(len(text) for text in with_raw_texts(sample).teachers)
 
 
-def shared_prefix(model: MemoryLM, rows: Sequence[Row], keys: Sequence[Tensor], values: Sequence[Tensor]) -> Prefix:
+def shared_prefix(model: MemoryLM, rows: Sequence[Row], keys: Sequence[Tensor], values: Sequence[Tensor]) -> Front:
     """One document's memory, [1, H, M, K] per layer, in front of all of its rows."""
     slots = max(row.num_memories for row in rows) * model.memory_config.num_memory
     if slots == 0:
         return empty_prefix(model)
-
-    def handed_out(layers: Sequence[Tensor]) -> list[list[Tensor]]:
-        return [[kv[:, :, :slots].expand(len(rows), -1, -1, -1)] for kv in layers]
-
-    return Prefix(handed_out(keys), handed_out(values))
+    return SharedPrefix([k[:, :, :slots] for k in keys], [v[:, :, :slots] for v in values], attends_apart(model.base))
 
 
 # ---- Free-running copies ------------------------------------------------------------------------------------------------

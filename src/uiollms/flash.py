@@ -12,8 +12,7 @@ N attention heads, H key/value heads, K head size.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -21,16 +20,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import is_flash_attn_2_available
 
-from uiollms.attention import decoder_mask, encoder_mask, slot_mask
+from uiollms.attention import decoder_mask, sdpa, slot_mask
 from uiollms.config import ConfigError
 from uiollms.devices import moved
 
 ASKED = "flash_attention_2"  # what the user says to transformers
-NAME = "uiollms"  # what the layers are told for the time of our call
 DEVICE_TYPES = ("cuda",)
 DTYPES = (torch.bfloat16, torch.float16)
 LARGEST_HEAD = 256
@@ -147,31 +143,30 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class Chunks:
-    """The encoder's: a chunk's tokens are causal, its slots see what `slots` [1, 1, m, l + m] bool says (`slot_mask`)."""
+    """The encoder's: a chunk's tokens are causal, without a mask, by flash-attn or (`plain`) by SDPA; its slots see what `slots`
+    [1, 1, m, l + m] bool says (`slot_mask`). So no kernel computes the half of the pairs that causality hides."""
 
     slots: Tensor
+    plain: bool
 
     @classmethod
-    def of(cls, chunk_size: int, num_memory: int, device: torch.device) -> Chunks:
-        return cls(slot_mask(chunk_size, num_memory, device))
+    def of(cls, chunk_size: int, num_memory: int, device: torch.device, plain: bool = False) -> Chunks:
+        return cls(slot_mask(chunk_size, num_memory, device), plain)
 
     def to(self, device: torch.device) -> Chunks:
-        return Chunks(moved(self.slots, device))
+        return Chunks(moved(self.slots, device), self.plain)
 
     def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """[C, N, l + m or m, K], twice [C, H, l + m, K] -> [C, l + m or m, N, K]; m queries are the slots'."""
-        m, both = self.slots.shape[-2:]
+        m = self.slots.shape[2]
         tokens = query.shape[2] - m
-        if tokens and not can(query):
-            return sdpa(module, query, key, value, encoder_mask(both - m, m, query.device), scaling)
         of_slots = sdpa(module, query[:, :, tokens:], key, value, self.slots, scaling)
         if not tokens:
             return of_slots
-        of_tokens = causal(query[:, :, :tokens], key[:, :, :tokens], value[:, :, :tokens], scaling)
+        ordinary = query[:, :, :tokens], key[:, :, :tokens], value[:, :, :tokens]
+        by_sdpa = self.plain or not can(query)
+        of_tokens = sdpa(module, *ordinary, None, scaling) if by_sdpa else causal(*ordinary, scaling)
         return torch.cat([of_tokens, of_slots], dim=1)
-
-
-Seen = Rows | Chunks
 
 
 def can(query: Tensor) -> bool:
@@ -187,32 +182,3 @@ def causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         causal=True,
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
-
-
-def sdpa(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling)[0]
-
-
-# ---- handed to the library -----------------------------------------------------------------------------------------------
-
-
-def attend(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, scaling: float, seen: Seen, **_: Any
-) -> tuple[Tensor, None]:
-    """The attention function of a layer that is called with `seen=` and no mask. What else the library hands over has no use:
-    the base stays in evaluation mode (no dropout), and memory is not behind a sliding window."""
-    return seen.attend(module, query, key, value, scaling), None
-
-
-AttentionInterface.register(NAME, attend)
-
-
-@contextmanager
-def switched(config: Any) -> Iterator[None]:
-    """Layers of this config attend with the function above for the time of the block."""
-    before = config._attn_implementation
-    config._attn_implementation = NAME
-    try:
-        yield
-    finally:
-        config._attn_implementation = before

@@ -8,12 +8,13 @@ Source: UIO-LLMs section 3.3; the two passes: GradCache (Gao et al. 2021, arXiv 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from uiollms.apart import Receiver, SharedPrefix
 from uiollms.distributed import Division
-from uiollms.memory import Prefix
 from uiollms.model import LayerMemory, MemoryLM
 from uiollms.tasks import Row, Sample
 
@@ -33,17 +34,12 @@ class KVGradients:
         if not all_ones:
             self.weighted = [torch.zeros_like(kv) for kv in self.total]
 
-    def prefix(self, batch: Sequence[int], rows: Sequence[Row]) -> Prefix:
-        """What a batch of rows reads: the slots that any of them sees, handed to all (masks hide the rest)."""
+    def prefix(self, batch: Sequence[int], rows: Sequence[Row], apart: bool) -> Leaves:
+        """What a batch of rows reads: the slots that any of them sees, one set for all (who sees which is said elsewhere)."""
         widest = max(row.num_memories for row in rows)
         slot_weights = self.weights[list(batch), :widest].repeat_interleave(self.num_memory, dim=1)  # [B, M']
         on = {device: slot_weights.to(device, self.dtype, non_blocking=True) for device in {leaf.device for leaf in self.leaves}}
-        fanned = [
-            [_FanOut.apply(leaf, total, weighted, on[leaf.device])]
-            for leaf, total, weighted in zip(self.leaves, self.total, self.weighted, strict=True)
-        ]
-        half = len(fanned) // 2
-        return Prefix(fanned[:half], fanned[half:])
+        return Leaves(self, on, apart)
 
     def backward_projection(
         self, model: MemoryLM, memory: LayerMemory, division: Division, seeds: Sequence[int] | None
@@ -79,26 +75,53 @@ class KVGradients:
         return grad.view(heads, -1, self.num_memory, size).transpose(0, 1)
 
 
+class Leaves(SharedPrefix):
+    """The leaves in front of a batch of rows whose gradients go to the sums. slot_weights: [B, M'] on every device."""
+
+    def __init__(self, sums: KVGradients, slot_weights: dict[torch.device, Tensor], apart: bool) -> None:
+        half = len(sums.leaves) // 2
+        super().__init__(sums.leaves[:half], sums.leaves[half:], apart)
+        self.sums, self.slot_weights = sums, slot_weights
+
+    def places(self, layer: int) -> tuple[int, int]:
+        """Where a layer's keys and values stand among the leaves and the sums."""
+        return layer, layer + len(self.keys)
+
+    def handed_out(self, layer: int, rows: int) -> tuple[Tensor, Tensor]:
+        keys, values = (_FanOut.apply(self.sums.leaves[i], self, i) for i in self.places(layer))
+        return keys, values
+
+    def receiver(self, layer: int) -> Receiver:
+        def receive(row: int, *grads: Tensor) -> None:
+            for i, grad in zip(self.places(layer), grads, strict=True):
+                self.arrive(i, slice(row, row + 1), grad)
+
+        return receive
+
+    def arrive(self, i: int, rows: slice, grad: Tensor) -> None:
+        """Add the gradients [B', H, n, K] of some rows to sum number i, and to the weighted one."""
+        total, weighted, slots = self.sums.total[i], self.sums.weighted[i], grad.shape[2]
+        grad = grad.to(total.dtype)
+        total[0, :, :slots] += grad.sum(0)
+        if weighted is not total:
+            weights = self.slot_weights[total.device][rows, :slots]
+            weighted[0, :, :slots] += torch.einsum("bs,bhsk->hsk", weights, grad)
+
+
 class _FanOut(torch.autograd.Function):
-    """One leaf [1, H, M, K] handed to B rows, [B, H, M', K] with M' <= M; backward adds the plain and the weighted sum
-    of the rows' gradients to their accumulators and returns nothing, so that no row's gradient outlives the layer."""
+    """Leaf number i, [1, H, M, K], handed to B rows, [B, H, M', K] with M' <= M; backward adds the rows' gradients to the sums
+    and returns nothing, so that no row's gradient outlives the layer."""
 
     @staticmethod
-    def forward(ctx, leaf, total, weighted, slot_weights):  # type: ignore[no-untyped-def]
-        ctx.sums = total, weighted
-        ctx.slot_weights = slot_weights
-        rows, slots = slot_weights.shape
+    def forward(ctx, leaf, leaves, i):  # type: ignore[no-untyped-def]
+        ctx.arrive = partial(leaves.arrive, i, slice(None))
+        rows, slots = leaves.slot_weights[leaf.device].shape
         return leaf[:, :, :slots].expand(rows, -1, -1, -1)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        total, weighted = ctx.sums
-        slots = grad.shape[2]
-        grad = grad.to(total.dtype)
-        total[0, :, :slots] += grad.sum(0)
-        if weighted is not total:
-            weighted[0, :, :slots] += torch.einsum("bs,bhsk->hsk", ctx.slot_weights, grad)
-        return None, None, None, None
+        ctx.arrive(grad)
+        return None, None, None
 
 
 def batched(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:

@@ -40,20 +40,23 @@ class _LinearLosses(torch.autograd.Function):
         for start in range(0, hidden.shape[0], BLOCK):
             rows = slice(start, start + BLOCK)
             target = targets[rows, None]
-            log_p = F.linear(hidden[rows], weight, bias).to(wide)
-            log_p -= log_p.logsumexp(-1, keepdim=True)
-            nll[rows] = -log_p.gather(-1, target).squeeze(-1)
-            teacher_p = None
+            logits = F.linear(hidden[rows], weight, bias).to(wide)
+            logits -= logits.amax(-1, keepdim=True)
+            at_target = logits.gather(-1, target).squeeze(-1)
+            log_q = kl = None
             if teacher is not None:
                 log_q = F.linear(teacher[rows], weight, bias).to(wide).log_softmax(-1)
-                teacher_p = log_q.exp()
-                kl = (teacher_p * (log_q - log_p)).sum(-1)
-                loss[rows] = (1 - kl_weight) * nll[rows] + kl_weight * kl
+                kl = (log_q.exp() * (log_q - logits)).sum(-1)  # but for log(total)
+            p = logits.exp_()  # in place, and to be divided by `total`: the block is never held twice
+            total = p.sum(-1)
+            nll[rows] = total.log() - at_target
+            if kl is not None:
+                loss[rows] = (1 - kl_weight) * nll[rows] + kl_weight * (kl + total.log())
             if grad is not None:
-                # d loss / d logits = p - ((1 - kl_weight) * onehot + kl_weight * teacher_p)
-                residue = log_p.exp_()
-                if teacher_p is not None:
-                    residue -= kl_weight * teacher_p
+                # d loss / d logits = p - ((1 - kl_weight) * onehot + kl_weight * teacher's p)
+                residue = p.div_(total[:, None])
+                if log_q is not None:
+                    residue -= kl_weight * log_q.exp_()
                 onehot = 1.0 if teacher is None else 1 - kl_weight
                 residue.scatter_add_(-1, target, torch.full_like(target, -1, dtype=wide) * onehot)
                 grad[rows] = residue.to(weight.dtype) @ weight

@@ -24,6 +24,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from uiollms.base import (
+    Front,
     Role,
     beside_chunks,
     beside_rows,
@@ -211,7 +212,7 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
     # ---- decoder --------------------------------------------------------------------------------------------------
 
     def decode(
-        self, input_ids: Tensor, prefix: Prefix, num_slots: Sequence[int], local_past: int = 0, repeat: Any = None
+        self, input_ids: Tensor, prefix: Front, num_slots: Sequence[int], local_past: int = 0, repeat: Any = None
     ) -> Tensor:
         """[B, T] tokens behind `prefix` -> normed hidden states [B, T, D], ready for the LM head.
 
@@ -225,7 +226,7 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
                 moved(repeat, self.device)[:, None], self.decoder.get_parameter("repeat_token")[0].to(hidden), hidden[:, 0]
             )
             hidden = torch.cat([start[:, None], hidden[:, 1:]], dim=1)
-        beside = beside_rows(self.base, hidden, num_slots, local_past)
+        beside = beside_rows(self.base, hidden, num_slots, local_past, prefix)
         for layer in self.base.model.layers:
             beside = beside.to(layer_device(layer))
             run = partial(run_layer, layer, beside=beside, prefix=prefix)

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from uiollms.apart import attends_apart
+from uiollms.base import Front
 from uiollms.devices import device_of, moved
 from uiollms.distributed import ALONE, Division, Group
 from uiollms.estimators import Estimator, make_estimator
@@ -94,7 +96,7 @@ def gradient_step(
                 books.enter(batch, *decode_rows(model, sample, batch, empty_prefix(model), taught))
     for batch in row_batches(sample, group, model.chunk_batch, with_memory=True):
         with torch.enable_grad():
-            prefix = sums.prefix(batch, [sample.rows[t] for t in batch])
+            prefix = sums.prefix(batch, [sample.rows[t] for t in batch], attends_apart(model.base))
             (scale * books.enter(batch, *decode_rows(model, sample, batch, prefix, taught))).backward()
 
     memory_grads = sums.backward_projection(model, memory, division, seeds)
@@ -217,7 +219,7 @@ def teach(model: MemoryLM, sample: Sample) -> list[Tensor]:
     return [model.decode(text[None], empty_prefix(model), [0])[0] for text in sample.teachers]
 
 
-def decode_scored(model: MemoryLM, sample: Sample, batch: Sequence[int], prefix: Prefix) -> tuple[Tensor, Tensor, Tensor]:
+def decode_scored(model: MemoryLM, sample: Sample, batch: Sequence[int], prefix: Front) -> tuple[Tensor, Tensor, Tensor]:
     """A batch of the sample's rows behind `prefix` -> normed hidden states [N', D] of their scored positions, row after row,
     their targets [N'], both on the LM head's device, and the number within the batch of the row that each belongs to [N'].
     Shorter rows are padded at their end, where causality hides it."""
@@ -240,7 +242,7 @@ def taught_at(model: MemoryLM, taught: Sequence[Tensor], rows: Sequence[Row]) ->
 
 
 def decode_rows(
-    model: MemoryLM, sample: Sample, batch: Sequence[int], prefix: Prefix, taught: Sequence[Tensor] = ()
+    model: MemoryLM, sample: Sample, batch: Sequence[int], prefix: Front, taught: Sequence[Tensor] = ()
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A batch of the sample's rows behind `prefix` -> loss and NLL of their scored tokens [N'], row after row, and the number
     within the batch of the row that each belongs to [N']."""
