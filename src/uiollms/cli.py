@@ -92,12 +92,17 @@ def parse_arguments(doc: str | None, arguments: list[str] | None, evaluation: bo
 
 
 def reporting_errors(main: Callable[[], int | None]) -> int:
-    """Run a command and return its exit code; what the user can mend is printed as it is, exit code 2. Anything else is a bug
-    and raises."""
+    """Run a command and return its exit code, as `errors_as_lines`; the libraries under it say no more than warnings."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    return errors_as_lines(main)
+
+
+def errors_as_lines(main: Callable[[], int | None]) -> int:
+    """Run a command and return its exit code; what the user can mend is printed as it is, exit code 2. Anything else is a bug
+    and raises."""
     try:
         return main() or 0
     except (ConfigError, OSError) as error:  # OSError: a disk or a network
