@@ -161,13 +161,6 @@ def test_without_a_model_or_weights(workspace, capsys):
         run(capsys, "chat", stdin="Hi")
 
 
-@pytest.mark.parametrize("command", ["compress", "ask", "chat"])
-def test_help_shows_an_example(command, capsys):
-    with pytest.raises(SystemExit):
-        main([command, "--help"])
-    assert f"example: python -m uiollms {command}" in capsys.readouterr().out
-
-
 # sotu_task.py belongs to an lm-eval task: tests/test_harness.py
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "examples").glob("*.py") if path.stem != "sotu_task"))
 def test_examples_run(trained, tiny_folder, capsys, monkeypatch, script):
