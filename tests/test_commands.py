@@ -281,11 +281,3 @@ def test_output_for_scripts(workspace, capsys, flags):
         assert json.loads(tested.out) == json.loads(Path("out/test.json").read_text())
     else:
         assert tested.out == ""
-
-
-def test_a_dry_run_for_scripts_is_its_exit_code(workspace, capsys):
-    assert call("train.py", "--env_conf", "env.json", "--dry_run", "--quiet") == 0
-    assert capsys.readouterr().out == ""
-    with pytest.raises(SystemExit):
-        call("train.py", "--env_conf", "env.json", "--dry_run", "--json")
-    assert "its exit code says whether the run fits" in capsys.readouterr().err
