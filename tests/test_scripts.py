@@ -3,6 +3,10 @@
 import importlib
 import io
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -92,3 +96,38 @@ def test_what_the_json_says(ready, capsys):
     assert all(Path(path).exists() for path in [report["page"], *report["plots"], written["target"]])
     assert [part["what"] for part in report["missing"]] == ["the training curve"] and len(report["plots"]) == 3
     assert len(of("data --check")["unreadable"]) == 0
+
+
+@pytest.mark.parametrize("command, bar", [("compress", "book0.txt: "), ("report", "attention: ")])
+def test_a_bar_shows_how_far_it_is(ready, capsys, command, bar):
+    name, arguments, _ = COMMANDS[command]
+    assert started(name, [*arguments, "--json"]) == 0
+    shown = capsys.readouterr()
+    assert bar in shown.err and "chunk" in shown.err and json.loads(shown.out)
+
+
+class Interrupted(io.StringIO):
+    """Keys struck while a command waits for a line."""
+
+    def readline(self, *_) -> str:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_ends_a_command_with_a_word(ready, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", Interrupted())
+    assert started(*COMMANDS["chat"][:2]) == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
+
+
+def test_ctrl_c_in_a_chat(ready):
+    command = [sys.executable, "-m", "uiollms", "chat", *ENV, "--max_new_tokens=5"]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    # A shell that put this test into the background lets its children ignore the signal.
+    with subprocess.Popen(command, **pipes, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as chat:
+        chat.stdin.write("Hi\n")
+        chat.stdin.flush()
+        while not chat.stdout.readline().startswith("[held: "):
+            assert chat.poll() is None
+        os.kill(chat.pid, signal.SIGINT)  # it waits for the next line
+        _, said = chat.communicate(timeout=60)
+    assert (chat.returncode, said) == (130, "\ninterrupted\n")

@@ -15,6 +15,7 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -54,7 +55,9 @@ def make_parser() -> argparse.ArgumentParser:
         return own
 
     what, example = "compress text files into one memory", "compress book.txt -o book.mem"
-    own = command("compress", run_compress, what, example, "what the memory holds, as one JSON object", "no words")
+    own = command(
+        "compress", run_compress, what, example, "what the memory holds, as one JSON object", "no progress bar, no words"
+    )
     own.add_argument("files", nargs="+", type=Path, metavar="FILE", help="UTF-8 text; several are compressed each and joined")
     own.add_argument("-o", "--output", required=True, type=Path, metavar="NAME.mem", help="where the memory goes")
 
@@ -91,7 +94,8 @@ def run_compress(args: argparse.Namespace, output: Output, stdin: TextIO) -> Non
     for path, text in zip(args.files, texts, strict=True):
         ids = token_ids(tokenizer, text, special=True)
         check_fits(model, ids.shape[1], path)
-        parts.append(model.compress(ids, source=path.name))
+        shown = dict(desc=path.name, unit="chunk", unit_scale=model.chunk_batch, leave=False)
+        parts.append(model.compress(ids, source=path.name, progress=partial(output.bar, **shown)))
     memory = join(parts)
     check_fits(model, memory.num_tokens, "the files together")
     memory.save(args.output)

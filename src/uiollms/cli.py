@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -114,10 +115,13 @@ def reporting_errors(main: Callable[[], int | None]) -> int:
 
 
 def errors_as_lines(main: Callable[[], int | None]) -> int:
-    """Run a command and return its exit code; what the user can mend is printed as it is, exit code 2. Anything else is a bug
-    and raises."""
+    """Run a command and return its exit code; what the user can mend is printed as it is, exit code 2, and Ctrl-C ends it with
+    a word, exit code 130 as in a shell. Anything else is a bug and raises."""
     try:
         return main() or 0
     except (ConfigError, OSError) as error:  # OSError: a disk or a network
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)  # the line may hold a ^C, half an answer or a bar
+        return 128 + signal.SIGINT

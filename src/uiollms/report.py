@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from uiollms.attention_mass import AttentionMass, measure_attention
@@ -33,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--no_attention", action="store_true", help="do not load the model; show what was measured before")
     group.add_argument("--attention_tokens", type=int, metavar="N", help="measure attention anew, on N tokens of the document")
-    output_arguments(parser, "the page, its pictures and what is missing, as one JSON object", quiet="no words")
+    output_arguments(parser, "the page, its pictures and what is missing, as one JSON object", quiet="no progress bar, no words")
     args = parser.parse_args(arguments)
     output = Output.of(args)
     run = read_folder(args.run)
@@ -74,7 +75,8 @@ def measured(run: RunFolder, tokens: int | None, output: Output) -> AttentionMas
     if run.weights:
         load_weights(model, run.weights)
     output.say(f"measures attention, weights: {run.weights_name}, base in {model.dtype}")
-    mass = measure_attention(model, tokenizer, run.config, tokens)
+    progress = partial(output.bar, desc="attention", unit="chunk", leave=False)
+    mass = measure_attention(model, tokenizer, run.config, tokens, progress)
     return AttentionMass(mass.shares, mass.about | {"weights": run.weights_name})
 
 
