@@ -121,11 +121,13 @@ def run_ask(args: argparse.Namespace, output: Output, stdin: TextIO) -> None:
 
 def run_chat(args: argparse.Namespace, output: Output, stdin: TextIO) -> None:
     model, tokenizer, state = open_memories(args, args.memory)
+    if args.memory:
+        say_held(output, state)
     last = None  # the token that the model said last and has not read yet
     for line in lines_of(stdin, prompt="you> " if output.has_words and stdin.isatty() else ""):
         ids = first_turn(tokenizer, line, state) if last is None else later_turn(tokenizer, line, last)
         state, last = answer(args, output, model, tokenizer, state, ids, line)
-        output.say(f"[held: {in_words(held_by(state))}]")
+        say_held(output, state)
 
 
 # ---- the parts they share ---------------------------------------------------------------------------------------------
@@ -241,6 +243,10 @@ def held_by(state: MemoryState) -> dict[str, int]:
     """tokens: in memory slots; slots: of a layer; open_tokens: of the chunk that is not full yet, held as they are."""
     open_tokens = state.open_ids.shape[1]
     return dict(tokens=state.num_tokens - open_tokens, slots=state.num_slots, open_tokens=open_tokens)
+
+
+def say_held(output: Output, state: MemoryState) -> None:
+    output.say(f"[held: {in_words(held_by(state))}]")
 
 
 def in_words(held: dict[str, int]) -> str:
