@@ -6,6 +6,7 @@ python train.py --env_conf smollm2-8x.json --resume
 python train.py --env_conf smollm2-8x.json --quiet --json > metrics.jsonl
 torchrun --nproc_per_node 2 train.py --env_conf smollm2-8x.json
 python train.py --env_conf 32x.json --dry_run --device_memory 24GiB,24GiB
+python train.py --env_conf 32x.json --dry_run --json
 """
 
 import math
@@ -35,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int | None:
     args = parse_arguments(__doc__, arguments)
     config = load_env_config(args.env_conf, args.set)
     if args.dry_run:
-        return dry_run(config, args.env_conf, args.device_memory, args.output.console(width=130))
+        return dry_run(config, args.env_conf, args.device_memory, args.output)
     compressor = check_env(config, args.env_conf)
     config = choose_chunk_batch(config, args.env_conf)
     with (

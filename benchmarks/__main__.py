@@ -69,7 +69,12 @@ def shown(value: object) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    examples = """examples:
+  python -m benchmarks                                             everything, hours: make bench
+  python -m benchmarks --model tiny --quick --repeats 1            does it run, seconds: make bench-quick
+  python -m benchmarks --what length --lengths 8192 32768 --model smollm2"""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, epilog=examples, formatter_class=raw)
     parser.add_argument("--what", nargs="+", default=WHAT, choices=WHAT, help="which comparisons; default: all")
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens of the documents of `length`")
     parser.add_argument("--model", nargs="+", default=["midsize", "smollm2"], choices=list(MODELS))

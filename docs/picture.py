@@ -1,5 +1,10 @@
-"""Draws the pictures of the README and of docs/concepts.md, by the program's own functions: python docs/picture.py"""
+"""Draws the pictures of the README and of docs/concepts.md, by the program's own functions.
 
+python docs/picture.py
+python docs/picture.py --out /tmp/x   # elsewhere, to compare
+"""
+
+import argparse
 import random
 from pathlib import Path
 from typing import Any
@@ -148,10 +153,14 @@ def show_weights(axes: Any, matrix: torch.Tensor, form: str) -> None:
 PICTURES = {"how-it-works.png": how_it_works, "masks.png": masks, "weights.png": weights}
 
 
-def main(folder: Path) -> None:
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, metavar="FOLDER", help="where they go (docs/)")
+    out = parser.parse_args(arguments).out
+    out.mkdir(parents=True, exist_ok=True)
     for name, draw in PICTURES.items():
-        draw().savefig(folder / name, dpi=110)
+        draw().savefig(out / name, dpi=110)
 
 
 if __name__ == "__main__":
-    main(Path(__file__).parent)
+    main()

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -129,7 +130,11 @@ def test_a_later_turn_closes_the_answer_before_it(tiny_folder):
 def test_chat_with_a_memory_in_mind(trained, capsys):
     run(capsys, "compress", "book0.txt", "-o", "book.mem")
     (line,) = run(capsys, "chat", "--memory", "book.mem", "--max_new_tokens=3", "--json", stdin="Hi").splitlines()
-    assert json.loads(line)["held"]["slots"] >= Memory.load("book.mem").num_slots
+    memory = Memory.load("book.mem")
+    assert json.loads(line)["held"]["slots"] >= memory.num_slots
+    said = run(capsys, "chat", "--memory", "book.mem")  # nothing asked
+    left = len(memory.open_ids)
+    assert said == f"[held: {memory.num_tokens - left} tokens in {memory.num_slots} memory slots (+ {left} open tokens)]\n"
 
 
 @pytest.mark.parametrize(
@@ -161,11 +166,17 @@ def test_without_a_model_or_weights(workspace, capsys):
         run(capsys, "chat", stdin="Hi")
 
 
-@pytest.mark.parametrize("command", ["compress", "ask", "chat"])
-def test_help_shows_an_example(command, capsys):
-    with pytest.raises(SystemExit):
-        main([command, "--help"])
-    assert f"example: python -m uiollms {command}" in capsys.readouterr().out
+# What each example shows: the figures of its own model, or the words that it was given and some of its own behind them.
+NUMBER = r"\d+\.\d+"
+EXPECTED = {
+    "compress_and_ask.py": r"\d+ tokens in \d+ slots a layer, \d+ tokens left as they are\n"
+    r"What is this about\? .+How does it begin\? .+What does the note say\? ",
+    "evaluate.py": rf"no memory \(window only\).*{NUMBER}.*with memory.*{NUMBER}.*raw context.*{NUMBER}.*"
+    r'\[\{"task": "files:book0.txt", "task_type": "perplexity",',
+    "generate.py": r".+The chair.+My fellow citizens, the state of the.+ In short,.+ But.+",
+    "train.py": rf"64 tokens, perplexity {NUMBER}\n(step \d: loss {NUMBER}, encoded with a graph: chunks \[0, 1, 2\]\n){{3}}"
+    rf"perplexity {NUMBER}\n",
+}
 
 
 # sotu_task.py belongs to an lm-eval task: tests/test_harness.py
@@ -174,4 +185,5 @@ def test_examples_run(trained, tiny_folder, capsys, monkeypatch, script):
     trained.save_pretrained("model", tokenizer=AutoTokenizer.from_pretrained(tiny_folder))
     monkeypatch.setattr(sys, "argv", [script, "model", "book0.txt"])
     runpy.run_path(str(ROOT / "examples" / script), run_name="__main__")
-    assert capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert re.search(EXPECTED[script], shown, re.DOTALL), shown

@@ -1,5 +1,6 @@
 """train.py and test.py as a user runs them, on a tiny model from a local folder and text files."""
 
+import argparse
 import importlib
 import importlib.util
 import json
@@ -8,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -33,10 +35,15 @@ def run(command: str, *arguments: str) -> subprocess.CompletedProcess:
 
 def call(command: str, *arguments: str) -> int:
     """The same command in this process (importing torch again takes longer than most of these tests): its exit code."""
-    spec = importlib.util.spec_from_file_location(f"command_{command[:-3]}", ROOT / command)
+    return reporting_errors(lambda: loaded(command).main(list(arguments)))
+
+
+def loaded(command: str) -> ModuleType:
+    """A file that is no module of the package."""
+    spec = importlib.util.spec_from_file_location(f"command_{Path(command).stem}", ROOT / command)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return reporting_errors(lambda: module.main(list(arguments)))
+    return module
 
 
 @pytest.mark.parametrize(
@@ -199,30 +206,57 @@ def test_documents_become_samples_by_their_task(workspace):
         assert torch.isfinite(uiollms.gradient_step(model, found).losses).all()
 
 
-COMMANDS = {
-    "train.py": "python train.py --env_conf smollm2-8x.json",
-    "test.py": "python test.py --env_conf smollm2-8x.json",
-    "uiollms": "python -m uiollms compress book.txt -o book.mem",
-    "uiollms.data": "python -m uiollms.data --sample sotu.test",
-    "uiollms.convert": "python -m uiollms.convert --env_conf smollm2-8x.json runs/smollm2-8x/checkpoint",
-    "uiollms.study": "python -m uiollms.study gradients --env_conf smollm2-8x.json",
-    "uiollms.study gradients": "python -m uiollms.study gradients --env_conf smollm2-8x.json",
-    "uiollms.study cost": "python -m uiollms.study cost --env_conf smollm2-8x.json",
-    "uiollms.study learning": "python -m uiollms.study learning --env_conf config/study-learning.json",
-    "uiollms.study recall": "python -m uiollms.study recall --distances 4",
-}
+# Every file that can be started: a new command is tested without being named here. alone.py is started by benchmarks alone.
+FOLDERS = [
+    path for path in ROOT.iterdir() if path.is_dir() and path.name not in ("tests", "runs", "raw_data") and path.name[0] != "."
+]
+FILES = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in folder.rglob("*.py"))]
+COMMANDS = sorted(
+    {str(p.relative_to(ROOT)) for p in FILES if '__name__ == "__main__"' in p.read_text()} - {"benchmarks/alone.py"}
+)
+HARNESS = "src/uiollms/harness.py"  # its command line is lm-eval's, its example that of the command `lm_eval`
+
+
+def started_as(command: str) -> str:
+    """src/uiollms/data/__main__.py -> python -m uiollms.data"""
+    path = Path(command)
+    if path.parts[0] != "src" and path.name != "__main__.py":
+        return f"python {command}"
+    parts = path.with_suffix("").parts
+    return "python -m " + ".".join(part for part in parts if part not in ("src", "__main__"))
+
+
+def help_of(command: str, monkeypatch, capsys, *sub: str) -> tuple[str, list[str]]:
+    """What a command, or one of its subcommands, says of itself, and the subcommands it has."""
+    groups, add = [], argparse.ArgumentParser.add_subparsers
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(argparse.ArgumentParser, "add_subparsers", lambda *a, **k: groups.append(add(*a, **k)) or groups[-1])
+        patch.setattr(sys, "argv", [command, *sub, "--help"])
+        if command.startswith("src/"):
+            importlib.import_module(".".join(Path(command).with_suffix("").parts[1:])).main()
+        else:
+            loaded(command).main()
+    assert end.value.code == 0
+    return capsys.readouterr().out, [name for group in groups for name in group.choices]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_explains_with_an_example(command, capsys):
-    name, *sub = command.split()
-    with pytest.raises(SystemExit) as end:
-        if name.endswith(".py"):
-            call(name, "--help")
-        else:
-            module = importlib.import_module(f"{name}.__main__" if name != "uiollms.convert" else name)
-            module.main([*sub, "--help"])
-    assert end.value.code == 0 and COMMANDS[command] in capsys.readouterr().out
+def test_help_explains_with_an_example(command, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    program = "lm_eval" if command == HARNESS else started_as(command)
+    shown, subcommands = help_of(command, monkeypatch, capsys)
+    assert re.search(rf"^(example: |  +)?{re.escape(program)}( |$)", shown, re.MULTILINE), shown
+    for sub in subcommands if command != HARNESS else ():
+        shown, _ = help_of(command, monkeypatch, capsys, sub)
+        assert f"example: {program} {sub} " in shown
+    assert not list(tmp_path.iterdir())
+
+
+def test_schema_writes_what_is_committed(tmp_path, capsys):
+    importlib.import_module("uiollms.schema").main(["--out", str(tmp_path)])
+    written = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    assert len(written) == 4 and capsys.readouterr().out.split() == [str(p) for p in written]
+    assert all(path.read_text() == (ROOT / path.relative_to(tmp_path)).read_text() for path in written)
 
 
 def test_the_bar_says_how_training_goes(workspace, capsys):
@@ -247,11 +281,3 @@ def test_output_for_scripts(workspace, capsys, flags):
         assert json.loads(tested.out) == json.loads(Path("out/test.json").read_text())
     else:
         assert tested.out == ""
-
-
-def test_a_dry_run_for_scripts_is_its_exit_code(workspace, capsys):
-    assert call("train.py", "--env_conf", "env.json", "--dry_run", "--quiet") == 0
-    assert capsys.readouterr().out == ""
-    with pytest.raises(SystemExit):
-        call("train.py", "--env_conf", "env.json", "--dry_run", "--json")
-    assert "its exit code says whether the run fits" in capsys.readouterr().err

@@ -23,7 +23,7 @@ ORDER = """
     data.beacons data.corpora_text data.corpora_own data.corpora_tasks data.mixture data lora loss attention apart flash memory library
     usage generation base model pretend_kernels pretend placement pretrained tasks flops estimators kv_gradients step evaluate
     samples retrieval results evaluation training checkpoint saving run_state metrics attention_mass views views.tables
-    views.plots views.curves run cli plan dry_run convert harness views.folder views.page report data.__main__
+    views.plots views.curves run cli plan dry_run convert lm_eval_command harness views.folder views.page report data.__main__
     study.gradients study.cost study.tables study.learning study.recall study study.__main__ __main__ __init__
 """.split()
 # from_pretrained and save_pretrained are methods of the model, as in transformers; they import their work when called.

@@ -1,8 +1,11 @@
 """lm-eval's own harness on the tiny model: local tasks, beside the model asked token by token."""
 
+import importlib
 import json
 import math
+import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from uiollms import ConfigError, MemoryLM
 from uiollms.checkpoint import save_weights
 from uiollms.config import load_env_config
-from uiollms.harness import HarnessLM, main
+from uiollms.harness import HarnessLM
+from uiollms.lm_eval_command import main
 from uiollms.pretrained import load_memory_lm
 
 ROOT = Path(__file__).parent.parent
@@ -173,13 +177,80 @@ def test_the_example_task(lm):
         simple_evaluate(lm, tasks=["sotu"], task_manager=manager, limit=2)
 
 
+# ---- the command lm_eval --------------------------------------------------------------------------------------------------
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    """The command of that name beside the interpreter; what it would run, where an older installation left another there."""
+    script = Path(sys.executable).with_name("lm_eval")
+    ours = script.exists() and "uiollms" in script.read_text()
+    program = (
+        [str(script)] if ours else [sys.executable, "-c", "from uiollms.lm_eval_command import main; raise SystemExit(main())"]
+    )
+    return subprocess.run([*program, *arguments], capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL)
+
+
+def test_the_commands_that_pyproject_names_exist():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts.keys() == {"lm_eval", "lm-eval"}  # both of lm-eval's own names
+    for target in scripts.values():
+        module, name = target.split(":")
+        assert callable(getattr(importlib.import_module(module), name))
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"]])
+def test_the_command_is_lm_evals_with_one_model_more(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lm_eval"])
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    shown = capsys.readouterr().out
+    assert end.value.code == 0
+    assert "lm_eval --model uiollms --model_args env_conf=smollm2-8x.json" in shown and "lm-eval run --model hf" in shown
+
+
+def test_a_new_process_finds_the_model_and_lm_evals_own():
+    """Where nothing has imported the harness, and so registered it, before."""
+    code = """
+import sys
+from uiollms.lm_eval_command import register
+register()
+from lm_eval.api.registry import get_model, model_registry
+print("hf" in model_registry, "uiollms.harness" in sys.modules, get_model("uiollms").__name__)
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    assert found.stdout.split() == ["True", "False", "HarnessLM"], found.stderr
+
+
+def test_without_lm_eval_the_command_says_how_to_get_it(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setattr(sys, "argv", ["lm_eval"])
+    assert main(["--help"]) == 2
+    assert capsys.readouterr().err == "lm_eval: lm-eval is not installed; get it with: pip install 'uiollms[lm-eval]'\n"
+
+
 @pytest.mark.slow  # lm-eval lists its 14,000 tasks first
-def test_the_command_line_says_what_does_not_fit(folder, monkeypatch, capsys):
-    arguments = ["--model_args", f"env_conf={folder / 'env.json'},weights={folder / 'weights'}", "--limit", "2"]
+def test_the_whole_command(folder, tmp_path):
+    texts = [DOCUMENT, "Short."]
+    write_task(
+        tmp_path,
+        "read",
+        [dict(text=text) for text in texts],
+        output_type="loglikelihood_rolling",
+        doc_to_text="",
+        doc_to_target="{{text}}",
+    )
+    model = ["--model", "uiollms", "--model_args", f"env_conf={folder / 'env.json'},weights={folder / 'weights'}"]
+    ran = command(*model, "--tasks", str(tmp_path / "read.yaml"), "--output_path", str(tmp_path / "results"))
+    assert ran.returncode == 0, ran.stderr
+    (path,) = (tmp_path / "results").rglob("results*.json")
+    lm = HarnessLM(str(folder / "env.json"), str(folder / "weights"))
+    nats = -sum(asked(lm, "loglikelihood_rolling", *((text,) for text in texts)))
+    bits = json.loads(path.read_text())["results"]["read"]["bits_per_byte,none"]
+    assert bits == pytest.approx(nats / sum(map(len, texts)) / math.log(2), rel=1e-5) and "|read |" in ran.stdout
+
     task = str(ROOT / "examples" / "sotu_task.yaml")
-    monkeypatch.setattr(sys, "argv", ["harness", "--model", "uiollms", *arguments, "--tasks", task])
-    assert main() == 2
-    assert PAST in capsys.readouterr().err
+    ran = command(*model, "--limit", "2", "--tasks", task)
+    assert ran.returncode == 2 and ran.stderr.strip().splitlines()[-1].startswith(PAST), ran.stderr
 
 
 # ---- special tokens, order, memory --------------------------------------------------------------------------------------

@@ -12,10 +12,10 @@ train.py, --model FOLDER for one saved by save_pretrained. A memory can be read 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from uiollms.cli import reporting_errors
+from uiollms.cli import Output, output_arguments, reporting_errors
 from uiollms.config import ConfigError, load_env_config
 from uiollms.library import Memory, join
 from uiollms.memory import MemoryState
@@ -36,7 +36,7 @@ ANSWER = "ANSWER"  # stands for the answer before, where the text of a later tur
 
 def main(arguments: list[str] | None = None, stdin: TextIO | None = None) -> None:
     args = make_parser().parse_args(arguments)
-    args.run(args, stdin or sys.stdin)
+    args.run(args, Output.of(args), stdin or sys.stdin)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -44,25 +44,31 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m uiollms", description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(required=True, metavar="compress | ask | chat")
 
-    def command(name: str, run: Any, help: str, example: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Any, help: str, example: str, shown: str, quiet: str) -> argparse.ArgumentParser:
         description = f"{help[0].upper()}{help[1:]}.\n\nexample: python -m uiollms {example}"
         own = commands.add_parser(name, help=help, description=description, formatter_class=raw)
         own.set_defaults(run=run)
         which = own.add_mutually_exclusive_group()
         which.add_argument("--env_conf", metavar="FILE", default=DEFAULT_CONFIG, help=f"environment config ({DEFAULT_CONFIG})")
         which.add_argument("--model", metavar="FOLDER", help="a model saved by save_pretrained")
-        own.add_argument("--json", action="store_true", help="one JSON object a line, for scripts")
+        output_arguments(own, shown, quiet)
         return own
 
-    own = command("compress", run_compress, "compress text files into one memory", "compress book.txt -o book.mem")
+    what, example = "compress text files into one memory", "compress book.txt -o book.mem"
+    own = command(
+        "compress", run_compress, what, example, "what the memory holds, as one JSON object", "no progress bar, no words"
+    )
     own.add_argument("files", nargs="+", type=Path, metavar="FILE", help="UTF-8 text; several are compressed each and joined")
     own.add_argument("-o", "--output", required=True, type=Path, metavar="NAME.mem", help="where the memory goes")
 
-    own = command("ask", run_ask, "ask memories, each question on its own", 'ask book.mem "Who wrote the letter?" "And why?"')
+    shown, quiet = "every answer and what is held, a JSON object each,", "the answers alone"
+    what, example = "ask memories, each question on its own", 'ask book.mem "Who wrote the letter?" "And why?"'
+    own = command("ask", run_ask, what, example, shown, quiet)
     own.add_argument("items", nargs="+", metavar="NAME.mem | QUESTION", help="memories (joined if several) and questions")
     generation_options(own)
 
-    own = command("chat", run_chat, "chat: a line in, an answer out, all of it held in memory", "chat --memory book.mem")
+    what, example = "chat: a line in, an answer out, all of it held in memory", "chat --memory book.mem"
+    own = command("chat", run_chat, what, example, shown, quiet)
     own.add_argument("--memory", nargs="+", type=Path, default=[], metavar="NAME.mem", help="documents to have in mind")
     generation_options(own)
     return parser
@@ -78,7 +84,7 @@ def generation_options(parser: argparse.ArgumentParser) -> None:
 # ---- commands ---------------------------------------------------------------------------------------------------------
 
 
-def run_compress(args: argparse.Namespace, stdin: TextIO) -> None:
+def run_compress(args: argparse.Namespace, output: Output, stdin: TextIO) -> None:
     if args.output.suffix != ".mem":
         raise ConfigError(f"--output {args.output}: the name of a memory ends in .mem")
     texts = [read_text(path) for path in args.files]
@@ -88,19 +94,19 @@ def run_compress(args: argparse.Namespace, stdin: TextIO) -> None:
     for path, text in zip(args.files, texts, strict=True):
         ids = token_ids(tokenizer, text, special=True)
         check_fits(model, ids.shape[1], path)
-        parts.append(model.compress(ids, source=path.name))
+        shown = dict(desc=path.name, unit="chunk", unit_scale=model.chunk_batch, leave=False)
+        parts.append(model.compress(ids, source=path.name, progress=partial(output.bar, **shown)))
     memory = join(parts)
     check_fits(model, memory.num_tokens, "the files together")
     memory.save(args.output)
     seconds = time.monotonic() - began
     held = dict(tokens=memory.num_tokens - len(memory.open_ids), slots=memory.num_slots, open_tokens=len(memory.open_ids))
-    if args.json:
-        print_json(memory=str(args.output), sources=[s.model_dump() for s in memory.sources], held=held, seconds=seconds)
-    else:
-        print(f"{args.output}: {in_words(held)}, {seconds:.1f} s")
+    output.say(f"{args.output}: {in_words(held)}, {seconds:.1f} s")
+    sources = [source.model_dump() for source in memory.sources]
+    output.result(memory=str(args.output), sources=sources, held=held, seconds=round(seconds, 3))
 
 
-def run_ask(args: argparse.Namespace, stdin: TextIO) -> None:
+def run_ask(args: argparse.Namespace, output: Output, stdin: TextIO) -> None:
     paths = [Path(item) for item in args.items if item.endswith(".mem")]
     questions = [item for item in args.items if not item.endswith(".mem")]
     if not paths or not questions:
@@ -108,26 +114,27 @@ def run_ask(args: argparse.Namespace, stdin: TextIO) -> None:
     model, tokenizer, state = open_memories(args, paths)
     for question in questions:
         ids = first_turn(tokenizer, question, state)
-        if not args.json:
+        if output.has_words:
             print(f"{question}\n> ", end="", flush=True)
-        answer(args, model, tokenizer, state, ids, question)
+        answer(args, output, model, tokenizer, state, ids, question)
 
 
-def run_chat(args: argparse.Namespace, stdin: TextIO) -> None:
+def run_chat(args: argparse.Namespace, output: Output, stdin: TextIO) -> None:
     model, tokenizer, state = open_memories(args, args.memory)
+    if args.memory:
+        say_held(output, state)
     last = None  # the token that the model said last and has not read yet
-    for line in lines_of(stdin):
+    for line in lines_of(stdin, prompt="you> " if output.has_words and stdin.isatty() else ""):
         ids = first_turn(tokenizer, line, state) if last is None else later_turn(tokenizer, line, last)
-        state, last = answer(args, model, tokenizer, state, ids, line)
-        if not args.json:
-            print(f"[held: {in_words(held_by(state))}]", flush=True)
+        state, last = answer(args, output, model, tokenizer, state, ids, line)
+        say_held(output, state)
 
 
 # ---- the parts they share ---------------------------------------------------------------------------------------------
 
 
 def answer(
-    args: argparse.Namespace, model: MemoryLM, tokenizer: Any, state: MemoryState, ids: Tensor, question: str
+    args: argparse.Namespace, output: Output, model: MemoryLM, tokenizer: Any, state: MemoryState, ids: Tensor, question: str
 ) -> tuple[MemoryState, Tensor]:
     """Read `ids` [1, T] after `state`, write the answer as it comes, or as JSON when it is there; the advanced state and
     the last token [1, 1], which it has not read."""
@@ -135,10 +142,10 @@ def answer(
     sampling = dict(do_sample=True, temperature=args.temperature, top_p=args.top_p) if args.temperature else dict(do_sample=False)
     # Without a chat template nothing says where an answer ends: it is the rest of the line.
     stop: dict[str, Any] = {} if tokenizer.chat_template else dict(stop_strings=["\n"], tokenizer=tokenizer)
-    streamer = None if args.json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = None if output.json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     torch.manual_seed(args.seed)
     began = time.monotonic()
-    output = model.generate(
+    said = model.generate(
         ids,
         state=state,
         max_new_tokens=args.max_new_tokens,
@@ -147,12 +154,10 @@ def answer(
         **sampling,
         **stop,
     )
-    if args.json:
-        new = output.sequences[0, ids.shape[1] :]
-        text = tokenizer.decode(new, skip_special_tokens=True).strip()
-        held, seconds = held_by(output.past_key_values), time.monotonic() - began
-        print_json(question=question, answer=text, new_tokens=len(new), held=held, seconds=seconds)
-    return output.past_key_values, output.sequences[:, -1:]
+    new, seconds = said.sequences[0, ids.shape[1] :], round(time.monotonic() - began, 3)
+    text, held = tokenizer.decode(new, skip_special_tokens=True).strip(), held_by(said.past_key_values)
+    output.result(question=question, answer=text, new_tokens=len(new), held=held, seconds=seconds)
+    return said.past_key_values, said.sequences[:, -1:]
 
 
 def first_turn(tokenizer: Any, question: str, state: MemoryState) -> Tensor:
@@ -223,11 +228,10 @@ def token_ids(tokenizer: Any, text: str, special: bool = False) -> Tensor:
     return torch.tensor([tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]], dtype=torch.int64)
 
 
-def lines_of(stdin: TextIO) -> Iterator[str]:
+def lines_of(stdin: TextIO, prompt: str) -> Iterator[str]:
     """Lines with something on them, up to the end of the input or /quit."""
     while True:
-        if stdin.isatty():
-            print("you> ", end="", flush=True)
+        print(prompt, end="", flush=True)
         line = stdin.readline()
         if not line or line.strip() == "/quit":
             return
@@ -241,13 +245,12 @@ def held_by(state: MemoryState) -> dict[str, int]:
     return dict(tokens=state.num_tokens - open_tokens, slots=state.num_slots, open_tokens=open_tokens)
 
 
+def say_held(output: Output, state: MemoryState) -> None:
+    output.say(f"[held: {in_words(held_by(state))}]")
+
+
 def in_words(held: dict[str, int]) -> str:
     return f"{held['tokens']:,} tokens in {held['slots']:,} memory slots (+ {held['open_tokens']:,} open tokens)"
-
-
-def print_json(**fields: Any) -> None:
-    seconds = round(fields.pop("seconds"), 3)
-    print(json.dumps(fields | {"seconds": seconds}, ensure_ascii=False), flush=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ m num_memory, M = memories * m slots in front of a row, A = R ages.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from uiollms.step import encode_all, project_all
 from uiollms.tasks import Sample
 
 SEEN = "uiollms_seen"  # the name of the attention function, as "sdpa" is one
+Progress = Callable[[Sequence[Any]], Iterable[Any]]
 MOST_CHUNKS = 16  # of the document, where nobody asks for more
 
 
@@ -63,8 +64,9 @@ class AttentionMass:
 
 
 @torch.no_grad()
-def attention_shares(model: MemoryLM, ids: Tensor) -> Tensor:
-    """A document's ids [T] -> shares [L, R, 1 + A], see `AttentionMass`. Raises ValueError for one that fits a chunk."""
+def attention_shares(model: MemoryLM, ids: Tensor, progress: Progress = iter) -> Tensor:
+    """A document's ids [T] -> shares [L, R, 1 + A], see `AttentionMass`. progress: wraps the rows, to show how far it is. Raises
+    ValueError for one that fits a chunk."""
     m = model.memory_config.num_memory
     sample = Sample.document(ids, model.memory_config.chunk_size)
     rows = [row for row in sample.rows if row.num_memories]
@@ -72,7 +74,7 @@ def attention_shares(model: MemoryLM, ids: Tensor) -> Tensor:
         raise ValueError(f"{len(ids)} tokens fit one chunk of {model.memory_config.chunk_size}: no memory is read")
     keys, values = project_all(model, encode_all(model, sample.chunks)[0])
     shares = torch.zeros(len(keys), len(rows), 1 + len(rows))
-    for r, row in enumerate(rows):
+    for r, row in enumerate(progress(rows)):
 
         def record(layer: int, weights: Tensor, r: int = r, count: int = row.num_memories) -> None:
             """weights [1, H, t, M + t]"""
@@ -111,7 +113,11 @@ def weights_seen(model: MemoryLM, record: Callable[[int, Tensor], None]) -> Iter
 
 
 def measure_attention(
-    model: MemoryLM, tokenizer: PreTrainedTokenizerBase, config: EnvConfig, tokens: int | None = None
+    model: MemoryLM,
+    tokenizer: PreTrainedTokenizerBase,
+    config: EnvConfig,
+    tokens: int | None = None,
+    progress: Progress = iter,
 ) -> AttentionMass:
     """Of the first document of the config's first text task (of `train.tasks`, else of the file `test`), cut to `tokens` (by
     default the task's truncation, but no more than 16 chunks). Raises ConfigError if the config has no such task."""
@@ -125,4 +131,4 @@ def measure_attention(
     (ids,) = evaluation_documents(model, tokenizer, task.model_copy(update=dict(num_instance=1, truncation=longest)))
     about = dict(task=task.task_name, tokens=len(ids), chunk_size=memory.chunk_size, num_memory=memory.num_memory)
     model.eval()
-    return AttentionMass(attention_shares(model, ids), {name: str(value) for name, value in about.items()})
+    return AttentionMass(attention_shares(model, ids, progress), {name: str(value) for name, value in about.items()})

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -24,32 +26,47 @@ class Output:
     quiet: bool = False
     json: bool = False
 
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Output:
+        """What was asked for with `output_arguments`."""
+        return cls(args.quiet, args.json)
+
     @property
     def has_words(self) -> bool:
         return not (self.quiet or self.json)
 
     def say(self, text: str) -> None:
         if self.has_words:
-            print(text)
+            print(text, flush=True)
 
     def line(self, text: str) -> None:
         """One line of JSON, at once."""
         if self.json:
             print(text, flush=True)
 
+    def result(self, **fields: Any) -> None:
+        """One JSON object as a line, at once."""
+        self.line(json.dumps(fields, ensure_ascii=False))
+
     def bar(self, items: Iterable[Any], **settings: Any) -> tqdm:
         return tqdm(items, **settings, disable=self.quiet)
 
-    def console(self, width: int) -> Console:
-        return Console(width=width, quiet=self.quiet)
+    def console(self, width: int | None, **settings: Any) -> Console:
+        return Console(width=width, quiet=not self.has_words, **settings)
 
 
-SILENT = Output(quiet=True)
+WORDS, SILENT = Output(), Output(quiet=True)
 
 
 def step_words(nll: float, lr: float, tokens: float, seconds: float) -> str:
     """What the bar says of a training step of `tokens` tokens in `seconds`: loss, learning rate, tokens a second."""
     return f"nll {nll:.3f}, lr {lr:.1e}, {tokens / seconds:,.0f} tokens/s"
+
+
+def output_arguments(parser: argparse.ArgumentParser, shown: str, quiet: str = "no progress bar, no words, no table") -> None:
+    """Adds --quiet and --json, for `Output.of`. shown: what --json prints."""
+    parser.add_argument("--quiet", action="store_true", help=quiet)
+    parser.add_argument("--json", action="store_true", help=f"{shown} on stdout, and nothing else there: for scripts")
 
 
 def parse_arguments(doc: str | None, arguments: list[str] | None, evaluation: bool = False) -> argparse.Namespace:
@@ -62,9 +79,8 @@ def parse_arguments(doc: str | None, arguments: list[str] | None, evaluation: bo
         metavar="FIELD=VALUE",
         help="override one field of the config, value in JSON, such as train.max_lr=3e-5; may be repeated",
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress bar, no words, no table")
-    shown = "the results, as in test.json, as one JSON object" if evaluation else "every line of metrics.jsonl as it is written"
-    parser.add_argument("--json", action="store_true", help=f"{shown} on stdout, and nothing else there: for scripts")
+    results = "the results, as in test.json, as one JSON object"
+    output_arguments(parser, results if evaluation else "every line of metrics.jsonl as it is written; of --dry_run the plan")
     if evaluation:
         parser.add_argument("--use_env_conf_tasks", action="store_true", help="run the config's train.tasks instead")
     else:
@@ -85,21 +101,27 @@ def parse_arguments(doc: str | None, arguments: list[str] | None, evaluation: bo
     args = parser.parse_args(arguments)
     if not evaluation and args.device_memory and not args.dry_run:
         parser.error("--device_memory is for --dry_run")
-    if not evaluation and args.json and args.dry_run:
-        parser.error("--json: --dry_run prints a table alone; its exit code says whether the run fits")
-    args.output = Output(args.quiet, args.json)
+    args.output = Output.of(args)
     return args
 
 
 def reporting_errors(main: Callable[[], int | None]) -> int:
-    """Run a command and return its exit code; what the user can mend is printed as it is, exit code 2. Anything else is a bug
-    and raises."""
+    """Run a command and return its exit code, as `errors_as_lines`; the libraries under it say no more than warnings."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    return errors_as_lines(main)
+
+
+def errors_as_lines(main: Callable[[], int | None]) -> int:
+    """Run a command and return its exit code; what the user can mend is printed as it is, exit code 2, and Ctrl-C ends it with
+    a word, exit code 130 as in a shell. Anything else is a bug and raises."""
     try:
         return main() or 0
     except (ConfigError, OSError) as error:  # OSError: a disk or a network
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)  # the line may hold a ^C, half an answer or a bar
+        return 128 + signal.SIGINT

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from uiollms.checkpoint import load_weights, save_weights
-from uiollms.cli import reporting_errors
+from uiollms.cli import Output, output_arguments, reporting_errors
 from uiollms.config import load_env_config
 from uiollms.pretrained import DTYPES, load_memory_lm
 
@@ -21,11 +21,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("source", type=Path, help="a checkpoint folder, or a .pth file")
     parser.add_argument("target", type=Path, help="a folder, or a name ending in .pth")
     parser.add_argument("--dtype", choices=list(DTYPES), help="of the tensors written; as they are by default")
+    output_arguments(parser, "where the weights went, as one JSON object", quiet="no words")
     args = parser.parse_args(arguments)
+    output = Output.of(args)
     model, _ = load_memory_lm(load_env_config(args.env_conf), args.env_conf)
     load_weights(model, args.source)
     save_weights(model, args.target, DTYPES.get(args.dtype))
-    print(f"written to {args.target}")
+    output.say(f"written to {args.target}")
+    output.result(source=str(args.source), target=str(args.target), dtype=args.dtype)
 
 
 if __name__ == "__main__":

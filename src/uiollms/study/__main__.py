@@ -6,6 +6,7 @@
     python -m uiollms.study cost      --env_conf smollm2-8x.json --preset figure7    time and memory, the paper's Figure 7 set-up
     python -m uiollms.study learning  --env_conf config/study-learning.json --preset quick       what is learned, on real text
     python -m uiollms.study recall    --distances 1 4                                what is learned of long dependences
+    python -m uiollms.study cost      --env_conf smollm2-8x.json --quiet --json      results.json on stdout, nothing else
 
 Results (JSON, a markdown table, a plot) go to --out. `learning` and `recall` add a line to curves.jsonl after every
 training and go on from there when they are started again.
@@ -15,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,11 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.markdown import Markdown
 
 from uiollms.checkpoint import load_weights
-from uiollms.cli import reporting_errors
+from uiollms.cli import Output, output_arguments, reporting_errors
 from uiollms.config import ConfigError, EnvConfig, MemoryConfig, TaskEntry, TrainSection, load_env_config
 from uiollms.evaluate import score
 from uiollms.evaluation import evaluation_documents
@@ -82,6 +81,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         raw = argparse.RawDescriptionHelpFormatter
         command = commands.add_parser(name, help=what, description=description, formatter_class=raw)
         command.add_argument("--out", type=Path, help="folder of the results; runs/study-... by default")
+        output_arguments(command, "the results, as in results.json, as one JSON object")
         if name != "recall":
             command.add_argument("--env_conf", required=True, metavar="FILE")
             command.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
@@ -101,7 +101,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
             command.add_argument("--distances", type=int, nargs="+", default=[1, 4], help="chunks between told and asked")
             command.add_argument("--S", type=int, default=1, help="window of tbptt, uio and importance")
             command.add_argument("--iterations", type=int, default=100)
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    args.output = Output.of(args)
+    return args
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -112,8 +114,9 @@ def main(arguments: list[str] | None = None) -> None:
     setting, rows = {"gradients": measure, "cost": measure, "learning": learning, "recall": recall}[args.what](args, out)
     (out / "results.json").write_text(json.dumps({"setting": setting, "rows": rows}, indent=4) + "\n")
     (out / "table.md").write_text(markdown_table(rows))
-    Console(width=150).print(Markdown(markdown_table(rows)))
-    logging.info("written to %s", out)
+    args.output.console(150).print(Markdown(markdown_table(rows)))
+    args.output.result(setting=setting, rows=rows)
+    args.output.say(f"written to {out}")
 
 
 Result = tuple[dict[str, Any], list[dict[str, Any]]]  # what was set, and the table
@@ -133,10 +136,10 @@ def measure(args: argparse.Namespace, out: Path) -> Result:
         load_weights(model, weights)
     with as_preset(model, preset):
         if args.what == "gradients":
-            rows = study_gradients(model, documents, preset["windows"], args.draws)
+            rows = study_gradients(model, documents, preset["windows"], args.draws, args.output.bar)
             columns = ["bias", "variance", "norm_ratio", "cosine", "relative_error", "encoder_backwards"]
         else:
-            rows = study_cost(model, documents[0], preset["windows"], args.repeats, args.estimators)
+            rows = study_cost(model, documents[0], preset["windows"], args.repeats, args.estimators, args.output.bar)
             columns = ["seconds", "peak_mib", "encoder_backwards"]
         setting: dict[str, Any] = {"chunk_size": model.memory_config.chunk_size, "num_memory": model.memory_config.num_memory}
     plot(rows, columns, out / "plot.png")
@@ -178,7 +181,7 @@ def learn_text(args: argparse.Namespace, out: Path, config: EnvConfig, model: Me
     curves, record = curves_file(out, setting)
     references = setting["references"] = {mode: mean_nll(model, documents, mode) for mode in ("window", "raw")}
     estimators = estimators_of([train.tbptt])
-    compare(estimators, range(args.seeds), start, held_out, train, curves, record)
+    compare(estimators, range(args.seeds), start, held_out, train, curves, record, args.output.bar)
     plot_curves({"": curves}, {"no memory": references["window"], "raw context": references["raw"]}, out / "plot.png")
     return setting, summarise(curves, step_seconds(estimators, start))
 
@@ -203,7 +206,7 @@ def describe(args: argparse.Namespace, config: EnvConfig) -> dict[str, Any]:
 
 def recall(args: argparse.Namespace, out: Path) -> Result:
     """Every estimator trains memory for questions about what was told `distance` chunks ago."""
-    base = train_base(out / "base")
+    base = train_base(out / "base", bar=args.output.bar)
     train = TrainSection.model_validate(
         {
             "tbptt": args.S,
@@ -232,7 +235,7 @@ def recall(args: argparse.Namespace, out: Path) -> Result:
         held_out = [next(stream) for _ in range(32)]
         curves, record = curves_file(out / f"distance-{distance}", setting)
         estimators = estimators_of([args.S])
-        compare(estimators, range(args.seeds), start, held_out, train, curves, record)
+        compare(estimators, range(args.seeds), start, held_out, train, curves, record, args.output.bar)
         panels[f"distance {distance}"] = curves
         rows += [{"distance": distance} | row for row in summarise(curves, step_seconds(estimators, start))]
     plot_curves(panels, {"guessing": math.log(VALUES)}, out / "plot.png")

@@ -7,7 +7,7 @@ import gc
 import statistics
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import psutil
@@ -55,10 +55,15 @@ class PeakMemory:
 
 
 def study_cost(
-    model: MemoryLM, ids: Tensor, windows: Sequence[int], repeats: int = 1, names: Sequence[str] = NAMES
+    model: MemoryLM,
+    ids: Tensor,
+    windows: Sequence[int],
+    repeats: int = 1,
+    names: Sequence[str] = NAMES,
+    bar: Callable[..., Iterable[Any]] = tqdm,
 ) -> list[dict[str, Any]]:
     """Seconds (median) and peak memory of one training step for every estimator and S, and the chunks re-encoded. All take turns,
-    `repeats` times, so that a busy machine slows all alike."""
+    `repeats` times, so that a busy machine slows all alike; `bar` shows how far they are."""
     sample = Sample.language_modeling(ids, model.memory_config.chunk_size)
     gradient_step(model, sample, estimator="tbptt", S=1)  # warm up
     measured = [(name, S, estimator) for name, S, estimator in estimators_of(windows) if name in names]
@@ -66,7 +71,7 @@ def study_cost(
     backwards: list[list[int]] = [[] for _ in measured]
     peaks: list[list[int]] = [[] for _ in measured]
     for seed in range(repeats):
-        for i, (*_, estimator) in enumerate(tqdm(measured, desc=f"steps, turn {seed + 1} of {repeats}")):
+        for i, (*_, estimator) in enumerate(bar(measured, desc=f"steps, turn {seed + 1} of {repeats}")):
             model.zero_grad(set_to_none=True)
             with PeakMemory(model.device) as peak:
                 start = time.perf_counter()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -119,11 +119,17 @@ def statistics_of(weights: Tensor, products: Tensor, pairs: Sequence[tuple[int, 
     }
 
 
-def study_gradients(model: MemoryLM, documents: Sequence[Tensor], windows: Sequence[int], draws: int) -> list[dict[str, Any]]:
+def study_gradients(
+    model: MemoryLM,
+    documents: Sequence[Tensor],
+    windows: Sequence[int],
+    draws: int,
+    bar: Callable[..., Iterable[Any]] = tqdm,
+) -> list[dict[str, Any]]:
     """One row of statistics for every estimator and S, averaged over documents; `norm_ratio_variance` over draws and documents
     (the paper's Table 4 draws once for each input), so with the variance of the documents' means added."""
     per_document: dict[tuple[str, int], list[dict[str, float]]] = {}
-    for number, ids in enumerate(tqdm(documents, desc="documents")):
+    for number, ids in enumerate(bar(documents, desc="documents")):
         sample = Sample.language_modeling(ids, model.memory_config.chunk_size)
         pairs, vectors, norms = pair_gradients(model, sample)
         products = gram(vectors)

@@ -11,7 +11,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -85,12 +85,13 @@ def compare(
     train: TrainSection,
     done: Sequence[dict[str, Any]],
     record: Callable[[dict[str, Any]], None],
+    bar: Callable[..., Iterable[Any]] = tqdm,
 ) -> None:
     """Run every estimator (name, S, object) with every seed that is not in `done`, seed by seed, and `record` each curve.
     start: a seed -> an untrained model and its stream of documents."""
     runs = [(seed, *estimator) for seed in seeds for estimator in estimators]
     known = {(curve["seed"], curve["estimator"], curve["S"]) for curve in done}
-    for seed, name, S, estimator in tqdm([run for run in runs if run[:3] not in known], desc="trainings"):
+    for seed, name, S, estimator in bar([run for run in runs if run[:3] not in known], desc="trainings"):
         model, samples = start(seed)
         curve = learn(model, samples, held_out, estimator, train.model_copy(update={"seed": seed}))
         record({"estimator": name, "S": S, "seed": seed} | curve)

@@ -12,7 +12,7 @@ Shapes: B documents, N chunks, P pairs and Q queries of a chunk.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def recall_samples(distance: int, seed: int) -> Iterator[Sample]:
         yield recall_sample(ids, answers, distance)
 
 
-def train_base(folder: Path, seed: int = 0, enough: float = 0.98) -> Any:
+def train_base(folder: Path, seed: int = 0, enough: float = 0.98, bar: Callable[..., Iterable[Any]] = tqdm) -> Any:
     """The small Llama (4 layers of 128) that answers from raw text at every distance with `enough` accuracy, from `folder`
     if it was trained before. Documents grow from 2 to 16 chunks as it learns. Raises RuntimeError if it does not."""
     if folder.exists():
@@ -84,7 +84,7 @@ def train_base(folder: Path, seed: int = 0, enough: float = 0.98) -> Any:
     generator = torch.Generator().manual_seed(seed)
     for num_chunks in (2, 8, MOST_CHUNKS):
         accuracy = 0.0
-        for _ in tqdm(range(2000), desc=f"base, {num_chunks} chunks", leave=False):
+        for _ in bar(range(2000), desc=f"base, {num_chunks} chunks", leave=False):
             distances = torch.randint(num_chunks - 1, (512 // num_chunks,), generator=generator)
             ids, answers = draw_documents(generator, distances, num_chunks)
             logits, targets = base(ids).logits[:, :-1][answers[:, 1:]], ids[:, 1:][answers[:, 1:]]

@@ -31,13 +31,14 @@ class Picture:
         return base64.b64encode(self.path.read_bytes()).decode()
 
 
-def write_report(run: RunFolder) -> Path:
-    """`plots/*.png` and `report.html` in the run folder, from what it holds; the page's path."""
+def write_report(run: RunFolder) -> tuple[Path, list[Path]]:
+    """`plots/*.png` and `report.html` in the run folder, from what it holds; the page's path and the pictures'."""
     template = files("uiollms.views").joinpath("page.html").read_text(encoding="utf-8")
     page = Environment(autoescape=True, undefined=StrictUndefined).from_string(template)
     target = run.path / "report.html"
     with writing(target):
         (run.path / "plots").mkdir(exist_ok=True)
+        pictures = list(draw(run, run.path / "plots"))
         text = page.render(
             title=f"Run {run.path.resolve().name}",
             facts=list(facts(run)),
@@ -45,11 +46,11 @@ def write_report(run: RunFolder) -> Path:
             evaluated=f"From {run.evaluated}",
             columns=COLUMNS,
             rows=[rows_of(result) for result in run.results],
-            pictures=list(draw(run, run.path / "plots")),
+            pictures=pictures,
             missing=run.missing,
         )
         target.write_text(text, encoding="utf-8")
-    return target
+    return target, [picture.path for picture in pictures]
 
 
 def draw(run: RunFolder, folder: Path) -> Iterator[Picture]:

@@ -1,0 +1,133 @@
+"""Every command as a script calls it: --json is JSON alone on stdout, --quiet says nothing; and how an interrupt ends one."""
+
+import importlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import make_base
+from test_commands import ROOT, call
+
+from uiollms.checkpoint import save_weights
+from uiollms.cli import reporting_errors
+from uiollms.config import load_env_config
+from uiollms.pretrained import load_memory_lm
+from uiollms.study.recall import VOCABULARY
+
+ENV = ["--env_conf", "env.json"]
+FEW = ["--preset", "quick", "--corpus", "files:book*.txt", "--documents", "1", "--draws", "20", "--out", "study"]
+
+# command -> (module or file, arguments, fields of every line)
+COMMANDS = {
+    "compress": ("uiollms", ["compress", "book0.txt", "-o", "new.mem", *ENV], "memory sources held seconds"),
+    "ask": ("uiollms", ["ask", "book.mem", "Why?", *ENV, "--max_new_tokens=5"], "question answer new_tokens held seconds"),
+    "chat": ("uiollms", ["chat", *ENV, "--max_new_tokens=5"], "question answer new_tokens held seconds"),
+    "data": ("uiollms.data", [], "corpus documents_for ready missing"),
+    "data --sample": (
+        "uiollms.data",
+        ["--sample", "files:book*.txt"],
+        "corpus documents source task kl_weight train_prompt text",
+    ),
+    "data --check": ("uiollms.data", ["--check", "files:book*.txt"], "corpus documents empty characters unreadable"),
+    "convert": ("uiollms.convert", [*ENV, "out/ckp", "ckp.pth"], "source target dtype"),
+    "report": ("uiollms.report", ["out"], "page plots missing"),
+    "study gradients": ("uiollms.study", ["gradients", *ENV, *FEW], "setting rows"),
+    "study cost": ("uiollms.study", ["cost", *ENV, *FEW, "--estimators", "exact", "uio"], "setting rows"),
+    "study learning": ("uiollms.study", ["learning", *ENV, "--seeds=1", "--set=train.eval=3", "--out=study"], "setting rows"),
+    "study recall": ("uiollms.study", ["recall", "--seeds=1", "--iterations=1", "--distances=1", "--out=study"], "setting rows"),
+    "train.py --dry_run": (
+        "train.py",
+        [*ENV, "--dry_run"],
+        "fits devices tokens chunk_batch flops longest capacity most_chunks",
+    ),
+}
+
+
+@pytest.fixture
+def ready(workspace, monkeypatch, capsys):
+    """The workspace with weights, an evaluation, a memory; a small base for `recall`, which trains its own for minutes."""
+    save_weights(load_memory_lm(load_env_config("env.json"), "env.json")[0], "out/ckp")
+    assert call("test.py", *ENV, "--quiet") == 0
+    assert started("uiollms", ["compress", "book0.txt", "-o", "book.mem", *ENV]) == 0
+    base = make_base(vocab_size=VOCABULARY, max_position_embeddings=128)
+    monkeypatch.setattr("uiollms.study.__main__.train_base", lambda folder, bar: base)
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hi\n"))
+    capsys.readouterr()
+
+
+def started(name: str, arguments: list[str]) -> int:
+    if name.endswith(".py"):
+        return call(name, *arguments)
+    is_package = (ROOT / "src" / name.replace(".", "/")).is_dir()
+    module = importlib.import_module(f"{name}.__main__" if is_package else name)
+    return reporting_errors(lambda: module.main(arguments))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("json_too", [True, False])
+def test_output_for_scripts(ready, capsys, command, json_too):
+    name, arguments, fields = COMMANDS[command]
+    assert started(name, [*arguments, "--quiet", *["--json"] * json_too]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    if json_too:
+        lines = [json.loads(line) for line in shown.out.splitlines()]
+        assert lines and all(list(line) == fields.split() for line in lines)
+    elif command in ("ask", "chat"):
+        assert shown.out.strip() and "[held" not in shown.out and "Why?" not in shown.out
+    else:
+        assert shown.out == ""
+
+
+def test_what_the_json_says(ready, capsys):
+    def of(command: str) -> dict:
+        assert started(COMMANDS[command][0], [*COMMANDS[command][1], "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    plan, report, written = of("train.py --dry_run"), of("report"), of("convert")
+    (device,) = plan["devices"]
+    assert device["device"] == "cpu" and sum(device["parts"].values()) == pytest.approx(device["need"], abs=6)
+    assert plan["fits"] is device["fits"] is (device["need"] <= device["have"])
+    assert all(Path(path).exists() for path in [report["page"], *report["plots"], written["target"]])
+    assert [part["what"] for part in report["missing"]] == ["the training curve"] and len(report["plots"]) == 3
+    assert len(of("data --check")["unreadable"]) == 0
+
+
+@pytest.mark.parametrize("command, bar", [("compress", "book0.txt: "), ("report", "attention: ")])
+def test_a_bar_shows_how_far_it_is(ready, capsys, command, bar):
+    name, arguments, _ = COMMANDS[command]
+    assert started(name, [*arguments, "--json"]) == 0
+    shown = capsys.readouterr()
+    assert bar in shown.err and "chunk" in shown.err and json.loads(shown.out)
+
+
+class Interrupted(io.StringIO):
+    """Keys struck while a command waits for a line."""
+
+    def readline(self, *_) -> str:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_ends_a_command_with_a_word(ready, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", Interrupted())
+    assert started(*COMMANDS["chat"][:2]) == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
+
+
+def test_ctrl_c_in_a_chat(ready):
+    command = [sys.executable, "-m", "uiollms", "chat", *ENV, "--max_new_tokens=5"]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    # A shell that put this test into the background lets its children ignore the signal.
+    with subprocess.Popen(command, **pipes, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as chat:
+        chat.stdin.write("Hi\n")
+        chat.stdin.flush()
+        while not chat.stdout.readline().startswith("[held: "):
+            assert chat.poll() is None
+        os.kill(chat.pid, signal.SIGINT)  # it waits for the next line
+        _, said = chat.communicate(timeout=60)
+    assert (chat.returncode, said) == (130, "\ninterrupted\n")
