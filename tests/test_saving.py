@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from uiollms import ConfigError, MemoryConfig, MemoryLM
+from uiollms.checkpoint import WEIGHT_FILES
 from uiollms.pretrained import load
 from uiollms.saving import as_dtype, load_tokenizer, public_name
 
@@ -82,6 +83,61 @@ def test_what_cannot_be_loaded_is_said_in_one_line(model, tmp_path, tiny_folder)
     with pytest.raises(NotImplementedError, match="upload_folder"):
         model.push_to_hub("someone/some-model")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_saved_model_takes_the_place_of_nothing_else(model, tmp_path, tiny_folder):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    model.save_pretrained(tmp_path / "adapters" / "mine")
+    for folder, name, found in (
+        ("adapters", "notes.txt", r"holds other files \(mine\)"),
+        ("data", "book.txt", r"holds other files \(book.txt\)"),
+        ("tokenizer", "tokenizer.json", "holds no memory_config.json, so it is no saved model"),
+        ("adapters/mine", "base/README.md", r"holds other files \(base/README.md\)"),
+        ("adapters/mine/base/README.md", ".", "is not a folder"),
+    ):
+        path = tmp_path / folder / name
+        if name != ".":
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("a year of work")
+        with pytest.raises(ConfigError, match=rf"{folder}: save_pretrained would replace it, but it {found}; move it, or"):
+            model.save_pretrained(tmp_path / folder, tokenizer=tokenizer)
+        assert path.read_text() == "a year of work"
+    assert MemoryLM.from_pretrained(tmp_path / "adapters" / "mine", dtype=torch.float64).dtype == torch.float64
+
+
+def test_all_that_was_saved_is_replaced(model, tmp_path, tiny_folder):
+    """Whatever `save` writes, it knows as its own: a template of the tokenizer's, a base in several files."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    folder = tmp_path / "model"
+    folder.mkdir()  # empty: free
+    for _ in range(2):
+        model.save_pretrained(folder, include_base=True, tokenizer=tokenizer)
+        assert (folder / "additional_chat_templates" / "tool_use.jinja").exists()
+    model.base.save_pretrained(folder / "base", max_shard_size="100KB")
+    assert (folder / "base" / "model.safetensors.index.json").exists()
+    model.save_pretrained(folder)
+    assert {path.name for path in folder.iterdir()} == {*(p.partition("/")[0] for p in WEIGHT_FILES), "base.json"}
+
+
+def test_a_save_that_fails_leaves_what_was_there_and_nothing_beside_it(model, tmp_path):
+    class Full:
+        def save_pretrained(self, folder):
+            (folder / "tokenizer.json").write_text("{")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(ConfigError, match=r"new: cannot be written \(No space left on device\)$"):
+        model.save_pretrained(tmp_path / "new", tokenizer=Full())
+    assert not list(tmp_path.iterdir())
+    model.save_pretrained(tmp_path / "model")
+    before = (tmp_path / "model" / "tokens.safetensors").stat().st_ino
+    with pytest.raises(ConfigError, match=r"model: cannot be written \(No space left on device\); .*model is as it was$"):
+        model.save_pretrained(tmp_path / "model", tokenizer=Full())
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (tmp_path / "model" / "tokens.safetensors").stat().st_ino == before
+    with pytest.raises(ConfigError, match="file/model: cannot be written"):
+        (tmp_path / "file").touch()
+        model.save_pretrained(tmp_path / "file" / "model")
 
 
 def test_the_tokenizer_may_travel_along(model, tmp_path, tiny_folder):
