@@ -89,6 +89,39 @@ def test_one_state_is_asked_again_and_again(model):
     assert torch.equal(found[1], model.generate(second, state=state, **GREEDY)[0])
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_padded_batch_goes_on_each_row_from_its_own_state(model, beams):
+    """The twin: every row alone, all the way. The rows of the second call are padded differently from the first's."""
+    ids, mask = padded(ROWS)
+    start = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **GREEDY)
+    questions = [random_ids(n, seed=n) for n in (7, 4, 4, 12)]
+    again, again_mask = padded([torch.cat([s[-1:], q]) for s, q in zip(start.sequences, questions, strict=True)])
+    for _ in range(2):  # the state is left as it was
+        found = model.generate(again, attention_mask=again_mask, state=start.past_key_values, num_beams=beams, **GREEDY)
+        for row, first, question, tokens in zip(ROWS, start.sequences, questions, found, strict=True):
+            whole = torch.cat([first[21 - len(row) :], question])
+            assert torch.equal(tokens[-11:], model.generate(whole[None], num_beams=beams, **GREEDY)[0, len(whole) :])
+    # without a mask, a token each
+    found = model.generate(start.sequences[:, -1:], state=start.past_key_values, num_beams=beams, **GREEDY)
+    for row, first, tokens in zip(ROWS, start.sequences, found, strict=True):
+        whole = first[21 - len(row) :]
+        assert torch.equal(tokens[1:], model.generate(whole[None], num_beams=beams, **GREEDY)[0, len(whole) :])
+
+
+def test_what_a_padded_batchs_state_cannot_do_is_said(model):
+    ids, mask = padded(ROWS)
+    start = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **GREEDY)
+    with pytest.raises(ValueError, match="state of a padded batch, whose rows .* different numbers .*give it as state="):
+        model.generate(start.sequences, past_key_values=start.past_key_values)
+    with pytest.raises(ValueError, match="state has 4 rows, the prompts 3"):
+        model.generate(random_ids(3, 2), state=start.past_key_values)
+    longest = dict(state=start.past_key_values, do_sample=False, eos_token_id=None)  # 31 tokens seen by the longest row
+    room = torch.tensor([[1, 1], [0, 1], [1, 1], [0, 1]])  # which reads one more
+    assert model.generate(random_ids(4, 2), attention_mask=room, **longest, max_new_tokens=201).shape == (4, 203)
+    with pytest.raises(ValueError, match=r"come to 233 tokens \(31 of them in the state\), the capacity is 232"):
+        model.generate(random_ids(4, 2), attention_mask=room, **longest, max_new_tokens=202)
+
+
 def test_past_key_values_as_transformers_means_them(model):
     """The state of one generate() call and all tokens so far go into the next."""
     start = model.generate(random_ids(2, 9), return_dict_in_generate=True, **GREEDY)
