@@ -3,10 +3,7 @@
 import pytest
 import torch
 from conftest import make_model, random_ids
-from transformers import AutoTokenizer, GenerationConfig, TextIteratorStreamer, pipeline
-
-from uiollms import MemoryConfig, MemoryLM
-from uiollms.pretrained import load
+from transformers import GenerationConfig
 
 GREEDY = dict(do_sample=False, max_new_tokens=11, eos_token_id=None)  # 11: every row crosses a chunk boundary (8)
 
@@ -183,45 +180,3 @@ def test_options_without_meaning_are_refused_by_name(model, option):
 def test_transformers_is_told_that_tokens_cannot_be_taken_back(model):
     """It would try on a Mac; none is needed to see what it asks."""
     assert not model.new_state().is_croppable
-
-
-@pytest.fixture(scope="module")
-def speaking(tiny_folder) -> tuple[MemoryLM, object]:
-    """A model with text: bytes as tokens."""
-    from transformers import AutoModelForCausalLM
-
-    base = load(AutoModelForCausalLM, str(tiny_folder), dtype=torch.float64)
-    torch.manual_seed(0)
-    model = MemoryLM(base, MemoryConfig(num_memory=2, chunk_size=16, lora_rank=2, lora_alpha=4))
-    return model, AutoTokenizer.from_pretrained(tiny_folder)
-
-
-def test_stop_strings_and_streamer(speaking):
-    model, tokenizer = speaking
-    ids = tokenizer("Once upon a time there was", return_tensors="pt").input_ids
-    options = dict(do_sample=True, max_new_tokens=40, eos_token_id=None)
-    torch.manual_seed(1)
-    whole = tokenizer.decode(model.generate(ids, **options)[0, ids.shape[1] :])
-    stop = next(character for character in whole if character.isascii() and character.isalpha())
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
-    torch.manual_seed(1)
-    stopped = tokenizer.decode(model.generate(ids, **options, stop_strings=[stop], tokenizer=tokenizer, streamer=streamer)[0])
-    assert stopped == "Once upon a time there was" + whole[: whole.index(stop) + 1]
-    assert "".join(streamer) == whole[: whole.index(stop) + 1]
-
-
-def test_pipeline(speaking):
-    model, tokenizer = speaking
-    tokenizer.padding_side = "left"
-    write = pipeline("text-generation", model=model, tokenizer=tokenizer)
-    prompts = ["A short one", "A longer one, past a chunk's boundary"]
-    options = dict(do_sample=False, max_new_tokens=12, return_full_text=False)
-    alone = [write(prompt, **options)[0]["generated_text"] for prompt in prompts]
-    ids = tokenizer(prompts[1], return_tensors="pt").input_ids
-    expected = model.generate(ids, do_sample=False, max_new_tokens=12)[0, ids.shape[1] :]
-    assert alone[1] == tokenizer.decode(expected, skip_special_tokens=True)
-    together = write(prompts, batch_size=2, **options)
-    assert [found[0]["generated_text"] for found in together] == alone
-    with torch.no_grad():
-        state = model(ids).past_key_values
-    assert write(" and more", state=state, **options)[0]["generated_text"]
