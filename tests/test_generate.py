@@ -3,7 +3,16 @@
 import pytest
 import torch
 from conftest import make_model, random_ids
-from transformers import GenerationConfig
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+)
+
+from uiollms import MemoryConfig, MemoryLM
 
 GREEDY = dict(do_sample=False, max_new_tokens=11, eos_token_id=None)  # 11: every row crosses a chunk boundary (8)
 
@@ -175,6 +184,65 @@ def test_options_without_meaning_are_refused_by_name(model, option):
         model.generate(random_ids(1, 3), max_new_tokens=2, **option)
     with pytest.raises(ValueError, match="max_new_tokenz"):
         model.generate(random_ids(1, 3), max_new_tokenz=2)
+
+
+def test_continuous_batching_is_refused_by_name(model):
+    with pytest.raises(NotImplementedError, match="generate_batch .* is not supported with memory: .* left-padded"):
+        model.generate_batch([[3, 4, 5]], max_new_tokens=2)
+    with pytest.raises(NotImplementedError, match="generate_batch"), model.continuous_batching_context_manager():
+        pass
+
+
+def no_token_twice(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    return scores.scatter(1, ids, -torch.inf)
+
+
+PROMPT = random_ids(1, 13, seed=5)
+# option -> its value, and the processor that does it; both from the tokens that come without it
+PROCESSED = {
+    "repetition_penalty": lambda plain: (1.8, RepetitionPenaltyLogitsProcessor(1.8)),
+    "no_repeat_ngram_size": lambda plain: (2, NoRepeatNGramLogitsProcessor(2)),
+    "min_new_tokens": lambda plain: (11, MinNewTokensLengthLogitsProcessor(13, 11, torch.tensor([plain[2]]))),
+    "bad_words_ids": lambda plain: ([[plain[1]]], NoBadWordsLogitsProcessor([[plain[1]]])),
+    "logits_processor": lambda plain: (LogitsProcessorList([no_token_twice]), no_token_twice),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSED)
+def test_what_changes_the_scores_does_so(model, name):
+    """Two twins: every token by hand, from the whole text read anew; and the base's own generate, where no chunk fills up."""
+    plain = model.generate(PROMPT, **GREEDY)[0, 13:].tolist()
+    value, processor = PROCESSED[name](plain)
+    options = GREEDY | {name: value} | (dict(eos_token_id=plain[2]) if name == "min_new_tokens" else {})
+    expected = PROMPT
+    for _ in range(11):
+        with torch.no_grad():
+            scores = processor(expected, model(expected).logits[:, -1].float())
+        expected = torch.cat([expected, scores.argmax(-1, keepdim=True)], 1)
+    assert expected[0, 13:].tolist() != plain
+    assert torch.equal(model.generate(PROMPT, **options), expected)
+    roomy = MemoryLM(model.base, MemoryConfig(num_memory=2, chunk_size=32, lora_rank=3, lora_alpha=6))
+    assert torch.equal(roomy.generate(PROMPT, **options), model.base.generate(PROMPT, **options))
+
+
+def test_with_a_state_processors_see_the_new_tokens_only(model):
+    with torch.no_grad():
+        state = model(PROMPT[:, :9]).past_key_values
+    seen = []
+
+    def look(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        seen.append(ids)
+        return scores
+
+    whole = model.generate(PROMPT[:, 9:], state=state, logits_processor=[look], **GREEDY)
+    assert len(seen) == 11 and all(torch.equal(ids, whole[:, : 4 + i]) for i, ids in enumerate(seen))
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_use_cache_changes_nothing(model, beams):
+    """Models switch it off for training with checkpointing; a stream has no other way to go on."""
+    options = GREEDY | dict(num_beams=beams)
+    assert torch.equal(model.generate(PROMPT, use_cache=False, **options), model.generate(PROMPT, **options))
 
 
 def test_transformers_is_told_that_tokens_cannot_be_taken_back(model):

@@ -152,6 +152,13 @@ class Generation:
             options["past_key_values"] = past_key_values
         return super().generate(ids, generation_config, **options)  # type: ignore[misc]
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused, and with it `generate_batch` and `continuous_batching_context_manager`, which begin here."""
+        raise NotImplementedError(
+            "generate_batch (continuous batching) is not supported with memory: it keeps a paged cache of its own; give "
+            "generate a left-padded batch"
+        )
+
     def prepare_inputs_for_generation(
         self: Any,
         input_ids: Tensor,
@@ -176,7 +183,6 @@ class Generation:
     ) -> None:
         """transformers would build its own cache here; a stream starts in `prepare_inputs_for_generation`. num_fed: tokens
         of the longest row when all that may be generated is, less the last, which is never fed."""
-        generation_config.use_cache = True
         state = model_kwargs.get("state")
         groups = state.groups if isinstance(state, RaggedState) else [(None, 0, state)] if state is not None else []
         ends = [(own.num_tokens + num_fed - skip, own.num_tokens) for _, skip, own in groups]
