@@ -3,10 +3,16 @@
 import pytest
 import torch
 from conftest import make_model, random_ids
-from transformers import AutoTokenizer, GenerationConfig, TextIteratorStreamer, pipeline
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+)
 
 from uiollms import MemoryConfig, MemoryLM
-from uiollms.pretrained import load
 
 GREEDY = dict(do_sample=False, max_new_tokens=11, eos_token_id=None)  # 11: every row crosses a chunk boundary (8)
 
@@ -89,6 +95,39 @@ def test_one_state_is_asked_again_and_again(model):
     assert torch.equal(found[1], model.generate(second, state=state, **GREEDY)[0])
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_padded_batch_goes_on_each_row_from_its_own_state(model, beams):
+    """The twin: every row alone, all the way. The rows of the second call are padded differently from the first's."""
+    ids, mask = padded(ROWS)
+    start = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **GREEDY)
+    questions = [random_ids(n, seed=n) for n in (7, 4, 4, 12)]
+    again, again_mask = padded([torch.cat([s[-1:], q]) for s, q in zip(start.sequences, questions, strict=True)])
+    for _ in range(2):  # the state is left as it was
+        found = model.generate(again, attention_mask=again_mask, state=start.past_key_values, num_beams=beams, **GREEDY)
+        for row, first, question, tokens in zip(ROWS, start.sequences, questions, found, strict=True):
+            whole = torch.cat([first[21 - len(row) :], question])
+            assert torch.equal(tokens[-11:], model.generate(whole[None], num_beams=beams, **GREEDY)[0, len(whole) :])
+    # without a mask, a token each
+    found = model.generate(start.sequences[:, -1:], state=start.past_key_values, num_beams=beams, **GREEDY)
+    for row, first, tokens in zip(ROWS, start.sequences, found, strict=True):
+        whole = first[21 - len(row) :]
+        assert torch.equal(tokens[1:], model.generate(whole[None], num_beams=beams, **GREEDY)[0, len(whole) :])
+
+
+def test_what_a_padded_batchs_state_cannot_do_is_said(model):
+    ids, mask = padded(ROWS)
+    start = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **GREEDY)
+    with pytest.raises(ValueError, match="state of a padded batch, whose rows .* different numbers .*give it as state="):
+        model.generate(start.sequences, past_key_values=start.past_key_values)
+    with pytest.raises(ValueError, match="state has 4 rows, the prompts 3"):
+        model.generate(random_ids(3, 2), state=start.past_key_values)
+    longest = dict(state=start.past_key_values, do_sample=False, eos_token_id=None)  # 31 tokens seen by the longest row
+    room = torch.tensor([[1, 1], [0, 1], [1, 1], [0, 1]])  # which reads one more
+    assert model.generate(random_ids(4, 2), attention_mask=room, **longest, max_new_tokens=201).shape == (4, 203)
+    with pytest.raises(ValueError, match=r"come to 233 tokens \(31 of them in the state\), the capacity is 232"):
+        model.generate(random_ids(4, 2), attention_mask=room, **longest, max_new_tokens=202)
+
+
 def test_past_key_values_as_transformers_means_them(model):
     """The state of one generate() call and all tokens so far go into the next."""
     start = model.generate(random_ids(2, 9), return_dict_in_generate=True, **GREEDY)
@@ -147,48 +186,65 @@ def test_options_without_meaning_are_refused_by_name(model, option):
         model.generate(random_ids(1, 3), max_new_tokenz=2)
 
 
+def test_continuous_batching_is_refused_by_name(model):
+    with pytest.raises(NotImplementedError, match="generate_batch .* is not supported with memory: .* left-padded"):
+        model.generate_batch([[3, 4, 5]], max_new_tokens=2)
+    with pytest.raises(NotImplementedError, match="generate_batch"), model.continuous_batching_context_manager():
+        pass
+
+
+def no_token_twice(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    return scores.scatter(1, ids, -torch.inf)
+
+
+PROMPT = random_ids(1, 13, seed=5)
+# option -> its value, and the processor that does it; both from the tokens that come without it
+PROCESSED = {
+    "repetition_penalty": lambda plain: (1.8, RepetitionPenaltyLogitsProcessor(1.8)),
+    "no_repeat_ngram_size": lambda plain: (2, NoRepeatNGramLogitsProcessor(2)),
+    "min_new_tokens": lambda plain: (11, MinNewTokensLengthLogitsProcessor(13, 11, torch.tensor([plain[2]]))),
+    "bad_words_ids": lambda plain: ([[plain[1]]], NoBadWordsLogitsProcessor([[plain[1]]])),
+    "logits_processor": lambda plain: (LogitsProcessorList([no_token_twice]), no_token_twice),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSED)
+def test_what_changes_the_scores_does_so(model, name):
+    """Two twins: every token by hand, from the whole text read anew; and the base's own generate, where no chunk fills up."""
+    plain = model.generate(PROMPT, **GREEDY)[0, 13:].tolist()
+    value, processor = PROCESSED[name](plain)
+    options = GREEDY | {name: value} | (dict(eos_token_id=plain[2]) if name == "min_new_tokens" else {})
+    expected = PROMPT
+    for _ in range(11):
+        with torch.no_grad():
+            scores = processor(expected, model(expected).logits[:, -1].float())
+        expected = torch.cat([expected, scores.argmax(-1, keepdim=True)], 1)
+    assert expected[0, 13:].tolist() != plain
+    assert torch.equal(model.generate(PROMPT, **options), expected)
+    roomy = MemoryLM(model.base, MemoryConfig(num_memory=2, chunk_size=32, lora_rank=3, lora_alpha=6))
+    assert torch.equal(roomy.generate(PROMPT, **options), model.base.generate(PROMPT, **options))
+
+
+def test_with_a_state_processors_see_the_new_tokens_only(model):
+    with torch.no_grad():
+        state = model(PROMPT[:, :9]).past_key_values
+    seen = []
+
+    def look(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        seen.append(ids)
+        return scores
+
+    whole = model.generate(PROMPT[:, 9:], state=state, logits_processor=[look], **GREEDY)
+    assert len(seen) == 11 and all(torch.equal(ids, whole[:, : 4 + i]) for i, ids in enumerate(seen))
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_use_cache_changes_nothing(model, beams):
+    """Models switch it off for training with checkpointing; a stream has no other way to go on."""
+    options = GREEDY | dict(num_beams=beams)
+    assert torch.equal(model.generate(PROMPT, use_cache=False, **options), model.generate(PROMPT, **options))
+
+
 def test_transformers_is_told_that_tokens_cannot_be_taken_back(model):
     """It would try on a Mac; none is needed to see what it asks."""
     assert not model.new_state().is_croppable
-
-
-@pytest.fixture(scope="module")
-def speaking(tiny_folder) -> tuple[MemoryLM, object]:
-    """A model with text: bytes as tokens."""
-    from transformers import AutoModelForCausalLM
-
-    base = load(AutoModelForCausalLM, str(tiny_folder), dtype=torch.float64)
-    torch.manual_seed(0)
-    model = MemoryLM(base, MemoryConfig(num_memory=2, chunk_size=16, lora_rank=2, lora_alpha=4))
-    return model, AutoTokenizer.from_pretrained(tiny_folder)
-
-
-def test_stop_strings_and_streamer(speaking):
-    model, tokenizer = speaking
-    ids = tokenizer("Once upon a time there was", return_tensors="pt").input_ids
-    options = dict(do_sample=True, max_new_tokens=40, eos_token_id=None)
-    torch.manual_seed(1)
-    whole = tokenizer.decode(model.generate(ids, **options)[0, ids.shape[1] :])
-    stop = next(character for character in whole if character.isascii() and character.isalpha())
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
-    torch.manual_seed(1)
-    stopped = tokenizer.decode(model.generate(ids, **options, stop_strings=[stop], tokenizer=tokenizer, streamer=streamer)[0])
-    assert stopped == "Once upon a time there was" + whole[: whole.index(stop) + 1]
-    assert "".join(streamer) == whole[: whole.index(stop) + 1]
-
-
-def test_pipeline(speaking):
-    model, tokenizer = speaking
-    tokenizer.padding_side = "left"
-    write = pipeline("text-generation", model=model, tokenizer=tokenizer)
-    prompts = ["A short one", "A longer one, past a chunk's boundary"]
-    options = dict(do_sample=False, max_new_tokens=12, return_full_text=False)
-    alone = [write(prompt, **options)[0]["generated_text"] for prompt in prompts]
-    ids = tokenizer(prompts[1], return_tensors="pt").input_ids
-    expected = model.generate(ids, do_sample=False, max_new_tokens=12)[0, ids.shape[1] :]
-    assert alone[1] == tokenizer.decode(expected, skip_special_tokens=True)
-    together = write(prompts, batch_size=2, **options)
-    assert [found[0]["generated_text"] for found in together] == alone
-    with torch.no_grad():
-        state = model(ids).past_key_values
-    assert write(" and more", state=state, **options)[0]["generated_text"]

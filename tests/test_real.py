@@ -1,20 +1,26 @@
 """The real small model and its trained adapter (slow), and a GPU where there is one."""
 
+import io
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import gradients, make_model, random_ids, worst_error
+from transformers import pipeline
 
 import uiollms
+from uiollms.__main__ import first_turn, main
 from uiollms.checkpoint import load_weights
 from uiollms.config import load_env_config
 from uiollms.data import open_corpus
 from uiollms.evaluate import score
 from uiollms.pretrained import load_memory_lm
 from uiollms.samples import tokenize
+from uiollms.saving import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
+RELEASED = ROOT / "adapters" / "smollm2-8x"
 
 
 @pytest.mark.slow
@@ -31,6 +37,37 @@ def test_the_released_adapter_beats_the_window(monkeypatch):
     raw = score(model, ids, mode="raw").perplexity
     trained = uiollms.score(model, ids).perplexity
     assert raw < trained < window < untrained
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_released_adapter_from_compress_to_chat(tmp_path, capsys):
+    """docs/using.md on the shipped folder; the commands' twin is `generate` behind the memory that they wrote."""
+    model, tokenizer = uiollms.MemoryLM.from_pretrained(RELEASED, device_map="auto"), load_tokenizer(RELEASED)
+    text = tokenizer.decode(tokenize(tokenizer, open_corpus("sotu.test")[10].text)[:1500], skip_special_tokens=True)
+    (tmp_path / "book.txt").write_text(text)
+    book, num_tokens = str(tmp_path / "book.mem"), len(tokenizer(text)["input_ids"])
+
+    def run(*arguments: str, stdin: str = "") -> list[dict]:
+        main([*arguments, "--model", str(RELEASED), "--json"], io.StringIO(stdin))
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    (made,) = run("compress", str(tmp_path / "book.txt"), "-o", book)
+    assert made["held"] == dict(tokens=num_tokens // 256 * 256, slots=num_tokens // 256 * 32, open_tokens=num_tokens % 256)
+    questions, state = ("What is this text about?", "Who is speaking?"), uiollms.Memory.load(book, model).state(model)
+    answers = run("ask", book, *questions, "--max_new_tokens=8")
+    assert [answer["question"] for answer in answers] == list(questions)
+    for answer in answers:
+        ids = first_turn(tokenizer, answer["question"], state)
+        new = model.generate(ids, state=state, do_sample=False, max_new_tokens=8)[0, ids.shape[1] :]
+        assert answer["answer"] == tokenizer.decode(new, skip_special_tokens=True).strip() != ""
+        assert answer["new_tokens"] == len(new) <= 8
+    (turn,) = run("chat", "--memory", book, "--max_new_tokens=8", stdin=questions[1] + "\n/quit\n")
+    assert turn["answer"] == answers[1]["answer"] and turn["held"] == answers[1]["held"]
+
+    write = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    prompts, options = ["The state of the Union is", text[:2000]], dict(do_sample=False, max_new_tokens=8)  # one past a chunk
+    assert write(prompts, batch_size=2, **options) == [write(prompt, **options) for prompt in prompts]
 
 
 @pytest.mark.gpu

@@ -56,14 +56,20 @@ class RaggedState(Cache):
         self.groups = groups
 
     @classmethod
-    def start(cls, mask: Tensor, state: MemoryState) -> RaggedState:
+    def start(cls, mask: Tensor, state: MemoryState | RaggedState) -> RaggedState:
         """mask [B, T] bool, false where a prompt is padded, on its left; state: what its B rows go on from."""
-        padding = (~mask).sum(1)
+        padding = (~mask).sum(1).cpu()
         groups = []
-        for skip in padding.unique().tolist():
-            rows = (padding == skip).nonzero().squeeze(1)
-            groups.append((rows, skip, state.select(rows)))
+        for rows, _, own in state.groups if isinstance(state, RaggedState) else [(torch.arange(len(mask)), 0, state)]:
+            for skip in padding[rows].unique().tolist():
+                places = (padding[rows] == skip).nonzero().squeeze(1)
+                groups.append((rows[places], skip, own.select(places)))
         return cls(groups)
+
+    @property
+    def batch_size(self) -> int:
+        """B, as many prompts side by side."""
+        return sum(len(rows) for rows, _, _ in self.groups)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens of the longest row."""
@@ -80,11 +86,18 @@ class RaggedState(Cache):
         joined = torch.cat(logits)
         return CausalLMOutputWithPast(logits=joined[order.to(joined.device)], past_key_values=RaggedState(groups))
 
+    def select(self, rows: Tensor) -> RaggedState:
+        """A new state of the rows [B'] int64, in that order; a row may be taken several times."""
+        groups = []
+        for own, skip, state in self.groups:  # `own` ascends
+            places = torch.isin(rows, own).nonzero().squeeze(1)
+            if len(places):
+                groups.append((places, skip, state.select(torch.searchsorted(own, rows[places]))))
+        return RaggedState(groups)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows in another order, in place. A row only takes the place of one of its own prompt: of its own group."""
-        for rows, _, state in self.groups:
-            source = beam_idx.to(rows.device)[rows]
-            state.reorder_cache(torch.searchsorted(rows, source))
+        """Rows in another order (beam search); in place, as transformers asks."""
+        self.groups = self.select(beam_idx.cpu()).groups
 
 
 class Generation:
@@ -96,7 +109,7 @@ class Generation:
         inputs: Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         *,
-        state: MemoryState | None = None,
+        state: MemoryState | RaggedState | None = None,
         past_key_values: MemoryState | None = None,
         attention_mask: Tensor | None = None,
         **options: Any,
@@ -104,7 +117,8 @@ class Generation:
         """transformers' generate: greedy, sampling, beams, stop strings, streamers; prompts [B, T], left-padded if an
         `attention_mask` says so (each row is then what it would be alone).
 
-        state: goes on from there; `inputs` are the tokens after it. A state of one row serves a batch of prompts.
+        state: goes on from there; `inputs` are the tokens after it. A state of one row serves a batch of prompts. The state
+        that a padded batch left goes on too, each row from its own.
         past_key_values: the same in transformers' terms: `inputs` hold all tokens from the start, those that the state has
         seen included. Either is left as it was: ask it as often as you like.
         With `return_dict_in_generate=True` the result's `.past_key_values` has seen every token but the last.
@@ -124,7 +138,10 @@ class Generation:
                 ids, {**self.generation_config.to_dict(), **set_fields(generation_config), **options}
             )
         if attention_mask is not None:
-            options["attention_mask"] = left_padded(attention_mask, ids, past_key_values)
+            mask = options["attention_mask"] = left_padded(attention_mask, ids, past_key_values)
+            if mask is not None:
+                start = self.new_state(len(mask)) if state is None else expanded(state, len(mask))
+                state = RaggedState.start(mask.bool(), start)
         if not wants_length(generation_config, options) and self.generation_config.max_new_tokens is None:
             total = self.generation_config.max_length  # Llama 2's names its positions: no limit for a stream
             if total is None or (ids is not None and ids.shape[1] >= total):
@@ -135,14 +152,21 @@ class Generation:
             options["past_key_values"] = past_key_values
         return super().generate(ids, generation_config, **options)  # type: ignore[misc]
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused, and with it `generate_batch` and `continuous_batching_context_manager`, which begin here."""
+        raise NotImplementedError(
+            "generate_batch (continuous batching) is not supported with memory: it keeps a paged cache of its own; give "
+            "generate a left-padded batch"
+        )
+
     def prepare_inputs_for_generation(
         self: Any,
         input_ids: Tensor,
         next_sequence_length: int | None = None,
         past_key_values: MemoryState | RaggedState | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,  # the state says what of the prompts is padding
         is_first_iteration: bool = False,
-        state: MemoryState | None = None,
+        state: MemoryState | RaggedState | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The tokens that the stream has not seen yet, and the stream."""
@@ -150,23 +174,19 @@ class Generation:
             return {"input_ids": input_ids[:, -1:], "state": past_key_values, "logits_to_keep": 1}
         if isinstance(past_key_values, MemoryState):
             state, input_ids = past_key_values, input_ids[:, past_key_values.num_tokens :]
-        rows = len(input_ids)
-        if state is not None and state.batch_size != rows:  # one state for many prompts, or beams
-            state = state.select(torch.arange(state.batch_size).repeat_interleave(rows // state.batch_size))
-        if attention_mask is None:
-            return {"input_ids": input_ids, "state": state, "logits_to_keep": 1}
-        ragged = RaggedState.start(attention_mask.bool(), self.new_state(rows) if state is None else state)
-        return {"input_ids": input_ids, "state": ragged, "logits_to_keep": 1}
+        if state is not None:
+            state = expanded(state, len(input_ids))
+        return {"input_ids": input_ids, "state": state, "logits_to_keep": 1}
 
     def _prepare_cache_for_generation(
         self: Any, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, num_fed: int
     ) -> None:
         """transformers would build its own cache here; a stream starts in `prepare_inputs_for_generation`. num_fed: tokens
         of the longest row when all that may be generated is, less the last, which is never fed."""
-        generation_config.use_cache = True
-        state, mask = model_kwargs.get("state"), model_kwargs.get("attention_mask")
-        seen = state.num_tokens if state is not None else 0
-        total = seen + num_fed - (0 if mask is None else int((mask == 0).sum(1).min()))
+        state = model_kwargs.get("state")
+        groups = state.groups if isinstance(state, RaggedState) else [(None, 0, state)] if state is not None else []
+        ends = [(own.num_tokens + num_fed - skip, own.num_tokens) for _, skip, own in groups]
+        total, seen = max(ends, default=(num_fed, 0))
         if total > self.capacity:
             raise ValueError(
                 f"prompt and new tokens come to {total} tokens ({seen} of them in the state), the capacity is "
@@ -184,19 +204,30 @@ def refuse(options: Mapping[str, Any], *configs: GenerationConfig | None) -> Non
 
 def check_start(name: str, state: Any, ids: Tensor | None) -> None:
     """Raises ValueError if `ids` [B, T] cannot go on from the state given as the argument `name`."""
-    if not isinstance(state, MemoryState):
+    if name == "past_key_values" and isinstance(state, RaggedState):
+        raise ValueError(
+            "generate: past_key_values is the state of a padded batch, whose rows have seen different numbers of tokens; "
+            "give it as state=..., and only the tokens after it as input_ids"
+        )
+    if not isinstance(state, MemoryState | RaggedState):
         raise ValueError(f"generate: {name} must be a MemoryState, found {type(state).__name__}")
     if ids is None:
         raise ValueError(f"generate: {name} needs input_ids to go on with")
     if state.batch_size not in (1, len(ids)):
         raise ValueError(f"generate: {name} has {state.batch_size} rows, the prompts {len(ids)}")
-    if name == "past_key_values":
+    if isinstance(state, MemoryState) and name == "past_key_values":
         seen, open_ids = state.num_tokens, state.open_ids.to(ids.device)
         if ids.shape[1] <= seen or not (ids[:, seen - open_ids.shape[1] : seen] == open_ids).all():
             raise ValueError(
                 f"generate: past_key_values has seen {seen} tokens, and input_ids [{ids.shape[0]}, {ids.shape[1]}] do not "
                 f"start with them and go on; to give only the tokens after them, use state=..."
             )
+
+
+def expanded(state: MemoryState | RaggedState, num_rows: int) -> MemoryState | RaggedState:
+    """One state for many prompts, or beams: every row as often as `num_rows` asks."""
+    times = num_rows // state.batch_size
+    return state if times == 1 else state.select(torch.arange(state.batch_size).repeat_interleave(times))
 
 
 def leading_padding(ids: Tensor, settings: Mapping[str, Any]) -> Tensor | None:

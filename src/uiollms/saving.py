@@ -10,21 +10,30 @@ from __future__ import annotations
 
 import json
 import os
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from uiollms.checkpoint import load_weights, replace_folder, save_weights
+from uiollms.checkpoint import ROLES, WEIGHT_FILES, load_weights, replace_folder, write_weights
 from uiollms.config import Checked, ConfigError, EnvConfig, load_memory_config, parse, read_json
+from uiollms.faults import writing
 from uiollms.flash import check_request
+from uiollms.integrity import remove, seal
 from uiollms.model import MemoryLM
 from uiollms.paths import cache_dir
 from uiollms.placement import place
 from uiollms.pretrained import DTYPES, PACKAGED, load, load_memory_lm, resolve_dtype
 
 INCLUDED = "base"  # the base's folder inside a model's folder, and its name in base.json
+# All that `save` may have written, the files of transformers' tokenizers included: nothing else is ever replaced.
+OWN = [*WEIGHT_FILES, *ROLES, "base.json", INCLUDED]
+OWN += [f"{INCLUDED}/{name}" for name in ("config.json", "generation_config.json", "model*.safetensors", "model*.index.json")]
+OWN += ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"]
+OWN += ["vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"]
+OWN += ["additional_chat_templates", "additional_chat_templates/*.jinja"]
 
 
 class BaseFile(Checked):
@@ -35,21 +44,48 @@ class BaseFile(Checked):
 
 def save(model: MemoryLM, folder: str | Path, include_base: bool = False, tokenizer: Any = None) -> None:
     """Write `model` for `MemoryLM.from_pretrained`: what is trained, and the base's name or, with `include_base`, the base
-    itself; the tokenizer too, if given. The folder is replaced as a whole; a save that fails leaves what was there. A base
-    that was loaded from inside the folder stays in it. Raises ValueError for a base without a name that is not included."""
+    itself; the tokenizer too, if given. A model's folder is replaced as a whole, another one only if it is empty; a save that
+    fails leaves what was there, and nothing beside it. A base that was loaded from inside the folder stays in it. Raises
+    ConfigError where other files would be lost or nothing can be written, ValueError for a base without a name that is not
+    included."""
     folder = Path(folder)
     name = model.config._name_or_path
     include_base = include_base or bool(name) and Path(name).resolve() == (folder / INCLUDED).resolve()
     if not (include_base or name):
         raise ValueError("save_pretrained: the base was not loaded from anywhere, so it has no name; give include_base=True")
+    check_replaceable(folder)
+    named = {"model_name": INCLUDED if include_base else public_name(name)}
     work = folder.with_name(f".{folder.name}-saving-{os.getpid()}")
-    save_weights(model, work)
-    (work / "base.json").write_text(json.dumps({"model_name": INCLUDED if include_base else public_name(name)}, indent=4) + "\n")
-    if include_base:
-        model.base.save_pretrained(work / INCLUDED)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(work)
-    replace_folder(work, folder)
+    with writing(folder, f"; {folder} is as it was" if folder.exists() else ""):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        remove(work)  # of a process that was killed
+        try:
+            write_weights(model, work)
+            seal(work)
+            (work / "base.json").write_text(json.dumps(named, indent=4) + "\n")
+            if include_base:
+                model.base.save_pretrained(work / INCLUDED)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(work)
+            replace_folder(work, folder)
+        except BaseException:
+            remove(work)
+            raise
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raises ConfigError unless `folder` is free, empty, or a model's folder that holds nothing but what `save` writes."""
+    if not (folder.exists() or folder.is_symlink()):
+        return
+    found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+    others = [path for path in found if not any(fnmatchcase(path, own) for own in OWN)]
+    if folder.is_dir() and not others and (not found or "memory_config.json" in found):
+        return
+    what = f"holds other files ({others[0]})" if others else "holds no memory_config.json, so it is no saved model"
+    raise ConfigError(
+        f"{folder}: save_pretrained would replace it, but it {what if folder.is_dir() else 'is not a folder'}; move it, or "
+        f"choose another folder"
+    )
 
 
 def public_name(name: str) -> str:
