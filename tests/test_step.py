@@ -8,14 +8,23 @@ import random
 
 import pytest
 import torch
-from conftest import MEMORY, gradients, make_model, random_ids, relative_error, worst_error
+from conftest import FAMILIES, MEMORY, SHAPE, gradients, make_model, random_ids, relative_error, worst_error
 from test_estimators import reservoir_outcomes
 
 import uiollms
-from uiollms import MemoryConfig, Sample
+from uiollms import MemoryConfig, Sample, base
 from uiollms.estimators import Estimator, Importance, all_pairs, inclusion_probabilities, systematic_sample, window_from_draws
 from uiollms.memory import Prefix
-from uiollms.step import chunk_norms, chunks_with_gradient, decode_rows, row_weights, teach
+from uiollms.step import (
+    chunk_norms,
+    chunks_with_gradient,
+    decode_rows,
+    encode_all,
+    project_all,
+    remember_all,
+    row_weights,
+    teach,
+)
 from uiollms.tasks import Row
 
 PROVEN = 1e-10
@@ -299,22 +308,27 @@ def test_only_chunks_with_gradient_are_encoded_with_a_graph():
 
 
 def graph_bytes(model, sample, **settings) -> int:
-    """The most bytes that autograd kept for backward at any one moment of a step: every saved tensor's storage, counted
-    while the graph that holds it lives."""
+    """The most bytes that the layers' graphs kept for backward at any one moment of a step: every saved tensor's elements,
+    counted while the graph that holds it lives; nothing for what `lean` makes again."""
     alive: dict[int, int] = {}
     most = 0
 
     class Held:
         def __init__(self, tensor):
             nonlocal most
-            self.tensor, self.key = tensor, id(self)
-            alive[self.key] = tensor.numel() * tensor.element_size()
+            self.kept, self.key = base._packed(tensor), id(self)
+            alive[self.key] = self.kept.nbytes if isinstance(self.kept, torch.Tensor) else 0
             most = max(most, sum(alive.values()))
 
         def __del__(self):
             alive.pop(self.key, None)
 
-    with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
+    def counted(function, hidden):
+        with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: base._unpacked(held.kept)):
+            return function(hidden)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("uiollms.model.lean", counted)
         uiollms.gradient_step(model, sample, **settings)
     gradients(model)
     return most
@@ -330,6 +344,54 @@ def test_peak_memory_grows_neither_with_S_nor_with_the_documents_length():
     assert max(by_S) <= 1.02 * min(by_S), by_S  # 2 %: how the last batch is filled
     # Longer documents: attention of a decoder batch reads more memory (18 more slots of 1/8 chunk), nothing else grows
     assert graph_bytes(model, long) < 2 * graph_bytes(model, short)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_silu_gave_is_not_kept_and_changes_no_gradient(family, monkeypatch):
+    """Of a SwiGLU's three tensors [B, T, I] the graph keeps two, and every gradient stays what it is bit for bit."""
+    model, sample = make_model(family), Sample.language_modeling(random_ids(40), 8)
+    model.chunk_batch = 2
+    found, kept = [], []
+    for packed in (base._packed, lambda tensor: tensor):
+        of_width: list[int] = []
+
+        def counted(tensor, packed=packed, of_width=of_width):
+            of_width.append(width(packed(tensor)))
+            return packed(tensor)
+
+        monkeypatch.setattr(base, "_packed", counted)
+        uiollms.gradient_step(model, sample, estimator="exact")
+        found.append(gradients(model))
+        kept.append(sum(of_width))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert kept[0] * 3 == kept[1] * 2 > 0
+
+
+def width(kept) -> int:
+    """1 for a tensor as wide as the MLP."""
+    return int(isinstance(kept, torch.Tensor) and kept.dim() == 3 and kept.shape[-1] == SHAPE["intermediate_size"])
+
+
+def test_without_a_graph_more_chunks_go_at_once_and_nothing_else_changes():
+    model, ids = make_model(), random_ids(8 * 7)
+    model.chunk_batch = 1
+    assert model.chunks_at_once == 1
+    with torch.no_grad():
+        assert model.chunks_at_once == 4
+        batches, plain = [], model.encode_layers
+        model.encode_layers = lambda ids, seeds=None: batches.append(len(ids)) or plain(ids, seeds)
+        memory, _ = encode_all(model, ids.view(7, 8))
+        assert batches == [4, 3]
+        model.checkpointing = True
+        assert model.chunks_at_once == 1
+        one_by_one, _ = encode_all(model, ids.view(7, 8))
+        at_once = remember_all(model, ids.view(7, 8))
+        apart = project_all(model, memory)
+    assert batches[2:] == [1] * 14
+    for a, b in zip([*memory, *at_once[0], *at_once[1]], [*one_by_one, *apart[0], *apart[1]], strict=True):
+        assert a.shape == b.shape and relative_error(a, b) < PROVEN
+    for slots in apart[0]:
+        assert slots.is_contiguous()  # filled where it lies, not copied
 
 
 def test_a_row_that_scores_nothing_changes_nothing():

@@ -26,7 +26,7 @@ from uiollms.config import TEXT_TASKS, ConfigError, EnvConfig, load_tasks
 from uiollms.evaluate import shared_prefix
 from uiollms.evaluation import evaluation_documents
 from uiollms.model import MemoryLM
-from uiollms.step import encode_all, project_all
+from uiollms.step import remember_all
 from uiollms.tasks import Sample
 
 SEEN = "uiollms_seen"  # the name of the attention function, as "sdpa" is one
@@ -72,7 +72,7 @@ def attention_shares(model: MemoryLM, ids: Tensor, progress: Progress = iter) ->
     rows = [row for row in sample.rows if row.num_memories]
     if not rows:
         raise ValueError(f"{len(ids)} tokens fit one chunk of {model.memory_config.chunk_size}: no memory is read")
-    keys, values = project_all(model, encode_all(model, sample.chunks)[0])
+    keys, values = remember_all(model, sample.chunks)
     shares = torch.zeros(len(keys), len(rows), 1 + len(rows))
     for r, row in enumerate(progress(rows)):
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from uiollms import flash
@@ -170,6 +171,22 @@ def run_twice(function: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
     """A layer's function of [B, T, D] whose inner activations are not kept but computed again in the backward. It draws nothing
     (dropout has seeds of its own), and is not stopped early there: hooks that load weights from disk must see the layer's end."""
     return checkpoint(function, hidden, use_reentrant=False, preserve_rng_state=False, early_stop=False, determinism_check="none")
+
+
+def lean(function: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    """A layer's function of [B, T, D] whose graph does not keep what SiLU gives, [B, T, I], to multiply by: its backward has it
+    again from SiLU's own input, which the graph keeps anyway."""
+    with torch.autograd.graph.saved_tensors_hooks(_packed, _unpacked):
+        return function(hidden)
+
+
+def _packed(kept: Tensor) -> Tensor | tuple[Tensor]:
+    made_by: Any = kept.grad_fn
+    return (made_by._saved_self,) if made_by is not None and made_by.name() == "SiluBackward0" else kept
+
+
+def _unpacked(kept: Tensor | tuple[Tensor]) -> Tensor:
+    return F.silu(kept[0].detach()) if isinstance(kept, tuple) else kept
 
 
 def rotate(attention: nn.Module, keys: Tensor, rotary: Sequence[Tensor]) -> Tensor:

@@ -26,7 +26,7 @@ from uiollms.kv_gradients import batched
 from uiollms.loss import linear_losses
 from uiollms.memory import Prefix
 from uiollms.model import MemoryLM
-from uiollms.step import check_sample, decode_scored, empty_prefix, encode_all, project_all, taught_at, teach
+from uiollms.step import check_sample, decode_scored, empty_prefix, remember_all, taught_at, teach
 from uiollms.tasks import PROTOCOLS, Row, Sample
 
 
@@ -101,8 +101,8 @@ def scored_hidden(
             )
         sample = replace(sample, chunks=other[: len(sample.chunks)])
     check_sample(model, sample)
-    keys, values = project_all(model, encode_all(model, sample.chunks)[0])
-    for batch in batched([t for t, row in enumerate(sample.rows) if len(row.scored)], model.chunk_batch):
+    keys, values = remember_all(model, sample.chunks)
+    for batch in batched([t for t, row in enumerate(sample.rows) if len(row.scored)], model.chunks_at_once):
         rows = [sample.rows[t] for t in batch]
         prefix = shared_prefix(model, rows, keys, values)
         yield rows, *decode_scored(model, sample, batch, prefix)[:2]
@@ -148,7 +148,7 @@ def greedy_reconstruction(model: MemoryLM, chunks: Tensor) -> Tensor:
     """Auto encoding, free-running: each of the chunks [C, l] from its own memory alone, every token the likeliest behind
     those chosen before it, the first behind the `repeat_token` embedding -> [C, l]."""
     parts = []
-    for batch in chunks.split(model.chunk_batch):
+    for batch in chunks.split(model.chunks_at_once):
         keys, values = model.project(model.encode_layers(batch), [0] * len(batch))
         parts.append(greedy(model, Prefix([[k] for k in keys], [[v] for v in values]), batch[:, 0], repeat=True))
     return torch.cat(parts)
@@ -159,7 +159,7 @@ def greedy_copy(model: MemoryLM, chunks: Tensor, count: int) -> Tensor:
     """Longdata copy, free-running: from the memories of all chunks [C, l] (none: C = 0) the document's first `count` chunks
     one by one, the first behind the `repeat_token` embedding, a later one behind the last token of its predecessor
     -> [count, l]."""
-    keys, values = project_all(model, encode_all(model, chunks)[0])
+    keys, values = remember_all(model, chunks)
     memory = Prefix([[k] for k in keys], [[v] for v in values]) if keys else empty_prefix(model)
     copies: list[Tensor] = []
     for _ in range(count):

@@ -52,7 +52,7 @@ class KVGradients:
         weighted = total
         if self.weighted is not self.total:
             weighted = [division.scatter_sum(self._by_chunk(g)) for g in self.weighted]
-        grads: list[LayerMemory] = []
+        grads = [torch.empty_like(layer) for layer in memory]
         for batch in batched(range(len(division.own)), model.chunk_batch):
             part = slice(batch[0], batch[-1] + 1)
             leaves = [layer[part].detach().requires_grad_() for layer in memory]
@@ -62,12 +62,14 @@ class KVGradients:
             arrived = [g[part].to(out) for g, out in zip(total, outputs, strict=True)]
             if weighted is total:
                 torch.autograd.backward(outputs, arrived, inputs=[*lora, *leaves])
-                grads.append([leaf.grad for leaf in leaves])  # type: ignore[misc]
+                arrived = [leaf.grad for leaf in leaves]  # type: ignore[misc]
             else:
                 torch.autograd.backward(outputs, arrived, inputs=lora, retain_graph=True)
                 arrived = [g[part].to(out) for g, out in zip(weighted, outputs, strict=True)]
-                grads.append(list(torch.autograd.grad(outputs, leaves, arrived)))
-        return [torch.cat(parts) for parts in zip(*grads, strict=True)]
+                arrived = list(torch.autograd.grad(outputs, leaves, arrived))
+            for layer, grad in zip(grads, arrived, strict=True):
+                layer[part] = grad
+        return grads
 
     def _by_chunk(self, grad: Tensor) -> Tensor:
         """[1, H, M, K] -> [C, H, m, K]"""

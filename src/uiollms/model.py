@@ -31,6 +31,7 @@ from uiollms.base import (
     check_base,
     first_eos,
     layer_device,
+    lean,
     promote_norms,
     rotate,
     run_layer,
@@ -72,7 +73,7 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
         self.base: Any = base
         self.memory_config = config
         self.generation_config = base.generation_config
-        # Chunks encoded or decoded in one batch: memory against speed, never results.
+        # Chunks encoded or decoded in one batch with a graph: memory against speed, never results.
         self.chunk_batch = 4
         # A backward runs a layer's forward again instead of keeping what happened inside it: memory against time.
         self.checkpointing = False
@@ -139,6 +140,11 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
         """Tokens of the longest document that the base's positions allow."""
         return self.memory_config.capacity(self.config.max_position_embeddings)
 
+    @property
+    def chunks_at_once(self) -> int:
+        """`chunk_batch`; without a graph, which keeps of every layer what is otherwise held of one, at least 4."""
+        return self.chunk_batch if torch.is_grad_enabled() or self.checkpointing else max(self.chunk_batch, 4)
+
     def check_length(self, num_tokens: int) -> None:
         """Raises ValueError for a document of `num_tokens` tokens that is past the capacity."""
         if num_tokens > self.capacity:
@@ -182,8 +188,8 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
         return memory
 
     def _run(self, function: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-        twice = self.checkpointing and torch.is_grad_enabled()
-        return run_twice(function, hidden) if twice else function(hidden)
+        run = run_twice if self.checkpointing else lean
+        return run(function, hidden) if torch.is_grad_enabled() else function(hidden)
 
     def project(
         self, memory: LayerMemory, chunks: Sequence[int], seeds: Sequence[int] | None = None
@@ -320,7 +326,7 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
         batch, l, m = len(ids), self.memory_config.chunk_size, self.memory_config.num_memory
         first = state.num_slots // m
         count = ids.shape[1] // l
-        per_call = max(1, self.chunk_batch // batch)
+        per_call = max(1, self.chunks_at_once // batch)
         for start in range(0, count, per_call):
             chunks = range(start, min(start + per_call, count))
             rows = ids[:, start * l : chunks.stop * l].reshape(-1, l)  # document-major: [B * C, l]

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from uiollms.apart import attends_apart
-from uiollms.base import Front
+from uiollms.base import Front, layer_device
 from uiollms.devices import device_of, moved
 from uiollms.distributed import ALONE, Division, Group
 from uiollms.estimators import Estimator, make_estimator
@@ -171,19 +171,29 @@ def encode_all(
 ) -> tuple[LayerMemory, LayerMemory]:
     """All chunks [C, l] of a document -> their memories, L detached tensors [C, m, D] (none for C = 0), and those of the
     chunks `with_graph` once more, with their graph."""
-    graph = []
-    parts: list[tuple[Sequence[int], LayerMemory]] = []
+    graph: LayerMemory = []
+    if not len(chunks):
+        return [], graph
+    m, size = model.memory_config.num_memory, model.config.hidden_size
+    # Made first and filled in place: what a document keeps does not lie scattered among what its batches give back.
+    layers = model.base.model.layers
+    whole = [torch.empty(len(chunks), m, size, dtype=model.dtype, device=layer_device(layer)) for layer in layers]
     if with_graph:
         with torch.enable_grad():
             graph = model.encode_layers(chunks[list(with_graph)], pick(seeds, with_graph))
-        parts.append((with_graph, [layer.detach() for layer in graph]))
+        put(whole, with_graph, [layer.detach() for layer in graph])
     rest = [c for c in range(len(chunks)) if c not in set(with_graph)]
-    for batch in batched(rest, model.chunk_batch):
-        with torch.no_grad():
-            parts.append((batch, model.encode_layers(chunks[list(batch)], pick(seeds, batch))))
-    order = torch.tensor([c for batch, _ in parts for c in batch], dtype=torch.int64).argsort()
-    layers = zip(*(memory for _, memory in parts), strict=True)
-    return [torch.cat(layer)[moved(order, layer[0].device)] for layer in layers], graph
+    with torch.no_grad():
+        for batch in batched(rest, model.chunks_at_once):
+            put(whole, batch, model.encode_layers(chunks[list(batch)], pick(seeds, batch)))
+    return whole, graph
+
+
+def put(whole: Sequence[Tensor], chunks: Sequence[int], parts: Sequence[Tensor]) -> None:
+    """Write [n, ...] of n chunks at their places in [C, ...], tensor by tensor."""
+    places = torch.tensor(chunks)
+    for tensor, part in zip(whole, parts, strict=True):
+        tensor.index_copy_(0, moved(places, tensor.device), part)
 
 
 @torch.no_grad()
@@ -192,14 +202,37 @@ def project_all(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Memories of this process's chunks (without a `division` all), L x [n, m, D] -> keys and values of the whole document's in
     front of any later chunk, L x [1, H, M, K]."""
-    division = division or Division(ALONE, len(memory[0]) if memory else 0, ())
-    batches = []
-    for batch in batched(range(len(division.own)), model.chunk_batch):
+    if not memory:
+        return [], []
+    division = division or Division(ALONE, len(memory[0]), ())
+    own = empty_slots(model, len(division.own))
+    for batch in batched(range(len(division.own)), model.chunks_at_once):
         numbers = [division.own[i] for i in batch]
         keys, values = model.project([layer[batch[0] : batch[-1] + 1] for layer in memory], numbers, pick(seeds, batch))
-        batches.append([*keys, *values])
-    joined = [join_slots(division.gather(torch.cat(parts)), 1) for parts in zip(*batches, strict=True)]
+        put(own, batch, [*keys, *values])
+    joined = [join_slots(division.gather(part), 1) for part in own]
     return joined[: len(memory)], joined[len(memory) :]
+
+
+@torch.no_grad()
+def remember_all(model: MemoryLM, chunks: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """All chunks [C, l] of a document -> the keys and values of their memories, L x [1, H, M, K] (none for C = 0), where the
+    memories themselves are not needed any more."""
+    if not len(chunks):
+        return [], []
+    whole = empty_slots(model, len(chunks))
+    for batch in batched(range(len(chunks)), model.chunks_at_once):
+        keys, values = model.project(model.encode_layers(chunks[batch[0] : batch[-1] + 1]), batch)
+        put(whole, batch, [*keys, *values])
+    joined = [join_slots(part, 1) for part in whole]
+    return joined[: len(joined) // 2], joined[len(joined) // 2 :]
+
+
+def empty_slots(model: MemoryLM, count: int) -> list[Tensor]:
+    """Room for the keys, then the values, of `count` chunks: 2L x [count, H, m, K], which `join_slots` need not copy."""
+    layers, heads = model.base.model.layers, model.config.num_key_value_heads
+    shape = heads, count, model.memory_config.num_memory, layers[0].self_attn.head_dim
+    return [torch.empty(shape, dtype=model.dtype, device=layer_device(layer)).transpose(0, 1) for layer in [*layers, *layers]]
 
 
 def check_teacher(model: MemoryLM, sample: Sample) -> None:
