@@ -39,10 +39,13 @@ class WithLoRA(nn.Module):
 
 
 class Baseline(nn.Module):
-    """Encoder, decoder and teacher as three models, their trained weights copied from `model` (a Llama)."""
+    """Encoder, decoder and teacher as three models, their trained weights copied from `model` (a Llama).
+
+    whole: the encoder also runs what nobody reads, its last layer and LM head, as the released program does."""
 
     def __init__(self, model: MemoryLM) -> None:
         super().__init__()
+        self.whole = False
         self.config = model.memory_config
         self.encoder, self.decoder, self.teacher = (copy.deepcopy(model.base) for _ in range(3))
         self.retrieval_token = nn.Parameter(model.encoder.get_parameter("retrieval_token").detach().clone())
@@ -64,7 +67,7 @@ class Baseline(nn.Module):
         return {name: grad for name, grad in found.items() if grad is not None}
 
     def encode(self, ids: Tensor) -> list[Tensor]:
-        """[l] -> L x [1, m, D]; one chunk, a dense mask, every layer but the last in full."""
+        """[l] -> L x [1, m, D]; one chunk, a dense mask, every layer in full but (unless `whole`) the last."""
         l, m = self.config.chunk_size, self.config.num_memory
         model = self.encoder.model
         hidden = torch.cat([model.embed_tokens(ids[None]), self.retrieval_token.expand(1, m, -1)], dim=1)
@@ -78,8 +81,10 @@ class Baseline(nn.Module):
         memory = []
         for i, layer in enumerate(model.layers):
             memory.append(layer.input_layernorm(hidden)[:, l:])
-            if i + 1 < len(model.layers):
+            if i + 1 < len(model.layers) or self.whole:
                 hidden = layer(hidden, attention_mask=mask[None, None], position_ids=positions, position_embeddings=rotary)
+        if self.whole:
+            self.encoder.lm_head(model.norm(hidden))
         return memory
 
     def project(self, memories: Sequence[list[Tensor]]) -> DynamicCache:

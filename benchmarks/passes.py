@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 
@@ -37,11 +38,14 @@ def passes(model: MemoryLM, document: Tensor, S: int, only: str | None = None) -
     if only is None or only.startswith("baseline"):
         baseline = Baseline(model)
 
-        def plain() -> object:
+        def plain(kind: str, whole: bool) -> object:
+            baseline.whole = whole
             baseline.zero_grad(set_to_none=True)
-            return baseline.train_step(sample, S, draws)
+            return baseline.score(sample) if kind == "score" else baseline.train_step(sample, S, draws)
 
-        calls |= {"baseline uio": plain, "baseline score": lambda: baseline.score(sample)}
+        for name, whole in (("baseline", False), ("baseline whole", True)):
+            for kind in ("uio", "score"):
+                calls[f"{name} {kind}"] = partial(plain, kind, whole)
     return calls if only is None else {only: calls[only]}
 
 

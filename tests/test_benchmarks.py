@@ -47,10 +47,24 @@ def test_baseline_gives_the_steps_gradients(length, S):
     assert all(found[name].abs().max() > 0 for name in ("encoder.layers.0.q_proj.lora_A", "decoder.layers.0.k_proj.lora_A"))
 
 
-def test_baseline_scores_alike():
+@pytest.mark.parametrize("whole", [False, True])
+def test_baseline_scores_alike(whole):
     model, ids = make_model(), random_ids(43)
-    found = Baseline(model).score(Sample.document(ids, 8))
+    baseline = Baseline(model)
+    baseline.whole = whole
+    found = baseline.score(Sample.document(ids, 8))
     torch.testing.assert_close(found, score(model, ids, "document").nll, rtol=1e-10, atol=0)
+
+
+def test_the_whole_encoder_also_runs_its_last_layer_and_head():
+    model = make_model()
+    baseline, flops, tokens = Baseline(model), Flops.of(model), MEMORY.chunk_size + MEMORY.num_memory
+    counts = []
+    for baseline.whole in (False, True):
+        counts.append(matmul_flops(lambda: baseline.encode(random_ids(MEMORY.chunk_size))))
+    lora = flops.lora(tokens, flops.q) + flops.lora(tokens, flops.kv)
+    last = flops.queries(tokens) + flops.keys_values(tokens) + lora + flops.head(tokens)
+    assert counts[1] - counts[0] == last
 
 
 def without_attention(flops: Flops) -> Flops:

@@ -201,7 +201,9 @@ class TrainSection(Checked):
         "ckp/32x.pth: runs/32x), without one after the config's name",
     )
     chunk_batch: Positive | Literal["auto"] = Field(
-        4, description="chunks encoded or decoded at once: memory against speed, not results; auto = what free memory allows"
+        4,
+        description="chunks encoded or decoded at once, at least 4 where no graph is kept: memory against speed, not results; "
+        "auto = what free memory allows",
     )
     checkpointing: bool = Field(False, description="activations inside layers computed twice, not kept: memory against time")
     keep_last: Positive = Field(2, description="newest checkpoints kept in the run folder")
