@@ -60,12 +60,12 @@ def useful(model: MemoryLM, document: Tensor, S: int) -> dict[str, int]:
 
 
 def memory_formula(model: MemoryLM, tokens: int) -> dict[str, int]:
-    """Bytes that must grow with a document: for every slot and layer the memory, its key and value (and in training the
+    """Bytes that must grow with a document: for every slot and layer its key and value (and in training the memory, and the
     gradients of all three, those of key and value twice: all, and weighted), for every token its id, target and weight."""
     size = model.base.model.layers[0].self_attn.head_dim
     kv = 2 * model.config.num_key_value_heads * size
     slots = tokens // model.memory_config.chunk_size * model.memory_config.num_memory
     item, layers, hidden = model.dtype.itemsize, model.config.num_hidden_layers, model.config.hidden_size
-    scoring = slots * layers * (hidden + kv) * item + 24 * tokens
-    gradients = slots * layers * (hidden * item + 2 * kv * max(item, 4))
+    scoring = slots * layers * kv * item + 24 * tokens
+    gradients = slots * layers * (2 * hidden * item + 2 * kv * max(item, 4))
     return {"score": scoring, "uio": scoring + gradients, "exact": scoring + gradients}
