@@ -14,11 +14,12 @@ from test_estimators import reservoir_outcomes
 import uiollms
 from uiollms import MemoryConfig, Sample, base
 from uiollms.estimators import Estimator, Importance, all_pairs, inclusion_probabilities, systematic_sample, window_from_draws
-from uiollms.memory import Prefix
+from uiollms.memory import Prefix, join_slots
 from uiollms.step import (
     chunk_norms,
     chunks_with_gradient,
     decode_rows,
+    empty_slots,
     encode_all,
     project_all,
     remember_all,
@@ -308,8 +309,8 @@ def test_only_chunks_with_gradient_are_encoded_with_a_graph():
 
 
 def graph_bytes(model, sample, **settings) -> int:
-    """The most bytes that the layers' graphs kept for backward at any one moment of a step: every saved tensor's elements,
-    counted while the graph that holds it lives; nothing for what `lean` makes again."""
+    """The most bytes that autograd kept for backward at any one moment of a step: every saved tensor's elements, counted while
+    the graph that holds it lives; nothing for what `lean` makes again."""
     alive: dict[int, int] = {}
     most = 0
 
@@ -323,11 +324,14 @@ def graph_bytes(model, sample, **settings) -> int:
         def __del__(self):
             alive.pop(self.key, None)
 
+    def hooks():
+        return torch.autograd.graph.saved_tensors_hooks(Held, lambda held: base._unpacked(held.kept))
+
     def counted(function, hidden):
-        with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: base._unpacked(held.kept)):
+        with hooks():
             return function(hidden)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, hooks():  # in layers and outside
         patch.setattr("uiollms.model.lean", counted)
         uiollms.gradient_step(model, sample, **settings)
     gradients(model)
@@ -390,8 +394,8 @@ def test_without_a_graph_more_chunks_go_at_once_and_nothing_else_changes():
     assert batches[2:] == [1] * 14
     for a, b in zip([*memory, *at_once[0], *at_once[1]], [*one_by_one, *apart[0], *apart[1]], strict=True):
         assert a.shape == b.shape and relative_error(a, b) < PROVEN
-    for slots in apart[0]:
-        assert slots.is_contiguous()  # filled where it lies, not copied
+    for room in empty_slots(model, 7):
+        assert join_slots(room, 1).data_ptr() == room.data_ptr()  # filled where it lies, not copied
 
 
 def test_a_row_that_scores_nothing_changes_nothing():
