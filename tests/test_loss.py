@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from uiollms import loss
 
 
-@pytest.mark.parametrize("rows", [1, 5, 2 * loss.BLOCK + 3])
+@pytest.mark.parametrize("rows", [1, 5, 2 * loss.BLOCKS[0] + 3, 4 * loss.BLOCKS[0] + 50])
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_nll_is_cross_entropy(rows, bias):
     torch.manual_seed(0)
@@ -25,13 +25,15 @@ def test_linear_nll_is_cross_entropy(rows, bias):
     assert relative_error(found_grad, expected_grad) < 1e-10
 
 
-def test_logits_of_one_block_at_a_time(monkeypatch):
+@pytest.mark.parametrize("rows, blocks", [(137, [128, 9]), (1000, [250] * 4), (4000, [512] * 7 + [416])])
+def test_logits_of_one_block_at_a_time(monkeypatch, rows, blocks):
+    """A quarter of the rows at once, at least 128, at most 512."""
     seen = []
     plain = F.linear
     monkeypatch.setattr(loss.F, "linear", lambda x, *rest: seen.append(len(x)) or plain(x, *rest))
     head = torch.nn.Linear(4, 7)
-    loss.linear_nll(torch.randn(loss.BLOCK + 9, 4), head, torch.zeros(loss.BLOCK + 9, dtype=torch.int64))
-    assert seen == [loss.BLOCK, 9]
+    loss.linear_nll(torch.randn(rows, 4), head, torch.zeros(rows, dtype=torch.int64))
+    assert seen == blocks
 
 
 def test_half_precision_hidden_states_give_float32_nll():
@@ -43,7 +45,7 @@ def test_half_precision_hidden_states_give_float32_nll():
 def test_linear_losses_with_a_teacher(kl_weight):
     torch.manual_seed(0)
     head = torch.nn.Linear(6, 11).double().requires_grad_(False)
-    hidden = torch.randn(loss.BLOCK + 5, 6, dtype=torch.float64, requires_grad=True)
+    hidden = torch.randn(loss.BLOCKS[0] + 5, 6, dtype=torch.float64, requires_grad=True)
     teacher = torch.randn_like(hidden).detach()
     targets = torch.randint(0, 11, (len(hidden),))
     weights = torch.rand(len(hidden), dtype=torch.float64)

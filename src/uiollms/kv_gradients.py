@@ -1,12 +1,13 @@
 """Where the decoder pass of a training step ends: gradients summed at the keys and values of a document's memories.
 
 Shapes: N rows, C chunks, B rows of a batch, n chunks of this process, m num_memory, M = C * m slots, M' of them that a batch
-reads, L layers, H key/value heads, K head size.
+reads, M'' of those at needed chunks, L layers, H key/value heads, K head size.
 Source: UIO-LLMs section 3.3; the two passes: GradCache (Gao et al. 2021, arXiv 2101.06983).
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -14,62 +15,89 @@ import torch
 from torch import Tensor
 
 from uiollms.apart import Receiver, SharedPrefix
+from uiollms.devices import moved
 from uiollms.distributed import Division
 from uiollms.model import LayerMemory, MemoryLM
 from uiollms.tasks import Row, Sample
 
 
 class KVGradients:
-    """The leaves of the decoder pass, and the gradients that arrive there: of every loss alike (`total`) and of loss t
-    times W[t, s] at memory s (`weighted`; the same tensors where W is all ones). Sums are kept in float32 or wider."""
+    """The leaves of the decoder pass, and the gradients that arrive there: of every loss alike (`total`) and of loss t times
+    W[t, s] at memory s, of the chunks `needed` alone (`weighted`; the same tensors as `total` where W is all ones). Sums are
+    kept in float32 or wider.
 
-    def __init__(self, keys: list[Tensor], values: list[Tensor], weights: Tensor, sample: Sample, num_memory: int) -> None:
+    needed: the chunks, ascending, at which some weight is not zero; without it, all.
+    """
+
+    def __init__(
+        self,
+        keys: list[Tensor],
+        values: list[Tensor],
+        weights: Tensor,
+        sample: Sample,
+        num_memory: int,
+        needed: Sequence[int] | None = None,
+    ) -> None:
         self.leaves = [kv.requires_grad_() for kv in (*keys, *values)]  # 2L x [1, H, M, K]
         self.dtype = torch.promote_types(keys[0].dtype, torch.float32) if keys else torch.float32
         self.num_memory = num_memory
         self.weights = weights  # [N, at least C]
+        self.needed = list(range(len(sample.chunks)) if needed is None else needed)
         all_ones = all(bool((weights[t, : row.num_memories] == 1).all()) for t, row in enumerate(sample.rows))
         self.total = [torch.zeros_like(kv, dtype=self.dtype, requires_grad=False) for kv in self.leaves]
         self.weighted = self.total
         if not all_ones:
-            self.weighted = [torch.zeros_like(kv) for kv in self.total]
+            slots = len(self.needed) * num_memory
+            self.weighted = [kv.new_zeros(1, kv.shape[1], slots, kv.shape[3]) for kv in self.total]
 
     def prefix(self, batch: Sequence[int], rows: Sequence[Row], apart: bool) -> Leaves:
         """What a batch of rows reads: the slots that any of them sees, one set for all (who sees which is said elsewhere)."""
-        widest = max(row.num_memories for row in rows)
-        slot_weights = self.weights[list(batch), :widest].repeat_interleave(self.num_memory, dim=1)  # [B, M']
-        on = {device: slot_weights.to(device, self.dtype, non_blocking=True) for device in {leaf.device for leaf in self.leaves}}
-        return Leaves(self, on, apart)
+        return Leaves(self, batch, max(row.num_memories for row in rows), apart)
 
     def backward_projection(
-        self, model: MemoryLM, memory: LayerMemory, division: Division, seeds: Sequence[int] | None
+        self, model: MemoryLM, memory: LayerMemory, division: Division, wanted: Sequence[int], seeds: Sequence[int] | None
     ) -> LayerMemory:
-        """Step 3: `total` to the decoder's LoRA, `weighted` to the memories, whose gradients are returned."""
+        """Step 3: `total` to the decoder's LoRA, `weighted` to the memories. wanted: which of this process's chunks are needed
+        here; the gradients of their memories are returned, L x [len(wanted), m, D]."""
         if not memory:
             return []
         lora = [p for name, p in model.decoder.named_parameters() if "lora" in name]
         total = [division.scatter_sum(self._by_chunk(g)) for g in self.total]  # 2L x [n, H, m, K]
-        weighted = total
-        if self.weighted is not self.total:
-            weighted = [division.scatter_sum(self._by_chunk(g)) for g in self.weighted]
-        grads = [torch.empty_like(layer) for layer in memory]
-        for batch in batched(range(len(division.own)), model.chunk_batch):
+        for batch in batched(range(len(division.own)), projected_at_once(model)):
             part = slice(batch[0], batch[-1] + 1)
-            leaves = [layer[part].detach().requires_grad_() for layer in memory]
-            with torch.enable_grad():
-                keys, values = model.project(leaves, [division.own[i] for i in batch], pick(seeds, batch))
-            outputs = [*keys, *values]
-            arrived = [g[part].to(out) for g, out in zip(total, outputs, strict=True)]
-            if weighted is total:
-                torch.autograd.backward(outputs, arrived, inputs=[*lora, *leaves])
-                arrived = [leaf.grad for leaf in leaves]  # type: ignore[misc]
-            else:
-                torch.autograd.backward(outputs, arrived, inputs=lora, retain_graph=True)
-                arrived = [g[part].to(out) for g, out in zip(weighted, outputs, strict=True)]
-                arrived = list(torch.autograd.grad(outputs, leaves, arrived))
-            for layer, grad in zip(grads, arrived, strict=True):
-                layer[part] = grad
+            outputs = self._projected(model, [layer[part] for layer in memory], division, batch, seeds)
+            torch.autograd.backward(outputs, [g[part].to(out) for g, out in zip(total, outputs, strict=True)], inputs=lora)
+        if self.weighted is self.total:
+            weighted = [at(g, wanted) for g in total]
+        else:
+            del total
+            weighted = [self._to_owner(self._by_chunk(g), division, wanted) for g in self.weighted]
+        grads = [layer.new_empty(len(wanted), *layer.shape[1:]) for layer in memory]
+        for places in batched(range(len(wanted)), projected_at_once(model)):
+            part, batch = slice(places[0], places[-1] + 1), [wanted[j] for j in places]
+            leaves = [at(layer, batch).requires_grad_() for layer in memory]
+            outputs = self._projected(model, leaves, division, batch, seeds)
+            arrived = [g[part].to(out) for g, out in zip(weighted, outputs, strict=True)]
+            torch.autograd.backward(outputs, arrived, inputs=leaves)
+            for layer, leaf in zip(grads, leaves, strict=True):
+                layer[part] = leaf.grad  # type: ignore[assignment]
         return grads
+
+    def _projected(
+        self, model: MemoryLM, memory: LayerMemory, division: Division, batch: Sequence[int], seeds: Sequence[int] | None
+    ) -> list[Tensor]:
+        """The keys, then the values, of some of this process's chunks, with their graph."""
+        with torch.enable_grad():
+            keys, values = model.project(memory, [division.own[i] for i in batch], pick(seeds, batch))
+        return [*keys, *values]
+
+    def _to_owner(self, grad: Tensor, division: Division, wanted: Sequence[int]) -> Tensor:
+        """A sum at all needed chunks, [len(needed), H, m, K] -> over the group, at those of this process."""
+        if division.group.size == 1:
+            return grad
+        whole = grad.new_zeros(len(division.place), *grad.shape[1:])
+        whole.index_copy_(0, moved(torch.tensor(self.needed, dtype=torch.int64), grad.device), grad)
+        return at(division.scatter_sum(whole), wanted)
 
     def _by_chunk(self, grad: Tensor) -> Tensor:
         """[1, H, M, K] -> [C, H, m, K]"""
@@ -78,12 +106,20 @@ class KVGradients:
 
 
 class Leaves(SharedPrefix):
-    """The leaves in front of a batch of rows whose gradients go to the sums. slot_weights: [B, M'] on every device."""
+    """The leaves in front of a batch of rows whose gradients go to the sums. slots: M', how many of them the rows get at most."""
 
-    def __init__(self, sums: KVGradients, slot_weights: dict[torch.device, Tensor], apart: bool) -> None:
-        half = len(sums.leaves) // 2
+    def __init__(self, sums: KVGradients, batch: Sequence[int], memories: int, apart: bool) -> None:
+        half, m = len(sums.leaves) // 2, sums.num_memory
         super().__init__(sums.leaves[:half], sums.leaves[half:], apart)
-        self.sums, self.slot_weights = sums, slot_weights
+        self.sums, self.rows, self.slots = sums, len(batch), memories * m
+        chunks = torch.tensor(sums.needed[: bisect_left(sums.needed, memories)], dtype=torch.int64)
+        slots = (chunks[:, None] * m + torch.arange(m)).flatten()
+        weights = sums.weights[list(batch)][:, chunks].repeat_interleave(m, dim=1)
+        # Where the needed slots stand among all, [M''], and every row's weights of them, [B, M''].
+        self.needed = {
+            device: (moved(slots, device), weights.to(device, sums.dtype, non_blocking=True))
+            for device in {leaf.device for leaf in sums.leaves}
+        }
 
     def places(self, layer: int) -> tuple[int, int]:
         """Where a layer's keys and values stand among the leaves and the sums."""
@@ -106,8 +142,10 @@ class Leaves(SharedPrefix):
         grad = grad.to(total.dtype)
         total[0, :, :slots] += grad.sum(0)
         if weighted is not total:
-            weights = self.slot_weights[total.device][rows, :slots]
-            weighted[0, :, :slots] += torch.einsum("bs,bhsk->hsk", weights, grad)
+            m = self.sums.num_memory
+            places, weights = self.needed[total.device]
+            count = m * bisect_left(self.sums.needed, slots // m)
+            weighted[0, :, :count] += torch.einsum("bs,bhsk->hsk", weights[rows, :count], grad[:, :, places[:count]])
 
 
 class _FanOut(torch.autograd.Function):
@@ -117,8 +155,7 @@ class _FanOut(torch.autograd.Function):
     @staticmethod
     def forward(ctx, leaf, leaves, i):  # type: ignore[no-untyped-def]
         ctx.arrive = partial(leaves.arrive, i, slice(None))
-        rows, slots = leaves.slot_weights[leaf.device].shape
-        return leaf[:, :, :slots].expand(rows, -1, -1, -1)
+        return leaf[:, :, : leaves.slots].expand(leaves.rows, -1, -1, -1)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
@@ -126,9 +163,21 @@ class _FanOut(torch.autograd.Function):
         return None, None, None
 
 
+def projected_at_once(model: MemoryLM) -> int:
+    """Chunks whose memories are projected in one batch: a quarter as many slots as `chunk_batch` chunks have tokens, which is
+    little beside what the other passes hold. The slots of a chunk alone would make narrow, slow products."""
+    config = model.memory_config
+    return model.chunk_batch * max(1, config.chunk_size // (4 * config.num_memory))
+
+
 def batched(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
+
+
+def at(tensor: Tensor, places: Sequence[int]) -> Tensor:
+    """Some entries of the first dimension, without waiting for the device."""
+    return tensor[moved(torch.tensor(places, dtype=torch.int64), tensor.device)]
 
 
 def pick(seeds: Sequence[int] | None, chunks: Sequence[int]) -> list[int] | None:

@@ -8,8 +8,9 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Rows of logits alive at once. 128 x 49,152 float32 is 25 MB: large enough for full GEMM speed, small beside a chunk.
-BLOCK = 128
+# Rows of logits alive at once: a quarter of the tokens, within these bounds. 128 x 49,152 float32 is 25 MB, small beside a chunk;
+# products of 512 rows are within a few percent of full GEMM speed (of 128 rows, 15 to 25 % below it on an EPYC).
+BLOCKS = 128, 512
 
 
 def linear_nll(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
@@ -37,8 +38,10 @@ class _LinearLosses(torch.autograd.Function):
         nll = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device)
         loss = nll if teacher is None else torch.empty_like(nll)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, hidden.shape[0], BLOCK):
-            rows = slice(start, start + BLOCK)
+        least, most = BLOCKS
+        block = min(most, max(least, hidden.shape[0] // 4))
+        for start in range(0, hidden.shape[0], block):
+            rows = slice(start, start + block)
             target = targets[rows, None]
             logits = F.linear(hidden[rows], weight, bias).to(wide)
             logits -= logits.amax(-1, keepdim=True)

@@ -245,7 +245,7 @@ class Rehearsal:
         return Flops.of_shape(self.shape, self.memory).training(sample, backwards)
 
     def memory_bytes(self, model: MemoryLM, chunks: int, all_ones: bool) -> dict[torch.device, tuple[int, int, int]]:
-        """Memories, their keys and values, and the sums of those' gradients, by device."""
+        """Memories, their keys and values, and the sums of those' gradients (of `uio` the most a draw may need), by device."""
         width = model.dtype.itemsize
         sums = (1 if all_ones else 2) * max(width, 4)
         slots = chunks * self.memory.num_memory

@@ -2,8 +2,8 @@
 
     1  encode all chunks without a graph; turn their memories into keys and values
     2  decode the rows in batches; each backward ends at the keys and values, where two sums are kept: all gradients (for
-       the decoder's LoRA) and the W-weighted ones (for the encoder)
-    3  one backward through the projections: the first sum to the decoder's LoRA, the second to the memories
+       the decoder's LoRA) and the W-weighted ones (for the encoder, at chunks whose weights are not all zero)
+    3  backward through the projections: the first sum to the decoder's LoRA, the second to the memories
     4  encode again, with a graph, only the chunks whose weighted gradient is not zero, and go backward from their memories
        (where a whole document fits one batch of chunks, the graph of those chunks is kept in 1 and they are not encoded again)
 
@@ -30,7 +30,7 @@ from uiollms.base import Front, layer_device
 from uiollms.devices import device_of, moved
 from uiollms.distributed import ALONE, Division, Group
 from uiollms.estimators import Estimator, make_estimator
-from uiollms.kv_gradients import KVGradients, batched, pick
+from uiollms.kv_gradients import KVGradients, at, batched, pick, projected_at_once
 from uiollms.loss import linear_losses
 from uiollms.memory import Prefix, join_slots
 from uiollms.model import LayerMemory, MemoryLM
@@ -87,7 +87,7 @@ def gradient_step(
     memory, graph = encode_all(model, chunks, at_once, seeds)
     keys, values = project_all(model, memory, division, seeds)
 
-    sums = KVGradients(keys, values, weights, sample, model.memory_config.num_memory)
+    sums = KVGradients(keys, values, weights, sample, model.memory_config.num_memory, sorted(needed))
     taught = teach(model, sample)
     books = Books(sample, sums.dtype, device_of(model.base.lm_head))
     for batch in row_batches(sample, group, model.chunk_batch, with_memory=False):
@@ -99,20 +99,23 @@ def gradient_step(
             prefix = sums.prefix(batch, [sample.rows[t] for t in batch], attends_apart(model.base))
             (scale * books.enter(batch, *decode_rows(model, sample, batch, prefix, taught))).backward()
 
-    memory_grads = sums.backward_projection(model, memory, division, seeds)
+    memory_grads = sums.backward_projection(model, memory, division, wanted, seeds)  # L x [len(wanted), m, D]
+    places: Sequence[int] = range(len(wanted))
     if estimator.reads_norms and needed:
-        columns = estimator.columns(division.gather(chunk_norms(memory_grads)).tolist(), rng)
+        norms = torch.zeros(len(division.own), dtype=torch.float64, device=memory_grads[-1].device)
+        norms.index_copy_(0, moved(torch.tensor(wanted, dtype=torch.int64), norms.device), chunk_norms(memory_grads))
+        columns = estimator.columns(division.gather(norms).tolist(), rng)
         if columns is not None:
-            factors = [columns[s] for s in division.own]
+            factors = [columns[division.own[i]] for i in wanted]
             memory_grads = [scale_chunks(layer, factors) for layer in memory_grads]
-            wanted = [i for i in wanted if factors[i] != 0]
-    for batch in [at_once] if at_once else batched(wanted, model.chunk_batch):
-        picked = list(batch)
+            places = [j for j, factor in enumerate(factors) if factor != 0]
+    for batch in [places] if at_once else batched(places, model.chunk_batch):
         if not at_once:
+            picked = [wanted[j] for j in batch]
             with torch.enable_grad():
                 graph = model.encode_layers(chunks[picked], pick(seeds, picked))
-        torch.autograd.backward(graph, [layer[moved(torch.tensor(picked), layer.device)] for layer in memory_grads])
-    return StepResult(books.losses, books.scored, tuple(division.own[i] for i in wanted), books.nll)
+        torch.autograd.backward(graph, [at(layer, batch) for layer in memory_grads])
+    return StepResult(books.losses, books.scored, tuple(division.own[wanted[j]] for j in places), books.nll)
 
 
 def check_sample(model: MemoryLM, sample: Sample) -> None:
@@ -206,7 +209,7 @@ def project_all(
         return [], []
     division = division or Division(ALONE, len(memory[0]), ())
     own = empty_slots(model, len(division.own))
-    for batch in batched(range(len(division.own)), model.chunks_at_once):
+    for batch in batched(range(len(division.own)), max(model.chunks_at_once, projected_at_once(model))):
         numbers = [division.own[i] for i in batch]
         keys, values = model.project([layer[batch[0] : batch[-1] + 1] for layer in memory], numbers, pick(seeds, batch))
         put(own, batch, [*keys, *values])
