@@ -1,5 +1,7 @@
 """The blockwise loss head against the plain one."""
 
+import weakref
+
 import pytest
 import torch
 from conftest import relative_error
@@ -34,6 +36,24 @@ def test_logits_of_one_block_at_a_time(monkeypatch, rows, blocks):
     head = torch.nn.Linear(4, 7)
     loss.linear_nll(torch.randn(rows, 4), head, torch.zeros(rows, dtype=torch.int64))
     assert seen == blocks
+
+
+@pytest.mark.parametrize("with_teacher", [False, True])
+def test_a_block_of_logits_dies_before_the_next_is_made(monkeypatch, with_teacher):
+    made, plain = [], F.linear
+
+    def linear(x, *rest):
+        assert all(block() is None for block in made[: len(made) // (1 + with_teacher) * (1 + with_teacher)])
+        logits = plain(x, *rest)
+        made.append(weakref.ref(logits))
+        return logits
+
+    monkeypatch.setattr(loss.F, "linear", linear)
+    head = torch.nn.Linear(4, 7).requires_grad_(False)
+    hidden = torch.randn(3 * loss.BLOCKS[0], 4, requires_grad=True)
+    teacher = torch.randn_like(hidden).detach() if with_teacher else None
+    loss.linear_losses(hidden, head, torch.zeros(len(hidden), dtype=torch.int64), teacher, 0.5)
+    assert len(made) == 3 * (1 + with_teacher)
 
 
 def test_half_precision_hidden_states_give_float32_nll():

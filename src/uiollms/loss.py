@@ -42,27 +42,9 @@ class _LinearLosses(torch.autograd.Function):
         block = min(most, max(least, hidden.shape[0] // 4))
         for start in range(0, hidden.shape[0], block):
             rows = slice(start, start + block)
-            target = targets[rows, None]
-            logits = F.linear(hidden[rows], weight, bias).to(wide)
-            logits -= logits.amax(-1, keepdim=True)
-            at_target = logits.gather(-1, target).squeeze(-1)
-            log_q = kl = None
-            if teacher is not None:
-                log_q = F.linear(teacher[rows], weight, bias).to(wide).log_softmax(-1)
-                kl = (log_q.exp() * (log_q - logits)).sum(-1)  # but for log(total)
-            p = logits.exp_()  # in place, and to be divided by `total`: the block is never held twice
-            total = p.sum(-1)
-            nll[rows] = total.log() - at_target
-            if kl is not None:
-                loss[rows] = (1 - kl_weight) * nll[rows] + kl_weight * (kl + total.log())
-            if grad is not None:
-                # d loss / d logits = p - ((1 - kl_weight) * onehot + kl_weight * teacher's p)
-                residue = p.div_(total[:, None])
-                if log_q is not None:
-                    residue -= kl_weight * log_q.exp_()
-                onehot = 1.0 if teacher is None else 1 - kl_weight
-                residue.scatter_add_(-1, target, torch.full_like(target, -1, dtype=wide) * onehot)
-                grad[rows] = residue.to(weight.dtype) @ weight
+            taught = None if teacher is None else teacher[rows]
+            into = None if grad is None else grad[rows]
+            _block_losses(hidden[rows], weight, bias, targets[rows, None], taught, kl_weight, loss[rows], nll[rows], into)
         ctx.save_for_backward(grad)
         nll_out = nll.clone() if loss is nll else nll
         ctx.mark_non_differentiable(nll_out)
@@ -72,3 +54,30 @@ class _LinearLosses(torch.autograd.Function):
     def backward(ctx, grad_loss, grad_nll):  # type: ignore[no-untyped-def]
         (grad,) = ctx.saved_tensors
         return (grad * grad_loss[:, None]).to(grad.dtype), None, None, None, None, None
+
+
+def _block_losses(  # type: ignore[no-untyped-def]
+    hidden, weight, bias, target, teacher, kl_weight, loss, nll, grad
+) -> None:
+    """One block of rows [b, D], target [b, 1]: writes loss [b], nll [b] and, unless None, the hidden states' gradient [b, D]. All
+    that is [b, V] dies with the call, before the next block is begun."""
+    logits = F.linear(hidden, weight, bias).to(nll.dtype)
+    logits -= logits.amax(-1, keepdim=True)
+    at_target = logits.gather(-1, target).squeeze(-1)
+    log_q = kl = None
+    if teacher is not None:
+        log_q = F.linear(teacher, weight, bias).to(nll.dtype).log_softmax(-1)
+        kl = (log_q.exp() * (log_q - logits)).sum(-1)  # but for log(total)
+    p = logits.exp_()  # in place, and to be divided by `total`: the block is never held twice
+    total = p.sum(-1)
+    torch.sub(total.log(), at_target, out=nll)
+    if kl is not None:
+        loss.copy_((1 - kl_weight) * nll + kl_weight * (kl + total.log()))
+    if grad is not None:
+        # d loss / d logits = p - ((1 - kl_weight) * onehot + kl_weight * teacher's p)
+        residue = p.div_(total[:, None])
+        if log_q is not None:
+            residue -= kl_weight * log_q.exp_()
+        onehot = 1.0 if teacher is None else 1 - kl_weight
+        residue.scatter_add_(-1, target, torch.full_like(target, -1, dtype=nll.dtype) * onehot)
+        grad.copy_(residue.to(weight.dtype) @ weight)
