@@ -37,6 +37,8 @@ test-gpu: setup
 	$(BIN)/pytest -m gpu
 
 # Speed and memory against length, S and chunk batch, beside the straightforward algorithm; table, JSON and plots in runs/bench.
+# glibc keeps small freed blocks apart, which keeps large ones from growing together again: off, for ours and the baseline alike.
+bench: export GLIBC_TUNABLES := glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0
 bench: setup
 	$(BIN)/python -m benchmarks
 

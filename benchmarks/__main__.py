@@ -31,8 +31,9 @@ def measure(name: str, model: MemoryLM, options: argparse.Namespace) -> dict[str
     """The tables of one model that were asked for."""
     l, what, quick = model.memory_config.chunk_size, options.what, options.quick
     compared = 8 * l if quick else 8192
-    gemm = gemm_peak(Flops.of(model), model.chunk_batch * l, model.dtype, options.repeats)
-    bench = cases.Bench(name, model, gemm["peak"], options.repeats, fresh=not quick)
+    gemm = {size: gemm_peak(Flops.of(model), size * l, model.dtype, options.repeats) for size in options.chunk_batch}
+    peaks = {size: measured["peak"] for size, measured in gemm.items()}
+    bench = cases.Bench(name, model, peaks, options.repeats, fresh=not quick)
     tables: dict[str, cases.Table] = {}
     if "baseline" in what:
         tables["against the baseline"] = cases.against_baseline(bench, compared)
@@ -55,7 +56,8 @@ def markdown(report: dict[str, Any]) -> str:
     """The whole report as Markdown tables."""
     lines = ["# Benchmarks", "", ", ".join(f"{key} {value}" for key, value in report["machine"].items()), ""]
     for name, result in report["models"].items():
-        lines += [f"## {name}: GEMM peak {result['gemm']['peak'] / 1e9:.1f} GFLOP/s, chunk_batch {result['chunk_batch']}", ""]
+        peaks = ", ".join(f"{peak['peak'] / 1e9:.0f} with {size}" for size, peak in result["gemm"].items())
+        lines += [f"## {name}: chunk_batch {result['chunk_batch']}; GEMM peak in GFLOP/s, by chunk_batch: {peaks}", ""]
         for title, rows in result["tables"].items():
             lines += [f"### {title}", "", "| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
             lines += ["| " + " | ".join(shown(value) for value in row.values()) + " |" for row in rows] + [""]
@@ -81,7 +83,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="short documents, few settings, memory in this process")
     parser.add_argument("--repeats", type=int, default=3, help="turns of every comparison")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
-    parser.add_argument("--chunk-batch", type=int, default=4, help="chunks computed at once")
+    parser.add_argument(
+        "--chunk-batch", type=int, nargs="+", default=[4, 2, 1], help="chunks computed at once; all but `baseline` use the first"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     options = parser.parse_args(arguments)
     if options.threads:
@@ -90,7 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.model:
         model = MODELS[name]()
-        model.chunk_batch = options.chunk_batch
+        model.chunk_batch = options.chunk_batch[0]
         report["models"][name] = measure(name, model, options)
         (options.out / "bench.json").write_text(json.dumps(report, indent=1))  # after every model: hours may follow
         (options.out / "bench.md").write_text(markdown(report))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -28,68 +29,91 @@ Table = list[dict[str, Any]]
 
 @dataclass
 class Bench:
-    """One model under measurement. peak: FLOP/s of its GEMMs in this run; fresh: memory in new processes (else in this one,
-    which is quick, and hides what the allocator has kept)."""
+    """One model under measurement. peaks: FLOP/s of its GEMMs in this run, by chunk_batch; fresh: memory in new processes (else
+    in this one, which is quick, and hides what the allocator has kept)."""
 
     name: str
     model: MemoryLM
-    peak: float
+    peaks: dict[int, float]
     repeats: int
     fresh: bool
 
-    def grown(self, kind: str, length: int, S: int = 2, chunk_batch: int | None = None) -> float:
-        """Peak MiB above the loaded weights of one pass."""
+    @property
+    def peak(self) -> float:
+        """Of the model's own chunk_batch, the one that all tables but the first have."""
+        return self.peaks[self.model.chunk_batch]
+
+    def alone(self, kind: str, length: int, S: int = 2, chunk_batch: int | None = None) -> tuple[float, float]:
+        """Seconds of one pass, and its peak MiB above the loaded weights."""
         size = chunk_batch or self.model.chunk_batch
         case = {"model": self.name, "pass": kind, "length": length, "S": S, "chunk_batch": size}
-        return (in_new_process if self.fresh else run_alone)(case)["bytes"] / 2**20
+        result = (in_new_process if self.fresh else run_alone)(case)
+        return result["seconds"], result["bytes"] / 2**20
+
+    def grown(self, kind: str, length: int, S: int = 2, chunk_batch: int | None = None) -> float:
+        return self.alone(kind, length, S, chunk_batch)[1]
 
 
 def against_baseline(bench: Bench, length: int) -> Table:
-    """Time and memory of every pass over one document, S = 2, beside the straightforward algorithm, and time also beside the one
-    whose encoder is run as a whole."""
-    model = bench.model
+    """Time and memory of every pass over one document, S = 2, with every chunk_batch, beside the straightforward algorithm, and
+    time also beside the one whose encoder is run as a whole. All take turns."""
+    model, before = bench.model, bench.model.chunk_batch
     document = random_document(model, length)
-    seconds = interleaved(passes(model, document, 2), bench.repeats)
-    flops = useful(model, document, 2)
+    calls = passes(model, document, 2)
+    twins = {"uio": "baseline uio", "exact": "baseline uio", "score": "baseline score"}
+
+    def sized(kind: str, size: int) -> object:
+        model.chunk_batch = size
+        return calls[kind]()
+
+    ours = {(kind, size): partial(sized, kind, size) for kind in twins for size in bench.peaks}
+    theirs = {(kind, 1): call for kind, call in calls.items() if kind not in twins}
+    seconds = interleaved({**ours, **theirs}, bench.repeats)
+    model.chunk_batch = before
+    flops, grown = useful(model, document, 2), {twin: bench.grown(twin, length) for twin in set(twins.values())}
     rows = []
-    for key, twin in (("uio", "baseline uio"), ("exact", "baseline uio"), ("score", "baseline score")):
-        ours, theirs = bench.grown(key, length), bench.grown(twin, length)
-        median = statistics.median(seconds[key])
+    for (kind, size), turns in list(seconds.items())[: len(ours)]:
+        at_once = max(size, 4) if kind == "score" else size  # see MemoryLM.chunks_at_once
+        peak, twin = bench.peaks.get(at_once, bench.peaks[size]), twins[kind]
+        median, theirs_median = statistics.median(turns), statistics.median(seconds[twin, 1])
+        rise = bench.grown(kind, length, chunk_batch=size)
         rows.append(
             {
-                "pass": key,
+                "pass": kind,
+                "chunk_batch": size,
                 "tokens": length,
                 "seconds": median,
-                "time / baseline": median_ratio(seconds[key], seconds[twin]),
-                "time / whole": median_ratio(seconds[key], seconds[twin.replace("baseline", "baseline whole")]),
-                "floor / baseline": flops[key] / bench.peak / statistics.median(seconds[twin]),
-                "utilisation": flops[key] / median / bench.peak,
-                "peak MiB": ours,
-                "memory / baseline": ours / theirs if theirs else None,
+                "time / baseline": median_ratio(turns, seconds[twin, 1]),
+                "time / whole": median_ratio(turns, seconds[twin.replace("baseline", "baseline whole"), 1]),
+                "floor / baseline": flops[kind] / peak / theirs_median,
+                "utilisation": flops[kind] / median / peak,
+                "peak MiB": rise,
+                "memory / baseline": rise / grown[twin] if grown[twin] else None,
             }
         )
     return rows
 
 
 def against_length(bench: Bench, kind: str, lengths: Sequence[int]) -> Table:
-    """Time a token, utilisation and peak memory against length, S = 2. All lengths take turns."""
+    """Time a token, utilisation and peak memory against length, S = 2, both of the same new processes. All lengths take turns."""
     model = bench.model
-    documents = {n: random_document(model, n) for n in lengths if n <= model.capacity}
-    seconds = interleaved({n: passes(model, d, 2, only=kind)[kind] for n, d in documents.items()}, bench.repeats)
+    fitting = [n for n in lengths if n <= model.capacity]
+    turns = [{n: bench.alone(kind, n) for n in fitting} for _ in range(bench.repeats)]
     rows: Table = []
-    for n, document in documents.items():
-        grown, median = bench.grown(kind, n), statistics.median(seconds[n])
+    for n in fitting:
+        seconds = [turn[n][0] for turn in turns]
+        grown, median = statistics.median(turn[n][1] for turn in turns), statistics.median(seconds)
         first = rows[0] if rows else None
         rows.append(
             {
                 "pass": kind,
                 "tokens": n,
                 "us / token": 1e6 * median / n,
-                "time / token, / first": median_ratio(seconds[n], seconds[lengths[0]]) * lengths[0] / n,
-                "utilisation": useful(model, document, 2)[kind] / median / bench.peak,
+                "time / token, / first": median_ratio(seconds, [turn[fitting[0]][0] for turn in turns]) * fitting[0] / n,
+                "utilisation": useful(model, random_document(model, n), 2)[kind] / median / bench.peak,
                 "peak MiB": grown,
                 "bytes / token above first": (grown - first["peak MiB"]) * 2**20 / (n - first["tokens"]) if first else None,
-                "formula, bytes / token": memory_formula(model, n)[kind] / n,
+                "formula, bytes / token": memory_formula(model, n, 2)[kind] / n,
             }
         )
     return rows

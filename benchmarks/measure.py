@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import psutil
 import torch
 
+ENVIRONMENT = "GLIBC_TUNABLES", "OMP_NUM_THREADS", "OMP_WAIT_POLICY"  # what changes time or memory and may be set
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -61,6 +62,7 @@ def machine() -> dict[str, Any]:
         "load_average": os.getloadavg()[0],
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
         "commit": commit(),
     }
 

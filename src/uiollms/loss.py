@@ -1,16 +1,23 @@
 """The loss head: losses of tokens from hidden states, never holding all logits at once.
 
-Shapes: N scored tokens, D hidden size, V vocabulary.
+Shapes: N scored tokens, D hidden size, V vocabulary, w tokens of a slice of it, b rows of a block.
+Source of walking along the vocabulary: Wijmans et al. 2024 (Cut Cross-Entropy, arXiv 2411.09009), without its filter; of the
+running maximum: Milakov and Gimelshein 2018 (arXiv 1805.02867).
 """
+
+from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Rows of logits alive at once: a quarter of the tokens, within these bounds. 128 x 49,152 float32 is 25 MB, small beside a chunk;
-# products of 512 rows are within a few percent of full GEMM speed (of 128 rows, 15 to 25 % below it on an EPYC).
-BLOCKS = 128, 512
+# Logits alive at once, by kind of device: what stays in a core's cache; what fills a GPU. But always SLICE tokens of the
+# vocabulary, so that a product with all N rows is large enough for full speed.
+LOGITS = {"cpu": 2**18}
+LOGITS_ELSEWHERE = 2**24
+SLICE = 1024
+BLOCK = 128  # rows of logits alive at once where there is a teacher
 
 
 def linear_nll(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
@@ -25,7 +32,7 @@ def linear_losses(
     loss [N] = (1 - kl_weight) * NLL + kl_weight * KL(teacher || student), and the NLL [N] itself, without a gradient.
 
     The head is frozen, so the only gradient is the hidden states'. It is known as soon as the logits are, and is kept
-    ([N, D]) in place of them ([N, V]): the logits of a block die with the block.
+    ([N, D]) in place of them ([N, V]): the logits of a slice or a block die with it.
     """
     with align_module_device(head):  # it may rest on disk
         return _LinearLosses.apply(hidden, head.weight, head.bias, targets, teacher, kl_weight)
@@ -34,21 +41,18 @@ def linear_losses(
 class _LinearLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, teacher, kl_weight):  # type: ignore[no-untyped-def]
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        nll = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device)
-        loss = nll if teacher is None else torch.empty_like(nll)
-        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        least, most = BLOCKS
-        block = min(most, max(least, hidden.shape[0] // 4))
-        for start in range(0, hidden.shape[0], block):
-            rows = slice(start, start + block)
-            taught = None if teacher is None else teacher[rows]
-            into = None if grad is None else grad[rows]
-            _block_losses(hidden[rows], weight, bias, targets[rows, None], taught, kl_weight, loss[rows], nll[rows], into)
+        with_grad = ctx.needs_input_grad[0]
+        loss: Any
+        if teacher is None:
+            loss, grad = along_vocabulary(hidden, weight, bias, targets, with_grad)
+            nll = loss.clone()
+        else:
+            blocks = [slice(start, start + BLOCK) for start in range(0, max(1, len(hidden)), BLOCK)]
+            parts = [beside_teacher(hidden[b], weight, bias, targets[b], teacher[b], kl_weight, with_grad) for b in blocks]
+            loss, nll, grad = (None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True))
         ctx.save_for_backward(grad)
-        nll_out = nll.clone() if loss is nll else nll
-        ctx.mark_non_differentiable(nll_out)
-        return loss, nll_out
+        ctx.mark_non_differentiable(nll)
+        return loss, nll
 
     @staticmethod
     def backward(ctx, grad_loss, grad_nll):  # type: ignore[no-untyped-def]
@@ -56,28 +60,80 @@ class _LinearLosses(torch.autograd.Function):
         return (grad * grad_loss[:, None]).to(grad.dtype), None, None, None, None, None
 
 
-def _block_losses(  # type: ignore[no-untyped-def]
-    hidden, weight, bias, target, teacher, kl_weight, loss, nll, grad
-) -> None:
-    """One block of rows [b, D], target [b, 1]: writes loss [b], nll [b] and, unless None, the hidden states' gradient [b, D]. All
-    that is [b, V] dies with the call, before the next block is begun."""
-    logits = F.linear(hidden, weight, bias).to(nll.dtype)
+def along_vocabulary(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, with_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """NLL [N] and the hidden states' gradient [N, D], slice by slice of the vocabulary, for all rows at once, so that the head is
+    read once. With l the logits, m their maximum so far and e = exp(l - m), kept are `rest`, the sum of e over all tokens but the
+    target, and `pull`, the sum of e times the token's row of the head; both shrink where m grows. At the end
+
+        NLL = log(rest + e[target]) + m - l[target]        gradient = (pull - rest * head[target]) / (rest + e[target])
+
+    The target stays out of the sums because p - 1, of a token that is nearly certain, would cancel in half precision.
+    """
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    width = max(SLICE, LOGITS.get(hidden.device.type, LOGITS_ELSEWHERE) // max(1, len(hidden)))
+    target = targets[:, None]
+    most = hidden.new_full((len(hidden), 1), -torch.inf, dtype=wide)
+    rest, at_target = torch.zeros_like(most), torch.zeros_like(most)
+    pull = torch.zeros_like(hidden, dtype=wide) if with_grad else None
+    room = hidden.new_empty(len(hidden) * min(width, len(weight)))  # one for all slices, which would scatter over the heap
+    for start in range(0, len(weight), width):
+        tokens = slice(start, start + width)
+        here = weight[tokens]
+        product = room[: len(hidden) * len(here)].view(len(hidden), len(here))
+        if bias is None:
+            torch.mm(hidden, here.T, out=product)
+        else:
+            torch.addmm(bias[tokens], hidden, here.T, out=product)
+        logits = product.to(wide)
+        before, most = most, torch.maximum(most, logits.amax(-1, keepdim=True))
+        # A row whose target is elsewhere writes back what it has read.
+        place = (target - start).clamp(0, len(here) - 1)
+        found, inside = logits.gather(-1, place), place == target - start
+        at_target = torch.where(inside, found, at_target)
+        logits.scatter_(-1, place, found.masked_fill(inside, -torch.inf))
+        e = logits.sub_(most).exp_()
+        shrink = (before - most).exp_()
+        rest = rest * shrink + e.sum(-1, keepdim=True)
+        if pull is not None:
+            pull *= shrink
+            if weight.dtype == wide:
+                torch.addmm(pull, e, here, out=pull)
+            else:
+                pull += e.to(weight.dtype) @ here
+    at_target -= most
+    total = rest + at_target.exp()
+    nll = (total.log() - at_target).squeeze(-1)
+    return nll, None if pull is None else pull.addcmul_(rest, weight[targets], value=-1).div_(total).to(hidden.dtype)
+
+
+def beside_teacher(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    teacher: Tensor,
+    kl_weight: float,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Loss [b], NLL [b] and the hidden states' gradient [b, D] of a block of rows, with all their logits: where student and
+    teacher agree, their difference must be taken before it is multiplied with the head."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    target = targets[:, None]
+    logits = F.linear(hidden, weight, bias).to(wide)
     logits -= logits.amax(-1, keepdim=True)
     at_target = logits.gather(-1, target).squeeze(-1)
-    log_q = kl = None
-    if teacher is not None:
-        log_q = F.linear(teacher, weight, bias).to(nll.dtype).log_softmax(-1)
-        kl = (log_q.exp() * (log_q - logits)).sum(-1)  # but for log(total)
-    p = logits.exp_()  # in place, and to be divided by `total`: the block is never held twice
+    log_q = F.linear(teacher, weight, bias).to(wide).log_softmax(-1)
+    kl = (log_q.exp() * (log_q - logits)).sum(-1)  # but for log(total)
+    p = logits.exp_()  # in place, and to be divided by `total`
     total = p.sum(-1)
-    torch.sub(total.log(), at_target, out=nll)
-    if kl is not None:
-        loss.copy_((1 - kl_weight) * nll + kl_weight * (kl + total.log()))
-    if grad is not None:
-        # d loss / d logits = p - ((1 - kl_weight) * onehot + kl_weight * teacher's p)
-        residue = p.div_(total[:, None])
-        if log_q is not None:
-            residue -= kl_weight * log_q.exp_()
-        onehot = 1.0 if teacher is None else 1 - kl_weight
-        residue.scatter_add_(-1, target, torch.full_like(target, -1, dtype=nll.dtype) * onehot)
-        grad.copy_(residue.to(weight.dtype) @ weight)
+    nll = total.log() - at_target
+    loss = (1 - kl_weight) * nll + kl_weight * (kl + total.log())
+    if not with_grad:
+        return loss, nll, None
+    # d loss / d logits = p - ((1 - kl_weight) * onehot + kl_weight * teacher's p)
+    residue = p.div_(total[:, None])
+    residue -= kl_weight * log_q.exp_()
+    residue.scatter_add_(-1, target, torch.full_like(target, kl_weight - 1, dtype=wide))
+    return loss, nll, residue.to(weight.dtype) @ weight
