@@ -140,7 +140,7 @@ class Leaves(SharedPrefix):
         """Add the gradients [B', H, n, K] of some rows to sum number i, and to the weighted one."""
         total, weighted, slots = self.sums.total[i], self.sums.weighted[i], grad.shape[2]
         grad = grad.to(total.dtype)
-        total[0, :, :slots] += grad.sum(0)
+        total[0, :, :slots] += grad[0] if len(grad) == 1 else grad.sum(0)
         if weighted is not total:
             m = self.sums.num_memory
             places, weights = self.needed[total.device]

@@ -3,7 +3,8 @@
 The real training step, gradient clipping and AdamW run on pretended devices (`pretend.py`) at the configured shapes, so the
 figures are measured on the program itself, not modelled beside it: every tensor of every kernel is counted from its birth to
 its death. To save time only the last two batches of rows, which read the most memory, are decoded, and one full batch of
-chunks is encoded with a graph; past MEASURED batches the peaks of both phases, linear in the length, are extended.
+chunks is encoded with a graph (which chunks need gradients: one draw of the estimator); past MEASURED batches the peaks of
+both phases, linear in the length, are extended.
 
 Shapes: C chunks in memory, m num_memory, D hidden size, H key/value heads, K head size.
 """
@@ -204,8 +205,9 @@ class Rehearsal:
             sample = self.sample(chunks, batch)
             estimator = make_estimator(train.estimator, S=train.tbptt, compensate=train.compensate)
             window = estimator.window(chunks + 1, random.Random(0))
+            needed = chunks_with_gradient(self.document(chunks), window)
             all_ones = torch.equal(window, all_pairs(chunks + 1))
-            stand_in = OneBatch(world, batch, all_ones)
+            stand_in = OneBatch(world, batch, needed, all_ones)
             world.watch_from_here()
             # A document of one batch is short enough for the estimator itself, which may keep that batch's graph.
             gradient_step(model, sample, estimator=stand_in if chunks > batch else estimator, rng=0, report_all=False)
@@ -216,7 +218,7 @@ class Rehearsal:
             # Weights on disk are in memory one module at a time.
             sizes = [sum(p.nbytes for p in base.get_submodule(name).parameters(recurse=False)) for name in resting]
             saved = Counter({as_device(working): sum(sizes) - max(sizes)} if sizes else {})
-            memory = self.memory_bytes(model, chunks, all_ones)
+            memory = self.memory_bytes(model, chunks, 0 if all_ones else len(needed))
             devices = {as_device(working if place == "disk" else place) for place in places.values()}
             result = {}
             for device in sorted(devices, key=str):
@@ -244,15 +246,14 @@ class Rehearsal:
         backwards = min(train.tbptt, chunks) if estimator.reads_norms else len(chunks_with_gradient(sample, window))
         return Flops.of_shape(self.shape, self.memory).training(sample, backwards)
 
-    def memory_bytes(self, model: MemoryLM, chunks: int, all_ones: bool) -> dict[torch.device, tuple[int, int, int]]:
-        """Memories, their keys and values, and the sums of those' gradients (of `uio` the most a draw may need), by device."""
-        width = model.dtype.itemsize
-        sums = (1 if all_ones else 2) * max(width, 4)
-        slots = chunks * self.memory.num_memory
+    def memory_bytes(self, model: MemoryLM, chunks: int, weighted: int) -> dict[torch.device, tuple[int, int, int]]:
+        """Memories, their keys and values, and the sums of those' gradients (two of `weighted` chunks), by device."""
+        width, each = model.dtype.itemsize, self.memory.num_memory
+        memory, sums = chunks * each * self.shape.hidden_size * width, (chunks + weighted) * max(width, 4)
         found: dict[torch.device, tuple[int, int, int]] = {}
         for layer in model.base.model.layers:
-            kv = 2 * slots * layer.self_attn.k_proj.out_features
-            parts = (slots * self.shape.hidden_size * width, kv * width, kv * sums)
+            kv = 2 * each * layer.self_attn.k_proj.out_features
+            parts = memory, chunks * kv * width, sums * kv
             device = layer_device(layer)
             memories, pairs, gradients = found.get(device, (0, 0, 0))
             found[device] = memories + parts[0], pairs + parts[1], gradients + parts[2]
@@ -260,19 +261,25 @@ class Rehearsal:
 
 
 class OneBatch(Estimator):
-    """Stands in for any estimator: one full batch of chunks is encoded again. Notes the peak when it is asked which."""
+    """Stands in for any estimator that gives the chunks `needed` weights that are not zero: of them one full batch is encoded
+    again. Notes the peak when it is asked which."""
 
-    def __init__(self, world: Pretend, batch: int, all_ones: bool) -> None:
-        self.world, self.batch, self.all_ones = world, batch, all_ones
+    def __init__(self, world: Pretend, batch: int, needed: Sequence[int], all_ones: bool) -> None:
+        self.world, self.all_ones = world, all_ones
+        self.needed, self.chosen = list(needed), set(needed[:batch])
         self.peak: Counter[torch.device] = Counter()
 
     def window(self, num_chunks: int, rng: random.Random) -> Tensor:
-        return all_pairs(num_chunks) * (1.0 if self.all_ones else 0.5)
+        if self.all_ones:
+            return all_pairs(num_chunks)
+        columns = torch.zeros(num_chunks, dtype=torch.float64)
+        columns[self.needed] = 0.5
+        return all_pairs(num_chunks) * columns
 
     def columns(self, norms: Sequence[float], rng: random.Random) -> list[float]:
         self.peak = self.world.peak
         self.world.watch_from_here()
-        return [float(chunk < self.batch) for chunk in range(len(norms))]
+        return [float(chunk in self.chosen) for chunk in range(len(norms))]
 
 
 class Measured(NamedTuple):
