@@ -322,7 +322,7 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
 
     def _remember(self, state: MemoryState, ids: Tensor) -> MemoryState:
         """A copy of `state` with the memories of `ids` [B, C*l], complete chunks, appended."""
-        keys, values = list(state.memory_keys), list(state.memory_values)
+        keys, values = [[k] for k in state.memory_keys], [[v] for v in state.memory_values]
         batch, l, m = len(ids), self.memory_config.chunk_size, self.memory_config.num_memory
         first = state.num_slots // m
         count = ids.shape[1] // l
@@ -332,10 +332,10 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
             rows = ids[:, start * l : chunks.stop * l].reshape(-1, l)  # document-major: [B * C, l]
             numbers = [first + c for c in chunks] * batch
             new_keys, new_values = self.project(self.encode_layers(rows), numbers)
-            for i, (k, v) in enumerate(zip(new_keys, new_values, strict=True)):
-                keys[i] = torch.cat([keys[i], join_slots(k, batch)], dim=2)
-                values[i] = torch.cat([values[i], join_slots(v, batch)], dim=2)
-        after = MemoryState(keys, values, state.local_keys, state.local_values, state.open_ids, state.num_tokens)
+            for parts, new in zip((*keys, *values), (*new_keys, *new_values), strict=True):
+                parts.append(join_slots(new, batch))
+        joined = ([torch.cat(parts, dim=2) if count else parts[0] for parts in side] for side in (keys, values))
+        after = MemoryState(*joined, state.local_keys, state.local_values, state.open_ids, state.num_tokens)
         after.rooms = state.rooms
         return after
 
