@@ -14,10 +14,8 @@ from typing import Any
 import torch
 
 from benchmarks import cases, plots
-from benchmarks.gemm import gemm_peak
 from benchmarks.measure import machine
 from benchmarks.models import MODELS
-from uiollms.flops import Flops
 from uiollms.model import MemoryLM
 
 WHAT = ["baseline", "length", "S", "chunk_batch", "generation"]
@@ -31,9 +29,8 @@ def measure(name: str, model: MemoryLM, options: argparse.Namespace) -> dict[str
     """The tables of one model that were asked for."""
     l, what, quick = model.memory_config.chunk_size, options.what, options.quick
     compared = 8 * l if quick else 8192
-    gemm = {size: gemm_peak(Flops.of(model), size * l, model.dtype, options.repeats) for size in options.chunk_batch}
-    peaks = {size: measured["peak"] for size, measured in gemm.items()}
-    bench = cases.Bench(name, model, peaks, options.repeats, fresh=not quick)
+    bench = cases.Bench(name, model, options.chunk_batch, options.repeats, fresh=not quick)
+    bench.watch_peak()
     tables: dict[str, cases.Table] = {}
     if "baseline" in what:
         tables["against the baseline"] = cases.against_baseline(bench, compared)
@@ -49,7 +46,7 @@ def measure(name: str, model: MemoryLM, options: argparse.Namespace) -> dict[str
     if "generation" in what:
         pasts = [4 * l, 8 * l] if quick else [n for n in PASTS if n + l <= model.capacity]
         tables["generation against past"] = cases.against_past(bench, pasts, 4 if quick else 16)
-    return {"gemm": gemm, "chunk_batch": model.chunk_batch, "tables": tables}
+    return {"gemm": bench.gemm, "chunk_batch": model.chunk_batch, "tables": tables}
 
 
 def markdown(report: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,10 +20,12 @@ ENVIRONMENT = "GLIBC_TUNABLES", "OMP_NUM_THREADS", "OMP_WAIT_POLICY"  # what cha
 Key = TypeVar("Key", bound=Hashable)
 
 
-def interleaved(calls: Mapping[Key, Callable[[], object]], repeats: int) -> dict[Key, list[float]]:
-    """Seconds of every call, `repeats` times, taking turns, so that a busy neighbour or a hot CPU meets all alike; each
-    is called once before."""
-    for call in calls.values():
+def interleaved(
+    calls: Mapping[Key, Callable[[], object]], repeats: int, warm: Iterable[Callable[[], object]] | None = None
+) -> dict[Key, list[float]]:
+    """Seconds of every call, `repeats` times, taking turns, so that a busy neighbour or a hot CPU meets all alike. Before, each
+    of `warm` is called once; without it, each of the calls."""
+    for call in calls.values() if warm is None else warm:
         call()
     seconds: dict[Key, list[float]] = {key: [] for key in calls}
     for _ in range(repeats):

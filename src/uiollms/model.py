@@ -334,8 +334,8 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
             new_keys, new_values = self.project(self.encode_layers(rows), numbers)
             for parts, new in zip((*keys, *values), (*new_keys, *new_values), strict=True):
                 parts.append(join_slots(new, batch))
-        joined = ([torch.cat(parts, dim=2) if count else parts[0] for parts in side] for side in (keys, values))
-        after = MemoryState(*joined, state.local_keys, state.local_values, state.open_ids, state.num_tokens)
+        all_keys, all_values = ([torch.cat(p, dim=2) if count else p[0] for p in parts] for parts in (keys, values))
+        after = MemoryState(all_keys, all_values, state.local_keys, state.local_values, state.open_ids, state.num_tokens)
         after.rooms = state.rooms
         return after
 
