@@ -31,7 +31,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         for axis, (column, label) in zip(line, COLUMNS.items(), strict=True):
             for title, rows in found.items():
                 axis.plot([r["tokens"] for r in rows], [r[column] for r in rows], marker="o", label=title.split()[0])
-            axis.set(xscale="log", xlabel="tokens", ylabel=label, title=name, ylim=(0, None))
+            axis.set(xscale="log", xlabel="tokens", ylabel=label, title=name, ylim=(0, 1.1 * axis.dataLim.ymax))
             axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
