@@ -174,7 +174,21 @@ class Rehearsal:
         else:
             a, b, further = self.measure(near, batch), self.measure(far, batch), (chunks - far) / (far - near)
             measured = {d: Measured(*(y + (y - x) * further for x, y in zip(a[d], b[d], strict=True))) for d in a}
-        return {device: m.need() for device, m in measured.items()}
+        # How many chunks have a second sum grows less than linearly, by chance: of the length itself, not extended.
+        sums = (1 + self.weighted(chunks) / chunks) * max(self.dtype.itemsize, 4) / self.dtype.itemsize
+        return {device: m.need()._replace(kv_gradients=m.kv * sums) for device, m in measured.items()}
+
+    def draw(self, chunks: int) -> tuple[list[int], bool]:
+        """The chunks that need gradients in one draw of the estimator, and whether all weights are one."""
+        train = self.config.train
+        estimator = make_estimator(train.estimator, S=train.tbptt, compensate=train.compensate)
+        window = estimator.window(chunks + 1, random.Random(0))
+        return chunks_with_gradient(self.document(chunks), window), torch.equal(window, all_pairs(chunks + 1))
+
+    def weighted(self, chunks: int) -> int:
+        """Chunks that have a sum of weighted gradients beside the sum of all."""
+        needed, all_ones = self.draw(chunks)
+        return 0 if all_ones else len(needed)
 
     def measure(self, chunks: int, batch: int) -> dict[torch.device, Measured]:
         if (chunks, batch) not in self.measured:
@@ -204,10 +218,7 @@ class Rehearsal:
 
             sample = self.sample(chunks, batch)
             estimator = make_estimator(train.estimator, S=train.tbptt, compensate=train.compensate)
-            window = estimator.window(chunks + 1, random.Random(0))
-            needed = chunks_with_gradient(self.document(chunks), window)
-            all_ones = torch.equal(window, all_pairs(chunks + 1))
-            stand_in = OneBatch(world, batch, needed, all_ones)
+            stand_in = OneBatch(world, batch, *self.draw(chunks))
             world.watch_from_here()
             # A document of one batch is short enough for the estimator itself, which may keep that batch's graph.
             gradient_step(model, sample, estimator=stand_in if chunks > batch else estimator, rng=0, report_all=False)
@@ -218,7 +229,7 @@ class Rehearsal:
             # Weights on disk are in memory one module at a time.
             sizes = [sum(p.nbytes for p in base.get_submodule(name).parameters(recurse=False)) for name in resting]
             saved = Counter({as_device(working): sum(sizes) - max(sizes)} if sizes else {})
-            memory = self.memory_bytes(model, chunks, 0 if all_ones else len(needed))
+            memory = self.memory_bytes(model, chunks, self.weighted(chunks))
             devices = {as_device(working if place == "disk" else place) for place in places.values()}
             result = {}
             for device in sorted(devices, key=str):
@@ -242,8 +253,7 @@ class Rehearsal:
         """Useful FLOPs of a step, for one draw of the estimator."""
         sample, train = self.document(chunks), self.config.train
         estimator = make_estimator(train.estimator, S=train.tbptt, compensate=train.compensate)
-        window = estimator.window(chunks + 1, random.Random(0))
-        backwards = min(train.tbptt, chunks) if estimator.reads_norms else len(chunks_with_gradient(sample, window))
+        backwards = min(train.tbptt, chunks) if estimator.reads_norms else len(self.draw(chunks)[0])
         return Flops.of_shape(self.shape, self.memory).training(sample, backwards)
 
     def memory_bytes(self, model: MemoryLM, chunks: int, weighted: int) -> dict[torch.device, tuple[int, int, int]]:
