@@ -61,6 +61,7 @@ class Bench:
         return result["seconds"], result["bytes"] / 2**20
 
     def grown(self, kind: str, length: int, S: int = 2, chunk_batch: int | None = None) -> float:
+        """Its peak alone."""
         return self.alone(kind, length, S, chunk_batch)[1]
 
 
@@ -77,16 +78,18 @@ def against_baseline(bench: Bench, length: int) -> Table:
         return calls[kind]()
 
     ours = {(kind, size): partial(sized, kind, size) for kind in twins for size in bench.sizes}
-    theirs = {(kind, 1): call for kind, call in calls.items() if kind not in twins}
+    theirs = {(kind, None): call for kind, call in calls.items() if kind not in twins}  # knows no chunk_batch
     seconds = interleaved({**ours, **theirs}, bench.repeats, short.values())
     bench.watch_peak()
     model.chunk_batch = before
     flops, grown = useful(model, document, 2), {twin: bench.grown(twin, length) for twin in set(twins.values())}
     rows = []
-    for (kind, size), turns in list(seconds.items())[: len(ours)]:
+    for kind, size in ours:
+        turns, twin = seconds[kind, size], twins[kind]
+        plain, whole = seconds[twin, None], seconds[twin.replace("baseline", "baseline whole"), None]
         at_once = max(size, 4) if kind == "score" else size  # see MemoryLM.chunks_at_once
-        peak, twin = bench.peak(at_once if at_once in bench.sizes else size), twins[kind]
-        median, theirs_median = statistics.median(turns), statistics.median(seconds[twin, 1])
+        peak = bench.peak(at_once if at_once in bench.sizes else size)
+        median = statistics.median(turns)
         rise = bench.grown(kind, length, chunk_batch=size)
         rows.append(
             {
@@ -94,9 +97,9 @@ def against_baseline(bench: Bench, length: int) -> Table:
                 "chunk_batch": size,
                 "tokens": length,
                 "seconds": median,
-                "time / baseline": median_ratio(turns, seconds[twin, 1]),
-                "time / whole": median_ratio(turns, seconds[twin.replace("baseline", "baseline whole"), 1]),
-                "floor / baseline": flops[kind] / peak / theirs_median,
+                "time / baseline": median_ratio(turns, plain),
+                "time / whole": median_ratio(turns, whole),
+                "floor / baseline": flops[kind] / peak / statistics.median(plain),
                 "utilisation": flops[kind] / median / peak,
                 "peak MiB": rise,
                 "memory / baseline": rise / grown[twin] if grown[twin] else None,
@@ -184,6 +187,7 @@ def against_past(bench: Bench, pasts: Sequence[int], new_tokens: int) -> Table:
     for _ in range(bench.repeats):
         for key, call in calls.items():
             seconds[key].append(call())
+    bench.watch_peak()
     rows: Table = []
     for n in pasts:
         ours = seconds["memory", n]

@@ -12,7 +12,7 @@ from uiollms import loss
 def small_slices(request, monkeypatch):
     """Of a vocabulary of 11 tokens: several slices, the last one shorter, or all in one."""
     monkeypatch.setattr(loss, "SLICE", request.param)
-    monkeypatch.setattr(loss, "LOGITS", {"cpu": 1})
+    monkeypatch.setattr(loss, "LOGITS_CPU", 1)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 50])
@@ -36,7 +36,8 @@ def test_linear_nll_is_cross_entropy(small_slices, rows, bias):
 
 @pytest.mark.parametrize("scale", [1.0, 1e4])
 def test_logits_of_any_size(small_slices, scale):
-    """The largest may come in any slice, and by far: nothing overflows. Float32: 1e-5 relative to the logits."""
+    """The largest may come in any slice, and by far: nothing overflows. Logits of float32 carry an error of about 1e-7 of their
+    size, so the loss 1e-7 * scale and the gradient, through exp, as much relative; at most a hundred times that is allowed."""
     torch.manual_seed(1)
     head = torch.nn.Linear(6, 11).requires_grad_(False)
     hidden = (scale * torch.randn(40, 6)).requires_grad_()
@@ -46,11 +47,12 @@ def test_logits_of_any_size(small_slices, scale):
     found = loss.linear_nll(hidden, head, targets)
     (found_grad,) = torch.autograd.grad(found.sum(), hidden)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * scale)
-    torch.testing.assert_close(found_grad, expected_grad, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(found_grad, expected_grad, rtol=min(1e-5 * scale, 1e-3), atol=1e-5)
 
 
 def test_the_gradient_of_a_nearly_certain_token_survives_half_precision(small_slices):
-    """bfloat16 has 8 bits: 2 % of the float64 gradient, at a target of probability 0.9999, where p - 1 would cancel."""
+    """bfloat16 has 8 bits, an error of 0.4 % for each of e, the product and the result; 2 % off the float64 gradient's direction
+    is allowed, at a target whose probability is above 0.999."""
     torch.manual_seed(2)
     head = torch.nn.Linear(32, 11, bias=False).bfloat16().requires_grad_(False)
     target = torch.tensor([7])

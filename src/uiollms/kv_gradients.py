@@ -26,7 +26,7 @@ class KVGradients:
     W[t, s] at memory s, of the chunks `needed` alone (`weighted`; the same tensors as `total` where W is all ones). Sums are
     kept in float32 or wider.
 
-    needed: the chunks, ascending, at which some weight is not zero; without it, all.
+    needed: the chunks, ascending, at which some weight is not zero.
     """
 
     def __init__(
@@ -36,13 +36,13 @@ class KVGradients:
         weights: Tensor,
         sample: Sample,
         num_memory: int,
-        needed: Sequence[int] | None = None,
+        needed: Sequence[int],
     ) -> None:
         self.leaves = [kv.requires_grad_() for kv in (*keys, *values)]  # 2L x [1, H, M, K]
         self.dtype = torch.promote_types(keys[0].dtype, torch.float32) if keys else torch.float32
         self.num_memory = num_memory
         self.weights = weights  # [N, at least C]
-        self.needed = list(range(len(sample.chunks)) if needed is None else needed)
+        self.needed = list(needed)
         all_ones = all(bool((weights[t, : row.num_memories] == 1).all()) for t, row in enumerate(sample.rows))
         self.total = [torch.zeros_like(kv, dtype=self.dtype, requires_grad=False) for kv in self.leaves]
         self.weighted = self.total
@@ -96,7 +96,7 @@ class KVGradients:
         if division.group.size == 1:
             return grad
         whole = grad.new_zeros(len(division.place), *grad.shape[1:])
-        whole.index_copy_(0, moved(torch.tensor(self.needed, dtype=torch.int64), grad.device), grad)
+        put([whole], self.needed, [grad])
         return at(division.scatter_sum(whole), wanted)
 
     def _by_chunk(self, grad: Tensor) -> Tensor:
@@ -178,6 +178,13 @@ def batched(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 def at(tensor: Tensor, places: Sequence[int]) -> Tensor:
     """Some entries of the first dimension, without waiting for the device."""
     return tensor[moved(torch.tensor(places, dtype=torch.int64), tensor.device)]
+
+
+def put(whole: Sequence[Tensor], places: Sequence[int], parts: Sequence[Tensor]) -> None:
+    """Write parts [n, ...] at n places of the first dimension, tensor by tensor."""
+    numbers = torch.tensor(places, dtype=torch.int64)
+    for tensor, part in zip(whole, parts, strict=True):
+        tensor.index_copy_(0, moved(numbers, tensor.device), part)
 
 
 def pick(seeds: Sequence[int] | None, chunks: Sequence[int]) -> list[int] | None:

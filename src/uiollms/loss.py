@@ -12,10 +12,9 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Logits alive at once, by kind of device: what stays in a core's cache; what fills a GPU. But always SLICE tokens of the
-# vocabulary, so that a product with all N rows is large enough for full speed.
-LOGITS = {"cpu": 2**18}
-LOGITS_ELSEWHERE = 2**24
+# Logits alive at once: on a CPU what stays in a core's cache, elsewhere what keeps a GPU busy (not measured). But always SLICE
+# tokens of the vocabulary, so that a product with all N rows is large enough for full speed.
+LOGITS_CPU, LOGITS = 2**18, 2**24
 SLICE = 1024
 BLOCK = 128  # rows of logits alive at once where there is a teacher
 
@@ -69,10 +68,10 @@ def along_vocabulary(
 
         NLL = log(rest + e[target]) + m - l[target]        gradient = (pull - rest * head[target]) / (rest + e[target])
 
-    The target stays out of the sums because p - 1, of a token that is nearly certain, would cancel in half precision.
+    The target stays out of the sums: its e, rounded to half precision, would not cancel against the 1 of a nearly certain token.
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    width = max(SLICE, LOGITS.get(hidden.device.type, LOGITS_ELSEWHERE) // max(1, len(hidden)))
+    width = max(SLICE, (LOGITS_CPU if hidden.device.type == "cpu" else LOGITS) // max(1, len(hidden)))
     target = targets[:, None]
     most = hidden.new_full((len(hidden), 1), -torch.inf, dtype=wide)
     rest, at_target = torch.zeros_like(most), torch.zeros_like(most)
@@ -99,7 +98,7 @@ def along_vocabulary(
         if pull is not None:
             pull *= shrink
             if weight.dtype == wide:
-                torch.addmm(pull, e, here, out=pull)
+                torch.addmm(pull, e, here, out=pull)  # not addmm_, which torch's FLOP counter does not know
             else:
                 pull += e.to(weight.dtype) @ here
     at_target -= most

@@ -30,7 +30,7 @@ from uiollms.base import Front, layer_device
 from uiollms.devices import device_of, moved
 from uiollms.distributed import ALONE, Division, Group
 from uiollms.estimators import Estimator, make_estimator
-from uiollms.kv_gradients import KVGradients, at, batched, pick, projected_at_once
+from uiollms.kv_gradients import KVGradients, at, batched, pick, projected_at_once, put
 from uiollms.loss import linear_losses
 from uiollms.memory import Prefix, join_slots
 from uiollms.model import LayerMemory, MemoryLM
@@ -103,7 +103,7 @@ def gradient_step(
     places: Sequence[int] = range(len(wanted))
     if estimator.reads_norms and needed:
         norms = torch.zeros(len(division.own), dtype=torch.float64, device=memory_grads[-1].device)
-        norms.index_copy_(0, moved(torch.tensor(wanted, dtype=torch.int64), norms.device), chunk_norms(memory_grads))
+        put([norms], wanted, [chunk_norms(memory_grads)])
         columns = estimator.columns(division.gather(norms).tolist(), rng)
         if columns is not None:
             factors = [columns[division.own[i]] for i in wanted]
@@ -190,13 +190,6 @@ def encode_all(
         for batch in batched(rest, model.chunks_at_once):
             put(whole, batch, model.encode_layers(chunks[list(batch)], pick(seeds, batch)))
     return whole, graph
-
-
-def put(whole: Sequence[Tensor], chunks: Sequence[int], parts: Sequence[Tensor]) -> None:
-    """Write [n, ...] of n chunks at their places in [C, ...], tensor by tensor."""
-    places = torch.tensor(chunks)
-    for tensor, part in zip(whole, parts, strict=True):
-        tensor.index_copy_(0, moved(places, tensor.device), part)
 
 
 @torch.no_grad()
