@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.measure import most_alive
 from benchmarks.models import MODELS, random_document
 from benchmarks.passes import passes
 from uiollms.study.cost import PeakMemory
@@ -16,7 +17,8 @@ from uiollms.study.cost import PeakMemory
 
 def run_alone(case: dict[str, Any]) -> dict[str, Any]:
     """case: model, pass (a name of `passes.passes`), length, S, chunk_batch -> seconds and peak bytes above the
-    loaded weights, of one pass after a warm-up on three chunks."""
+    loaded weights, of one pass after a warm-up on three chunks; with `alive` set, of another pass also the bytes of the tensors
+    alive at once."""
     model = MODELS[case["model"]]()
     model.chunk_batch = case["chunk_batch"]
     document = random_document(model, case["length"])
@@ -28,9 +30,10 @@ def run_alone(case: dict[str, Any]) -> dict[str, Any]:
         with PeakMemory(model.device) as peak:
             call[case["pass"]]()
         seconds = time.perf_counter() - start
-        if length != len(document):
+        if length != len(document) or case.get("alive"):
             model.zero_grad(set_to_none=True)
-    return {"seconds": seconds, "bytes": peak.bytes}
+    result = {"seconds": seconds, "bytes": peak.bytes}
+    return result | {"alive": most_alive(call[case["pass"]])} if case.get("alive") else result
 
 
 if __name__ == "__main__":

@@ -53,16 +53,12 @@ class Bench:
         """FLOP/s, by default of the model's own chunk_batch."""
         return self.gemm[chunk_batch or self.model.chunk_batch]["peak"]
 
-    def alone(self, kind: str, length: int, S: int = 2, chunk_batch: int | None = None) -> tuple[float, float]:
-        """Seconds of one pass, and its peak MiB above the loaded weights."""
+    def alone(self, kind: str, length: int, S: int = 2, chunk_batch: int | None = None, **more: bool) -> dict[str, float]:
+        """What `run_alone` says of one pass, `bytes` in MiB."""
         size = chunk_batch or self.model.chunk_batch
-        case = {"model": self.name, "pass": kind, "length": length, "S": S, "chunk_batch": size}
+        case = {"model": self.name, "pass": kind, "length": length, "S": S, "chunk_batch": size} | more
         result = (in_new_process if self.fresh else run_alone)(case)
-        return result["seconds"], result["bytes"] / 2**20
-
-    def grown(self, kind: str, length: int, S: int = 2, chunk_batch: int | None = None) -> float:
-        """Its peak alone."""
-        return self.alone(kind, length, S, chunk_batch)[1]
+        return {name: value if name == "seconds" else value / 2**20 for name, value in result.items()}
 
 
 def against_baseline(bench: Bench, length: int) -> Table:
@@ -82,7 +78,7 @@ def against_baseline(bench: Bench, length: int) -> Table:
     seconds = interleaved({**ours, **theirs}, bench.repeats, short.values())
     bench.watch_peak()
     model.chunk_batch = before
-    flops, grown = useful(model, document, 2), {twin: bench.grown(twin, length) for twin in set(twins.values())}
+    flops, alone = useful(model, document, 2), {twin: bench.alone(twin, length, alive=True) for twin in set(twins.values())}
     rows = []
     for kind, size in ours:
         turns, twin = seconds[kind, size], twins[kind]
@@ -90,7 +86,7 @@ def against_baseline(bench: Bench, length: int) -> Table:
         at_once = max(size, 4) if kind == "score" else size  # see MemoryLM.chunks_at_once
         peak = bench.peak(at_once if at_once in bench.sizes else size)
         median = statistics.median(turns)
-        rise = bench.grown(kind, length, chunk_batch=size)
+        memory = bench.alone(kind, length, chunk_batch=size, alive=True)
         rows.append(
             {
                 "pass": kind,
@@ -101,8 +97,10 @@ def against_baseline(bench: Bench, length: int) -> Table:
                 "time / whole": median_ratio(turns, whole),
                 "floor / baseline": flops[kind] / peak / statistics.median(plain),
                 "utilisation": flops[kind] / median / peak,
-                "peak MiB": rise,
-                "memory / baseline": rise / grown[twin] if grown[twin] else None,
+                "peak MiB": memory["bytes"],
+                "memory / baseline": memory["bytes"] / alone[twin]["bytes"] if alone[twin]["bytes"] else None,
+                "tensors MiB": memory["alive"],
+                "tensors / baseline": memory["alive"] / alone[twin]["alive"],
             }
         )
     return rows
@@ -116,15 +114,15 @@ def against_length(bench: Bench, kind: str, lengths: Sequence[int]) -> Table:
     bench.watch_peak()
     rows: Table = []
     for n in fitting:
-        seconds = [turn[n][0] for turn in turns]
-        grown, median = statistics.median(turn[n][1] for turn in turns), statistics.median(seconds)
+        seconds = [turn[n]["seconds"] for turn in turns]
+        grown, median = statistics.median(turn[n]["bytes"] for turn in turns), statistics.median(seconds)
         first = rows[0] if rows else None
         rows.append(
             {
                 "pass": kind,
                 "tokens": n,
                 "us / token": 1e6 * median / n,
-                "time / token, / first": median_ratio(seconds, [turn[fitting[0]][0] for turn in turns]) * fitting[0] / n,
+                "time / token, / first": median_ratio(seconds, [turn[fitting[0]]["seconds"] for turn in turns]) * fitting[0] / n,
                 "utilisation": useful(model, random_document(model, n), 2)[kind] / median / bench.peak(),
                 "peak MiB": grown,
                 "bytes / token above first": (grown - first["peak MiB"]) * 2**20 / (n - first["tokens"]) if first else None,
@@ -143,7 +141,7 @@ def against_S(bench: Bench, length: int, windows: Sequence[int]) -> Table:
             "S": S,
             "tokens": length,
             "time / first": median_ratio(seconds[S], seconds[windows[0]]),
-            "peak MiB": bench.grown("uio", length, S),
+            "peak MiB": bench.alone("uio", length, S)["bytes"],
         }
         for S in windows
     ]
@@ -166,7 +164,7 @@ def against_chunk_batch(bench: Bench, length: int, sizes: Sequence[int]) -> Tabl
             "chunk_batch": size,
             "tokens": length,
             "time / first": median_ratio(seconds[size], seconds[sizes[0]]),
-            "peak MiB": bench.grown("uio", length, chunk_batch=size),
+            "peak MiB": bench.alone("uio", length, chunk_batch=size)["bytes"],
         }
         for size in sizes
     ]

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import psutil
 import torch
+from torch.profiler import profile
 
 ENVIRONMENT = "GLIBC_TUNABLES", "OMP_NUM_THREADS", "OMP_WAIT_POLICY"  # what changes time or memory and may be set
 Key = TypeVar("Key", bound=Hashable)
@@ -50,6 +51,19 @@ def in_new_process(case: dict[str, Any]) -> dict[str, Any]:
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def most_alive(call: Callable[[], object]) -> int:
+    """The most bytes that the tensors alive at once take during a call, above those alive before: what torch's allocator reports,
+    not what the C library keeps between them."""
+    with profile(profile_memory=True) as watched:
+        call()
+    reports = [event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]
+    alive = most = 0
+    for report in sorted(reports, key=lambda event: event.start_ns()):
+        alive += report.nbytes()
+        most = max(most, alive)
+    return most
 
 
 def machine() -> dict[str, Any]:

@@ -12,6 +12,8 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from uiollms.products import linear, recurs
+
 # Logits alive at once: on a CPU what stays in a core's cache, elsewhere what keeps a GPU busy (not measured). But always SLICE
 # tokens of the vocabulary, so that a product with all N rows is large enough for full speed.
 LOGITS_CPU, LOGITS = 2**18, 2**24
@@ -76,16 +78,11 @@ def along_vocabulary(
     most = hidden.new_full((len(hidden), 1), -torch.inf, dtype=wide)
     rest, at_target = torch.zeros_like(most), torch.zeros_like(most)
     pull = torch.zeros_like(hidden, dtype=wide) if with_grad else None
-    room = hidden.new_empty(len(hidden) * min(width, len(weight)))  # one for all slices, which would scatter over the heap
+    multiply = linear if recurs(len(hidden)) else F.linear
     for start in range(0, len(weight), width):
         tokens = slice(start, start + width)
         here = weight[tokens]
-        product = room[: len(hidden) * len(here)].view(len(hidden), len(here))
-        if bias is None:
-            torch.mm(hidden, here.T, out=product)
-        else:
-            torch.addmm(bias[tokens], hidden, here.T, out=product)
-        logits = product.to(wide)
+        logits = multiply(hidden, here, None if bias is None else bias[tokens]).to(wide)
         before, most = most, torch.maximum(most, logits.amax(-1, keepdim=True))
         # A row whose target is elsewhere writes back what it has read.
         place = (target - start).clamp(0, len(here) - 1)
@@ -97,10 +94,7 @@ def along_vocabulary(
         rest = rest * shrink + e.sum(-1, keepdim=True)
         if pull is not None:
             pull *= shrink
-            if weight.dtype == wide:
-                torch.addmm(pull, e, here, out=pull)  # not addmm_, which torch's FLOP counter does not know
-            else:
-                pull += e.to(weight.dtype) @ here
+            pull += multiply(e.to(weight.dtype), here.T)
     at_target -= most
     total = rest + at_target.exp()
     nll = (total.log() - at_target).squeeze(-1)
@@ -120,10 +114,11 @@ def beside_teacher(
     teacher agree, their difference must be taken before it is multiplied with the head."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     target = targets[:, None]
-    logits = F.linear(hidden, weight, bias).to(wide)
+    multiply = linear if recurs(len(hidden)) else F.linear
+    logits = multiply(hidden, weight, bias).to(wide)
     logits -= logits.amax(-1, keepdim=True)
     at_target = logits.gather(-1, target).squeeze(-1)
-    log_q = F.linear(teacher, weight, bias).to(wide).log_softmax(-1)
+    log_q = multiply(teacher, weight, bias).to(wide).log_softmax(-1)
     kl = (log_q.exp() * (log_q - logits)).sum(-1)  # but for log(total)
     p = logits.exp_()  # in place, and to be divided by `total`
     total = p.sum(-1)
@@ -135,4 +130,4 @@ def beside_teacher(
     residue = p.div_(total[:, None])
     residue -= kl_weight * log_q.exp_()
     residue.scatter_add_(-1, target, torch.full_like(target, kl_weight - 1, dtype=wide))
-    return loss, nll, residue.to(weight.dtype) @ weight
+    return loss, nll, multiply(residue.to(weight.dtype), weight.T)

@@ -44,6 +44,7 @@ from uiollms.generation import Generation, RaggedState
 from uiollms.lora import master_dtype
 from uiollms.loss import linear_nll
 from uiollms.memory import MemoryState, Prefix, join_slots
+from uiollms.products import with_frozen_products
 from uiollms.usage import Usage
 
 LayerMemory = list[Tensor]  # L tensors [C, m, D], each on its layer's device
@@ -188,6 +189,10 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
         return memory
 
     def _run(self, function: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        """A layer's function on [B, T, D]; with a graph where grad is enabled."""
+        l = self.memory_config.chunk_size
+        if hidden.shape[1] in (1, l, l + self.memory_config.num_memory):  # of no length of its own: see products.py
+            function = with_frozen_products(function)
         run = run_twice if self.checkpointing else lean
         return run(function, hidden) if torch.is_grad_enabled() else function(hidden)
 
@@ -241,7 +246,7 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, V]"""
-        return self.base.lm_head(moved(hidden, device_of(self.base.lm_head)))
+        return self._run(self.base.lm_head, moved(hidden, device_of(self.base.lm_head)))
 
     # ---- streams --------------------------------------------------------------------------------------------------
 
@@ -282,8 +287,7 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
         state = self.new_state(len(input_ids)) if state is None else state
         input_ids = input_ids.to(self.device)
         self.check_length(state.num_tokens + input_ids.shape[1])
-        l = self.memory_config.chunk_size
-        past = state.open_ids.shape[1]
+        l, past = self.memory_config.chunk_size, state.open_ids.shape[1]
         ids = torch.cat([state.open_ids, input_ids], dim=1)  # from the start of the open chunk
         first_kept = ids.shape[1] - logits_to_keep if logits_to_keep and labels is None else past
 
@@ -302,8 +306,7 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
             num_slots = slots_before + start // l * self.memory_config.num_memory
             keep = (stop - start) % l
             prefix = after.prefix(num_slots, with_local=start == 0, keep=keep, spare=l - keep if keep else 0)
-            rows = [num_slots] * len(ids)
-            pieces.append(self.decode(ids[:, start + local_past : stop], prefix, rows, local_past))
+            pieces.append(self.decode(ids[:, start + local_past : stop], prefix, [num_slots] * len(ids), local_past))
             if prefix.keep:
                 after.keep_open(prefix)
         if not tail:
@@ -324,14 +327,12 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
         """A copy of `state` with the memories of `ids` [B, C*l], complete chunks, appended."""
         keys, values = [[k] for k in state.memory_keys], [[v] for v in state.memory_values]
         batch, l, m = len(ids), self.memory_config.chunk_size, self.memory_config.num_memory
-        first = state.num_slots // m
-        count = ids.shape[1] // l
+        first, count = state.num_slots // m, ids.shape[1] // l
         per_call = max(1, self.chunks_at_once // batch)
         for start in range(0, count, per_call):
             chunks = range(start, min(start + per_call, count))
             rows = ids[:, start * l : chunks.stop * l].reshape(-1, l)  # document-major: [B * C, l]
-            numbers = [first + c for c in chunks] * batch
-            new_keys, new_values = self.project(self.encode_layers(rows), numbers)
+            new_keys, new_values = self.project(self.encode_layers(rows), [first + c for c in chunks] * batch)
             for parts, new in zip((*keys, *values), (*new_keys, *new_values), strict=True):
                 parts.append(join_slots(new, batch))
         all_keys, all_values = ([torch.cat(p, dim=2) if count else p[0] for p in parts] for parts in (keys, values))
@@ -345,6 +346,5 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
         keys, values = self.project(self.encode_layers(input_ids), [0] * len(input_ids))
         shifted = F.pad(input_ids[:, :-1], (1, 0))
         prefix = Prefix([[k] for k in keys], [[v] for v in values])
-        repeat = torch.ones(len(input_ids), dtype=torch.bool)
-        rows = [self.memory_config.num_memory] * len(input_ids)
+        repeat, rows = torch.ones(len(input_ids), dtype=torch.bool), [self.memory_config.num_memory] * len(input_ids)
         return self.logits(self.decode(shifted, prefix, rows, repeat=repeat))

@@ -1,0 +1,80 @@
+"""Products with frozen float32 weights on a CPU: oneDNN multiplies them, where torch's own linear layer asks MKL.
+
+The same numbers but for rounding. For the few hundred rows of a chunk and for the one row of a new token oneDNN is faster, up to
+twice (docs/benchmarks.md); torch asks it by itself in half precision only. For every shape of a product it keeps half a MiB as
+long as the process lives, so only shapes that come again and again are for it. Torch's own switch,
+`torch.backends.mkldnn.enabled = False`, leaves everything to MKL.
+
+Shapes: N rows, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+FEWEST = 64  # rows worth a shape of their own, unless it is one new token
+
+
+def with_frozen_products(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The same function of a tensor; every linear layer inside, the base's own among them, multiplies by `linear`."""
+
+    def run(hidden: Tensor) -> Tensor:
+        with _FrozenProducts():
+            return function(hidden)
+
+    return run
+
+
+class _FrozenProducts(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        return (linear if func is F.linear else func)(*args, **(kwargs or {}))
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """[..., N, I] and a weight [O, I] -> [..., N, O], as `F.linear`."""
+    if not fits(input, weight, bias):
+        return F.linear(input, weight, bias)
+    if torch.is_grad_enabled() and input.requires_grad:
+        return _Linear.apply(input, weight, bias)
+    return multiplied(input, weight, bias)
+
+
+def fits(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether oneDNN may have it: plain float32 tensors on a CPU, one row or many, nothing to learn in weight or bias."""
+    learned = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    plain = all(
+        t.dtype == torch.float32 and t.device.type == "cpu" and type(t) in (Tensor, nn.Parameter) for t in (input, weight)
+    )
+    onednn = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+    rows = input.shape[-2:-1] == (1,) or input.shape[:-1].numel() >= FEWEST
+    return plain and rows and onednn and not learned and not torch.is_autocast_enabled("cpu")
+
+
+def recurs(rows: int) -> bool:
+    """Whether a number of rows that depends on the text is one of the few that are left to oneDNN."""
+    return rows % FEWEST == 0
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, weight, bias):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(weight)
+        return multiplied(input, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        (weight,) = ctx.saved_tensors
+        return multiplied(grad, weight.T), None, None
+
+
+def multiplied(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    # What torch.compile makes of a linear layer on a CPU; there is no public name.
+    return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")

@@ -1,0 +1,148 @@
+"""Products that oneDNN multiplies, beside the same products in float64; and which products it does not get.
+
+1e-6 of the largest entry: some ten roundings to float32 (6e-8) along sums of a few hundred terms.
+"""
+
+import pytest
+import torch
+from conftest import gradients, make_base, random_ids, worst_error
+from torch import nn
+from torch.nn import functional as F
+from torch.profiler import profile
+
+import uiollms
+from uiollms import MemoryConfig, MemoryLM
+from uiollms.evaluate import score
+from uiollms.loss import linear_nll
+from uiollms.products import fits, linear, with_frozen_products
+
+ROUNDING = 1e-6
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch is built without oneDNN")
+MEMORY = MemoryConfig(num_memory=4, chunk_size=64, lora_rank=3, lora_alpha=6)
+
+
+@pytest.fixture
+def without_onednn(monkeypatch):
+    """Torch's own switch, off."""
+    return lambda: monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+
+
+def chunked_model(dtype: torch.dtype) -> MemoryLM:
+    """A small random model with chunks of 64 tokens, and the same weights in every dtype."""
+    torch.manual_seed(0)
+    model = MemoryLM(make_base("llama", torch.float32, max_position_embeddings=256).to(dtype), MEMORY)
+    torch.manual_seed(1)
+    for parameter in model.trainable_parameters().values():
+        parameter.data.copy_(0.3 * torch.randn(parameter.shape))
+    return model
+
+
+def counted(call) -> int:
+    """How many products oneDNN was given."""
+    with profile() as watched:
+        call()
+    return sum(event.name == "mkldnn::_linear_pointwise" for event in watched.events())
+
+
+def inputs(*shape: int, outputs: int = 48, bias: bool = False):
+    torch.manual_seed(0)
+    x, weight = torch.randn(*shape, requires_grad=True), torch.randn(outputs, shape[-1])
+    return x, weight, torch.randn(outputs) if bias else None
+
+
+@needs_onednn
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(64, 200), (2, 70, 200), (1, 1, 200), (5, 1, 200), (0, 1, 200)])
+def test_values_and_gradients_are_those_of_float64(shape, bias):
+    x, weight, b = inputs(*shape, bias=bias)
+    assert counted(lambda: linear(x, weight, b)) == 1
+    out, wide = linear(x, weight, b), x.detach().double().requires_grad_()
+    expected = F.linear(wide, weight.double(), None if b is None else b.double())
+    arriving = torch.randn_like(out).transpose(0, -1).contiguous().transpose(0, -1)  # as it may come: not contiguous
+    (found_grad,) = torch.autograd.grad(out, x, arriving)
+    (expected_grad,) = torch.autograd.grad(expected, wide, arriving.double())
+    for found, twin in ((out, expected), (found_grad, expected_grad)):
+        assert found.shape == twin.shape and found.dtype == torch.float32
+        assert not twin.numel() or (found - twin).abs().max() < ROUNDING * twin.abs().max()
+    with torch.no_grad():
+        assert torch.equal(linear(x, weight, b), out)
+
+
+def test_what_is_left_to_torch():
+    x, weight, bias = inputs(2, 40, 32, bias=True)
+    few = torch.randn(2, 31, 32)
+    learned = nn.Parameter(weight.clone())
+    assert not fits(x, learned) and not fits(x, weight, nn.Parameter(bias))
+    assert not fits(few, weight)
+    assert not fits(x.double(), weight.double()) and not fits(x.bfloat16(), weight.bfloat16())
+    assert not fits(x.to("meta"), weight.to("meta"))
+    assert not fits(x.as_subclass(type("Quantised", (torch.Tensor,), {})), weight)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not fits(x, weight)
+        assert linear(x, weight).dtype == torch.bfloat16
+    assert torch.equal(linear(few, weight, bias), F.linear(few, weight, bias))
+    linear(x, learned).sum().backward()
+    assert learned.grad is not None
+
+
+def test_torchs_own_switch(without_onednn):
+    x, weight, bias = inputs(2, 40, 32, bias=True)
+    without_onednn()
+    assert not fits(x, weight) and torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
+
+
+@needs_onednn
+def test_what_fits():
+    x, weight, bias = inputs(2, 40, 32, bias=True)
+    assert fits(x, weight, bias) and fits(x[:1, :1], weight) and fits(x, nn.Parameter(weight, requires_grad=False))
+    with torch.no_grad():
+        assert fits(x, nn.Parameter(weight))
+
+
+@needs_onednn
+def test_a_librarys_layers_multiply_so_only_while_asked():
+    layer = nn.Sequential(nn.Linear(32, 48), nn.SiLU(), nn.Linear(48, 32)).requires_grad_(False)
+    x = torch.randn(1, 64, 32)
+    assert counted(lambda: layer(x)) == 0
+    assert counted(lambda: with_frozen_products(layer)(x)) == 2
+    assert counted(lambda: layer(x)) == 0
+
+
+@needs_onednn
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_leaves_frozen_products_to_onednn_and_stays_right(checkpointing, without_onednn):
+    """Of every full row of the decoder and every chunk, and of the head; the gradients are those of a float64 model."""
+    narrow, wide = chunked_model(torch.float32), chunked_model(torch.float64)
+    narrow.checkpointing = checkpointing
+    narrow.chunk_batch = 1
+    sample = uiollms.Sample.language_modeling(random_ids(3 * 64 + 20), 64)
+    products = counted(lambda: uiollms.gradient_step(narrow, sample, estimator="exact"))
+    layers = len(narrow.base.model.layers)
+    assert products > 3 * layers * 7 * 2  # forward and backward of three full rows, and the encoder's, and the head's
+    uiollms.gradient_step(wide, sample, estimator="exact")
+    found, expected = gradients(narrow), gradients(wide)
+    assert worst_error(found, expected) < 1e-4  # of float32: no more than without oneDNN, which the last lines show
+    without_onednn()
+    assert counted(lambda: uiollms.gradient_step(narrow, sample, estimator="exact")) == 0
+    assert worst_error(gradients(narrow), expected) > 0.1 * worst_error(found, expected)
+
+
+@needs_onednn
+def test_rows_of_a_length_of_their_own_take_no_shape():
+    model = chunked_model(torch.float32)
+    full, ragged = random_ids(64), random_ids(63)
+    assert counted(lambda: score(model, full)) > 0
+    assert counted(lambda: score(model, ragged)) == 0
+    hidden, targets = torch.randn(128, 32), random_ids(128)
+    head = model.base.lm_head
+    assert counted(lambda: linear_nll(hidden, head, targets)) > 0
+    assert counted(lambda: linear_nll(hidden[:100], head, targets[:100])) == 0
+
+
+@needs_onednn
+def test_a_new_token_is_multiplied_so():
+    model = chunked_model(torch.float32)
+    with torch.no_grad():
+        state = model(random_ids(1, 70)).past_key_values
+        layers = len(model.base.model.layers)
+        assert counted(lambda: model(random_ids(1, 1), state)) == 7 * layers + 1
