@@ -12,6 +12,7 @@ import torch
 from benchmarks.measure import most_alive
 from benchmarks.models import MODELS, random_document
 from benchmarks.passes import passes
+from uiollms.devices import keep_freed_memory
 from uiollms.study.cost import PeakMemory
 
 
@@ -37,5 +38,6 @@ def run_alone(case: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     torch.set_num_threads(int(sys.argv[2]))
     print(json.dumps(run_alone(json.loads(sys.argv[1]))))

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from uiollms.config import ConfigError
+from uiollms.devices import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,9 @@ def parse_arguments(doc: str | None, arguments: list[str] | None, evaluation: bo
 
 
 def reporting_errors(main: Callable[[], int | None]) -> int:
-    """Run a command and return its exit code, as `errors_as_lines`; the libraries under it say no more than warnings."""
+    """Run a command and return its exit code, as `errors_as_lines`; the libraries under it say no more than warnings, and the
+    process keeps the memory that its tensors give back."""
+    keep_freed_memory()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     transformers_logging.set_verbosity_error()

@@ -1,7 +1,8 @@
-"""Where a module computes, and how tensors get there without waiting."""
+"""Where a module computes, how tensors get there without waiting, and what becomes of a CPU's memory that tensors give back."""
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import torch
@@ -18,3 +19,27 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
     """`tensor` on `device`. A copy from the CPU to a GPU does not wait for the GPU's queue (torch stages pageable memory at
     once, so the original may change or go); every other copy is torch's default."""
     return tensor.to(device, non_blocking=tensor.device.type == "cpu" and device.type != "cpu")
+
+
+# Of glibc's malloc.h; another C library has no `mallopt` and no `malloc_trim`, and is left alone.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_LARGEST_MMAP_THRESHOLD = 2**25
+_ALWAYS = 2**30
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep, for the tensors to come, what tensors give back. By itself it returns much to the system after
+    every batch, and has it again page by page, zeroed: 10 to 20 % of a pass. For processes that are all ours, as the commands
+    are; a program that imports uiollms decides for itself."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
+        mallopt(_TRIM_THRESHOLD, _ALWAYS)
+
+
+def give_back_holes(device: torch.device) -> None:
+    """Return to the system the pages that lie free between tensors; those at the heap's end stay. Worth a call where the most is
+    alive: between a forward, whose passing tensors leave holes, and its backward."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if device.type == "cpu" else None
+    if trim:
+        trim(_ALWAYS)
