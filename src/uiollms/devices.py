@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from typing import Any
 
 import torch
@@ -30,9 +31,11 @@ _ALWAYS = 2**30
 def keep_freed_memory() -> None:
     """Let the C library keep, for the tensors to come, what tensors give back. By itself it returns much to the system after
     every batch, and has it again page by page, zeroed: 10 to 20 % of a pass. For processes that are all ours, as the commands
-    are; a program that imports uiollms decides for itself."""
+    are; a program that imports uiollms decides for itself, and so does a user who sets a threshold in the environment."""
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    chosen = "_threshold" in tunables or os.environ.keys() & {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"}
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
+    if mallopt and not chosen:
         mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
         mallopt(_TRIM_THRESHOLD, _ALWAYS)
 
