@@ -16,7 +16,6 @@ import torch
 from benchmarks import cases, plots
 from benchmarks.measure import machine
 from benchmarks.models import MODELS
-from uiollms.devices import keep_freed_memory
 from uiollms.model import MemoryLM
 
 WHAT = ["baseline", "length", "S", "chunk_batch", "generation"]
@@ -86,7 +85,6 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     options = parser.parse_args(arguments)
-    keep_freed_memory()  # as the commands do; for the baseline too
     if options.threads:
         torch.set_num_threads(options.threads)
     report: dict[str, Any] = {"machine": machine(), "models": {}}

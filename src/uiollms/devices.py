@@ -22,7 +22,7 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=tensor.device.type == "cpu" and device.type != "cpu")
 
 
-# Of glibc's malloc.h; another C library has no `mallopt` and no `malloc_trim`, and is left alone.
+# Of glibc's malloc.h; another C library has no `mallopt`, and is left alone.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _LARGEST_MMAP_THRESHOLD = 2**25
 _ALWAYS = 2**30
@@ -38,11 +38,3 @@ def keep_freed_memory() -> None:
     if mallopt and not chosen:
         mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
         mallopt(_TRIM_THRESHOLD, _ALWAYS)
-
-
-def give_back_holes(device: torch.device) -> None:
-    """Return to the system the pages that lie free between tensors; those at the heap's end stay. Worth a call where the most is
-    alive: between a forward, whose passing tensors leave holes, and its backward."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if device.type == "cpu" else None
-    if trim:
-        trim(_ALWAYS)

@@ -27,7 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from uiollms.apart import attends_apart
 from uiollms.base import Front, layer_device
-from uiollms.devices import device_of, give_back_holes, moved
+from uiollms.devices import device_of, moved
 from uiollms.distributed import ALONE, Division, Group
 from uiollms.estimators import Estimator, make_estimator
 from uiollms.kv_gradients import KVGradients, at, batched, pick, projected_at_once, put
@@ -97,9 +97,7 @@ def gradient_step(
     for batch in row_batches(sample, group, model.chunk_batch, with_memory=True):
         with torch.enable_grad():
             prefix = sums.prefix(batch, [sample.rows[t] for t in batch], attends_apart(model.base))
-            loss = scale * books.enter(batch, *decode_rows(model, sample, batch, prefix, taught))
-        give_back_holes(loss.device)
-        loss.backward()
+            (scale * books.enter(batch, *decode_rows(model, sample, batch, prefix, taught))).backward()
 
     memory_grads = sums.backward_projection(model, memory, division, wanted, seeds)  # L x [len(wanted), m, D]
     places: Sequence[int] = range(len(wanted))
