@@ -54,7 +54,7 @@ class Bench:
         return self.gemm[chunk_batch or self.model.chunk_batch]["peak"]
 
     def alone(self, kind: str, length: int, S: int = 2, chunk_batch: int | None = None, **more: bool) -> dict[str, float]:
-        """What `run_alone` says of one pass, `bytes` in MiB."""
+        """What `run_alone` says of one pass, bytes in MiB."""
         size = chunk_batch or self.model.chunk_batch
         case = {"model": self.name, "pass": kind, "length": length, "S": S, "chunk_batch": size} | more
         result = (in_new_process if self.fresh else run_alone)(case)

@@ -9,7 +9,7 @@ import pytest
 
 from uiollms.devices import keep_freed_memory
 
-glibc = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library is not glibc")
+glibc = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
 
 PROGRAM = """
 import sys, psutil, torch

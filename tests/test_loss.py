@@ -8,6 +8,7 @@ from conftest import relative_error
 from torch.nn import functional as F
 
 from uiollms import loss
+from uiollms.products import linear_for
 
 
 @pytest.fixture(params=[3, 4, 11])
@@ -80,8 +81,7 @@ def test_logits_of_one_slice_at_a_time(monkeypatch, rows, widths):
         return made[-1]
 
     head = torch.nn.Linear(4, 5000, bias=False).requires_grad_(False)
-    monkeypatch.setattr(F, "linear", partial(noted, F.linear))  # for 100 and 1,000 rows
-    monkeypatch.setattr(loss, "linear", partial(noted, loss.linear))  # for 128
+    monkeypatch.setattr(loss, "linear_for", lambda rows: partial(noted, linear_for(rows)))
     loss.linear_nll(torch.randn(rows, 4, requires_grad=True), head, torch.zeros(rows, dtype=torch.int64))
     assert [tuple(logits.shape) for logits in made[::2]] == [(rows, width) for width in widths]
     assert all(pull.shape == (rows, 4) for pull in made[1::2])

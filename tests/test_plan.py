@@ -197,8 +197,8 @@ print(json.dumps(result))
 )
 def test_predicted_memory_is_measured_memory(key_value_heads, length):
     """The rise of the resident set over a step, within 5 % (the goal is 15 %). glibc is told to give every freed tensor back
-    (MALLOC_MMAP_THRESHOLD_): by default it keeps freed blocks of up to 32 MiB for itself, which is no tensor's memory. Nor is what
-    oneDNN keeps for every shape of product, some 15 MiB here (docs/scaling.md), so it is off."""
+    (MALLOC_MMAP_THRESHOLD_): by default it keeps freed blocks of up to 32 MiB for itself, which is no tensor's memory. Nor is
+    what oneDNN keeps for every shape of product, some 15 MiB here (docs/scaling.md), so it is off."""
     ran = subprocess.run(
         [sys.executable, "-c", MEASURE, str(key_value_heads), str(length)],
         capture_output=True, text=True, env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"},

@@ -30,8 +30,9 @@ _ALWAYS = 2**30
 
 def keep_freed_memory() -> None:
     """Let the C library keep, for the tensors to come, what tensors give back. By itself it returns much to the system after
-    every batch, and has it again page by page, zeroed: 10 to 20 % of a pass. For processes that are all ours, as the commands
-    are; a program that imports uiollms decides for itself, and so does a user who sets a threshold in the environment."""
+    every batch, and has it again page by page, zeroed: some 10 % of a step, 20 % of scoring. For processes that are all ours,
+    as the commands are; a program that imports uiollms decides for itself, and so does a user who sets a threshold in the
+    environment."""
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     chosen = "_threshold" in tunables or os.environ.keys() & {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"}
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

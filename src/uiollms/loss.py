@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from uiollms.products import linear, recurs
+from uiollms.products import linear_for
 
 # Logits alive at once: on a CPU what stays in a core's cache, elsewhere what keeps a GPU busy (not measured). But always SLICE
 # tokens of the vocabulary, so that a product with all N rows is large enough for full speed.
@@ -78,7 +77,7 @@ def along_vocabulary(
     most = hidden.new_full((len(hidden), 1), -torch.inf, dtype=wide)
     rest, at_target = torch.zeros_like(most), torch.zeros_like(most)
     pull = torch.zeros_like(hidden, dtype=wide) if with_grad else None
-    multiply = linear if recurs(len(hidden)) else F.linear
+    multiply = linear_for(len(hidden))
     for start in range(0, len(weight), width):
         tokens = slice(start, start + width)
         here = weight[tokens]
@@ -114,7 +113,7 @@ def beside_teacher(
     teacher agree, their difference must be taken before it is multiplied with the head."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     target = targets[:, None]
-    multiply = linear if recurs(len(hidden)) else F.linear
+    multiply = linear_for(len(hidden))
     logits = multiply(hidden, weight, bias).to(wide)
     logits -= logits.amax(-1, keepdim=True)
     at_target = logits.gather(-1, target).squeeze(-1)

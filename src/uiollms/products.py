@@ -1,8 +1,8 @@
 """Products with frozen float32 weights on a CPU: oneDNN multiplies them, where torch's own linear layer asks MKL.
 
-The same numbers but for rounding. For the few hundred rows of a chunk and for the one row of a new token oneDNN is faster, up to
-twice (docs/benchmarks.md); torch asks it by itself in half precision only. For every shape of a product it keeps half a MiB as
-long as the process lives, so only shapes that come again and again are for it. Torch's own switch,
+The same numbers but for rounding. For the rows of a chunk or a few, and for the one row of a new token, oneDNN is faster
+where it was measured (docs/benchmarks.md); torch asks it by itself in half precision only. For every shape of a product it
+keeps half a MiB as long as the process lives, so only shapes that come again and again are for it. Torch's own switch,
 `torch.backends.mkldnn.enabled = False`, leaves everything to MKL.
 
 Shapes: N rows, I inputs, O outputs.
@@ -58,9 +58,9 @@ def fits(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     return plain and rows and onednn and not learned and not torch.is_autocast_enabled("cpu")
 
 
-def recurs(rows: int) -> bool:
-    """Whether a number of rows that depends on the text is one of the few that are left to oneDNN."""
-    return rows % FEWEST == 0
+def linear_for(rows: int) -> Callable[..., Tensor]:
+    """What multiplies a number of rows that depends on the text: `linear` for one in `FEWEST` of all numbers, else `F.linear`."""
+    return F.linear if rows % FEWEST else linear
 
 
 class _Linear(torch.autograd.Function):
