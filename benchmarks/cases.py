@@ -77,13 +77,14 @@ def against_baseline(bench: Bench, length: int) -> Table:
     theirs = {(kind, None): call for kind, call in calls.items() if kind not in twins}  # knows no chunk_batch
     seconds = interleaved({**ours, **theirs}, bench.repeats, short.values())
     bench.watch_peak()
-    model.chunk_batch = before
     flops, alone = useful(model, document, 2), {twin: bench.alone(twin, length, alive=True) for twin in set(twins.values())}
     rows = []
     for kind, size in ours:
         turns, twin = seconds[kind, size], twins[kind]
         plain, whole = seconds[twin, None], seconds[twin.replace("baseline", "baseline whole"), None]
-        at_once = max(size, 4) if kind == "score" else size  # see MemoryLM.chunks_at_once
+        model.chunk_batch = size
+        with torch.set_grad_enabled(kind != "score"):
+            at_once = model.chunks_at_once
         peak = bench.peak(at_once if at_once in bench.sizes else size)
         median = statistics.median(turns)
         memory = bench.alone(kind, length, chunk_batch=size, alive=True)
@@ -103,6 +104,7 @@ def against_baseline(bench: Bench, length: int) -> Table:
                 "tensors / baseline": memory["alive"] / alone[twin]["alive"],
             }
         )
+    model.chunk_batch = before
     return rows
 
 

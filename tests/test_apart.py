@@ -9,7 +9,8 @@ from conftest import make_model, random_ids, relative_error
 from torch.nn import functional as F
 
 import uiollms
-from uiollms.apart import SharedPrefix, behind
+from uiollms import apart
+from uiollms.apart import SharedPrefix, behind, calls
 from uiollms.attention import decoder_mask
 from uiollms.tasks import Sample
 
@@ -33,9 +34,25 @@ def joined(query, key, value, memory_key, memory_value, num_slots, scaling):
     return F.scaled_dot_product_attention(query, keys, values, mask, scale=scaling)
 
 
+@pytest.fixture(params=[1, 3, 128])
+def together(request, monkeypatch):
+    """From how many common slots on rows read them in one call."""
+    monkeypatch.setattr(apart, "TOGETHER", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("num_slots", [(128, 136, 144), (136, 128, 128), (130,), (0, 8), (0, 0), (100, 200), (300, 300)])
+def test_every_row_reads_every_slot_that_it_sees_once(num_slots):
+    seen = [[slots for rows, slots in calls(num_slots) if row in range(rows.start, rows.stop)] for row in range(len(num_slots))]
+    for count, parts in zip(num_slots, seen, strict=True):
+        assert [slot for part in parts for slot in range(part.start, part.stop)] == list(range(count))
+    alike = len(num_slots) > 1 and min(num_slots) >= 128
+    assert any(rows.stop - rows.start == len(num_slots) for rows, _ in calls(num_slots)) == (alike or num_slots == (130,))
+
+
 @pytest.mark.parametrize("num_slots", [(8, 8, 8), (2, 5, 8), (0, 3, 6), (1, 0, 0)])
 @pytest.mark.parametrize("heads", [(4, 2), (3, 3), (4, 1)])
-def test_values_and_gradients_are_those_of_one_softmax(num_slots, heads):
+def test_values_and_gradients_are_those_of_one_softmax(num_slots, heads, together):
     tensors = inputs(*heads)
     expected, found = joined(*tensors, num_slots, 0.3), behind(*tensors, num_slots, 0.3)
     assert relative_error(found, expected) < EXACT
@@ -44,19 +61,42 @@ def test_values_and_gradients_are_those_of_one_softmax(num_slots, heads):
         assert relative_error(a, b) < EXACT
 
 
-def test_a_receiver_gets_every_rows_gradient_and_autograd_none():
+class Noted:
+    """A receiver that keeps what it gets, and singles some slots of some rows out."""
+
+    def __init__(self, like, singled):
+        self.total, self.singled, self.rows = [torch.zeros_like(t) for t in like], singled, {}
+
+    def of_all(self, slots, *grads):
+        for total, grad in zip(self.total, grads, strict=True):
+            total[:, :, slots] += grad
+
+    def singled_out(self, row):
+        return self.singled.get(row)
+
+    def of_one(self, row, *grads):
+        self.rows[row] = grads
+
+
+@pytest.mark.parametrize("num_slots", [(2, 0, 8), (3, 3, 6), (8, 8, 8)])
+def test_a_receiver_gets_the_gradients_and_autograd_none(num_slots, together):
     *own, memory_key, memory_value = inputs()
-    num_slots, received = (2, 0, 8), {}
-    out = behind(*own, memory_key, memory_value, num_slots, 0.3, lambda row, *grads: received.update({row: grads}))
+    singled = {0: torch.tensor([1]), 2: torch.tensor([0, 2, 5])}
+    receiver = Noted((memory_key, memory_value), singled)
+    out = behind(*own, memory_key, memory_value, num_slots, 0.3, receiver)
     arriving = torch.randn_like(out)
     assert torch.autograd.grad(out, [memory_key], arriving, allow_unused=True, retain_graph=True) == (None,)
-    assert sorted(received) == [0, 2]
-    for row, grads in received.items():
+    assert sorted(receiver.rows) == sorted(singled)
+    total = [torch.zeros_like(memory_key), torch.zeros_like(memory_value)]
+    for row in range(3):
         part = slice(row, row + 1)
         alone = joined(*(t[part] for t in own), memory_key, memory_value, [num_slots[row]], 0.3)
-        for found, memory in zip(grads, (memory_key, memory_value), strict=True):
+        for i, memory in enumerate((memory_key, memory_value)):
             (expected,) = torch.autograd.grad(alone, memory, arriving[part], retain_graph=True)
-            assert relative_error(found, expected[:, :, : num_slots[row]]) < EXACT
+            total[i] += expected
+            assert row not in singled or relative_error(receiver.rows[row][i], expected[:, :, singled[row]]) < EXACT
+    for found, expected in zip(receiver.total, total, strict=True):
+        assert relative_error(found, expected) < EXACT
 
 
 def test_where_only_the_memory_has_gradients_nothing_else_is_computed():
@@ -69,7 +109,7 @@ def test_where_only_the_memory_has_gradients_nothing_else_is_computed():
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
 @pytest.mark.parametrize("chunk_batch", [1, 3])
-def test_a_step_and_a_score_are_those_of_joined_keys(family, chunk_batch, monkeypatch):
+def test_a_step_and_a_score_are_those_of_joined_keys(family, chunk_batch, together, monkeypatch):
     model = make_model(family)
     model.chunk_batch = chunk_batch
     ids = random_ids(1, 5 * model.memory_config.chunk_size - 3)[0]
@@ -80,9 +120,9 @@ def test_a_step_and_a_score_are_those_of_joined_keys(family, chunk_batch, monkey
         found = [p.grad.clone() for p in model.trainable_parameters().values() if p.grad is not None]
         return [uiollms.score(model, ids, "document").nll, *found]
 
-    apart = run()
+    where_it_lies = run()
     monkeypatch.setattr(SharedPrefix, "lies_apart", lambda self, device: False)
-    for a, b in zip(apart, run(), strict=True):
+    for a, b in zip(where_it_lies, run(), strict=True):
         assert relative_error(a, b) < 1e-10  # many layers: rounding adds up
 
 

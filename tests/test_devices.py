@@ -6,14 +6,15 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from uiollms.devices import keep_freed_memory
+from uiollms.devices import give_back, keep_freed_memory
 
 glibc = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
 
 PROGRAM = """
 import sys, psutil, torch
-from uiollms.devices import keep_freed_memory
+from uiollms.devices import give_back, keep_freed_memory
 
 def resident():
     print(psutil.Process().memory_info().rss / 2**20)
@@ -23,6 +24,8 @@ if "keep" in sys.argv:
 tensors = [torch.ones(2**21) for _ in range(20)]  # 8 MiB each
 resident()
 del tensors[:-1:2]
+if "give" in sys.argv:
+    give_back(torch.device("cpu"))
 resident()
 """
 
@@ -55,6 +58,12 @@ def test_a_threshold_in_the_environment_counts(name, value):
     assert resident("keep", **{name: value}) == pytest.approx(-80, abs=4)
 
 
+@glibc
+def test_kept_memory_is_given_back_when_asked():
+    assert resident("keep", "give") == pytest.approx(-80, abs=4)
+
+
 def test_another_c_library_is_left_alone(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
     keep_freed_memory()
+    give_back(torch.device("cpu"))

@@ -14,7 +14,7 @@ import uiollms
 from uiollms import MemoryConfig, MemoryLM
 from uiollms.evaluate import score
 from uiollms.loss import linear_nll
-from uiollms.products import fits, linear, with_frozen_products
+from uiollms.products import fits, linear, rows_to_add, with_frozen_products
 
 ROUNDING = 1e-6
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch is built without oneDNN")
@@ -137,6 +137,23 @@ def test_rows_of_a_length_of_their_own_take_no_shape():
     head = model.base.lm_head
     assert counted(lambda: linear_nll(hidden, head, targets)) > 0
     assert counted(lambda: linear_nll(hidden[:100], head, targets[:100])) == 0
+
+
+@needs_onednn
+@pytest.mark.parametrize("rows, added", [(128, 0), (127, 1), (1020, 4), (500, 12), (450, 0), (63, 0)])
+def test_a_head_for_nearly_so_many_rows_gets_some_of_zeros(rows, added):
+    head, targets = nn.Linear(32, 50).requires_grad_(False), torch.arange(rows) % 50
+    hidden = torch.randn(rows, 32, requires_grad=True)
+    assert rows_to_add(hidden, head.weight, head.bias) == added
+    given = counted(lambda: linear_nll(hidden, head, targets))
+    assert given == (2 if (rows + added) % 64 == 0 else 0)
+    found, wide = linear_nll(hidden, head, targets), hidden.detach().double().requires_grad_()
+    expected = F.cross_entropy(F.linear(wide, head.weight.double(), head.bias.double()), targets, reduction="none")
+    weights = torch.rand(rows)
+    (found_grad,) = torch.autograd.grad(found @ weights, hidden)
+    (expected_grad,) = torch.autograd.grad(expected @ weights.double(), wide)
+    for one, twin in ((found, expected), (found_grad, expected_grad)):
+        assert one.shape == twin.shape and (one - twin).abs().max() < ROUNDING * twin.abs().max()
 
 
 @needs_onednn

@@ -378,15 +378,18 @@ def width(kept) -> int:
 
 def test_without_a_graph_more_chunks_go_at_once_and_nothing_else_changes():
     model, ids = make_model(), random_ids(8 * 7)
-    model.chunk_batch = 1
-    assert model.chunks_at_once == 1
+    for size, at_once in ((1, 2), (2, 4), (3, 4), (4, 4), (5, 5)):
+        model.chunk_batch = size
+        assert model.chunks_at_once == size
+        with torch.no_grad():
+            assert model.chunks_at_once == at_once
+    model.chunk_batch = 2
     with torch.no_grad():
-        assert model.chunks_at_once == 4
         batches, plain = [], model.encode_layers
         model.encode_layers = lambda ids, seeds=None: batches.append(len(ids)) or plain(ids, seeds)
         memory, _ = encode_all(model, ids.view(7, 8))
         assert batches == [4, 3]
-        model.checkpointing = True
+        model.checkpointing, model.chunk_batch = True, 1
         assert model.chunks_at_once == 1
         one_by_one, _ = encode_all(model, ids.view(7, 8))
         at_once = remember_all(model, ids.view(7, 8))
@@ -433,3 +436,13 @@ def test_chunks_with_gradient_are_those_that_a_scored_row_reads_with_weight():
             if any(len(row.scored) and row.num_memories > s and weights[t, s] != 0 for t, row in enumerate(sample.rows))
         ]
         assert chunks_with_gradient(sample, weights) == slow
+
+
+@pytest.mark.parametrize("chunk_batch, times", [(1, 3 + 3), (2, 0)])
+def test_a_step_that_must_take_the_least_gives_holes_back_before_every_backward(chunk_batch, times, monkeypatch):
+    """Of three rows that read memory, and of the three chunks that they read."""
+    model, given = make_model(), []
+    model.chunk_batch = chunk_batch
+    monkeypatch.setattr("uiollms.step.give_back", given.append)
+    uiollms.gradient_step(model, Sample.language_modeling(random_ids(1, 4 * 8)[0], 8), estimator="exact")
+    assert given == [model.device] * times

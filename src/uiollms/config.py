@@ -202,7 +202,8 @@ class TrainSection(Checked):
     )
     chunk_batch: Positive | Literal["auto"] = Field(
         4,
-        description="chunks encoded or decoded at once, at least 4 where no graph is kept: memory against speed, not results; "
+        description="chunks encoded or decoded at once, twice as many if up to 4 where no graph is kept: "
+        "memory against speed, not results; "
         "auto = what free memory allows",
     )
     checkpointing: bool = Field(False, description="activations inside layers computed twice, not kept: memory against time")

@@ -22,6 +22,14 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=tensor.device.type == "cpu" and device.type != "cpu")
 
 
+def give_back(device: torch.device) -> None:
+    """Give the system back what lies free between tensors on a CPU, where the C library is glibc. Its holes are not always of
+    use: a tensor's place, aligned, does not fit the next tensor of its size once a small object has taken a splinter of it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if device.type == "cpu" and trim:
+        trim(0)
+
+
 # Of glibc's malloc.h; another C library has no `mallopt`, and is left alone.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _LARGEST_MMAP_THRESHOLD = 2**25

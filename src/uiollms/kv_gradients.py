@@ -7,9 +7,9 @@ Source: UIO-LLMs section 3.3; the two passes: GradCache (Gao et al. 2021, arXiv 
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from functools import partial
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ class KVGradients:
 
     def prefix(self, batch: Sequence[int], rows: Sequence[Row], apart: bool) -> Leaves:
         """What a batch of rows reads: the slots that any of them sees, one set for all (who sees which is said elsewhere)."""
-        return Leaves(self, batch, max(row.num_memories for row in rows), apart)
+        return Leaves(self, batch, [row.num_memories for row in rows], apart)
 
     def backward_projection(
         self, model: MemoryLM, memory: LayerMemory, division: Division, wanted: Sequence[int], seeds: Sequence[int] | None
@@ -105,21 +105,41 @@ class KVGradients:
         return grad.view(heads, -1, self.num_memory, size).transpose(0, 1)
 
 
-class Leaves(SharedPrefix):
-    """The leaves in front of a batch of rows whose gradients go to the sums. slots: M', how many of them the rows get at most."""
+class Share(NamedTuple):
+    """The slots that one row reads with a weight that is not zero: where they stand among all slots and among the weighted sums,
+    [s] int64 each, and their weights, [s, 1]."""
 
-    def __init__(self, sums: KVGradients, batch: Sequence[int], memories: int, apart: bool) -> None:
-        half, m = len(sums.leaves) // 2, sums.num_memory
+    slots: Tensor
+    places: Tensor
+    weights: Tensor
+
+    def to(self, device: torch.device) -> Share:
+        return Share(moved(self.slots, device), moved(self.places, device), moved(self.weights, device))
+
+
+class Leaves(SharedPrefix):
+    """The leaves in front of a batch of rows whose gradients go to the sums. memories: how many each row reads."""
+
+    def __init__(self, sums: KVGradients, batch: Sequence[int], memories: Sequence[int], apart: bool) -> None:
+        half = len(sums.leaves) // 2
         super().__init__(sums.leaves[:half], sums.leaves[half:], apart)
-        self.sums, self.rows, self.slots = sums, len(batch), memories * m
-        chunks = torch.tensor(sums.needed[: bisect_left(sums.needed, memories)], dtype=torch.int64)
-        slots = (chunks[:, None] * m + torch.arange(m)).flatten()
-        weights = sums.weights[list(batch)][:, chunks].repeat_interleave(m, dim=1)
-        # Where the needed slots stand among all, [M''], and every row's weights of them, [B, M''].
-        self.needed = {
-            device: (moved(slots, device), weights.to(device, sums.dtype, non_blocking=True))
-            for device in {leaf.device for leaf in sums.leaves}
-        }
+        self.sums, self.rows, self.slots = sums, len(batch), max(memories) * sums.num_memory
+        self.shares: dict[torch.device, list[Share | None]] = {}
+        if sums.weighted is not sums.total:
+            shares = [self._share(row, count) for row, count in zip(batch, memories, strict=True)]
+            for device in {leaf.device for leaf in sums.leaves}:
+                self.shares[device] = [share and share.to(device) for share in shares]
+
+    def _share(self, row: int, memories: int) -> Share | None:
+        """Of the sample's row number `row`, which reads so many memories."""
+        m, weights = self.sums.num_memory, self.sums.weights[row].tolist()
+        read = [(place, chunk) for place, chunk in enumerate(self.sums.needed) if chunk < memories and weights[chunk]]
+        if not read:
+            return None
+        places, chunks = torch.tensor(read).T
+        each = torch.tensor([weights[chunk] for _, chunk in read], dtype=self.sums.dtype).repeat_interleave(m)
+        at_slots, at_places = ((numbers[:, None] * m + torch.arange(m)).flatten() for numbers in (chunks, places))
+        return Share(at_slots, at_places, each[:, None])
 
     def places(self, layer: int) -> tuple[int, int]:
         """Where a layer's keys and values stand among the leaves and the sums."""
@@ -130,22 +150,42 @@ class Leaves(SharedPrefix):
         return keys, values
 
     def receiver(self, layer: int) -> Receiver:
-        def receive(row: int, *grads: Tensor) -> None:
-            for i, grad in zip(self.places(layer), grads, strict=True):
-                self.arrive(i, slice(row, row + 1), grad)
+        return _Layer(self, layer)
 
-        return receive
+    def add(self, i: int, slots: slice, grad: Tensor) -> None:
+        """Gradients [B', H, n, K] of some rows to sum number i."""
+        total, grad = self.sums.total[i], grad.to(self.sums.dtype)
+        total[0, :, slots] += grad[0] if len(grad) == 1 else grad.sum(0)
 
-    def arrive(self, i: int, rows: slice, grad: Tensor) -> None:
-        """Add the gradients [B', H, n, K] of some rows to sum number i, and to the weighted one."""
-        total, weighted, slots = self.sums.total[i], self.sums.weighted[i], grad.shape[2]
-        grad = grad.to(total.dtype)
-        total[0, :, :slots] += grad[0] if len(grad) == 1 else grad.sum(0)
-        if weighted is not total:
-            m = self.sums.num_memory
-            places, weights = self.needed[total.device]
-            count = m * bisect_left(self.sums.needed, slots // m)
-            weighted[0, :, :count] += torch.einsum("bs,bhsk->hsk", weights[rows, :count], grad[:, :, places[:count]])
+    def share(self, i: int, row: int) -> Share | None:
+        """What row number `row` of the batch adds to weighted sum number i."""
+        return self.shares[self.sums.weighted[i].device][row] if self.shares else None
+
+    def add_weighted(self, i: int, share: Share, grad: Tensor) -> None:
+        """A row's gradients [H, s, K] at its share's slots to weighted sum number i."""
+        self.sums.weighted[i][0, :, share.places] += share.weights * grad.to(self.sums.dtype)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer's leaves, as the `Receiver` of an attention to them where they lie."""
+
+    leaves: Leaves
+    layer: int
+
+    def of_all(self, slots: slice, *grads: Tensor) -> None:
+        for i, grad in zip(self.leaves.places(self.layer), grads, strict=True):
+            self.leaves.add(i, slots, grad)
+
+    def singled_out(self, row: int) -> Tensor | None:
+        share = self.leaves.share(self.layer, row)
+        return None if share is None else share.slots
+
+    def of_one(self, row: int, *grads: Tensor) -> None:
+        for i, grad in zip(self.leaves.places(self.layer), grads, strict=True):
+            share = self.leaves.share(i, row)
+            assert share is not None
+            self.leaves.add_weighted(i, share, grad[0])
 
 
 class _FanOut(torch.autograd.Function):
@@ -154,12 +194,17 @@ class _FanOut(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, leaf, leaves, i):  # type: ignore[no-untyped-def]
-        ctx.arrive = partial(leaves.arrive, i, slice(None))
+        ctx.leaves, ctx.i = leaves, i
         return leaf[:, :, : leaves.slots].expand(leaves.rows, -1, -1, -1)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        ctx.arrive(grad)
+        leaves, i = ctx.leaves, ctx.i
+        leaves.add(i, slice(0, grad.shape[2]), grad)
+        for row, part in enumerate(grad):
+            share = leaves.share(i, row)
+            if share is not None:
+                leaves.add_weighted(i, share, part[:, share.slots])
         return None, None, None
 
 

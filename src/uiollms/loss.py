@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from uiollms.products import linear_for
+from uiollms.products import linear_for, rows_to_add
 
 # Logits alive at once: on a CPU what stays in a core's cache, elsewhere what keeps a GPU busy (not measured). But always SLICE
 # tokens of the vocabulary, so that a product with all N rows is large enough for full speed.
@@ -43,9 +44,12 @@ class _LinearLosses(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, teacher, kl_weight):  # type: ignore[no-untyped-def]
         with_grad = ctx.needs_input_grad[0]
         loss: Any
+        grad: Any
         if teacher is None:
-            loss, grad = along_vocabulary(hidden, weight, bias, targets, with_grad)
-            nll = loss.clone()
+            count, spare = len(hidden), rows_to_add(hidden, weight, bias)
+            rows, aims = (F.pad(hidden, (0, 0, 0, spare)), F.pad(targets, (0, spare))) if spare else (hidden, targets)
+            loss, grad = along_vocabulary(rows, weight, bias, aims, with_grad)
+            loss, nll, grad = loss[:count], loss[:count].clone(), None if grad is None else grad[:count]
         else:
             blocks = [slice(start, start + BLOCK) for start in range(0, max(1, len(hidden)), BLOCK)]
             parts = [beside_teacher(hidden[b], weight, bias, targets[b], teacher[b], kl_weight, with_grad) for b in blocks]

@@ -63,6 +63,13 @@ def linear_for(rows: int) -> Callable[..., Tensor]:
     return F.linear if rows % FEWEST else linear
 
 
+def rows_to_add(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> int:
+    """How many rows of zeros behind a number of rows that depends on the text, [N, I], make it one that `linear_for` leaves to
+    `linear`; none where they would be more than an eighth of all, or oneDNN may not have the product."""
+    spare = -len(input) % FEWEST
+    return spare if 8 * spare <= len(input) and fits(input, weight, bias) else 0
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, bias):  # type: ignore[no-untyped-def]

@@ -27,7 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from uiollms.apart import attends_apart
 from uiollms.base import Front, layer_device
-from uiollms.devices import device_of, moved
+from uiollms.devices import device_of, give_back, moved
 from uiollms.distributed import ALONE, Division, Group
 from uiollms.estimators import Estimator, make_estimator
 from uiollms.kv_gradients import KVGradients, at, batched, pick, projected_at_once, put
@@ -97,7 +97,7 @@ def gradient_step(
     for batch in row_batches(sample, group, model.chunk_batch, with_memory=True):
         with torch.enable_grad():
             prefix = sums.prefix(batch, [sample.rows[t] for t in batch], attends_apart(model.base))
-            (scale * books.enter(batch, *decode_rows(model, sample, batch, prefix, taught))).backward()
+            backward(model, scale * books.enter(batch, *decode_rows(model, sample, batch, prefix, taught)))
 
     memory_grads = sums.backward_projection(model, memory, division, wanted, seeds)  # L x [len(wanted), m, D]
     places: Sequence[int] = range(len(wanted))
@@ -114,8 +114,16 @@ def gradient_step(
             picked = [wanted[j] for j in batch]
             with torch.enable_grad():
                 graph = model.encode_layers(chunks[picked], pick(seeds, picked))
-        torch.autograd.backward(graph, [at(layer, batch) for layer in memory_grads])
+        backward(model, graph, [at(layer, batch) for layer in memory_grads])
     return StepResult(books.losses, books.scored, tuple(division.own[wanted[j]] for j in places), books.nll)
+
+
+def backward(model: MemoryLM, outputs: Tensor | Sequence[Tensor], gradients: Sequence[Tensor] | None = None) -> None:
+    """Backward from a graph that is whole, when memory is at its peak: where the least is asked for, what lies free between
+    tensors goes first."""
+    if model.chunk_batch == 1:
+        give_back(model.device)
+    torch.autograd.backward(outputs, gradients)
 
 
 def check_sample(model: MemoryLM, sample: Sample) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import statistics
 import threading
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from uiollms.devices import give_back
 from uiollms.model import MemoryLM
 from uiollms.step import gradient_step
 from uiollms.study.gradients import NAMES, estimators_of
@@ -34,7 +34,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self.start = torch.cuda.memory_allocated(self.device)
             return self
-        ctypes.CDLL(None).malloc_trim(0)
+        give_back(self.device)
         self.process, self.done = psutil.Process(), threading.Event()
         self.start = self.most = self.process.memory_info().rss
         self.thread = threading.Thread(target=self._watch)
