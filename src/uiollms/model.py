@@ -184,15 +184,15 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
             hidden, beside = moved(hidden, layer_device(layer)), beside.to(layer_device(layer))
             memory.append(layer.input_layernorm(hidden[:, -m:]))
             if i + 1 < count:
-                rows = m if i + 2 == count else None
-                hidden = self._run(partial(run_with_lora, layer, loras=loras, seeds=seeds, beside=beside, rows=rows), hidden)
+                run = partial(run_with_lora, loras=loras, seeds=seeds, beside=beside, rows=m if i + 2 == count else None)
+                hidden = self._run(layer, partial(run, layer), hidden)
         return memory
 
-    def _run(self, function: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-        """A layer's function on [B, T, D]; with a graph where grad is enabled."""
+    def _run(self, module: Any, function: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        """A module's function on [B, T, D]; with a graph where grad is enabled."""
         l = self.memory_config.chunk_size
         if hidden.shape[1] in (1, l, l + self.memory_config.num_memory):  # of no length of its own: see products.py
-            function = with_frozen_products(function)
+            function = with_frozen_products(function, module)
         run = run_twice if self.checkpointing else lean
         return run(function, hidden) if torch.is_grad_enabled() else function(hidden)
 
@@ -241,12 +241,12 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
         for layer in self.base.model.layers:
             beside = beside.to(layer_device(layer))
             run = partial(run_layer, layer, beside=beside, prefix=prefix)
-            hidden = self._run(run, moved(hidden, layer_device(layer)))
+            hidden = self._run(layer, run, moved(hidden, layer_device(layer)))
         return self.base.model.norm(moved(hidden, device_of(self.base.model.norm)))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, V]"""
-        return self._run(self.base.lm_head, moved(hidden, device_of(self.base.lm_head)))
+        return self._run(self.base.lm_head, self.base.lm_head, moved(hidden, device_of(self.base.lm_head)))
 
     # ---- streams --------------------------------------------------------------------------------------------------
 

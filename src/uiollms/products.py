@@ -16,26 +16,51 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _global_forward_hooks
 from torch.overrides import TorchFunctionMode
 
 FEWEST = 64  # rows worth a shape of their own, unless it is one new token
 
 
-def with_frozen_products(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The same function of a tensor; every linear layer inside, the base's own among them, multiplies by `linear`."""
+def with_frozen_products(function: Callable[[Tensor], Tensor], module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The same function of a tensor, which runs `module`; every linear layer inside, the base's own among them, multiplies by
+    `linear`. Without a graph an MLP's `silu(gate) * up` is written over `gate`, unless hooks might have kept what that was."""
 
     def run(hidden: Tensor) -> Tensor:
-        with _FrozenProducts():
+        in_place = not torch.is_grad_enabled() and not watched(module)
+        with _FrozenProducts(in_place):
             return function(hidden)
 
     return run
 
 
+def watched(module: nn.Module) -> bool:
+    """Whether the module has an MLP whose parts, or all modules, have forward hooks."""
+    mlp = getattr(module, "mlp", None)
+    return bool(_global_forward_hooks) or (mlp is not None and any(part._forward_hooks for part in mlp.modules()))
+
+
 class _FrozenProducts(TorchFunctionMode):
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.in_place = in_place
+        self.product: Tensor | None = None  # the last one, which nobody has but who asked for it
+        self.gate: Tensor | None = None
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        return (linear if func is F.linear else func)(*args, **(kwargs or {}))
+        if func is F.linear:
+            self.product = linear(*args, **(kwargs or {}))
+            return self.product
+        if self.in_place and self.product is not None:
+            if func is F.silu and args[0] is self.product:
+                self.gate, self.product = F.silu(self.product, inplace=True), None
+                return self.gate
+            if func is Tensor.mul and self.gate is not None and args[0] is self.gate and args[1] is self.product:
+                gate, self.gate = self.gate, None
+                return gate.mul_(self.product)
+        return func(*args, **(kwargs or {}))
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
