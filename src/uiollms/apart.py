@@ -141,6 +141,7 @@ class _Behind(torch.autograd.Function):
         own: list[Tensor | None] = [None, None, None]
         if any(ctx.needs_input_grad[:3]):  # not in a layer below which nothing is trained
             own = list(_kernel_backward(grad, query, key, value, out, lse, 0.0, True, scale=scaling))
+        wanted = [receiver and receiver.singled_out(row) for row in range(len(num_slots))]
         total = [] if receiver else [torch.zeros_like(memory_key), torch.zeros_like(memory_value)]
         for rows, slots in calls(num_slots):
             queries, *grads = read(rows, slots)
@@ -150,11 +151,12 @@ class _Behind(torch.autograd.Function):
                 receiver.of_all(slots, *grads)
             for sum_of_rows, arrived in zip(total, grads, strict=False):
                 sum_of_rows[:, :, slots] += arrived
-        if receiver:
-            for row in range(len(num_slots)):
-                wanted = receiver.singled_out(row)
-                if wanted is not None:
-                    receiver.of_one(row, *read(slice(row, row + 1), wanted)[1:])
+            if len(range(len(num_slots))[rows]) == 1 and not slots.start and wanted[rows.start] is not None:  # it read alone
+                receiver.of_one(rows.start, *(grad[:, :, wanted[rows.start]] for grad in grads))
+                wanted[rows.start] = None
+        for row, few in enumerate(wanted):
+            if few is not None:
+                receiver.of_one(row, *read(slice(row, row + 1), few)[1:])
         return *own, *(total or (None, None)), None, None, None
 
 
