@@ -39,7 +39,7 @@ class Receiver(Protocol):
         """The slots whose gradients from this row alone are wanted as well, [s] int64."""
 
     def of_one(self, row: int, keys: Tensor, values: Tensor) -> None:
-        """And these, [1, H, s, K] each."""
+        """The gradients of one row at the slots of `singled_out`, [1, H, s, K] each."""
 
 
 class SharedPrefix:
@@ -151,7 +151,7 @@ class _Behind(torch.autograd.Function):
                 receiver.of_all(slots, *grads)
             for sum_of_rows, arrived in zip(total, grads, strict=False):
                 sum_of_rows[:, :, slots] += arrived
-            if len(range(len(num_slots))[rows]) == 1 and not slots.start and wanted[rows.start] is not None:  # it read alone
+            if rows.stop - rows.start == 1 and slots.start == 0 and wanted[rows.start] is not None:  # this row reads alone
                 receiver.of_one(rows.start, *(grad[:, :, wanted[rows.start]] for grad in grads))
                 wanted[rows.start] = None
         for row, few in enumerate(wanted):

@@ -1,7 +1,7 @@
 """Where the decoder pass of a training step ends: gradients summed at the keys and values of a document's memories.
 
 Shapes: N rows, C chunks, B rows of a batch, n chunks of this process, m num_memory, M = C * m slots, M' of them that a batch
-reads, M'' of those at needed chunks, L layers, H key/value heads, K head size.
+reads, s of those that one row reads with a weight, L layers, H key/value heads, K head size.
 Source: UIO-LLMs section 3.3; the two passes: GradCache (Gao et al. 2021, arXiv 2101.06983).
 """
 

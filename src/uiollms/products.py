@@ -5,6 +5,8 @@ where it was measured (docs/benchmarks.md); torch asks it by itself in half prec
 keeps half a MiB as long as the process lives, so only shapes that come again and again are for it. Torch's own switch,
 `torch.backends.mkldnn.enabled = False`, leaves everything to MKL.
 
+While layers run so, and keep no graph, an MLP's product is also written over its gate: see `with_frozen_products`.
+
 Shapes: N rows, I inputs, O outputs.
 """
 
