@@ -1,7 +1,8 @@
 """One command, one table: `python -m benchmarks`; JSON, tables and plots in `--out`.
 
 Every figure is a ratio within this run (or comes with what it is a ratio of); alternatives take turns, medians count, memory is
-that of a new process. GEMM peak: this run's, at the model's own shapes. FLOPs: what `uiollms/flops.py` writes down.
+that of a new process; freed memory is kept as the commands keep it, for all alike. GEMM peak: this run's, at the model's own
+shapes. FLOPs: what `uiollms/flops.py` writes down.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from benchmarks import cases, plots
 from benchmarks.measure import machine
 from benchmarks.models import MODELS
+from uiollms.devices import keep_freed_memory
 from uiollms.model import MemoryLM
 
 WHAT = ["baseline", "length", "S", "chunk_batch", "generation"]
@@ -100,4 +102,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     main()

@@ -19,9 +19,7 @@ from uiollms.study.cost import PeakMemory
 def run_alone(case: dict[str, Any]) -> dict[str, Any]:
     """case: model, pass (a name of `passes.passes`), length, S, chunk_batch -> seconds and peak bytes above the
     loaded weights, of one pass after a warm-up on three chunks; with `alive` set, of another pass also the bytes of the tensors
-    alive at once. With `kept` set, freed memory is kept, as the commands do."""
-    if case.get("kept"):
-        keep_freed_memory()
+    alive at once."""
     model = MODELS[case["model"]]()
     model.chunk_batch = case["chunk_batch"]
     document = random_document(model, case["length"])
@@ -40,5 +38,6 @@ def run_alone(case: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     torch.set_num_threads(int(sys.argv[2]))
     print(json.dumps(run_alone(json.loads(sys.argv[1]))))

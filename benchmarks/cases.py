@@ -109,11 +109,10 @@ def against_baseline(bench: Bench, length: int) -> Table:
 
 
 def against_length(bench: Bench, kind: str, lengths: Sequence[int]) -> Table:
-    """Time a token, utilisation and peak memory against length, S = 2, both of the same new processes, which keep freed memory as
-    the commands do. All lengths take turns."""
+    """Time a token, utilisation and peak memory against length, S = 2, both of the same new processes. All lengths take turns."""
     model = bench.model
     fitting = [n for n in lengths if n <= model.capacity]
-    turns = [{n: bench.alone(kind, n, kept=bench.fresh) for n in fitting} for _ in range(bench.repeats)]
+    turns = [{n: bench.alone(kind, n) for n in fitting} for _ in range(bench.repeats)]
     bench.watch_peak()
     rows: Table = []
     for n in fitting:
