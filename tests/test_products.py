@@ -190,7 +190,17 @@ def test_without_a_graph_an_mlp_writes_over_its_gate(family):
         assert torch.equal(output, F.linear(given, gate.weight))  # it is still what the hook was shown
     handle.remove()
     assert kept and overwritten(encoded)
+    shown = []
+    handle = model.base.model.layers[0].mlp.act_fn.register_forward_pre_hook(
+        lambda module, args: shown.append((args[0], args[0].clone()))
+    )
+    encoded()
+    assert all(torch.equal(given, copy) for given, copy in shown)
+    handle.remove()
+    assert shown and overwritten(encoded)
     with nn.modules.module.register_module_forward_hook(lambda *_: None):
+        assert not overwritten(encoded)
+    with nn.modules.module.register_module_forward_pre_hook(lambda *_: None):
         assert not overwritten(encoded)
     assert torch.equal(encoded(), in_place)
 

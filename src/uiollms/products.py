@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.module import _global_forward_hooks
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.overrides import TorchFunctionMode
 
 FEWEST = 64  # rows worth a shape of their own, unless it is one new token
@@ -37,25 +37,28 @@ def with_frozen_products(function: Callable[[Tensor], Tensor], module: nn.Module
 
 
 def watched(module: nn.Module) -> bool:
-    """Whether the module has an MLP whose parts, or all modules, have forward hooks."""
+    """Whether the module has an MLP whose parts, or all modules, have forward hooks, behind or before."""
+    if _global_forward_hooks or _global_forward_pre_hooks:
+        return True
     mlp = getattr(module, "mlp", None)
-    return bool(_global_forward_hooks) or (mlp is not None and any(part._forward_hooks for part in mlp.modules()))
+    return mlp is not None and any(part._forward_hooks or part._forward_pre_hooks for part in mlp.modules())
 
 
 class _FrozenProducts(TorchFunctionMode):
     def __init__(self, in_place: bool) -> None:
         super().__init__()
         self.in_place = in_place
-        self.product: Tensor | None = None  # the last one, which nobody has but who asked for it
+        self.product: Tensor | None = None  # in place: the last one, which nobody has but who asked for it
         self.gate: Tensor | None = None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func is F.linear:
-            self.product = linear(*args, **(kwargs or {}))
-            return self.product
-        if self.in_place and self.product is not None:
+            product = linear(*args, **(kwargs or {}))
+            self.product = product if self.in_place else None
+            return product
+        if self.product is not None:
             if func is F.silu and args[0] is self.product:
                 self.gate, self.product = F.silu(self.product, inplace=True), None
                 return self.gate
