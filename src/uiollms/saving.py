@@ -23,9 +23,15 @@ from uiollms.faults import writing
 from uiollms.flash import check_request
 from uiollms.integrity import remove, seal
 from uiollms.model import MemoryLM
-from uiollms.paths import cache_dir
 from uiollms.placement import place
-from uiollms.pretrained import DTYPES, PACKAGED, load, load_memory_lm, resolve_dtype
+from uiollms.pretrained import (
+    DTYPES,
+    PACKAGED,
+    converted_folder,
+    load,
+    load_memory_lm,
+    resolve_dtype,
+)
 
 INCLUDED = "base"  # the base's folder inside a model's folder, and its name in base.json
 # All that `save` may have written, the files of transformers' tokenizers included: nothing else is ever replaced.
@@ -91,7 +97,7 @@ def check_replaceable(folder: Path) -> None:
 def public_name(name: str) -> str:
     """What another program can load the base by: package:... for a converted package's model, no relative folder."""
     for package, gguf in PACKAGED.items():
-        if Path(name) == cache_dir() / gguf.removesuffix(".gguf"):
+        if Path(name) == converted_folder(gguf):
             return f"package:{package}"
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
