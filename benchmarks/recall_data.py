@@ -76,7 +76,10 @@ class Corpus:
             encoded = tokenizer(list(texts[i : i + 512]), verbose=False, add_special_tokens=False)
             found += [np.asarray(ids, np.int32) for ids in encoded["input_ids"]]
         lengths = np.array([len(ids) for ids in found[1:]], np.int64)
-        flat = torch.from_numpy(np.concatenate(found))
+        return cls.joined(torch.from_numpy(np.concatenate(found)), lengths)
+
+    @classmethod
+    def joined(cls, flat: Tensor, lengths: np.ndarray) -> Corpus:
         return cls(flat, np.cumsum(lengths) - lengths, lengths)
 
     def places(self, count: int, length: int, rng: random.Random) -> list[int]:

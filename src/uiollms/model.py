@@ -191,7 +191,8 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
     def _run(self, module: Any, function: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
         """A module's function on [B, T, D]; with a graph where grad is enabled."""
         l = self.memory_config.chunk_size
-        if hidden.shape[1] in (1, l, l + self.memory_config.num_memory):  # of no length of its own: see products.py
+        shared_lengths = (1, l, l + self.memory_config.num_memory)
+        if hidden.device.type == "cpu" and hidden.shape[1] in shared_lengths:  # see products.py
             function = with_frozen_products(function, module)
         run = run_twice if self.checkpointing else lean
         return run(function, hidden) if torch.is_grad_enabled() else function(hidden)
