@@ -399,6 +399,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     started, device = time.monotonic(), torch.device(options.device)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans every new shape anew, for milliseconds
     model, tokenizer = load_model(options, device)
     facts = Facts(tokenizer, options.num_facts, options.seed)
     data = Data(*build_corpora(tokenizer, options), facts, device)

@@ -3,6 +3,7 @@
     python -m pytest -m gpu                              on a machine with CUDA
     UIOLLMS_TEST_DEVICE=cpu python -m pytest -m gpu      a rehearsal without one
 
+float64: 1e-6, since transformers' RoPE tables are float32, and a card's cosines differ there.
 float32 with TF32 off: 1e-4 leaves room for another order of summation. bfloat16 keeps 8 bits: 3e-2
 is a few roundings in each of three layers; a wrong mask or position is off by tenths.
 """
@@ -39,6 +40,7 @@ def full_precision():
 def moved_case(name: str, precision: str) -> Case:
     case = Case(CASES[name], precision)
     case.model.to(DEVICE)
+    case.tolerance = max(case.tolerance, 1e-6)
     return case
 
 
