@@ -21,7 +21,7 @@ from uiollms.data import Document, NewsDocument, TokenDocument
 from uiollms.paths import run_folder
 from uiollms.pretrained import load_memory_lm
 from uiollms.samples import SampleMaker
-from uiollms.training import Samples, learning_rate
+from uiollms.training import Samples
 
 ROOT = Path(__file__).parent.parent
 
@@ -134,17 +134,6 @@ def test_a_test_file_past_the_capacity_is_refused(workspace, capsys):
     Path("test.json").write_text(json.dumps([task]))
     assert call("test.py", "--env_conf", "env.json") == 2
     assert "test.json: tasks[0].truncation: 5000 tokens is past the capacity 912" in capsys.readouterr().err
-
-
-def test_learning_rate():
-    config = load_env_config(ROOT / "32x.json").train  # 10,000 iterations, 1 % warm-up, peak 1e-4
-    assert learning_rate(0, config) == pytest.approx(1e-6)  # the first iteration learns
-    assert learning_rate(99, config) == learning_rate(100, config) == pytest.approx(1e-4)
-    assert learning_rate(5050, config) == pytest.approx(0.5e-4)
-    assert 0 < learning_rate(9999, config) < 1e-10
-    short = config.model_copy(update=dict(train_iters=5))  # warm-up of less than one iteration
-    assert [learning_rate(i, short) > 0 for i in range(5)] == [True] * 5
-    assert learning_rate(0, config.model_copy(update=dict(warmup=0.0))) == config.max_lr
 
 
 def test_documents_that_fit_one_chunk_are_skipped_and_counted(workspace):

@@ -30,12 +30,14 @@ PROJECTIONS = {"encoder": ("q_proj", "v_proj"), "decoder": ("k_proj", "v_proj")}
 
 
 class Role(nn.Module):
-    """The trained tensors of one role: a LoRA pair for two projections of every layer, and one token embedding."""
+    """The trained tensors of one role: a LoRA pair for two projections of every layer (for none, where
+    the decoder has no transfer head), and one token embedding; all in the dtype of `token`."""
 
     def __init__(self, name: str, base: Any, config: MemoryConfig, token_name: str, token: Tensor) -> None:
         super().__init__()
         salts = iter(range(2 * len(base.model.layers)))
         offset = 0 if name == "encoder" else 2 * len(base.model.layers)
+        adapted = PROJECTIONS[name] if name == "encoder" or config.transfer_head else ()
         self.layers = nn.ModuleList(
             nn.ModuleDict(
                 {
@@ -45,8 +47,9 @@ class Role(nn.Module):
                         config.lora_alpha,
                         config.lora_dropout,
                         salt=offset + next(salts),
+                        dtype=token.dtype,
                     )
-                    for projection in PROJECTIONS[name]
+                    for projection in adapted
                 }
             )
             for layer in base.model.layers

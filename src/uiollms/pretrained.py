@@ -165,7 +165,7 @@ def load_memory_lm(config: EnvConfig, path: str | Path) -> tuple[MemoryLM, PreTr
     base = load(AutoModelForCausalLM, name, dtype=dtype, attn_implementation=kernel)
     place(base, config.model.device_map, path, config.model.offload_dir)
     torch.manual_seed(config.train.seed)
-    model = MemoryLM(base, memory)
+    model = MemoryLM(base, memory, config.train.master_dtype)
     if config.train.chunk_batch != "auto":  # train.py and test.py have chosen (plan.py); other tools take the default
         model.chunk_batch = config.train.chunk_batch
     model.checkpointing = config.train.checkpointing

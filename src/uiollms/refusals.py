@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 
 def describe(fault: Any, model: type[BaseModel], path: str | Path) -> str:
-    """One line for one pydantic fault."""
+    """One line for one pydantic fault; more where a validator of ours found more."""
     where = json_path(fault["loc"])
     if fault["type"] == "extra_forbidden":
         known = fields_at(model, fault["loc"][:-1])
@@ -23,7 +23,8 @@ def describe(fault: Any, model: type[BaseModel], path: str | Path) -> str:
     message = fault["msg"].removeprefix("Value error, ")
     found = fault["input"]
     shown = "" if isinstance(found, dict | list) else f", found {json.dumps(found, default=str)}"
-    return f"{path}: {where}: {message}{shown}" if where else f"{path}: {message}{shown}"
+    start = f"{path}: {where}: " if where else f"{path}: "
+    return "\n".join(f"{start}{line}{shown}" for line in message.split("\n"))
 
 
 def json_path(location: tuple[str | int, ...]) -> str:
