@@ -16,6 +16,7 @@ from pathlib import Path
 from torch.nn.utils import clip_grad_norm_
 
 from uiollms.checkpoint import load_weights
+from uiollms.checks import check_training
 from uiollms.cli import SILENT, Output, parse_arguments, reporting_errors, step_words
 from uiollms.config import EnvConfig, load_env_config
 from uiollms.distributed import World, open_world
@@ -24,7 +25,7 @@ from uiollms.estimators import make_estimator
 from uiollms.evaluation import Evaluation
 from uiollms.faults import training_on
 from uiollms.plan import choose_chunk_batch
-from uiollms.pretrained import check_env, count_parameters, load_memory_lm
+from uiollms.pretrained import count_parameters, load_memory_lm
 from uiollms.run import Run, open_run
 from uiollms.run_state import TrainingState
 from uiollms.step import gradient_step
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int | None:
     config = load_env_config(args.env_conf, args.set)
     if args.dry_run:
         return dry_run(config, args.env_conf, args.device_memory, args.output)
-    compressor = check_env(config, args.env_conf)
+    compressor = check_training(config, args.env_conf, going_on=args.resume is not None)
     config = choose_chunk_batch(config, args.env_conf)
     with (
         open_world(config) as world,
@@ -82,7 +83,8 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
 
     model.train()
     shown = dict(desc="train", unit=f" {schedule.counts}", smoothing=0.1)
-    progress = output.bar(None, **shown, initial=state.iteration, total=train.train_iters)
+    bar = output.bar(None, **shown, initial=state.iteration, total=train.train_iters)
+    progress = run.stack.enter_context(bar)
     if run.evaluation_missing(state.iteration):
         evaluate()
     for done in run.timed(schedule.steps(state.iteration)):  # documents, this step's included

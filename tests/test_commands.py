@@ -121,12 +121,24 @@ def test_what_a_user_gets_wrong_is_one_line(workspace, capsys, change, message):
     assert message in printed and len(printed.strip().splitlines()) == 1, printed
 
 
-def test_32x_without_a_hub_is_one_line(monkeypatch):
+def test_32x_on_a_bare_machine_is_told_all_that_it_lacks(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("UIOLLMS_RAW_DATA", str(tmp_path))
     failed = run("train.py", "--env_conf", "32x.json")
     assert failed.returncode == 2
-    assert "cannot get 'meta-llama/Llama-2-7b-chat-hf'" in failed.stderr
-    assert len(failed.stderr.strip().splitlines()) == 1, failed.stderr
+    lines = failed.stderr.strip().splitlines()
+    found = [
+        "train.corpus[0].name: ", "redpajama_book_sample.jsonl is missing",
+        "train.corpus[1].name: ", "redpajama-sample.json is missing",
+        "train.corpus[1].name: ", "longalpaca.json is missing",
+        "train.tasks[0].task_name: ", "emozilla/pg19, split test, is not on this machine",
+        "model.model_name: ", "cannot get 'meta-llama/Llama-2-7b-chat-hf'",
+        "model.device_map['model.embed_tokens']: ", "GPU 0 does not exist",
+    ]  # fmt: skip
+    if not torch.cuda.is_available():
+        assert len(lines) == 6
+    for line, where, what in zip(lines, found[::2], found[1::2], strict=False):
+        assert where in line and what in line
 
 
 def test_a_test_file_past_the_capacity_is_refused(workspace, capsys):

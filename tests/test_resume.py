@@ -22,7 +22,7 @@ from uiollms.training import Samples
 
 @pytest.fixture
 def run_folder(workspace) -> Path:
-    """A run of 10 documents in 5 steps in which everything is random that can be: two corpora, crops, reservoirs, LoRA dropout."""
+    """A run of 10 documents in 5 steps in which everything is random that can be: corpora, crops, reservoirs, LoRA dropout."""
     Path("memory.json").write_text(json.dumps(dict(num_memory=2, chunk_size=16, lora_rank=2, lora_alpha=4, lora_dropout=0.2)))
     env = json.loads(Path("env.json").read_text())
     corpus = dict(name="files:book[01].txt", partition=0.3, truncation=70, crop="random")

@@ -7,6 +7,8 @@ rates per AdamW step. The descriptions are what editors and docs/config.md show:
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -23,6 +25,29 @@ Place = Annotated[int, Field(ge=0)] | Literal["cpu", "disk"]
 
 class ConfigError(ValueError):
     """A config that cannot be run; the message is one line a fault: file, JSON path, what was found, what is allowed."""
+
+
+class Faults:
+    """Faults found in one look at what a command reads, reported together, one line each."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def add(self, line: str) -> None:
+        self.lines.append(line)
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Around a check that raises ConfigError: what it found is kept for later."""
+        try:
+            yield
+        except ConfigError as error:
+            self.lines += str(error).splitlines()
+
+    def report(self) -> None:
+        """Raises ConfigError with all lines, if there are any."""
+        if self.lines:
+            raise ConfigError("\n".join(dict.fromkeys(self.lines)))
 
 
 class Checked(BaseModel):

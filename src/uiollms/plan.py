@@ -32,7 +32,7 @@ from uiollms.lora import master_dtype
 from uiollms.model import MemoryLM
 from uiollms.placement import CPU, as_device, on_disk, resolved, send, this_machine, worker
 from uiollms.pretend import Pretend, pretended
-from uiollms.pretrained import DTYPES, base_config, check_env, computes_bf16
+from uiollms.pretrained import DTYPES, base_config, check_env, check_model, computes_bf16
 from uiollms.step import chunks_with_gradient, gradient_step
 from uiollms.tasks import PROTOCOLS, Sample
 from uiollms.training import make_optimizer
@@ -84,6 +84,7 @@ class Plan:
 def make_plan(config: EnvConfig, path: str | Path, machine: dict[torch.device, int] | None = None) -> Plan:
     """machine: bytes of every device (default: what is free on this machine; a GPU that the map names and that is not here
     counts as 0). Needs no weights, and no hub for the models of the shipped configs. Raises ConfigError."""
+    check_env(config, path)
     rehearsal = Rehearsal(config, path, machine)
     chunk_size, length = rehearsal.memory.chunk_size, rehearsal.longest_document()
     chunks = chunks_in_memory(length, chunk_size)
@@ -150,7 +151,7 @@ class Rehearsal:
 
     def __init__(self, config: EnvConfig, path: str | Path, machine: dict[torch.device, int] | None = None) -> None:
         self.config, self.path = config, path
-        self.memory = check_env(config, path)
+        self.memory = check_model(config, path)
         self.shape = base_config(config.model.model_name)
         self.capacity = self.memory.capacity(self.shape.max_position_embeddings)
         places = config.model.device_map

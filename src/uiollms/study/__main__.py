@@ -33,6 +33,7 @@ from uiollms.evaluate import score
 from uiollms.evaluation import evaluation_documents
 from uiollms.model import MemoryLM
 from uiollms.pretrained import load_memory_lm
+from uiollms.saving import weights_of
 from uiollms.study.cost import study_cost
 from uiollms.study.gradients import INFINITE, NAMES, estimators_of, study_gradients
 from uiollms.study.learning import compare, plot_curves, step_seconds, summarise
@@ -128,7 +129,7 @@ def measure(args: argparse.Namespace, out: Path) -> Result:
     preset = PRESETS[args.preset]
     config = load_env_config(args.env_conf, args.set)
     model, tokenizer = load_memory_lm(config, args.env_conf)
-    weights = config.model.load_ckp or config.model.released_ckp
+    weights = weights_of(config)
     with as_preset(model, preset):
         count = args.documents or preset["documents"]
         task = TaskEntry(task_type="perplexity", task_name=args.corpus, num_instance=count, truncation=preset["tokens"])
