@@ -192,6 +192,17 @@ def _unpacked(kept: Tensor | tuple[Tensor]) -> Tensor:
     return F.silu(kept[0].detach()) if isinstance(kept, tuple) else kept
 
 
+def keys_and_values(attention: Any, pair: Any, slots: Tensor, seeds: Sequence[int] | None) -> tuple[Tensor, Tensor]:
+    """A layer's memory [C, m, D] -> keys, not rotated yet, and values [C, m, H, K]: the frozen projections, plus the
+    decoder's LoRA (`pair`, empty without a transfer head), and the family's key norm if it has one."""
+    k, v = attention.k_proj(slots), attention.v_proj(slots)
+    if pair:
+        k, v = k + pair["k_proj"](slots, seeds), v + pair["v_proj"](slots, seeds)
+    shape = (*slots.shape[:2], -1, attention.head_dim)
+    k, v = k.view(shape), v.view(shape)
+    return attention.k_norm(k) if hasattr(attention, "k_norm") else k, v
+
+
 def rotate(attention: nn.Module, keys: Tensor, rotary: Sequence[Tensor]) -> Tensor:
     """Keys [C, H, m, K] rotated by the family's own rotary function."""
     apply = sys.modules[type(attention).__module__].apply_rotary_pos_emb

@@ -18,7 +18,6 @@ from uiollms.checkpoint import check_compressor, check_target
 from uiollms.config import (
     ConfigError,
     EnvConfig,
-    Faults,
     MemoryConfig,
     TaskEntry,
     load_tasks,
@@ -41,6 +40,7 @@ from uiollms.pretrained import (
     resolve_dtype,
     sources_of,
 )
+from uiollms.refusals import Faults
 from uiollms.saving import weights_of
 from uiollms.schedule import Schedule
 
@@ -51,7 +51,7 @@ def check_training(config: EnvConfig, path: str | Path, going_on: bool = False) 
     faults = Faults()
     memory, shape = examine_model(config, path, faults)
     sources = sources_of(config)
-    examine_sources(sources, memory, shape, path, faults, config.train.loss)
+    examine_sources(sources, memory, shape, path, faults)
     examine_data(sources, path, faults)
     examine_base(config, shape, path, faults)
     examine_weights(config.model.load_ckp, memory, faults)
@@ -81,7 +81,7 @@ def check_evaluation(config: EnvConfig, path: str | Path, own_tasks: bool) -> tu
     elif not tasks:
         faults.add(f"{path}: train.tasks: is empty, there is nothing to evaluate")
     sources = {f"{prefix}[{i}]": task for i, task in enumerate(tasks)}
-    examine_sources(sources, memory, shape, file, faults, config.train.loss)
+    examine_sources(sources, memory, shape, file, faults)
     examine_data(sources, file, faults)
     examine_base(config, shape, path, faults)
     examine_weights(weights_of(config), memory, faults)
@@ -158,6 +158,6 @@ def examine_folder(folder: Path, faults: Faults) -> None:
         faults.add(f"{folder}: cannot be written ({reason})")
         return
     if not there.is_dir():
-        faults.add(f"{folder}: cannot be written ({there} is not a folder)")
+        faults.add(f"{folder}: cannot be written (Not a directory: {there})")
     elif not os.access(there, os.W_OK | os.X_OK):
         faults.add(f"{folder}: cannot be written (no permission to write in {there})")

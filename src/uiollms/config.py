@@ -7,47 +7,18 @@ rates per AdamW step. The descriptions are what editors and docs/config.md show:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from uiollms.refusals import describe, half_surrogate, json_path
+from uiollms.refusals import ConfigError, all_right, describe, half_surrogate, json_path
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 SchemaLink: Any = Field(None, alias="$schema", exclude=True, description="path of the JSON Schema, for completion in editors")
 SHARES_OFF = 1e-3 + 1e-9  # shares rounded to three digits (the rest: of adding floats); Mixture normalises
 Place = Annotated[int, Field(ge=0)] | Literal["cpu", "disk"]
-
-
-class ConfigError(ValueError):
-    """A config that cannot be run; the message is one line a fault: file, JSON path, what was found, what is allowed."""
-
-
-class Faults:
-    """Faults found in one look at what a command reads, reported together, one line each."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def add(self, line: str) -> None:
-        self.lines.append(line)
-
-    @contextmanager
-    def noted(self) -> Iterator[None]:
-        """Around a check that raises ConfigError: what it found is kept for later."""
-        try:
-            yield
-        except ConfigError as error:
-            self.lines += str(error).splitlines()
-
-    def report(self) -> None:
-        """Raises ConfigError with all lines, if there are any."""
-        if self.lines:
-            raise ConfigError("\n".join(dict.fromkeys(self.lines)))
 
 
 class Checked(BaseModel):
@@ -59,14 +30,6 @@ class Checked(BaseModel):
 
 
 Model = TypeVar("Model", bound=Checked)
-
-
-def all_right(value: Model, faults: list[str]) -> Model:
-    """For validators that look at several fields: the value, if there are no faults. Raises ValueError
-    with a line for each."""
-    if faults:
-        raise ValueError("\n".join(faults))
-    return value
 
 
 class MemoryConfig(Checked):

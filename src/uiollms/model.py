@@ -30,6 +30,7 @@ from uiollms.base import (
     beside_rows,
     check_base,
     first_eos,
+    keys_and_values,
     layer_device,
     lean,
     promote_norms,
@@ -81,9 +82,8 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
         self.checkpointing = False
         embedding = base.model.embed_tokens
         with align_module_device(embedding):  # it may rest on disk
-            token = embedding.weight.detach()[first_eos(base)][None, None]
-        self.masters = masters
-        token = token.to(self.master_dtype)
+            token = embedding.weight.detach()[first_eos(base)].to(master_dtype(base.dtype, masters))[None, None]
+        self.masters, self.master_dtype = masters, token.dtype  # of what is trained, and of gradients' sums
         self.encoder = Role("encoder", base, config, "retrieval_token", token)
         self.decoder = Role("decoder", base, config, "repeat_token", token)
 
@@ -138,11 +138,6 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
     def dtype(self) -> torch.dtype:
         """The base's, in which all but the trained parameters are computed."""
         return self.base.dtype
-
-    @property
-    def master_dtype(self) -> torch.dtype:
-        """Of the trained parameters and of the sums of their gradients."""
-        return master_dtype(self.base.dtype, self.masters)
 
     @property
     def capacity(self) -> int:
@@ -218,16 +213,9 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
         keys, values = [], []
         layers: Iterator[Any] = zip(self.base.model.layers, self.decoder.layers, memory, strict=True)
         for layer, pair, slots in layers:
-            attention = layer.self_attn
-            shape = (*slots.shape[:2], -1, attention.head_dim)
-            k, v = attention.k_proj(slots), attention.v_proj(slots)
-            if pair:
-                k, v = k + pair["k_proj"](slots, seeds), v + pair["v_proj"](slots, seeds)
-            k, v = k.view(shape), v.view(shape)
-            if hasattr(attention, "k_norm"):
-                k = attention.k_norm(k)
+            k, v = keys_and_values(layer.self_attn, pair, slots, seeds)
             rotary = [moved(r, k.device) for r in rotary]
-            keys.append(rotate(attention, k.transpose(1, 2), rotary))
+            keys.append(rotate(layer.self_attn, k.transpose(1, 2), rotary))
             values.append(v.transpose(1, 2))
         return keys, values
 

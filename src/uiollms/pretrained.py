@@ -30,7 +30,6 @@ from uiollms.config import (
     ConfigError,
     CorpusEntry,
     EnvConfig,
-    Faults,
     MemoryConfig,
     TaskEntry,
     load_memory_config,
@@ -40,6 +39,7 @@ from uiollms.flash import check_request
 from uiollms.model import MemoryLM
 from uiollms.paths import cache_dir
 from uiollms.placement import place
+from uiollms.refusals import Faults
 
 log = logging.getLogger(__name__)
 
@@ -193,7 +193,7 @@ def check_env(config: EnvConfig, path: str | Path) -> MemoryConfig:
     names. Raises ConfigError with a line for every fault."""
     faults = Faults()
     memory, shape = examine_model(config, path, faults)
-    examine_sources(sources_of(config), memory, shape, path, faults, config.train.loss)
+    examine_sources(sources_of(config), memory, shape, path, faults)
     faults.report()
     assert memory is not None
     return memory
@@ -256,11 +256,9 @@ def corpus_of(entry: CorpusEntry | TaskEntry) -> tuple[str, str]:
     return ("name", entry.name) if isinstance(entry, CorpusEntry) else ("task_name", entry.task_name)
 
 
-def examine_sources(
-    sources: Sources, memory: MemoryConfig | None, shape: Any, path: str | Path, faults: Faults, loss: str
-) -> None:
+def examine_sources(sources: Sources, memory: MemoryConfig | None, shape: Any, path: str | Path, faults: Faults) -> None:
     """Corpora that do not exist; truncations past the capacity, or so short that nothing reads memory;
-    texts too long for a teacher. loss: of training. Without `memory` or `shape` names alone."""
+    texts too long for a teacher. Without `memory` or `shape` names alone."""
     for where, entry in sources.items():
         field, name = corpus_of(entry)
         try:
@@ -269,7 +267,7 @@ def examine_sources(
             faults.add(f"{path}: {where}.{field}: {error}")
             continue
         if memory and entry.truncation is not None:
-            least = shortest(entry, corpus.task, loss, memory.chunk_size)
+            least = shortest(entry, corpus.task, memory.chunk_size)
             if entry.truncation < least:
                 faults.add(
                     f"{path}: {where}.truncation: of {entry.truncation} tokens nothing would read memory, "
@@ -287,13 +285,14 @@ def examine_sources(
             check_truncations(wanted, memory, shape.max_position_embeddings, path)
 
 
-def shortest(entry: CorpusEntry | TaskEntry, task: str, loss: str, chunk_size: int) -> int:
-    """Tokens of the shortest document of which something reads memory. task: what the corpus is for."""
+def shortest(entry: CorpusEntry | TaskEntry, task: str, chunk_size: int) -> int:
+    """Tokens of the shortest document that makes a sample. task: what the corpus is for."""
     kind = entry.task_type if isinstance(entry, TaskEntry) else task
     if kind in (*COPY_TASKS, "memory utilization", "news qa summation"):
         return chunk_size  # one chunk is compressed, then asked for
-    first_is_scored = loss == "document" or isinstance(entry, TaskEntry) or kind != "language modeling"
-    return chunk_size + (1 if first_is_scored else 2)  # "paper" does not score a chunk's first token
+    # Training needs a loss that reads memory: the second token behind the first chunk is the first to have one, the one
+    # before it is not scored, or is predicted from the first chunk.
+    return chunk_size + (1 if isinstance(entry, TaskEntry) else 2)
 
 
 def count_parameters(model: MemoryLM) -> tuple[int, int]:

@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -59,12 +59,7 @@ Item = TypeVar("Item")
 
 @contextmanager
 def open_run(
-    config: EnvConfig,
-    compressor: MemoryConfig,
-    env_conf: str | Path,
-    resume: str | None,
-    restart: bool,
-    world: World,
+    config: EnvConfig, compressor: MemoryConfig, env_conf: str | Path, resume: str | None, restart: bool, world: World
 ) -> Iterator[Run]:
     """The run folder, for this run alone, with the checkpoint to go on from found, checked and compared with the config;
     nothing in it is touched yet. resume: a checkpoint, "" = the newest one if there is any; restart: leave an unfinished run.
@@ -139,14 +134,10 @@ class Run:
             raise ConfigError(f"{error}; no other whole checkpoint is there") from None
 
     def refuse_unfinished(self, newest: Path) -> None:
-        done, of = step_of(newest), ""
-        try:
-            record = read_record(newest)
-            schedule = Schedule(record.config.train, record.documents, record.counts)
-            of = f" of {record.config.train.train_iters} {record.counts}"
-            finished = not schedule.steps(done)
-        except ConfigError:
-            finished = False
+        done, of, finished = step_of(newest), "", False
+        with suppress(ConfigError):  # a damaged checkpoint is no finished run
+            schedule = read_record(newest).schedule
+            of, finished = f" of {schedule.train.train_iters} {schedule.counts}", not schedule.steps(done)
         if not finished:
             raise ConfigError(
                 f"{self.folder}: holds an unfinished run, {done}{of} done; go on with --resume, or begin "
@@ -180,8 +171,8 @@ class Run:
                 "processes": str(self.world.size),
             }
             self.environment = environment() | here
-            versions = self.environment | {ITERATIONS: self.schedule.counts}
-            (self.folder / "versions.json").write_text(json.dumps(versions, indent=4) + "\n")
+            versions = json.dumps(self.environment | {ITERATIONS: self.schedule.counts}, indent=4)
+            (self.folder / "versions.json").write_text(versions + "\n")
             self.open_log()
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
@@ -264,8 +255,7 @@ class Run:
             save_weights(state.model, self.config.model.save_ckp)
         with writing(self.metrics):
             sync(self.metrics)  # a checkpoint never knows of more steps than the metrics
-        config, compressor, schedule = self.config, self.compressor, self.schedule
-        save_state(state, schedule, self.checkpoints, config, compressor, self.environment)
+        save_state(state, self.schedule, self.checkpoints, self.config, self.compressor, self.environment)
         saved = saved_steps(self.checkpoints)
         best = self.best(saved) if self.config.train.keep_best else None
         with writing(self.checkpoints):
@@ -286,11 +276,11 @@ class Run:
     def evaluation_missing(self, iteration: int) -> bool:
         """Whether the run was stopped between a checkpoint and the evaluation that follows it."""
         missing = False
-        if self.record:  # of a step that may have taken another number of documents
-            last = replace(self.schedule, documents=self.record.documents)
-            lines = [line for line in read_metrics(self.folder) if line["iteration"] == iteration]
+        if self.record and self.config.train.tasks:
+            last = replace(self.schedule, documents=self.record.documents)  # steps may have another size now
             due = last.reaches(iteration, self.config.train.eval) or not self.schedule.steps(iteration)
-            missing = due and bool(self.config.train.tasks) and not any("eval" in line for line in lines)
+            lines = [line for line in read_metrics(self.folder) if line["iteration"] == iteration]
+            missing = due and not any("eval" in line for line in lines)
         return self.world.from_first(missing)
 
     def evaluates(self, iteration: int) -> bool:
@@ -302,8 +292,8 @@ class Run:
         """A checkpoint is due, for all processes alike: at the first step that reaches a multiple of `save`, before an
         evaluation, at the end, and when the run has to stop."""
         train, schedule = self.config.train, self.schedule
-        due = schedule.reaches(state.iteration, train.save) or not schedule.steps(state.iteration)
-        due = due or self.evaluates(state.iteration)
+        last = not schedule.steps(state.iteration)
+        due = last or schedule.reaches(state.iteration, train.save) or self.evaluates(state.iteration)
         return due or self.stopped_by is not None or state.bad_in_a_row >= train.max_bad_steps
 
     def stop_if_asked(self, state: TrainingState, sources: list[str]) -> None:

@@ -76,6 +76,10 @@ class Record(Checked):
     tokenizer: str
     environment: dict[str, str | None]
 
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(self.config.train, self.documents, self.counts)
+
 
 class Position(Checked):
     """rank-0.json. python, numpy, torch, cuda: the global generators (torch's in hex); samples: place in the data."""
