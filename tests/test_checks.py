@@ -246,3 +246,12 @@ def test_the_test_books_come_without_the_training_books(workspace, pg19_on_the_h
     assert found.startswith("train.corpus[0].name: hub dataset emozilla/pg19, split train, is not on this machine")
     assert faults_of("train.corpus.0.name=pg19.test") == []
     assert len(open_corpus("pg19.train")) == 3
+
+
+def test_a_copy_of_a_dataset_without_the_wanted_split(workspace, monkeypatch):
+    monkeypatch.setenv("UIOLLMS_HUB_DIR", "copies")
+    Path("copies/pg19").mkdir(parents=True)
+    Path("copies/pg19/train.jsonl").write_text(json.dumps({"text": "book"}))
+    assert faults_of("train.corpus.0.name=pg19.train") == []
+    (found,) = faults_of("train.corpus.0.name=pg19.test")
+    assert found == "train.corpus[0].name: copies/pg19 holds no file of split test of the hub dataset emozilla/pg19"

@@ -102,16 +102,17 @@ def examine_data(sources: Sources, path: str | Path, faults: Faults) -> None:
             continue
         for source in needed:
             message = source.missing()
-            if isinstance(source, HubDataset | Split):
+            if isinstance(source, HubDataset | Split) and source.local_folder() is None:
                 message = message and (None if hub_reachable() else f"{message}, and {constants.ENDPOINT} cannot be reached")
             if message:
                 faults.add(f"{path}: {where}.{field}: {message}")
-        kinds = ACCEPTED.get(entry.task_type, (entry.task_type,)) if isinstance(entry, TaskEntry) else ()
-        if kinds and not corpus.mixed and corpus.task not in kinds:
-            faults.add(
-                f"{path}: {where}: corpus {name!r} has documents for {corpus.task}, task_type "
-                f"{entry.task_type!r} takes documents for {' or '.join(kinds)}"
-            )
+        if isinstance(entry, TaskEntry) and not corpus.mixed:
+            kinds = ACCEPTED.get(entry.task_type, (entry.task_type,))
+            if corpus.task not in kinds:
+                faults.add(
+                    f"{path}: {where}: corpus {name!r} has documents for {corpus.task}, task_type "
+                    f"{entry.task_type!r} takes documents for {' or '.join(kinds)}"
+                )
 
 
 def examine_base(config: EnvConfig, shape: Any, path: str | Path, faults: Faults) -> None:

@@ -65,7 +65,7 @@ Needs = dict[torch.device, Need]
 class Plan:
     """need: of one training step, by device; have: bytes free there (0: no such device here); capacity: tokens; longest:
     tokens of the longest document that fits with this chunk_batch; most_chunks: the largest chunk_batch that fits at this
-    length (None: none does); flops: useful ones of a step (see flops.py)."""
+    length (None: none does); flops: useful ones of a document (see flops.py)."""
 
     length: int
     chunk_batch: int

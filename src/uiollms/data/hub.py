@@ -122,10 +122,16 @@ class Split:
     def name(self) -> str:
         return f"{self.dataset.name} ({self.split})"
 
+    def local_folder(self) -> Path | None:
+        return self.dataset.local_folder()
+
     def missing(self) -> str | None:
-        folder = self.dataset.local_folder() or self.dataset.cached_folder()
+        local = self.local_folder()
+        folder = local or self.dataset.cached_folder()
         if folder and self.dataset.has(self.split, folder):
             return None
+        if local:  # which nothing is added to
+            return f"{local} holds no file of split {self.split} of the hub dataset {self.dataset.name}"
         return f"hub dataset {self.dataset.name}, split {self.split}, is not on this machine; it is downloaded when first used"
 
 
