@@ -82,9 +82,8 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
         run.exit_if_signalled()
 
     model.train()
-    shown = dict(desc="train", unit=f" {schedule.counts}", smoothing=0.1)
-    bar = output.bar(None, **shown, initial=state.iteration, total=train.train_iters)
-    progress = run.stack.enter_context(bar)
+    shown = dict(desc="train", unit=f" {schedule.counts}", initial=state.iteration, total=train.train_iters)
+    progress = run.stack.enter_context(output.bar(None, **shown, smoothing=0.1))
     if run.evaluation_missing(state.iteration):
         evaluate()
     for done in run.timed(schedule.steps(state.iteration)):  # documents, this step's included

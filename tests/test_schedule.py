@@ -71,7 +71,7 @@ def test_a_multiple_is_reached_by_the_first_step_that_passes_it():
     schedule = Schedule(section(train_iters=30), 4)
     assert [done for done in schedule.steps() if schedule.reaches(done, 10)] == [12, 20]
     assert [done for done in schedule.steps() if schedule.reaches(done, 3)] == list(schedule.steps())
-    assert (schedule.steps()[-1], schedule.left_over(28)) == (28, 2)
+    assert (schedule.steps()[-1], schedule.left_over(28), schedule.left_over(32)) == (28, 2, 0)
 
 
 def test_too_few_documents_for_one_step():

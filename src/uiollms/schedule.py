@@ -44,7 +44,7 @@ class Schedule:
 
     def left_over(self, done: int) -> int:
         """Iterations of `train_iters` that fill no step, for a run that has ended after `done`."""
-        return self.train.train_iters - done
+        return max(0, self.train.train_iters - done)  # a run that goes on may have gone further before
 
     def reaches(self, done: int, every: int) -> bool:
         """Whether the step that ended after `done` iterations reached a multiple of `every`."""
