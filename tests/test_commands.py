@@ -112,7 +112,7 @@ def test_every_estimator_trains(workspace, estimator):
         ),
         ("train.corpus.0.name=pg20", "env.json: train.corpus[0].name: corpus 'pg20' is unknown; did you mean pg19"),
         ("train.corpus.0.name=files:*.md", "corpus files:*.md: no file matches"),
-        ("train.corpus.0.truncation=10000", "env.json: train.corpus[0].truncation: 10000 tokens is past the capacity 912"),
+        ("train.corpus.0.truncation=10000", "env.json: train.corpus[0].truncation: 10000 tokens is past the capacity 926"),
     ],
 )
 def test_what_a_user_gets_wrong_is_one_line(workspace, capsys, change, message):
@@ -133,7 +133,7 @@ def test_a_test_file_past_the_capacity_is_refused(workspace, capsys):
     task = dict(task_type="perplexity", task_name="files:book*.txt", num_instance=1, truncation=5000)
     Path("test.json").write_text(json.dumps([task]))
     assert call("test.py", "--env_conf", "env.json") == 2
-    assert "test.json: tasks[0].truncation: 5000 tokens is past the capacity 912" in capsys.readouterr().err
+    assert "test.json: tasks[0].truncation: 5000 tokens is past the capacity 926" in capsys.readouterr().err
 
 
 def test_learning_rate():

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from uiollms.refusals import describe, half_surrogate, json_path
+from uiollms.refusals import Pairs, describe, half_surrogate, json_path, written_twice
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -52,9 +52,16 @@ class MemoryConfig(Checked):
         return self
 
     def capacity(self, positions: int) -> int:
-        """The longest document, in tokens, under `positions` = max_position_embeddings: all memories and the last chunk
-        together fill the positions. 1024, 32, 4096 -> 99,328."""
-        return self.chunk_size * (1 + (positions - self.chunk_size) // self.num_memory)
+        """The longest document, in tokens, under `positions` = max_position_embeddings: a chunk and
+        the memories of all before it share them, and the last chunk may be a partial one.
+        1024, 32, 4096 -> 97 * 1024 tokens in full chunks + 4096 - 97 * 32 = 992: 100,320"""
+        full = 1 + self.most_chunks(positions)
+        partial = min(self.chunk_size - 1, positions - full * self.num_memory)
+        return full * self.chunk_size + max(0, partial)
+
+    def most_chunks(self, positions: int) -> int:
+        """The most chunks that a full one can stand behind. 1024, 32, 4096 -> 96"""
+        return (positions - self.chunk_size) // self.num_memory
 
 
 class ModelSection(Checked):
@@ -105,6 +112,7 @@ TaskType = Literal[
     "longdata copy",
     "activation beacons",
     "news qa summation",
+    "news qa summation v2",
     "memory utilization",
     "passkey",
     "needle",
@@ -120,6 +128,13 @@ class TaskEntry(Checked):
     task_type: TaskType = Field(description="what is measured: docs/evaluation.md")
     task_name: str = Field(description="corpus name; for passkey and needle the corpus that the filler text comes from")
     num_instance: Positive = Field(description="documents; for passkey and needle trials at each depth")
+    documents: Literal["first", "full"] = Field(
+        default="first",
+        description="perplexity and language modeling only: which documents of the corpus. "
+        "first: the first num_instance, shorter ones as they are, as in the release; full: the "
+        "first that fill truncation, and where they are too few the first shorter ones of more "
+        "than a chunk",
+    )
     truncation: Positive | None = Field(
         default=None, description="tokens kept of a document, null = all; passkey, needle: of a trial"
     )
@@ -158,6 +173,11 @@ class TaskEntry(Checked):
     def _fields_fit_the_task(self) -> TaskEntry:
         if self.protocols != ("paper",) and self.task_type not in TEXT_TASKS:
             raise ValueError(f"protocols is for {' and '.join(TEXT_TASKS)}; {self.task_type} has one way to score: remove it")
+        if self.documents != "first" and self.task_type not in TEXT_TASKS:
+            raise ValueError(
+                f"documents is for {' and '.join(TEXT_TASKS)}; {self.task_type} takes the first "
+                f"whose loss can read memory: remove it"
+            )
         if self.depths is not None and self.task_type not in RETRIEVAL_TASKS:
             raise ValueError(f"depths is for {' and '.join(RETRIEVAL_TASKS)}; {self.task_type} hides nothing: remove it")
         if self.generate and self.task_type != "question answering":
@@ -258,17 +278,26 @@ Model = TypeVar("Model", bound=Checked)
 
 
 def read_json(path: str | Path) -> Any:
-    """The JSON value in a file. Raises ConfigError for a missing file, bytes that are not UTF-8, or broken JSON."""
+    """The JSON value in a file. Raises ConfigError for a missing file, bytes that are not UTF-8,
+    broken JSON, and a key that stands twice in an object."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")  # some editors write a byte order mark
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: byte {error.start} is not UTF-8") from None
     try:
-        return json.loads(text)
+        return loads(text, str(path))
     except (json.JSONDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not JSON: {error}") from None
+
+
+def loads(text: str, source: str) -> Any:
+    """json.loads. Raises ConfigError, a line for each, for keys that stand twice in one object."""
+    value = json.loads(text, object_pairs_hook=Pairs)
+    if faults := written_twice(value, source):
+        raise ConfigError("\n".join(faults))
+    return value
 
 
 def parse(model: type[Model], value: Any, path: str | Path) -> Model:
@@ -304,7 +333,7 @@ def apply_override(value: Any, override: str, path: str | Path) -> None:
     if not equals:
         raise ConfigError(f"--set {override}: expected field=value, such as train.max_lr=3e-5")
     try:
-        new = json.loads(text)
+        new = loads(text, f"--set {key}")
     except json.JSONDecodeError:
         new = text  # a bare word is a string
     *parents, last = key.split(".")

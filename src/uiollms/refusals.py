@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,32 @@ def json_path(location: tuple[str | int, ...]) -> str:
         elif not any(c in part for c in "([{"):
             text += f".{part}" if text else part
     return text
+
+
+class Pairs(dict[str, Any]):
+    """A JSON object that remembers which of its keys were written more than once, in `twice`."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        counts = Counter(key for key, _ in pairs)
+        self.twice = [key for key, count in counts.items() if count > 1]
+
+
+def written_twice(value: Any, source: str) -> list[str]:
+    """A line for every key of a JSON value's objects (`Pairs`) that was written more than once: the
+    parser would take the last without a word."""
+    found: list[tuple[str | int, ...]] = []
+    todo: list[tuple[tuple[str | int, ...], Any]] = [((), value)]
+    while todo:
+        place, value = todo.pop()
+        if isinstance(value, Pairs):
+            found += [(*place, key) for key in value.twice]
+        inner: Iterable[tuple[str | int, Any]] = ()
+        if isinstance(value, dict | list):
+            inner = value.items() if isinstance(value, dict) else enumerate(value)
+        todo += reversed([((*place, key), part) for key, part in inner])
+    wrong = "written twice in one object; keep one of the two"
+    return [f"{source}: {json_path(place)}: {wrong}" for place in found]
 
 
 def half_surrogate(value: Any, location: tuple[str | int, ...] = ()) -> tuple[str | int, ...] | None:

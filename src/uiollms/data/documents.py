@@ -129,7 +129,8 @@ class Source(Protocol):
 @dataclass(frozen=True)
 class NamedCorpus:
     """An entry of the register. usage: the name as people write it, {a,b} one of, [.x] optional; pattern: of the name in
-    lower case without spaces, its groups are the opener's arguments; tokenized: the opener also takes a tokenizer."""
+    lower case without spaces, its groups are the opener's arguments; tokenized: the opener also takes a tokenizer, and its
+    first argument is how many tokens a document has at most."""
 
     usage: str
     pattern: re.Pattern[str]
