@@ -19,7 +19,7 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / 
 
 # Lower modules first: a module imports only from above itself in this list.
 ORDER = """
-    refusals config schema faults integrity paths environment devices distributed data.cleaning data.documents data.files
+    refusals config schema faults integrity paths tokens environment devices distributed data.cleaning data.documents data.files
     data.hub data.beacons data.corpora_text data.corpora_own data.corpora_tasks data.mixture data lora products loss attention
     apart flash memory library usage generation base model pretend_kernels pretend placement pretrained tasks flops estimators
     kv_gradients step evaluate samples retrieval results evaluation training checkpoint saving run_state metrics

@@ -14,7 +14,7 @@ MINIPILE = HubDataset("JeanKaddour/minipile")
 WIKITEXT = HubDataset(
     "Salesforce/wikitext",
     aliases=("wikitext",),
-    files={split: f"wikitext-103-raw-v1/{split}*" for split in ("train", "test")},
+    files={split: f"wikitext-103-raw-v1/{split}*" for split in ("train", "validation", "test")},
 )
 PG19 = HubDataset("emozilla/pg19", aliases=("deepmind/pg19", "pg19"))  # the original is a program that downloads the books
 LONGDATA = HubDataset("yuyijiong/LongData-Corpus")
@@ -26,12 +26,15 @@ CODE_PARROT = RawFile("codeparrot.json")
 BOOKS = RawFile("redpajama_book_sample.jsonl")
 
 
-@corpus("minipile.{train,test}[.SIZE]", r"minipile\.(train|test)" + SIZE, needs=[MINIPILE])
+SPLITS, SPLIT = "{train,validation,test}", r"\.(train|validation|test)"
+
+
+@corpus(f"minipile.{SPLITS}[.SIZE]", "minipile" + SPLIT + SIZE, needs=[MINIPILE])
 def minipile(split: str, size: str | None) -> Corpus:
     return cut(MINIPILE.rows(split, ["text"], plain_text), size)
 
 
-@corpus("wikitext103.{train,test}[.SIZE]", r"wikitext103\.(train|test)" + SIZE, needs=[WIKITEXT])
+@corpus(f"wikitext103.{SPLITS}[.SIZE]", "wikitext103" + SPLIT + SIZE, needs=[WIKITEXT])
 def wikitext103(split: str, size: str | None) -> Corpus:
     """A row of the dataset is a line, a document is an article."""
     lines = WIKITEXT.load(split, ["text"])
@@ -44,7 +47,7 @@ def wikitext103(split: str, size: str | None) -> Corpus:
     return cut(Lazy(len(starts), read), size)
 
 
-@corpus("pg19.{train,test}[.SIZE]", r"pg19\.(train|test)" + SIZE, needs=[PG19])
+@corpus(f"pg19.{SPLITS}[.SIZE]", "pg19" + SPLIT + SIZE, needs=[PG19])
 def pg19(split: str, size: str | None) -> Corpus:
     return cut(PG19.rows(split, ["text"], plain_text), size)
 
