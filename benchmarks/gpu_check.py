@@ -100,7 +100,11 @@ def run(step: Step, options: argparse.Namespace) -> dict[str, object]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_check",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parts = ["correctness", "speed", "train"]
     parser.add_argument("--part", choices=[*parts, "all"], required=True)
     parser.add_argument("--device", default="cuda")

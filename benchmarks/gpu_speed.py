@@ -119,7 +119,11 @@ def measure(model: MemoryLM, case: str, peak: float) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_speed", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_speed",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--model", choices=["llama7b", "tiny"], default="llama7b")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--cases", nargs="+", required=True)

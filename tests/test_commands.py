@@ -112,7 +112,7 @@ def test_every_estimator_trains(workspace, estimator):
         ),
         ("train.corpus.0.name=pg20", "env.json: train.corpus[0].name: corpus 'pg20' is unknown; did you mean pg19"),
         ("train.corpus.0.name=files:*.md", "corpus files:*.md: no file matches"),
-        ("train.corpus.0.truncation=10000", "env.json: train.corpus[0].truncation: 10000 tokens is past the capacity 912"),
+        ("train.corpus.0.truncation=10000", "env.json: train.corpus[0].truncation: 10000 tokens is past the capacity 926"),
     ],
 )
 def test_what_a_user_gets_wrong_is_one_line(workspace, capsys, change, message):
@@ -145,7 +145,7 @@ def test_a_test_file_past_the_capacity_is_refused(workspace, capsys):
     task = dict(task_type="perplexity", task_name="files:book*.txt", num_instance=1, truncation=5000)
     Path("test.json").write_text(json.dumps([task]))
     assert call("test.py", "--env_conf", "env.json") == 2
-    assert "test.json: tasks[0].truncation: 5000 tokens is past the capacity 912" in capsys.readouterr().err
+    assert "test.json: tasks[0].truncation: 5000 tokens is past the capacity 926" in capsys.readouterr().err
 
 
 def test_documents_that_fit_one_chunk_are_skipped_and_counted(workspace):
@@ -221,7 +221,8 @@ HARNESS = "src/uiollms/harness.py"  # its command line is lm-eval's, its example
 def started_as(command: str) -> str:
     """src/uiollms/data/__main__.py -> python -m uiollms.data"""
     path = Path(command)
-    if path.parts[0] != "src" and path.name != "__main__.py":
+    as_module = path.name == "__main__.py" or path.name.startswith("gpu_")
+    if path.parts[0] != "src" and not as_module:
         return f"python {command}"
     parts = path.with_suffix("").parts
     return "python -m " + ".".join(part for part in parts if part not in ("src", "__main__"))
@@ -235,6 +236,8 @@ def help_of(command: str, monkeypatch, capsys, *sub: str) -> tuple[str, list[str
         patch.setattr(sys, "argv", [command, *sub, "--help"])
         if command.startswith("src/"):
             importlib.import_module(".".join(Path(command).with_suffix("").parts[1:])).main()
+        elif command.startswith("benchmarks/gpu"):
+            importlib.import_module(".".join(Path(command).with_suffix("").parts)).main()
         else:
             loaded(command).main()
     assert end.value.code == 0

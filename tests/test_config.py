@@ -10,6 +10,7 @@ from uiollms.config import (
     ConfigError,
     EnvConfig,
     MemoryConfig,
+    TaskEntry,
     TestFile,
     load_env_config,
     load_memory_config,
@@ -111,8 +112,73 @@ def test_the_authors_own_files(monkeypatch):
     check_env(old, "old")
     assert normalised(old.model.device_map, "old") == load_env_config(ROOT / "32x.json").model.device_map
     assert old.train == load_env_config(ROOT / "32x.json").train
-    with pytest.raises(ConfigError, match=r"train.corpus\[0\].truncation: 131072 tokens is past the capacity 99328"):
+    with pytest.raises(ConfigError, match=r"train.corpus\[0\].truncation: 131072 tokens is past the capacity 100320"):
         check_env(load_env_config(AUTHORS / "authors-32x-2025-08.json"), "authors-32x-2025-08.json")
+
+
+def test_the_entry_of_the_authors_readme(monkeypatch):
+    """Their README's example has 99,382 tokens at 32x: less than the 100,320 that fit."""
+    monkeypatch.chdir(ROOT)
+    entry = "train.corpus.0.truncation={}"
+    check_env(load_env_config("32x.json", [entry.format(99_382)]), "32x.json")
+    check_env(load_env_config("32x.json", [entry.format(100_320)]), "32x.json")
+    with pytest.raises(ConfigError, match=r"100321 tokens is past the capacity 100320 .*at most 100320"):
+        check_env(load_env_config("32x.json", [entry.format(100_321)]), "32x.json")
+
+
+@pytest.mark.parametrize("file", ["env.json", "memory.json", "test.json"])
+def test_a_byte_order_mark_is_no_part_of_a_config(tmp_path, file):
+    """As Notepad and PowerShell write it, with their line ends."""
+    load, source = LOADERS[file]
+    text = (ROOT / source).read_text()
+    (tmp_path / file).write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    assert load(tmp_path / file) == load(ROOT / source)
+
+
+LOADERS = {
+    "env.json": (load_env_config, "smollm2-8x.json"),
+    "memory.json": (load_memory_config, "config/smollm2-8x.json"),
+    "test.json": (load_tasks, "test.json"),
+}
+TWICE = [
+    ("env.json", '"max_lr": 3e-3', '"max_lr": 3e-3, "max_lr": 0.5', ["train.max_lr"]),
+    ("env.json", '"train": {', '"train": {}, "train": {', ["train"]),
+    ("env.json", '"crop": "random"', '"crop": "random", "crop": "start"', [f"train.corpus[{i}].crop" for i in range(3)]),
+    ("env.json", '"device_map": "auto"', '"device_map": {"model.norm": 0, "model.norm": 1}', ["model.device_map.model.norm"]),
+    ("memory.json", '"lora_rank"', '"lora_rank": 3, "lora_rank"', ["lora_rank"]),
+    ("test.json", '"truncation": 99328', '"truncation": 99328, "truncation": 99328', ["tasks[4].truncation"]),
+]
+
+
+@pytest.mark.parametrize("file, old, new, places", TWICE)
+def test_a_key_written_twice_is_refused_by_name(tmp_path, file, old, new, places):
+    """json takes the last without a word. Equal values too: whoever changes one of them believes it counts."""
+    load, source = LOADERS[file]
+    text = (ROOT / source).read_text()
+    assert old in text
+    path = tmp_path / file
+    path.write_text(text.replace(old, new))
+    with pytest.raises(ConfigError) as error:
+        load(path)
+    said = [f"{path}: {place}: written twice in one object; keep one of the two" for place in places]
+    assert str(error.value).splitlines() == said
+
+
+def test_an_override_with_a_key_twice_is_refused():
+    with pytest.raises(ConfigError, match=r"--set model.device_map: a: written twice in one object; keep one"):
+        load_env_config(ROOT / "smollm2-8x.json", ['model.device_map={"a": 0, "a": 1}'])
+
+
+@pytest.mark.parametrize("written", ["news qa summation v2", "News_QA_Summation_v2", "news qa  summation_V2"])
+def test_the_second_news_task_is_known_by_its_name(written):
+    fields = dict(task_type=written, task_name="newsqasumv2", num_instance=1)
+    assert parse(TaskEntry, fields, "here").task_type == "news qa summation v2"
+
+
+def test_documents_is_for_text():
+    fields = dict(task_type="needle", task_name="sotu.test", num_instance=1, documents="full")
+    with pytest.raises(ConfigError, match="documents is for perplexity and language modeling; needle takes the first"):
+        parse(TaskEntry, fields, "here")
 
 
 def changed(path: str, value) -> dict:

@@ -234,10 +234,11 @@ def test_beacon_examples(tokenizer: PreTrainedTokenizerFast) -> None:
     documents = list(open_corpus("beacons sampled.8192", tokenizer))
     text, qa = example("redpajama-sample.json")[0]["text"], example("longalpaca.json")[0]
     assert all(isinstance(document, TokenDocument) for document in documents)
-    assert [tokenizer.decode(document.input_ids) for document in documents] == [text, qa["input"] + qa["output"] + "<eos>"]
+    prompt = qa["input"].strip() + beacons.separator(0)
+    whole = prompt + qa["output"].strip() + "<eos>"
+    assert [tokenizer.decode(document.input_ids) for document in documents] == [text, whole]
     assert documents[0].labels == documents[0].input_ids
-    scored = len(qa["output"]) + 1
-    assert documents[1].labels == (-100,) * len(qa["input"]) + documents[1].input_ids[-scored:]
+    assert documents[1].labels == (-100,) * len(prompt) + documents[1].input_ids[len(prompt) :]
     assert [document.kl_weight for document in documents] == [0.0, 0.0]
 
 
@@ -250,19 +251,73 @@ def test_beacon_arguments(tokenizer: PreTrainedTokenizerFast) -> None:
         open_corpus("beacons sampled.512", tokenizer)
 
 
-def test_long_question_loses_its_middle_and_long_text_is_left_out(tokenizer: PreTrainedTokenizerFast) -> None:
-    question = example("longalpaca.json")[0]["input"]
-    (document,) = open_corpus("beacons sampled.1200", tokenizer)
+def test_long_question_loses_its_middle_and_long_text_its_end(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    text, question = example("redpajama-sample.json")[0]["text"], example("longalpaca.json")[0]["input"]
+    cut, document = open_corpus("beacons sampled.1200", tokenizer)
+    assert len(text) > 1200
+    assert tokenizer.decode(cut.input_ids) == tokenizer.decode(cut.labels) == text[:1200]
+    question += beacons.separator(0)
     room = 1200 - len(document.response) - 1
     kept = question[: room // 2] + question[-(room - room // 2) :]
     assert tokenizer.decode(document.input_ids) == kept + document.response + "<eos>"
     assert len(document.input_ids) == len(document.labels) == 1200
 
 
-@pytest.mark.parametrize("length", [1199, 1200, 1300, 1301])
-def test_text_bounds(length: int) -> None:
-    kept = beacons.fit([7] * length, None, 0, 1300)
-    assert (kept is not None) == (1200 <= length <= 1300)
+@pytest.mark.parametrize("length, kept", [(1199, None), (1200, 1200), (1300, 1300), (1301, 1300)])
+def test_text_bounds(length: int, kept: int | None) -> None:
+    found = beacons.fit(range(length), None, 0, 1300)
+    assert found == (None if kept is None else (tuple(range(kept)), tuple(range(kept))))
+
+
+def test_a_text_is_read_to_five_characters_a_token() -> None:
+    """A token a word, of "words " six characters, of "word " five."""
+    backend = Tokenizer(models.WordLevel({"<eos>": 0, "word": 1, "<unk>": 2}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    rows = Lazy(2, lambda i: Document(("word " if i else "words ") * 5000, str(i)))
+    (_, short), (_, long) = beacons.tokens_of(rows, [0, 1], words, 1200)
+    assert short is None  # 6,000 characters are 1,000 of its words
+    assert long == ((1,) * 1200, (1,) * 1200)
+    assert beacons.tokens_of(rows, [0], words, 1440)[0][1] == ((2,) * 1200, (2,) * 1200)
+
+
+def test_input_and_output_are_stripped_joined_and_read_as_one() -> None:
+    """a: 1, b: 2, ab: 3, newline and space: 4, 5, newline and ab: 6, which is the output's."""
+    vocab = {"<eos>": 0, "a": 1, "b": 2, "ab": 3, "\n": 4, " ": 5, "\nab": 6}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[("a", "b"), ("\n", "ab")]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    rows = Lazy(99, lambda i: Document("  " + "b" * 1300 + "\n", str(i), " ab\n", task="question answering"))
+    seen = {}
+    for number in range(99):
+        ((_, found),) = beacons.tokens_of(rows, [number], tokenizer, 8192)
+        assert found is not None
+        seen[beacons.separator(number)] = found
+    ends = {" ": ([5], [3]), "\n": ([], [6]), "\n\n": ([4], [6])}
+    assert seen.keys() == ends.keys()
+    for joint, (ids, labels) in seen.items():
+        prompt, response = ends[joint]
+        assert ids == (*[2] * 1300, *prompt, *response, 0)
+        assert labels == (*[-100] * (1300 + len(prompt)), *response, 0)
+
+
+def test_separators_are_as_often_each_and_always_the_same() -> None:
+    drawn = [beacons.separator(i) for i in range(3000)]
+    assert drawn == [beacons.separator(i) for i in range(3000)]
+    for joint in beacons.SEPARATORS:
+        assert abs(drawn.count(joint) - 1000) < 4 * 26  # 4 standard deviations: sqrt(3000 / 3 * 2 / 3)
+
+
+def test_an_output_that_leaves_no_room_and_a_short_sample_are_dropped(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    texts = [("q" * 1200, "a" * 1300), ("q" * 1200, "a" * 1299), ("q" * 1100, "a" * 97), ("q" * 1100, "a" * 98)]
+    rows = Lazy(4, lambda i: Document(texts[i][0], str(i), texts[i][1], task="question answering"))
+    found = [tokens for _, tokens in beacons.tokens_of(rows, range(4), tokenizer, 1300)]
+    longest = [1100 + len(beacons.separator(i)) + len(texts[i][1]) + 1 for i in (2, 3)]
+    assert found[:2] == [None, None]  # the second: 1,299 and EOS fill it
+    assert [tokens and len(tokens[0]) for tokens in found[2:]] == [n if n >= 1200 else None for n in longest]
 
 
 def test_docstring_example_of_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,11 +358,13 @@ def test_choice_is_kept_for_the_file_and_the_tokenizer(
 
 
 def test_split_datasets(hub: Callable[..., None]) -> None:
-    for split in ("train", "test"):
+    for split in ("train", "validation", "test"):
         hub(f"JeanKaddour/minipile/data/{split}-00000-of-00001.parquet", [{"text": f"{split} pile"}])
         hub(f"pg19/{split}.jsonl", [{"short_book_title": "T", "text": f"{split} book " * 40_000}])
     assert texts("minipile.test") == ["test pile"]
     assert texts("minipile.train") == ["train pile"]
+    assert texts("MiniPile.validation") == ["validation pile"]
+    assert texts("pg19.validation.1m") == ["validation book " * 40_000]
     assert texts("pg19.test.128k") == [("test book " * 40_000)[: 128 * 1024]]
     assert open_corpus("pg19.train")[0].source == "hub:emozilla/pg19/train: row 1"
     assert PG19.load("train", ["text"]).column_names == ["text"]  # what is not needed is not read
@@ -319,7 +376,9 @@ def test_wikitext_becomes_articles(hub: Callable[..., None]) -> None:
     hub("wikitext/wikitext-103-raw-v1/train-00000-of-00002.parquet", [{"text": row} for row in rows[:5]])
     hub("wikitext/wikitext-103-raw-v1/train-00001-of-00002.parquet", [{"text": row} for row in rows[5:]])
     hub("wikitext/wikitext-2-raw-v1/train-00000-of-00001.parquet", [{"text": "another config"}])
+    hub("wikitext/wikitext-103-raw-v1/validation-00000-of-00001.parquet", [{"text": rows[1]}, {"text": long}])
     assert texts("wikitext103.train") == ["".join(rows[1:6]), "".join(rows[8:])]
+    assert texts("wikitext103.validation") == [rows[1] + long]
 
 
 def test_articles_of_more_than_100_characters() -> None:
@@ -706,4 +765,7 @@ def test_command_samples_and_checks(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_command_runs_as_a_module_without_warnings() -> None:
     command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "uiollms.data", "--sample", "pg18.test"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (result.returncode, result.stderr) == (2, "corpus 'pg18.test' is unknown; did you mean pg19.{train,test}[.SIZE]?\n")
+    assert (result.returncode, result.stderr) == (
+        2,
+        "corpus 'pg18.test' is unknown; did you mean pg19.{train,validation,test}[.SIZE]?\n",
+    )

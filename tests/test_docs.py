@@ -19,7 +19,8 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / 
 
 # Lower modules first: a module imports only from above itself in this list.
 ORDER = """
-    refusals config schedule schema faults integrity paths environment devices distributed data.cleaning data.documents data.files
+    refusals json_files config schedule schema faults integrity paths tokens environment devices distributed data.cleaning
+    data.documents data.files
     data.hub data.beacons data.corpora_text data.corpora_own data.corpora_tasks data.mixture data lora products loss attention
     apart flash memory library usage generation base model pretend_kernels pretend placement pretrained tasks flops estimators
     kv_gradients step evaluate samples retrieval results evaluation training checkpoint saving checks run_state metrics
@@ -97,7 +98,7 @@ def test_every_link_leads_somewhere_from_where_it_stands(document):
         assert not anchor or anchor in anchors(target), f"{document.name} links to {path}#{anchor}"
 
 
-COMMAND = re.compile(r"python (-m uiollms[\w.]*|-m benchmarks|[\w/]+\.py)([^`\n#]*)")
+COMMAND = re.compile(r"python (-m uiollms[\w.]*|-m benchmarks[\w.]*|[\w/]+\.py)([^`\n#]*)")
 
 
 def test_every_command_a_document_names_exists():
@@ -110,7 +111,9 @@ def test_every_command_a_document_names_exists():
         for program, arguments in COMMAND.findall(text):
             path = ROOT / program
             if program.startswith("-m"):
-                place = (ROOT if program == "-m benchmarks" else ROOT / "src") / program.removeprefix("-m ").replace(".", "/")
+                place = (ROOT if program.startswith("-m benchmarks") else ROOT / "src") / program.removeprefix("-m ").replace(
+                    ".", "/"
+                )
                 path = place / "__main__.py" if place.is_dir() else place.with_suffix(".py")
             assert path.exists(), f"{document.name}: python {program}"
             if program == "-m uiollms.harness":

@@ -62,7 +62,7 @@ def test_evaluation_leaves_no_trace_in_training():
 
 def test_too_long_documents_are_refused():
     model = make_model()
-    with pytest.raises(ValueError, match="240 tokens, the capacity is 232"):
+    with pytest.raises(ValueError, match="240 tokens, the capacity is 238"):
         score(model, random_ids(240))
     with pytest.raises(ValueError, match="reads its context raw: 65 tokens, the base has 64 positions"):
         score(model, random_ids(65), mode="raw")

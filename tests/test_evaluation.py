@@ -16,7 +16,7 @@ import uiollms
 from uiollms.config import TaskEntry, TaskType, load_env_config, load_tasks, parse
 from uiollms.data import Document
 from uiollms.evaluate import token_losses
-from uiollms.evaluation import Evaluation, Instance, partner
+from uiollms.evaluation import Evaluation, Instance, evaluation_documents, partner
 from uiollms.pretrained import load_memory_lm
 from uiollms.results import DocumentScore, TaskResult, bleu4, bootstrap, rouge_l
 from uiollms.retrieval import WORDS, trials
@@ -71,11 +71,13 @@ def shrunk() -> list[dict]:
 def test_every_task_type_evaluates(workspace, corpora, capsys):
     """test.py on the tiny model with every task of config/test-tasks.json, and what it leaves in the run folder."""
     Path("test.json").write_text(json.dumps(dict(tasks=shrunk())))
-    assert {task.task_type for task in load_tasks("test.json")} == set(TaskType.__args__)
+    kinds = {task.task_type for task in load_tasks("test.json")}
+    assert kinds == set(TaskType.__args__)
     assert call("test.py", "--env_conf", "env.json") == 0, capsys.readouterr().err
     table = capsys.readouterr().out
     results = json.loads(Path("out/test.json").read_text())["results"]
     assert len(results) == 13  # 12 tasks, perplexity under two protocols
+    assert [r["task_type"] for r in results if "news" in r["task"]] == ["news qa summation", "news qa summation v2"]
     for result in results:
         assert result["documents"] >= 1 and result["scored_tokens"] > 0, result["task_type"]
         assert all(math.isfinite(result[mode]["nll"]) for mode in ("memory", "window", "raw", "shuffled") if mode in result)
@@ -258,6 +260,43 @@ def test_the_mode_of_the_model_is_left_as_it_was(tiny):
         assert model.training == training
 
 
+LENGTHS = {"a": 50, "b": 0, "c": 1, "d": 9, "e": 300, "f": 90, "g": 17, "h": 95}
+
+
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        (dict(num_instance=3), [50, 9, 90]),  # b is blank, of c's one token nothing is scored
+        (dict(num_instance=3, documents="first"), [50, 9, 90]),
+        (dict(num_instance=9), [50, 9, 90, 90, 17, 90]),
+        (dict(num_instance=3, documents="full"), [90, 90, 90]),  # e f h
+        (dict(num_instance=5, documents="full"), [90, 90, 90, 50, 17]),  # d fits a chunk of 16
+        (dict(num_instance=2, truncation=None), [50, 9]),
+        (dict(num_instance=2, truncation=None, documents="full"), [50, 300]),  # none fills 926
+    ],
+)
+def test_which_documents_are_scored(workspace, tiny, fields, expected):
+    """The first, as in the release, or those that fill `truncation`."""
+    for name, length in LENGTHS.items():
+        Path(f"doc-{name}.txt").write_text(name * length or " \n")
+    task = entry(task_name="files:doc-*.txt", truncation=90).model_copy(update=fields)
+    result = Evaluation(*tiny, [task]).run()[0]
+    found = evaluation_documents(*tiny, task)
+    assert [len(ids) for ids in found] == expected
+    scored = [len(score.nll) for score in result.scores["memory"].values()]
+    # all of a chunk but its first token
+    assert scored == [sum(len(part) - 1 for part in ids.split(16)) for ids in found]
+    assert all(math.isfinite(document.nll.sum()) for document in result.scores["memory"].values())
+
+
+def test_a_document_in_one_chunk_is_scored_without_memory(workspace, tiny):
+    Path("short.txt").write_text("a few words")
+    compared = dict(task_name="files:short.txt", num_instance=1, compare=["window", "raw"])
+    result = Evaluation(*tiny, [entry(**compared)]).run()[0]
+    memory, window, raw = (result.scores[mode][0].nll for mode in ("memory", "window", "raw"))
+    assert len(memory) == 10 and torch.equal(memory, window) and torch.allclose(memory, raw)
+
+
 def test_a_shuffled_document_reads_the_next_that_is_long_enough(workspace, tiny):
     def instance(*lengths: int) -> Instance:
         return Instance(tuple(Sample.document(random_ids(n), 8) for n in lengths))
@@ -301,7 +340,8 @@ REFUSED = [
     ),
     (dict(task_type="passkey", truncation=100), "passkey: a trial of 100 tokens is too short, truncation must be at least 1"),
     (dict(task_type="passkey", task_name="files:blank.txt", truncation=300), "the corpus has 1 documents, all of them blank"),
-    (dict(task_name="files:few.txt"), "has no document for perplexity that is long enough for memory"),
+    (dict(task_name="files:few.txt", documents="full"), "no document for perplexity that is long enough for memory"),
+    (dict(task_name="files:[a-b]*.txt", truncation=1), "no document for perplexity that has a token to score"),
     (dict(task_type="auto encoding", task_name="files:few.txt"), "no document for auto encoding that is long enough"),
     (dict(task_name="files:book0.txt", compare=["shuffled"]), "shuffled needs 2 documents, the corpus has one that fits"),
     (dict(task_type="activation beacons", task_name="beacons sampled.8192.distill", truncation=400), "400 tokens, the base"),

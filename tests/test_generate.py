@@ -123,9 +123,9 @@ def test_what_a_padded_batchs_state_cannot_do_is_said(model):
         model.generate(random_ids(3, 2), state=start.past_key_values)
     longest = dict(state=start.past_key_values, do_sample=False, eos_token_id=None)  # 31 tokens seen by the longest row
     room = torch.tensor([[1, 1], [0, 1], [1, 1], [0, 1]])  # which reads one more
-    assert model.generate(random_ids(4, 2), attention_mask=room, **longest, max_new_tokens=201).shape == (4, 203)
-    with pytest.raises(ValueError, match=r"come to 233 tokens \(31 of them in the state\), the capacity is 232"):
-        model.generate(random_ids(4, 2), attention_mask=room, **longest, max_new_tokens=202)
+    assert model.generate(random_ids(4, 2), attention_mask=room, **longest, max_new_tokens=207).shape == (4, 209)
+    with pytest.raises(ValueError, match=r"come to 239 tokens \(31 of them in the state\), the capacity is 238"):
+        model.generate(random_ids(4, 2), attention_mask=room, **longest, max_new_tokens=208)
 
 
 def test_past_key_values_as_transformers_means_them(model):
@@ -153,9 +153,9 @@ def test_a_prompt_past_the_bases_positions_just_works(model):
 
 def test_past_the_capacity_is_refused_before_a_token_is_made(model):
     ids = random_ids(1, 220)
-    assert model.generate(ids, do_sample=False, max_new_tokens=13, eos_token_id=None).shape == (1, 233)  # the last is not fed
-    with pytest.raises(ValueError, match=r"come to 233 tokens \(0 of them in the state\), the capacity is 232"):
-        model.generate(ids, max_new_tokens=14)
+    assert model.generate(ids, do_sample=False, max_new_tokens=19, eos_token_id=None).shape == (1, 239)  # the last is not fed
+    with pytest.raises(ValueError, match=r"come to 239 tokens \(0 of them in the state\), the capacity is 238"):
+        model.generate(ids, max_new_tokens=20)
 
 
 @pytest.mark.parametrize(

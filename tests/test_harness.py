@@ -26,7 +26,8 @@ from uiollms.lm_eval_command import main
 from uiollms.pretrained import load_memory_lm
 
 ROOT = Path(__file__).parent.parent
-BOS, CHUNK, POSITIONS, CAPACITY = 1, 16, 128, 912
+BOS, CHUNK, POSITIONS = 1, 16, 128
+CAPACITY = 57 * 16 + 14  # 56 memories of 2 slots in front of a whole chunk, 57 in front of 14 tokens
 DOCUMENT = "It was a bright cold day, and the clocks were striking. " * 3  # 168 tokens: past the base's positions
 
 
@@ -167,7 +168,7 @@ def test_three_tasks_through_the_harness(folder, lm, tmp_path):
     assert results["config"]["weights"] == str(folder / "weights") and results["max_length"] == CAPACITY
 
 
-PAST = "loglikelihood_rolling: 2 of 2 requests are past the capacity of 912 tokens, the longest has 17297"
+PAST = "loglikelihood_rolling: 2 of 2 requests are past the capacity of 926 tokens, the longest has 17297"
 
 
 def test_the_example_task(lm):
@@ -351,5 +352,5 @@ def test_what_model_args_may_not_say(folder, settings, message):
     ],
 )
 def test_past_the_capacity(lm, kind, arguments):
-    with pytest.raises(ConfigError, match=f"{kind}.*: 1 of 2 requests are past the capacity of 912 tokens, the longest has 913"):
+    with pytest.raises(ConfigError, match=f"{kind}.*: 1 of 2 requests are past the capacity of 926 tokens, the longest has 927"):
         asked(lm, kind, ("a", *arguments[1:]), arguments)

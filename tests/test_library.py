@@ -109,10 +109,12 @@ def test_another_dtype_of_the_same_model_is_the_same_model(model):
 
 
 def test_past_the_capacity(model):
-    with pytest.raises(ValueError, match="233 tokens, the capacity is 232"):
-        model.compress(random_ids(233))
+    with pytest.raises(ValueError, match="239 tokens, the capacity is 238"):
+        model.compress(random_ids(239))
+    whole = model.compress(random_ids(238)).state(model)  # 29 memories and 6 tokens: all 64 positions
+    assert (whole.num_tokens, whole.num_slots, whole.open_ids.shape) == (238, 58, (1, 6))
     half = model.compress(random_ids(120))
-    with pytest.raises(ValueError, match="240 tokens, the capacity is 232"):
+    with pytest.raises(ValueError, match="240 tokens, the capacity is 238"):
         join([half, half]).state(model)
 
 

@@ -205,17 +205,45 @@ def test_labels_give_the_document_loss():
 
 def test_past_the_capacity_is_an_error_with_the_numbers():
     model = make_model()  # 64 positions, chunks of 8, 2 slots
-    assert model.capacity == 8 * (1 + (64 - 8) // 2) == 232
+    # 29 full chunks, the last behind 28 * 2 = 56 slots; then 64 - 58 = 6 positions are left.
+    assert model.capacity == 29 * 8 + 6 == 238
+    ids = random_ids(1, 238)
     with torch.no_grad():
-        state = model(random_ids(1, 232), logits_to_keep=1).past_key_values
-        with pytest.raises(ValueError, match=r"233 tokens, the capacity is 232.*max_position_embeddings 64"):
-            model(random_ids(1, 1), state)
+        whole = model(ids, logits_to_keep=7)
+        pieces = [model(ids[:, :231], logits_to_keep=1)]
+        for i in range(231, 238):
+            pieces.append(model(ids[:, i : i + 1], pieces[-1].past_key_values))
+        assert relative_error(torch.cat([p.logits for p in pieces[1:]], 1), whole.logits) < ROUNDING
+        with pytest.raises(
+            ValueError,
+            match=r"239 tokens, the capacity is 238: max_position_embeddings 64, chunk_size 8 and num_memory 2 allow 29 full "
+            r"chunks and 6 tokens behind them; cut it",
+        ):
+            model(random_ids(1, 1), whole.past_key_values)
 
 
-def test_llama_2_capacities():
-    shape = dict(lora_rank=128, lora_alpha=512, chunk_size=1024)
-    assert MemoryConfig(num_memory=32, **shape).capacity(4096) == 99_328
-    assert MemoryConfig(num_memory=128, **shape).capacity(4096) == 25_600
+@pytest.mark.parametrize(
+    "num_memory, chunk_size, positions, capacity",
+    [
+        (32, 1024, 4096, 100_320),  # 32x.json: 97 full chunks behind up to 3,072 slots, 992 tokens behind 3,104
+        (128, 1024, 4096, 26_496),  # 8x.json: 25 and 4,096 - 25 * 128 = 896
+        (32, 256, 8192, 63_968),  # smollm2-8x.json: 249 and 8,192 - 249 * 32 = 224
+        (2, 8, 8, 8 + 6),  # one chunk fills all positions, then 2 slots leave 6
+        (8, 8, 16, 16),  # nothing is left behind 2 chunks
+        (4, 8, 15, 16 + 7),  # behind 2 chunks 7 positions: a chunk less one token
+    ],
+)
+def test_capacities(num_memory, chunk_size, positions, capacity):
+    """Beside the definition: the first length that any of its chunks has no room for."""
+    memory = MemoryConfig(num_memory=num_memory, chunk_size=chunk_size, lora_rank=128, lora_alpha=512)
+    assert memory.capacity(positions) == capacity
+
+    def fits(length: int) -> bool:
+        full, last = divmod(length, chunk_size)
+        rows = [(full - 1, chunk_size)] * bool(full) + [(full, last)] * bool(last)
+        return all(memories * num_memory + tokens <= positions for memories, tokens in rows)
+
+    assert fits(capacity) and not fits(capacity + 1)
 
 
 def test_tokens_start_as_the_eos_embedding_and_share_no_storage():

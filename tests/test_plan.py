@@ -119,7 +119,7 @@ def test_weights_on_disk_take_the_largest_of_them(workspace):
 def test_the_command(workspace, capsys):
     assert call("train.py", "--env_conf", "env.json", "--dry_run") == 0
     printed = capsys.readouterr().out
-    assert "a document of 80 tokens, chunk_batch 4" in printed and "longest document with chunk_batch 4: 912 tokens" in printed
+    assert "a document of 80 tokens, chunk_batch 4" in printed and "longest document with chunk_batch 4: 926 tokens" in printed
     assert "s where 100 GFLOP/s are really done" in printed
     assert not Path("out").exists()  # nothing is run
     assert call("train.py", "--env_conf", "env.json", "--dry_run", "--set", "model.device_map=0") == 3
@@ -131,6 +131,30 @@ def test_the_command(workspace, capsys):
     assert "GPU 1 does not exist, this machine has 1" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         call("train.py", "--env_conf", "env.json", "--device_memory", "1GiB")
+
+
+@pytest.mark.parametrize(
+    "entries, longest",
+    [
+        ([("redpajama book sample.train.1m", 99328), ("beacons sampled.8192", None)], 99328),
+        ([("redpajama book sample.train.1m", None), ("beacons sampled.8192", None)], 100_320),
+        ([("pg19.train", 4096), ("Beacons Sampled.8192.no_alpaca", None)], 8192),
+        ([("beacons sampled.8192", 2048)], 2048),
+    ],
+)
+def test_the_longest_document_of_the_corpora(monkeypatch, entries, longest):
+    """Of 32x.json: texts may fill the capacity, a sample of `beacons sampled.N` has at most N tokens."""
+    monkeypatch.chdir(ROOT)
+    corpora = [dict(name=name, truncation=n, partition=1 / len(entries)) for name, n in entries]
+    config = load_env_config("32x.json", [f"train.corpus={json.dumps(corpora)}"])
+    assert Rehearsal(config, "32x.json", {}).longest_document() == longest
+
+
+def test_a_document_at_the_capacity_ends_in_a_partial_chunk(workspace):
+    """128 positions, chunks of 16 into 2 slots: 57 chunks and 14 tokens, all of them behind 57 * 2 slots."""
+    rehearsed = rehearsal(machine={})
+    ends = {chunks: len(rehearsed.document(chunks).rows[-1].input_ids) for chunks in (1, 56, 57)}
+    assert ends == {1: 16, 56: 16, 57: 14}
 
 
 def test_sizes():

@@ -16,6 +16,7 @@ from uiollms import MemoryConfig, Sample, base
 from uiollms.estimators import Estimator, Importance, all_pairs, inclusion_probabilities, systematic_sample, window_from_draws
 from uiollms.memory import Prefix, join_slots
 from uiollms.step import (
+    check_sample,
     chunk_norms,
     chunks_with_gradient,
     decode_rows,
@@ -413,9 +414,30 @@ def test_a_row_that_scores_nothing_changes_nothing():
 
 
 def test_past_the_capacity_is_refused():
-    for sample in (Sample.document(random_ids(233), 8), Sample.copy(random_ids(232), 8)):
-        with pytest.raises(ValueError, match="the capacity is 232"):
+    """64 positions, chunks of 8, 2 slots. What stands behind ALL memories needs room there: a copy of 28 chunks takes
+    28 * 2 + 8 = 64 positions, one of 29 takes 66; a question of 6 tokens fits behind 29, one of 7 does not."""
+    ids = random_ids(238)
+    asked = [(ids[:2], ids[2:6]), (ids[:2], ids[2:7])]
+    for sample, needed in (
+        (Sample.copy(ids[:224], 8), None),
+        (Sample.copy(ids[:232], 8), (29, 8, 66)),
+        (Sample.questions(ids[:232], asked[:1], 8), None),
+        (Sample.questions(ids[:232], asked, 8), (29, 7, 65)),
+        (Sample.memory_utilization(ids[:232], ids[:6], 8), None),
+        (Sample.memory_utilization(ids[:232], ids[:7], 8), (29, 7, 65)),
+        (Sample.document(ids, 8), None),
+        (Sample.beacon(ids, ids, 8), None),
+    ):
+        if needed is None:
+            check_sample(make_model(), sample)
+            continue
+        words = r"{} memories of num_memory 2 slots and the {} tokens that read them need {} positions, max_pos.* is 64"
+        with pytest.raises(ValueError, match=words.format(*needed)):
             uiollms.gradient_step(make_model(), sample)
+    result = uiollms.gradient_step(make_model(), Sample.document(ids, 8), estimator="exact")
+    assert int(result.scored.sum()) == 237
+    with pytest.raises(ValueError, match="239 tokens, the capacity is 238"):
+        uiollms.gradient_step(make_model(), Sample.document(random_ids(239), 8))
 
 
 def test_a_document_of_one_chunk_trains_nothing():

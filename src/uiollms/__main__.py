@@ -29,6 +29,7 @@ from uiollms.library import Memory, join
 from uiollms.memory import MemoryState
 from uiollms.model import MemoryLM
 from uiollms.saving import load_model, load_tokenizer, load_trained, weights_words
+from uiollms.tokens import continued, first_ids, plain_ids, tokenize
 
 DEFAULT_CONFIG = "smollm2-8x.json"
 ANSWER = "ANSWER"  # stands for the answer before, where the text of a later turn is cut out of the chat template
@@ -92,8 +93,8 @@ def run_compress(args: argparse.Namespace, output: Output, stdin: TextIO) -> Non
     began = time.monotonic()
     parts = []
     for path, text in zip(args.files, texts, strict=True):
-        ids = token_ids(tokenizer, text, special=True)
-        check_fits(model, ids.shape[1], path)
+        ids = tokenize(tokenizer, text)
+        check_fits(model, len(ids), path)
         shown = dict(desc=path.name, unit="chunk", unit_scale=model.chunk_batch, leave=False)
         parts.append(model.compress(ids, source=path.name, progress=partial(output.bar, **shown)))
     memory = join(parts)
@@ -161,18 +162,20 @@ def answer(
 
 
 def first_turn(tokenizer: Any, question: str, state: MemoryState) -> Tensor:
-    """[1, T] token ids of a question behind `state`. What the tokenizer starts every text with (BOS, for some) stands at the
-    start of the stream and nowhere else."""
-    ids = token_ids(tokenizer, turn_text(tokenizer, [question]))
-    start = token_ids(tokenizer, "", special=True)
-    if torch.equal(ids[:, : start.shape[1]], start):
-        ids = ids[:, start.shape[1] :]
-    return ids if state.num_tokens else torch.cat([start, ids], dim=1)
+    """[1, T] token ids of a question behind `state`. What the tokenizer starts every text with (BOS, a space, for some)
+    stands at the start of the stream and nowhere else."""
+    text, start = turn_text(tokenizer, [question]), first_ids(tokenizer)
+    if state.num_tokens:  # a chat template may write BOS too
+        text = text.removeprefix("".join(tokenizer.convert_ids_to_tokens(start)))
+        return torch.tensor([continued(tokenizer, text)], dtype=torch.int64)
+    ids = plain_ids(tokenizer, text)
+    return torch.tensor([ids if ids[: len(start)] == start else start + ids], dtype=torch.int64)
 
 
 def later_turn(tokenizer: Any, question: str, last: Tensor) -> Tensor:
     """[1, T] token ids of a question behind an answer whose last token [1, 1] has not been read yet."""
-    ids = token_ids(tokenizer, turn_text(tokenizer, ["-", ANSWER, question]).partition(ANSWER)[2])
+    text = turn_text(tokenizer, ["-", ANSWER, question]).partition(ANSWER)[2]
+    ids = torch.tensor([continued(tokenizer, text)], dtype=torch.int64)
     return ids if torch.equal(ids[:, :1], last) else torch.cat([last, ids], dim=1)
 
 
@@ -227,11 +230,6 @@ def read_text(path: Path) -> str:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: byte {error.start} is not UTF-8") from None
-
-
-def token_ids(tokenizer: Any, text: str, special: bool = False) -> Tensor:
-    """[1, T], with the tokenizer's own first tokens if `special`."""
-    return torch.tensor([tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]], dtype=torch.int64)
 
 
 def lines_of(stdin: TextIO, prompt: str) -> Iterator[str]:

@@ -128,7 +128,8 @@ def measure_attention(
     if tokens is not None and tokens <= memory.chunk_size:
         raise ConfigError(f"{tokens} tokens fit one chunk of {memory.chunk_size}, where no memory is read; take more")
     longest = tokens or min(task.truncation or model.capacity, MOST_CHUNKS * memory.chunk_size)
-    (ids,) = evaluation_documents(model, tokenizer, task.model_copy(update=dict(num_instance=1, truncation=longest)))
+    one = dict(num_instance=1, truncation=longest, documents="full")
+    (ids,) = evaluation_documents(model, tokenizer, task.model_copy(update=one))
     about = dict(task=task.task_name, tokens=len(ids), chunk_size=memory.chunk_size, num_memory=memory.num_memory)
     model.eval()
     return AttentionMass(attention_shares(model, ids, progress), {name: str(value) for name, value in about.items()})

@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from uiollms.refusals import ConfigError, all_right, describe, half_surrogate, json_path
+from uiollms.json_files import half_surrogate, loads, read_json
+from uiollms.refusals import ConfigError, all_right, describe, json_path
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -57,9 +58,16 @@ class MemoryConfig(Checked):
         return self
 
     def capacity(self, positions: int) -> int:
-        """The longest document, in tokens, under `positions` = max_position_embeddings: all memories and the last chunk
-        together fill the positions. 1024, 32, 4096 -> 99,328."""
-        return self.chunk_size * (1 + (positions - self.chunk_size) // self.num_memory)
+        """The longest document, in tokens, under `positions` = max_position_embeddings: a chunk and
+        the memories of all before it share them, and the last chunk may be a partial one.
+        1024, 32, 4096 -> 97 * 1024 tokens in full chunks + 4096 - 97 * 32 = 992: 100,320"""
+        full = 1 + self.most_chunks(positions)
+        partial = min(self.chunk_size - 1, positions - full * self.num_memory)
+        return full * self.chunk_size + max(0, partial)
+
+    def most_chunks(self, positions: int) -> int:
+        """The most chunks that a full one can stand behind. 1024, 32, 4096 -> 96"""
+        return (positions - self.chunk_size) // self.num_memory
 
 
 class ModelSection(Checked):
@@ -114,6 +122,7 @@ TaskType = Literal[
     "longdata copy",
     "activation beacons",
     "news qa summation",
+    "news qa summation v2",
     "memory utilization",
     "passkey",
     "needle",
@@ -129,6 +138,13 @@ class TaskEntry(Checked):
     task_type: TaskType = Field(description="what is measured: docs/evaluation.md")
     task_name: str = Field(description="corpus name; for passkey and needle the corpus that the filler text comes from")
     num_instance: Positive = Field(description="documents; for passkey and needle trials at each depth")
+    documents: Literal["first", "full"] = Field(
+        default="first",
+        description="perplexity and language modeling only: which documents of the corpus. "
+        "first: the first num_instance, shorter ones as they are, as in the release; full: the "
+        "first that fill truncation, and where they are too few the first shorter ones of more "
+        "than a chunk",
+    )
     truncation: Positive | None = Field(
         default=None, description="tokens kept of a document, null = all; passkey, needle: of a trial"
     )
@@ -168,6 +184,11 @@ class TaskEntry(Checked):
         faults = []
         if self.protocols != ("paper",) and self.task_type not in TEXT_TASKS:
             faults.append(f"protocols is for {' and '.join(TEXT_TASKS)}; {self.task_type} has one way to score: remove it")
+        if self.documents != "first" and self.task_type not in TEXT_TASKS:
+            faults.append(
+                f"documents is for {' and '.join(TEXT_TASKS)}; {self.task_type} takes the first "
+                f"whose loss can read memory: remove it"
+            )
         if self.depths is not None and self.task_type not in RETRIEVAL_TASKS:
             faults.append(f"depths is for {' and '.join(RETRIEVAL_TASKS)}; {self.task_type} hides nothing: remove it")
         if self.generate and self.task_type != "question answering":
@@ -268,20 +289,6 @@ class TestFile(Checked):
     tasks: tuple[TaskEntry, ...] = Field(min_length=1, description="what is evaluated")
 
 
-def read_json(path: str | Path) -> Any:
-    """The JSON value in a file. Raises ConfigError for a missing file, bytes that are not UTF-8, or broken JSON."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: byte {error.start} is not UTF-8") from None
-    try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not JSON: {error}") from None
-
-
 def parse(model: type[Model], value: Any, path: str | Path) -> Model:
     """A JSON value -> a typed object. Raises ConfigError with one line for every fault."""
     if (location := half_surrogate(value)) is not None:
@@ -315,7 +322,7 @@ def apply_override(value: Any, override: str, path: str | Path) -> None:
     if not equals:
         raise ConfigError(f"--set {override}: expected field=value, such as train.max_lr=3e-5")
     try:
-        new = json.loads(text)
+        new = loads(text, f"--set {key}")
     except json.JSONDecodeError:
         new = text  # a bare word is a string
     *parents, last = key.split(".")

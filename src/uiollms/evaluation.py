@@ -19,8 +19,9 @@ from uiollms.evaluate import exact_match, greedy_copy, greedy_reconstruction, lo
 from uiollms.model import MemoryLM
 from uiollms.results import DocumentScore, TaskResult
 from uiollms.retrieval import DEPTHS, trials
-from uiollms.samples import SampleMaker, teaches_memory, tokenize
+from uiollms.samples import SampleMaker, teaches_memory
 from uiollms.tasks import PROTOCOLS, Sample
+from uiollms.tokens import tokenize, tokenize_pair
 
 log = logging.getLogger("uiollms")
 PLAIN = "language modeling"  # the kind of a document that is only text
@@ -28,6 +29,7 @@ PLAIN = "language modeling"  # the kind of a document that is only text
 ACCEPTED: dict[str, tuple[str, ...]] = {
     **dict.fromkeys((*TEXT_TASKS, *RETRIEVAL_TASKS), (PLAIN,)),
     **{kind: (kind, PLAIN) for kind in (*COPY_TASKS, "memory utilization")},
+    "news qa summation v2": ("news qa summation",),  # the corpus says which version's loss it is
 }
 
 
@@ -196,7 +198,7 @@ def instance_of(maker: SampleMaker, document: Document, task: TaskEntry, rng: ra
         return Instance(tuple(Sample.copy(chunk, maker.model.memory_config.chunk_size) for chunk in sample.chunks))
     if task.generate:
         ids = torch.cat([row.input_ids for row in sample.rows])
-        response = tokenize(maker.tokenizer, document.response or "", special=False)
+        _, response = tokenize_pair(maker.tokenizer, document.text, document.response or "")
         return Instance((sample,), prompt=ids[: -len(response)], response=response)
     return Instance((sample,))
 
@@ -223,15 +225,19 @@ def documents_of(task: TaskEntry, tokenizer: PreTrainedTokenizerBase) -> Sequenc
 
 
 def evaluation_documents(model: MemoryLM, tokenizer: PreTrainedTokenizerBase, task: TaskEntry) -> list[Tensor]:
-    """Token ids [T] of a task's documents: the first `num_instance` of its corpus that fill `truncation`, and where there
-    are not so many, the first shorter ones of more than a chunk. Raises ConfigError if there is none."""
+    """Token ids [T] of a task's documents, cut to `truncation`: the first `num_instance` of its
+    corpus, passing over blank ones and those of one token, where nothing is scored. With `documents`
+    "full" the first that fill `truncation`, and where there are not so many, the first shorter ones
+    of more than a chunk. Raises ConfigError if there is none."""
     length = min(task.truncation or model.capacity, model.capacity)
+    least = model.memory_config.chunk_size if task.documents == "full" else 1
     full: list[Tensor] = []
     shorter: list[Tensor] = []
     for document in documents_of(task, tokenizer):
         ids = tokenize(tokenizer, document.text)[:length]
-        if len(ids) > model.memory_config.chunk_size:
-            (full if len(ids) == length else shorter).append(ids)
+        if len(ids) > least and not document.is_empty:
+            as_good = task.documents == "first" or len(ids) == length
+            (full if as_good else shorter).append(ids)
         if len(full) == task.num_instance:
             break
     return enough((full + shorter)[: task.num_instance], task)
@@ -240,7 +246,9 @@ def evaluation_documents(model: MemoryLM, tokenizer: PreTrainedTokenizerBase, ta
 def enough(found: list[Any], task: TaskEntry) -> list[Any]:
     """Raises ConfigError if no document was found; warns of fewer than asked for."""
     if not found:
-        raise ConfigError(f"corpus {task.task_name!r} has no document for {task.task_type} that is long enough for memory")
+        text = task.task_type in TEXT_TASKS and task.documents == "first"
+        what = f"{task.task_type} that {'has a token to score' if text else 'is long enough for memory'}"
+        raise ConfigError(f"corpus {task.task_name!r} has no document for {what}")
     if len(found) < task.num_instance:
         log.warning("%s: %d documents of the %d asked for", task.task_name, len(found), task.num_instance)
     return found

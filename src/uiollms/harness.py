@@ -31,6 +31,7 @@ from uiollms.lm_eval_command import MODEL, main
 from uiollms.memory import MemoryState
 from uiollms.saving import load_trained
 from uiollms.tasks import IGNORED, Sample
+from uiollms.tokens import common, document_ids, plain_ids
 
 DEFAULT_NEW_TOKENS = 256  # of generate_until, as in lm-eval's Hugging Face model
 
@@ -82,10 +83,21 @@ class HarnessLM(TemplateLM):
         return self.tokenizer.eos_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """[T]; without a word on special tokens, the tokenizer's own unless the text brings them itself."""
+        """[T]; without a word on special tokens, what the tokenizer writes in front of a text unless the text brings it
+        itself. Nothing is written behind it."""
         if add_special_tokens is None:
             add_special_tokens = not has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id))
-        return self.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+        return (document_ids if add_special_tokens else plain_ids)(self.tokenizer, string)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Context and continuation, tokenised as one text -> the tokens of each, as lm-eval cuts them
+        (spaces at the context's end go to the continuation), but for a token that holds characters of
+        both: it is the continuation's, where lm-eval's own rule keeps the context as it would be alone
+        and loses that token."""
+        stripped = context.rstrip()
+        whole = self.tok_encode(context + continuation)
+        count = common(self.tok_encode(stripped), whole)
+        return whole[:count] or [self.prefix_token_id], whole[count:]
 
     @property
     def tokenizer_name(self) -> str:

@@ -152,12 +152,12 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
     def check_length(self, num_tokens: int) -> None:
         """Raises ValueError for a document of `num_tokens` tokens that is past the capacity."""
         if num_tokens > self.capacity:
-            c = self.memory_config
+            c, positions = self.memory_config, self.config.max_position_embeddings
+            full, last = divmod(self.capacity, c.chunk_size)
             raise ValueError(
-                f"the document has {num_tokens} tokens, the capacity is {self.capacity}: max_position_embeddings "
-                f"{self.config.max_position_embeddings}, chunk_size {c.chunk_size} and num_memory {c.num_memory} allow "
-                f"chunk_size * (1 + (max_position_embeddings - chunk_size) // num_memory); cut it with `truncation`, "
-                f"or compress harder (smaller num_memory)"
+                f"the document has {num_tokens} tokens, the capacity is {self.capacity}: max_position_embeddings {positions}, "
+                f"chunk_size {c.chunk_size} and num_memory {c.num_memory} allow {full} full chunks and {last} tokens "
+                f"behind them; cut it with `truncation`, or compress harder (smaller num_memory)"
             )
 
     # ---- encoder and transfer head --------------------------------------------------------------------------------

@@ -25,7 +25,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from uiollms.base import layer_device
-from uiollms.config import EnvConfig
+from uiollms.config import ConfigError, CorpusEntry, EnvConfig
+from uiollms.data import find_corpus
 from uiollms.estimators import Estimator, all_pairs, make_estimator
 from uiollms.flops import Flops
 from uiollms.lora import master_dtype
@@ -131,6 +132,16 @@ def chunks_in_memory(length: int, chunk_size: int) -> int:
     return max(1, -(-length // chunk_size) - 1)
 
 
+def tokens_at_most(entry: CorpusEntry, capacity: int) -> int:
+    """Tokens of a corpus's longest document, as far as its name and truncation say."""
+    try:
+        corpus, arguments = find_corpus(entry.name)
+    except ConfigError:  # whoever reads the corpus refuses it
+        return min(capacity, entry.truncation or capacity)
+    named = [int(arguments[0] or capacity)] if corpus.tokenized else []  # beacons sampled.8192
+    return min(capacity, entry.truncation or capacity, *named)
+
+
 def largest(share: Callable[[int], float], start: int, top: int) -> int | None:
     """The largest n in 1 .. top with share(n) <= 1, None if there is none. share must grow with n; as it does so nearly
     linearly, the next n to ask is where the line through the two ends crosses 1."""
@@ -166,8 +177,8 @@ class Rehearsal:
         self.measured: dict[tuple[int, int], dict[torch.device, Measured]] = {}
 
     def longest_document(self) -> int:
-        """Tokens; a corpus without truncation may fill the capacity."""
-        return max(min(c.truncation or self.capacity, self.capacity) for c in self.config.train.corpus)
+        """Tokens; a corpus of texts without truncation may fill the capacity."""
+        return max(tokens_at_most(entry, self.capacity) for entry in self.config.train.corpus)
 
     def need(self, chunks: int, batch: int) -> Needs:
         """Bytes on every device of the map, for a document with so many chunks in memory."""
@@ -243,8 +254,9 @@ class Rehearsal:
             return result
 
     def document(self, chunks: int) -> Sample:
-        """A document with so many chunks in memory."""
-        ids = torch.zeros((chunks + 1) * self.memory.chunk_size, dtype=torch.int64)
+        """A document with so many chunks in memory; its last chunk is full if positions allow."""
+        length = min((chunks + 1) * self.memory.chunk_size, self.capacity)
+        ids = torch.zeros(length, dtype=torch.int64)
         return PROTOCOLS[self.config.train.loss](ids, self.memory.chunk_size)
 
     def sample(self, chunks: int, batch: int) -> Sample:

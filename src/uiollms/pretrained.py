@@ -326,7 +326,8 @@ def examine_sources(sources: Sources, memory: MemoryConfig | None, shape: Any, p
 def shortest(entry: CorpusEntry | TaskEntry, task: str, chunk_size: int) -> int:
     """Tokens of the shortest document that makes a sample. task: what the corpus is for."""
     kind = entry.task_type if isinstance(entry, TaskEntry) else task
-    if kind in (*COPY_TASKS, "memory utilization", "news qa summation"):
+    whole = ("memory utilization", "news qa summation", "news qa summation v2")
+    if kind in (*COPY_TASKS, *whole):
         return chunk_size  # one chunk is compressed, then asked for
     # Training needs a loss that reads memory: the second token behind the first chunk is the first to have one, the one
     # before it is not scored, or is predicted from the first chunk.

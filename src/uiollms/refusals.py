@@ -79,15 +79,6 @@ def json_path(location: tuple[str | int, ...]) -> str:
     return text
 
 
-def half_surrogate(value: Any, location: tuple[str | int, ...] = ()) -> tuple[str | int, ...] | None:
-    """Where in a JSON value a text stands that no file can hold; None if nowhere."""
-    if isinstance(value, str):
-        return location if any("\ud800" <= c <= "\udfff" for c in value) else None
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    found = (half_surrogate(part, (*location, key)) for key, v in inner for part in ((v, key) if isinstance(key, str) else (v,)))
-    return next((place for place in found if place is not None), None)
-
-
 def fields_at(model: type[BaseModel], location: tuple[str | int, ...]) -> list[str]:
     """Names of the fields of the typed object that a location leads to."""
     current: Any = model

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from uiollms.config import ConfigError
 from uiollms.data import Document
-from uiollms.samples import tokenize
 from uiollms.tasks import IGNORED, Sample
+from uiollms.tokens import LONGEST_TOKEN, continued, continued_pair, first_ids, plain_ids
 
 # task_type -> the sentence that is hidden, the question; both end where the answer belongs.
 FORMS = {
@@ -35,7 +35,6 @@ WORDS = """
     blanket shovel
 """.split()
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-LONGEST_TOKEN = 16  # characters of filler read a token; where that is too few, the next document goes on
 
 
 class Trial(NamedTuple):
@@ -62,6 +61,8 @@ def trials(
 
     length 12, filler a b c ..., sentence N N, question Q Q, answer A, depth 0.5 -> a b c d N N e f g Q Q A, scored at A
     (7 tokens of filler, of which round(0.5 * 7) = 4 stand in front; a BOS stands in front of all)
+
+    The filler is tokenised as one text, sentence and question as they stand behind other text.
     """
     rng = random.Random(0)
     answers = [f" {key}" for key in rng.sample(range(10_000, 100_000), count)]
@@ -69,22 +70,25 @@ def trials(
         words = rng.sample(WORDS, len(WORDS))
         answers = [f" {words[i % len(words)]}" for i in range(count)]
     hidden, asked = FORMS[task_type]
-    first = tokenize(tokenizer, "")  # BOS, if the tokenizer has one
-    question = tokenize(tokenizer, asked, special=False)
+    first = torch.tensor(first_ids(tokenizer), dtype=torch.int64)  # BOS, if the tokenizer has one
     prepared = []
     for i, answer in enumerate(answers):
-        sentence = tokenize(tokenizer, hidden.format(answer=answer), special=False)
-        reply = tokenize(tokenizer, answer, special=False)
+        sentence = torch.tensor(continued(tokenizer, hidden.format(answer=answer)))
+        question, reply = continued_pair(tokenizer, asked, answer)
         room = length - len(first) - len(sentence) - len(question) - len(reply)
         if room < 1 or length <= chunk_size:
             needed = max(length - room + 1, chunk_size + 1)
             raise ConfigError(f"{task_type}: a trial of {length} tokens is too short, truncation must be at least {needed}")
-        prepared.append((filler_tokens(filler, i, tokenizer, room), sentence, reply))
+        prepared.append((filler_tokens(filler, i, tokenizer, room), sentence, question, reply))
 
     found = []
     for depth in depths:
-        for text, sentence, reply in prepared:
+        for i, (text, sentence, question, reply) in enumerate(prepared):
             place = round(depth * len(text))
+            if place == 0:  # the document begins with the sentence, and the filler goes on from it
+                sentence = torch.tensor(plain_ids(tokenizer, hidden.format(answer=answers[i])))
+                room = length - sum(map(len, (first, sentence, question, reply)))
+                text = filler_tokens(filler, i, tokenizer, room, continued)
             ids = torch.cat([first, text[:place], sentence, text[place:], question, reply])
             labels = ids.clone()
             labels[: -len(reply)] = IGNORED
@@ -92,19 +96,27 @@ def trials(
     return found
 
 
-def filler_tokens(filler: Sequence[Document], start: int, tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
-    """`length` tokens of text from document number `start` (counted round) on; short documents are joined. Raises
-    ConfigError if all are blank."""
-    parts: list[Tensor] = []
-    missing, blank = length, 0
+def filler_tokens(
+    filler: Sequence[Document],
+    start: int,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    read: Callable[[PreTrainedTokenizerBase, str], list[int]] = plain_ids,
+) -> Tensor:
+    """`length` tokens of text from document number `start` (counted round) on; short documents are
+    joined, a line each, and tokenised as one, by `read`. Raises ConfigError if all are blank."""
+    texts: list[str] = []
+    blank, size, enough = 0, 0, length  # size: characters; enough: how many to try with
     for i in itertools.count(start):
         if blank == len(filler):
             raise ConfigError(f"passkey and needle need filler text, the corpus has {len(filler)} documents, all of them blank")
-        text = filler[i % len(filler)].text.strip()[: missing * LONGEST_TOKEN]
+        text = filler[i % len(filler)].text.strip()[: length * LONGEST_TOKEN]
         blank = 0 if text else blank + 1
-        if text:
-            parts.append(tokenize(tokenizer, ("\n" if parts else "") + text, special=False)[:missing])
-            missing -= len(parts[-1])
-        if not missing:
-            break
-    return torch.cat(parts)
+        texts += [text] if text else []
+        size += len(text)
+        if size >= enough:
+            ids = read(tokenizer, "\n".join(texts))
+            if len(ids) >= length:
+                break
+            enough = 2 * size
+    return torch.tensor(ids[:length], dtype=torch.int64)

@@ -17,12 +17,15 @@ from uiollms.data import Document, NewsDocument, TokenDocument
 from uiollms.model import MemoryLM
 from uiollms.step import check_sample, check_teacher
 from uiollms.tasks import PROTOCOLS, Sample
-
-
-def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = True) -> Tensor:
-    """[T] int64, with the tokenizer's own first tokens (BOS) if `special`; its warning about length is off, memory is there
-    for that."""
-    return torch.tensor(tokenizer(text, verbose=False, add_special_tokens=special).input_ids, dtype=torch.int64)
+from uiollms.tokens import (
+    LONGEST_TOKEN,
+    common,
+    continued_pair,
+    first_ids,
+    plain_ids,
+    tokenize,
+    tokenize_pair,
+)
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,10 @@ class SampleMaker:
             return sample.distilled(document.kl_weight) if document.kl_weight else sample
         if isinstance(document, NewsDocument):
             return self._ask_news(document, most, rng)
-        ids = tokenize(self.tokenizer, document.text)
         if document.task == "question answering":
-            response = tokenize(self.tokenizer, document.response or "", special=False)
-            return Sample.question_answering(ids, response, chunk_size, document.train_prompt, most)
+            pair = tokenize_pair(self.tokenizer, document.text, document.response or "")
+            return Sample.question_answering(*pair, chunk_size, document.train_prompt, most)
+        ids = tokenize(self.tokenizer, document.text)
         if document.task == "memory utilization":
             probe = torch.tensor([rng.randrange(self.model.config.vocab_size) for _ in range(chunk_size)])
             ids = ids[: min(most, self.model.config.max_position_embeddings - chunk_size)]
@@ -69,28 +72,49 @@ class SampleMaker:
             start = chunk_size * rng.randrange(count) if count else 0
             ids = ids[start : start + chunk_size]
         if document.task in ("auto encoding", "longdata copy"):
-            ids = ids[: min(most, self.model.capacity - chunk_size)]  # the copies stand behind all memories
+            ids = ids[: min(most, self._most_compressed())]  # the copies stand behind all memories
             return Sample.copy(ids, chunk_size) if len(ids) >= chunk_size else Sample.document(ids, chunk_size)
         return PROTOCOLS[self.protocol](self._cut(ids, truncation, rng, crop), chunk_size)
 
     def _ask_news(self, document: NewsDocument, most: int, rng: random.Random) -> Sample:
-        """The story hidden at a random place of its distractor text, together a whole number of chunks within `most` tokens
-        (and, where a teacher reads them raw, within the base's positions); every question and the summary asked of it."""
+        """The story hidden in its distractor text, together a whole number of chunks within `most` tokens (and, where a
+        teacher reads them raw, within the base's positions); every question and the summary asked of it."""
         chunk_size = self.model.memory_config.chunk_size
+        most = min(most, self._most_compressed())  # the questions stand behind all memories
         if document.kl_weight:
             most = min(most, self.model.config.max_position_embeddings - chunk_size)
-        most = most // chunk_size * chunk_size
-        story = tokenize(self.tokenizer, document.text)[:most]
-        around = tokenize(self.tokenizer, document.distractor, special=False)
-        whole = (len(story) + len(around)) // chunk_size * chunk_size
-        around = around[: max(0, min(most, whole) - len(story))]
-        place = rng.randint(0, len(around))
-        context = torch.cat([around[:place], story, around[place:]])
+        context = self._hide(document, most, rng)
         asked = [(f"Question: {question}\nAnswer:", answer) for question, answer in document.questions]
         asked += [("Summary of the story:", document.summary)] if document.summary.strip() else []
-        tokens = [tuple(tokenize(self.tokenizer, side, special=False) for side in (q, f" {a}")) for q, a in asked]
+        tokens = [continued_pair(self.tokenizer, question, f" {answer}") for question, answer in asked]
         fitting = [(q, a[: chunk_size - 1]) for q, a in tokens]
         return Sample.questions(context, fitting, chunk_size, document.kl_weight)
+
+    def _hide(self, document: NewsDocument, most: int, rng: random.Random) -> Tensor:
+        """BOS, if the tokenizer writes one, and a part of the text that has the story on lines of its
+        own at a random place of its distractor: as many whole chunks as `most` tokens and the text
+        allow, the story at a random place of them. A story longer than they are loses its end."""
+        place = rng.randint(0, len(document.distractor))
+        reach = most * LONGEST_TOKEN
+        before = document.distractor[max(0, place - reach) : place]
+        after = document.distractor[place : place + reach]
+        start_text = f"{before}\n" if before else ""
+        story_text = start_text + document.text
+        first = first_ids(self.tokenizer)
+        ids = plain_ids(self.tokenizer, f"{story_text}\n{after}" if after else story_text)
+        chunk_size = self.model.memory_config.chunk_size
+        length = min(most, len(first) + len(ids)) // chunk_size * chunk_size - len(first)
+        if length < 1:
+            return torch.tensor((first + ids)[:most], dtype=torch.int64)
+        start = common(plain_ids(self.tokenizer, start_text), ids)
+        stop = min(start + length, common(plain_ids(self.tokenizer, story_text), ids))
+        cut = rng.randint(max(0, stop - length), min(start, len(ids) - length))
+        return torch.tensor(first + ids[cut : cut + length], dtype=torch.int64)
+
+    def _most_compressed(self) -> int:
+        """Tokens of the chunks whose memories a further full chunk can stand behind."""
+        memory, positions = self.model.memory_config, self.model.config.max_position_embeddings
+        return memory.most_chunks(positions) * memory.chunk_size
 
     def _cut(self, ids: Tensor, truncation: int | None, rng: random.Random, crop: str) -> Tensor:
         """At most `truncation` tokens, from the start or from a random place; without one, at most the capacity."""

@@ -129,9 +129,20 @@ def backward(model: MemoryLM, outputs: Tensor | Sequence[Tensor], gradients: Seq
 
 
 def check_sample(model: MemoryLM, sample: Sample) -> None:
-    """Raises ValueError if a row stands past the capacity: behind its memories as a document of so many chunks would."""
-    chunk_size = model.memory_config.chunk_size
-    model.check_length(max(row.num_memories * chunk_size + len(row.input_ids) for row in sample.rows))
+    """Raises ValueError if a row and the memories that it reads need more positions than there are:
+    for a document in chunks, one past the capacity."""
+    m, positions = model.memory_config.num_memory, model.config.max_position_embeddings
+    row = max(sample.rows, key=lambda row: row.num_memories * m + len(row.input_ids))
+    needed = row.num_memories * m + len(row.input_ids)
+    if needed <= positions:
+        return
+    if [row.num_memories for row in sample.rows] == list(range(len(sample.rows))):
+        model.check_length(sample.num_tokens)
+    raise ValueError(
+        f"{row.num_memories} memories of num_memory {m} slots and the {len(row.input_ids)} tokens "
+        f"that read them need {needed} positions, max_position_embeddings is {positions}; cut the "
+        f"document with `truncation`, or compress harder (smaller num_memory)"
+    )
 
 
 def row_weights(sample: Sample, window: Tensor) -> Tensor:

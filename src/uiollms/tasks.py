@@ -111,7 +111,7 @@ class Sample:
         prompt 0 1 2 3 4, response 5 6, chunk_size 4 -> reads [0 1 2 3] | reads [4 5 6] scores 5 6, 1/2 each
         truncation 5 -> prompt 0 3 4: its first 5 - 2 = 3 tokens' room split into 1 and 2
         """
-        prompt, response = flat(prompt), flat(response)
+        prompt, response = (torch.as_tensor(side).cpu().flatten() for side in (prompt, response))
         if truncation is not None and len(prompt) + len(response) > truncation:
             room = truncation - len(response)
             if room < 1:

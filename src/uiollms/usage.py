@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from uiollms.library import Memory, compress
+from uiollms.tokens import tokenize
 
 
 class Usage:
@@ -28,7 +29,7 @@ class Usage:
         if isinstance(document, str):
             if tokenizer is None:
                 raise ValueError("compress: a text needs its tokenizer: compress(text, tokenizer)")
-            document = tokenizer(document, verbose=False)["input_ids"]  # with BOS, if it writes one, as in training
+            document = tokenize(tokenizer, document)  # with BOS, if it writes one, as in training
         return compress(self, torch.as_tensor(document, dtype=torch.int64), source, progress)
 
     def save_pretrained(self: Any, save_directory: str | Path, include_base: bool = False, tokenizer: Any = None) -> None:

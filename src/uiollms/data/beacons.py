@@ -1,4 +1,4 @@
-"""Tokenised samples as Activation Beacon (Zhang et al. 2024) makes them: chosen by their length in tokens.
+"""Tokenised samples as Activation Beacon (Zhang et al. 2024) makes them: cut to a number of tokens, and chosen by it.
 
 To choose them, both files are tokenised once; which documents were chosen is kept in the cache (see paths.py) for each
 state of the file, tokenizer and max_length. After that a sample is tokenised when it is read.
@@ -22,10 +22,14 @@ from uiollms.config import ConfigError
 from uiollms.data.documents import Corpus, Document, Lazy, TokenDocument
 from uiollms.data.files import state_of
 from uiollms.paths import cache_dir
+from uiollms.tokens import batch_ids, common
 
 SHORTEST = 1200  # tokens
 MOST = 200_000  # samples a file
 SEED = 42
+CHARACTERS = 5  # of a text for each token of max_length; what lies behind them is not tokenised
+SEPARATORS = (" ", "\n", "\n\n")
+RULES = 2  # of what is chosen, of all above; a choice made by others is not taken from the cache
 BATCH = 64  # documents tokenised at once, on all cores
 IGNORED = -100
 
@@ -33,16 +37,18 @@ Tokens = tuple[tuple[int, ...], tuple[int, ...]]  # (input_ids [T], labels [T])
 
 
 def fit(prompt: Sequence[int], response: Sequence[int] | None, eos: int | None, max_length: int) -> Tokens | None:
-    """Token ids and labels of a sample, or None if its length is outside 1,200 .. max_length.
+    """Token ids and labels of a sample of at most max_length tokens, or None if it has fewer than
+    1,200, or a response that leaves no room for a prompt.
 
-    Text: all tokens are labels. Question answering: the response and its EOS are; a prompt that is too long loses its
-    middle, the first half of the room (rounded down) keeps its start.
+    Text: the first max_length tokens, all of them labels. Question answering: the response and its EOS
+    are; a prompt that is too long loses its middle, the first half of the room (rounded down) keeps its
+    start.
     max_length 8 (and no lower limit), prompt 1 2 3 4 5 6 7 8 9, response 20 21, EOS 0
     -> ids 1 2 7 8 9 20 21 0, labels -100 -100 -100 -100 -100 20 21 0
     """
     if response is None:
-        ids = tuple(prompt)
-        return (ids, ids) if SHORTEST <= len(ids) <= max_length else None
+        ids = tuple(prompt[:max_length])
+        return (ids, ids) if len(ids) >= SHORTEST else None
     if eos is None:
         raise ConfigError("beacons sampled: the tokenizer has no EOS token to end a response with")
     answer = (*response, eos)
@@ -55,14 +61,34 @@ def fit(prompt: Sequence[int], response: Sequence[int] | None, eos: int | None, 
     return (ids, (IGNORED,) * len(prompt) + answer) if len(ids) >= SHORTEST else None
 
 
-def tokens_of(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Tokens | None]:
-    prompts = tokenizer([document.text for document in documents], verbose=False).input_ids
-    answers = [document.response or "" for document in documents]
-    responses = tokenizer(answers, add_special_tokens=False, verbose=False).input_ids
-    return [
-        fit(prompt, None if document.response is None else response, tokenizer.eos_token_id, max_length)
-        for document, prompt, response in zip(documents, prompts, responses, strict=True)
-    ]
+def separator(number: int) -> str:
+    """What stands between input and output of a file's document of that number: one of three at
+    random, the same at every reading."""
+    return random.Random(f"{SEED} {number}").choice(SEPARATORS)
+
+
+def tokens_of(
+    documents: Corpus, numbers: Sequence[int], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[tuple[Document, Tokens | None]]:
+    """The documents of those numbers, and the samples that they make: a text of its first
+    5 * max_length characters, input and output as one text."""
+    found = [documents[i] for i in numbers]
+    prompts, texts = [], []
+    for i, document in zip(numbers, found, strict=True):
+        prompt = document.text[: max_length * CHARACTERS]
+        if document.response is not None:
+            prompt = document.text.strip() + separator(i)
+        prompts.append(prompt)
+        texts.append(prompt + (document.response or "").strip())
+    asked = [n for n, document in enumerate(found) if document.response is not None]
+    ids = batch_ids(tokenizer, texts)
+    heads = dict(zip(asked, batch_ids(tokenizer, [prompts[n] for n in asked]), strict=True))
+    samples = []
+    for n, document in enumerate(found):
+        count = len(ids[n]) if n not in heads else max(1, common(heads[n], ids[n]))
+        response = ids[n][count:] if n in heads else None
+        samples.append((document, fit(ids[n][:count], response, tokenizer.eos_token_id, max_length)))
+    return samples
 
 
 def sampled(documents: Corpus, path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int, kl_weight: float) -> Corpus:
@@ -70,8 +96,7 @@ def sampled(documents: Corpus, path: Path, tokenizer: PreTrainedTokenizerBase, m
     kept = chosen(documents, path, tokenizer, max_length)
 
     def read(i: int) -> Document:
-        document = documents[kept[i]]
-        (tokens,) = tokens_of([document], tokenizer, max_length)
+        ((document, tokens),) = tokens_of(documents, [kept[i]], tokenizer, max_length)
         if tokens is None:
             raise ConfigError(f"{document.source}: has changed since it was chosen; start the run again")
         return TokenDocument(
@@ -89,7 +114,7 @@ def sampled(documents: Corpus, path: Path, tokenizer: PreTrainedTokenizerBase, m
 
 def chosen(documents: Corpus, path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Sequence[int]:
     """Numbers of the chosen documents, from the cache if they are there."""
-    key = f"{state_of(path)} {fingerprint(tokenizer)} {SHORTEST} {max_length} {MOST} {SEED}"
+    key = f"{state_of(path)} {fingerprint(tokenizer)} {SHORTEST} {max_length} {MOST} {SEED} {RULES}"
     kept = cache_dir() / "beacons" / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
     if not kept.exists():
         numbers = choose(documents, tokenizer, max_length, f"choosing samples of {path.name} (once)")
@@ -106,8 +131,8 @@ def choose(documents: Corpus, tokenizer: PreTrainedTokenizerBase, max_length: in
     kept = array("q")
     for start in tqdm(range(0, len(order), BATCH), desc=title, unit_scale=BATCH, unit="doc", disable=None):
         numbers = order[start : start + BATCH]
-        tokens = tokens_of([documents[i] for i in numbers], tokenizer, max_length)
-        kept.extend(i for i, found in zip(numbers, tokens, strict=True) if found)
+        samples = tokens_of(documents, numbers, tokenizer, max_length)
+        kept.extend(i for i, (_, tokens) in zip(numbers, samples, strict=True) if tokens)
         if len(kept) >= MOST:
             return kept[:MOST]
     return kept

@@ -14,7 +14,7 @@ MINIPILE = HubDataset("JeanKaddour/minipile")
 WIKITEXT = HubDataset(
     "Salesforce/wikitext",
     aliases=("wikitext",),
-    files={split: f"wikitext-103-raw-v1/{split}*" for split in ("train", "test")},
+    files={split: f"wikitext-103-raw-v1/{split}*" for split in ("train", "validation", "test")},
 )
 PG19 = HubDataset("emozilla/pg19", aliases=("deepmind/pg19", "pg19"))  # the original is a program that downloads the books
 LONGDATA = HubDataset("yuyijiong/LongData-Corpus")
@@ -26,9 +26,12 @@ CODE_PARROT = RawFile("codeparrot.json")
 BOOKS = RawFile("redpajama_book_sample.jsonl")
 
 
+SPLITS, SPLIT = "{train,validation,test}", r"\.(train|validation|test)"
+
+
 @corpus(
-    "minipile.{train,test}[.SIZE]",
-    r"minipile\.(train|test)" + SIZE,
+    f"minipile.{SPLITS}[.SIZE]",
+    "minipile" + SPLIT + SIZE,
     needs=[MINIPILE],
     reads=lambda split, size: [MINIPILE.split(split)],
 )
@@ -37,8 +40,8 @@ def minipile(split: str, size: str | None) -> Corpus:
 
 
 @corpus(
-    "wikitext103.{train,test}[.SIZE]",
-    r"wikitext103\.(train|test)" + SIZE,
+    f"wikitext103.{SPLITS}[.SIZE]",
+    "wikitext103" + SPLIT + SIZE,
     needs=[WIKITEXT],
     reads=lambda split, size: [WIKITEXT.split(split)],
 )
@@ -55,8 +58,8 @@ def wikitext103(split: str, size: str | None) -> Corpus:
 
 
 @corpus(
-    "pg19.{train,test}[.SIZE]",
-    r"pg19\.(train|test)" + SIZE,
+    f"pg19.{SPLITS}[.SIZE]",
+    "pg19" + SPLIT + SIZE,
     needs=[PG19],
     reads=lambda split, size: [PG19.split(split)],
 )

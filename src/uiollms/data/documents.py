@@ -129,7 +129,8 @@ class Source(Protocol):
 @dataclass(frozen=True)
 class NamedCorpus:
     """An entry of the register. usage: the name as people write it, {a,b} one of, [.x] optional; pattern: of the name in
-    lower case without spaces, its groups are the opener's arguments; tokenized: the opener also takes a tokenizer.
+    lower case without spaces, its groups are the opener's arguments; tokenized: the opener also takes a tokenizer, and its
+    first argument is how many tokens a document has at most.
     mixed: not all documents are of kind `task`; needs: sources of all that the name may stand for; reads: of the same
     arguments, those that the opener reads; taught: of the same arguments, the most tokens that a teacher reads raw (0: none
     does, or it depends on the truncation alone)."""

@@ -132,7 +132,8 @@ def measure(args: argparse.Namespace, out: Path) -> Result:
     weights = weights_of(config)
     with as_preset(model, preset):
         count = args.documents or preset["documents"]
-        task = TaskEntry(task_type="perplexity", task_name=args.corpus, num_instance=count, truncation=preset["tokens"])
+        wanted = dict(num_instance=count, truncation=preset["tokens"], documents="full")
+        task = TaskEntry(task_type="perplexity", task_name=args.corpus, **wanted)
         documents = evaluation_documents(model, tokenizer, task)
     if weights:
         load_weights(model, weights)
