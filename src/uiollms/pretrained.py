@@ -15,15 +15,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
+import transformers
 from huggingface_hub import constants
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GgufConfig,
-    LlamaConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
 
 from uiollms.config import ConfigError, CorpusEntry, EnvConfig, MemoryConfig, TaskEntry, load_memory_config
 from uiollms.data import find_corpus
@@ -101,9 +95,10 @@ def converted(folder: Path, gguf: str) -> Path:
     log.info("converting %s into %s (once)", gguf, target)
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=target.parent))
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=gguf, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-    )
+    settings: dict[str, Any] = dict(gguf_file=gguf, dtype=torch.bfloat16)
+    if hasattr(transformers, "GgufConfig"):  # older versions have no such setting and always dequantise
+        settings["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, **settings)
     model.save_pretrained(work)
     AutoTokenizer.from_pretrained(folder, gguf_file=gguf).save_pretrained(work)
     try:
