@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import matplotlib.figure  # noqa: F401  slow imports happen here, once, for all children
 import torch.utils.tensorboard  # noqa: F401
 from test_commands import call
+from tqdm import tqdm
 
 from uiollms.environment import environment
 
@@ -23,6 +25,8 @@ def forked(function: Callable[[], int], kill_after: float | None = None, output:
     environment()  # asks git, once for all children
     child = os.fork()
     if not child:
+        # Bars of all forks share one lock, which a child that is killed would keep for ever.
+        tqdm.set_lock(threading.RLock())
         file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for standard in (sys.stdout, sys.stderr):
             standard.flush()

@@ -1,5 +1,6 @@
 """What a user meets before the first run: a clone without an install, the Makefile's choice of torch, versions, a GPU unused."""
 
+import importlib
 import json
 import os
 import re
@@ -131,6 +132,11 @@ def test_which_torch_make_setup_takes(tmp_path):
 def test_every_command_of_make_runs_in_the_environment_it_is_given(tmp_path):
     for target in ("lint", "test", "test-slow", "demo", "bench"):
         assert f"{tmp_path}/bin/" in (commands := made(target, f"VENV={tmp_path}")) and ".venv/bin" not in commands
+
+
+def test_what_reads_the_small_models_file_is_whole():
+    """gguf 0.10 imports a package that it does not require."""
+    assert importlib.import_module("gguf").GGUFReader
 
 
 # ---- a clone without an install ---------------------------------------------------------------------------------------
