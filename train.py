@@ -13,6 +13,12 @@ import math
 import sys
 from pathlib import Path
 
+try:
+    import uiollms.cli  # noqa: F401  # and with it torch and transformers
+except ImportError as error:
+    how = "`make setup` and then .venv/bin/python, or `pip install -e .` in an environment of yours"
+    sys.exit(f"{error}; run {how}: see Set-up in README.md")
+
 from torch.nn.utils import clip_grad_norm_
 
 from uiollms.checkpoint import load_weights

@@ -97,7 +97,8 @@ def weights_seen(model: MemoryLM, record: Callable[[int, Tensor], None]) -> Iter
         eager = sys.modules[type(module).__module__].eager_attention_forward
         if mask is None:  # plain causal, which an eager function does not know
             queries, keys = query.shape[2], key.shape[2]
-            mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+            mask = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=query.device)
+            mask = mask.tril(keys - queries)
         added = torch.zeros((), dtype=query.dtype, device=query.device).masked_fill(~mask, torch.finfo(query.dtype).min)
         output, weights = eager(module, query, key, value, added, **settings)
         record(int(module.layer_idx), weights)  # type: ignore[arg-type]

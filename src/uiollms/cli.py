@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
@@ -17,6 +18,9 @@ from transformers.utils import logging as transformers_logging
 
 from uiollms.config import ConfigError
 from uiollms.devices import keep_freed_memory
+from uiollms.environment import unused_gpu
+
+log = logging.getLogger("uiollms")
 
 
 @dataclass(frozen=True)
@@ -108,9 +112,11 @@ def parse_arguments(doc: str | None, arguments: list[str] | None, evaluation: bo
 
 def reporting_errors(main: Callable[[], int | None]) -> int:
     """Run a command and return its exit code, as `errors_as_lines`; the libraries under it say no more than warnings, and the
-    process keeps the memory that its tensors give back."""
+    process keeps the memory that its tensors give back. A GPU that torch cannot use is said first."""
     keep_freed_memory()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if os.environ.get("LOCAL_RANK", "0") == "0" and (unused := unused_gpu()):  # one process says it
+        log.warning(unused)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

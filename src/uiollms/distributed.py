@@ -38,6 +38,9 @@ log = logging.getLogger("uiollms")
 # How long one process waits for another that lives: the first one saves and evaluates while the others wait. A process that
 # ends is noticed at once, by its connections.
 PATIENCE = timedelta(hours=12)
+# torch before 2.12 has these two collectives under their older names only, which newer ones warn of.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 SIZES = ("WORLD_SIZE", "SLURM_NTASKS", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")  # what launchers call the number of processes
 Value = TypeVar("Value")
 
@@ -126,7 +129,7 @@ class Group:
             return own
         whole = own.new_empty(self.size * len(own), *own.shape[1:], device=self.device)
         with talking():
-            dist.all_gather_single(whole, own.to(self.device).contiguous(), group=self.group)
+            all_gather(whole, own.to(self.device).contiguous(), group=self.group)
         return whole.to(own.device)
 
     def scatter_sum(self, whole: Tensor) -> Tensor:
@@ -135,7 +138,7 @@ class Group:
             return whole
         own = whole.new_empty(len(whole) // self.size, *whole.shape[1:], device=self.device)
         with talking():
-            dist.reduce_scatter_single(own, whole.to(self.device).contiguous(), group=self.group)
+            reduce_scatter(own, whole.to(self.device).contiguous(), group=self.group)
         return own.to(whole.device)
 
 

@@ -138,8 +138,9 @@ class Generation:
                 ids, {**self.generation_config.to_dict(), **set_fields(generation_config), **options}
             )
         if attention_mask is not None:
-            mask = options["attention_mask"] = left_padded(attention_mask, ids, past_key_values)
+            mask = left_padded(attention_mask, ids, past_key_values)
             if mask is not None:
+                options["attention_mask"] = mask
                 start = self.new_state(len(mask)) if state is None else expanded(state, len(mask))
                 state = RaggedState.start(mask.bool(), start)
         if not wants_length(generation_config, options) and self.generation_config.max_new_tokens is None:

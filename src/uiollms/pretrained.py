@@ -16,13 +16,13 @@ from urllib.parse import urlsplit
 
 import gguf
 import torch
+import transformers
 from huggingface_hub import constants
 from tokenizers import pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GgufConfig,
     LlamaConfig,
     PreTrainedTokenizerBase,
 )
@@ -135,9 +135,10 @@ def converted(folder: Path, file: str) -> Path:
     log.info("converting %s into %s (once)", file, target)
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=target.parent))
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=file, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
-    )
+    settings: dict[str, Any] = dict(gguf_file=file, dtype=torch.bfloat16)
+    if hasattr(transformers, "GgufConfig"):  # older versions have no such setting and always dequantise
+        settings["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, **settings)
     model.save_pretrained(work)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizer(folder / file)
