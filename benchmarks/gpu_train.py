@@ -104,6 +104,8 @@ class Trainer:
 
     def stage(self, seconds: float, max_lr: float, step: Callable[[Size, int], Any]) -> None:
         """Steps of one kind until the time is over."""
+        if seconds <= 0:
+            return
         schedule = Schedule(time.monotonic(), seconds, max_lr)
         kept: list[Tensor] = []
         while schedule.progress(time.monotonic()) < 1:
