@@ -9,15 +9,16 @@ import json
 import sys
 
 from uiollms.checkpoint import load_weights
+from uiollms.checks import check_evaluation
 from uiollms.cli import parse_arguments, reporting_errors
-from uiollms.config import load_env_config, load_tasks
+from uiollms.config import load_env_config
 from uiollms.environment import device_name, environment
 from uiollms.evaluation import Evaluation
 from uiollms.paths import run_folder
 from uiollms.plan import choose_chunk_batch
-from uiollms.pretrained import base_config, check_env, check_sources, load_memory_lm
+from uiollms.pretrained import load_memory_lm
 from uiollms.results import save_token_nlls
-from uiollms.saving import weights_of
+from uiollms.saving import weights_of, weights_words
 from uiollms.views.plots import plot_results
 from uiollms.views.tables import print_results
 
@@ -25,19 +26,13 @@ from uiollms.views.tables import print_results
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(__doc__, arguments, evaluation=True)
     config = load_env_config(args.env_conf, args.set)
-    memory = check_env(config, args.env_conf)
+    tasks = check_evaluation(config, args.env_conf, args.use_env_conf_tasks)
     config = choose_chunk_batch(config, args.env_conf)
-    tasks = config.train.tasks
-    if not args.use_env_conf_tasks:
-        tasks = load_tasks(config.test)
-        positions = base_config(config.model.model_name).max_position_embeddings
-        check_sources({f"tasks[{i}]": task for i, task in enumerate(tasks)}, memory, positions, config.test)
-
     model, tokenizer = load_memory_lm(config, args.env_conf)
     weights = weights_of(config)
     if weights:
         load_weights(model, weights)
-    args.output.say(f"weights: {weights or 'untrained'}, base in {model.dtype}")
+    args.output.say(weights_words(weights, model))
 
     evaluation = Evaluation(model, tokenizer, tasks)
     results = evaluation.run(lambda documents: args.output.bar(documents, desc="evaluate", leave=False))

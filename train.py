@@ -16,6 +16,7 @@ from pathlib import Path
 from torch.nn.utils import clip_grad_norm_
 
 from uiollms.checkpoint import load_weights
+from uiollms.checks import check_training
 from uiollms.cli import SILENT, Output, parse_arguments, reporting_errors, step_words
 from uiollms.config import EnvConfig, load_env_config
 from uiollms.distributed import World, open_world
@@ -24,11 +25,11 @@ from uiollms.estimators import make_estimator
 from uiollms.evaluation import Evaluation
 from uiollms.faults import training_on
 from uiollms.plan import choose_chunk_batch
-from uiollms.pretrained import check_env, count_parameters, load_memory_lm
+from uiollms.pretrained import count_parameters, load_memory_lm
 from uiollms.run import Run, open_run
 from uiollms.run_state import TrainingState
 from uiollms.step import gradient_step
-from uiollms.training import Samples, gradient_norms, learning_rate, make_optimizer
+from uiollms.training import Samples, gradient_norms, make_optimizer
 from uiollms.views.tables import print_results
 
 
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int | None:
     config = load_env_config(args.env_conf, args.set)
     if args.dry_run:
         return dry_run(config, args.env_conf, args.device_memory, args.output)
-    compressor = check_env(config, args.env_conf)
+    compressor = check_training(config, args.env_conf, going_on=args.resume is not None)
     config = choose_chunk_batch(config, args.env_conf)
     with (
         open_world(config) as world,
@@ -62,7 +63,8 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
     output.say(f"trained parameters {trained / 1e6:.1f} M, frozen {frozen / 1e6:.1f} M in {model.dtype}")
 
     state = TrainingState(model, tokenizer, optimizer, samples)  # all that changes from here on
-    run.begin(state)  # at iteration 0, or where a checkpoint stands; in all processes alike
+    run.begin(state)  # at document 0, or where a checkpoint stands; in all processes alike
+    schedule = run.schedule  # which documents make a step, and its learning rate: schedule.py
 
     def evaluate() -> None:
         try:
@@ -80,16 +82,15 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
         run.exit_if_signalled()
 
     model.train()
-    iterations = run.timed(range(state.iteration, train.train_iters))
-    shown = dict(desc="train", unit="it", smoothing=0.1, initial=state.iteration, total=train.train_iters)
-    progress = output.bar(iterations, **shown)
+    shown = dict(desc="train", unit=f" {schedule.counts}", initial=state.iteration, total=train.train_iters)
+    progress = run.stack.enter_context(output.bar(None, **shown, smoothing=0.1))
     if run.evaluation_missing(state.iteration):
         evaluate()
-    for iteration in progress:
+    for done in run.timed(schedule.steps(state.iteration)):  # documents, this step's included
         # ---- the algorithm -----------------------------------------------------------------------------------------
         nll, scored, tokens, sources = 0.0, 0, 0, []
-        documents = train.accum_grad * world.data.size  # a step; each is shared by the world.chunks
-        for document in samples.take(documents, world.data):  # this process's, cut into chunks
+        # Of the step's documents this process's, cut into chunks; each is shared by the world.chunks.
+        for document in samples.take(schedule.documents, world.data):
             sources.append(document.source)
             # Draw the window, encode, losses, gradients: see uiollms/step.py
             with training_on(document.source, train):
@@ -98,7 +99,7 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
                     document.sample,
                     estimator=estimator,
                     rng=document.rng,
-                    scale=1 / documents,
+                    scale=1 / schedule.documents,
                     report_all=False,
                     group=world.chunks,
                 )
@@ -107,22 +108,24 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
         world.sum_gradients(parameters)
         nll, scored, tokens = world.sum(float(nll), scored, tokens)
         norms = gradient_norms(model)
-        grad_norm = clip_grad_norm_(parameters, train.clip_grad).item()
+        grad_norm = clip_grad_norm_(parameters, train.clip_grad or math.inf).item()
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(iteration, train)
+            group["lr"] = schedule.learning_rate(done)
         good = math.isfinite(grad_norm) and math.isfinite(nll)
         if good:
             optimizer.step()
         optimizer.zero_grad()
         # ------------------------------------------------------------------------------------------------------------
-        done = state.advance(good)
+        state.advance(done, good)
         lr, mean_nll = optimizer.param_groups[0]["lr"], nll / scored
         if good:
             run.log(iteration=done, nll=mean_nll, lr=lr, grad_norm=grad_norm, grad_norms=norms, tokens=int(tokens))
         else:
             sources = [name for names in world.data.every(sources) for name in names]
             run.log(iteration=done, skipped=sources, lr=lr)
-        progress.set_postfix_str(step_words(mean_nll, lr, tokens, run.step_seconds))
+        said = step_words(mean_nll, lr, tokens, run.step_seconds)
+        progress.set_postfix_str(said, refresh=False)
+        progress.update(schedule.stride)
 
         run.agree_to_stop()
         if run.saves(state):
@@ -130,11 +133,14 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
         run.stop_if_asked(state, sources)
         if run.evaluates(done):
             evaluate()
+    progress.close()
     if not train.tasks:
         run.plot()
 
     if samples.skipped:
         output.say(f"{samples.skipped} documents that are blank or fit one chunk were skipped")
+    if left := schedule.left_over(state.iteration):
+        output.say(f"the last {left} of {train.train_iters} documents fill no step and were left out")
     if state.skipped_steps:
         output.say(f"{state.skipped_steps} steps were skipped, their loss or gradient was not finite")
     output.say(f"metrics and curve.png are in {run.folder}, weights in {config.model.save_ckp or 'no file (save_ckp is null)'}")

@@ -52,7 +52,8 @@ def test_compress_then_ask(trained, capsys):
     text = Path("book0.txt").read_text()
     said = run(capsys, "compress", "book0.txt", "-o", "book.mem")
     full = len(text) // 16
-    assert said.startswith(f"book.mem: {full * 16} tokens in {full * 2} memory slots (+ {len(text) % 16} open tokens), ")
+    weights = "weights: out/ckp, base in torch.float32\n"
+    assert said.startswith(f"{weights}book.mem: {full * 16} tokens in {full * 2} memory slots (+ {len(text) % 16} open tokens), ")
     memory = Memory.load("book.mem", trained)
     assert [(s.name, s.num_tokens) for s in memory.sources] == [("book0.txt", len(text))]
     tokenizer = AutoTokenizer.from_pretrained(trained.config._name_or_path)
@@ -66,7 +67,7 @@ def test_compress_then_ask(trained, capsys):
     assert lines[0]["answer"] == tokenizer.decode(expected, skip_special_tokens=True).strip()
     assert lines[0]["new_tokens"] == len(expected)
     streamed = run(capsys, "ask", "book.mem", "Why?", "--max_new_tokens=9")
-    assert streamed == "Why?\n> " + tokenizer.decode(expected, skip_special_tokens=True) + "\n"
+    assert streamed == weights + "Why?\n> " + tokenizer.decode(expected, skip_special_tokens=True) + "\n"
     sampled = [run(capsys, "ask", "book.mem", "Why?", "--max_new_tokens=9", "--temperature=2", f"--seed={s}") for s in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
 
@@ -141,7 +142,10 @@ def test_chat_with_a_memory_in_mind(trained, capsys):
     assert json.loads(line)["held"]["slots"] >= memory.num_slots
     said = run(capsys, "chat", "--memory", "book.mem")  # nothing asked
     left = len(memory.open_ids)
-    assert said == f"[held: {memory.num_tokens - left} tokens in {memory.num_slots} memory slots (+ {left} open tokens)]\n"
+    weights = "weights: out/ckp, base in torch.float32\n"
+    assert (
+        said == f"{weights}[held: {memory.num_tokens - left} tokens in {memory.num_slots} memory slots (+ {left} open tokens)]\n"
+    )
 
 
 @pytest.mark.parametrize(

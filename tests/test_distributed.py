@@ -268,12 +268,12 @@ def test_a_mesh_of_documents_and_chunks(tmp_path):
 
 @pytest.fixture
 def run_folder(workspace) -> Path:
-    """A float64 run of 4 iterations, 2 documents each, with crops, reservoirs, LoRA dropout and documents too short to train."""
+    """A float64 run of 8 documents in 4 steps, with crops, reservoirs, LoRA dropout and documents too short to train."""
     Path("memory.json").write_text(json.dumps(dict(num_memory=2, chunk_size=16, lora_rank=2, lora_alpha=4, lora_dropout=0.2)))
     Path("bookshort.txt").write_text("short")
     env = json.loads(Path("env.json").read_text())
     env["model"]["model_dtype"] = "fp64"
-    env["train"] |= dict(train_iters=4, save=2, eval=4, accum_grad=2)
+    env["train"] |= dict(train_iters=8, save=4, eval=8, accum_grad=2)
     env["train"]["corpus"][0] |= dict(crop="random", truncation=70)
     Path("env.json").write_text(json.dumps(env))
     return workspace / "out"
@@ -303,7 +303,7 @@ def test_runs_of_more_processes_are_the_run_of_one(run_folder):
         for line, other in zip(lines, found_lines, strict=True):
             assert all(abs(line[k] - other[k]) <= PROVEN * abs(line[k]) for k in ("nll", "lr", "grad_norm", "tokens")), folder
         assert worst_error(found, expected) < 1e-8, folder  # AdamW divides by the root of small squares
-    assert call(*TRAIN, "--resume", "two/checkpoints/step-00000002", at("alone"), "--set=train.tasks=[]") == 0
+    assert call(*TRAIN, "--resume", "two/checkpoints/step-00000004", at("alone"), "--set=train.tasks=[]") == 0
     assert worst_error(outcome("alone")[1], expected) < 1e-8
     said = Path("alone/log.txt").read_text()
     assert "changed since: processes: 2 -> 1" in said and "changed since: train.accum_grad: 1 -> 2" in said
@@ -337,7 +337,7 @@ def test_a_killed_process_ends_the_run(run_folder):
     assert "Traceback" not in said
     assert "another process of this run has ended or cannot be reached" in said.strip().splitlines()[-1]
     newest = max(Path("out/checkpoints").glob("step-*"))
-    assert call(*TRAIN, "--resume", *LONG[1:], f"--set=train.train_iters={int(newest.name[5:]) + 1}") == 0
+    assert call(*TRAIN, "--resume", *LONG[1:], f"--set=train.train_iters={int(newest.name[5:]) + 2}") == 0
 
 
 def test_a_signal_to_one_process_stops_all(run_folder):
@@ -369,22 +369,22 @@ ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2
 def test_launchers(run_folder, launcher):
     """The commands of docs/scaling.md."""
     command = [sys.executable, "-m", *launcher, str(free_port())]
-    command += [str(ROOT / "train.py"), "--env_conf", "env.json", "--set=train.train_iters=2"]
+    command += [str(ROOT / "train.py"), "--env_conf", "env.json"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
-    assert [line["iteration"] for line in lines] == [1, 2, 2] and "eval" in lines[-1]
+    assert [line["iteration"] for line in lines] == [4, 8, 8] and "eval" in lines[-1]
     assert done.stdout.count("trained parameters") == 1
 
 
 def test_a_world_smaller_than_asked_for_warns(run_folder, monkeypatch, caplog):
     """What `accelerate launch --cpu --num_processes 2` of accelerate 1.15 sets, and what a batch system does."""
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    assert call(*TRAIN, "--set=train.train_iters=1", "--set=train.tasks=[]") == 0
+    assert call(*TRAIN, "--set=train.train_iters=2", "--set=train.tasks=[]") == 0
     assert "several processes were asked for, 1 trains here: start them with torchrun" in caplog.text
     monkeypatch.setenv("SLURM_NTASKS", "4")
-    assert call(*TRAIN, "--resume", "--set=train.train_iters=2", "--set=train.tasks=[]") == 0
+    assert call(*TRAIN, "--resume", "--set=train.train_iters=4", "--set=train.tasks=[]") == 0
     assert "4 processes were asked for, 1 trains here" in caplog.text
 
 

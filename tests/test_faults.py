@@ -239,7 +239,7 @@ def test_too_little_memory_in_a_run(workspace):
     Path("book0.txt").write_text("It was a bright cold day. " * 40)
     fields = ("train.chunk_batch=64", "train.corpus.0.truncation=900", "train.corpus.0.name=files:book0.txt", "train.tasks=[]")
     changes = [f"--set={field}" for field in (*fields, "model.model_name=model")]
-    assert forked(train_and_at(12, no_more_memory, *changes), output="said") == 2
+    assert forked(train_and_at(12, no_more_memory, *changes), output="said") == 2, Path("said").read_text()
     assert "book0.txt: out of memory in the training step; lower train.chunk_batch (64)" in Path("said").read_text()
 
 

@@ -32,7 +32,9 @@ def placed(world: Pretend, base, device_map, memory: MemoryConfig, path="e.json"
 def assert_everything_is_with_its_layer(world: Pretend, model: MemoryLM, sample: Sample) -> None:
     memory, _ = encode_all(model, sample.chunks)
     keys, values = project_all(model, memory)
-    sums = KVGradients(keys, values, torch.full((9, 9), 0.5), sample, model.memory_config.num_memory, range(len(memory[0])))
+    size, all_chunks = model.memory_config.num_memory, range(len(memory[0]))
+    halves = torch.full((9, 9), 0.5)
+    sums = KVGradients(keys, values, halves, sample, size, all_chunks, model.master_dtype)
     layers = len(memory)
     for i, layer in enumerate(model.base.model.layers):
         where = layer_device(layer)

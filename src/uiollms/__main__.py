@@ -28,7 +28,7 @@ from uiollms.config import ConfigError, load_env_config
 from uiollms.library import Memory, join
 from uiollms.memory import MemoryState
 from uiollms.model import MemoryLM
-from uiollms.saving import load_model, load_tokenizer, load_trained
+from uiollms.saving import load_model, load_tokenizer, load_trained, weights_words
 from uiollms.tokens import continued, first_ids, plain_ids, tokenize
 
 DEFAULT_CONFIG = "smollm2-8x.json"
@@ -89,7 +89,7 @@ def run_compress(args: argparse.Namespace, output: Output, stdin: TextIO) -> Non
     if args.output.suffix != ".mem":
         raise ConfigError(f"--output {args.output}: the name of a memory ends in .mem")
     texts = [read_text(path) for path in args.files]
-    model, tokenizer = open_model(args)
+    model, tokenizer = open_model(args, output)
     began = time.monotonic()
     parts = []
     for path, text in zip(args.files, texts, strict=True):
@@ -112,7 +112,7 @@ def run_ask(args: argparse.Namespace, output: Output, stdin: TextIO) -> None:
     questions = [item for item in args.items if not item.endswith(".mem")]
     if not paths or not questions:
         raise ConfigError(f"ask: {'no memory (NAME.mem)' if questions else 'no question'} among: {' '.join(args.items)}")
-    model, tokenizer, state = open_memories(args, paths)
+    model, tokenizer, state = open_memories(args, output, paths)
     for question in questions:
         ids = first_turn(tokenizer, question, state)
         if output.has_words:
@@ -121,7 +121,7 @@ def run_ask(args: argparse.Namespace, output: Output, stdin: TextIO) -> None:
 
 
 def run_chat(args: argparse.Namespace, output: Output, stdin: TextIO) -> None:
-    model, tokenizer, state = open_memories(args, args.memory)
+    model, tokenizer, state = open_memories(args, output, args.memory)
     if args.memory:
         say_held(output, state)
     last = None  # the token that the model said last and has not read yet
@@ -188,19 +188,25 @@ def turn_text(tokenizer: Any, said: list[str]) -> str:
     return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
 
 
-def open_model(args: argparse.Namespace) -> tuple[MemoryLM, PreTrainedTokenizerBase]:
+def open_model(args: argparse.Namespace, output: Output) -> tuple[MemoryLM, PreTrainedTokenizerBase]:
+    """The model that the arguments name, whose weights are the command's first line, and its tokenizer."""
     if args.model:
-        return load_model(args.model, device_map="auto"), load_tokenizer(args.model)
+        model, tokenizer = load_model(args.model, device_map="auto"), load_tokenizer(args.model)
+        output.say(weights_words(args.model, model))
+        return model, tokenizer
     if args.env_conf == DEFAULT_CONFIG and not Path(DEFAULT_CONFIG).exists():
         raise ConfigError(f"there is no {DEFAULT_CONFIG} here; say which model: --env_conf FILE, or --model FOLDER")
-    model, tokenizer, _ = load_trained(load_env_config(args.env_conf), args.env_conf)
+    model, tokenizer, weights = load_trained(load_env_config(args.env_conf), args.env_conf)
+    output.say(weights_words(weights, model))
     return model, tokenizer
 
 
-def open_memories(args: argparse.Namespace, paths: list[Path]) -> tuple[MemoryLM, PreTrainedTokenizerBase, MemoryState]:
+def open_memories(
+    args: argparse.Namespace, output: Output, paths: list[Path]
+) -> tuple[MemoryLM, PreTrainedTokenizerBase, MemoryState]:
     """The model, its tokenizer, and a stream that holds the memories; files are read before the model is loaded."""
     memories = [Memory.load(path) for path in paths]
-    model, tokenizer = open_model(args)
+    model, tokenizer = open_model(args, output)
     for path, memory in zip(paths, memories, strict=True):
         memory.check(model, path)
     if not memories:

@@ -30,12 +30,14 @@ PROJECTIONS = {"encoder": ("q_proj", "v_proj"), "decoder": ("k_proj", "v_proj")}
 
 
 class Role(nn.Module):
-    """The trained tensors of one role: a LoRA pair for two projections of every layer, and one token embedding."""
+    """The trained tensors of one role: a LoRA pair for two projections of every layer (for none, where
+    the decoder has no transfer head), and one token embedding; all in the dtype of `token`."""
 
     def __init__(self, name: str, base: Any, config: MemoryConfig, token_name: str, token: Tensor) -> None:
         super().__init__()
         salts = iter(range(2 * len(base.model.layers)))
         offset = 0 if name == "encoder" else 2 * len(base.model.layers)
+        adapted = PROJECTIONS[name] if name == "encoder" or config.transfer_head else ()
         self.layers = nn.ModuleList(
             nn.ModuleDict(
                 {
@@ -45,8 +47,9 @@ class Role(nn.Module):
                         config.lora_alpha,
                         config.lora_dropout,
                         salt=offset + next(salts),
+                        dtype=token.dtype,
                     )
-                    for projection in PROJECTIONS[name]
+                    for projection in adapted
                 }
             )
             for layer in base.model.layers
@@ -187,6 +190,17 @@ def _packed(kept: Tensor) -> Tensor | tuple[Tensor]:
 
 def _unpacked(kept: Tensor | tuple[Tensor]) -> Tensor:
     return F.silu(kept[0].detach()) if isinstance(kept, tuple) else kept
+
+
+def keys_and_values(attention: Any, pair: Any, slots: Tensor, seeds: Sequence[int] | None) -> tuple[Tensor, Tensor]:
+    """A layer's memory [C, m, D] -> keys, not rotated yet, and values [C, m, H, K]: the frozen projections, plus the
+    decoder's LoRA (`pair`, empty without a transfer head), and the family's key norm if it has one."""
+    k, v = attention.k_proj(slots), attention.v_proj(slots)
+    if pair:
+        k, v = k + pair["k_proj"](slots, seeds), v + pair["v_proj"](slots, seeds)
+    shape = (*slots.shape[:2], -1, attention.head_dim)
+    k, v = k.view(shape), v.view(shape)
+    return attention.k_norm(k) if hasattr(attention, "k_norm") else k, v
 
 
 def rotate(attention: nn.Module, keys: Tensor, rotary: Sequence[Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 <folder>/memory_config.json                 the compressor they were trained for
          encoder/ decoder/                  PEFT adapters: adapter_config.json, adapter_model.safetensors
+                                            (no decoder/ without a transfer head)
          tokens.safetensors                 the two token embeddings; its header names the base's vocabulary size
          checksums.json                     sha256 of every file, written last
 <name>.pth                                  the released program's format: a pickled list, encoder then decoder, each
@@ -22,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from uiollms.base import PROJECTIONS
-from uiollms.config import ConfigError, load_memory_config
+from uiollms.config import ConfigError, MemoryConfig, load_memory_config
 from uiollms.faults import writing
 from uiollms.integrity import CHECKSUMS, remove, seal, sync, verify
 from uiollms.model import MemoryLM
@@ -68,10 +69,15 @@ def write_weights(model: MemoryLM, folder: Path, dtype: torch.dtype | None = Non
     (folder / "memory_config.json").write_text(model.memory_config.model_dump_json(indent=4) + "\n")
     header = {"vocab_size": str(model.config.vocab_size)}  # one key: more would be written in a random order
     save_file({name: tensors[name] for name in TOKENS}, folder / "tokens.safetensors", metadata=header)
-    for role in ROLES:
+    for role in roles(model.memory_config):
         peft_config(role, model).save_pretrained(str(folder / role))
         adapter = {peft_name(name): t.contiguous() for name, t in tensors.items() if is_lora_of(role, name)}
         save_file(adapter, folder / role / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def roles(memory: MemoryConfig) -> tuple[str, ...]:
+    """The roles that have a LoRA: without a transfer head the decoder has none."""
+    return ROLES if memory.transfer_head else ROLES[:1]
 
 
 def cpu_tensors(model: MemoryLM, dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -115,24 +121,31 @@ def load_weights(model: MemoryLM, path: str | Path) -> None:
 
 def read_folder(model: MemoryLM, path: Path) -> dict[str, Tensor]:
     if (path / CHECKSUMS).exists():
-        verify(path, [name for name in WEIGHT_FILES if name != CHECKSUMS])
-    saved = load_memory_config(path / "memory_config.json")
-    differing = [
-        f"{field} {getattr(saved, field)}, the config says {getattr(model.memory_config, field)}"
-        for field in ("num_memory", "chunk_size", "lora_rank", "lora_alpha")
-        if getattr(saved, field) != getattr(model.memory_config, field)
-    ]
-    if differing:
-        raise ValueError(f"trained with another compressor: {'; '.join(differing)}")
+        absent = () if (path / "decoder").exists() else ("decoder",)  # no transfer head, or missed below
+        files = [name for name in WEIGHT_FILES if name != CHECKSUMS and name.split("/")[0] not in absent]
+        verify(path, files)
+    check_compressor(path, model.memory_config)
     with safe_open(path / "tokens.safetensors", "pt") as file:
         vocabulary = (file.metadata() or {}).get("vocab_size")
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     if vocabulary not in (None, str(model.config.vocab_size)):
         raise ValueError(f"trained with a vocabulary of {vocabulary} tokens, the model has {model.config.vocab_size}")
-    for role in ROLES:
+    for role in roles(model.memory_config):
         adapter = load_file(path / role / "adapter_model.safetensors")
         tensors |= {plain_name(role, name): t for name, t in adapter.items()}
     return tensors
+
+
+def check_compressor(path: Path, memory: MemoryConfig) -> None:
+    """Raises ValueError where the weights in a folder were trained for another compressor."""
+    saved = load_memory_config(path / "memory_config.json")
+    differing = [
+        f"{field} {getattr(saved, field)}, the config says {getattr(memory, field)}"
+        for field in ("num_memory", "chunk_size", "lora_rank", "lora_alpha", "transfer_head")
+        if getattr(saved, field) != getattr(memory, field)
+    ]
+    if differing:
+        raise ValueError(f"trained with another compressor: {'; '.join(differing)}")
 
 
 def read_pth(model: MemoryLM, path: Path) -> dict[str, Tensor]:

@@ -49,7 +49,7 @@ class Output:
         """One JSON object as a line, at once."""
         self.line(json.dumps(fields, ensure_ascii=False))
 
-    def bar(self, items: Iterable[Any], **settings: Any) -> tqdm:
+    def bar(self, items: Iterable[Any] | None, **settings: Any) -> tqdm:
         return tqdm(items, **settings, disable=self.quiet)
 
     def console(self, width: int | None, **settings: Any) -> Console:

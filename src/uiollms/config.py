@@ -1,7 +1,7 @@
 """JSON files -> typed, checked objects. Nothing here loads a model; every refusal names the file and the JSON path.
 
-Units: lengths in tokens, `save` and `eval` in iterations, learning rates per AdamW step. The descriptions are what editors and
-docs/config.md show: `make schema` after changing one.
+Units: lengths in tokens; `train_iters`, `save` and `eval` in documents of all processes together (schedule.py); learning
+rates per AdamW step. The descriptions are what editors and docs/config.md show: `make schema` after changing one.
 """
 
 from __future__ import annotations
@@ -12,16 +12,13 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from uiollms.refusals import Pairs, describe, half_surrogate, json_path, written_twice
+from uiollms.refusals import ConfigError, all_right, describe, half_surrogate, json_path, loads
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 SchemaLink: Any = Field(None, alias="$schema", exclude=True, description="path of the JSON Schema, for completion in editors")
+SHARES_OFF = 1e-3 + 1e-9  # shares rounded to three digits (the rest: of adding floats); Mixture normalises
 Place = Annotated[int, Field(ge=0)] | Literal["cpu", "disk"]
-
-
-class ConfigError(ValueError):
-    """A config that cannot be run; the message is one line a fault: file, JSON path, what was found, what is allowed."""
 
 
 class Checked(BaseModel):
@@ -30,6 +27,9 @@ class Checked(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, populate_by_name=True, protected_namespaces=(), allow_inf_nan=False
     )
+
+
+Model = TypeVar("Model", bound=Checked)
 
 
 class MemoryConfig(Checked):
@@ -41,6 +41,11 @@ class MemoryConfig(Checked):
     lora_alpha: Annotated[float, Field(gt=0)] = Field(description="LoRA scaling is lora_alpha / lora_rank")
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout in front of LoRA's A")
     chunk_size: Positive = Field(description="tokens of a chunk (l), a multiple of num_memory")
+    transfer_head: bool = Field(
+        True,
+        description="decoder LoRA on memory, the paper's transfer head; false = memory is read "
+        "through the frozen projections, the paper's Table 6 without it",
+    )
 
     @model_validator(mode="after")
     def _chunk_divides(self) -> MemoryConfig:
@@ -83,9 +88,13 @@ class ModelSection(Checked):
         None,
         description="where weights go: a folder (PEFT adapters in safetensors), or a .pth in the authors' format; null = nowhere",
     )
-    load_ckp: str | None = Field(None, description="weights to start from, in either format; null = fresh")
+    load_ckp: str | None = Field(
+        None,
+        description="weights that training starts from, in either format; null = fresh. test.py, "
+        "ask and chat take them while nothing lies at save_ckp",
+    )
     released_ckp: str | None = Field(
-        None, description="weights that test.py uses while there is neither load_ckp nor a checkpoint at save_ckp"
+        None, description="weights that test.py uses while there is neither a checkpoint at save_ckp nor load_ckp"
     )
     offload_dir: str | None = Field(None, description="folder for the weights that device_map puts on disk; null = the cache")
     device_map: dict[str, Place] | Literal["auto", "balanced", "sequential", "cpu"] | Annotated[int, Field(ge=0)] = Field(
@@ -99,7 +108,7 @@ class CorpusEntry(Checked):
     """One source of training documents."""
 
     name: str = Field(description="corpus name, or files:my/books/*.txt: docs/evaluation.md")
-    partition: Fraction = Field(description="share of the iterations; all shares sum to 1")
+    partition: Fraction = Field(description="share of the documents; all shares sum to 1 (within 0.001)")
     truncation: Positive | None = Field(None, description="tokens kept of a document, null = all")
     crop: Literal["start", "random"] = Field("start", description="which tokens are kept when a document is longer")
 
@@ -171,39 +180,49 @@ class TaskEntry(Checked):
 
     @model_validator(mode="after")
     def _fields_fit_the_task(self) -> TaskEntry:
+        faults = []
         if self.protocols != ("paper",) and self.task_type not in TEXT_TASKS:
-            raise ValueError(f"protocols is for {' and '.join(TEXT_TASKS)}; {self.task_type} has one way to score: remove it")
+            faults.append(f"protocols is for {' and '.join(TEXT_TASKS)}; {self.task_type} has one way to score: remove it")
         if self.documents != "first" and self.task_type not in TEXT_TASKS:
-            raise ValueError(
-                f"documents is for {' and '.join(TEXT_TASKS)}; {self.task_type} takes the first "
-                f"whose loss can read memory: remove it"
-            )
+            text = " and ".join(TEXT_TASKS)
+            faults.append(f"documents is for {text}; {self.task_type} takes the first whose loss can read memory: remove it")
         if self.depths is not None and self.task_type not in RETRIEVAL_TASKS:
-            raise ValueError(f"depths is for {' and '.join(RETRIEVAL_TASKS)}; {self.task_type} hides nothing: remove it")
+            faults.append(f"depths is for {' and '.join(RETRIEVAL_TASKS)}; {self.task_type} hides nothing: remove it")
         if self.generate and self.task_type != "question answering":
-            raise ValueError(f"generate is for question answering, found with {self.task_type}: remove it")
+            faults.append(f"generate is for question answering, found with {self.task_type}: remove it")
         if "raw" in self.compare and self.task_type in COPY_TASKS:
-            raise ValueError(f"compare: raw: {self.task_type} is from memory alone; allowed are window and shuffled")
+            faults.append(f"compare: raw: {self.task_type} is from memory alone; allowed are window and shuffled")
         if "shuffled" in self.compare and self.num_instance < 2:
-            raise ValueError("compare: shuffled reads another document's memories, num_instance must be at least 2, found 1")
-        return self
+            faults.append("compare: shuffled reads another document's memories, num_instance must be at least 2, found 1")
+        return all_right(self, faults)
 
 
 class TrainSection(Checked):
     """UIO-TBPTT training."""
 
     tbptt: Positive = Field(description="S: chunks that may send gradient to the encoder for one loss")
-    train_iters: Positive = Field(description="optimizer steps")
+    train_iters: Positive = Field(
+        description="documents trained on, of all processes together; accum_grad documents of every "
+        "process make an optimizer step, what is left over at the end makes none"
+    )
     max_lr: Annotated[float, Field(gt=0)] = Field(description="peak learning rate")
-    warmup: Fraction = Field(0.01, description="share of train_iters with linearly growing learning rate, then cosine to 0")
+    warmup: Fraction = Field(
+        0.01,
+        description="share of train_iters in which the learning rate grows linearly from 0; then cosine to 0",
+    )
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="of AdamW")
     beta1: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of AdamW")
     beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.95, description="of AdamW")
     accum_grad: Positive = Field(1, description="documents per optimizer step, of each process that has its own")
-    clip_grad: Annotated[float, Field(gt=0)] = Field(1.0, description="largest global gradient norm")
+    clip_grad: Annotated[float, Field(gt=0)] | None = Field(1.0, description="largest global gradient norm; null = no clipping")
+    master_dtype: Literal["fp32", "base"] = Field(
+        "fp32",
+        description="dtype of LoRA, token embeddings, AdamW's moments and gradient sums: fp32 (fp64 "
+        "under an fp64 base), or the base's, as in the released program: small steps vanish in bf16",
+    )
     corpus: tuple[CorpusEntry, ...] = Field(min_length=1, description="what is trained on")
-    save: Positive = Field(description="iterations between checkpoints")
-    eval: Positive = Field(description="iterations between evaluations of `tasks`")
+    save: Positive = Field(description="documents between checkpoints, at the first step that reaches a multiple")
+    eval: Positive = Field(description="documents between evaluations of `tasks`, at the first step that reaches a multiple")
     tasks: tuple[TaskEntry, ...] = Field((), description="what is evaluated while training")
     estimator: Literal["uio", "tbptt", "exact", "importance"] = Field(
         "uio", description="which memory gradients reach the encoder, with what weight: uio is the paper's, exact all of them"
@@ -238,23 +257,16 @@ class TrainSection(Checked):
     chunk_ranks: Positive | None = Field(None, description="processes that share one document; null = all of them")
 
     @model_validator(mode="after")
-    def _shares_sum_to_one(self) -> TrainSection:
+    def _fields_fit_together(self) -> TrainSection:
+        faults = []
         total = sum(entry.partition for entry in self.corpus)
-        if abs(total - 1) > 1e-6:
-            raise ValueError(f"the corpus partitions sum to {total:g}, they must sum to 1")
-        return self
-
-    @model_validator(mode="after")
-    def _best_is_measured(self) -> TrainSection:
+        if abs(total - 1) > SHARES_OFF:
+            faults.append(f"the corpus partitions sum to {total:g}, they must sum to 1")
         if self.keep_best and not self.tasks:
-            raise ValueError("keep_best needs an evaluation to compare checkpoints by; tasks is empty")
-        return self
-
-    @model_validator(mode="after")
-    def _chunk_ranks_need_chunk_parallel(self) -> TrainSection:
+            faults.append("keep_best needs an evaluation to compare checkpoints by; tasks is empty")
         if self.chunk_ranks and not self.chunk_parallel:
-            raise ValueError(f"chunk_ranks {self.chunk_ranks} has a meaning only with chunk_parallel: true")
-        return self
+            faults.append(f"chunk_ranks {self.chunk_ranks} has a meaning only with chunk_parallel: true")
+        return all_right(self, faults)
 
 
 class EnvConfig(Checked):
@@ -274,9 +286,6 @@ class TestFile(Checked):
     tasks: tuple[TaskEntry, ...] = Field(min_length=1, description="what is evaluated")
 
 
-Model = TypeVar("Model", bound=Checked)
-
-
 def read_json(path: str | Path) -> Any:
     """The JSON value in a file. Raises ConfigError for a missing file, bytes that are not UTF-8,
     broken JSON, and a key that stands twice in an object."""
@@ -290,14 +299,6 @@ def read_json(path: str | Path) -> Any:
         return loads(text, str(path))
     except (json.JSONDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not JSON: {error}") from None
-
-
-def loads(text: str, source: str) -> Any:
-    """json.loads. Raises ConfigError, a line for each, for keys that stand twice in one object."""
-    value = json.loads(text, object_pairs_hook=Pairs)
-    if faults := written_twice(value, source):
-        raise ConfigError("\n".join(faults))
-    return value
 
 
 def parse(model: type[Model], value: Any, path: str | Path) -> Model:

@@ -18,6 +18,7 @@ from uiollms.cli import WORDS, Output
 from uiollms.config import ConfigError, EnvConfig
 from uiollms.placement import CPU, this_machine
 from uiollms.plan import Plan, make_plan
+from uiollms.schedule import Schedule
 
 DOES_NOT_FIT = 3  # exit code
 
@@ -28,8 +29,9 @@ def dry_run(config: EnvConfig, path: str | Path, device_memory: str | None = Non
     logging.getLogger("accelerate.utils.modeling").setLevel(logging.ERROR)  # it warns of GPUs that are not here
     machine = None if device_memory is None else parse_memory(device_memory) | {CPU: this_machine()[CPU]}
     plan = make_plan(config, path, machine)
-    print_plan(plan, output.console(width=130))
-    output.result(**as_json(plan))
+    steps = len(Schedule(config.train, config.train.accum_grad).steps())
+    print_plan(plan, config.train.accum_grad, steps, output.console(width=130))
+    output.result(**as_json(plan), steps=steps)
     return 0 if plan.fits else DOES_NOT_FIT
 
 
@@ -59,7 +61,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
     return dict(fits=plan.fits, devices=devices) | step | most
 
 
-def print_plan(plan: Plan, console: Console) -> None:
+def print_plan(plan: Plan, documents: int, steps: int, console: Console) -> None:
+    """documents: of a step of one process; steps: of a run of one."""
     table = Table(
         title=f"one training step: a document of {plan.length:,} tokens, chunk_batch {plan.chunk_batch} (GiB)",
         title_justify="left",
@@ -80,7 +83,9 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(f"longest document with chunk_batch {plan.chunk_batch}: {longest}")
     console.print(f"largest chunk_batch at {plan.length:,} tokens: {most}")
     speed, unit = (100e9, "GFLOP/s") if set(plan.need) == {CPU} else (100e12, "TFLOP/s")
-    work = f"useful work of a step: {plan.flops / 1e12:,.3g} TFLOP"
+    each = f"{documents} document{'s' * (documents > 1)}"
+    console.print(f"a step takes {each} of every process: {steps:,} steps of one process")
+    work = f"useful work of a document: {plan.flops / 1e12:,.3g} TFLOP"
     console.print(f"{work}, {plan.flops / speed:,.3g} s where 100 {unit} are really done (devices of one process take turns)")
     if not all(plan.have.values()):
         console.print("a GPU that the map names is not here; --device_memory 24GiB,24GiB asks about other machines")

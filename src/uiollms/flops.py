@@ -43,6 +43,7 @@ class Flops:
     chunk: int
     slots: int
     rank: int
+    transfer_head: bool = True
 
     @classmethod
     def of(cls, model: MemoryLM) -> Flops:
@@ -61,6 +62,7 @@ class Flops:
             chunk=memory.chunk_size,
             slots=memory.num_memory,
             rank=memory.lora_rank,
+            transfer_head=memory.transfer_head,
         )
 
     # ---- parts ----------------------------------------------------------------------------------------------------
@@ -124,11 +126,13 @@ class Flops:
     # ---- the transfer head, one chunk's memory --------------------------------------------------------------------
 
     def project_forward(self) -> int:
-        return self.layers * (self.keys_values(self.slots) + 2 * self.lora(self.slots, self.kv))
+        head = self.transfer_head * 2 * self.lora(self.slots, self.kv)
+        return self.layers * (self.keys_values(self.slots) + head)
 
     def project_backward(self) -> int:
         """To the decoder's LoRA and to the memory, with one and the same gradient."""
-        return self.layers * (self.keys_values(self.slots) + 2 * self.lora_backward(self.slots, self.kv, self.slots))
+        head = self.transfer_head * 2 * self.lora_backward(self.slots, self.kv, self.slots)
+        return self.layers * (self.keys_values(self.slots) + head)
 
     # ---- the decoder, one row -------------------------------------------------------------------------------------
 

@@ -63,10 +63,9 @@ class HarnessLM(TemplateLM):
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ConfigError(f"--batch_size {batch_size}: give a number, at least 1; there is no automatic choice")
         self.batch_size = int(batch_size)
-        chosen = settings | ({"model.load_ckp": weights} if weights else {})
-        config = load_env_config(env_conf, [f"{field}={json.dumps(value)}" for field, value in chosen.items()])
+        config = load_env_config(env_conf, [f"{field}={json.dumps(value)}" for field, value in settings.items()])
         self.tokenizer: Any
-        self.model, self.tokenizer, self.weights = load_trained(config, env_conf)
+        self.model, self.tokenizer, self.weights = load_trained(config, env_conf, weights)
         self.model.eval()
         # The text read last, whole chunks of which the next text may begin with.
         self.seen: list[int] = []

@@ -37,9 +37,10 @@ class KVGradients:
         sample: Sample,
         num_memory: int,
         needed: Sequence[int],
+        dtype: torch.dtype,
     ) -> None:
         self.leaves = [kv.requires_grad_() for kv in (*keys, *values)]  # 2L x [1, H, M, K]
-        self.dtype = torch.promote_types(keys[0].dtype, torch.float32) if keys else torch.float32
+        self.dtype = dtype  # of the sums
         self.num_memory = num_memory
         self.weights = weights  # [N, at least C]
         self.needed = list(needed)
@@ -63,10 +64,11 @@ class KVGradients:
             return []
         lora = [p for name, p in model.decoder.named_parameters() if "lora" in name]
         total = [division.scatter_sum(self._by_chunk(g)) for g in self.total]  # 2L x [n, H, m, K]
-        for batch in batched(range(len(division.own)), projected_at_once(model)):
+        for batch in batched(range(len(division.own) if lora else 0), projected_at_once(model)):
             part = slice(batch[0], batch[-1] + 1)
             outputs = self._projected(model, [layer[part] for layer in memory], division, batch, seeds)
-            torch.autograd.backward(outputs, [g[part].to(out) for g, out in zip(total, outputs, strict=True)], inputs=lora)
+            arrived = [g[part].to(out) for g, out in zip(total, outputs, strict=True)]
+            torch.autograd.backward(outputs, arrived, inputs=lora)
         if self.weighted is self.total:
             weighted = [at(g, wanted) for g in total]
         else:

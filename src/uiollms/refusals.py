@@ -1,19 +1,57 @@
-"""What is wrong with a JSON value: one line for every fault, with its path in the file."""
+"""What is wrong with what a command reads: one line for every fault, with the file and the path in it."""
 
 from __future__ import annotations
 
 import difflib
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
+Value = TypeVar("Value")
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run; the message is one line a fault: file, JSON path, what was found, what is allowed."""
+
+
+class Faults:
+    """Faults found in one look at what a command reads, reported together, one line each."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def add(self, line: str) -> None:
+        self.lines.append(line)
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Around a check that raises ConfigError: what it found is kept for later."""
+        try:
+            yield
+        except ConfigError as error:
+            self.lines += str(error).splitlines()
+
+    def report(self) -> None:
+        """Raises ConfigError with all lines, if there are any."""
+        if self.lines:
+            raise ConfigError("\n".join(dict.fromkeys(self.lines)))
+
+
+def all_right(value: Value, faults: list[str]) -> Value:
+    """For validators that look at several fields: the value, if there are no faults. Raises ValueError
+    with a line for each."""
+    if faults:
+        raise ValueError("\n".join(faults))
+    return value
+
 
 def describe(fault: Any, model: type[BaseModel], path: str | Path) -> str:
-    """One line for one pydantic fault."""
+    """One line for one pydantic fault; more where a validator of ours found more."""
     where = json_path(fault["loc"])
     if fault["type"] == "extra_forbidden":
         known = fields_at(model, fault["loc"][:-1])
@@ -25,7 +63,8 @@ def describe(fault: Any, model: type[BaseModel], path: str | Path) -> str:
     message = fault["msg"].removeprefix("Value error, ")
     found = fault["input"]
     shown = "" if isinstance(found, dict | list) else f", found {json.dumps(found, default=str)}"
-    return f"{path}: {where}: {message}{shown}" if where else f"{path}: {message}{shown}"
+    start = f"{path}: {where}: " if where else f"{path}: "
+    return "\n".join(f"{start}{line}{shown}" for line in message.split("\n"))
 
 
 def json_path(location: tuple[str | int, ...]) -> str:
@@ -65,6 +104,14 @@ def written_twice(value: Any, source: str) -> list[str]:
         todo += reversed([((*place, key), part) for key, part in inner])
     wrong = "written twice in one object; keep one of the two"
     return [f"{source}: {json_path(place)}: {wrong}" for place in found]
+
+
+def loads(text: str, source: str) -> Any:
+    """json.loads. Raises ConfigError, a line for each, for keys that stand twice in one object."""
+    value = json.loads(text, object_pairs_hook=Pairs)
+    if faults := written_twice(value, source):
+        raise ConfigError("\n".join(faults))
+    return value
 
 
 def half_surrogate(value: Any, location: tuple[str | int, ...] = ()) -> tuple[str | int, ...] | None:

@@ -1,7 +1,7 @@
 """The run folder: one run at a time, through its first process, writes metrics, log and checkpoints; one that stops can go on.
 
 <run folder>/config.json, versions.json      the config with all defaults written out; versions, git revision, machine
-             log.txt, metrics.jsonl          what happened; a line for every iteration and for every evaluation
+             log.txt, metrics.jsonl          what happened; a line for every step and for every evaluation
              tensorboard/, curve.png         the same to look at
              checkpoints/step-00000120/      see run_state.py
              earlier-1/ ...                  whatever lay here when a new run began, or beyond the checkpoint one went on from
@@ -17,7 +17,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,11 +26,11 @@ from filelock import FileLock, Timeout
 
 from uiollms.checkpoint import check_target, save_weights
 from uiollms.config import ConfigError, EnvConfig, MemoryConfig
-from uiollms.distributed import ALONE, Group
+from uiollms.distributed import World
 from uiollms.environment import device_name, environment
 from uiollms.faults import writing
 from uiollms.integrity import remove, sync
-from uiollms.metrics import finite, machine_use, read_metrics, scalars
+from uiollms.metrics import ITERATIONS, finite, machine_use, read_metrics, scalars
 from uiollms.paths import run_folder
 from uiollms.run_state import (
     Record,
@@ -43,6 +44,7 @@ from uiollms.run_state import (
     share_state,
     step_of,
 )
+from uiollms.schedule import Schedule
 from uiollms.views.curves import plot_training
 
 log = logging.getLogger("uiollms")
@@ -57,12 +59,7 @@ Item = TypeVar("Item")
 
 @contextmanager
 def open_run(
-    config: EnvConfig,
-    compressor: MemoryConfig,
-    env_conf: str | Path,
-    resume: str | None = None,
-    restart: bool = False,
-    world: Group = ALONE,
+    config: EnvConfig, compressor: MemoryConfig, env_conf: str | Path, resume: str | None, restart: bool, world: World
 ) -> Iterator[Run]:
     """The run folder, for this run alone, with the checkpoint to go on from found, checked and compared with the config;
     nothing in it is touched yet. resume: a checkpoint, "" = the newest one if there is any; restart: leave an unfinished run.
@@ -105,7 +102,7 @@ class Run:
         resume: str | None,
         restart: bool,
         stack: ExitStack,
-        world: Group,
+        world: World,
     ) -> None:
         self.folder, self.config, self.compressor, self.stack, self.world = folder, config, compressor, stack, world
         self.checkpoints = folder / "checkpoints"
@@ -120,6 +117,8 @@ class Run:
             self.changes = check_same_run(self.record, config, compressor, self.start)
         elif saved and resume is None and not restart:
             self.refuse_unfinished(saved[-1])
+        counts = world.from_first(self.record.counts if self.record else "documents")
+        self.schedule = Schedule(config.train, config.train.accum_grad * world.data.size, counts)
 
     def checked(self, path: Path, saved: list[Path]) -> Record:
         """The record of a whole checkpoint. Raises ConfigError that offers the newest whole one before it."""
@@ -135,19 +134,19 @@ class Run:
             raise ConfigError(f"{error}; no other whole checkpoint is there") from None
 
     def refuse_unfinished(self, newest: Path) -> None:
-        try:
-            goal = read_record(newest).config.train.train_iters
-        except ConfigError:
-            goal = None
-        if goal is None or step_of(newest) < goal:
+        done, of, finished = step_of(newest), "", False
+        with suppress(ConfigError):  # a damaged checkpoint is no finished run
+            schedule = read_record(newest).schedule
+            of, finished = f" of {schedule.train.train_iters} {schedule.counts}", not schedule.steps(done)
+        if not finished:
             raise ConfigError(
-                f"{self.folder}: holds an unfinished run, iteration {step_of(newest)} of {goal or 'unknown'}; go on with "
-                f"--resume, or begin anew with --restart (its files then move to {self.free_name().name}/)"
+                f"{self.folder}: holds an unfinished run, {done}{of} done; go on with --resume, or begin "
+                f"anew with --restart (its files then move to {self.free_name().name}/)"
             )
 
     def begin(self, state: TrainingState) -> None:
         """Restore `state` from the checkpoint, if there is one to go on from, in all processes, and open the folder's files. From
-        here SIGINT and SIGTERM let the iteration finish."""
+        here SIGINT and SIGTERM let the step finish."""
         seed_generators(self.config.train.seed)
         if self.start and self.record:
             load_state(state, self.start, self.record)
@@ -172,7 +171,8 @@ class Run:
                 "processes": str(self.world.size),
             }
             self.environment = environment() | here
-            (self.folder / "versions.json").write_text(json.dumps(self.environment, indent=4) + "\n")
+            versions = json.dumps(self.environment | {ITERATIONS: self.schedule.counts}, indent=4)
+            (self.folder / "versions.json").write_text(versions + "\n")
             self.open_log()
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
@@ -180,7 +180,8 @@ class Run:
             self.stack.callback(self.board.close)
         self.began = time.time() - seconds
         if self.record:
-            log.info("goes on from %s, iteration %d of %d", self.start, state.iteration, self.config.train.train_iters)
+            goal, counts = self.config.train.train_iters, self.schedule.counts
+            log.info("goes on from %s, %d of %d %s done", self.start, state.iteration, goal, counts)
             was = self.record.environment
             moved = [f"{name}: {was.get(name)} -> {now}" for name, now in self.environment.items() if was.get(name) != now]
             for change in (*self.changes, *moved):
@@ -221,7 +222,7 @@ class Run:
 
     def log(self, **values: Any) -> None:
         """Append one line to metrics.jsonl, with the seconds that the run has taken, and its numbers to TensorBoard. Numbers that
-        are not finite become null. tokens: read in the iteration, from which follow those a second."""
+        are not finite become null. tokens: read in the step, from which follow those a second."""
         if not self.world.is_first:
             return
         line = {"seconds": round(time.time() - self.began, 2), **finite(values)}
@@ -253,8 +254,8 @@ class Run:
         if self.config.model.save_ckp:
             save_weights(state.model, self.config.model.save_ckp)
         with writing(self.metrics):
-            sync(self.metrics)  # a checkpoint never knows of more iterations than the metrics
-        save_state(state, self.checkpoints, self.config, self.compressor, self.environment)
+            sync(self.metrics)  # a checkpoint never knows of more steps than the metrics
+        save_state(state, self.schedule, self.checkpoints, self.config, self.compressor, self.environment)
         saved = saved_steps(self.checkpoints)
         best = self.best(saved) if self.config.train.keep_best else None
         with writing(self.checkpoints):
@@ -274,20 +275,25 @@ class Run:
 
     def evaluation_missing(self, iteration: int) -> bool:
         """Whether the run was stopped between a checkpoint and the evaluation that follows it."""
-        if not self.evaluates(iteration):
-            return False
-        lines = read_metrics(self.folder) if self.world.is_first else []
-        return self.world.from_first(not any(line["iteration"] == iteration and "eval" in line for line in lines))
+        missing = False
+        if self.record and self.config.train.tasks:
+            last = replace(self.schedule, documents=self.record.documents)  # steps may have another size now
+            due = last.reaches(iteration, self.config.train.eval) or not self.schedule.steps(iteration)
+            lines = [line for line in read_metrics(self.folder) if line["iteration"] == iteration]
+            missing = due and not any("eval" in line for line in lines)
+        return self.world.from_first(missing)
 
     def evaluates(self, iteration: int) -> bool:
-        train = self.config.train
-        return bool(train.tasks) and iteration > 0 and (iteration % train.eval == 0 or iteration == train.train_iters)
+        """An evaluation is due after a step: at the first that reaches a multiple of `eval`, and at the end."""
+        train, schedule = self.config.train, self.schedule
+        return bool(train.tasks) and (schedule.reaches(iteration, train.eval) or not schedule.steps(iteration))
 
     def saves(self, state: TrainingState) -> bool:
-        """A checkpoint is due, for all processes alike: every `save` iterations, before an evaluation, at the end, and when the
-        run has to stop."""
-        train = self.config.train
-        due = state.iteration % train.save == 0 or state.iteration == train.train_iters or self.evaluates(state.iteration)
+        """A checkpoint is due, for all processes alike: at the first step that reaches a multiple of `save`, before an
+        evaluation, at the end, and when the run has to stop."""
+        train, schedule = self.config.train, self.schedule
+        last = not schedule.steps(state.iteration)
+        due = last or schedule.reaches(state.iteration, train.save) or self.evaluates(state.iteration)
         return due or self.stopped_by is not None or state.bad_in_a_row >= train.max_bad_steps
 
     def stop_if_asked(self, state: TrainingState, sources: list[str]) -> None:
@@ -328,7 +334,7 @@ class Run:
     def catch_signals(self) -> None:
         def stop(number: int, frame: Any) -> None:
             if self.stopped_by is None:
-                os.write(2, b"\nfinishes the iteration, saves and stops; a second signal ends it at once\n")
+                os.write(2, b"\nfinishes the step, saves and stops; a second signal ends it at once\n")
                 self.stop_by(signal.Signals(number))
             elif time.monotonic() >= self.ends_from:
                 signal.signal(number, signal.SIG_DFL)

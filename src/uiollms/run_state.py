@@ -3,7 +3,8 @@
 <run folder>/checkpoints/step-00000120/
     memory_config.json, tokens.safetensors, encoder/, decoder/    the weights, as in checkpoint.py: load_ckp and PEFT read them
     optimizer.safetensors       AdamW's "<parameter>.step", ".exp_avg", ".exp_avg_sq"
-    state.json                  iteration, counters, the resolved configs and their hash, versions
+    state.json                  iteration (documents, the number in the folder's name), counters, the resolved
+                                configs and their hash, versions
     rank-0.json                 place in the data, and the first process's global random generators
     checksums.json              sha256 of every file
 
@@ -37,6 +38,7 @@ from uiollms.distributed import Group
 from uiollms.faults import writing
 from uiollms.integrity import remove, seal, sync, verify
 from uiollms.model import MemoryLM
+from uiollms.schedule import Counts, Schedule
 from uiollms.training import Samples
 
 STEP = re.compile(r"step-(\d{8,})")
@@ -59,10 +61,13 @@ Generator = tuple[int, tuple[int, ...], float | None]  # what random.Random.gets
 
 class Record(Checked):
     """state.json. config and compressor: all fields written out; tokenizer: a hash of what it does; environment: versions,
-    dtype and device, for the log."""
+    dtype and device, for the log. counts, documents: of the run's schedule; a folder that names neither was written before
+    documents were counted."""
 
     format: Literal[1] = 1
     iteration: Count
+    counts: Counts = "steps"
+    documents: Annotated[int, Field(gt=0)] = 1
     skipped_steps: Count
     bad_in_a_row: Count
     config: EnvConfig
@@ -70,6 +75,10 @@ class Record(Checked):
     config_hash: str
     tokenizer: str
     environment: dict[str, str | None]
+
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(self.config.train, self.documents, self.counts)
 
 
 class Position(Checked):
@@ -84,8 +93,8 @@ class Position(Checked):
 
 @dataclass
 class TrainingState:
-    """All that a run changes as it goes on. iteration: optimizer steps done, those skipped included; skipped_steps: steps whose
-    loss or gradient was not finite; bad_in_a_row: those since the last good one."""
+    """All that a run changes as it goes on. iteration: documents (or steps: schedule.py) done, those of skipped steps included;
+    skipped_steps: steps whose loss or gradient was not finite; bad_in_a_row: those since the last good one."""
 
     model: MemoryLM
     tokenizer: PreTrainedTokenizerBase
@@ -95,12 +104,11 @@ class TrainingState:
     skipped_steps: int = 0
     bad_in_a_row: int = 0
 
-    def advance(self, good: bool) -> int:
-        """Count an iteration, whose step was taken (`good`) or skipped; the number of iterations done."""
-        self.iteration += 1
+    def advance(self, iteration: int, good: bool) -> None:
+        """Count a step, taken (`good`) or skipped, after which so many iterations are done."""
+        self.iteration = iteration
         self.skipped_steps += not good
         self.bad_in_a_row = 0 if good else self.bad_in_a_row + 1
-        return self.iteration
 
 
 # ---- what may change -----------------------------------------------------------------------------------------------------
@@ -144,12 +152,19 @@ def shown(value: Any) -> str:
 
 
 def save_state(
-    state: TrainingState, folder: Path, config: EnvConfig, compressor: MemoryConfig, environment: dict[str, str | None]
+    state: TrainingState,
+    schedule: Schedule,
+    folder: Path,
+    config: EnvConfig,
+    compressor: MemoryConfig,
+    environment: dict[str, str | None],
 ) -> Path:
     """Write checkpoints/step-<iteration>; it has that name only once all of it is on the disk. Raises ConfigError if it cannot
     be written; nothing of it stays then, and what was there before is untouched."""
     record = Record(
         iteration=state.iteration,
+        counts=schedule.counts,
+        documents=schedule.documents,
         skipped_steps=state.skipped_steps,
         bad_in_a_row=state.bad_in_a_row,
         config=config,

@@ -23,9 +23,15 @@ from uiollms.faults import writing
 from uiollms.flash import check_request
 from uiollms.integrity import remove, seal
 from uiollms.model import MemoryLM
-from uiollms.paths import cache_dir
 from uiollms.placement import place
-from uiollms.pretrained import DTYPES, PACKAGED, load, load_memory_lm, resolve_dtype
+from uiollms.pretrained import (
+    DTYPES,
+    PACKAGED,
+    converted_folder,
+    load,
+    load_memory_lm,
+    resolve_dtype,
+)
 
 INCLUDED = "base"  # the base's folder inside a model's folder, and its name in base.json
 # All that `save` may have written, the files of transformers' tokenizers included: nothing else is ever replaced.
@@ -91,7 +97,7 @@ def check_replaceable(folder: Path) -> None:
 def public_name(name: str) -> str:
     """What another program can load the base by: package:... for a converted package's model, no relative folder."""
     for package, gguf in PACKAGED.items():
-        if Path(name) == cache_dir() / gguf.removesuffix(".gguf"):
+        if Path(name) == converted_folder(gguf):
             return f"package:{package}"
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
@@ -163,18 +169,28 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 
 
 def weights_of(config: EnvConfig) -> str | None:
-    """The weights that a config is evaluated and used with: load_ckp, else what train.py has saved, else released_ckp."""
+    """The weights that a config is evaluated and used with: what it has trained (save_ckp, if it is there), else what it
+    starts from (load_ckp), else released_ckp."""
     saved = config.model.save_ckp
-    return config.model.load_ckp or (saved if saved and Path(saved).exists() else config.model.released_ckp)
+    if saved and Path(saved).exists():
+        return saved
+    return config.model.load_ckp or config.model.released_ckp
 
 
-def load_trained(config: EnvConfig, path: str | Path) -> tuple[MemoryLM, PreTrainedTokenizerBase, str]:
-    """What an environment config describes with the weights that test.py would take, its tokenizer, and where the weights
-    are from. Raises ConfigError if there are none."""
-    weights = weights_of(config)
+def weights_words(weights: str | Path | None, model: MemoryLM) -> str:
+    """The first line of the commands that use a model: which weights."""
+    return f"weights: {weights or 'untrained'}, base in {model.dtype}"
+
+
+def load_trained(
+    config: EnvConfig, path: str | Path, weights: str | None = None
+) -> tuple[MemoryLM, PreTrainedTokenizerBase, str]:
+    """What an environment config describes with the weights that test.py would take, or with `weights`, its tokenizer, and
+    where the weights are from. Raises ConfigError if there are none."""
+    weights = weights or weights_of(config)
     if weights is None:
         raise ConfigError(
-            f"{path}: there are no trained weights yet: neither load_ckp, {config.model.save_ckp} nor released_ckp; run train.py"
+            f"{path}: there are no trained weights yet: neither {config.model.save_ckp}, load_ckp nor released_ckp; run train.py"
         )
     model, tokenizer = load_memory_lm(config, path)
     load_weights(model, weights)

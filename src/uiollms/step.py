@@ -87,9 +87,11 @@ def gradient_step(
     memory, graph = encode_all(model, chunks, at_once, seeds)
     keys, values = project_all(model, memory, division, seeds)
 
-    sums = KVGradients(keys, values, weights, sample, model.memory_config.num_memory, sorted(needed))
+    m, dtype = model.memory_config.num_memory, model.master_dtype
+    sums = KVGradients(keys, values, weights, sample, m, sorted(needed), dtype)
     taught = teach(model, sample)
-    books = Books(sample, sums.dtype, device_of(model.base.lm_head))
+    exact = torch.promote_types(model.dtype, torch.float32)
+    books = Books(sample, exact, device_of(model.base.lm_head))
     for batch in row_batches(sample, group, model.chunk_batch, with_memory=False):
         if report_all:
             with torch.no_grad():

@@ -1,8 +1,7 @@
-"""What surrounds the training step: samples from documents, the optimizer, the learning rate, norms of gradients."""
+"""What surrounds the training step: samples from documents, the optimizer, norms of gradients."""
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,16 +18,6 @@ from uiollms.distributed import ALONE, Group
 from uiollms.model import MemoryLM
 from uiollms.samples import SampleMaker, teaches_memory
 from uiollms.tasks import Sample
-
-
-def learning_rate(iteration: int, config: TrainSection) -> float:
-    """Linear warm-up over the first `warmup` share of `train_iters` (rounded up), then cosine to 0. The first iteration
-    already learns: with W warm-up iterations, iteration i (0-based) has (i + 1) / W of the peak."""
-    warmup = math.ceil(config.warmup * config.train_iters)
-    if iteration < warmup:
-        return config.max_lr * (iteration + 1) / warmup
-    progress = (iteration - warmup) / max(1, config.train_iters - warmup)
-    return config.max_lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def make_optimizer(model: MemoryLM, config: TrainSection) -> torch.optim.AdamW:

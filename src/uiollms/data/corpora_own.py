@@ -48,17 +48,39 @@ READERS: dict[str, Callable[[str], Corpus]] = {
 }
 
 
-@corpus("files:GLOB", r"files:(.+)")
+@dataclass(frozen=True)
+class UserFiles:
+    """The files that a pattern matches."""
+
+    pattern: str
+
+    @property
+    def name(self) -> str:
+        return f"files:{self.pattern}"
+
+    def missing(self) -> str | None:
+        try:
+            self.readers()
+        except ConfigError as error:
+            return str(error)
+        return None
+
+    def readers(self) -> list[tuple[str, Callable[[str], Corpus]]]:
+        """Every file and what reads it. Raises ConfigError if there is none, or one of another kind."""
+        paths = sorted(path for path in glob.glob(self.pattern, recursive=True) if not os.path.isdir(path))
+        if not paths:
+            raise ConfigError(f"corpus {self.name}: no file matches")
+        found = []
+        for path in paths:
+            reader = next((reader for ending, reader in READERS.items() if path.endswith(ending)), None)
+            if reader is None:
+                raise ConfigError(f"corpus {self.name}: {path} is none of {', '.join(READERS)}")
+            found.append((path, reader))
+        return found
+
+
+@corpus("files:GLOB", r"files:(.+)", mixed=True, reads=lambda pattern: [UserFiles(pattern)])
 def files(pattern: str) -> Corpus:
     """The user's own: `.txt` is a document a file; `.jsonl`, `.jsonl.gz` and `.parquet` have `text`, or `input` and
     `output`. `**` goes into folders: files:books/**/*.txt"""
-    paths = sorted(path for path in glob.glob(pattern, recursive=True) if not os.path.isdir(path))
-    if not paths:
-        raise ConfigError(f"corpus files:{pattern}: no file matches")
-    parts = []
-    for path in paths:
-        reader = next((reader for ending, reader in READERS.items() if path.endswith(ending)), None)
-        if reader is None:
-            raise ConfigError(f"corpus files:{pattern}: {path} is none of {', '.join(READERS)}")
-        parts.append(reader(path))
-    return joined(parts)
+    return joined([reader(path) for path, reader in UserFiles(pattern).readers()])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 
 from transformers import PreTrainedTokenizerBase
 
@@ -12,7 +11,7 @@ from uiollms.data.beacons import SHORTEST, sampled
 from uiollms.data.corpora_text import LONGDATA, PG19, longdata, pg19
 from uiollms.data.documents import SIZE, Corpus, Document, Lazy, NewsDocument, altered, corpus, joined, picked
 from uiollms.data.files import Fields, RawFile, input_output, json_lines, json_list, plain_text, text_of
-from uiollms.data.hub import HubDataset
+from uiollms.data.hub import HubDataset, Split
 
 LONG_ALPACA = HubDataset("Yukang/LongAlpaca-12k")
 REDPAJAMA_SAMPLE = RawFile("redpajama-sample.json")
@@ -38,9 +37,16 @@ def longalpaca(split: str, train_prompt: str) -> Corpus:
     return picked(rows, [i for i in range(len(rows)) if (i % 100 == 99) == (split == "test")])
 
 
-@corpus("beacons", r"beacons", task="language modeling + QA", needs=[REDPAJAMA_SAMPLE, LONG_ALPACA_FILE])
+@corpus("beacons", r"beacons", task="language modeling + QA", mixed=True, needs=[REDPAJAMA_SAMPLE, LONG_ALPACA_FILE])
 def beacons() -> Corpus:
     return joined([json_lines(REDPAJAMA_SAMPLE.path(), plain_text), json_lines(LONG_ALPACA_FILE.path(), input_output)])
+
+
+def beacon_files(max_length: str, no_alpaca: str | None, distill: str | None) -> list[RawFile]:
+    """Raises ConfigError where no sample can be so short."""
+    if int(max_length) < SHORTEST:
+        raise ConfigError(f"corpus beacons sampled.{max_length}: no sample has fewer than {SHORTEST} tokens; ask for more")
+    return [REDPAJAMA_SAMPLE] if no_alpaca else [REDPAJAMA_SAMPLE, LONG_ALPACA_FILE]
 
 
 @corpus(
@@ -49,16 +55,13 @@ def beacons() -> Corpus:
     task="activation beacons",
     needs=[REDPAJAMA_SAMPLE, LONG_ALPACA_FILE],
     tokenized=True,
+    reads=beacon_files,
+    taught=lambda max_length, no_alpaca, distill: int(max_length) if distill else 0,
 )
 def beacons_sampled(max_length: str, no_alpaca: str | None, distill: str | None, *, tokenizer: PreTrainedTokenizerBase) -> Corpus:
-    length = int(max_length)
-    if length < SHORTEST:
-        raise ConfigError(f"corpus beacons sampled.{length}: no sample has fewer than {SHORTEST} tokens; ask for more")
-    files: list[tuple[RawFile, Callable[[Fields, str], Document]]] = [(REDPAJAMA_SAMPLE, plain_text)]
-    if not no_alpaca:
-        files.append((LONG_ALPACA_FILE, input_output))
-    kl_weight = 1.0 if distill else 0.0
-    return joined([sampled(json_lines(file.path(), make), file.path(), tokenizer, length, kl_weight) for file, make in files])
+    readers = zip(beacon_files(max_length, no_alpaca, distill), (plain_text, input_output), strict=False)
+    length, kl_weight = int(max_length), 1.0 if distill else 0.0
+    return joined([sampled(json_lines(file.path(), make), file.path(), tokenizer, length, kl_weight) for file, make in readers])
 
 
 # ---- Copying and memory -----------------------------------------------------------------------------------------------
@@ -76,6 +79,7 @@ def prompt_response(fields: Fields, source: str) -> Document:
     r"minipilecopy(256|2k|4k)\.(train|test)",
     task="auto encoding",
     needs=list(COPIES.values()),
+    reads=lambda size, split: [COPIES[size]],
 )
 def minipile_copy(size: str, split: str) -> Corpus:
     return json_list(COPIES[size].path(), split, prompt_response)
@@ -94,12 +98,22 @@ def memory_util(split: str) -> Corpus:
 # ---- News -------------------------------------------------------------------------------------------------------------
 
 
-@corpus("newsqasum.train.{lm,distill}", r"newsqasum\.train\.(lm|distill)", task="news qa summation", needs=[NEWS, PG19])
+def news_sources(*arguments: str) -> list[Split]:
+    return [NEWS.split("train"), PG19.split("train")]
+
+
+@corpus(
+    "newsqasum.train.{lm,distill}",
+    r"newsqasum\.train\.(lm|distill)",
+    task="news qa summation",
+    needs=[NEWS, PG19],
+    reads=news_sources,
+)
 def newsqasum(kind: str) -> Corpus:
     return news(kl_weight=1.0 if kind == "distill" else 0.0)
 
 
-@corpus("newsqasumv2", r"newsqasumv2", task="news qa summation", needs=[NEWS, PG19])
+@corpus("newsqasumv2", r"newsqasumv2", task="news qa summation", needs=[NEWS, PG19], reads=news_sources)
 def newsqasum_v2() -> Corpus:
     return news(kl_weight=0.9)
 

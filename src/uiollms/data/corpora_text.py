@@ -26,15 +26,22 @@ CODE_PARROT = RawFile("codeparrot.json")
 BOOKS = RawFile("redpajama_book_sample.jsonl")
 
 
-SPLITS, SPLIT = "{train,validation,test}", r"\.(train|validation|test)"
-
-
-@corpus(f"minipile.{SPLITS}[.SIZE]", "minipile" + SPLIT + SIZE, needs=[MINIPILE])
+@corpus(
+    "minipile.{train,validation,test}[.SIZE]",
+    r"minipile\.(train|validation|test)" + SIZE,
+    needs=[MINIPILE],
+    reads=lambda split, size: [MINIPILE.split(split)],
+)
 def minipile(split: str, size: str | None) -> Corpus:
     return cut(MINIPILE.rows(split, ["text"], plain_text), size)
 
 
-@corpus(f"wikitext103.{SPLITS}[.SIZE]", "wikitext103" + SPLIT + SIZE, needs=[WIKITEXT])
+@corpus(
+    "wikitext103.{train,validation,test}[.SIZE]",
+    r"wikitext103\.(train|validation|test)" + SIZE,
+    needs=[WIKITEXT],
+    reads=lambda split, size: [WIKITEXT.split(split)],
+)
 def wikitext103(split: str, size: str | None) -> Corpus:
     """A row of the dataset is a line, a document is an article."""
     lines = WIKITEXT.load(split, ["text"])
@@ -47,7 +54,12 @@ def wikitext103(split: str, size: str | None) -> Corpus:
     return cut(Lazy(len(starts), read), size)
 
 
-@corpus(f"pg19.{SPLITS}[.SIZE]", "pg19" + SPLIT + SIZE, needs=[PG19])
+@corpus(
+    "pg19.{train,validation,test}[.SIZE]",
+    r"pg19\.(train|validation|test)" + SIZE,
+    needs=[PG19],
+    reads=lambda split, size: [PG19.split(split)],
+)
 def pg19(split: str, size: str | None) -> Corpus:
     return cut(PG19.rows(split, ["text"], plain_text), size)
 

@@ -130,7 +130,10 @@ class Source(Protocol):
 class NamedCorpus:
     """An entry of the register. usage: the name as people write it, {a,b} one of, [.x] optional; pattern: of the name in
     lower case without spaces, its groups are the opener's arguments; tokenized: the opener also takes a tokenizer, and its
-    first argument is how many tokens a document has at most."""
+    first argument is how many tokens a document has at most.
+    mixed: not all documents are of kind `task`; needs: sources of all that the name may stand for; reads: of the same
+    arguments, those that the opener reads; taught: of the same arguments, the most tokens that a teacher reads raw (0: none
+    does, or it depends on the truncation alone)."""
 
     usage: str
     pattern: re.Pattern[str]
@@ -138,6 +141,9 @@ class NamedCorpus:
     needs: tuple[Source, ...]
     tokenized: bool
     opener: Callable[..., Corpus]
+    mixed: bool
+    reads: Callable[..., Sequence[Source]]
+    taught: Callable[..., int]
 
 
 REGISTER: list[NamedCorpus] = []
@@ -145,12 +151,21 @@ Opener = Callable[..., Corpus]
 
 
 def corpus(
-    usage: str, pattern: str, task: str = "language modeling", needs: Sequence[Source] = (), tokenized: bool = False
+    usage: str,
+    pattern: str,
+    task: str = "language modeling",
+    needs: Sequence[Source] = (),
+    tokenized: bool = False,
+    mixed: bool = False,
+    reads: Callable[..., Sequence[Source]] | None = None,
+    taught: Callable[..., int] = lambda *arguments: 0,
 ) -> Callable[[Opener], Opener]:
     """Register the decorated opener under a name, see NamedCorpus."""
 
     def register(opener: Opener) -> Opener:
-        REGISTER.append(NamedCorpus(usage, re.compile(pattern), task, tuple(needs), tokenized, opener))
+        read = reads or (lambda *arguments: needs)
+        found = NamedCorpus(usage, re.compile(pattern), task, tuple(needs), tokenized, opener, mixed, read, taught)
+        REGISTER.append(found)
         return opener
 
     return register

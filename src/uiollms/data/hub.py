@@ -8,6 +8,7 @@ brings along is run. The token for gated datasets is read from the environment, 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,13 +19,15 @@ from uiollms.data.documents import Corpus, Lazy
 from uiollms.data.files import MakeDocument, text_or_qa
 from uiollms.paths import hub_dir
 
+SPLITS = ("train", "validation", "test")
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}  # by file ending, .gz aside
 
 
 @dataclass(frozen=True)
 class HubDataset:
     """A dataset of the hub. name: its id; aliases: other ids that $UIOLLMS_HUB_DIR may hold it under; files: a glob of the
-    files of each split, where the dataset's own layout does not say it."""
+    files of each split, where the dataset's own layout does not say it. Of a dataset whose file names tell the splits
+    apart, only the wanted split is downloaded (of pg19 the test books, without 6 GB of training books)."""
 
     name: str
     aliases: tuple[str, ...] = ()
@@ -35,27 +38,49 @@ class HubDataset:
             return None
         return f"hub dataset {self.name} is not on this machine; it is downloaded when first used"
 
+    def split(self, name: str) -> Split:
+        """One split as a source of its own."""
+        return Split(self, name)
+
     def local_folder(self) -> Path | None:
         root = hub_dir()
         folders = [root / name for name in (self.name, *self.aliases)] if root else []
         return next((folder for folder in folders if folder.is_dir()), None)
 
     def cached_folder(self) -> Path | None:
-        """The folder of an earlier download."""
+        """The folder of an earlier download, of whatever splits."""
         from huggingface_hub.errors import LocalEntryNotFoundError
 
         try:
-            return self.download(local_files_only=True)
+            return self.fetch(None, local_files_only=True)
         except LocalEntryNotFoundError:
             return None
 
-    def download(self, local_files_only: bool = False) -> Path:
+    def has(self, split: str, folder: Path) -> bool:
+        """Whether the files of a split lie in a folder, as far as their names tell."""
+        return bool(self.paths(split, folder)) or not any(self.paths(other, folder) for other in SPLITS)
+
+    def paths(self, split: str, folder: Path) -> list[str]:
+        """The data files that a split is read from: those of its glob, else those that name it
+        (data/test-00000-of-00001.parquet); none where names do not tell splits apart."""
+        if self.files:
+            return sorted(str(path) for path in folder.glob(self.files.get(split, "/")) if split in self.files)
+        word = re.compile(rf"(?<![a-z]){split}(?![a-z])", re.IGNORECASE)
+        found = [path for path in sorted(folder.rglob("*")) if word.search(path.relative_to(folder).as_posix())]
+        return [str(path) for path in found if path.is_file() and suffix_of(str(path)) in BUILDERS]
+
+    def download(self, split: str) -> Path:
+        """The folder with the files of a split; all of the dataset's where names do not tell them."""
+        folder = self.fetch([self.files[split]] if self.files else [f"*{split}*"])
+        return folder if self.files or self.paths(split, folder) else self.fetch(None)
+
+    def fetch(self, patterns: list[str] | None, local_files_only: bool = False) -> Path:
         from huggingface_hub import snapshot_download
 
         folder = snapshot_download(
             self.name,
             repo_type="dataset",
-            allow_patterns=list(self.files.values()) or None,
+            allow_patterns=patterns,
             token=os.environ.get("HF_TOKEN") or False,  # False: not even one that a login has left on the disk
             local_files_only=local_files_only,
         )
@@ -66,12 +91,11 @@ class HubDataset:
         import datasets
 
         try:
-            folder = self.local_folder() or self.download()
-            if self.files:
-                paths = sorted(str(path) for path in folder.glob(self.files[split]))
-                if not paths:
-                    raise FileNotFoundError(f"no file matches {folder / self.files[split]}")
+            folder = self.local_folder() or self.download(split)
+            if paths := self.paths(split, folder):
                 dataset = datasets.load_dataset(builder_of(paths[0]), data_files=paths, split="train")
+            elif self.files:
+                raise FileNotFoundError(f"no file matches {folder / self.files[split]}")
             else:
                 dataset = datasets.load_dataset(str(folder), split=split)
         except Exception as error:  # network, disk and file formats fail in a dozen libraries' own ways
@@ -87,8 +111,36 @@ class HubDataset:
         return documents_of(self.load(split, columns), f"hub:{self.name}/{split}", make)
 
 
+@dataclass(frozen=True)
+class Split:
+    """One split of a hub dataset, as a source."""
+
+    dataset: HubDataset
+    split: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.dataset.name} ({self.split})"
+
+    def local_folder(self) -> Path | None:
+        return self.dataset.local_folder()
+
+    def missing(self) -> str | None:
+        local = self.local_folder()
+        folder = local or self.dataset.cached_folder()
+        if folder and self.dataset.has(self.split, folder):
+            return None
+        if local:  # which nothing is added to
+            return f"{local} holds no file of split {self.split} of the hub dataset {self.dataset.name}"
+        return f"hub dataset {self.dataset.name}, split {self.split}, is not on this machine; it is downloaded when first used"
+
+
+def suffix_of(path: str) -> str:
+    return Path(path.removesuffix(".gz")).suffix
+
+
 def builder_of(path: str) -> str:
-    suffix = Path(path.removesuffix(".gz")).suffix
+    suffix = suffix_of(path)
     if suffix not in BUILDERS:
         raise ValueError(f"{path}: expected one of {', '.join(BUILDERS)}")
     return BUILDERS[suffix]

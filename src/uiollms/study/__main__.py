@@ -33,6 +33,7 @@ from uiollms.evaluate import score
 from uiollms.evaluation import evaluation_documents
 from uiollms.model import MemoryLM
 from uiollms.pretrained import load_memory_lm
+from uiollms.saving import weights_of
 from uiollms.study.cost import study_cost
 from uiollms.study.gradients import INFINITE, NAMES, estimators_of, study_gradients
 from uiollms.study.learning import compare, plot_curves, step_seconds, summarise
@@ -100,7 +101,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         if name == "recall":
             command.add_argument("--distances", type=int, nargs="+", default=[1, 4], help="chunks between told and asked")
             command.add_argument("--S", type=int, default=1, help="window of tbptt, uio and importance")
-            command.add_argument("--iterations", type=int, default=100)
+            help = "optimizer steps of eight samples each"
+            command.add_argument("--iterations", type=int, default=100, help=help)
     args = parser.parse_args(arguments)
     args.output = Output.of(args)
     return args
@@ -127,7 +129,7 @@ def measure(args: argparse.Namespace, out: Path) -> Result:
     preset = PRESETS[args.preset]
     config = load_env_config(args.env_conf, args.set)
     model, tokenizer = load_memory_lm(config, args.env_conf)
-    weights = config.model.load_ckp or config.model.released_ckp
+    weights = weights_of(config)
     with as_preset(model, preset):
         count = args.documents or preset["documents"]
         wanted = dict(num_instance=count, truncation=preset["tokens"], documents="full")
@@ -171,7 +173,7 @@ def learn_text(args: argparse.Namespace, out: Path, config: EnvConfig, model: Me
 
     def start(seed: int) -> tuple[MemoryLM, Iterator[Sample]]:
         torch.manual_seed(seed)
-        fresh = MemoryLM(model.base, model.memory_config)
+        fresh = MemoryLM(model.base, model.memory_config, model.masters)
         fresh.chunk_batch = model.chunk_batch
         if config.model.load_ckp:
             fresh.load_memory_state_dict(model.memory_state_dict())
@@ -208,17 +210,18 @@ def describe(args: argparse.Namespace, config: EnvConfig) -> dict[str, Any]:
 def recall(args: argparse.Namespace, out: Path) -> Result:
     """Every estimator trains memory for questions about what was told `distance` chunks ago."""
     base = train_base(out / "base", bar=args.output.bar)
+    accum_grad = 8
     train = TrainSection.model_validate(
         {
             "tbptt": args.S,
-            "train_iters": args.iterations,
+            "train_iters": accum_grad * args.iterations,
             "max_lr": 2e-3,
             "warmup": 0.1,
             "weight_decay": 0.01,
-            "accum_grad": 8,
+            "accum_grad": accum_grad,
             "corpus": ({"name": "recall", "partition": 1},),
-            "save": args.iterations,
-            "eval": max(1, args.iterations // 10),
+            "save": accum_grad * args.iterations,
+            "eval": accum_grad * max(1, args.iterations // 10),
         }
     )
     panels: dict[str, Sequence[dict[str, Any]]] = {}

@@ -21,6 +21,7 @@ from uiollms.config import TrainSection
 from uiollms.estimators import Estimator
 from uiollms.evaluate import token_losses
 from uiollms.model import MemoryLM
+from uiollms.schedule import Schedule
 from uiollms.step import gradient_step
 from uiollms.study.gradients import INFINITE
 from uiollms.tasks import Sample
@@ -38,23 +39,26 @@ def held_out_nll(model: MemoryLM, samples: Sequence[Sample]) -> float:
 def learn(
     model: MemoryLM, samples: Iterator[Sample], held_out: Sequence[Sample], estimator: Estimator, train: TrainSection
 ) -> dict[str, Any]:
-    """Train `model` for `train.train_iters` iterations -> held-out NLL (nats) every `train.eval` of them."""
+    """Train `model` on `train.train_iters` documents -> held-out NLL (nats) every `train.eval` of them,
+    against iterations, which are optimizer steps here."""
     optimizer = make_optimizer(model, train)
     parameters = list(model.trainable_parameters().values())
-    warmup = max(1, math.ceil(train.warmup * train.train_iters))
+    schedule = Schedule(train, train.accum_grad)
+    steps = schedule.steps()
+    warmup = max(1, math.ceil(train.warmup * len(steps)))
     rng = random.Random(train.seed)
     model.train()
     iterations, nll = [0], [held_out_nll(model, held_out)]
-    for iteration in range(train.train_iters):
+    for iteration, done in enumerate(steps, start=1):
         for _ in range(train.accum_grad):
             gradient_step(model, next(samples), estimator=estimator, rng=rng, scale=1 / train.accum_grad, report_all=False)
-        torch.nn.utils.clip_grad_norm_(parameters, train.clip_grad)
+        torch.nn.utils.clip_grad_norm_(parameters, train.clip_grad or math.inf)
         for group in optimizer.param_groups:
-            group["lr"] = train.max_lr * min(1, (iteration + 1) / warmup)
+            group["lr"] = train.max_lr * min(1, iteration / warmup)
         optimizer.step()
         optimizer.zero_grad()
-        if (iteration + 1) % train.eval == 0:
-            iterations.append(iteration + 1)
+        if schedule.reaches(done, train.eval):
+            iterations.append(iteration)
             nll.append(held_out_nll(model, held_out))
     return {"iterations": iterations, "nll": nll}
 

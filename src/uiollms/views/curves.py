@@ -1,4 +1,4 @@
-"""Pictures of a training run: losses, and what each iteration did and took."""
+"""Pictures of a training run: losses, and what each step did and took."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from uiollms.metrics import read_metrics
+from uiollms.metrics import iterations_of, read_metrics
 from uiollms.views.plots import COLORS
 from uiollms.views.tables import NAMES
 
 
 def plot_training(run: Path, path: Path | None = None) -> Path:
-    """`curve.png` in the run folder, or `path`: training NLL per token, and an evaluation, against iterations; in a panel of its
+    """`curve.png` in the run folder, or `path`: training NLL per token, and an evaluation, against documents; in a panel of its
     own where it scores other tokens than the training loss."""
     from matplotlib.figure import Figure  # slow to import, and only runs that plot need it
 
@@ -33,7 +33,7 @@ def plot_training(run: Path, path: Path | None = None) -> Path:
         if points:
             panels[-1].plot(*zip(*points, strict=True), "o-", color=color, label=f"held out, {NAMES[mode]}")
     for axes in panels:
-        axes.set_xlabel("iteration")
+        axes.set_xlabel(counted_in(run))
         axes.set_ylabel("NLL, nats per scored token")
         axes.legend()
         axes.grid(alpha=0.3)
@@ -50,6 +50,12 @@ def loss_of(run: Path) -> str:
     return json.loads(config.read_text())["train"]["loss"] if config.exists() else "paper"
 
 
+def counted_in(run: Path) -> str:
+    """What the run's iterations are: "documents" or "steps"."""
+    versions = run / "versions.json"
+    return iterations_of(json.loads(versions.read_text()) if versions.exists() else {})
+
+
 def curve_task(run: Path, tasks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Of an evaluation's tasks the one that the curve shows: the first that scores the same tokens as the training loss, else
     the first. (Metrics that name no protocol are perplexities under the paper's.)"""
@@ -64,9 +70,9 @@ def smoothed(y: Sequence[float], width: int) -> list[float]:
 GRADIENTS = {"encoder_lora": "encoder LoRA", "decoder_lora": "decoder LoRA", "token_embeddings": "token embeddings"}
 
 
-def plot_steps(metrics: Sequence[dict[str, Any]], path: Path) -> Path:
-    """Panels against iterations: learning rate, gradient norms before clipping, tokens a second, peak memory; each where the
-    metrics have it."""
+def plot_steps(metrics: Sequence[dict[str, Any]], counted: str, path: Path) -> Path:
+    """Panels against iterations, which are `counted` documents or steps: learning rate, gradient norms
+    before clipping, tokens a second, peak memory; each where the metrics have it."""
     from matplotlib.figure import Figure
 
     steps = [m for m in metrics if "lr" in m]
@@ -94,7 +100,7 @@ def plot_steps(metrics: Sequence[dict[str, Any]], path: Path) -> Path:
             axes.set_ylim(0, 1.1 * max(number for points in lines.values() for _, number in points) or 1)
         if len([points for points in lines.values() if points]) > 1:
             axes.legend(fontsize=8)
-        axes.set_xlabel("iteration")
+        axes.set_xlabel(counted)
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)

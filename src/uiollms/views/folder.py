@@ -61,7 +61,9 @@ class RunFolder:
         conf = self.path / "config.json"
         words = ["python", "test.py", "--env_conf", str(conf if conf.exists() else "FILE"), "--set", f"train.run_dir={self.path}"]
         newest = newest_checkpoint(self.path)
-        return shlex.join(words + (["--set", f"model.load_ckp={newest}"] if newest else []))
+        if newest:  # not what another run may have left at save_ckp since
+            words += ["--set", "model.save_ckp=null", "--set", f"model.load_ckp={newest}"]
+        return shlex.join(words)
 
     def part(self, what: str, name: str, read: Callable[[Path], Part], command: str) -> Part | None:
         """What `read` makes of a file; None with a note where it is not there or not what this version writes."""

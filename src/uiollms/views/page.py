@@ -12,6 +12,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from uiollms.faults import writing
+from uiollms.metrics import ITERATIONS, iterations_of
 from uiollms.views.curves import plot_steps, plot_training
 from uiollms.views.folder import RunFolder, config_text
 from uiollms.views.plots import plot_attention, plot_lengths, plot_results
@@ -60,7 +61,7 @@ def draw(run: RunFolder, folder: Path) -> Iterator[Picture]:
         yield Picture(plot_training(run.path, folder / "training.png"), "Training curve", said)
         said = "Gradient norms are before clipping, of all trained tensors and of each part. Tokens are those that the decoder "
         said += "reads, all processes together, without evaluations and checkpoints. Memory is the first process's peak so far."
-        yield Picture(plot_steps(run.metrics, folder / "steps.png"), "Steps", said)
+        yield Picture(plot_steps(run.metrics, iterations_of(run.versions), folder / "steps.png"), "Steps", said)
     text = [result for result in run.results if result.kind == "text"]
     if text:
         said = "Perplexity of the tokens between two powers of two. Left of the dotted line no memory is read yet."
@@ -104,7 +105,8 @@ def facts(run: RunFolder) -> Iterator[tuple[str, str]]:
         yield "corpora", ", ".join(shares)
     if steps:
         goal = f" of {run.config.train.train_iters}" if run.config else ""
-        yield "iterations", f"{steps[-1]['iteration']}{goal} in {duration(run.metrics[-1]['seconds'])}, evaluations included"
+        took = f"in {duration(run.metrics[-1]['seconds'])}, evaluations included"
+        yield iterations_of(run.versions), f"{steps[-1]['iteration']}{goal} {took}"
         skipped = sum("skipped" in line for line in steps)
         if skipped:
             yield "skipped", f"{skipped} steps, whose loss or gradient was not finite"
@@ -115,7 +117,7 @@ def facts(run: RunFolder) -> Iterator[tuple[str, str]]:
         names = ("platform", "device", "processes")
         yield "machine", ", ".join(f"{name} {versions[name]}" for name in names if versions.get(name))
         yield "git revision", versions.get("git") or "none: not a clone"
-        named = {name: value for name, value in versions.items() if name not in (*names, "git", "dtype") and value}
+        named = {name: value for name, value in versions.items() if name not in (*names, ITERATIONS, "git", "dtype") and value}
         yield "versions", ", ".join(f"{name} {value}" for name, value in named.items())
 
 

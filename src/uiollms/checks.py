@@ -1,0 +1,164 @@
+"""What a config decides, decided before a model or a corpus is fetched: each command looks at what it will read and write, and
+reports all faults together, one line each.
+
+The base's own config may be asked of the hub for this (a few kilobytes), its weights are not.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from uiollms.checkpoint import check_compressor, check_target
+from uiollms.config import (
+    ConfigError,
+    EnvConfig,
+    MemoryConfig,
+    TaskEntry,
+    load_tasks,
+)
+from uiollms.data import find_corpus
+from uiollms.data.hub import HubDataset, Split
+from uiollms.evaluation import ACCEPTED
+from uiollms.flash import check_request
+from uiollms.paths import run_folder
+from uiollms.placement import resolved, this_machine
+from uiollms.pretrained import (
+    KNOWN_SHAPES,
+    Sources,
+    corpus_of,
+    examine_model,
+    examine_sources,
+    hub_reachable,
+    load,
+    package_folder,
+    resolve_dtype,
+    sources_of,
+)
+from uiollms.refusals import Faults
+from uiollms.saving import weights_of
+from uiollms.schedule import Schedule
+
+
+def check_training(config: EnvConfig, path: str | Path, going_on: bool = False) -> MemoryConfig:
+    """Everything that train.py reads and writes; the compressor config. going_on: a checkpoint says what an iteration is.
+    Raises ConfigError with a line for every fault."""
+    faults = Faults()
+    memory, shape = examine_model(config, path, faults)
+    sources = sources_of(config)
+    examine_sources(sources, memory, shape, path, faults)
+    examine_data(sources, path, faults)
+    examine_base(config, shape, path, faults)
+    examine_weights(config.model.load_ckp, memory, faults)
+    examine_folder(run_folder(config.train.run_dir, config.model.save_ckp, path), faults)
+    if save_ckp := config.model.save_ckp:
+        with faults.noted():
+            check_target(Path(save_ckp))
+        examine_folder(Path(save_ckp).parent, faults)
+    if not going_on:
+        with faults.noted():
+            Schedule(config.train, config.train.accum_grad)
+    faults.report()
+    assert memory is not None
+    return memory
+
+
+def check_evaluation(config: EnvConfig, path: str | Path, own_tasks: bool) -> tuple[TaskEntry, ...]:
+    """Everything that test.py reads and writes; the tasks, of the config if `own_tasks`, else of the file that its `test`
+    names. Raises ConfigError with a line for every fault."""
+    faults = Faults()
+    memory, shape = examine_model(config, path, faults)
+    tasks, file, prefix = config.train.tasks, path, "train.tasks"
+    if not own_tasks:
+        tasks, file, prefix = (), config.test, "tasks"
+        with faults.noted():
+            tasks = load_tasks(config.test)
+    elif not tasks:
+        faults.add(f"{path}: train.tasks: is empty, there is nothing to evaluate")
+    sources = {f"{prefix}[{i}]": task for i, task in enumerate(tasks)}
+    examine_sources(sources, memory, shape, file, faults)
+    examine_data(sources, file, faults)
+    examine_base(config, shape, path, faults)
+    examine_weights(weights_of(config), memory, faults)
+    examine_folder(run_folder(config.train.run_dir, config.model.save_ckp, path), faults)
+    faults.report()
+    return tasks
+
+
+def examine_data(sources: Sources, path: str | Path, faults: Faults) -> None:
+    """Files and packages that are not here, datasets that cannot be had, tasks that a corpus has no documents for."""
+    for where, entry in sources.items():
+        field, name = corpus_of(entry)
+        try:
+            corpus, arguments = find_corpus(name)
+            needed = corpus.reads(*arguments)
+        except ConfigError as error:
+            faults.add(f"{path}: {where}.{field}: {error}")
+            continue
+        for source in needed:
+            message = source.missing()
+            if isinstance(source, HubDataset | Split) and source.local_folder() is None:
+                message = message and (None if hub_reachable() else f"{message}, and {constants.ENDPOINT} cannot be reached")
+            if message:
+                faults.add(f"{path}: {where}.{field}: {message}")
+        if isinstance(entry, TaskEntry) and not corpus.mixed:
+            kinds = ACCEPTED.get(entry.task_type, (entry.task_type,))
+            if corpus.task not in kinds:
+                faults.add(
+                    f"{path}: {where}: corpus {name!r} has documents for {corpus.task}, task_type "
+                    f"{entry.task_type!r} takes documents for {' or '.join(kinds)}"
+                )
+
+
+def examine_base(config: EnvConfig, shape: Any, path: str | Path, faults: Faults) -> None:
+    """Whether the base can be had, as far as that costs nothing, and computed where and as the config says."""
+    model = config.model
+    if model.model_name.startswith("package:"):
+        with faults.noted():
+            package_folder(model.model_name.removeprefix("package:"))
+    elif model.model_name in KNOWN_SHAPES and not hub_reachable():  # its shape was not looked up
+        with faults.noted():
+            load(AutoConfig, model.model_name)
+    dtype = resolve_dtype(model.model_dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    with faults.noted():
+        check_request(model.attn_implementation, f"{path}: model.attn_implementation", dtype, model.device_map, shape)
+    if shape is not None and isinstance(model.device_map, dict | int):
+        with torch.device("meta"):
+            base = AutoModelForCausalLM.from_config(shape, dtype=dtype)
+        with faults.noted():
+            resolved(base, model.device_map, path, this_machine())
+
+
+def examine_weights(weights: str | None, memory: MemoryConfig | None, faults: Faults) -> None:
+    """Weights that are to be loaded: that they are there, and of this compressor."""
+    if weights is None:
+        return
+    path = Path(weights)
+    if not path.exists():
+        faults.add(f"{path}: no checkpoint can be read here: there is no such file or folder")
+    elif memory and (path / "memory_config.json").is_file():
+        try:
+            check_compressor(path, memory)
+        except ConfigError as error:
+            faults.add(str(error))
+        except ValueError as error:
+            faults.add(f"{path}: {error}")
+
+
+def examine_folder(folder: Path, faults: Faults) -> None:
+    """Whether a folder can be written in, or made, without making it."""
+    try:
+        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    except (OSError, ValueError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
+        faults.add(f"{folder}: cannot be written ({reason})")
+        return
+    if not there.is_dir():
+        faults.add(f"{folder}: cannot be written (Not a directory: {there})")
+    elif not os.access(there, os.W_OK | os.X_OK):
+        faults.add(f"{folder}: cannot be written (no permission to write in {there})")

@@ -1,0 +1,257 @@
+"""Whatever a config decides is decided before a model or a corpus is fetched, by what a command reads, all faults at once."""
+
+import json
+import os
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from conftest import make_base
+from datasets import Dataset
+from huggingface_hub.utils import filter_repo_objects
+from test_commands import call
+
+from uiollms import ConfigError, MemoryLM
+from uiollms.checkpoint import save_weights
+from uiollms.checks import check_evaluation, check_training, examine_folder
+from uiollms.config import EnvConfig, TrainSection, load_env_config, load_memory_config, parse
+from uiollms.data import open_corpus
+from uiollms.pretrained import check_env, load_memory_lm
+from uiollms.refusals import Faults
+from uiollms.saving import weights_of
+from uiollms.training import Samples
+
+ROOT = Path(__file__).parent.parent
+
+
+def faults_of(*changes: str, check=check_training) -> list[str]:
+    """The lines that a check of the workspace's config reports, without the file's name."""
+    try:
+        check(load_env_config("env.json", list(changes)), "env.json")
+    except ConfigError as error:
+        return [line.removeprefix("env.json: ") for line in str(error).splitlines()]
+    return []
+
+
+@pytest.fixture
+def nothing_is_loaded(monkeypatch) -> None:
+    """A model or a tokenizer that is asked for is a failure."""
+
+    def fetched(*arguments, **settings):
+        raise AssertionError("a model or tokenizer was fetched")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", fetched)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", fetched)
+
+
+WRONG = {
+    "model.load_ckp=nowhere": "nowhere: no checkpoint can be read here: there is no such file or folder",
+    "model.model_structure=qwen2": "model.model_structure: 'qwen2', but ",
+    'model.device_map={"model":"cpu"}': "model.device_map: no key places 'lm_head'",
+    "model.attn_implementation=flash_attention_2": 'model.attn_implementation: "flash_attention_2": ',
+    "train.accum_grad=4": "train.train_iters: 3 documents make no step of 4",
+    "train.run_dir=book0.txt/run": "book0.txt/run: cannot be written (",
+    "model.save_ckp=book0.txt": "book0.txt: weights would replace it, but it is not a folder",
+    "train.corpus.0.name=beacons": "train.corpus[0].name: raw_data/redpajama-sample.json is missing; raw_data/README.md says how",
+    "train.tasks.0.task_name=files:*.md": "train.tasks[0].task_name: corpus files:*.md: no file matches",
+    "train.tasks.0.truncation=1000": "train.tasks[0].truncation: 1000 tokens is past the capacity ",
+    "train.corpus.0.truncation=16": "train.corpus[0].truncation: of 16 tokens nothing would read memory, chunk_size is 16; use",
+}
+
+
+@pytest.mark.parametrize("change", WRONG)
+def test_each_fault_of_a_training_is_found_before_anything_is_loaded(workspace, nothing_is_loaded, change):
+    found = faults_of(change)
+    assert found[0].startswith(WRONG[change]), found
+    assert len(found) == (2 if change.endswith("beacons") else 1)
+
+
+def test_all_faults_are_reported_together(workspace, nothing_is_loaded, capsys):
+    assert call("train.py", "--env_conf", "env.json", *(f"--set={change}" for change in WRONG)) == 2
+    lines = [line.removeprefix("env.json: ") for line in capsys.readouterr().err.splitlines()]
+    for expected in WRONG.values():
+        assert sum(line.startswith(expected) for line in lines) == 1, (expected, lines)
+    assert len(lines) == len(WRONG) + 1  # beacons are two files
+    assert not Path("out").exists(), "checks make nothing"
+
+
+def test_fields_that_exclude_each_other_are_reported_together():
+    fields = dict(tbptt=2, train_iters=3, max_lr=1e-2, save=1, eval=1, keep_best=True, chunk_ranks=2)
+    with pytest.raises(ConfigError) as error:
+        load_env_config_of(fields | dict(corpus=[dict(name="sotu.train", partition=0.5)]))
+    lines = str(error.value).splitlines()
+    assert [line.split(": train: ")[1][:20] for line in lines] == [
+        "the corpus partition", "keep_best needs an e", "chunk_ranks 2 has a "
+    ]  # fmt: skip
+
+
+def load_env_config_of(train: dict) -> TrainSection:
+    model = dict(model_name="m", model_dtype="fp32", model_structure="llama", config="c.json")
+    return parse(EnvConfig, dict(model=model, train=train), "e.json").train
+
+
+def test_a_task_that_its_corpus_has_no_documents_for(workspace, nothing_is_loaded):
+    (found,) = faults_of("train.tasks.0.task_name=longalpaca.test.true", "train.tasks.0.compare=[]")[-1:]
+    assert found == (
+        "train.tasks[0]: corpus 'longalpaca.test.true' has documents for question answering, task_type 'perplexity' takes "
+        "documents for language modeling"
+    )
+
+
+def test_a_teacher_that_cannot_read_its_samples(workspace, nothing_is_loaded):
+    name = "train.corpus.0.name=beacons sampled.8192.distill"
+    expected = "train.corpus[0]: the teacher reads samples of up to 8192 tokens raw, the base has 128 positions; set truncation"
+    assert faults_of(name, "train.corpus.0.truncation=null", check=check_env)[0].startswith(expected)
+    assert faults_of(name, "train.corpus.0.truncation=120", check=check_env) == []
+    assert faults_of("train.corpus.0.name=beacons sampled.900")[0].endswith("no sample has fewer than 1200 tokens; ask for more")
+
+
+@pytest.mark.parametrize("loss", ["paper", "document"])
+def test_the_shortest_truncation_is_the_shortest_that_trains(workspace, loss):
+    """One token less is refused, and would indeed be skipped for ever."""
+    least = 16 + 2
+    changes = [f"train.loss={loss}", "train.tasks=[]"]
+    assert faults_of(*changes, f"train.corpus.0.truncation={least}") == []
+    assert len(faults_of(*changes, f"train.corpus.0.truncation={least - 1}")) == 1
+    Samples.MOST_SKIPPED, most = 20, Samples.MOST_SKIPPED
+    try:
+        for truncation, trains in ((least, True), (least - 1, False)):
+            config = load_env_config("env.json", [*changes, f"train.corpus.0.truncation={truncation}"])
+            model, tokenizer = load_memory_lm(config, "env.json")
+            if trains:
+                assert len(Samples(config, tokenizer, model).take(2)) == 2
+            else:
+                with pytest.raises(ConfigError, match="20 documents in a row"):
+                    Samples(config, tokenizer, model).take(1)
+    finally:
+        Samples.MOST_SKIPPED = most
+
+
+def test_a_copy_needs_one_whole_chunk(workspace):
+    copy = 'train.tasks=[{"task_type":"longdata copy","task_name":"files:book*.txt","num_instance":1,"truncation":%d}]'
+    assert faults_of(copy % 16, check=check_env) == []
+    assert "of 15 tokens nothing would read memory" in faults_of(copy % 15, check=check_env)[0]
+
+
+def test_a_command_checks_only_what_it_reads(workspace, capsys):
+    """A dry run needs no data, weights or folder; test.py neither the corpora nor the tasks of training; ask neither."""
+    missing = ("--set=train.corpus.0.name=redpajama book sample.train.1m", "--set=model.load_ckp=nowhere")
+    assert call("train.py", "--env_conf", "env.json", "--dry_run", *missing, "--set=train.run_dir=book0.txt") == 0
+    assert call("train.py", "--env_conf", "env.json") == 0
+    unknown = ("--set=train.corpus.0.name=nothing.train", "--set=train.tasks.0.task_name=nothing.test")
+    capsys.readouterr()
+    assert call("test.py", "--env_conf", "env.json", *unknown, "--set=train.chunk_batch=auto") == 0
+    assert call("test.py", "--env_conf", "env.json", *unknown, "--use_env_conf_tasks") == 2
+    assert "train.tasks[0].task_name: corpus 'nothing.test' is unknown" in capsys.readouterr().err
+    load_memory_lm(load_env_config("env.json", [change[6:] for change in unknown]), "env.json")  # as ask and chat do
+
+
+def test_the_faults_of_an_evaluation(workspace, nothing_is_loaded):
+    tasks = [
+        dict(task_type="perplexity", task_name="files:*.md", num_instance=1),
+        dict(task_type="perplexity", task_name="pg20.test", num_instance=1, truncation=12),
+    ]
+    Path("test.json").write_text(json.dumps(tasks))
+    config = load_env_config("env.json", ["train.run_dir=book0.txt", "model.save_ckp=null", "model.load_ckp=nowhere"])
+    with pytest.raises(ConfigError) as error:
+        check_evaluation(config, "env.json", own_tasks=False)
+    lines = str(error.value).splitlines()
+    assert [line[:30] for line in lines] == [
+        "test.json: tasks[1].task_name:", "test.json: tasks[0].task_name:",
+        "nowhere: no checkpoint can be ", "book0.txt: cannot be written (",
+    ]  # fmt: skip
+    Path("test.json").unlink()
+    with pytest.raises(ConfigError, match="test.json: cannot be read") as error:
+        check_evaluation(config, "env.json", own_tasks=False)
+    assert len(str(error.value).splitlines()) == 3
+    with pytest.raises(ConfigError, match="env.json: train.tasks: is empty, there is nothing to evaluate"):
+        check_evaluation(load_env_config("env.json", ["train.tasks=[]"]), "env.json", own_tasks=True)
+
+
+def test_weights_of_another_compressor_are_found_without_the_model(workspace, nothing_is_loaded):
+    save_weights(MemoryLM(make_base(dtype=torch.float32), load_memory_config("memory.json")), "trained")
+    memory = json.loads(Path("memory.json").read_text())
+    Path("memory.json").write_text(json.dumps(memory | dict(num_memory=4)))
+    assert faults_of("model.load_ckp=trained") == ["trained: trained with another compressor: num_memory 2, the config says 4"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission(tmp_path):
+    (tmp_path / "closed").mkdir(mode=0o500)
+    faults = Faults()
+    examine_folder(tmp_path / "closed" / "run", faults)
+    assert faults.lines == [f"{tmp_path}/closed/run: cannot be written (no permission to write in {tmp_path}/closed)"]
+
+
+# ---- which weights --------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_config_trained_comes_before_what_it_started_from(workspace, capsys):
+    """Two-stage training: the second stage starts from load_ckp, and test.py, ask and chat take what it made."""
+    for name in ("first", "released"):
+        model, _ = load_memory_lm(load_env_config("env.json"), "env.json")
+        for parameter in model.trainable_parameters().values():
+            torch.nn.init.normal_(parameter, std=0.2)
+        save_weights(model, name)
+    stage = ["--set=model.load_ckp=first", "--set=model.released_ckp=released"]
+    changes = [change[6:] for change in stage]
+    assert weights_of(load_env_config("env.json", changes)) == "first"
+    assert call("test.py", "--env_conf", "env.json", *stage) == 0
+    assert capsys.readouterr().out.startswith("weights: first, base in torch.float32\n")
+    assert call("train.py", "--env_conf", "env.json", *stage, "--set=train.tasks=[]") == 0
+    capsys.readouterr()
+    assert call("test.py", "--env_conf", "env.json", *stage) == 0
+    assert capsys.readouterr().out.startswith("weights: out/ckp, base in torch.float32\n")
+    assert json.loads(Path("out/test.json").read_text())["weights"] == "out/ckp"
+    assert weights_of(load_env_config("env.json", [*changes, "model.save_ckp=null"])) == "first"
+    assert weights_of(load_env_config("env.json", ["model.save_ckp=null", "model.released_ckp=released"])) == "released"
+
+
+# ---- one split of a hub dataset --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pg19_on_the_hub(tmp_path, monkeypatch) -> list[str]:
+    """emozilla/pg19 as the hub has it, in small; its files as they are asked for, by huggingface_hub's own rule for patterns."""
+    hub, cache = tmp_path / "there", tmp_path / "here"
+    for split, parts in (("train", 3), ("validation", 1), ("test", 1)):
+        for part in range(parts):
+            path = hub / f"data/{split}-{part:05d}-of-{parts:05d}.parquet"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Dataset.from_list([{"text": f"{split} {part}"}]).to_parquet(path)
+    (hub / "README.md").write_text("---\nconfigs:\n- config_name: default\n---\n")
+    fetched: list[str] = []
+
+    def snapshot(name: str, allow_patterns=None, local_files_only=False, **settings) -> str:
+        if local_files_only and not cache.exists():
+            raise huggingface_hub.errors.LocalEntryNotFoundError("not here")
+        files = [path.relative_to(hub).as_posix() for path in hub.rglob("*") if path.is_file()]
+        for file in () if local_files_only else filter_repo_objects(files, allow_patterns=allow_patterns):
+            (cache / file).parent.mkdir(parents=True, exist_ok=True)
+            (cache / file).write_bytes((hub / file).read_bytes())
+            fetched.append(file)
+        return str(cache)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.delenv("UIOLLMS_HUB_DIR", raising=False)
+    return fetched
+
+
+def test_the_test_books_come_without_the_training_books(workspace, pg19_on_the_hub):
+    assert [document.text for document in open_corpus("pg19.test")] == ["test 0"]
+    assert pg19_on_the_hub == ["data/test-00000-of-00001.parquet"]
+    (found,) = faults_of("train.corpus.0.name=pg19.train")  # what is here is another split; the hub is off in tests
+    assert found.startswith("train.corpus[0].name: hub dataset emozilla/pg19, split train, is not on this machine")
+    assert faults_of("train.corpus.0.name=pg19.test") == []
+    assert len(open_corpus("pg19.train")) == 3
+
+
+def test_a_copy_of_a_dataset_without_the_wanted_split(workspace, monkeypatch):
+    monkeypatch.setenv("UIOLLMS_HUB_DIR", "copies")
+    Path("copies/pg19").mkdir(parents=True)
+    Path("copies/pg19/train.jsonl").write_text(json.dumps({"text": "book"}))
+    assert faults_of("train.corpus.0.name=pg19.train") == []
+    (found,) = faults_of("train.corpus.0.name=pg19.test")
+    assert found == "train.corpus[0].name: copies/pg19 holds no file of split test of the hub dataset emozilla/pg19"

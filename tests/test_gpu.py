@@ -1,0 +1,157 @@
+"""What a GPU must give: the CPU's values and gradients, in every precision, without waiting for it.
+
+    python -m pytest -m gpu                              on a machine with CUDA
+    UIOLLMS_TEST_DEVICE=cpu python -m pytest -m gpu      a rehearsal without one
+
+float64: 1e-6, since transformers' RoPE tables are float32, and a card's cosines differ there.
+float32 with TF32 off: 1e-4 leaves room for another order of summation. bfloat16 keeps 8 bits: 3e-2
+is a few roundings in each of three layers; a wrong mask or position is off by tenths.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MEMORY, gradients, make_model, random_ids, relative_error, worst_error
+from processes import TRAIN
+from safetensors.torch import load_file
+from test_commands import call
+from test_parity import CASES, Case
+
+import uiollms
+
+DEVICE = torch.device(os.environ.get("UIOLLMS_TEST_DEVICE", "cuda"))
+ON_GPU = DEVICE.type == "cuda"
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(ON_GPU and not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.fixture(autouse=True)
+def full_precision():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # no TF32
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def moved_case(name: str, precision: str) -> Case:
+    case = Case(CASES[name], precision)
+    case.model.to(DEVICE)
+    case.tolerance = max(case.tolerance, 1e-6)
+    return case
+
+
+@pytest.mark.parametrize("precision", ["f32", "f64r32"])
+@pytest.mark.parametrize("recorded", ["lm.full", "lm.tbptt2", "beacon.tbptt2"])
+def test_recordings_of_the_authors_program(precision, recorded):
+    case = moved_case("c32_m4", precision)
+    protocol, mode = recorded.split(".")
+    expected = {k: v for k, v in case.grads.items() if k.startswith(f"{recorded}.")}
+    expected = {k.removeprefix(f"{recorded}."): v for k, v in expected.items()}
+    expected.pop("memory_grad", None)
+    if not expected:
+        pytest.skip("this precision has no such recording")
+    if protocol == "lm":
+        sample = uiollms.Sample.language_modeling(case.ids, case.chunk_size)
+    else:
+        labels = case.data["beacon_labels"]
+        sample = uiollms.Sample.beacon(case.ids, labels, case.chunk_size)
+    settings = dict(estimator="exact")
+    if mode != "full":
+        draws = [draw["j"] for draw in case.facts["gradients"][protocol][mode]["draws"]]
+        weights = uiollms.window_from_draws(draws, int(mode[5]), compensate=False)
+        settings = dict(weights=weights)
+    uiollms.gradient_step(case.model, sample, **settings)
+    found = case.model.trainable_parameters()
+    for name, gradient in expected.items():
+        case.check(found[name].grad.cpu(), gradient, name)
+
+
+@pytest.mark.parametrize("precision", ["f32", "f64r32"])
+def test_recorded_memories_and_logits(precision):
+    case = moved_case("c32_m4", precision)
+    full = case.ids.shape[1] // case.chunk_size * case.chunk_size
+    memory = case.model.encode(case.ids[0, :full].view(-1, case.chunk_size)).cpu()
+    case.check(memory.transpose(0, 1), case.forward["memory"], "memory")
+    case.check(case.model(case.ids).logits.cpu(), case.forward["logits.chunked"], "logits")
+
+
+@pytest.mark.parametrize("chunk_batch", [1, 4])
+@pytest.mark.parametrize("estimator", ["exact", "uio", "tbptt", "importance"])
+def test_gradients_are_the_cpus(family, estimator, chunk_batch):
+    sample = uiollms.Sample.document(random_ids(45), MEMORY.chunk_size)
+    settings = dict(estimator=estimator, rng=3)
+    settings |= {} if estimator == "exact" else dict(S=2)
+    model = make_model(family, torch.float32)
+    model.chunk_batch = chunk_batch
+    uiollms.gradient_step(model, sample, **settings)
+    expected = gradients(model)
+    model.to(DEVICE)
+    uiollms.gradient_step(model, sample, **settings)
+    found = {name: gradient.cpu() for name, gradient in gradients(model).items()}
+    assert worst_error(found, expected) < 1e-4
+
+
+def test_bfloat16_stays_near_float32(family):
+    sample = uiollms.Sample.document(random_ids(45), MEMORY.chunk_size)
+    wide, half = (make_model(family, dtype) for dtype in (torch.float32, torch.bfloat16))
+    half.base.load_state_dict(wide.base.state_dict())
+    half.load_memory_state_dict(wide.memory_state_dict())
+    wide, half = wide.to(DEVICE), half.to(DEVICE)
+    losses = [uiollms.gradient_step(model, sample).losses.cpu() for model in (wide, half)]
+    assert relative_error(losses[1], losses[0]) < 3e-2
+    joined = [torch.cat([gradient.flatten().double().cpu() for gradient in gradients(model).values()]) for model in (wide, half)]
+    assert torch.cosine_similarity(*joined, dim=0) > 0.99
+
+
+@pytest.mark.parametrize("mode", ["memory", "window", "raw"])
+def test_scores_are_the_cpus(family, mode):
+    model, ids = make_model(family, torch.float32), random_ids(45)
+    expected = uiollms.score(model, ids, "document", mode).nll
+    found = uiollms.score(model.to(DEVICE), ids, "document", mode).nll
+    assert relative_error(found.cpu(), expected) < 1e-4
+
+
+def test_generation_is_the_cpus(family):
+    model, ids = make_model(family, torch.float32), random_ids(1, 13)
+    options = dict(do_sample=False, max_new_tokens=12, eos_token_id=None)
+    expected = model.generate(ids, **options)
+    found = model.to(DEVICE).generate(ids.to(DEVICE), **options)
+    assert torch.equal(found.cpu(), expected)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="a CPU is never waited for")
+@pytest.mark.parametrize("estimator", ["exact", "uio"])
+def test_a_step_never_waits_for_the_gpu(estimator):
+    model = make_model("llama", torch.float32).to(DEVICE)
+    sample = uiollms.Sample.document(random_ids(45), MEMORY.chunk_size)
+    settings = dict(estimator=estimator, rng=0, report_all=False)
+    settings |= {} if estimator == "exact" else dict(S=2)
+    uiollms.gradient_step(model, sample, **settings)  # kernels are loaded, tables are made
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        uiollms.gradient_step(model, sample, **settings)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_run_goes_on_from_a_checkpoint(workspace):
+    """The third step after a restart gives the weights of a run of three: to the bit on a CPU; a
+    GPU may add up gradients in another order (1e-5 of float32 after a step)."""
+    where = f"--set=model.device_map={0 if ON_GPU else 'cpu'}"
+    assert call(*TRAIN, where, "--set=train.save=2") == 0
+    expected = trained_tensors(workspace / "out" / "ckp")
+    (workspace / "out" / "checkpoints" / "step-00000002").rename("brought")
+    assert call(*TRAIN, where, "--resume", "brought") == 0
+    found = trained_tensors(workspace / "out" / "ckp")
+    assert found.keys() == expected.keys() and len(found) > 10
+    for name, tensor in expected.items():
+        assert relative_error(found[name], tensor) < 1e-5, name
+
+
+def trained_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    files = sorted(folder.rglob("*.safetensors"))
+    return {f"{f.parent.name} {name}": t for f in files for name, t in load_file(f).items()}
