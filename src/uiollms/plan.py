@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from uiollms.base import layer_device
-from uiollms.config import CorpusEntry, EnvConfig
+from uiollms.config import ConfigError, CorpusEntry, EnvConfig
 from uiollms.data import find_corpus
 from uiollms.estimators import Estimator, all_pairs, make_estimator
 from uiollms.flops import Flops
@@ -134,9 +134,12 @@ def chunks_in_memory(length: int, chunk_size: int) -> int:
 
 def tokens_at_most(entry: CorpusEntry, capacity: int) -> int:
     """Tokens of a corpus's longest document, as far as its name and truncation say."""
-    corpus, arguments = find_corpus(entry.name)
-    named = [int(arguments[0] or capacity)] if corpus.tokenized else []  # beacons sampled.8192
-    return min(capacity, entry.truncation or capacity, *named)
+    most = min(capacity, entry.truncation or capacity)
+    try:
+        corpus, arguments = find_corpus(entry.name)
+    except ConfigError:  # train.py has refused it; test.py reads no corpus of these
+        return most
+    return min(most, int(arguments[0] or most)) if corpus.tokenized else most  # beacons sampled.8192
 
 
 def largest(share: Callable[[int], float], start: int, top: int) -> int | None:
