@@ -17,7 +17,15 @@ from urllib.parse import urlsplit
 import torch
 import transformers
 from huggingface_hub import constants
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from uiollms.config import ConfigError, CorpusEntry, EnvConfig, MemoryConfig, TaskEntry, load_memory_config
 from uiollms.data import find_corpus
@@ -100,12 +108,34 @@ def converted(folder: Path, gguf: str) -> Path:
         settings["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(folder, **settings)
     model.save_pretrained(work)
-    AutoTokenizer.from_pretrained(folder, gguf_file=gguf).save_pretrained(work)
+    gguf_tokenizer(folder / gguf).save_pretrained(work)
     try:
         work.rename(target)  # whole or not at all
     except OSError:  # another process was faster
         shutil.rmtree(work)
     return target
+
+
+def gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The byte-level BPE tokenizer of a GGUF file. Read here because transformers 5.0 takes it for another kind: it puts
+    BOS in front and unknown tokens in the place of spaces."""
+    from gguf import GGUFReader, TokenType  # a second of import that only the one conversion needs
+
+    fields = GGUFReader(path).fields
+
+    def field(name: str) -> Any:
+        return fields[f"tokenizer.{name}"].contents() if f"tokenizer.{name}" in fields else None
+
+    tokens, kinds = field("ggml.tokens"), field("ggml.token_type")
+    merges = [tuple(merge.split(" ")) for merge in field("ggml.merges")]
+    inner = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens([t for t, kind in zip(tokens, kinds, strict=True) if kind == TokenType.CONTROL])
+    roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    ids = {role: field(f"ggml.{name}_token_id") for role, name in roles.items()}
+    special = {f"{role}_token": tokens[i] for role, i in ids.items() if i is not None}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=field("chat_template"), **special)
 
 
 @cache
