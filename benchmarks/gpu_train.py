@@ -45,7 +45,8 @@ from benchmarks.recall_data import (
 from uiollms import MemoryConfig, MemoryLM
 from uiollms.config import ConfigError
 from uiollms.data import open_corpus
-from uiollms.pretrained import KNOWN_SHAPES, local_path
+from uiollms.packaged import local_path
+from uiollms.pretrained import KNOWN_SHAPES
 
 SHARES = {2: 0.15, 4: 0.35, 8: 0.35, 16: 0.15}  # of the steps, by ratio of chunk to memory
 MIX = {"code": 0.7, "novels": 0.15, "speeches": 0.15}  # of the documents of a step
