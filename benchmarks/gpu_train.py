@@ -45,6 +45,7 @@ from benchmarks.recall_data import (
 from uiollms import MemoryConfig, MemoryLM
 from uiollms.config import ConfigError
 from uiollms.data import open_corpus
+from uiollms.devices import avoid_cudnn_attention
 from uiollms.packaged import local_path
 from uiollms.pretrained import KNOWN_SHAPES
 
@@ -411,7 +412,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     started, device = time.monotonic(), torch.device(options.device)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans every new shape anew, for milliseconds
+    avoid_cudnn_attention()
     model, tokenizer = load_model(options, device)
     facts = Facts(tokenizer, options.num_facts, options.seed)
     data = Data(*build_corpora(tokenizer, options), facts, device)
