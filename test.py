@@ -5,7 +5,6 @@ python test.py --env_conf smollm2-8x.json --use_env_conf_tasks
 python test.py --env_conf smollm2-8x.json --quiet --json | python -m json.tool
 """
 
-import json
 import sys
 
 try:
@@ -20,6 +19,7 @@ from uiollms.cli import parse_arguments, reporting_errors
 from uiollms.config import load_env_config
 from uiollms.environment import device_name, environment
 from uiollms.evaluation import Evaluation
+from uiollms.json_files import as_json
 from uiollms.paths import run_folder
 from uiollms.plan import choose_chunk_batch
 from uiollms.pretrained import load_memory_lm
@@ -49,10 +49,10 @@ def main(arguments: list[str] | None = None) -> None:
     versions = environment() | {"dtype": str(model.dtype), "device": device_name()}
     about = {"weights": weights and str(weights), "config": config.model_dump(mode="json"), "versions": versions}
     summaries = about | {"results": [r.summary() for r in results]}
-    (folder / "test.json").write_text(json.dumps(summaries, indent=4) + "\n")
+    (folder / "test.json").write_text(as_json(summaries, indent=4) + "\n")
     save_token_nlls(results, folder / "test-nll.safetensors")
     plot_results(results, folder / "test.png")
-    args.output.line(json.dumps(summaries))
+    args.output.line(as_json(summaries))
     args.output.say(f"written to {folder}: test.json (all numbers), test-nll.safetensors (every token's NLL), test.png")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import signal
@@ -19,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from uiollms.config import ConfigError
 from uiollms.devices import avoid_cudnn_attention, keep_freed_memory
 from uiollms.environment import unused_gpu
+from uiollms.json_files import as_json
 
 log = logging.getLogger("uiollms")
 
@@ -51,7 +51,7 @@ class Output:
 
     def result(self, **fields: Any) -> None:
         """One JSON object as a line, at once."""
-        self.line(json.dumps(fields, ensure_ascii=False))
+        self.line(as_json(fields, ensure_ascii=False))
 
     def bar(self, items: Iterable[Any] | None, **settings: Any) -> tqdm:
         return tqdm(items, **settings, disable=self.quiet)
