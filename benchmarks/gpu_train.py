@@ -46,8 +46,9 @@ from uiollms.config import ConfigError
 from uiollms.data import open_corpus
 from uiollms.devices import avoid_cudnn_attention
 from uiollms.json_files import as_json
+from uiollms.loading import load_causal_lm
 from uiollms.packaged import local_path
-from uiollms.pretrained import KNOWN_SHAPES, load_causal_lm
+from uiollms.pretrained import KNOWN_SHAPES
 
 SHARES = {2: 0.15, 4: 0.35, 8: 0.35, 16: 0.15}  # of the steps, by ratio of chunk to memory
 MIX = {"code": 0.7, "novels": 0.15, "speeches": 0.15}  # of the documents of a step

@@ -23,7 +23,8 @@ from uiollms.fitness import not_finite
 from uiollms.integrity import seal
 from uiollms.json_files import as_json
 from uiollms.library import Memory
-from uiollms.pretrained import load, load_causal_lm, load_memory_lm
+from uiollms.loading import load, load_causal_lm
+from uiollms.pretrained import load_memory_lm
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 123456\n"
 DOWN = "model.layers.1.mlp.down_proj.weight"

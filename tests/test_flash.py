@@ -19,7 +19,8 @@ from uiollms import ConfigError, MemoryConfig, MemoryLM, attention, base, flash
 from uiollms.attention import decoder_mask
 from uiollms.config import load_env_config
 from uiollms.evaluate import token_losses
-from uiollms.pretrained import load, load_memory_lm
+from uiollms.loading import load
+from uiollms.pretrained import load_memory_lm
 from uiollms.run_state import FREE
 from uiollms.tasks import Sample
 

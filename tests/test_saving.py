@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from uiollms import ConfigError, MemoryConfig, MemoryLM
 from uiollms.base import PROJECTIONS
 from uiollms.checkpoint import ROLES, WEIGHT_FILES
+from uiollms.loading import load
 from uiollms.packaged import PACKAGED, converted_folder
-from uiollms.pretrained import KNOWN_SHAPES, load
+from uiollms.pretrained import KNOWN_SHAPES
 from uiollms.saving import as_dtype, load_tokenizer, public_name
 
 SHIPPED = Path(__file__).parent.parent / "adapters" / "smollm2-8x"

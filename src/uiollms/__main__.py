@@ -26,9 +26,9 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 from uiollms.cli import Output, output_arguments, reporting_errors
 from uiollms.config import ConfigError, load_env_config
 from uiollms.library import Memory, join
+from uiollms.loading import check_tokenizer
 from uiollms.memory import MemoryState
 from uiollms.model import MemoryLM
-from uiollms.pretrained import check_tokenizer
 from uiollms.saving import load_model, load_tokenizer, load_trained, weights_words
 from uiollms.tokens import continued, first_ids, plain_ids, tokenize
 

@@ -26,20 +26,11 @@ from uiollms.data import find_corpus
 from uiollms.data.hub import HubDataset, Split
 from uiollms.evaluation import ACCEPTED
 from uiollms.flash import check_request
+from uiollms.loading import hub_reachable, load
 from uiollms.packaged import package_folder
 from uiollms.paths import run_folder
 from uiollms.placement import resolved, this_machine
-from uiollms.pretrained import (
-    KNOWN_SHAPES,
-    Sources,
-    corpus_of,
-    examine_model,
-    examine_sources,
-    hub_reachable,
-    load,
-    resolve_dtype,
-    sources_of,
-)
+from uiollms.pretrained import KNOWN_SHAPES, Sources, corpus_of, examine_model, examine_sources, resolve_dtype, sources_of
 from uiollms.refusals import Faults
 from uiollms.saving import weights_of
 from uiollms.schedule import Schedule

@@ -80,3 +80,31 @@ def eos_of(config: Any) -> int | None:
     if isinstance(eos, list | tuple):
         return eos[0] if eos else None
     return eos
+
+
+def check_ids(ids: Tensor, vocab_size: int) -> None:
+    """Raises ValueError where token ids of any shape hold one that a base of `vocab_size` embeddings has
+    none for: a CPU would raise IndexError, CUDA stop the process."""
+    if not ids.numel():
+        return
+    low, high = (int(end) for end in ids.aminmax())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"token id {low if low < 0 else high} has no embedding, the base's are 0 .. {vocab_size - 1}; "
+            f"use the base's own tokenizer, or resize its embeddings"
+        )
+
+
+def check_tensors(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], strict: bool) -> None:
+    """Raises ValueError that lists the tensors whose shapes are not those of the model's `own` and, with
+    `strict`, those that are missing or unknown."""
+    faults = [
+        f"{name}: shape {list(tensors[name].shape)}, expected {list(own[name].shape)}"
+        for name in own.keys() & tensors.keys()
+        if tensors[name].shape != own[name].shape
+    ]
+    if strict:
+        faults += [f"{name}: missing" for name in own.keys() - tensors.keys()]
+        faults += [f"{name}: unknown" for name in tensors.keys() - own.keys()]
+    if faults:
+        raise ValueError("these memory weights do not fit the model:\n  " + "\n  ".join(sorted(faults)))

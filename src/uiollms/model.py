@@ -40,7 +40,7 @@ from uiollms.base import (
 )
 from uiollms.config import MemoryConfig
 from uiollms.devices import device_of, moved
-from uiollms.fitness import eos_of, not_finite
+from uiollms.fitness import check_ids, check_tensors, eos_of, not_finite
 from uiollms.generation import Generation, RaggedState
 from uiollms.lora import master_dtype
 from uiollms.loss import linear_nll
@@ -107,16 +107,7 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
         tensor raises ValueError that lists them all; without, missing and unknown ones are left alone. A tensor that
         holds NaN or infinite numbers raises ValueError and nothing is copied."""
         own = self.trainable_parameters()
-        faults = [
-            f"{name}: shape {list(tensors[name].shape)}, expected {list(own[name].shape)}"
-            for name in own.keys() & tensors.keys()
-            if tensors[name].shape != own[name].shape
-        ]
-        if strict:
-            faults += [f"{name}: missing" for name in own.keys() - tensors.keys()]
-            faults += [f"{name}: unknown" for name in tensors.keys() - own.keys()]
-        if faults:
-            raise ValueError("these memory weights do not fit the model:\n  " + "\n  ".join(sorted(faults)))
+        check_tensors(tensors, own, strict)
         # In the model's own dtype: float16 has no numbers past 65504.
         fitting = {name: tensors[name].to(own[name].dtype) for name in own.keys() & tensors.keys()}
         if name := not_finite(sorted(fitting.items())):
@@ -163,18 +154,6 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
                 f"the document has {num_tokens} tokens, the capacity is {self.capacity}: max_position_embeddings {positions}, "
                 f"chunk_size {c.chunk_size} and num_memory {c.num_memory} allow {full} full chunks and {last} tokens "
                 f"behind them; cut it with `truncation`, or compress harder (smaller num_memory)"
-            )
-
-    def check_ids(self, ids: Tensor) -> None:
-        """Raises ValueError where token ids of any shape hold one that the base has no embedding for: a CPU would
-        raise IndexError, CUDA stop the process."""
-        if not ids.numel():
-            return
-        low, high = (int(end) for end in ids.aminmax())
-        if low < 0 or high >= self.config.vocab_size:
-            raise ValueError(
-                f"token id {low if low < 0 else high} has no embedding, the base's are 0 .. "
-                f"{self.config.vocab_size - 1}; use the base's own tokenizer, or resize its embeddings"
             )
 
     # ---- encoder and transfer head --------------------------------------------------------------------------------
@@ -303,7 +282,7 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
             return state.forward(self, input_ids)
         state = self.new_state(len(input_ids)) if state is None else state
         self.check_length(state.num_tokens + input_ids.shape[1])
-        self.check_ids(input_ids)
+        check_ids(input_ids, self.config.vocab_size)
         input_ids = input_ids.to(self.device)
         l, past = self.memory_config.chunk_size, state.open_ids.shape[1]
         ids = torch.cat([state.open_ids, input_ids], dim=1)  # from the start of the open chunk

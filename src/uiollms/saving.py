@@ -22,16 +22,11 @@ from uiollms.config import Checked, ConfigError, EnvConfig, load_memory_config, 
 from uiollms.faults import writing
 from uiollms.flash import check_request
 from uiollms.integrity import remove, seal
+from uiollms.loading import load, load_causal_lm
 from uiollms.model import MemoryLM
 from uiollms.packaged import PACKAGED, converted_folder
 from uiollms.placement import place
-from uiollms.pretrained import (
-    DTYPES,
-    load,
-    load_causal_lm,
-    load_memory_lm,
-    resolve_dtype,
-)
+from uiollms.pretrained import DTYPES, load_memory_lm, resolve_dtype
 
 INCLUDED = "base"  # the base's folder inside a model's folder, and its name in base.json
 # All that `save` may have written, the files of transformers' tokenizers included: nothing else is ever replaced.

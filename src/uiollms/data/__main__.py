@@ -23,7 +23,7 @@ from uiollms.cli import Output, output_arguments, reporting_errors
 from uiollms.config import ConfigError
 from uiollms.data import open_corpus
 from uiollms.data.documents import REGISTER, Corpus, Document, NewsDocument, TokenDocument
-from uiollms.pretrained import load
+from uiollms.loading import load
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from uiollms.config import MemoryConfig
-from uiollms.pretrained import load_causal_lm
+from uiollms.loading import load_causal_lm
 from uiollms.tasks import IGNORED, Sample
 
 KEYS, VALUES, PAIRS, QUERIES = 64, 8, 4, 2
