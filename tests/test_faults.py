@@ -20,6 +20,7 @@ from uiollms import faults
 from uiollms.config import ConfigError, load_env_config
 from uiollms.faults import training_on
 from uiollms.integrity import seal
+from uiollms.loading import load_causal_lm
 
 
 @pytest.fixture
@@ -185,15 +186,19 @@ def test_a_tokenizer_that_has_changed(two_checkpoints, capsys):
 # ---- numbers and memory ----------------------------------------------------------------------------------------------------
 
 
-def test_steps_that_are_not_finite_are_skipped_and_counted(workspace, capsys):
-    """The base's embedding of "~" is infinite: only the document that has one is lost."""
-    name = load_env_config("env.json").model.model_name
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(name), AutoTokenizer.from_pretrained(name)
-    model.get_input_embeddings().weight.data[tokenizer("~", add_special_tokens=False).input_ids] = float("inf")
-    model.save_pretrained("model")
-    tokenizer.save_pretrained("model")
+def test_steps_that_are_not_finite_are_skipped_and_counted(workspace, capsys, monkeypatch):
+    """The base's embedding of "~" is infinite (from its files it would be refused, so it becomes so once
+    loaded): only the document that has one is lost."""
+    tilde = AutoTokenizer.from_pretrained(load_env_config("env.json").model.model_name)("~").input_ids
+
+    def poisoned(*arguments, **settings):
+        base = load_causal_lm(*arguments, **settings)
+        base.get_input_embeddings().weight.data[tilde] = float("inf")
+        return base
+
+    monkeypatch.setattr("uiollms.pretrained.load_causal_lm", poisoned)
     Path("book2.txt").write_text("~" * 100)
-    changes = ("--set=model.model_name=model", "--set=train.tasks=[]", "--set=train.train_iters=8")
+    changes = ("--set=train.tasks=[]", "--set=train.train_iters=8")
     assert call(*TRAIN, *changes) == 0
     assert "2 steps were skipped, their loss or gradient was not finite" in capsys.readouterr().out
     lines = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
