@@ -380,8 +380,8 @@ def test_split_datasets(hub: Callable[..., None]) -> None:
 
 
 def test_wikitext_becomes_articles(hub: Callable[..., None]) -> None:
-    """As in the release: without headings, without the first article, bodies of over 100 characters."""
-    long = " A line of an article that says enough about its subject to be longer than " + "c" * 90 + " . \n"
+    """As in the release: no headings, not the first article, bodies of over 100 characters."""
+    long = " A line of an article that says enough to be longer than " + "c" * 90 + " . \n"
     jam = ["", " = Jam = \n", long]
     tea = [" = Tea = \n", "", long, " = = History = = \n", " x = 1 \n"]
     rest = [" = Cup = \n", " A stub . \n", " = Milk = \n", long]
@@ -438,9 +438,9 @@ def test_longdata_corpus_and_its_copy(hub: Callable[..., None]) -> None:
 
 def test_collapse_repeats() -> None:
     """The rules of the release."""
-    assert collapse_repeats("-" * 4 + "=" * 5 + "\n" * 30 + "_" * 9) == "-" * 4 + "=" * 4 + "\n" * 4 + "_" * 4
+    assert collapse_repeats("-" * 4 + "=" * 5 + "\n" * 30 + "_" * 9) == "----====\n\n\n\n____"
     assert collapse_repeats("abcabcabc, abab, ababab, 1000000") == "abc, abab, ababab, 1000"
-    assert collapse_repeats("no no no no no no") == "no no no no no no"  # repeated, but not directly
+    assert collapse_repeats("no no no no no") == "no no no no no"  # repeated, but not directly
     assert collapse_repeats("x" * 3 + "é长7" * 2) == "x" * 3 + "é长7"
     for length in (100, 101):  # the longest string that is looked for
         string = "".join(chr(0x4E00 + i) for i in range(length))
@@ -448,7 +448,7 @@ def test_collapse_repeats() -> None:
 
 
 def test_cleaning_takes_linear_time() -> None:
-    text = "长" * 2 + "".join(chr(0x4E00 + i % 5000) for i in range(300_000))  # one word of 300,000 letters
+    text = "长" * 2 + "".join(chr(0x4E00 + i % 5000) for i in range(300_000))  # one long word
     assert collapse_repeats(text) == text
 
 
@@ -483,12 +483,12 @@ def test_news(hub: Callable[..., None]) -> None:
     ]
 
 
-def test_a_distractor_of_version_2_is_a_long_book(hub: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_version_2_hides_stories_in_long_books(hub: Callable[..., None], monkeypatch: Any) -> None:
     story = {"story": "s", "questions": [], "answers": [], "summary": "d"}
     hub("glnmario/news-qa-summarization/data.jsonl", [story] * 20)
     books = ["short", "a" * 128 * 1024, "b" * 200_000, "c" * (128 * 1024 - 1)]
     hub("emozilla/pg19/train.jsonl", [{"text": book} for book in books])
-    first, again = ([document.distractor for document in open_corpus("newsqasumv2")] for _ in range(2))
+    first, again = ([found.distractor for found in open_corpus("newsqasumv2")] for _ in range(2))
     assert first == again
     assert set(first) == {books[1], books[2]}
     monkeypatch.setattr(corpora_tasks, "LONG_BOOK", 10**9)

@@ -15,19 +15,19 @@ _TITLE = re.compile(r"\s*= (?!=).*(?<!=) =\s*")  # " = Title = ", but not " = = 
 
 
 def collapse_repeats(text: str) -> str:
-    """Of 5 or more equal characters that are neither letters nor digits 4 stay; a string of 3 to 100
-    letters and digits that follows itself directly stays once, the shortest such string counting.
-    The released program's rules, but for the 100; time linear in the length of the text.
+    """Of 5 or more equal characters that are neither letters nor digits 4 stay; a string of 3 to
+    100 letters and digits that follows itself directly stays once, the shortest such string
+    counting. The released program's rules, but for the 100; time linear in the text's length.
 
-    "........ 12" -> ".... 12"        "hahahaha, nonono" -> "haha, nonono"        "1000000" -> "1000"
+    "........ 12" -> ".... 12"      "hahahaha, nonono" -> "haha, nonono"      "1000000" -> "1000"
     """
     return _STRINGS.sub(r"\1", _SIGNS.sub(lambda run: run[1] * 4, text))
 
 
 def article_spans(lines: Iterable[str], longer_than: int = 100) -> tuple[array[int], array[int]]:
-    """Where the bodies of articles start and end in lines of WikiText. An article begins at a level-1
-    heading, which is left out; as in the released program so are the first article and all whose
-    body has at most `longer_than` characters.
+    """Where the bodies of articles start and end in lines of WikiText. An article begins at a
+    level-1 heading, which is left out; as in the released program so are the first article and all
+    whose body has at most `longer_than` characters.
 
     " = Jam = ", "Fruit ...", " = Tea = ", "Leaves ...", " = = History = = ", " = Cup = ", "(stub)"
     -> ([3], [5])

@@ -121,14 +121,14 @@ def newsqasum_v2() -> Corpus:
 
 
 def numbered_book(books: Corpus, story: int) -> str:
-    """The book that a story of version 1 is hidden in, the same every time: as in the release its own
-    number, counted round."""
+    """The book that a story of version 1 is hidden in, the same every time: as in the release its
+    own number, counted round."""
     return books[story % len(books)].text
 
 
 def long_book(books: Corpus, story: int) -> str:
-    """The same of version 2: of books in an order drawn with the story's number the first of at least
-    128k characters; where none has as many, the longest."""
+    """The same of version 2: of books in an order drawn with the story's number the first of at
+    least 128k characters; where none has as many, the longest."""
     longest = ""
     for number in random.Random(story).sample(range(len(books)), len(books)):
         longest = max(longest, books[number].text, key=len)
