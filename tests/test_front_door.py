@@ -1,5 +1,5 @@
-"""The README as a user follows it: its sections Download Dataset, Pretrain and Benchmark command by
-command, on a tiny Llama and tiny files in the tarball's layout; and its Python snippet as printed."""
+"""The README as a user follows it: its sections Download Dataset, Pretrain and Benchmark command
+by command, on a tiny Llama and tiny files in the tarball's layout; its snippet as printed."""
 
 import json
 import re
@@ -45,12 +45,13 @@ def json_lines(*rows: dict) -> str:
 
 @pytest.fixture
 def clone(tmp_path, tiny_folder, monkeypatch) -> Path:
-    """A clone called uiollms. In its 32x.json and test.json only sizes, names and devices differ."""
+    """A clone called uiollms; in its 32x.json and test.json sizes, names and devices differ."""
     folder = tmp_path / "uiollms"
-    for name in ("train.py", "test.py", "32x.json", "test.json", "config/32x.json", "raw_data/README.md"):
+    files = ("train.py", "test.py", "32x.json", "test.json", "config/32x.json", "raw_data/README.md")
+    for name in files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
-    change(folder / "config/32x.json", num_memory=2, chunk_size=64, lora_rank=2, lora_alpha=8)  # 32x
+    change(folder / "config/32x.json", num_memory=2, chunk_size=64, lora_rank=2, lora_alpha=8)
     config = json.loads((folder / "32x.json").read_text())
     config["model"] |= dict(model_name=str(tiny_folder), device_map="cpu")
     config["train"] |= dict(train_iters=6, save=3, eval=6, max_lr=0.03)
@@ -67,7 +68,8 @@ def clone(tmp_path, tiny_folder, monkeypatch) -> Path:
 
     hub = tmp_path / "hub/emozilla/pg19"
     hub.mkdir(parents=True)
-    (hub / "test.jsonl").write_text(json_lines(*({"text": f"Book {i}. {WORDS * 30}"} for i in range(3))))
+    books = [{"text": f"Book {i}. {WORDS * 30}"} for i in range(3)]
+    (hub / "test.jsonl").write_text(json_lines(*books))
     monkeypatch.setenv("UIOLLMS_HUB_DIR", str(tmp_path / "hub"))
     monkeypatch.setenv("UIOLLMS_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("UIOLLMS_RAW_DATA", raising=False)
@@ -81,7 +83,7 @@ def change(path: Path, **fields) -> None:
 
 
 def tarball(path: str) -> None:
-    """What wget would have fetched: the two files that the README names, and one that nothing reads."""
+    """What wget would have fetched: the two files that the README names, and an unread one."""
     for name, row in {
         "pretrain/redpajama-sample.json": {"text": WORDS * 20},
         "finetune/longalpaca.json": {"input": WORDS * 20, "output": "Seven."},
@@ -117,13 +119,14 @@ def numbers(path: str = "runs/32x/test.json") -> list[tuple]:
 def test_the_authors_readme_followed_step_by_step(clone, monkeypatch, capsys):
     follow("## Download Dataset", clone, monkeypatch)
     raw = clone / "raw_data"
-    assert {path.name for path in raw.glob("*.json*")} == {"redpajama-sample.json", "longalpaca.json"}
+    found = {path.name for path in raw.glob("*.json*")}
+    assert found == {"redpajama-sample.json", "longalpaca.json"}
 
     monkeypatch.chdir(clone)
     assert call("train.py", "--env_conf", "32x.json") == 2
-    said = capsys.readouterr().err.splitlines()  # the file that is not in the tarball is asked for
-    assert len(said) == 1
-    assert said[0].startswith("32x.json: train.corpus[0].name: raw_data/redpajama_book_sample.jsonl is")
+    (said,) = capsys.readouterr().err.splitlines()  # the file that is not in the tarball is missing
+    missing = "raw_data/redpajama_book_sample.jsonl is missing"
+    assert said.startswith(f"32x.json: train.corpus[0].name: {missing}")
     (raw / "redpajama_book_sample.jsonl").write_text(json_lines(*[{"text": WORDS * 40}] * 3))
 
     follow("## Pretrain", clone, monkeypatch)
@@ -132,7 +135,8 @@ def test_the_authors_readme_followed_step_by_step(clone, monkeypatch, capsys):
     assert last == "metrics and curve.png are in runs/32x, weights in ckp/32x.pth"
     assert {"metrics.jsonl", "curve.png"} <= {path.name for path in Path("runs/32x").iterdir()}
     saved = torch.load("ckp/32x.pth", weights_only=True)
-    assert isinstance(saved, list) and all(isinstance(tensor, torch.Tensor) for tensor in saved)  # the authors' format
+    assert isinstance(saved, list)  # the authors' format
+    assert all(isinstance(tensor, torch.Tensor) for tensor in saved)
     logged = [json.loads(line) for line in Path("runs/32x/metrics.jsonl").read_text().splitlines()]
     (trained,) = [entry["eval"] for entry in logged if "eval" in entry]
 
@@ -156,7 +160,8 @@ def test_the_authors_readme_followed_step_by_step(clone, monkeypatch, capsys):
 
 
 def test_the_readmes_task_is_one_that_32x_takes():
-    task = TaskEntry(**json.loads(re.search(r"```json\n(.*?)```", section("## Benchmark"), re.DOTALL)[1]))
+    block = re.search(r"```json\n(.*?)```", section("## Benchmark"), re.DOTALL)
+    task = TaskEntry(**json.loads(block[1]))
     assert (task.task_type, task.task_name) == ("perplexity", "pg19.test.128k")
     assert (task.num_instance, task.truncation) == (100, 99_382)
     memory = MemoryConfig(**json.loads((ROOT / "config/32x.json").read_text()))
@@ -168,12 +173,14 @@ def test_the_readmes_task_is_one_that_32x_takes():
 def test_the_readmes_table_of_test_files(monkeypatch):
     monkeypatch.chdir(ROOT)
     rows = re.findall(r"^\| (`.*?) \| `(.*?)` \| (.*?) \|$", section("## Benchmark"), re.MULTILINE)
-    told = {name: (file, tasks) for names, file, tasks in rows for name in re.findall(r"`(.*?)`", names)}
+    told = {}
+    for names, file, tasks in rows:
+        told |= dict.fromkeys(re.findall(r"`(.*?)`", names), (file, tasks))
     assert told.keys() == {path.name for path in ROOT.glob("*.json")} - {"test.json"}
     for name, (file, tasks) in told.items():
         assert load_env_config(name).test == file
-        lengths = re.findall(r"[\d,]{4,}", tasks)
-        assert [int(length.strip(",").replace(",", "")) for length in lengths] == [t.truncation for t in load_tasks(file)]
+        lengths = re.findall(r"\d+,\d+", tasks)
+        assert lengths == [f"{task.truncation:,}" for task in load_tasks(file)]
 
 
 def test_the_readme_names_the_folders_of_32x(monkeypatch):
@@ -185,13 +192,25 @@ def test_the_readme_names_the_folders_of_32x(monkeypatch):
 
 def test_the_readmes_sections_are_the_authors_in_their_order():
     headings = [heading.strip("# ") for heading in re.findall(r"^#+ .*$", README, re.MULTILINE)]
-    authors = ["Experiment setup", "Download Dataset", "Pretrain", "Instructions on `32x.json` Config"]
-    places = [headings.index(heading) for heading in [*authors, "Benchmark", "Language Modeling", "Citation"]]
+    authors = [
+        "Experiment setup",
+        "Download Dataset",
+        "Pretrain",
+        "Instructions on `32x.json` Config",
+        "Benchmark",
+        "Language Modeling",
+        "Citation",
+    ]
+    places = [headings.index(heading) for heading in authors]
     assert places == sorted(places)
-    assert commands("## Experiment setup") == ["conda env create -f environment.yaml", "conda activate uiollms"]
+    assert commands("## Experiment setup") == [
+        "conda env create -f environment.yaml",
+        "conda activate uiollms",
+    ]
     assert commands("## Pretrain") == ["cd uiollms", "python train.py --env_conf 32x.json"]
     assert commands("### Language Modeling") == ["cd uiollms", "python test.py --env_conf 32x.json"]
-    tar = "https://huggingface.co/datasets/namespace-Pt/projects/resolve/main/activation-beacon.tar.gz?download=true"
+    hub = "https://huggingface.co/datasets/namespace-Pt/projects/resolve/main"
+    tar = f"{hub}/activation-beacon.tar.gz?download=true"
     assert commands("## Download Dataset") == [
         "cd uiollms",
         f"wget {tar} -O ./raw_data/activation-beacon.tar.gz",
@@ -200,7 +219,8 @@ def test_the_readmes_sections_are_the_authors_in_their_order():
         "cp activation-beacon/pretrain/redpajama-sample.json .",
         "cp activation-beacon/finetune/longalpaca.json .",
     ]
-    assert len(re.findall("^- ", section("### Instructions on `32x.json` Config"), re.MULTILINE)) == 5
+    instructions = section("### Instructions on `32x.json` Config")
+    assert len(re.findall("^- ", instructions, re.MULTILINE)) == 5
 
 
 def test_the_readmes_package_tree_exists():
@@ -218,12 +238,13 @@ def snippet() -> str:
 def test_the_readmes_snippet_runs_as_printed(tmp_path, tiny_folder, monkeypatch, capsys):
     """On a tiny model in the place of the shipped adapter, and a text as long as it can read."""
     torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE | dict(vocab_size=259, max_position_embeddings=512)))
-    base.save_pretrained(tmp_path / "base")
     monkeypatch.chdir(tmp_path)
+    shape = LlamaConfig(**SHAPE | dict(vocab_size=259, max_position_embeddings=512))
+    AutoModelForCausalLM.from_config(shape).save_pretrained("base")
     base = AutoModelForCausalLM.from_pretrained("base")
     model = MemoryLM(base, MemoryConfig(num_memory=4, chunk_size=32, lora_rank=2, lora_alpha=4))
-    model.save_pretrained("adapters/smollm2-8x", tokenizer=AutoTokenizer.from_pretrained(tiny_folder))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    model.save_pretrained("adapters/smollm2-8x", tokenizer=tokenizer)
     Path("README.md").write_text(README[:1000])
     exec(compile(snippet(), "README.md", "exec"), {})
     *_, perplexity, losses = capsys.readouterr().out.splitlines()
@@ -235,4 +256,5 @@ def test_the_readmes_snippet_runs_as_printed(tmp_path, tiny_folder, monkeypatch,
 def test_the_readmes_snippet_runs_on_the_shipped_adapter(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     exec(compile(snippet(), "README.md", "exec"), {})
-    assert float(capsys.readouterr().out.splitlines()[-2]) < 200  # of English text; chance is 49,152
+    perplexity = float(capsys.readouterr().out.splitlines()[-2])
+    assert perplexity < 200  # of English text; chance is 49,152
