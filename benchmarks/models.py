@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from uiollms import MemoryConfig, MemoryLM
-from uiollms.pretrained import local_path
+from uiollms.packaged import local_path
 
 
 def random_llama(hidden: int, heads: int, layers: int, intermediate: int, vocab: int, memory: MemoryConfig) -> MemoryLM:

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from uiollms.cli import reporting_errors
 from uiollms.devices import give_back, keep_freed_memory
 
 glibc = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
@@ -67,3 +68,12 @@ def test_another_c_library_is_left_alone(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
     keep_freed_memory()
     give_back(torch.device("cpu"))
+
+
+def test_commands_do_without_cudnns_attention():
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        assert reporting_errors(lambda: int(torch.backends.cuda.cudnn_sdp_enabled())) == 0
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)

