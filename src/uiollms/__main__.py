@@ -28,6 +28,7 @@ from uiollms.config import ConfigError, load_env_config
 from uiollms.library import Memory, join
 from uiollms.memory import MemoryState
 from uiollms.model import MemoryLM
+from uiollms.pretrained import check_tokenizer
 from uiollms.saving import load_model, load_tokenizer, load_trained, weights_words
 from uiollms.tokens import continued, first_ids, plain_ids, tokenize
 
@@ -192,6 +193,7 @@ def open_model(args: argparse.Namespace, output: Output) -> tuple[MemoryLM, PreT
     """The model that the arguments name, whose weights are the command's first line, and its tokenizer."""
     if args.model:
         model, tokenizer = load_model(args.model, device_map="auto"), load_tokenizer(args.model)
+        check_tokenizer(tokenizer, model.config, args.model)
         output.say(weights_words(args.model, model))
         return model, tokenizer
     if args.env_conf == DEFAULT_CONFIG and not Path(DEFAULT_CONFIG).exists():

@@ -21,6 +21,7 @@ from uiollms.apart import Apart, SharedPrefix
 from uiollms.attention import Seen, decoder_mask, decoder_positions, encoder_mask, encoder_positions, switched
 from uiollms.config import MemoryConfig
 from uiollms.devices import device_of, moved
+from uiollms.fitness import eos_fault, narrow_window
 from uiollms.lora import LoRA, added
 from uiollms.memory import Prefix
 
@@ -62,24 +63,14 @@ def check_base(base: Any, config: MemoryConfig) -> None:
     family = base.config.model_type
     if family not in FAMILIES:
         raise ValueError(f"model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
-    window = getattr(base.config, "sliding_window", None)
-    if window is not None and window < config.chunk_size:
-        raise ValueError(f"the base attends to {window} tokens (sliding_window), fewer than chunk_size {config.chunk_size}")
+    if fault := narrow_window(base.config, config.chunk_size) or eos_fault(base.config):
+        raise ValueError(fault)
     if config.chunk_size > base.config.max_position_embeddings:
         raise ValueError(
             f"chunk_size {config.chunk_size} is past the base's max_position_embeddings {base.config.max_position_embeddings}"
         )
     if flash.asked(base) and (fault := flash.unfit(base.dtype, base.config)):
         raise ValueError(f'{fault}; load the base in another dtype, or with attn_implementation="sdpa"')
-
-
-def first_eos(base: Any) -> int:
-    """The id of the base's end-of-sequence token; the first where a model names several."""
-    eos = base.config.eos_token_id
-    eos = eos[0] if isinstance(eos, list | tuple) else eos
-    if eos is None:
-        raise ValueError("the base's config names no eos_token_id, from whose embedding the memory token starts")
-    return eos
 
 
 def layer_device(layer: Any) -> torch.device:

@@ -25,6 +25,7 @@ from torch import Tensor
 from uiollms.base import PROJECTIONS
 from uiollms.config import ConfigError, MemoryConfig, load_memory_config
 from uiollms.faults import writing
+from uiollms.fitness import not_finite
 from uiollms.integrity import CHECKSUMS, remove, seal, sync, verify
 from uiollms.model import MemoryLM
 
@@ -81,7 +82,15 @@ def roles(memory: MemoryConfig) -> tuple[str, ...]:
 
 
 def cpu_tensors(model: MemoryLM, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    return {name: t.to(device="cpu", dtype=dtype or t.dtype) for name, t in model.memory_state_dict().items()}
+    """What is written. Raises ConfigError for NaN and infinite numbers."""
+    tensors = {name: t.to(device="cpu", dtype=dtype or t.dtype) for name, t in model.memory_state_dict().items()}
+    if name := not_finite(tensors.items()):
+        kind = tensors[name].dtype
+        raise ConfigError(
+            f"weights are not saved: {name} holds NaN or infinite numbers in {kind}; go back to weights "
+            f"saved before, and lower train.max_lr, or write another dtype"
+        )
+    return tensors
 
 
 def check_target(path: Path) -> None:

@@ -21,6 +21,7 @@ from safetensors.torch import save as as_bytes
 from torch import Tensor
 
 from uiollms.config import Checked, ConfigError, MemoryConfig, parse
+from uiollms.fitness import not_finite
 from uiollms.memory import MemoryState, join_slots
 
 
@@ -49,6 +50,7 @@ class Header(Checked):
 
 
 FORMAT = "uiollms memory 1"
+OVERFLOW = "compress with the base in another dtype (float16 ends at 65504), or with other weights"
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,8 +104,11 @@ class Memory:
         return model(self.open_ids[None], state, logits_to_keep=1).past_key_values if len(self.open_ids) else state
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file, under another name first: a save that fails leaves what was at `path`."""
+        """Write a safetensors file, under another name first: a save that fails leaves what was at `path`. Raises
+        ConfigError for slots that hold NaN or infinite numbers."""
         path = Path(path)
+        if not_finite([("slots", self.slots)]):
+            raise ConfigError(f"{path}: not saved: the memory holds NaN or infinite numbers; {OVERFLOW}")
         path.parent.mkdir(parents=True, exist_ok=True)
         header = Header(format=FORMAT, made_by=self.made_by, sources=self.sources)
         work = path.with_name(f".{path.name}-{os.getpid()}")
@@ -127,6 +132,8 @@ class Memory:
         header = parse(Header, json.loads(metadata["uiollms"]), path)
         if header.format != FORMAT:
             raise ConfigError(f"{path}: format {header.format!r}, this program reads {FORMAT!r}")
+        if not_finite(tensors.items()):
+            raise ConfigError(f"{path}: the memory holds NaN or infinite numbers; compress the text again")
         memory = cls(tensors["slots"], tensors["open_ids"], header.sources, header.made_by)
         if model is not None:
             memory.check(model, path)
@@ -142,6 +149,7 @@ def compress(model: Any, ids: Tensor, source: str, progress: Callable[[Sequence[
     if ids.dim() != 1:
         raise ValueError(f"compress takes one document [T], found {list(ids.shape)}; compress each, then join them")
     model.check_length(len(ids))
+    model.check_ids(ids)
     config = model.memory_config
     full = len(ids) // config.chunk_size * config.chunk_size
     parts = [torch.empty(model.config.num_hidden_layers, 0, config.num_memory, model.config.hidden_size, dtype=model.dtype)]

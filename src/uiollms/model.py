@@ -29,7 +29,6 @@ from uiollms.base import (
     beside_chunks,
     beside_rows,
     check_base,
-    first_eos,
     keys_and_values,
     layer_device,
     lean,
@@ -41,6 +40,7 @@ from uiollms.base import (
 )
 from uiollms.config import MemoryConfig
 from uiollms.devices import device_of, moved
+from uiollms.fitness import eos_of, not_finite
 from uiollms.generation import Generation, RaggedState
 from uiollms.lora import master_dtype
 from uiollms.loss import linear_nll
@@ -82,7 +82,7 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
         self.checkpointing = False
         embedding = base.model.embed_tokens
         with align_module_device(embedding):  # it may rest on disk
-            token = embedding.weight.detach()[first_eos(base)].to(master_dtype(base.dtype, masters))[None, None]
+            token = embedding.weight.detach()[eos_of(base.config)].to(master_dtype(base.dtype, masters))[None, None]
         self.masters, self.master_dtype = masters, token.dtype  # of what is trained, and of gradients' sums
         self.encoder = Role("encoder", base, config, "retrieval_token", token)
         self.decoder = Role("decoder", base, config, "repeat_token", token)
@@ -104,7 +104,8 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
 
     def load_memory_state_dict(self, tensors: Mapping[str, Tensor], strict: bool = True) -> None:
         """Copy `tensors` into the trained parameters, converting dtype. With `strict`, a missing, unknown or misshapen
-        tensor raises ValueError that lists them all; without, missing and unknown ones are left alone."""
+        tensor raises ValueError that lists them all; without, missing and unknown ones are left alone. A tensor that
+        holds NaN or infinite numbers raises ValueError and nothing is copied."""
         own = self.trainable_parameters()
         faults = [
             f"{name}: shape {list(tensors[name].shape)}, expected {list(own[name].shape)}"
@@ -116,9 +117,13 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
             faults += [f"{name}: unknown" for name in tensors.keys() - own.keys()]
         if faults:
             raise ValueError("these memory weights do not fit the model:\n  " + "\n  ".join(sorted(faults)))
+        # In the model's own dtype: float16 has no numbers past 65504.
+        fitting = {name: tensors[name].to(own[name].dtype) for name in own.keys() & tensors.keys()}
+        if name := not_finite(sorted(fitting.items())):
+            raise ValueError(f"{name} holds NaN or infinite numbers in {own[name].dtype}")
         with torch.no_grad():
-            for name in own.keys() & tensors.keys():
-                own[name].copy_(tensors[name])
+            for name, tensor in fitting.items():
+                own[name].copy_(tensor)
 
     def train(self, mode: bool = True) -> MemoryLM:
         """As nn.Module's, except that the frozen base stays in evaluation mode: a base with dropout of its own would
@@ -158,6 +163,18 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
                 f"the document has {num_tokens} tokens, the capacity is {self.capacity}: max_position_embeddings {positions}, "
                 f"chunk_size {c.chunk_size} and num_memory {c.num_memory} allow {full} full chunks and {last} tokens "
                 f"behind them; cut it with `truncation`, or compress harder (smaller num_memory)"
+            )
+
+    def check_ids(self, ids: Tensor) -> None:
+        """Raises ValueError where token ids of any shape hold one that the base has no embedding for: a CPU would
+        raise IndexError, CUDA stop the process."""
+        if not ids.numel():
+            return
+        low, high = (int(end) for end in ids.aminmax())
+        if low < 0 or high >= self.config.vocab_size:
+            raise ValueError(
+                f"token id {low if low < 0 else high} has no embedding, the base's are 0 .. "
+                f"{self.config.vocab_size - 1}; use the base's own tokenizer, or resize its embeddings"
             )
 
     # ---- encoder and transfer head --------------------------------------------------------------------------------
@@ -285,8 +302,9 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
         if isinstance(state, RaggedState):
             return state.forward(self, input_ids)
         state = self.new_state(len(input_ids)) if state is None else state
-        input_ids = input_ids.to(self.device)
         self.check_length(state.num_tokens + input_ids.shape[1])
+        self.check_ids(input_ids)
+        input_ids = input_ids.to(self.device)
         l, past = self.memory_config.chunk_size, state.open_ids.shape[1]
         ids = torch.cat([state.open_ids, input_ids], dim=1)  # from the start of the open chunk
         first_kept = ids.shape[1] - logits_to_keep if logits_to_keep and labels is None else past

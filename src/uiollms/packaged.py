@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from uiollms.config import ConfigError
+from uiollms.fitness import unfilled
 from uiollms.paths import cache_dir
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,10 @@ def converted(folder: Path, file: str) -> Path:
     settings: dict[str, Any] = dict(gguf_file=file, dtype=torch.bfloat16)
     if hasattr(transformers, "GgufConfig"):  # older versions have no such setting and always dequantise
         settings["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, **settings)
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **settings)
+    if fault := unfilled(info):
+        shutil.rmtree(work)
+        raise ConfigError(f"{folder / file}: its tensors do not fill the model: {fault}; install the package again")
     model.save_pretrained(work)
     gguf_tokenizer(folder / file).save_pretrained(work)
     try:

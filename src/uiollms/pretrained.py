@@ -31,6 +31,8 @@ from uiollms.config import (
     load_memory_config,
 )
 from uiollms.data import find_corpus
+from uiollms.faults import is_out_of_memory
+from uiollms.fitness import eos_fault, few, narrow_window, not_finite, unfilled
 from uiollms.flash import check_request
 from uiollms.model import MemoryLM
 from uiollms.packaged import local_path
@@ -69,17 +71,87 @@ KNOWN_SHAPES = {
 
 
 def base_config(model_name: str) -> Any:
-    """The base's transformers config, from the known shapes, a folder or the hub. Raises ConfigError naming the model."""
-    return KNOWN_SHAPES.get(model_name) or load(AutoConfig, model_name)
+    """The base's transformers config, from the known shapes, a folder or the hub. Raises ConfigError naming the model,
+    also where it is quantised."""
+    return KNOWN_SHAPES.get(model_name) or load_config(model_name)
+
+
+def load_config(model_name: str, **settings: Any) -> Any:
+    """As `base_config`, always of the files."""
+    config = load(AutoConfig, model_name, **settings)
+    quantised = getattr(config, "quantization_config", None)
+    if quantised:
+        method = quantised if isinstance(quantised, dict) else vars(quantised)
+        raise refused(
+            model_name,
+            f"its weights are quantised ({method.get('quant_method', 'quantization_config in config.json')}), which "
+            f"is not supported; name the model that they were made from",
+        )
+    return config
+
+
+def load_causal_lm(model_name: str, **settings: Any) -> Any:
+    """The base model, all of whose tensors came from its files and are finite. Raises ConfigError, naming some,
+    where any is missing, misshapen or not finite, or is there and has no place in the model."""
+    load_config(model_name, **{key: settings[key] for key in ("revision", "token") if key in settings})
+    base, info = load(
+        AutoModelForCausalLM,
+        model_name,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # else the first one raises, over several lines
+        **settings,
+    )
+    if fault := unfilled(info):
+        raise refused(
+            model_name,
+            f"its files do not fill the model: {fault}; save the model again from where it was made "
+            f"(unwrapped, merged, with its head), or download it again",
+        )
+    if name := not_finite(base.named_parameters()):
+        raise refused(model_name, f"{name} holds NaN or infinite numbers in {base.dtype}; {ANOTHER_DTYPE}")
+    return base
+
+
+ANOTHER_DTYPE = "use model_dtype bf16 or fp32 if that is float16, else download the model again"
+
+
+def load_tokenizer_for(config: Any, model_name: str, **settings: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model whose transformers config is given. Raises ConfigError as `check_tokenizer`."""
+    tokenizer = load(AutoTokenizer, model_name, **settings)
+    check_tokenizer(tokenizer, config, model_name)
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any, model_name: str) -> None:
+    """Raises ConfigError for a tokenizer that makes nothing of a text, or tokens that the base has no
+    embedding for."""
+    ids = tokenizer.get_vocab().values()
+    if not tokenizer("a text", add_special_tokens=False)["input_ids"]:
+        raise refused(model_name, "its tokenizer makes no token of a text; copy the tokenizer's files again")
+    if (largest := max(ids)) >= config.vocab_size:
+        raise refused(
+            model_name,
+            f"its tokenizer has tokens up to id {largest}, the base has {config.vocab_size} embeddings "
+            f"(vocab_size); resize the base's embeddings (resize_token_embeddings) and save it, or use the "
+            f"tokenizer without what was added",
+        )
 
 
 def load(loader: Any, model_name: str, **settings: Any) -> Any:
     """`loader.from_pretrained` of a model by its name in a config. Raises ConfigError with one line if it cannot be had."""
     path = local_path(model_name)
+    if (Path(path) / "adapter_config.json").is_file():  # transformers would load the adapter's base, and add it
+        raise refused(
+            model_name, "the folder is a PEFT adapter, not a whole model; merge it into its base and save that"
+        )
     try:
         return loader.from_pretrained(path, local_files_only=not hub_reachable(), trust_remote_code=False, **settings)
-    except (OSError, ValueError) as error:
-        raise cannot_get(model_name, error) from None
+    except Exception as error:  # files that others have written fail in any way that the libraries know
+        raise cannot_get(model_name, path, error) from None
+
+
+def refused(model_name: str, why: str) -> ConfigError:
+    return ConfigError(f"model.model_name: {model_name!r}: {why}")
 
 
 @cache
@@ -96,15 +168,38 @@ def hub_reachable() -> bool:
     return True
 
 
-def cannot_get(model_name: str, error: Exception) -> ConfigError:
-    if hub_reachable():
-        reason = " ".join(str(error).split())[:200]
-    else:
+def cannot_get(model_name: str, path: str, error: Exception) -> ConfigError:
+    """Why a model, looked for at `path`, could not be loaded; a folder's fault is not the hub's."""
+    words = " ".join(str(error).split())
+    reason = (words if isinstance(error, OSError) else f"{type(error).__name__}: {words}")[:200]
+    if is_out_of_memory(error):
+        return refused(model_name, f"there is too little memory to load it ({reason}); take a smaller base or dtype")
+    folder = Path(path)
+    if folder.is_dir():
+        if pointers := lfs_pointers(folder):
+            return refused(model_name, f"{few(pointers)}: no more than a git-lfs pointer; run git lfs pull in {path}")
+        remedy = "delete it, it is made again" if model_name.startswith("package:") else "copy or download it again"
+        return refused(model_name, f"the folder {path} cannot be loaded ({reason}); {remedy}")
+    if folder.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1 or folder.exists():
+        reason = "that is a file, not a folder" if folder.exists() else "there is no such folder"
+    elif not hub_reachable():
         reason = f"{constants.ENDPOINT} cannot be reached from here, and there is no such folder or cached model"
     return ConfigError(
         f"model.model_name: cannot get {model_name!r}: {reason}; check the name, the network, and HF_TOKEN if the model is "
         f"gated, or give the path of a downloaded folder"
     )
+
+
+def lfs_pointers(folder: Path) -> list[str]:
+    """Files of a model's folder for which git has left a pointer."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(LFS):
+            found.append(path.name)
+    return found
+
+
+LFS = b"version https://git-lfs.github.com/"
 
 
 def computes_bf16(device: torch.device) -> bool:
@@ -127,11 +222,11 @@ def load_memory_lm(config: EnvConfig, path: str | Path) -> tuple[MemoryLM, PreTr
     memory = check_model(config, path)
     name = config.model.model_name
     first_device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = load(AutoTokenizer, name)
+    tokenizer = load_tokenizer_for(base_config(name), name)
     dtype, kernel = resolve_dtype(config.model.model_dtype, first_device), config.model.attn_implementation
     kernel = "sdpa" if kernel == "auto" else kernel
     check_request(kernel, f"{path}: model.attn_implementation", dtype, config.model.device_map, base_config(name))
-    base = load(AutoModelForCausalLM, name, dtype=dtype, attn_implementation=kernel)
+    base = load_causal_lm(name, dtype=dtype, attn_implementation=kernel)
     place(base, config.model.device_map, path, config.model.offload_dir)
     torch.manual_seed(config.train.seed)
     model = MemoryLM(base, memory, config.train.master_dtype)
@@ -173,6 +268,10 @@ def examine_model(config: EnvConfig, path: str | Path, faults: Faults) -> tuple[
             f"{path}: model.model_structure: {config.model.model_structure!r}, but {config.model.model_name} is a "
             f"{shape.model_type!r}"
         )
+    if shape is not None and (fault := eos_fault(shape)):
+        faults.add(f"{path}: model.model_name: {config.model.model_name}: {fault}")
+    if memory and shape is not None and (fault := narrow_window(shape, memory.chunk_size)):
+        faults.add(f"{path}: model.model_name: {config.model.model_name}: {fault}")
     if memory and shape is not None and memory.chunk_size > shape.max_position_embeddings:
         faults.add(
             f"{config.model.config}: chunk_size: {memory.chunk_size} is past the {shape.max_position_embeddings} "

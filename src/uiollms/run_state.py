@@ -36,6 +36,7 @@ from uiollms.data.beacons import fingerprint
 from uiollms.data.mixture import generator_state
 from uiollms.distributed import Group
 from uiollms.faults import writing
+from uiollms.fitness import not_finite
 from uiollms.integrity import remove, seal, sync, verify
 from uiollms.model import MemoryLM
 from uiollms.schedule import Counts, Schedule
@@ -294,6 +295,8 @@ def load_optimizer(state: TrainingState, tensors: dict[str, Tensor]) -> None:
         shapes = [list(entry[key].shape) if key in entry else None for key in MOMENTS]
         if shapes != [[], list(parameter.shape), list(parameter.shape)]:
             raise ValueError(f"optimizer.safetensors: {name}: shapes {shapes}, expected those of {list(parameter.shape)}")
+        if key := not_finite(entry.items()):
+            raise ValueError(f"optimizer.safetensors: {name}.{key} holds NaN or infinite numbers")
         entries[i] = entry
     if tensors:
         raise ValueError(f"optimizer.safetensors: {sorted(tensors)[0]} belongs to no parameter")

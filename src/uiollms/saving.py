@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from uiollms.checkpoint import ROLES, WEIGHT_FILES, load_weights, replace_folder, write_weights
 from uiollms.config import Checked, ConfigError, EnvConfig, load_memory_config, parse, read_json
@@ -28,6 +28,7 @@ from uiollms.placement import place
 from uiollms.pretrained import (
     DTYPES,
     load,
+    load_causal_lm,
     load_memory_lm,
     resolve_dtype,
 )
@@ -132,7 +133,10 @@ def load_model(
         check_request(attn_implementation, f"{folder}: attn_implementation", dtype, device_map)
         base = load_base(folder, base, dtype=dtype, **given)
     put(base, device_map, folder)
-    model = MemoryLM(base, memory)
+    try:
+        model = MemoryLM(base, memory)
+    except ValueError as error:
+        raise ConfigError(f"{folder}: its base cannot carry its memory: {error}") from None
     load_weights(model, folder)
     return model
 
@@ -140,7 +144,7 @@ def load_model(
 def load_base(folder: Path, name: str | None, **settings: Any) -> Any:
     name = name or base_name(folder)
     try:
-        return load(AutoModelForCausalLM, name, **settings)
+        return load_causal_lm(name, **settings)
     except ConfigError as error:
         raise ConfigError(
             f"{folder}: its base {name!r} cannot be had ({error}); give base=<folder, hub id or loaded model>, or save the "

@@ -130,7 +130,9 @@ def backward(model: MemoryLM, outputs: Tensor | Sequence[Tensor], gradients: Seq
 
 def check_sample(model: MemoryLM, sample: Sample) -> None:
     """Raises ValueError if a row and the memories that it reads need more positions than there are:
-    for a document in chunks, one past the capacity."""
+    for a document in chunks, one past the capacity. The same for a token without an embedding."""
+    for ids in (sample.chunks, *(row.input_ids for row in sample.rows), *sample.teachers):
+        model.check_ids(ids)
     m, positions = model.memory_config.num_memory, model.config.max_position_embeddings
     row = max(sample.rows, key=lambda row: row.num_memories * m + len(row.input_ids))
     needed = row.num_memories * m + len(row.input_ids)

@@ -1,0 +1,89 @@
+"""Whether what others have saved can be used at all: tensors that are not there, do not fit or are no
+numbers; a config that names no such tokens or attends to too few."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+# Of a causal LM's own names those that a model of another shape or kind leaves over; a value head's
+# or a rotary table's may be left over.
+OWN = re.compile(r"((model\.)?(layers|embed_tokens|norm)|lm_head)\.")
+
+
+def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """The name of the first tensor that holds NaN or an infinite number; None if there is none."""
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and tensor.numel():
+            # NaN is passed on to both; nothing of the tensor's size is made, as isfinite would.
+            low, high = tensor.aminmax()
+            if not (math.isfinite(low.item()) and math.isfinite(high.item())):
+                return name
+    return None
+
+
+def unfilled(info: Mapping[str, Any]) -> str | None:
+    """What is wrong with a load, from transformers' loading info: without an error it draws what is
+    missing or misshapen at random and leaves out what the model has no place for. None: nothing.
+    Tied tensors are not missing."""
+    misshapen = [
+        f"{name} {list(found)} where the config has {list(wanted)}"
+        for name, found, wanted in sorted(info["mismatched_keys"])
+    ]
+    unknown = sorted(info["unexpected_keys"])
+    missing = sorted(info["missing_keys"])
+    left_over = unknown if missing else [name for name in unknown if OWN.match(name)]
+    kinds = {
+        "missing": missing,
+        "of another shape": misshapen,
+        "not of the model that config.json describes": left_over,
+    }
+    faults = [f"{counted(names)} {what}: {few(names)}" for what, names in kinds.items() if names]
+    return "; ".join(faults) or None
+
+
+def counted(names: Sequence[str]) -> str:
+    return "1 tensor is" if len(names) == 1 else f"{len(names)} tensors are"
+
+
+def few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + ", .." * (len(names) > 3)
+
+
+def narrow_window(config: Any, chunk_size: int) -> str | None:
+    """Why a base of this transformers config cannot attend within a chunk; None if it can."""
+    window = getattr(config, "sliding_window", None)
+    if window is None or window >= chunk_size:
+        return None
+    return (
+        f"the base attends to {window} tokens (sliding_window), fewer than chunk_size {chunk_size}; "
+        f"use chunks of at most {window} tokens, or another base"
+    )
+
+
+def eos_fault(config: Any) -> str | None:
+    """Why there is no embedding of the end of a text; None if there is."""
+    eos = eos_of(config)
+    if eos is None:
+        return (
+            "the base's config names no eos_token_id, from whose embedding the memory token starts; "
+            "set it in config.json"
+        )
+    if not 0 <= eos < config.vocab_size:
+        return (
+            f"eos_token_id {eos} is outside of the base's {config.vocab_size} embeddings; "
+            f"correct it in config.json"
+        )
+    return None
+
+
+def eos_of(config: Any) -> int | None:
+    """The id of the end-of-sequence token; the first where a model names several."""
+    eos = config.eos_token_id
+    if isinstance(eos, list | tuple):
+        return eos[0] if eos else None
+    return eos
