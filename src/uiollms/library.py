@@ -103,7 +103,7 @@ class Memory:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, under another name first: a save that fails leaves what was at `path`."""
-        path = Path(path)
+        path = Path(os.path.realpath(path))  # a link stays
         path.parent.mkdir(parents=True, exist_ok=True)
         header = Header(format=FORMAT, made_by=self.made_by, sources=self.sources)
         work = path.with_name(f".{path.name}-{os.getpid()}")
