@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,8 @@ def test_a_file_of_the_users_is_neither_moved_nor_replaced(workspace, capsys, na
     for command in (TRAIN, TEST) if name in RESULTS else (TRAIN,):
         assert call(*command, "--set=train.run_dir=mine") == 2
         line = capsys.readouterr().err.strip()
-        assert line.startswith(f"mine/{name}: ") and line.endswith("another train.run_dir, or move the file")
+        assert line.startswith(f"mine/{name}: ")
+        assert line.endswith("would be lost; choose another train.run_dir, or move the file")
     assert files_in(Path("mine")) == {name: b"a year of work"}
 
 
@@ -49,7 +51,8 @@ def test_a_run_in_the_folder_of_its_configs(workspace, capsys):
     before = files_in(Path())
     for command in (TRAIN, ("test.py", "--env_conf", "env.json")):
         assert call(*command, "--set=train.run_dir=.") == 2
-        assert capsys.readouterr().err.startswith("test.json: was not written by a run and would be lost")
+        said = capsys.readouterr().err
+        assert said.startswith("test.json: was not written by a run and would be lost")
     assert files_in(Path()) == before
     Path("test.json").rename("tasks.json")
     assert call(*TRAIN, *QUICK, "--set=train.run_dir=.") == 0
@@ -68,6 +71,10 @@ def test_a_runs_own_files_move_as_before(workspace):
     assert Path("out/earlier-2/metrics.jsonl").exists()
     Path("out/versions.json").unlink()  # a process that was killed before it wrote this one
     assert call(*TRAIN, *QUICK) == 0
+    shutil.copytree("out/checkpoints", "there/checkpoints")  # to another machine, to go on there
+    longer = ("--set=train.run_dir=there", "--set=train.train_iters=4")
+    assert call(*TRAIN, *QUICK, "--resume", *longer) == 0
+    assert not Path("there/earlier-1").exists()
 
 
 # ---- the place of the weights --------------------------------------------------------------------
@@ -114,13 +121,13 @@ def test_a_link_stays_and_its_target_gets_the_weights(tmp_path, name, there):
 def test_a_link_that_leads_nowhere_and_a_file_that_is_no_weights(tmp_path):
     model = make_model("llama", torch.float32)
     (tmp_path / "ckp").symlink_to("unmounted/ckp")
-    with pytest.raises(ConfigError, match="ckp: is a link to .*/unmounted/ckp, whose folder is not there"):
+    with pytest.raises(ConfigError, match="ckp: is a link to .*/unmounted/ckp, whose folder is"):
         save_weights(model, tmp_path / "ckp")
     (tmp_path / "other.pth").write_bytes(b"a year of work")
-    with pytest.raises(ConfigError, match="other.pth: weights would replace it, but it is no list of"):
+    with pytest.raises(ConfigError, match="other.pth: weights would replace it, but it is no list"):
         save_weights(model, tmp_path / "other.pth")
     torch.save({"weight": torch.ones(1)}, tmp_path / "model.pth")
-    with pytest.raises(ConfigError, match="model.pth: weights would replace it, but it is no list of"):
+    with pytest.raises(ConfigError, match="model.pth: weights would replace it, but it is no list"):
         save_weights(model, tmp_path / "model.pth")
     assert (tmp_path / "other.pth").read_bytes() == b"a year of work"
 
@@ -128,7 +135,8 @@ def test_a_link_that_leads_nowhere_and_a_file_that_is_no_weights(tmp_path):
 def test_two_runs_with_one_place_for_weights(workspace, capsys):
     Path("shared").mkdir()
     Path("link").symlink_to("shared")
-    program = "import filelock; lock = filelock.FileLock('shared/.ckp-lock'); lock.acquire(); print(flush=True); input()"
+    program = "import filelock; lock = filelock.FileLock('shared/.ckp-lock'); "
+    program += "lock.acquire(); print(flush=True); input()"
     command = [sys.executable, "-c", program]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
@@ -145,7 +153,7 @@ def test_two_runs_with_one_place_for_weights(workspace, capsys):
 # ---- what test.py and compress write -------------------------------------------------------------
 
 
-def test_an_evaluation_is_refused_before_it_scores(workspace, nothing_is_loaded, capsys):  # noqa: F811
+def test_scoring_waits_for_a_folder(workspace, nothing_is_loaded, capsys):  # noqa: F811
     assert call(*TEST, "--set=train.run_dir=book0.txt/x") == 2
     assert capsys.readouterr().err.startswith("book0.txt/x: cannot be written (Not a directory")
 
@@ -182,7 +190,7 @@ def test_results_that_cannot_be_written_leave_those_before(workspace, capsys):
 def test_compress_replaces_memories_only(workspace, nothing_is_loaded):  # noqa: F811
     Path("notes.mem").write_text("a year of work", encoding="utf-8")
     command = ["compress", "book0.txt", "--env_conf", "env.json", "-o"]
-    with pytest.raises(ConfigError, match="--output notes.mem: would be replaced, but it is no memory"):
+    with pytest.raises(ConfigError, match="--output notes.mem: would be replaced, but it is no"):
         compress([*command, "notes.mem"])
     assert Path("notes.mem").read_text(encoding="utf-8") == "a year of work"
     with pytest.raises(ConfigError, match="book1.txt: cannot be written .Not a directory"):

@@ -232,7 +232,7 @@ def check_fits(model: MemoryLM, num_tokens: int, what: str | Path) -> None:
 
 
 def check_output(path: Path) -> None:
-    """Raises ConfigError where no memory can be written, or where it would replace anything else."""
+    """Raises ConfigError where no memory can be written, or would replace anything else."""
     faults = Faults()
     examine_folder(path.parent, faults)
     faults.report()
@@ -240,9 +240,8 @@ def check_output(path: Path) -> None:
         try:
             Memory.load(path)
         except ConfigError as error:
-            raise ConfigError(
-                f"--output {path}: would be replaced, but it is no memory ({error}); move it, or choose another name"
-            ) from None
+            what = f"--output {path}: would be replaced, but it is no memory ({error})"
+            raise ConfigError(f"{what}; move it, or choose another name") from None
 
 
 def lines_of(stdin: TextIO, prompt: str) -> Iterator[str]:

@@ -87,7 +87,8 @@ class RaggedState(Cache):
         for labels and for padding."""
         if labels is not None or not (attention_mask is None or attention_mask.all()):
             given = "attention_mask with zeros" if labels is None else "labels"
-            raise ValueError(f"state: rows of different lengths cannot be combined with {given}; give each row alone")
+            what = f"state: rows of different lengths cannot be combined with {given}"
+            raise ValueError(f"{what}; give each row alone")
         logits, groups = [], []
         for rows, skip, state in self.groups:
             output = model(input_ids[rows.to(input_ids.device), skip:], state, logits_to_keep=1)

@@ -36,7 +36,7 @@ def seal(folder: Path) -> None:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A name to write a file under, beside `path`, which it replaces once it is whole and on the
-    disk. Where the block fails, what was at `path` stays; a link stays and its target is replaced."""
+    disk. Where the block fails, what was at `path` stays; of a link the target is replaced."""
     place = Path(os.path.realpath(path))
     # The suffix tells some writers the format.
     work = place.with_name(f".{place.stem}-{os.getpid()}{place.suffix}")

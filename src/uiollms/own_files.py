@@ -1,7 +1,8 @@
-"""What a run folder's files are called, and whether those that lie there are a run's: no command moves
-or overwrites a file that somebody else has put there.
+"""What a run folder's files are called, and whether those that lie there are a run's: no command
+moves or overwrites a file that somebody else has put there.
 
-A folder is a run's if train.py has locked it, or versions.json or the results of test.py lie in it.
+A folder is a run's if train.py has locked it, or a checkpoint, versions.json or the results of
+test.py lie in it.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ LOCK = "lock"
 
 
 def check_run_folder(folder: Path, names: tuple[str, ...] = FILES) -> None:
-    """Raises ConfigError, a line for each, for what lies where a command puts the files `names` of a
-    run and was not put there by one."""
+    """Raises ConfigError, a line for each, for what lies where a command puts the files `names` of
+    a run and was not put there by one."""
     faults = Faults()
     ours = is_run_folder(folder)
     for name in names:
         path = folder / name
-        if os.path.lexists(path) and (not ours or (name == "test.json" and not holds_results(path))):
+        foreign = not ours or (name == "test.json" and not holds_results(path))
+        if foreign and os.path.lexists(path):
             faults.add(refusal(path, "was not written by a run"))
     lock = folder / LOCK
     if lock.exists() and (not lock.is_file() or lock.stat().st_size):
@@ -45,6 +47,8 @@ def refusal(path: Path, why: str) -> str:
 
 def is_run_folder(folder: Path) -> bool:
     if (folder / LOCK).is_file() or holds_results(folder / "test.json"):
+        return True
+    if any((folder / "checkpoints").glob("step-*/state.json")):
         return True
     return holds_object(folder / "versions.json", {"python", "torch"})
 
@@ -65,8 +69,8 @@ def holds_object(path: Path, keys: set[str]) -> bool:
 
 
 def check_save_place(save_ckp: Path, folder: Path) -> None:
-    """Raises ConfigError where weights at `save_ckp` would take the place of the run folder or of what
-    a run keeps in it; links are followed."""
+    """Raises ConfigError where weights at `save_ckp` would take the place of the run folder or of
+    what a run keeps in it; links are followed."""
     place, root = Path(os.path.realpath(save_ckp)), Path(os.path.realpath(folder))
     if root.is_relative_to(place):
         where = "would take the place of the run folder"
@@ -74,7 +78,8 @@ def check_save_place(save_ckp: Path, folder: Path) -> None:
         where = f"is inside the run folder's own {place.relative_to(root).parts[0]}"
     else:
         return
-    raise ConfigError(f"{save_ckp}: model.save_ckp {where} ({folder}); choose another, such as {folder / 'checkpoint'}")
+    remedy = f"choose another, such as {folder / 'checkpoint'}"
+    raise ConfigError(f"{save_ckp}: model.save_ckp {where} ({folder}); {remedy}")
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from uiollms.memory import MemoryState
 
 
 def check_segments(token_type_ids: Tensor | None) -> None:
-    """Raises ValueError unless all tokens are of segment 0, which some tokenizers say of any text."""
+    """Raises ValueError unless all tokens are of segment 0, as some tokenizers say of any text."""
     if token_type_ids is not None and token_type_ids.any():
         raise ValueError(
             "token_type_ids: found other segments than 0, a causal model has one; "
@@ -27,7 +27,7 @@ def check_segments(token_type_ids: Tensor | None) -> None:
 def row_lengths(mask: Tensor | None, ids: Tensor, num_seen: int) -> Tensor | None:
     """A mask of ids [B, T] -> the tokens of each row [B] int64; None where nothing is padded. The
     mask is [B, T], or [B, num_seen + T] where a state has seen so many tokens. Raises ValueError
-    for another shape, values but 0 and 1, padding that is not on the right, rows without a token."""
+    for another shape, values but 0 and 1, padding that is not on the right, empty rows."""
     if mask is None:
         return None
     batch, length = ids.shape

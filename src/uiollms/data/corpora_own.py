@@ -80,7 +80,7 @@ class UserFiles:
 
 
 def matching(pattern: str) -> list[str]:
-    """The files that a glob names. Brackets are a set of letters, except where a name is written so:
+    """The files that a glob names. Brackets are a set of letters, but where a name is written so:
     that of a file, of a folder in front of the first wildcard, or any if nothing matches else."""
     if os.path.isfile(pattern):
         return [pattern]

@@ -153,7 +153,7 @@ def text_file(path: str | Path) -> Corpus:
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a file: UTF-8, a byte order mark in front of it left out, \\n for the line ends of
+    """The text of a file: UTF-8, a byte order mark in front of it left out, \\n for line ends of
     Windows. Raises ConfigError if it cannot be read."""
     with opened(path) as file:
         try:

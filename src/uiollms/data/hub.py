@@ -95,8 +95,9 @@ class HubDataset:
             folder = self.local_folder() or self.download(split)
             if paths := self.paths(split, folder):
                 # The library takes names for globs.
-                settings: Any = dict(data_files=[glob.escape(path) for path in paths], split="train")
-                dataset = datasets.load_dataset(builder_of(paths[0]), **settings)
+                named = [glob.escape(path) for path in paths]
+                kind = builder_of(paths[0])
+                dataset = datasets.load_dataset(kind, data_files=named, split="train")
             elif self.files:
                 raise FileNotFoundError(f"no file matches {folder / self.files[split]}")
             else:
