@@ -618,7 +618,7 @@ BAD_LINES = {
     "escaped surrogate": (rb'{"text": "a\ud800"}', "line 3: field 'text': character 1 is half of a surrogate pair"),
     "missing field": (b'{"txt": "x"}', r"line 3: expected a field 'text', or fields 'input' and 'output'; found \['txt'\]"),
     "missing output": (b'{"input": "x"}', r"line 3: expected a field 'text', or .*found \['input'\]"),
-    "null": (b'{"text": null}', "line 3: field 'text' is NoneType, expected text"),
+    "null": (b'{"text": null}', r"line 3: expected a field 'text', .*found \[\], and null \['text'\]"),
     "number": (b'{"input": "x", "output": 3}', "line 3: field 'output' is int, expected text"),
     "no object": (b'["x"]', "line 3: expected a JSON object, found list"),
     "a list": (b"[", r"line 3: not JSON: .*make it lines: jq -c"),

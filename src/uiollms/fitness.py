@@ -31,8 +31,7 @@ def unfilled(info: Mapping[str, Any]) -> str | None:
     missing or misshapen at random and leaves out what the model has no place for. None: nothing.
     Tied tensors are not missing."""
     misshapen = [
-        f"{name} {list(found)} where the config has {list(wanted)}"
-        for name, found, wanted in sorted(info["mismatched_keys"])
+        f"{name} {list(found)} where the config has {list(wanted)}" for name, found, wanted in sorted(info["mismatched_keys"])
     ]
     unknown = sorted(info["unexpected_keys"])
     missing = sorted(info["missing_keys"])
@@ -69,15 +68,9 @@ def eos_fault(config: Any) -> str | None:
     """Why there is no embedding of the end of a text; None if there is."""
     eos = eos_of(config)
     if eos is None:
-        return (
-            "the base's config names no eos_token_id, from whose embedding the memory token starts; "
-            "set it in config.json"
-        )
+        return "the base's config names no eos_token_id, from whose embedding the memory token starts; set it in config.json"
     if not 0 <= eos < config.vocab_size:
-        return (
-            f"eos_token_id {eos} is outside of the base's {config.vocab_size} embeddings; "
-            f"correct it in config.json"
-        )
+        return f"eos_token_id {eos} is outside of the base's {config.vocab_size} embeddings; correct it in config.json"
     return None
 
 

@@ -141,9 +141,7 @@ def load(loader: Any, model_name: str, **settings: Any) -> Any:
     """`loader.from_pretrained` of a model by its name in a config. Raises ConfigError with one line if it cannot be had."""
     path = local_path(model_name)
     if (Path(path) / "adapter_config.json").is_file():  # transformers would load the adapter's base, and add it
-        raise refused(
-            model_name, "the folder is a PEFT adapter, not a whole model; merge it into its base and save that"
-        )
+        raise refused(model_name, "the folder is a PEFT adapter, not a whole model; merge it into its base and save that")
     try:
         return loader.from_pretrained(path, local_files_only=not hub_reachable(), trust_remote_code=False, **settings)
     except Exception as error:  # files that others have written fail in any way that the libraries know
