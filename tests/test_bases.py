@@ -1,6 +1,8 @@
 """Bases that would score in silence on random, foreign or broken weights are refused by name, in one line."""
 
+import importlib
 import json
+import math
 import pickle
 import shutil
 from pathlib import Path
@@ -12,11 +14,14 @@ from safetensors.torch import load_file, save_file
 from test_commands import call
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import uiollms.pretrained
 from uiollms import ConfigError, MemoryConfig, MemoryLM
 from uiollms.checkpoint import load_weights, save_weights
+from uiollms.cli import reporting_errors
 from uiollms.config import load_env_config
+from uiollms.evaluate import score
 from uiollms.fitness import not_finite
+from uiollms.integrity import seal
+from uiollms.json_files import as_json
 from uiollms.library import Memory
 from uiollms.pretrained import load, load_causal_lm, load_memory_lm
 
@@ -46,13 +51,20 @@ def change_config(folder: Path, **fields) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
+def command_of(name: str, *arguments: str) -> int:
+    """The exit code of a script, or of a module with a `main`."""
+    if name.endswith(".py"):
+        return call(name, *arguments)
+    return reporting_errors(lambda: importlib.import_module(name).main(list(arguments)))
+
+
 UNFILLED = {
     "missing": (lambda t: {k: v for k, v in t.items() if k != DOWN}, f"1 tensor is missing: {DOWN}; save"),
     "no head": (lambda t: {k: v for k, v in t.items() if "lm_head" not in k}, "missing: lm_head.weight"),
     "prefix": (lambda t: {f"_orig_mod.{k}": v for k, v in t.items()}, "the model that config.json describes: _orig_mod."),
     "shape": (lambda t: t | {EMBEDDING: t[EMBEDDING][:9]}, f"{EMBEDDING} [9, 32] where the config has [259, 32]"),
     "bias": (lambda t: t | {BIAS: torch.ones(32)}, f"1 tensor is not of the model that config.json describes: {BIAS}"),
-    "a layer more": (lambda t: t | {DOWN.replace("1", "3"): t[DOWN]}, "describes: model.layers.3.mlp.down_proj"),
+    "a layer more": (lambda t: t | {DOWN.replace("1", "3"): t[DOWN].clone()}, "describes: model.layers.3.mlp.down_proj"),
     "NaN": (lambda t: t | {DOWN: t[DOWN].fill_(torch.nan)}, f"{DOWN} holds NaN or infinite numbers"),
     "infinite": (lambda t: t | {DOWN: t[DOWN].index_fill(0, torch.tensor(3), torch.inf)}, f"{DOWN} holds NaN or"),
 }  # fmt: skip
@@ -70,8 +82,9 @@ def test_tensors_that_do_not_fill_the_model_are_named_by_every_command(base, cap
         "uiollms.convert": (*env, "out/ckp", "out.pth"),
         "uiollms.__main__": ("compress", *env, "book0.txt", "-o", "x.mem"),
     }
+    capsys.readouterr()
     for command, arguments in commands.items():
-        assert call(command, *arguments) == 2
+        assert command_of(command, *arguments) == 2
         (said,) = capsys.readouterr().err.strip().splitlines()
         assert said.startswith("model.model_name: 'base': ") and expected in said, said
     assert not Path("x.mem").exists() and not Path("out.pth").exists()
@@ -178,7 +191,7 @@ def test_ask_checks_the_tokenizer_of_a_saved_model(base, capsys):
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.add_tokens(["clocks"])
     MemoryLM(AutoModelForCausalLM.from_pretrained(base), memory).save_pretrained("saved", tokenizer=tokenizer)
-    assert call("uiollms.__main__", "compress", "--model", "saved", "book0.txt", "-o", "x.mem") == 2
+    assert command_of("uiollms.__main__", "compress", "--model", "saved", "book0.txt", "-o", "x.mem") == 2
     assert "its tokenizer has tokens up to id 259, the base has 259 embeddings" in capsys.readouterr().err
 
 
@@ -191,8 +204,8 @@ def test_a_token_without_an_embedding_is_a_value_error(wrong):
         lambda: model(ids),
         lambda: model.generate(ids, max_new_tokens=1),
         lambda: model.compress(ids[0]),
-        lambda: uiollms.score(model, ids),
-        lambda: uiollms.score(model, ids, mode="raw"),
+        lambda: score(model, ids),
+        lambda: score(model, ids, mode="raw"),
     )
     for attempt in tries:
         with pytest.raises(ValueError, match=f"token id {wrong} has no embedding, the base's are 0 .. 60"):
@@ -295,3 +308,44 @@ def test_not_finite_looks_at_every_number():
             for value in (torch.nan, torch.inf, -torch.inf):
                 bad = good.to(dtype).flatten().index_fill(0, torch.tensor(place), value).view(3, 4)
                 assert not_finite([("a", good), ("b", bad), ("c", bad)]) == "b"
+
+
+def no_constant(name: str) -> None:
+    raise AssertionError(f"bare {name} is no JSON")
+
+
+def test_a_loss_past_the_range_of_exp_is_reported_as_such(base, capsys, monkeypatch):
+    """709.78 nats and more: a head 100,000 times too large is scored, not a traceback."""
+    change_tensors(base, lambda t: t | {"lm_head.weight": 1e5 * t["lm_head.weight"]})
+    monkeypatch.setenv("COLUMNS", "250")
+    assert call("train.py", "--env_conf", "env.json", "--json") == 0
+    for line in capsys.readouterr().out.splitlines():
+        json.loads(line, parse_constant=no_constant)
+    assert call("test.py", "--env_conf", "env.json") == 0
+    said = capsys.readouterr().out
+    written = json.loads(Path("out/test.json").read_text(), parse_constant=no_constant)
+    memory = written["results"][0]["memory"]
+    assert memory["nll"] > 709.78 and memory["perplexity"] is None and memory["interval_95"] == [None, None]
+    assert f"perplexity exp({memory['nll']:.2f})" in said
+    for line in Path("out/metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=no_constant)
+    assert command_of("uiollms.report", "out", "--no_attention") == 0, "the report reads null too"
+
+
+def test_json_has_null_for_what_is_no_number():
+    value = {"a": math.nan, "b": [math.inf, 1.5, (-math.inf, "x")], "c": None}
+    assert json.loads(as_json(value), parse_constant=no_constant) == {"a": None, "b": [None, 1.5, [None, "x"]], "c": None}
+
+
+def test_optimizer_moments_that_are_no_numbers_are_refused(workspace, capsys):
+    assert call("train.py", "--env_conf", "env.json", "--set=train.tasks=[]") == 0
+    checkpoint = Path("out/checkpoints/step-00000002")
+    file = checkpoint / "optimizer.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in sorted(tensors) if name.endswith("exp_avg_sq"))
+    tensors[name].fill_(torch.nan)
+    save_file(tensors, file)
+    (checkpoint / "checksums.json").unlink()
+    seal(checkpoint)
+    assert call("train.py", "--env_conf", "env.json", "--set=train.tasks=[]", "--resume", str(checkpoint)) == 2
+    assert f"optimizer.safetensors: {name} holds NaN or infinite numbers" in capsys.readouterr().err

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import logging
 import os
 import signal
@@ -20,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from uiollms.config import ConfigError
 from uiollms.devices import avoid_cudnn_attention, keep_freed_memory
 from uiollms.environment import unused_gpu
+from uiollms.json_files import as_json
 
 log = logging.getLogger("uiollms")
 
@@ -53,7 +53,7 @@ class Output:
     def result(self, **fields: Any) -> None:
         """One JSON object as a line, at once; its letters escaped where stdout is not UTF-8."""
         encoding = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("_", "-")
-        self.line(json.dumps(fields, ensure_ascii=encoding not in ("utf-8", "utf8")))
+        self.line(as_json(fields, ensure_ascii=encoding not in ("utf-8", "utf8")))
 
     def bar(self, items: Iterable[Any] | None, **settings: Any) -> tqdm:
         return tqdm(items, **settings, disable=self.quiet)

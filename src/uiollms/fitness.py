@@ -80,3 +80,16 @@ def eos_of(config: Any) -> int | None:
     if isinstance(eos, list | tuple):
         return eos[0] if eos else None
     return eos
+
+
+def check_ids(ids: Tensor, vocab_size: int) -> None:
+    """Raises ValueError where token ids of any shape hold one that the base has no embedding for: a CPU would
+    raise IndexError, CUDA stop the process."""
+    if not ids.numel():
+        return
+    low, high = (int(end) for end in ids.aminmax())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"token id {low if low < 0 else high} has no embedding, the base's are 0 .. "
+            f"{vocab_size - 1}; use the base's own tokenizer, or resize its embeddings"
+        )

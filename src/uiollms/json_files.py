@@ -1,8 +1,10 @@
-"""Reading JSON that people write: what is wrong with a file is one line with its place."""
+"""Reading JSON that people write, where what is wrong with a file is one line with its place; and
+writing it, where a number that is none is null."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,6 +26,20 @@ def read_json(path: str | Path) -> Any:
         return loads(text, str(path))
     except (json.JSONDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not JSON: {error}") from None
+
+
+def as_json(value: Any, **settings: Any) -> str:
+    """json.dumps, with null for NaN and infinite numbers, which JSON does not know."""
+    return json.dumps(finite(value), allow_nan=False, **settings)
+
+
+def finite(value: Any) -> Any:
+    """The same with None for numbers that JSON does not know."""
+    if isinstance(value, dict):
+        return {key: finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def loads(text: str, source: str) -> Any:

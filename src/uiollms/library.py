@@ -21,7 +21,7 @@ from safetensors.torch import save as as_bytes
 from torch import Tensor
 
 from uiollms.config import Checked, ConfigError, MemoryConfig, parse
-from uiollms.fitness import not_finite
+from uiollms.fitness import check_ids, not_finite
 from uiollms.memory import MemoryState, join_slots
 
 
@@ -149,7 +149,7 @@ def compress(model: Any, ids: Tensor, source: str, progress: Callable[[Sequence[
     if ids.dim() != 1:
         raise ValueError(f"compress takes one document [T], found {list(ids.shape)}; compress each, then join them")
     model.check_length(len(ids))
-    model.check_ids(ids)
+    check_ids(ids, model.config.vocab_size)
     config = model.memory_config
     full = len(ids) // config.chunk_size * config.chunk_size
     parts = [torch.empty(model.config.num_hidden_layers, 0, config.num_memory, model.config.hidden_size, dtype=model.dtype)]

@@ -40,7 +40,7 @@ from uiollms.base import (
 )
 from uiollms.config import MemoryConfig
 from uiollms.devices import device_of, moved
-from uiollms.fitness import eos_of, not_finite
+from uiollms.fitness import check_ids, eos_of, not_finite
 from uiollms.generation import Generation, RaggedState
 from uiollms.lora import master_dtype
 from uiollms.loss import shifted_nll
@@ -158,18 +158,6 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
     def check_length(self, num_tokens: int) -> None:
         """Raises ValueError for a document of `num_tokens` tokens that is past the capacity."""
         check_length(num_tokens, self.memory_config, self.config.max_position_embeddings)
-
-    def check_ids(self, ids: Tensor) -> None:
-        """Raises ValueError where token ids of any shape hold one that the base has no embedding for: a CPU would
-        raise IndexError, CUDA stop the process."""
-        if not ids.numel():
-            return
-        low, high = (int(end) for end in ids.aminmax())
-        if low < 0 or high >= self.config.vocab_size:
-            raise ValueError(
-                f"token id {low if low < 0 else high} has no embedding, the base's are 0 .. "
-                f"{self.config.vocab_size - 1}; use the base's own tokenizer, or resize its embeddings"
-            )
 
     # ---- encoder and transfer head --------------------------------------------------------------------------------
 
@@ -306,7 +294,7 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
             output = forward_padded(self, input_ids, lengths, state, labels, logits_to_keep)
             return output if return_dict else output.to_tuple()
         self.check_length(state.num_tokens + input_ids.shape[1])
-        self.check_ids(input_ids)
+        check_ids(input_ids, self.config.vocab_size)
         input_ids = input_ids.to(self.device)
         l, past = self.memory_config.chunk_size, state.open_ids.shape[1]
         ids = torch.cat([state.open_ids, input_ids], dim=1)  # from the start of the open chunk

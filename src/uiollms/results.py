@@ -106,11 +106,11 @@ class TaskResult:
             "documents": len(documents),
             "nll": token_weighted(weighted),
             "nll_interval_95": bootstrap(weighted, token_weighted),
-            "perplexity": math.exp(token_weighted(weighted)),
-            "interval_95": bootstrap(weighted, lambda drawn: math.exp(token_weighted(drawn))),
+            "perplexity": exp(token_weighted(weighted)),
+            "interval_95": bootstrap(weighted, lambda drawn: exp(token_weighted(drawn))),
         }
         if self.kind == "text":
-            perplexities = [math.exp(d.mean_nll) for d in documents]
+            perplexities = [exp(d.mean_nll) for d in documents]
             measured["document_mean"] = mean(perplexities)
             measured["document_mean_interval_95"] = bootstrap(perplexities, mean)
             measured["by_position"] = by_position(documents)
@@ -137,10 +137,13 @@ class TaskResult:
 
     @property
     def recovered(self) -> float | None:
-        """(window - memory) / (window - raw) of the perplexities: the share of what raw context wins that memory wins too."""
+        """(window - memory) / (window - raw) of the perplexities: the share of what raw context wins that memory wins too.
+        None where one of them is past what a float holds."""
         if self.kind != "text" or not {"window", "raw"} <= self.modes.keys():
             return None
         window, memory, raw = (self.modes[mode]["perplexity"] for mode in ("window", "memory", "raw"))
+        if not all(value is not None and math.isfinite(value) for value in (window, memory, raw)):
+            return None
         return (window - memory) / (window - raw) if window != raw else None
 
     @classmethod
@@ -152,7 +155,7 @@ class TaskResult:
 
     def summary(self) -> dict[str, Any]:
         """Plain numbers for JSON; mean, max and min of the documents' perplexities as the released program reports them."""
-        perplexities = [math.exp(d.mean_nll) for d in self.scores["memory"].values()]
+        perplexities = [exp(d.mean_nll) for d in self.scores["memory"].values()]
         return {
             "task": self.name,
             "task_type": self.task_type,
@@ -167,6 +170,15 @@ class TaskResult:
             **self.modes,
             "recovered": self.recovered,
         }
+
+
+def exp(nll: float) -> float:
+    """The perplexity of a mean NLL; past 709.78 nats, where a float ends, infinite (null in JSON, which has the
+    NLL beside it)."""
+    try:
+        return math.exp(nll)
+    except OverflowError:
+        return math.inf
 
 
 def mean(values: Sequence[float]) -> float:
@@ -212,7 +224,7 @@ def by_length(documents: Sequence[DocumentScore]) -> list[dict[str, Any]]:
         nll = torch.cat([d.nll[d.positions < length] for d in long_enough]).double()
         if len(nll):
             average = nll.mean().item()
-            numbers = {"documents": len(long_enough), "tokens": len(nll), "nll": average, "perplexity": math.exp(average)}
+            numbers = {"documents": len(long_enough), "tokens": len(nll), "nll": average, "perplexity": exp(average)}
             found.append({"length": length, **numbers})
     return found
 
@@ -224,7 +236,7 @@ def grouped(groups: Tensor, documents: Sequence[DocumentScore]) -> Iterable[tupl
     sums = torch.bincount(groups, weights=nll)
     for group in counts.nonzero().squeeze(1).tolist():
         average = (sums[group] / counts[group]).item()
-        yield group, {"tokens": int(counts[group]), "nll": average, "perplexity": math.exp(average)}
+        yield group, {"tokens": int(counts[group]), "nll": average, "perplexity": exp(average)}
 
 
 def bleu4(texts: Sequence[tuple[str, str]]) -> float:

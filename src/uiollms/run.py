@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -28,7 +27,8 @@ from uiollms.distributed import World
 from uiollms.environment import device_name, environment
 from uiollms.faults import writing
 from uiollms.integrity import remove, sync
-from uiollms.metrics import ITERATIONS, finite, machine_use, read_metrics, scalars
+from uiollms.json_files import as_json, finite
+from uiollms.metrics import ITERATIONS, machine_use, read_metrics, scalars
 from uiollms.own_files import FILES, LOCK, held
 from uiollms.paths import run_folder
 from uiollms.run_state import (
@@ -167,7 +167,7 @@ class Run:
                 "processes": str(self.world.size),
             }
             self.environment = environment() | here
-            versions = json.dumps(self.environment | {ITERATIONS: self.schedule.counts}, indent=4)
+            versions = as_json(self.environment | {ITERATIONS: self.schedule.counts}, indent=4)
             (self.folder / "versions.json").write_text(versions + "\n", encoding="utf-8")
             self.open_log()
             from torch.utils.tensorboard import SummaryWriter  # slow to import
@@ -201,7 +201,7 @@ class Run:
         if self.metrics.exists():
             kept = [line for line in read_metrics(self.folder) if line["iteration"] <= iteration]
         work = self.metrics.with_name(".metrics-new")
-        work.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        work.write_text("".join(as_json(line) + "\n" for line in kept), encoding="utf-8")
         sync(work)
         work.replace(self.metrics)
         return kept[-1]["seconds"] if kept else 0.0
@@ -221,10 +221,11 @@ class Run:
         are not finite become null. tokens: read in the step, from which follow those a second."""
         if not self.world.is_first:
             return
-        line = {"seconds": round(time.time() - self.began, 2), **finite(values)}
+        line = {"seconds": round(time.time() - self.began, 2), **values}
         if "tokens" in values:
             line["machine"] = machine_use(values["tokens"], self.step_seconds)
-        text = json.dumps(line)
+        line = finite(line)
+        text = as_json(line)
         with writing(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
             file.write(text + "\n")
         self.echo(text)

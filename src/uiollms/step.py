@@ -30,6 +30,7 @@ from uiollms.base import Front, layer_device
 from uiollms.devices import device_of, give_back, moved
 from uiollms.distributed import ALONE, Division, Group
 from uiollms.estimators import Estimator, make_estimator
+from uiollms.fitness import check_ids
 from uiollms.kv_gradients import KVGradients, at, batched, pick, projected_at_once, put
 from uiollms.loss import linear_losses
 from uiollms.memory import Prefix, join_slots
@@ -131,8 +132,8 @@ def backward(model: MemoryLM, outputs: Tensor | Sequence[Tensor], gradients: Seq
 def check_sample(model: MemoryLM, sample: Sample) -> None:
     """Raises ValueError if a row and the memories that it reads need more positions than there are:
     for a document in chunks, one past the capacity. The same for a token without an embedding."""
-    for ids in (sample.chunks, *(row.input_ids for row in sample.rows), *sample.teachers):
-        model.check_ids(ids)
+    for ids in (sample.chunks, *(row.input_ids for row in sample.rows)):
+        check_ids(ids, model.config.vocab_size)
     m, positions = model.memory_config.num_memory, model.config.max_position_embeddings
     row = max(sample.rows, key=lambda row: row.num_memories * m + len(row.input_ids))
     needed = row.num_memories * m + len(row.input_ids)
@@ -255,9 +256,10 @@ def empty_slots(model: MemoryLM, count: int) -> list[Tensor]:
 
 
 def check_teacher(model: MemoryLM, sample: Sample) -> None:
-    """Raises ValueError if a teacher would read past the base's positions."""
+    """Raises ValueError if a teacher would read past the base's positions, or a token without an embedding."""
     positions = model.config.max_position_embeddings
     for text in sample.teachers:
+        check_ids(text, model.config.vocab_size)
         if len(text) > positions:
             raise ValueError(
                 f"the teacher reads its context raw: {len(text)} tokens, the base has {positions} positions; set truncation"

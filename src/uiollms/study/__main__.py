@@ -31,6 +31,7 @@ from uiollms.cli import Output, output_arguments, reporting_errors
 from uiollms.config import ConfigError, EnvConfig, MemoryConfig, TaskEntry, TrainSection, load_env_config
 from uiollms.evaluate import score
 from uiollms.evaluation import evaluation_documents
+from uiollms.json_files import as_json
 from uiollms.model import MemoryLM
 from uiollms.pretrained import load_memory_lm
 from uiollms.saving import weights_of
@@ -114,7 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
     out = args.out or Path("runs") / ("study-" + "-".join(filter(None, [args.what, preset])))
     out.mkdir(parents=True, exist_ok=True)
     setting, rows = {"gradients": measure, "cost": measure, "learning": learning, "recall": recall}[args.what](args, out)
-    results = json.dumps({"setting": setting, "rows": rows}, indent=4) + "\n"
+    results = as_json({"setting": setting, "rows": rows}, indent=4) + "\n"
     (out / "results.json").write_text(results, encoding="utf-8")
     (out / "table.md").write_text(markdown_table(rows), encoding="utf-8")
     args.output.console(150).print(Markdown(markdown_table(rows)))
@@ -258,13 +259,13 @@ def curves_file(folder: Path, setting: dict[str, Any]) -> tuple[list[dict[str, A
     if lines and lines[0] != plain:
         raise ConfigError(f"{path}: its curves were trained with other settings; give another --out, or remove the folder")
     if not lines:
-        path.write_text(json.dumps(plain) + "\n", encoding="utf-8")
+        path.write_text(as_json(plain) + "\n", encoding="utf-8")
     curves = lines[1:]
 
     def record(curve: dict[str, Any]) -> None:
         curves.append(curve)
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(curve) + "\n")
+            file.write(as_json(curve) + "\n")
 
     return curves, record
 

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from uiollms.config import MemoryConfig
+from uiollms.pretrained import load_causal_lm
 from uiollms.tasks import IGNORED, Sample
 
 KEYS, VALUES, PAIRS, QUERIES = 64, 8, 4, 2
@@ -66,7 +67,7 @@ def train_base(folder: Path, seed: int = 0, enough: float = 0.98, bar: Callable[
     """The small Llama (4 layers of 128) that answers from raw text at every distance with `enough` accuracy, from `folder`
     if it was trained before. Documents grow from 2 to 16 chunks as it learns. Raises RuntimeError if it does not."""
     if folder.exists():
-        return AutoModelForCausalLM.from_pretrained(folder)
+        return load_causal_lm(str(folder))
     torch.manual_seed(seed)
     base = LlamaForCausalLM(
         LlamaConfig(

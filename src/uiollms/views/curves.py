@@ -29,7 +29,7 @@ def plot_training(run: Path, path: Path | None = None) -> Path:
     width = max(1, len(y) // 20)
     panels[0].plot(x, smoothed(y, width), color="0.3", label=f"mean of the last {width}" if width > 1 else "training")
     for mode, color in COLORS.items():
-        points = [(iteration, math.log(task[mode]["perplexity"])) for iteration, task in evaluations if mode in task]
+        points = [(iteration, nll_of(task[mode])) for iteration, task in evaluations if mode in task]
         if points:
             panels[-1].plot(*zip(*points, strict=True), "o-", color=color, label=f"held out, {NAMES[mode]}")
     for axes in panels:
@@ -42,6 +42,13 @@ def plot_training(run: Path, path: Path | None = None) -> Path:
     path = path or run / "curve.png"
     figure.savefig(path, dpi=120)
     return path
+
+
+def nll_of(numbers: dict[str, Any]) -> float:
+    """A mode's mean NLL, which older metrics hold as a perplexity alone; NaN, which no line shows, where
+    it was no number."""
+    nll = numbers["nll"] if "nll" in numbers else numbers["perplexity"] and math.log(numbers["perplexity"])
+    return math.nan if nll is None else nll
 
 
 def loss_of(run: Path) -> str:

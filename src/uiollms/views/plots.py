@@ -58,19 +58,25 @@ def plot_positions(result: TaskResult, axes: Any) -> None:
     for mode in (mode for mode in NAMES if mode in result.modes):
         buckets = result.modes[mode]["by_position"]
         middles = [math.sqrt(b["start"] * (b["stop"] - 1)) for b in buckets]
-        axes.plot(middles, [b["perplexity"] for b in buckets], markersize=4, **style(mode))
+        axes.plot(middles, numbers_of(buckets), markersize=4, **style(mode))
         wanted = [b for b in buckets if b["stop"] > result.chunk_size // 4]
-        shown += [b["perplexity"] for b in wanted]
+        shown += [value for value in numbers_of(wanted) if math.isfinite(value)]
         first = min([first, *(b["start"] for b in wanted)])
     # A document's first tokens, a bucket of one or two each, would press everything else flat: they are outside the panel.
-    margin = 0.1 * (max(shown) - min(shown)) or 1
-    axes.set_ylim(min(shown) - margin, max(shown) + margin)
+    if shown:
+        margin = 0.1 * (max(shown) - min(shown)) or 1
+        axes.set_ylim(min(shown) - margin, max(shown) + margin)
     axes.set_xscale("log", base=2)
     axes.set_xlim(left=first)
     axes.axvline(result.chunk_size, color="0.6", linestyle=":", label="first memory")
     axes.set_xlabel("token position (buckets between powers of two)")
     axes.set_ylabel(f"perplexity ({result.protocol} protocol)")
     axes.legend(fontsize=7)
+
+
+def numbers_of(buckets: Sequence[dict[str, Any]]) -> list[float]:
+    """Their perplexities, NaN (which leaves a gap in a line) for those that no float holds."""
+    return [b["perplexity"] if b["perplexity"] is not None and math.isfinite(b["perplexity"]) else math.nan for b in buckets]
 
 
 def plot_length(result: TaskResult, axes: Any) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -37,18 +39,27 @@ def rows_of(result: TaskResult) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for i, mode in enumerate(mode for mode in NAMES if mode in result.modes):
         numbers = result.modes[mode]
-        main = f"{name} {short(numbers[key])}{between(numbers.get(interval))}"
+        main = f"{name} {perplexity_words(numbers)}" if key == "perplexity" else f"{name} {short(numbers[key])}"
+        main += between(numbers.get(interval))
         tokens = str(result.truncation or "all")
         rows.append((result.title if i == 0 else "", str(numbers["documents"]), tokens, NAMES[mode], main, also(result, mode)))
     return rows
 
 
-def short(value: float) -> str:
-    """Two decimals, three for what is below 10."""
+def perplexity_words(numbers: dict[str, Any]) -> str:
+    """Past what a float holds, as the exp of the NLL."""
+    value = numbers["perplexity"]
+    return f"exp({short(numbers['nll'])})" if value is None or value == math.inf else short(value)
+
+
+def short(value: float | None) -> str:
+    """Two decimals, three for what is below 10; "-" for what is no number, or was none when it was written."""
+    if value is None or not math.isfinite(value):
+        return "-"
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}"
 
 
-def between(interval: tuple[float, float] | None) -> str:
+def between(interval: Sequence[float | None] | None) -> str:
     return f" ({short(interval[0])} .. {short(interval[1])})" if interval else ""
 
 
@@ -67,7 +78,7 @@ def also(result: TaskResult, mode: str) -> str:
     if result.kind == "copy":
         parts.append(f"tokens right {numbers['token_accuracy']:.1%}")
     if result.task_type == "language modeling":
-        parts.append(f"perplexity {short(numbers['perplexity'])}")
+        parts.append(f"perplexity {perplexity_words(numbers)}")
     if result.kind != "text":
-        parts.append(f"NLL {numbers['nll']:.3f}")
+        parts.append("NLL " + ("-" if numbers["nll"] is None else f"{numbers['nll']:.3f}"))
     return ", ".join(parts)
