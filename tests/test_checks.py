@@ -60,6 +60,13 @@ WRONG = {
 }
 
 
+@pytest.mark.parametrize("weights", ["book0.txt", "."])
+def test_weights_that_are_no_checkpoint_are_found_before_anything_is_loaded(workspace, nothing_is_loaded, weights):
+    expected = f"{weights}: no checkpoint: neither a .pth file nor a folder with memory_config.json"
+    (found,) = faults_of(f"model.load_ckp={weights}")
+    assert found.startswith(expected)
+
+
 @pytest.mark.parametrize("change", WRONG)
 def test_each_fault_of_a_training_is_found_before_anything_is_loaded(workspace, nothing_is_loaded, change):
     found = faults_of(change)

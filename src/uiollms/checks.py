@@ -149,7 +149,12 @@ def examine_weights(weights: str | None, memory: MemoryConfig | None, faults: Fa
     path = Path(weights)
     if not path.exists():
         faults.add(f"{path}: no checkpoint can be read here: there is no such file or folder")
-    elif memory and (path / "memory_config.json").is_file():
+    elif path.suffix != ".pth" and not (path / "memory_config.json").is_file():
+        faults.add(
+            f"{path}: no checkpoint: neither a .pth file nor a folder with memory_config.json; "
+            f"give the path of one that train.py or save_pretrained wrote"
+        )
+    elif memory and path.suffix != ".pth":
         try:
             check_compressor(path, memory)
         except ConfigError as error:
