@@ -7,6 +7,7 @@ python test.py --env_conf smollm2-8x.json --quiet --json | python -m json.tool
 
 import sys
 import tempfile
+from functools import partial
 
 try:
     import uiollms.cli  # noqa: F401  # and with it torch and transformers
@@ -34,8 +35,9 @@ from uiollms.views.tables import print_results
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(__doc__, arguments, evaluation=True)
-    config = load_env_config(args.env_conf, args.set)
-    tasks = check_evaluation(config, args.env_conf, args.use_env_conf_tasks)
+    check = partial(check_evaluation, path=args.env_conf, own_tasks=args.use_env_conf_tasks)
+    config = load_env_config(args.env_conf, args.set, check)
+    tasks = check(config)
     config = choose_chunk_batch(config, args.env_conf)
     folder = run_folder(config.train.run_dir, config.model.save_ckp, args.env_conf)
     with writing(folder):  # now rather than after hours of scoring
