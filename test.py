@@ -6,6 +6,8 @@ python test.py --env_conf smollm2-8x.json --quiet --json | python -m json.tool
 """
 
 import sys
+import tempfile
+from functools import partial
 
 try:
     import uiollms.cli  # noqa: F401  # and with it torch and transformers
@@ -19,6 +21,8 @@ from uiollms.cli import parse_arguments, reporting_errors
 from uiollms.config import load_env_config
 from uiollms.environment import device_name, environment
 from uiollms.evaluation import Evaluation
+from uiollms.faults import writing
+from uiollms.integrity import replacing
 from uiollms.json_files import as_json
 from uiollms.paths import run_folder
 from uiollms.plan import choose_chunk_batch
@@ -31,9 +35,14 @@ from uiollms.views.tables import print_results
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(__doc__, arguments, evaluation=True)
-    config = load_env_config(args.env_conf, args.set)
-    tasks = check_evaluation(config, args.env_conf, args.use_env_conf_tasks)
+    check = partial(check_evaluation, path=args.env_conf, own_tasks=args.use_env_conf_tasks)
+    config = load_env_config(args.env_conf, args.set, check)
+    tasks = check(config)
     config = choose_chunk_batch(config, args.env_conf)
+    folder = run_folder(config.train.run_dir, config.model.save_ckp, args.env_conf)
+    with writing(folder):  # now rather than after hours of scoring
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.NamedTemporaryFile(dir=folder).close()
     model, tokenizer = load_memory_lm(config, args.env_conf)
     weights = weights_of(config)
     if weights:
@@ -44,15 +53,18 @@ def main(arguments: list[str] | None = None) -> None:
     results = evaluation.run(lambda documents: args.output.bar(documents, desc="evaluate", leave=False))
     if args.output.has_words:
         print_results(results)
-    folder = run_folder(config.train.run_dir, config.model.save_ckp, args.env_conf)
-    folder.mkdir(parents=True, exist_ok=True)
     versions = environment() | {"dtype": str(model.dtype), "device": device_name()}
     about = {"weights": weights and str(weights), "config": config.model_dump(mode="json"), "versions": versions}
     summaries = about | {"results": [r.summary() for r in results]}
-    (folder / "test.json").write_text(as_json(summaries, indent=4) + "\n")
-    save_token_nlls(results, folder / "test-nll.safetensors")
-    plot_results(results, folder / "test.png")
     args.output.line(as_json(summaries))
+    with writing(folder):
+        # test.json first, which marks the folder as a run's.
+        with replacing(folder / "test.json") as work:
+            work.write_text(as_json(summaries, indent=4) + "\n", encoding="utf-8")
+        with replacing(folder / "test-nll.safetensors") as work:
+            save_token_nlls(results, work)
+        with replacing(folder / "test.png") as work:
+            plot_results(results, work)
     args.output.say(f"written to {folder}: test.json (all numbers), test-nll.safetensors (every token's NLL), test.png")
 
 

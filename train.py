@@ -11,6 +11,7 @@ python train.py --env_conf 32x.json --dry_run --json
 
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 try:
@@ -41,10 +42,11 @@ from uiollms.views.tables import print_results
 
 def main(arguments: list[str] | None = None) -> int | None:
     args = parse_arguments(__doc__, arguments)
-    config = load_env_config(args.env_conf, args.set)
+    check = partial(check_training, path=args.env_conf, going_on=args.resume is not None)
+    config = load_env_config(args.env_conf, args.set, None if args.dry_run else check)
     if args.dry_run:
         return dry_run(config, args.env_conf, args.device_memory, args.output)
-    compressor = check_training(config, args.env_conf, going_on=args.resume is not None)
+    compressor = check(config)
     config = choose_chunk_batch(config, args.env_conf)
     with (
         open_world(config) as world,

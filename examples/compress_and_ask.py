@@ -24,7 +24,7 @@ def ask(memory: Memory, question: str) -> str:
     return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
 
 
-memory = model.compress(Path(document).read_text(), tokenizer, source=document)
+memory = model.compress(Path(document).read_text(encoding="utf-8"), tokenizer, source=document)
 print(f"{memory.num_tokens} tokens in {memory.num_slots} slots a layer, {len(memory.open_ids)} tokens left as they are")
 
 with tempfile.TemporaryDirectory() as cache:

@@ -18,7 +18,7 @@ tokenizer.padding_side = "left"
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 
 # A document of any length up to model.capacity; chunks are compressed as they fill, while generating too.
-ids = tokenizer(Path(document).read_text(), return_tensors="pt").input_ids
+ids = tokenizer(Path(document).read_text(encoding="utf-8"), return_tensors="pt").input_ids
 model.generate(ids, do_sample=False, max_new_tokens=20, streamer=TextStreamer(tokenizer, skip_prompt=True))
 
 # A batch of prompts of different lengths.

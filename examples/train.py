@@ -14,7 +14,8 @@ from uiollms.saving import load_tokenizer
 folder, document = sys.argv[1:]
 model, tokenizer = uiollms.MemoryLM.from_pretrained(folder), load_tokenizer(folder)
 chunk_size = model.memory_config.chunk_size
-ids = tokenizer(Path(document).read_text(), return_tensors="pt").input_ids[0, : 4 * chunk_size]
+text = Path(document).read_text(encoding="utf-8")
+ids = tokenizer(text, return_tensors="pt").input_ids[0, : 4 * chunk_size]
 sample = uiollms.Sample.language_modeling(ids, chunk_size)
 
 parameters = list(model.trainable_parameters().values())  # LoRA and two embeddings; the base is frozen

@@ -60,6 +60,13 @@ WRONG = {
 }
 
 
+@pytest.mark.parametrize("weights", ["book0.txt", "."])
+def test_weights_that_are_no_checkpoint_are_found_before_anything_is_loaded(workspace, nothing_is_loaded, weights):
+    expected = f"{weights}: no checkpoint: neither a .pth file nor a folder with memory_config.json"
+    (found,) = faults_of(f"model.load_ckp={weights}")
+    assert found.startswith(expected)
+
+
 @pytest.mark.parametrize("change", WRONG)
 def test_each_fault_of_a_training_is_found_before_anything_is_loaded(workspace, nothing_is_loaded, change):
     found = faults_of(change)
@@ -74,6 +81,30 @@ def test_all_faults_are_reported_together(workspace, nothing_is_loaded, capsys):
         assert sum(line.startswith(expected) for line in lines) == 1, (expected, lines)
     assert len(lines) == len(WRONG) + 1  # beacons are two files
     assert not Path("out").exists(), "checks make nothing"
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("train.corpus.0.partition=0.9", "train: the corpus partitions sum to 0.9"),
+        ("train.max_rl=1", "train.max_rl: unknown key; did you mean 'max_lr'?"),
+        ("train.tbptt=0", "train.tbptt: "),
+        ("model.device_map=7.5", "model.device_map"),
+        ("train.keep_best=1.5", "train.keep_best: "),
+    ],
+)
+def test_a_fault_of_one_field_hides_no_other(workspace, nothing_is_loaded, capsys, change, expected):
+    changes = [change, *(c for c in WRONG if c.split("=")[0] != change.split("=")[0])]
+    wanted = [expected, *(WRONG[c] for c in changes[1:])]
+    assert call("train.py", "--env_conf", "env.json", *(f"--set={c}" for c in changes)) == 2
+    lines = [line.removeprefix("env.json: ") for line in capsys.readouterr().err.splitlines()]
+    for words in wanted:
+        assert any(line.startswith(words) for line in lines), (words, lines)
+
+
+def test_without_its_faulty_fields_a_config_may_be_nothing(workspace, capsys):
+    assert call("train.py", "--env_conf", "env.json", "--set=train.corpus=[]", "--set=model=3") == 2
+    assert len(capsys.readouterr().err.splitlines()) == 2
 
 
 def test_fields_that_exclude_each_other_are_reported_together():

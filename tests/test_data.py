@@ -21,7 +21,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from uiollms.config import ConfigError
-from uiollms.data import Document, Mixture, NewsDocument, TokenDocument, beacons, find_corpus, open_corpus
+from uiollms.data import (
+    Document,
+    Mixture,
+    NewsDocument,
+    TokenDocument,
+    beacons,
+    corpora_tasks,
+    find_corpus,
+    open_corpus,
+)
 from uiollms.data.__main__ import main
 from uiollms.data.cleaning import article_spans, collapse_repeats
 from uiollms.data.corpora_text import PG19
@@ -371,20 +380,27 @@ def test_split_datasets(hub: Callable[..., None]) -> None:
 
 
 def test_wikitext_becomes_articles(hub: Callable[..., None]) -> None:
-    long = " A line of an article that says enough about its subject to make it longer than one hundred characters in all . \n"
-    rows = ["", " = Tea = \n", "", long, " = = History = = \n", " x = 1 \n", " = Cup = \n", " A stub . \n", " = Milk = \n", long]
-    hub("wikitext/wikitext-103-raw-v1/train-00000-of-00002.parquet", [{"text": row} for row in rows[:5]])
-    hub("wikitext/wikitext-103-raw-v1/train-00001-of-00002.parquet", [{"text": row} for row in rows[5:]])
-    hub("wikitext/wikitext-2-raw-v1/train-00000-of-00001.parquet", [{"text": "another config"}])
-    hub("wikitext/wikitext-103-raw-v1/validation-00000-of-00001.parquet", [{"text": rows[1]}, {"text": long}])
-    assert texts("wikitext103.train") == ["".join(rows[1:6]), "".join(rows[8:])]
-    assert texts("wikitext103.validation") == [rows[1] + long]
+    """As in the release: no headings, not the first article, bodies of over 100 characters."""
+    long = " A line of an article that says enough to be longer than " + "c" * 90 + " . \n"
+    jam = ["", " = Jam = \n", long]
+    tea = [" = Tea = \n", "", long, " = = History = = \n", " x = 1 \n"]
+    rest = [" = Cup = \n", " A stub . \n", " = Milk = \n", long]
+    files = {
+        "wikitext-103-raw-v1/train-00000-of-00002": jam + tea[:3],
+        "wikitext-103-raw-v1/train-00001-of-00002": tea[3:] + rest,
+        "wikitext-103-raw-v1/validation-00000-of-00001": jam + rest,
+        "wikitext-2-raw-v1/train-00000-of-00001": ["another config"],
+    }
+    for file, rows in files.items():
+        hub(f"wikitext/{file}.parquet", [{"text": row} for row in rows])
+    assert texts("wikitext103.train") == ["".join(tea[1:]), long]
+    assert open_corpus("wikitext103.train")[0].source == "hub:Salesforce/wikitext/train: rows 5-8"
+    assert texts("wikitext103.validation") == [long]
 
 
-def test_articles_of_more_than_100_characters() -> None:
-    heading = " = T = "
+def test_bodies_of_more_than_100_characters() -> None:
     for length in (100, 101):
-        starts, _ = article_spans([heading, "x" * (length - len(heading))])
+        starts, _ = article_spans([" = First = ", "x" * 200, " = A long title = ", "x" * length])
         assert len(starts) == (length > 100)
 
 
@@ -411,18 +427,28 @@ def test_redpajama_v2_sample_in_english(hub: Callable[..., None]) -> None:
 
 
 def test_longdata_corpus_and_its_copy(hub: Callable[..., None]) -> None:
-    hub("yuyijiong/LongData-Corpus/data.jsonl", [{"text": "Index" + "." * 500 + " 7 " + "ha " * 500 + "end"}])
-    assert texts("longdata-corpus") == ["Index" + "." * 8 + " 7 " + "ha " * 8 + "end"]
+    text = "Index" + "." * 500 + " 7 " + "haha" * 500 + "e" * 130_000
+    hub("yuyijiong/LongData-Corpus/data.jsonl", [{"text": text + "nd" * 70_000}])
+    # Of 130,000 equal letters 43,333 threes become one, and one letter is left.
+    cleaned = "Index.... 7 haha" + "e" * 4 + "ndnd"
+    assert texts("longdata-corpus.128k") == [cleaned]  # cleaned first, then cut
     (document,) = open_corpus("longdata-corpus copy.128k")
-    assert (document.text, document.task) == (texts("longdata-corpus")[0], "longdata copy")
+    assert (document.text, document.task) == (cleaned, "longdata copy")
 
 
 def test_collapse_repeats() -> None:
-    assert collapse_repeats("a" * 8 + "b" * 9 + "\n" * 30) == "a" * 8 + "b" * 8 + "\n" * 8
-    assert collapse_repeats("no " * 8 + "yes") == "no " * 8 + "yes"
-    assert collapse_repeats("no\n" * 20 + "nothing") == "no\n" * 8 + "nothing"
-    assert collapse_repeats("kino no no") == "kino no no"
-    text = "长" * 3 + "".join(chr(0x4E00 + i % 5000) for i in range(300_000))  # no spaces: must not take quadratic time
+    """The rules of the release."""
+    assert collapse_repeats("-" * 4 + "=" * 5 + "\n" * 30 + "_" * 9) == "----====\n\n\n\n____"
+    assert collapse_repeats("abcabcabc, abab, ababab, 1000000") == "abc, abab, ababab, 1000"
+    assert collapse_repeats("no no no no no") == "no no no no no"  # repeated, but not directly
+    assert collapse_repeats("x" * 3 + "é长7" * 2) == "x" * 3 + "é长7"
+    for length in (100, 101):  # the longest string that is looked for
+        string = "".join(chr(0x4E00 + i) for i in range(length))
+        assert collapse_repeats(string * 3) == string * (1 if length == 100 else 3)
+
+
+def test_cleaning_takes_linear_time() -> None:
+    text = "长" * 2 + "".join(chr(0x4E00 + i % 5000) for i in range(300_000))  # one long word
     assert collapse_repeats(text) == text
 
 
@@ -449,12 +475,24 @@ def test_news(hub: Callable[..., None]) -> None:
     assert first == again
     assert isinstance(first[3], NewsDocument)
     assert (first[3].text, first[3].questions, first[3].summary) == ("story 3", (("who?", "me"), ("why?", "so")), "sum 3")
-    assert {document.distractor for document in first} == {f"book {i}" for i in range(5)}
+    assert [document.distractor for document in first] == [f"book {i % 5}" for i in range(20)]
     assert [open_corpus(name)[0].kl_weight for name in ("newsqasum.train.lm", "newsqasum.train.distill", "newsqasumv2")] == [
         0,
         1,
         0.9,
     ]
+
+
+def test_version_2_hides_stories_in_long_books(hub: Callable[..., None], monkeypatch: Any) -> None:
+    story = {"story": "s", "questions": [], "answers": [], "summary": "d"}
+    hub("glnmario/news-qa-summarization/data.jsonl", [story] * 20)
+    books = ["short", "a" * 128 * 1024, "b" * 200_000, "c" * (128 * 1024 - 1)]
+    hub("emozilla/pg19/train.jsonl", [{"text": book} for book in books])
+    first, again = ([found.distractor for found in open_corpus("newsqasumv2")] for _ in range(2))
+    assert first == again
+    assert set(first) == {books[1], books[2]}
+    monkeypatch.setattr(corpora_tasks, "LONG_BOOK", 10**9)
+    assert {document.distractor for document in open_corpus("newsqasumv2")} == {books[2]}
 
 
 def test_news_with_an_answer_missing(hub: Callable[..., None]) -> None:
@@ -580,7 +618,7 @@ BAD_LINES = {
     "escaped surrogate": (rb'{"text": "a\ud800"}', "line 3: field 'text': character 1 is half of a surrogate pair"),
     "missing field": (b'{"txt": "x"}', r"line 3: expected a field 'text', or fields 'input' and 'output'; found \['txt'\]"),
     "missing output": (b'{"input": "x"}', r"line 3: expected a field 'text', or .*found \['input'\]"),
-    "null": (b'{"text": null}', "line 3: field 'text' is NoneType, expected text"),
+    "null": (b'{"text": null}', r"line 3: expected a field 'text', .*found \[\], and null \['text'\]"),
     "number": (b'{"input": "x", "output": 3}', "line 3: field 'output' is int, expected text"),
     "no object": (b'["x"]', "line 3: expected a JSON object, found list"),
     "a list": (b"[", r"line 3: not JSON: .*make it lines: jq -c"),

@@ -163,7 +163,7 @@ def test_a_clone_without_an_install_says_what_to_run(command, tmp_path):
         "No module named 'uiollms'; run `make setup` and then .venv/bin/python, or `pip install -e .` in an environment of "
         "yours: see Set-up in README.md"
     )
-    assert "\n## Set-up\n" in (ROOT / "README.md").read_text()
+    assert "\n### Set-up\n" in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("command", ["train.py", "test.py"])

@@ -103,6 +103,17 @@ def test_copying_is_autograd_and_trains_the_repeat_token(length):
     assert worst_error(expectation(model, sample, outcomes), exact) < PROVEN  # uio is unbiased here too
 
 
+def test_rows_behind_all_memories_share_one_draw():
+    """Questions are no chunks: they evict nothing; one draw of S among C memories weighs all."""
+    sample, C, S = taught_samples()["questions, plain"], 3, 2
+    assert len(sample.chunks) == C
+    for draws, _ in reservoir_outcomes(C + 1, S):
+        for compensate, factor in ((True, C / S), (False, 1)):
+            weights = row_weights(sample, window_from_draws(draws, S, compensate, C + 1))
+            assert torch.equal(weights[0], weights[1])
+            assert sorted(weights[0].tolist()) == [0, 0, factor, factor]
+
+
 def taught_samples() -> dict[str, Sample]:
     ids = random_ids(27)
     asked = [(random_ids(3, seed=1), random_ids(2, seed=2)), (random_ids(9, seed=3), random_ids(4, seed=4))]

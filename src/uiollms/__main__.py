@@ -12,10 +12,12 @@ train.py, --model FOLDER for one saved by save_pretrained. A memory can be read 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Iterator
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,12 +25,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
+from uiollms.checks import examine_folder
 from uiollms.cli import Output, output_arguments, reporting_errors
 from uiollms.config import ConfigError, load_env_config
+from uiollms.data.files import check_text, read_text
 from uiollms.library import Memory, join
 from uiollms.loading import check_tokenizer
 from uiollms.memory import MemoryState
 from uiollms.model import MemoryLM
+from uiollms.refusals import Faults
 from uiollms.saving import load_model, load_tokenizer, load_trained, weights_words
 from uiollms.tokens import continued, first_ids, plain_ids, tokenize
 
@@ -89,6 +94,7 @@ def generation_options(parser: argparse.ArgumentParser) -> None:
 def run_compress(args: argparse.Namespace, output: Output, stdin: TextIO) -> None:
     if args.output.suffix != ".mem":
         raise ConfigError(f"--output {args.output}: the name of a memory ends in .mem")
+    check_output(args.output)
     texts = [read_text(path) for path in args.files]
     model, tokenizer = open_model(args, output)
     began = time.monotonic()
@@ -113,6 +119,8 @@ def run_ask(args: argparse.Namespace, output: Output, stdin: TextIO) -> None:
     questions = [item for item in args.items if not item.endswith(".mem")]
     if not paths or not questions:
         raise ConfigError(f"ask: {'no memory (NAME.mem)' if questions else 'no question'} among: {' '.join(args.items)}")
+    for question in questions:
+        check_text(question, "ask: the question")
     model, tokenizer, state = open_memories(args, output, paths)
     for question in questions:
         ids = first_turn(tokenizer, question, state)
@@ -225,24 +233,37 @@ def check_fits(model: MemoryLM, num_tokens: int, what: str | Path) -> None:
         raise ConfigError(f"{what}: {error}") from None
 
 
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: byte {error.start} is not UTF-8") from None
+def check_output(path: Path) -> None:
+    """Raises ConfigError where no memory can be written, or would replace anything else."""
+    faults = Faults()
+    examine_folder(path.parent, faults)
+    faults.report()
+    if os.path.lexists(path):
+        try:
+            Memory.load(path)
+        except ConfigError as error:
+            what = f"--output {path}: would be replaced, but it is no memory ({error})"
+            raise ConfigError(f"{what}; move it, or choose another name") from None
 
 
 def lines_of(stdin: TextIO, prompt: str) -> Iterator[str]:
-    """Lines with something on them, up to the end of the input or /quit."""
-    while True:
+    """Lines with something on them, up to the end of the input or /quit. Raises ConfigError for one
+    that is no text in the input's encoding."""
+    for number in count(1):
         print(prompt, end="", flush=True)
-        line = stdin.readline()
-        if not line or line.strip() == "/quit":
+        where = f"stdin: line {number}"
+        try:
+            line = stdin.readline()
+        except UnicodeDecodeError as error:
+            what = f"not text in {error.encoding}; PYTHONUTF8=1 reads UTF-8"
+            raise ConfigError(f"{where}: {what}") from None
+        mark = "\ufeff" if number == 1 else ""  # PowerShell's pipes begin with one
+        text = line.removeprefix(mark).strip()
+        if not line or text == "/quit":
             return
-        if line.strip():
-            yield line.strip()
+        if text:
+            check_text(text, where)
+            yield text
 
 
 def held_by(state: MemoryState) -> dict[str, int]:

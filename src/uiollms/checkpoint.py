@@ -38,12 +38,14 @@ WEIGHT_FILES = ["memory_config.json", "tokens.safetensors", *ADAPTERS, CHECKSUMS
 def save_weights(model: MemoryLM, path: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write the trained tensors, in `dtype` if given (smaller), under a temporary name first, and to the disk before they
     get theirs. A save that fails raises ConfigError and leaves what was at `path`; a process killed between the two renames
-    at the end leaves it beside, as `.<name>-old`. Raises ConfigError where `path` is a folder that holds anything but weights."""
-    path = Path(path)
-    check_target(path)
-    work = path.with_name(f".{path.name}-new")
-    remedy = f"; {path} is as it was" if path.exists() else ""
-    with writing(path, remedy):
+    at the end leaves it beside, as `.<name>-old`. A link stays and what it leads to is replaced.
+    Raises ConfigError where anything but weights lies at `path`."""
+    named = Path(path)
+    check_target(named)
+    remedy = f"; {named} is as it was" if named.exists() else ""
+    with writing(named, remedy):
+        path = Path(os.path.realpath(named))  # of a link the place it leads to, and the link stays
+        work = path.with_name(f".{path.name}-new")
         path.parent.mkdir(parents=True, exist_ok=True)
         remove(work)  # of a process that was killed
         try:
@@ -67,7 +69,8 @@ def write_weights(model: MemoryLM, folder: Path, dtype: torch.dtype | None = Non
     """The files of the folder format, but for the checksums, in a new folder."""
     tensors = cpu_tensors(model, dtype)
     folder.mkdir()
-    (folder / "memory_config.json").write_text(model.memory_config.model_dump_json(indent=4) + "\n")
+    compressor = model.memory_config.model_dump_json(indent=4) + "\n"
+    (folder / "memory_config.json").write_text(compressor, encoding="utf-8")
     header = {"vocab_size": str(model.config.vocab_size)}  # one key: more would be written in a random order
     save_file({name: tensors[name] for name in TOKENS}, folder / "tokens.safetensors", metadata=header)
     for role in roles(model.memory_config):
@@ -95,12 +98,34 @@ def cpu_tensors(model: MemoryLM, dtype: torch.dtype | None) -> dict[str, Tensor]
 
 def check_target(path: Path) -> None:
     """Raises ConfigError unless weights can go to `path` without taking anything else's place."""
-    if path.suffix == ".pth" or not (path.exists() or path.is_symlink()):
+    if not (path.exists() or path.is_symlink()):
         return
+    remedy = "move it, or choose another model.save_ckp"
+    if not path.exists() and not Path(os.path.realpath(path)).parent.is_dir():
+        lost = f"is a link to {os.path.realpath(path)}, whose folder is not there"
+        raise ConfigError(f"{path}: {lost}; {remedy}")
+    if not path.exists():
+        return
+    if path.suffix == ".pth":
+        if not holds_tensors(path):
+            what = "it is no list of tensors saved by torch"
+            raise ConfigError(f"{path}: weights would replace it, but {what}; {remedy}")
+        return
+    if path.is_symlink() and os.path.ismount(os.path.realpath(path)):
+        raise ConfigError(f"{path}: is a link to a whole disk; let it lead to a folder on it")
     others = [p for p in path.rglob("*") if p.is_file() and p.relative_to(path).as_posix() not in WEIGHT_FILES]
     if others or not path.is_dir():
         what = f"holds other files ({others[0].relative_to(path)})" if others else "is not a folder"
-        raise ConfigError(f"{path}: weights would replace it, but it {what}; move it, or choose another model.save_ckp")
+        raise ConfigError(f"{path}: weights would replace it, but it {what}; {remedy}")
+
+
+def holds_tensors(path: Path) -> bool:
+    """Whether a file is a list of tensors, as the .pth format is."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # whatever another file makes the unpickler raise
+        return False
+    return isinstance(found, list) and all(isinstance(t, Tensor) for t in found)
 
 
 def replace_folder(work: Path, path: Path) -> None:

@@ -25,8 +25,10 @@ from uiollms.config import (
 from uiollms.data import find_corpus
 from uiollms.data.hub import HubDataset, Split
 from uiollms.evaluation import ACCEPTED
+from uiollms.faults import writing
 from uiollms.flash import check_request
 from uiollms.loading import hub_reachable, load
+from uiollms.own_files import FILES, RESULTS, check_run_folder, check_save_place
 from uiollms.packaged import package_folder
 from uiollms.paths import run_folder
 from uiollms.placement import resolved, this_machine
@@ -46,11 +48,16 @@ def check_training(config: EnvConfig, path: str | Path, going_on: bool = False) 
     examine_data(sources, path, faults)
     examine_base(config, shape, path, faults)
     examine_weights(config.model.load_ckp, memory, faults)
-    examine_folder(run_folder(config.train.run_dir, config.model.save_ckp, path), faults)
+    folder = run_folder(config.train.run_dir, config.model.save_ckp, path)
+    can_be = examine_run_folder(folder, FILES, faults)
     if save_ckp := config.model.save_ckp:
-        with faults.noted():
+        with faults.noted(), writing(save_ckp):
+            if can_be:
+                check_save_place(Path(save_ckp), folder)
+        with faults.noted(), writing(save_ckp):
             check_target(Path(save_ckp))
-        examine_folder(Path(save_ckp).parent, faults)
+        with faults.noted(), writing(save_ckp):
+            examine_folder(Path(os.path.realpath(save_ckp)).parent, faults, Path(save_ckp).parent)
     if not going_on:
         with faults.noted():
             Schedule(config.train, config.train.accum_grad)
@@ -76,7 +83,8 @@ def check_evaluation(config: EnvConfig, path: str | Path, own_tasks: bool) -> tu
     examine_data(sources, file, faults)
     examine_base(config, shape, path, faults)
     examine_weights(weights_of(config), memory, faults)
-    examine_folder(run_folder(config.train.run_dir, config.model.save_ckp, path), faults)
+    folder = run_folder(config.train.run_dir, config.model.save_ckp, path)
+    examine_run_folder(folder, RESULTS, faults)
     faults.report()
     return tasks
 
@@ -132,7 +140,12 @@ def examine_weights(weights: str | None, memory: MemoryConfig | None, faults: Fa
     path = Path(weights)
     if not path.exists():
         faults.add(f"{path}: no checkpoint can be read here: there is no such file or folder")
-    elif memory and (path / "memory_config.json").is_file():
+    elif path.suffix != ".pth" and not (path / "memory_config.json").is_file():
+        faults.add(
+            f"{path}: no checkpoint: neither a .pth file nor a folder with memory_config.json; "
+            f"give the path of one that train.py or save_pretrained wrote"
+        )
+    elif memory and path.suffix != ".pth":
         try:
             check_compressor(path, memory)
         except ConfigError as error:
@@ -141,15 +154,29 @@ def examine_weights(weights: str | None, memory: MemoryConfig | None, faults: Fa
             faults.add(f"{path}: {error}")
 
 
-def examine_folder(folder: Path, faults: Faults) -> None:
-    """Whether a folder can be written in, or made, without making it."""
+def examine_run_folder(folder: Path, names: tuple[str, ...], faults: Faults) -> bool:
+    """Whether a run can keep its files `names` in a folder, and nothing but a run's lies there;
+    whether the folder can be at all."""
+    before = len(faults.lines)
+    examine_folder(folder, faults)
+    if len(faults.lines) > before:
+        return False
+    with faults.noted():
+        check_run_folder(folder, names)
+    return True
+
+
+def examine_folder(folder: Path, faults: Faults, shown: Path | None = None) -> None:
+    """Whether a folder can be written in, or made, without making it. shown: its name in messages,
+    if another."""
+    shown = shown or folder
     try:
         there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     except (OSError, ValueError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
-        faults.add(f"{folder}: cannot be written ({reason})")
+        faults.add(f"{shown}: cannot be written ({reason})")
         return
     if not there.is_dir():
-        faults.add(f"{folder}: cannot be written (Not a directory: {there})")
+        faults.add(f"{shown}: cannot be written (Not a directory: {there})")
     elif not os.access(there, os.W_OK | os.X_OK):
-        faults.add(f"{folder}: cannot be written (no permission to write in {there})")
+        faults.add(f"{shown}: cannot be written (no permission to write in {there})")

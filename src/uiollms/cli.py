@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import signal
@@ -50,8 +51,9 @@ class Output:
             print(text, flush=True)
 
     def result(self, **fields: Any) -> None:
-        """One JSON object as a line, at once."""
-        self.line(as_json(fields, ensure_ascii=False))
+        """One JSON object as a line, at once; its letters escaped where stdout is not UTF-8."""
+        encoding = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("_", "-")
+        self.line(as_json(fields, ensure_ascii=encoding not in ("utf-8", "utf8")))
 
     def bar(self, items: Iterable[Any] | None, **settings: Any) -> tqdm:
         return tqdm(items, **settings, disable=self.quiet)
@@ -113,7 +115,10 @@ def parse_arguments(doc: str | None, arguments: list[str] | None, evaluation: bo
 def reporting_errors(main: Callable[[], int | None]) -> int:
     """Run a command and return its exit code, as `errors_as_lines`; the libraries under it say no more than warnings, and the
     process keeps the memory that its tensors give back and does without cuDNN's attention. A GPU that
-    torch cannot use is said first."""
+    torch cannot use is said first. Letters that the terminal or pipe cannot show are escaped."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     keep_freed_memory()
     avoid_cudnn_attention()
     logging.basicConfig(level=logging.INFO, format="%(message)s")

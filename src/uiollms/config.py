@@ -7,13 +7,15 @@ rates per AdamW step. The descriptions are what editors and docs/config.md show:
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from uiollms.json_files import half_surrogate, loads, read_json
-from uiollms.refusals import ConfigError, all_right, describe, json_path
+from uiollms.refusals import ConfigError, Faults, all_right, describe, json_path
+from uiollms.usable import usable_part
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -299,12 +301,28 @@ def parse(model: type[Model], value: Any, path: str | Path) -> Model:
         raise ConfigError("\n".join(describe(fault, model, path) for fault in error.errors())) from None
 
 
-def load_env_config(path: str | Path, overrides: list[str] | None = None) -> EnvConfig:
-    """Read an environment config; `overrides` are "train.max_lr=3e-5" strings, values in JSON."""
+def load_env_config(
+    path: str | Path,
+    overrides: list[str] | None = None,
+    check: Callable[[EnvConfig], object] | None = None,
+) -> EnvConfig:
+    """Read an environment config; `overrides` are "train.max_lr=3e-5" strings, values in JSON.
+    Raises ConfigError with a line for every fault, and with those that `check` finds in what is
+    left of the config without its faulty fields."""
     value = read_json(path)
     for override in overrides or []:
         apply_override(value, override, path)
-    return parse(EnvConfig, value, path)
+    try:
+        return parse(EnvConfig, value, path)
+    except ConfigError as error:
+        faults = Faults()
+        faults.lines += str(error).splitlines()
+        rest = usable_part(EnvConfig, value)
+        if check and rest is not None:
+            with faults.noted():
+                check(rest)
+        faults.report()
+        raise
 
 
 def load_memory_config(path: str | Path) -> MemoryConfig:

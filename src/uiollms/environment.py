@@ -34,12 +34,18 @@ def git_revision(root: Path) -> str | None:
         return None
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True).stdout
+        return output_of(["git", "-C", str(root), *arguments])
 
     try:
         return git("rev-parse", "HEAD").strip() + ("+" if git("status", "--porcelain", "--untracked-files=no").strip() else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def output_of(command: list[str]) -> str:
+    """What a program prints. Raises OSError or SubprocessError where it cannot be had."""
+    done = subprocess.run(command, capture_output=True, timeout=10, check=True)
+    return done.stdout.decode("utf-8", "replace")
 
 
 def device_name() -> str:
@@ -69,7 +75,7 @@ def nvidia_gpu() -> str | None:
     """The first NVIDIA GPU and its driver, from `nvidia-smi` or from the kernel, which does not name the GPU."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
-        shown = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
+        shown = output_of(query)
     except (OSError, subprocess.SubprocessError):
         shown = ""
     if "," in shown:

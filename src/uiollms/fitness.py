@@ -83,8 +83,8 @@ def eos_of(config: Any) -> int | None:
 
 
 def check_ids(ids: Tensor, vocab_size: int) -> None:
-    """Raises ValueError where token ids of any shape hold one that a base of `vocab_size` embeddings has
-    none for: a CPU would raise IndexError, CUDA stop the process."""
+    """Raises ValueError where token ids of any shape hold one that the base has no embedding for: a CPU would
+    raise IndexError, CUDA stop the process."""
     if not ids.numel():
         return
     low, high = (int(end) for end in ids.aminmax())

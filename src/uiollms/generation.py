@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from uiollms.memory import MemoryState
+from uiollms.padding import check_segments
 
 # Options of generate() that have no meaning on a compressed stream or need what it does not keep -> why.
 _ONE_STEP = "a stream cannot take tokens back"
@@ -75,8 +76,19 @@ class RaggedState(Cache):
         """Tokens of the longest row."""
         return max(state.num_tokens for _, _, state in self.groups)
 
-    def forward(self, model: Any, input_ids: Tensor) -> CausalLMOutputWithPast:
-        """[B, T] -> logits of the last position [B, 1, V] and the advanced state."""
+    def forward(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> CausalLMOutputWithPast:
+        """[B, T] -> logits of the last position [B, 1, V] and the advanced state. Raises ValueError
+        for labels and for padding."""
+        if labels is not None or not (attention_mask is None or attention_mask.all()):
+            given = "attention_mask with zeros" if labels is None else "labels"
+            what = f"state: rows of different lengths cannot be combined with {given}"
+            raise ValueError(f"{what}; give each row alone")
         logits, groups = [], []
         for rows, skip, state in self.groups:
             output = model(input_ids[rows.to(input_ids.device), skip:], state, logits_to_keep=1)
@@ -127,6 +139,7 @@ class Generation:
         be generated would pass the capacity.
         """
         refuse(options, generation_config, self.generation_config)
+        check_segments(options.pop("token_type_ids", None))
         ids = options.pop("input_ids", None) if inputs is None else inputs
         if state is not None and past_key_values is not None:
             raise ValueError("give `state` (inputs are the new tokens) or `past_key_values` (inputs hold all tokens), not both")

@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from uiollms.config import ConfigError, read_json
@@ -26,10 +27,26 @@ def seal(folder: Path) -> None:
     """Write checksums.json, then put every file and folder on the disk (fsync)."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     sums = {path.relative_to(folder).as_posix(): sha256(path) for path in files}
-    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=4) + "\n")
+    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=4) + "\n", encoding="utf-8")
     folders = [path for path in folder.rglob("*") if path.is_dir()]
     for path in (*files, folder / CHECKSUMS, *folders, folder):
         sync(path)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write a file under, beside `path`, which it replaces once it is whole and on the
+    disk. Where the block fails, what was at `path` stays; of a link the target is replaced."""
+    place = Path(os.path.realpath(path))
+    # The suffix tells some writers the format.
+    work = place.with_name(f".{place.stem}-{os.getpid()}{place.suffix}")
+    try:
+        yield work
+        sync(work)
+        os.replace(work, place)
+    finally:
+        remove(work)
+    sync(place.parent)
 
 
 def verify(folder: Path, needed: Iterable[str] = ()) -> None:

@@ -106,7 +106,7 @@ class Memory:
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, under another name first: a save that fails leaves what was at `path`. Raises
         ConfigError for slots that hold NaN or infinite numbers."""
-        path = Path(path)
+        path = Path(os.path.realpath(path))  # a link stays
         if not_finite([("slots", self.slots)]):
             raise ConfigError(f"{path}: not saved: the memory holds NaN or infinite numbers; {OVERFLOW}")
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,14 @@ def linear_nll(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
     return linear_losses(hidden, head, targets)[0]
 
 
+def shifted_nll(hidden: Tensor, labels: Tensor, head: nn.Linear) -> Tensor:
+    """hidden [B, T, D], labels [B, T] of the same tokens, -100 = not scored -> the mean NLL of the
+    scored ones but the first of a row, each from the hidden state before it."""
+    targets = labels[:, 1:].to(hidden.device)
+    scored = targets != -100
+    return linear_nll(hidden[:, :-1][scored], head, targets[scored]).mean()
+
+
 def linear_losses(
     hidden: Tensor, head: nn.Linear, targets: Tensor, teacher: Tensor | None = None, kl_weight: float = 0.0
 ) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from uiollms.config import MemoryConfig
+
 
 @dataclass(eq=False)
 class Room:
@@ -149,6 +151,19 @@ class MemoryState(Cache):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows in another order (beam search); in place, as transformers asks."""
         self.__dict__.update(self.select(beam_idx).__dict__)
+
+
+def check_length(num_tokens: int, config: MemoryConfig, positions: int) -> None:
+    """Raises ValueError past the capacity; positions: the base's max_position_embeddings."""
+    capacity, size = config.capacity(positions), config.chunk_size
+    if num_tokens > capacity:
+        full, last = divmod(capacity, size)
+        raise ValueError(
+            f"the document has {num_tokens} tokens, the capacity is {capacity}: "
+            f"max_position_embeddings {positions}, chunk_size {size} and num_memory "
+            f"{config.num_memory} allow {full} full chunks and {last} tokens behind them; "
+            f"cut it with `truncation`, or compress harder (smaller num_memory)"
+        )
 
 
 def join_slots(kv: Tensor, batch: int) -> Tensor:

@@ -36,7 +36,8 @@ def peak_resident() -> int:
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, but for a last one that a killed process left without its end."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def scalars(line: dict[str, Any], protocol: str) -> Iterator[tuple[str, float]]:

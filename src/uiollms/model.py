@@ -43,8 +43,9 @@ from uiollms.devices import device_of, moved
 from uiollms.fitness import check_ids, check_tensors, eos_of, not_finite
 from uiollms.generation import Generation, RaggedState
 from uiollms.lora import master_dtype
-from uiollms.loss import linear_nll
-from uiollms.memory import MemoryState, Prefix, join_slots
+from uiollms.loss import shifted_nll
+from uiollms.memory import MemoryState, Prefix, check_length, join_slots
+from uiollms.padding import check_segments, forward_padded, row_lengths
 from uiollms.products import with_frozen_products
 from uiollms.usage import Usage
 
@@ -147,14 +148,7 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
 
     def check_length(self, num_tokens: int) -> None:
         """Raises ValueError for a document of `num_tokens` tokens that is past the capacity."""
-        if num_tokens > self.capacity:
-            c, positions = self.memory_config, self.config.max_position_embeddings
-            full, last = divmod(self.capacity, c.chunk_size)
-            raise ValueError(
-                f"the document has {num_tokens} tokens, the capacity is {self.capacity}: max_position_embeddings {positions}, "
-                f"chunk_size {c.chunk_size} and num_memory {c.num_memory} allow {full} full chunks and {last} tokens "
-                f"behind them; cut it with `truncation`, or compress harder (smaller num_memory)"
-            )
+        check_length(num_tokens, self.memory_config, self.config.max_position_embeddings)
 
     # ---- encoder and transfer head --------------------------------------------------------------------------------
 
@@ -267,6 +261,8 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
         labels: Tensor | None = None,
         logits_to_keep: int = 0,
         return_dict: bool = True,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
     ) -> Any:
         """Feed [B, T] tokens, any T, to a stream: `.logits` [B, T, V], `.past_key_values` the advanced state, `.loss`
         where labels are given.
@@ -277,10 +273,17 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
         tokens, which is the document protocol: a chunk's first token is predicted from the chunk before it.
         logits_to_keep: only the last so many positions' logits (0 = all); chunks that only feed memory are then encoded
         and not decoded. Raises ValueError past the capacity.
+        attention_mask [B, T]: where rows are padded on their right, see `padding.forward_padded`;
+        ones change nothing, nor do token_type_ids of zeros. Raises ValueError for others.
         """
+        check_segments(token_type_ids)
         if isinstance(state, RaggedState):
-            return state.forward(self, input_ids)
+            return state.forward(self, input_ids, labels, attention_mask)
         state = self.new_state(len(input_ids)) if state is None else state
+        lengths = row_lengths(attention_mask, input_ids, state.num_tokens)
+        if lengths is not None:
+            output = forward_padded(self, input_ids, lengths, state, labels, logits_to_keep)
+            return output if return_dict else output.to_tuple()
         self.check_length(state.num_tokens + input_ids.shape[1])
         check_ids(input_ids, self.config.vocab_size)
         input_ids = input_ids.to(self.device)
@@ -311,11 +314,7 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
             after.local_keys, after.local_values = empty.local_keys, empty.local_values
 
         hidden = torch.cat([piece.to(pieces[-1].device) for piece in pieces], dim=1)
-        loss = None
-        if labels is not None:
-            targets = labels[:, 1:].to(hidden.device)
-            scored = targets != -100
-            loss = linear_nll(hidden[:, :-1][scored], self.base.lm_head, targets[scored]).mean()
+        loss = None if labels is None else shifted_nll(hidden, labels, self.base.lm_head)
         logits = self.logits(hidden[:, -logits_to_keep:])
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=after)
         return output if return_dict else output.to_tuple()

@@ -71,8 +71,8 @@ def converted(folder: Path, file: str) -> Path:
     settings: dict[str, Any] = dict(gguf_file=file, dtype=torch.bfloat16)
     if hasattr(transformers, "GgufConfig"):  # older versions have no such setting and always dequantise
         settings["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **settings)
-    model, info = loaded
+    loader: Any = AutoModelForCausalLM
+    model, info = loader.from_pretrained(folder, output_loading_info=True, **settings)
     if fault := unfilled(info):
         shutil.rmtree(work)
         raise ConfigError(f"{folder / file}: its tensors do not fill the model: {fault}; install the package again")

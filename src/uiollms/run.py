@@ -21,8 +21,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from filelock import FileLock, Timeout
-
 from uiollms.checkpoint import check_target, save_weights
 from uiollms.config import ConfigError, EnvConfig, MemoryConfig
 from uiollms.distributed import World
@@ -31,6 +29,7 @@ from uiollms.faults import writing
 from uiollms.integrity import remove, sync
 from uiollms.json_files import as_json, finite
 from uiollms.metrics import ITERATIONS, machine_use, read_metrics, scalars
+from uiollms.own_files import FILES, LOCK, held
 from uiollms.paths import run_folder
 from uiollms.run_state import (
     Record,
@@ -49,10 +48,6 @@ from uiollms.views.curves import plot_training
 
 log = logging.getLogger("uiollms")
 
-FILES = (
-    *("checkpoints", "config.json", "versions.json", "metrics.jsonl", "log.txt", "tensorboard", "curve.png"),
-    *("test.json", "test-nll.safetensors", "test.png", "attention.safetensors", "report.html", "plots"),  # of the run's weights
-)
 REPEATED = 5  # seconds in which a launcher sends its processes what the terminal has sent them already
 Item = TypeVar("Item")
 
@@ -65,28 +60,28 @@ def open_run(
     nothing in it is touched yet. resume: a checkpoint, "" = the newest one if there is any; restart: leave an unfinished run.
     Raises ConfigError."""
     folder = run_folder(config.train.run_dir, config.model.save_ckp, env_conf)
-    lock = FileLock(folder / "lock", timeout=0)
     with ExitStack() as stack:
         if not world.is_first:
             yield Run(folder, config, compressor, None, True, stack, world)
             return
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            try:
-                stack.enter_context(lock)
-            except Timeout:
-                raise ConfigError(f"{folder}: another process is training in this folder; choose another train.run_dir") from None
-        check_can_save(config.model.save_ckp)
+            said = "another process is training in this folder; choose another train.run_dir"
+            stack.enter_context(held(folder / LOCK, f"{folder}: {said}"))
+        check_can_save(config.model.save_ckp, stack)
         yield Run(folder, config, compressor, resume, restart, stack, world)
 
 
-def check_can_save(save_ckp: str | None) -> None:
-    """Raises ConfigError now rather than at the first save."""
+def check_can_save(save_ckp: str | None, stack: ExitStack) -> None:
+    """Raises ConfigError now, not at the first save; the place is this run's from here on."""
     if save_ckp is not None:
-        path = Path(save_ckp)
-        check_target(path)
-        with writing(path):
+        with writing(save_ckp):
+            path = Path(os.path.realpath(save_ckp))
             path.parent.mkdir(parents=True, exist_ok=True)
+            said = "another run saves its weights here; choose another model.save_ckp"
+            lock = path.with_name(f".{path.name}-lock")
+            stack.enter_context(held(lock, f"{save_ckp}: {said}"))
+            check_target(Path(save_ckp))
             tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-").close()
 
 
@@ -164,7 +159,8 @@ class Run:
             for leftover in self.checkpoints.glob(".step-*"):  # of a process that was killed
                 remove(leftover)
             seconds = self.cut_metrics(state.iteration)
-            (self.folder / "config.json").write_text(self.config.model_dump_json(indent=4) + "\n")
+            config = self.config.model_dump_json(indent=4) + "\n"
+            (self.folder / "config.json").write_text(config, encoding="utf-8")
             here: dict[str, str | None] = {
                 "dtype": str(state.model.dtype),
                 "device": device_name(),
@@ -172,7 +168,7 @@ class Run:
             }
             self.environment = environment() | here
             versions = as_json(self.environment | {ITERATIONS: self.schedule.counts}, indent=4)
-            (self.folder / "versions.json").write_text(versions + "\n")
+            (self.folder / "versions.json").write_text(versions + "\n", encoding="utf-8")
             self.open_log()
             from torch.utils.tensorboard import SummaryWriter  # slow to import
 
@@ -205,7 +201,7 @@ class Run:
         if self.metrics.exists():
             kept = [line for line in read_metrics(self.folder) if line["iteration"] <= iteration]
         work = self.metrics.with_name(".metrics-new")
-        work.write_text("".join(as_json(line) + "\n" for line in kept))
+        work.write_text("".join(as_json(line) + "\n" for line in kept), encoding="utf-8")
         sync(work)
         work.replace(self.metrics)
         return kept[-1]["seconds"] if kept else 0.0
@@ -230,7 +226,7 @@ class Run:
             line["machine"] = machine_use(values["tokens"], self.step_seconds)
         line = finite(line)
         text = as_json(line)
-        with writing(self.metrics), self.metrics.open("a") as file:
+        with writing(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
             file.write(text + "\n")
         self.echo(text)
         for name, number in scalars(line, self.config.train.loss):

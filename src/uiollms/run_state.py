@@ -184,8 +184,9 @@ def save_state(
         try:
             write_weights(state.model, work)
             save_file(optimizer_tensors(state), work / "optimizer.safetensors")
-            (work / "state.json").write_text(record.model_dump_json(indent=1))
-            (work / "rank-0.json").write_text(position_of(state).model_dump_json())
+            (work / "state.json").write_text(record.model_dump_json(indent=1), encoding="utf-8")
+            position = position_of(state).model_dump_json()
+            (work / "rank-0.json").write_text(position, encoding="utf-8")
             seal(work)
             work.rename(path)
         except BaseException:

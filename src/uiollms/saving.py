@@ -63,7 +63,7 @@ def save(model: MemoryLM, folder: str | Path, include_base: bool = False, tokeni
         try:
             write_weights(model, work)
             seal(work)
-            (work / "base.json").write_text(json.dumps(named, indent=4) + "\n")
+            (work / "base.json").write_text(json.dumps(named, indent=4) + "\n", encoding="utf-8")
             if include_base:
                 model.base.save_pretrained(work / INCLUDED)
             if tokenizer is not None:

@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
     texts = {f"config/schema/{name}": schema_text(name) for name in SCHEMAS} | {"docs/config.md": config_page()}
     for name, text in texts.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
-        (out / name).write_text(text)
+        (out / name).write_text(text, encoding="utf-8")
         print(out / name)
 
 

@@ -67,7 +67,7 @@ class UserFiles:
 
     def readers(self) -> list[tuple[str, Callable[[str], Corpus]]]:
         """Every file and what reads it. Raises ConfigError if there is none, or one of another kind."""
-        paths = sorted(path for path in glob.glob(self.pattern, recursive=True) if not os.path.isdir(path))
+        paths = sorted(matching(self.pattern))
         if not paths:
             raise ConfigError(f"corpus {self.name}: no file matches")
         found = []
@@ -77,6 +77,22 @@ class UserFiles:
                 raise ConfigError(f"corpus {self.name}: {path} is none of {', '.join(READERS)}")
             found.append((path, reader))
         return found
+
+
+def matching(pattern: str) -> list[str]:
+    """The files that a glob names. Brackets are a set of letters, but where a name is written so:
+    that of a file, of a folder in front of the first wildcard, or any if nothing matches else."""
+    if os.path.isfile(pattern):
+        return [pattern]
+    parts = pattern.split("/")
+    heads = ("/".join(parts[:n]) for n in reversed(range(1, len(parts))))
+    head = next((head for head in heads if os.path.isdir(head)), "")
+    tail = pattern.removeprefix(head)
+    for rest in (tail, tail.replace("[", "[[]")):
+        found = glob.glob(glob.escape(head) + rest, recursive=True)
+        if paths := [path for path in found if not os.path.isdir(path)]:
+            return paths
+    return []
 
 
 @corpus("files:GLOB", r"files:(.+)", mixed=True, reads=lambda pattern: [UserFiles(pattern)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 from transformers import PreTrainedTokenizerBase
 
@@ -17,6 +18,7 @@ LONG_ALPACA = HubDataset("Yukang/LongAlpaca-12k")
 REDPAJAMA_SAMPLE = RawFile("redpajama-sample.json")
 LONG_ALPACA_FILE = RawFile("longalpaca.json")
 NEWS = HubDataset("glnmario/news-qa-summarization")
+LONG_BOOK = 128 * 1024  # characters
 
 
 @corpus(
@@ -115,11 +117,27 @@ def newsqasum(kind: str) -> Corpus:
 
 @corpus("newsqasumv2", r"newsqasumv2", task="news qa summation", needs=[NEWS, PG19], reads=news_sources)
 def newsqasum_v2() -> Corpus:
-    return news(kl_weight=0.9)
+    return news(kl_weight=0.9, distractor=long_book)
 
 
-def news(kl_weight: float) -> Corpus:
-    """Story i is given the same book of pg19 every time, drawn with seed i."""
+def numbered_book(books: Corpus, story: int) -> str:
+    """The book that a story of version 1 is hidden in, the same every time: as in the release its
+    own number, counted round."""
+    return books[story % len(books)].text
+
+
+def long_book(books: Corpus, story: int) -> str:
+    """The same of version 2: of books in an order drawn with the story's number the first of at
+    least 128k characters; where none has as many, the longest."""
+    longest = ""
+    for number in random.Random(story).sample(range(len(books)), len(books)):
+        longest = max(longest, books[number].text, key=len)
+        if len(longest) >= LONG_BOOK:
+            break
+    return longest
+
+
+def news(kl_weight: float, distractor: Callable[[Corpus, int], str] = numbered_book) -> Corpus:
     rows = NEWS.load("train", ["story", "questions", "answers", "summary"])
     books = pg19("train", None)
 
@@ -135,7 +153,7 @@ def news(kl_weight: float) -> Corpus:
             kl_weight=kl_weight,
             questions=tuple(zip(questions, answers, strict=True)),
             summary=text_of(fields, "summary", source),
-            distractor=books[random.Random(i).randrange(len(books))].text,
+            distractor=distractor(books, i),
         )
 
     return Lazy(len(rows), read)

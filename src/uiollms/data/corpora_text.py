@@ -46,7 +46,7 @@ def minipile(split: str, size: str | None) -> Corpus:
     reads=lambda split, size: [WIKITEXT.split(split)],
 )
 def wikitext103(split: str, size: str | None) -> Corpus:
-    """A row of the dataset is a line, a document is an article."""
+    """A row of the dataset is a line, a document is the body of an article."""
     lines = WIKITEXT.load(split, ["text"])
     starts, ends = article_spans(line for batch in lines.iter(10_000) for line in batch["text"])
 

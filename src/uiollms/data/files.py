@@ -17,6 +17,7 @@ import shutil
 import tempfile
 import zlib
 from array import array
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,13 +54,21 @@ def text_of(fields: Fields, name: str, source: str) -> str:
         raise ConfigError(f"{source}: field {name!r} is missing, found {sorted(fields)}")
     value = fields[name]
     if not isinstance(value, str):
-        raise ConfigError(f"{source}: field {name!r} is {type(value).__name__}, expected text")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise ConfigError(f"{source}: field {name!r}: character {error.start} is half of a surrogate pair") from None
+        kind = "null" if value is None else type(value).__name__
+        raise ConfigError(f"{source}: field {name!r} is {kind}, expected text")
+    check_text(value, f"{source}: field {name!r}")
     return value
+
+
+def check_text(text: str, source: str) -> None:
+    """Raises ConfigError for what no tokenizer can read: JSON can write half of a surrogate pair,
+    and a shell hands on a byte that is no text as one."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            where = f"character {error.start} is half of a surrogate pair"
+            raise ConfigError(f"{source}: {where}") from None
 
 
 def plain_text(fields: Fields, source: str) -> Document:
@@ -74,12 +83,17 @@ def input_output(fields: Fields, source: str) -> Document:
 
 
 def text_or_qa(fields: Fields, source: str) -> Document:
-    """{"text": ...} or {"input": ..., "output": ...}"""
-    if "text" in fields:
+    """{"text": ...} or {"input": ..., "output": ...}; a field that is null is none, as in lines
+    that were written out of a table."""
+    given = {name for name, value in fields.items() if value is not None}
+    if "text" in given:
         return plain_text(fields, source)
-    if "input" in fields and "output" in fields:
+    if {"input", "output"} <= given:
         return input_output(fields, source)
-    raise ConfigError(f"{source}: expected a field 'text', or fields 'input' and 'output'; found {sorted(fields)}")
+    nulls = sorted(fields.keys() - given)
+    found = f"{sorted(given)}, and null {nulls}" if nulls else f"{sorted(given)}"
+    wanted = "expected a field 'text', or fields 'input' and 'output'"
+    raise ConfigError(f"{source}: {wanted}; found {found}")
 
 
 def json_lines(path: str | Path, make: MakeDocument = text_or_qa, limit: int | None = None, shown: str = "") -> Corpus:
@@ -91,7 +105,7 @@ def json_lines(path: str | Path, make: MakeDocument = text_or_qa, limit: int | N
         for number, line in enumerate(file, start=1):
             if len(starts) == limit:
                 break
-            if line.strip():
+            if line.removeprefix(BOM_UTF8).strip():
                 starts.append(position)
                 numbers.append(number)
             position += len(line)
@@ -135,16 +149,18 @@ def opened(path: str | Path) -> Iterator[BinaryIO]:
 
 def text_file(path: str | Path) -> Corpus:
     """A corpus of one document, a whole text file."""
+    return Lazy(1, lambda _: Document(read_text(path), str(path)))
 
-    def read(_: int) -> Document:
-        with opened(path) as file:
-            try:
-                text = file.read().decode("utf-8-sig")
-            except UnicodeDecodeError as error:
-                raise ConfigError(f"{path}: byte {error.start} is not UTF-8") from None
-        return Document(text.replace("\r\n", "\n"), str(path))
 
-    return Lazy(1, read)
+def read_text(path: str | Path) -> str:
+    """The text of a file: UTF-8, a byte order mark in front of it left out, \\n for line ends of
+    Windows. Raises ConfigError if it cannot be read."""
+    with opened(path) as file:
+        try:
+            text = file.read().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path}: byte {error.start} is not UTF-8") from None
+    return text.replace("\r\n", "\n")
 
 
 def unpacked(path: str | Path) -> Path:

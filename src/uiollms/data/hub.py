@@ -7,6 +7,7 @@ brings along is run. The token for gated datasets is read from the environment, 
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -93,7 +94,10 @@ class HubDataset:
         try:
             folder = self.local_folder() or self.download(split)
             if paths := self.paths(split, folder):
-                dataset = datasets.load_dataset(builder_of(paths[0]), data_files=paths, split="train")
+                # The library takes names for globs.
+                named = [glob.escape(path) for path in paths]
+                kind = builder_of(paths[0])
+                dataset = datasets.load_dataset(kind, data_files=named, split="train")
             elif self.files:
                 raise FileNotFoundError(f"no file matches {folder / self.files[split]}")
             else:
@@ -162,12 +166,14 @@ def documents_of(dataset: Any, source: str, make: MakeDocument) -> Corpus:
 
 
 def parquet_file(path: str) -> Corpus:
-    """A parquet file with a column `text`, or columns `input` and `output`."""
+    """A parquet file with a column `text`, or columns `input` and `output`; or all, with nulls."""
     import datasets
 
     try:
-        dataset = datasets.load_dataset("parquet", data_files=path, split="train")
+        dataset = datasets.load_dataset("parquet", data_files=glob.escape(path), split="train")
     except Exception as error:  # as above
         raise ConfigError(f"{path}: cannot be read as parquet ({' '.join(str(error).split())[:300]})") from error
-    columns = ["text"] if "text" in dataset.column_names else ["input", "output"]
+    columns = ["input", "output"]
+    if "text" in dataset.column_names:
+        columns = ["text", *(name for name in columns if name in dataset.column_names)]
     return documents_of(with_columns(dataset, columns, path), path, text_or_qa)

@@ -115,8 +115,9 @@ def main(arguments: list[str] | None = None) -> None:
     out = args.out or Path("runs") / ("study-" + "-".join(filter(None, [args.what, preset])))
     out.mkdir(parents=True, exist_ok=True)
     setting, rows = {"gradients": measure, "cost": measure, "learning": learning, "recall": recall}[args.what](args, out)
-    (out / "results.json").write_text(as_json({"setting": setting, "rows": rows}, indent=4) + "\n")
-    (out / "table.md").write_text(markdown_table(rows))
+    results = as_json({"setting": setting, "rows": rows}, indent=4) + "\n"
+    (out / "results.json").write_text(results, encoding="utf-8")
+    (out / "table.md").write_text(markdown_table(rows), encoding="utf-8")
     args.output.console(150).print(Markdown(markdown_table(rows)))
     args.output.result(setting=setting, rows=rows)
     args.output.say(f"written to {out}")
@@ -253,16 +254,17 @@ def curves_file(folder: Path, setting: dict[str, Any]) -> tuple[list[dict[str, A
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "curves.jsonl"
     plain = json.loads(json.dumps(setting))
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    lines = [json.loads(line) for line in text.splitlines()]
     if lines and lines[0] != plain:
         raise ConfigError(f"{path}: its curves were trained with other settings; give another --out, or remove the folder")
     if not lines:
-        path.write_text(as_json(plain) + "\n")
+        path.write_text(as_json(plain) + "\n", encoding="utf-8")
     curves = lines[1:]
 
     def record(curve: dict[str, Any]) -> None:
         curves.append(curve)
-        with path.open("a") as file:
+        with path.open("a", encoding="utf-8") as file:
             file.write(as_json(curve) + "\n")
 
     return curves, record

@@ -54,13 +54,17 @@ def nll_of(numbers: dict[str, Any]) -> float:
 def loss_of(run: Path) -> str:
     """Which tokens the run's training loss scores: "paper" or "document"."""
     config = run / "config.json"
-    return json.loads(config.read_text())["train"]["loss"] if config.exists() else "paper"
+    if not config.exists():
+        return "paper"
+    return json.loads(config.read_text(encoding="utf-8"))["train"]["loss"]
 
 
 def counted_in(run: Path) -> str:
     """What the run's iterations are: "documents" or "steps"."""
     versions = run / "versions.json"
-    return iterations_of(json.loads(versions.read_text()) if versions.exists() else {})
+    if not versions.exists():
+        return iterations_of({})
+    return iterations_of(json.loads(versions.read_text(encoding="utf-8")))
 
 
 def curve_task(run: Path, tasks: Sequence[dict[str, Any]]) -> dict[str, Any]:
