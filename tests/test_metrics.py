@@ -1,12 +1,14 @@
 """What a training step says of itself: gradient norms by part, tokens, memory, and the names in TensorBoard."""
 
+import json
 import math
 
 import pytest
 import torch
 from conftest import make_model, random_ids
 
-from uiollms.metrics import machine_use, peak_resident, scalars
+from uiollms import ConfigError
+from uiollms.metrics import machine_use, peak_resident, read_metrics, scalars
 from uiollms.step import gradient_step
 from uiollms.tasks import Sample
 from uiollms.training import gradient_norms
@@ -57,3 +59,21 @@ def test_names_in_tensorboard():
         "eval/1.auto_encoding.d/window/bleu4": 4.0,
         "eval/1.auto_encoding.d/mean": 2.0,
     }
+
+
+def test_a_torn_last_line_is_dropped_wherever_it_was_cut(tmp_path):
+    """Also behind an inner brace, and within a character."""
+    whole = '{"iteration": 1, "eval": [{"memory": {"nll": 2.5}}], "skipped": ["b\u00fccher.txt"]}'.encode()
+    path = tmp_path / "metrics.jsonl"
+    for cut in range(len(whole)):
+        path.write_bytes(whole + b"\n" + whole[:cut])
+        assert read_metrics(tmp_path) == [json.loads(whole)], whole[:cut]
+    path.write_bytes(whole + b"\n" + whole)
+    assert len(read_metrics(tmp_path)) == 2, "only the line break was lost"
+
+
+@pytest.mark.parametrize("line", [b'{"iteration": 1', b"[1]", b"\xff"])
+def test_a_broken_line_in_the_middle_is_named(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"iteration": 1}\n' + line + b'\n{"iteration": 3}\n')
+    with pytest.raises(ConfigError, match="metrics.jsonl: line 2 is no JSON object"):
+        read_metrics(tmp_path)

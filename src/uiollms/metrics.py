@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from uiollms.refusals import ConfigError
+
 ITERATIONS = "iterations"  # in versions.json: what `iteration` counts, "documents" or "steps"
 
 
@@ -35,9 +37,23 @@ def peak_resident() -> int:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, but for a last one that a killed process left without its end."""
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    """The lines of metrics.jsonl, but for a last one that a killed process or a full disk left without its
+    end. Raises ConfigError, with its number, for another line that is no JSON object."""
+    path = run / "metrics.jsonl"
+    lines = path.read_bytes().split(b"\n")
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError:  # no JSON, or half a character
+            value = None
+        if isinstance(value, dict):
+            found.append(value)
+        elif number < len(lines):  # the last has no line break behind it
+            raise ConfigError(f"{path}: line {number} is no JSON object; remove it, or move the file away")
+    return found
 
 
 def scalars(line: dict[str, Any], protocol: str) -> Iterator[tuple[str, float]]:
