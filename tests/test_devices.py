@@ -61,7 +61,8 @@ def test_a_threshold_in_the_environment_counts(name, value):
 
 @glibc
 def test_kept_memory_is_given_back_when_asked():
-    assert resident("keep", "give") == pytest.approx(-80, abs=4)
+    """7 MiB, still less than a tensor: holes that the imports have left are given back too."""
+    assert resident("keep", "give") == pytest.approx(-80, abs=7)
 
 
 def test_another_c_library_is_left_alone(monkeypatch):
