@@ -32,7 +32,7 @@ from uiollms.estimators import make_estimator
 from uiollms.evaluation import Evaluation
 from uiollms.faults import training_on
 from uiollms.plan import choose_chunk_batch
-from uiollms.pretrained import count_parameters, load_memory_lm
+from uiollms.pretrained import check_env, count_parameters, load_memory_lm
 from uiollms.run import Run, open_run
 from uiollms.run_state import TrainingState
 from uiollms.step import gradient_step
@@ -43,7 +43,9 @@ from uiollms.views.tables import print_results
 def main(arguments: list[str] | None = None) -> int | None:
     args = parse_arguments(__doc__, arguments)
     check = partial(check_training, path=args.env_conf, going_on=args.resume is not None)
-    config = load_env_config(args.env_conf, args.set, None if args.dry_run else check)
+    if args.dry_run:  # reads no data, writes nothing
+        check = partial(check_env, path=args.env_conf)
+    config = load_env_config(args.env_conf, args.set, check)
     if args.dry_run:
         return dry_run(config, args.env_conf, args.device_memory, args.output)
     compressor = check(config)

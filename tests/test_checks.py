@@ -14,11 +14,10 @@ from test_commands import call
 
 from uiollms import ConfigError, MemoryLM
 from uiollms.checkpoint import save_weights
-from uiollms.checks import check_evaluation, check_training, examine_folder
+from uiollms.checks import check_evaluation, check_folder, check_training
 from uiollms.config import EnvConfig, TrainSection, load_env_config, load_memory_config, parse
 from uiollms.data import open_corpus
 from uiollms.pretrained import check_env, load_memory_lm
-from uiollms.refusals import Faults
 from uiollms.saving import weights_of
 from uiollms.training import Samples
 
@@ -46,13 +45,13 @@ def nothing_is_loaded(monkeypatch) -> None:
 
 
 WRONG = {
-    "model.load_ckp=nowhere": "nowhere: no checkpoint can be read here: there is no such file or folder",
+    "model.load_ckp=nowhere": "model.load_ckp: nowhere: no checkpoint can be read here: there is no such file",
     "model.model_structure=qwen2": "model.model_structure: 'qwen2', but ",
     'model.device_map={"model":"cpu"}': "model.device_map: no key places 'lm_head'",
     "model.attn_implementation=flash_attention_2": 'model.attn_implementation: "flash_attention_2": ',
     "train.accum_grad=4": "train.train_iters: 3 documents make no step of 4",
-    "train.run_dir=book0.txt/run": "book0.txt/run: cannot be written (",
-    "model.save_ckp=book0.txt": "book0.txt: weights would replace it, but it is not a folder",
+    "train.run_dir=book0.txt/run": "train.run_dir: book0.txt/run: cannot be written (",
+    "model.save_ckp=book0.txt": "model.save_ckp: book0.txt: weights would replace it, but it is not a folder",
     "train.corpus.0.name=beacons": "train.corpus[0].name: raw_data/redpajama-sample.json is missing; raw_data/README.md says how",
     "train.tasks.0.task_name=files:*.md": "train.tasks[0].task_name: corpus files:*.md: no file matches",
     "train.tasks.0.truncation=1000": "train.tasks[0].truncation: 1000 tokens is past the capacity ",
@@ -62,7 +61,7 @@ WRONG = {
 
 @pytest.mark.parametrize("weights", ["book0.txt", "."])
 def test_weights_that_are_no_checkpoint_are_found_before_anything_is_loaded(workspace, nothing_is_loaded, weights):
-    expected = f"{weights}: no checkpoint: neither a .pth file nor a folder with memory_config.json"
+    expected = f"model.load_ckp: {weights}: no checkpoint: neither a .pth file nor a folder with memory_config.json"
     (found,) = faults_of(f"model.load_ckp={weights}")
     assert found.startswith(expected)
 
@@ -100,6 +99,15 @@ def test_a_fault_of_one_field_hides_no_other(workspace, nothing_is_loaded, capsy
     lines = [line.removeprefix("env.json: ") for line in capsys.readouterr().err.splitlines()]
     for words in wanted:
         assert any(line.startswith(words) for line in lines), (words, lines)
+
+
+def test_a_dry_run_reports_all_faults_of_what_it_reads(workspace, capsys):
+    changes = ("--set=train.max_rl=1", "--set=model.model_structure=qwen2", "--set=model.load_ckp=nowhere")
+    assert call("train.py", "--env_conf", "env.json", "--dry_run", *changes) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[1] for line in lines] == ["train.max_rl", "model.model_structure"]
+    assert call("train.py", "--env_conf", "env.json", "--dry_run", "--set=train.accum_grad=4") == 2
+    assert capsys.readouterr().err.startswith("env.json: train.train_iters: 3 documents make no step of 4")
 
 
 def test_without_its_faulty_fields_a_config_may_be_nothing(workspace, capsys):
@@ -190,7 +198,7 @@ def test_the_faults_of_an_evaluation(workspace, nothing_is_loaded):
     lines = str(error.value).splitlines()
     assert [line[:30] for line in lines] == [
         "test.json: tasks[1].task_name:", "test.json: tasks[0].task_name:",
-        "nowhere: no checkpoint can be ", "book0.txt: cannot be written (",
+        "env.json: model.load_ckp: nowh", "env.json: train.run_dir: book0",
     ]  # fmt: skip
     Path("test.json").unlink()
     with pytest.raises(ConfigError, match="test.json: cannot be read") as error:
@@ -204,15 +212,20 @@ def test_weights_of_another_compressor_are_found_without_the_model(workspace, no
     save_weights(MemoryLM(make_base(dtype=torch.float32), load_memory_config("memory.json")), "trained")
     memory = json.loads(Path("memory.json").read_text())
     Path("memory.json").write_text(json.dumps(memory | dict(num_memory=4)))
-    assert faults_of("model.load_ckp=trained") == ["trained: trained with another compressor: num_memory 2, the config says 4"]
+    assert faults_of("model.load_ckp=trained") == [
+        "model.load_ckp: trained: trained with another compressor: num_memory 2, the config says 4"
+    ]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_without_permission(tmp_path):
+def test_a_folder_without_permission(tmp_path, monkeypatch):
     (tmp_path / "closed").mkdir(mode=0o500)
-    faults = Faults()
-    examine_folder(tmp_path / "closed" / "run", faults)
-    assert faults.lines == [f"{tmp_path}/closed/run: cannot be written (no permission to write in {tmp_path}/closed)"]
+    if os.geteuid() == 0:  # who may write anywhere
+        monkeypatch.setattr(os, "access", lambda place, mode: place != tmp_path / "closed")
+    with pytest.raises(ConfigError) as error:
+        check_folder(tmp_path / "closed" / "run", tmp_path / "closed" / "run")
+    assert str(error.value) == (
+        f"{tmp_path}/closed/run: cannot be written (no permission to write in {tmp_path}/closed); choose another place"
+    )
 
 
 # ---- which weights --------------------------------------------------------------------------------------------------------

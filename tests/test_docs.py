@@ -56,8 +56,8 @@ def test_imports_point_one_way():
             assert name == own or (own, name) in HANDED_UP or ORDER.index(name) < ORDER.index(own), f"{own} imports {name}"
 
 
-def test_no_module_passes_370_lines():
-    assert {p.name: n for p in SOURCES if (n := len(p.read_text().splitlines())) > 370} == {}
+def test_no_module_passes_350_lines():
+    assert {p.name: n for p in SOURCES if (n := len(p.read_text().splitlines())) > 350} == {}
 
 
 def test_every_module_says_its_purpose_in_one_line():

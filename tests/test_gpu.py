@@ -48,23 +48,8 @@ def moved_case(name: str, precision: str) -> Case:
 @pytest.mark.parametrize("recorded", ["lm.full", "lm.tbptt2", "beacon.tbptt2"])
 def test_recordings_of_the_authors_program(precision, recorded):
     case = moved_case("c32_m4", precision)
-    protocol, mode = recorded.split(".")
-    expected = {k: v for k, v in case.grads.items() if k.startswith(f"{recorded}.")}
-    expected = {k.removeprefix(f"{recorded}."): v for k, v in expected.items()}
-    expected.pop("memory_grad", None)
-    if not expected:
-        pytest.skip("this precision has no such recording")
-    if protocol == "lm":
-        sample = uiollms.Sample.language_modeling(case.ids, case.chunk_size)
-    else:
-        labels = case.data["beacon_labels"]
-        sample = uiollms.Sample.beacon(case.ids, labels, case.chunk_size)
-    settings = dict(estimator="exact")
-    if mode != "full":
-        draws = [draw["j"] for draw in case.facts["gradients"][protocol][mode]["draws"]]
-        weights = uiollms.window_from_draws(draws, int(mode[5]), compensate=False)
-        settings = dict(weights=weights)
-    uiollms.gradient_step(case.model, sample, **settings)
+    sample, weights, expected = case.recording(recorded)
+    uiollms.gradient_step(case.model, sample, weights=weights)
     found = case.model.trainable_parameters()
     for name, gradient in expected.items():
         case.check(found[name].grad.cpu(), gradient, name)

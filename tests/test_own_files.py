@@ -40,7 +40,7 @@ def test_a_file_of_the_users_is_neither_moved_nor_replaced(workspace, capsys, na
     for command in (TRAIN, TEST) if name in RESULTS else (TRAIN,):
         assert call(*command, "--set=train.run_dir=mine") == 2
         line = capsys.readouterr().err.strip()
-        assert line.startswith(f"mine/{name}: ")
+        assert line.startswith(f"env.json: train.run_dir: mine/{name}: ")
         assert line.endswith("would be lost; choose another train.run_dir, or move the file")
     assert files_in(Path("mine")) == {name: b"a year of work"}
 
@@ -52,7 +52,7 @@ def test_a_run_in_the_folder_of_its_configs(workspace, capsys):
     for command in (TRAIN, ("test.py", "--env_conf", "env.json")):
         assert call(*command, "--set=train.run_dir=.") == 2
         said = capsys.readouterr().err
-        assert said.startswith("test.json: was not written by a run and would be lost")
+        assert said.startswith("env.json: train.run_dir: test.json: was not written by a run and would be lost")
     assert files_in(Path()) == before
     Path("test.json").rename("tasks.json")
     assert call(*TRAIN, *QUICK, "--set=train.run_dir=.") == 0
@@ -96,11 +96,11 @@ INSIDE = {
 def test_weights_inside_a_runs_own_folders(workspace, nothing_is_loaded, place):  # noqa: F811
     Path("link").symlink_to("out")
     found = faults_of(f"model.save_ckp={place}", "train.max_lr=0.1")
-    wanted = f"{place}: model.save_ckp {INSIDE[place]}; choose another, such as out/checkpoint"
+    wanted = f"model.save_ckp: {place}: {INSIDE[place]}; choose another, such as out/checkpoint"
     assert wanted in found
     found = faults_of(f"model.save_ckp={place}", check=lambda *a: check_evaluation(*a, True))
     # What does not exist yet is not evaluated; the working directory does, and holds no weights.
-    assert [line.split(": ")[1] for line in found] == ["no checkpoint"] * (place == ".")
+    assert [line.split(": ")[2] for line in found] == ["no checkpoint"] * (place == ".")
 
 
 @pytest.mark.parametrize("name", ["ckp", "ckp.pth"])
@@ -157,7 +157,7 @@ def test_two_runs_with_one_place_for_weights(workspace, capsys):
 
 def test_scoring_waits_for_a_folder(workspace, nothing_is_loaded, capsys):  # noqa: F811
     assert call(*TEST, "--set=train.run_dir=book0.txt/x") == 2
-    assert capsys.readouterr().err.startswith("book0.txt/x: cannot be written (Not a directory")
+    assert capsys.readouterr().err.startswith("env.json: train.run_dir: book0.txt/x: cannot be written (Not a directory")
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):

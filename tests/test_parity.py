@@ -58,6 +58,24 @@ class Case:
         error = relative_error(found, expected)
         assert error <= self.tolerance, f"{what}: relative error {error:.1e}"
 
+    def recording(self, name: str) -> tuple[uiollms.Sample, torch.Tensor, dict[str, torch.Tensor]]:
+        """ "lm.tbptt2" -> the sample, its weights, and the gradients by name. Skips the test where this precision
+        has no such recording."""
+        protocol, mode = name.split(".")
+        found = {k.removeprefix(f"{name}."): v for k, v in self.grads.items() if k.startswith(f"{name}.")}
+        found.pop("memory_grad", None)
+        if not found:
+            pytest.skip("this precision has no such recording")
+        if protocol == "lm":
+            sample = uiollms.Sample.language_modeling(self.ids, self.chunk_size)
+        else:
+            sample = uiollms.Sample.beacon(self.ids, self.data["beacon_labels"], self.chunk_size)
+        weights = all_pairs(len(sample.rows))
+        if mode != "full":
+            draws = [draw["j"] for draw in self.facts["gradients"][protocol][mode]["draws"]]
+            weights = uiollms.window_from_draws(draws, int(mode[5]), compensate=False)
+        return sample, weights, found
+
 
 _built: dict[tuple[str, str], Case] = {}
 
@@ -132,20 +150,8 @@ RECORDED = ["lm.full", "lm.tbptt1", "lm.tbptt2", "lm.tbptt4", "lm.tbptt4_last_ad
 @pytest.mark.parametrize("chunk_batch", [1, 3, 8])
 @pytest.mark.parametrize("recorded", RECORDED)
 def test_gradients_and_losses(case, recorded, chunk_batch):
-    protocol, mode = recorded.split(".")
-    expected = {k.removeprefix(f"{recorded}."): v for k, v in case.grads.items() if k.startswith(f"{recorded}.")}
-    expected.pop("memory_grad", None)
-    if not expected:
-        pytest.skip("this precision has no such recording")
-    if protocol == "lm":
-        sample = uiollms.Sample.language_modeling(case.ids, case.chunk_size)
-    else:
-        sample = uiollms.Sample.beacon(case.ids, case.data["beacon_labels"], case.chunk_size)
-    weights = all_pairs(len(sample.rows))
-    if mode != "full":
-        draws = [draw["j"] for draw in case.facts["gradients"][protocol][mode]["draws"]]
-        weights = uiollms.window_from_draws(draws, int(mode[5]), compensate=False)
-
+    protocol = recorded.split(".")[0]
+    sample, weights, expected = case.recording(recorded)
     case.model.chunk_batch = chunk_batch
     for parameter in case.model.trainable_parameters().values():
         parameter.grad = None

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from uiollms.checks import examine_folder
+from uiollms.checks import check_folder
 from uiollms.cli import Output, output_arguments, reporting_errors
 from uiollms.config import ConfigError, load_env_config
 from uiollms.data.files import check_text, read_text
@@ -33,7 +33,6 @@ from uiollms.library import Memory, join
 from uiollms.loading import check_tokenizer
 from uiollms.memory import MemoryState
 from uiollms.model import MemoryLM
-from uiollms.refusals import Faults
 from uiollms.saving import load_model, load_tokenizer, load_trained, weights_words
 from uiollms.tokens import continued, first_ids, plain_ids, tokenize
 
@@ -235,9 +234,7 @@ def check_fits(model: MemoryLM, num_tokens: int, what: str | Path) -> None:
 
 def check_output(path: Path) -> None:
     """Raises ConfigError where no memory can be written, or would replace anything else."""
-    faults = Faults()
-    examine_folder(path.parent, faults)
-    faults.report()
+    check_folder(path.parent, path.parent)
     if os.path.lexists(path):
         try:
             Memory.load(path)

@@ -47,19 +47,21 @@ def check_training(config: EnvConfig, path: str | Path, going_on: bool = False) 
     examine_sources(sources, memory, shape, path, faults)
     examine_data(sources, path, faults)
     examine_base(config, shape, path, faults)
-    examine_weights(config.model.load_ckp, memory, faults)
+    with faults.noted(f"{path}: model.load_ckp: "):
+        check_weights(config.model.load_ckp, memory)
     folder = run_folder(config.train.run_dir, config.model.save_ckp, path)
-    can_be = examine_run_folder(folder, FILES, faults)
+    can_be = examine_run_folder(folder, FILES, path, faults)
     if save_ckp := config.model.save_ckp:
-        with faults.noted(), writing(save_ckp):
+        where = f"{path}: model.save_ckp: "
+        with faults.noted(where), writing(save_ckp):
             if can_be:
                 check_save_place(Path(save_ckp), folder)
-        with faults.noted(), writing(save_ckp):
+        with faults.noted(where), writing(save_ckp):
             check_target(Path(save_ckp))
-        with faults.noted(), writing(save_ckp):
-            examine_folder(Path(os.path.realpath(save_ckp)).parent, faults, Path(save_ckp).parent)
+        with faults.noted(where), writing(save_ckp):
+            check_folder(Path(os.path.realpath(save_ckp)).parent, Path(save_ckp).parent)
     if not going_on:
-        with faults.noted():
+        with faults.noted(f"{path}: "):
             Schedule(config.train, config.train.accum_grad)
     faults.report()
     assert memory is not None
@@ -82,9 +84,12 @@ def check_evaluation(config: EnvConfig, path: str | Path, own_tasks: bool) -> tu
     examine_sources(sources, memory, shape, file, faults)
     examine_data(sources, file, faults)
     examine_base(config, shape, path, faults)
-    examine_weights(weights_of(config), memory, faults)
+    weights = weights_of(config)
+    fields = (field for field in ("save_ckp", "load_ckp", "released_ckp") if getattr(config.model, field) == weights)
+    with faults.noted(f"{path}: model.{next(fields)}: "):
+        check_weights(weights, memory)
     folder = run_folder(config.train.run_dir, config.model.save_ckp, path)
-    examine_run_folder(folder, RESULTS, faults)
+    examine_run_folder(folder, RESULTS, path, faults)
     faults.report()
     return tasks
 
@@ -133,50 +138,50 @@ def examine_base(config: EnvConfig, shape: Any, path: str | Path, faults: Faults
             resolved(base, model.device_map, path, this_machine())
 
 
-def examine_weights(weights: str | None, memory: MemoryConfig | None, faults: Faults) -> None:
-    """Weights that are to be loaded: that they are there, and of this compressor."""
+def check_weights(weights: str | None, memory: MemoryConfig | None) -> None:
+    """Raises ConfigError for weights that are to be loaded and are not there, or not of this compressor."""
     if weights is None:
         return
     path = Path(weights)
     if not path.exists():
-        faults.add(f"{path}: no checkpoint can be read here: there is no such file or folder")
-    elif path.suffix != ".pth" and not (path / "memory_config.json").is_file():
-        faults.add(
+        raise ConfigError(
+            f"{path}: no checkpoint can be read here: there is no such file or folder; give the path of one, or null"
+        )
+    if path.suffix == ".pth":
+        return
+    if not (path / "memory_config.json").is_file():
+        raise ConfigError(
             f"{path}: no checkpoint: neither a .pth file nor a folder with memory_config.json; "
             f"give the path of one that train.py or save_pretrained wrote"
         )
-    elif memory and path.suffix != ".pth":
+    if memory:
         try:
             check_compressor(path, memory)
-        except ConfigError as error:
-            faults.add(str(error))
+        except ConfigError:
+            raise
         except ValueError as error:
-            faults.add(f"{path}: {error}")
+            raise ConfigError(f"{path}: {error}") from None
 
 
-def examine_run_folder(folder: Path, names: tuple[str, ...], faults: Faults) -> bool:
+def examine_run_folder(folder: Path, names: tuple[str, ...], path: str | Path, faults: Faults) -> bool:
     """Whether a run can keep its files `names` in a folder, and nothing but a run's lies there;
-    whether the folder can be at all."""
+    whether the folder can be at all. path: of the config."""
     before = len(faults.lines)
-    examine_folder(folder, faults)
+    with faults.noted(f"{path}: train.run_dir: "):
+        check_folder(folder, folder)
     if len(faults.lines) > before:
         return False
-    with faults.noted():
+    with faults.noted(f"{path}: train.run_dir: "):
         check_run_folder(folder, names)
     return True
 
 
-def examine_folder(folder: Path, faults: Faults, shown: Path | None = None) -> None:
-    """Whether a folder can be written in, or made, without making it. shown: its name in messages,
-    if another."""
-    shown = shown or folder
-    try:
+def check_folder(folder: Path, shown: Path) -> None:
+    """Raises ConfigError for a folder that cannot be written in, or made, without making it. shown: its
+    name in the message."""
+    with writing(shown):
         there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    except (OSError, ValueError) as error:
-        reason = (isinstance(error, OSError) and error.strerror) or str(error)
-        faults.add(f"{shown}: cannot be written ({reason})")
-        return
     if not there.is_dir():
-        faults.add(f"{shown}: cannot be written (Not a directory: {there})")
-    elif not os.access(there, os.W_OK | os.X_OK):
-        faults.add(f"{shown}: cannot be written (no permission to write in {there})")
+        raise ConfigError(f"{shown}: cannot be written (Not a directory: {there}); choose another place")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"{shown}: cannot be written (no permission to write in {there}); choose another place")

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from uiollms.json_files import half_surrogate, loads, read_json
-from uiollms.refusals import ConfigError, Faults, all_right, describe, json_path
-from uiollms.usable import usable_part
+from uiollms.refusals import ConfigError, all_right, describe, json_path
+from uiollms.usable import with_other_faults
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -315,14 +315,7 @@ def load_env_config(
     try:
         return parse(EnvConfig, value, path)
     except ConfigError as error:
-        faults = Faults()
-        faults.lines += str(error).splitlines()
-        rest = usable_part(EnvConfig, value)
-        if check and rest is not None:
-            with faults.noted():
-                check(rest)
-        faults.report()
-        raise
+        raise with_other_faults(error, EnvConfig, value, check) from None
 
 
 def load_memory_config(path: str | Path) -> MemoryConfig:

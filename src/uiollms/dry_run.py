@@ -29,7 +29,10 @@ def dry_run(config: EnvConfig, path: str | Path, device_memory: str | None = Non
     logging.getLogger("accelerate.utils.modeling").setLevel(logging.ERROR)  # it warns of GPUs that are not here
     machine = None if device_memory is None else parse_memory(device_memory) | {CPU: this_machine()[CPU]}
     plan = make_plan(config, path, machine)
-    steps = len(Schedule(config.train, config.train.accum_grad).steps())
+    try:
+        steps = len(Schedule(config.train, config.train.accum_grad).steps())
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     print_plan(plan, config.train.accum_grad, steps, output.console(width=130))
     output.result(**as_json(plan), steps=steps)
     return 0 if plan.fits else DOES_NOT_FIT

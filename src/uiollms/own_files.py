@@ -79,7 +79,7 @@ def check_save_place(save_ckp: Path, folder: Path) -> None:
     else:
         return
     remedy = f"choose another, such as {folder / 'checkpoint'}"
-    raise ConfigError(f"{save_ckp}: model.save_ckp {where} ({folder}); {remedy}")
+    raise ConfigError(f"{save_ckp}: {where} ({folder}); {remedy}")
 
 
 @contextmanager

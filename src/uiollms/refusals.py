@@ -29,12 +29,13 @@ class Faults:
         self.lines.append(line)
 
     @contextmanager
-    def noted(self) -> Iterator[None]:
-        """Around a check that raises ConfigError: what it found is kept for later."""
+    def noted(self, where: str = "") -> Iterator[None]:
+        """Around a check that raises ConfigError: what it found is kept for later, behind `where`, the
+        file and the field that the check does not know."""
         try:
             yield
         except ConfigError as error:
-            self.lines += str(error).splitlines()
+            self.lines += [where + line for line in str(error).splitlines()]
 
     def report(self) -> None:
         """Raises ConfigError with all lines, if there are any."""

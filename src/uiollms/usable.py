@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from uiollms.refusals import forgiving
+from uiollms.refusals import ConfigError, forgiving
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -22,6 +23,19 @@ STAND_INS = {
     "tbptt": 1,
     "train_iters": 2**30,
 }
+
+
+def with_other_faults(error: ConfigError, model: type[Model], value: Any, check: Callable[[Model], object] | None) -> ConfigError:
+    """The error of a JSON value that is no `model`, and behind its lines those of the faults that
+    `check` finds in what can be used of the value."""
+    lines = str(error).splitlines()
+    rest = usable_part(model, value) if check else None
+    if check and rest is not None:
+        try:
+            check(rest)
+        except ConfigError as more:
+            lines += str(more).splitlines()
+    return ConfigError("\n".join(dict.fromkeys(lines)))
 
 
 def usable_part(model: type[Model], value: Any) -> Model | None:
