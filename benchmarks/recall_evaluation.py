@@ -1,0 +1,102 @@
+"""Held-out text, scored with memory and beside its controls, many documents in one pass.
+
+    window     every chunk on its own
+    shuffled   as many memories, of the next document
+    own        the document's own memories
+    recent     as many raw tokens as memory has slots, right in front of the chunk
+    raw        everything before, raw
+
+Shapes: B documents, N chunks of each, T = N * l tokens of a document, l chunk_size, m num_memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks import packed
+from benchmarks.recall_data import Corpus
+from uiollms.model import MemoryLM
+from uiollms.step import empty_prefix
+
+MODES = ("window", "shuffled", "own", "recent", "raw")
+
+
+class Size(NamedTuple):
+    """What documents are cut into."""
+
+    chunk_size: int
+    num_memory: int
+    num_chunks: int
+
+
+@torch.no_grad()
+def evaluate(model: MemoryLM, testing: Mapping[str, Corpus], sizes: Sequence[Size], count: int) -> Iterator[dict[str, Any]]:
+    """By corpus and size: mean NLL over the tokens of all chunks but the first, by mode; `bound`
+    (shuffled - own), `below_window` and `below_recent`, with 95 % intervals over documents drawn with
+    replacement; and the share of tokens right when a chunk is written down from its own memory behind
+    the true tokens before."""
+    model.eval()
+    trained = model.memory_config
+    for size in sizes:
+        sizes_ = dict(chunk_size=size.chunk_size, num_memory=size.num_memory)
+        model.memory_config = trained.model_copy(update=sizes_)
+        for name, corpus in testing.items():
+            length = size.chunk_size * size.num_chunks
+            ids = corpus.first(count, length + 1).to(model.device)
+            if len(ids) > 1:
+                yield dict(corpus=name, **size._asdict(), **document_nlls(model, ids))
+    model.memory_config = trained
+
+
+def document_nlls(model: MemoryLM, ids: Tensor) -> dict[str, Any]:
+    """[B, T + 1] token ids -> the figures of `evaluate`."""
+    l = model.memory_config.chunk_size
+    by_mode: dict[str, list[Tensor]] = {mode: [] for mode in MODES}
+    right: list[Tensor] = []
+    for i in range(0, len(ids), 8):
+        part = ids[i : i + 8]
+        other = ids[torch.arange(i + 1, i + 1 + len(part)) % len(ids)]
+        read, targets = part[:, :-1], part[:, l + 1 :]
+        memories = packed.remember(model, read[:, :-l])
+        hidden = {
+            "window": packed.decode_documents(model, read, None)[0],
+            "own": packed.decode_documents(model, read, memories)[0],
+            "recent": read_recent(model, read),
+            "raw": packed.read_raw(model, read),
+        }
+        borrowed = packed.remember(model, other[:, : read.shape[1] - l])
+        hidden["shuffled"] = packed.decode_documents(model, read, borrowed)[0]
+        for mode, states in hidden.items():
+            by_mode[mode].append(packed.losses(model, states, targets)[1].mean(1))
+        chunks = read[:, :l]
+        found = model.logits(packed.copy_chunks(model, chunks)).argmax(-1)
+        right.append((found == chunks).float().mean(1))
+    nll = {mode: torch.cat(parts).double().cpu().numpy() for mode, parts in by_mode.items()}
+    gains = dict(
+        bound=nll["shuffled"] - nll["own"],
+        below_window=nll["window"] - nll["own"],
+        below_recent=nll["recent"] - nll["own"],
+    )
+    picks = np.random.default_rng(0).integers(0, len(ids), (2000, len(ids)))
+    found: dict[str, Any] = {mode: float(of.mean()) for mode, of in nll.items()}
+    for name, gain in gains.items():
+        found[name] = float(gain.mean())
+        found[f"{name}_interval"] = np.quantile(gain[picks].mean(1), [0.025, 0.975]).tolist()
+    return dict(documents=len(ids), **found, copied_right=float(torch.cat(right).mean()))
+
+
+def read_recent(model: MemoryLM, ids: Tensor) -> Tensor:
+    """What the base makes of chunks 1 .. N-1 of [B, N * l] token ids when each reads, in the place of
+    memory, the raw tokens right in front of it, as many as memory has slots: hidden states
+    [B, (N - 1) * l, D]."""
+    l, m = model.memory_config.chunk_size, model.memory_config.num_memory
+    rows = []
+    for t in range(1, ids.shape[1] // l):
+        read = ids[:, t * (l - m) : (t + 1) * l]  # t * m tokens, then the chunk
+        rows.append(model.decode(read, empty_prefix(model), [0] * len(ids))[:, -l:])
+    return torch.cat(rows, dim=1)
