@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from uiollms.config import Checked, ConfigError, MemoryConfig, parse
 from uiollms.fitness import check_ids, not_finite
+from uiollms.integrity import replacing
 from uiollms.memory import MemoryState, join_slots
 
 
@@ -104,17 +104,16 @@ class Memory:
         return model(self.open_ids[None], state, logits_to_keep=1).past_key_values if len(self.open_ids) else state
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file, under another name first: a save that fails leaves what was at `path`. Raises
-        ConfigError for slots that hold NaN or infinite numbers."""
-        path = Path(os.path.realpath(path))  # a link stays
+        """Write a safetensors file; a save that fails leaves what was at `path`. Raises ConfigError for
+        slots that hold NaN or infinite numbers."""
+        path = Path(path)
         if not_finite([("slots", self.slots)]):
             raise ConfigError(f"{path}: not saved: the memory holds NaN or infinite numbers; {OVERFLOW}")
         path.parent.mkdir(parents=True, exist_ok=True)
         header = Header(format=FORMAT, made_by=self.made_by, sources=self.sources)
-        work = path.with_name(f".{path.name}-{os.getpid()}")
         tensors = {"slots": self.slots.contiguous(), "open_ids": self.open_ids.contiguous()}
-        work.write_bytes(as_bytes(tensors, metadata={"uiollms": header.model_dump_json()}))
-        os.replace(work, path)
+        with replacing(path) as work:
+            work.write_bytes(as_bytes(tensors, metadata={"uiollms": header.model_dump_json()}))
 
     @classmethod
     def load(cls, path: str | Path, model: Any = None) -> Memory:

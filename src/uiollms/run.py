@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -26,7 +27,7 @@ from uiollms.config import ConfigError, EnvConfig, MemoryConfig
 from uiollms.distributed import World
 from uiollms.environment import device_name, environment
 from uiollms.faults import writing
-from uiollms.integrity import remove, sync
+from uiollms.integrity import remove, replacing, sync
 from uiollms.json_files import as_json, finite
 from uiollms.metrics import ITERATIONS, machine_use, read_metrics, scalars
 from uiollms.own_files import FILES, LOCK, held
@@ -200,10 +201,8 @@ class Run:
         kept: list[dict[str, Any]] = []
         if self.metrics.exists():
             kept = [line for line in read_metrics(self.folder) if line["iteration"] <= iteration]
-        work = self.metrics.with_name(".metrics-new")
-        work.write_text("".join(as_json(line) + "\n" for line in kept), encoding="utf-8")
-        sync(work)
-        work.replace(self.metrics)
+        with replacing(self.metrics) as work:
+            work.write_text("".join(as_json(line) + "\n" for line in kept), encoding="utf-8")
         return kept[-1]["seconds"] if kept else 0.0
 
     def open_log(self) -> None:
@@ -225,7 +224,7 @@ class Run:
         if "tokens" in values:
             line["machine"] = machine_use(values["tokens"], self.step_seconds)
         line = finite(line)
-        text = as_json(line)
+        text = json.dumps(line)
         with writing(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
             file.write(text + "\n")
         self.echo(text)
