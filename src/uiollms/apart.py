@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from uiollms.attention import decoder_mask, sdpa
+from uiollms.flash import asked
 
 TOGETHER = 128  # slots seen by all rows that are worth a call of their own
 _kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -69,7 +70,8 @@ class SharedPrefix:
 
 
 def attends_apart(base: Any) -> bool:
-    return base.config._attn_implementation == "sdpa"
+    """Whether the attention function that the base was loaded with leaves a document's memory where it lies."""
+    return not asked(base)
 
 
 @dataclass(frozen=True, eq=False)

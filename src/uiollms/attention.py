@@ -11,8 +11,8 @@ Source: UIO-LLMs section 3.1 (encoder), 3.2 (decoder).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -88,7 +88,7 @@ def decoder_mask(num_slots: Sequence[int], local_past: int, length: int, device:
 
 # ---- handed to the library -----------------------------------------------------------------------------------------------
 
-NAME = "uiollms"  # the attention function that the layers are told to use for the time of our call
+NAME = "uiollms"  # the attention function that the layers of a skeleton are told to use
 
 
 class Seen(Protocol):
@@ -104,25 +104,28 @@ class Seen(Protocol):
 def attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, scaling: float, seen: Seen, **_: Any
 ) -> tuple[Tensor, None]:
-    """The attention function of a layer that is called with `seen=` and no mask. What else the library hands over has no use:
-    the base stays in evaluation mode (no dropout), and memory is not behind a sliding window."""
+    """The attention function of a skeleton's layers, which are called with `seen=` and no mask. What else the library hands over
+    has no use: the base stays in evaluation mode (no dropout), and memory is not behind a sliding window."""
     return seen.attend(module, query, key, value, scaling), None
 
 
 AttentionInterface.register(NAME, attend)
 
 
-@contextmanager
-def switched(config: Any) -> Iterator[None]:
-    """Layers of this config attend with the function above for the time of the block."""
-    before = config._attn_implementation
-    config._attn_implementation = NAME
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
-
-
 def sdpa(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     """[B, heads, T, K], twice [B, key/value heads, S, K] -> [B, T, heads, K]; no mask: causal, as many keys as queries."""
     return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling)[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Masked:
+    """Everybody sees what `mask` says, broadcastable to [B, heads, T, S]; None: causal (a `Seen`)."""
+
+    mask: Tensor | None
+
+    def to(self, device: torch.device) -> Masked:
+        return self if self.mask is None else Masked(moved(self.mask, device))
+
+    def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """[B, heads, T, K], twice [B, key/value heads, S, K] -> [B, T, heads, K]"""
+        return sdpa(module, query, key, value, self.mask, scaling)

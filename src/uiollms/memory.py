@@ -5,6 +5,7 @@ Shapes: B documents, H key/value heads, M memory slots so far, p tokens of the o
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -14,12 +15,14 @@ from transformers.cache_utils import Cache
 
 from uiollms.config import MemoryConfig
 
+_CLAIMING = threading.Lock()
+
 
 @dataclass(eq=False)
 class Room:
     """Keys and values [B, H, M + l, K] of one layer, memory then open chunk, with room for all of the chunk, so that a new
     token is written behind the last instead of everything being copied. States share it: each reads only its own first
-    entries, and only one that holds all `length` entries written so far may write; another copies."""
+    entries, and only one that holds all `length` entries claimed so far may write behind them; another copies."""
 
     keys: Tensor
     values: Tensor
@@ -29,11 +32,17 @@ class Room:
         """Whether `part` of the keys is a view of this room's (a state's fields may have been replaced)."""
         return not part.numel() or part.untyped_storage().data_ptr() == self.keys.untyped_storage().data_ptr()
 
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        stop = self.length + keys.shape[2]
-        self.keys[:, :, self.length : stop] = keys
-        self.values[:, :, self.length : stop] = values
-        self.length = stop
+    def claim(self, taken: int, count: int) -> bool:
+        """Whether the `count` entries behind the first `taken` are the caller's to write: nobody else's, in any thread."""
+        with _CLAIMING:
+            free = self.length == taken
+            self.length += count if free else 0
+            return free
+
+    def write(self, start: int, keys: Tensor, values: Tensor) -> None:
+        stop = start + keys.shape[2]
+        self.keys[:, :, start:stop] = keys
+        self.values[:, :, start:stop] = values
 
 
 @dataclass(eq=False)
@@ -65,14 +74,17 @@ class Prefix:
 
     def _append(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         room, taken = self.rooms.get(layer), sum(part.shape[2] for part in self.keys[layer])
-        if room is None or room.length != taken or not all(room.holds(part) for part in self.keys[layer]):
-            batch, heads, length, size = keys.shape
-            shape = (batch, heads, taken + length + self.spare, size)
-            room = self.rooms[layer] = Room(keys.new_empty(shape), values.new_empty(shape), 0)
+        batch, heads, length, size = keys.shape
+        stop = taken + length
+        if room is None or not all(room.holds(part) for part in self.keys[layer]) or not room.claim(taken, length):
+            shape = (batch, heads, stop + self.spare, size)
+            room = self.rooms[layer] = Room(keys.new_empty(shape), values.new_empty(shape), stop)
+            start = 0
             for part in zip(self.keys[layer], self.values[layer], strict=True):
-                room.append(*part)
-        room.append(keys, values)
-        return room.keys[:, :, : room.length], room.values[:, :, : room.length]
+                room.write(start, *part)
+                start += part[0].shape[2]
+        room.write(taken, keys, values)
+        return room.keys[:, :, :stop], room.values[:, :, :stop]
 
 
 class MemoryState(Cache):
