@@ -21,9 +21,16 @@ from uiollms.apart import Apart, SharedPrefix
 from uiollms.attention import Seen, decoder_mask, decoder_positions, encoder_mask, encoder_positions, switched
 from uiollms.config import MemoryConfig
 from uiollms.devices import device_of, moved
-from uiollms.fitness import eos_fault, narrow_window
+from uiollms.fitness import eos_fault, narrow_window, smallest_window, window_of
 from uiollms.lora import LoRA, added
 from uiollms.memory import Prefix
+from uiollms.positions import (
+    far_rows,
+    num_positions,
+    positions_said,
+    rope_fault,
+    rotary_tables,
+)
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # SmolLM2 is a llama
 Front = Prefix | SharedPrefix  # what is in front of a decoder call's own tokens
@@ -63,12 +70,16 @@ def check_base(base: Any, config: MemoryConfig) -> None:
     family = base.config.model_type
     if family not in FAMILIES:
         raise ValueError(f"model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
-    if fault := narrow_window(base.config, config.chunk_size) or eos_fault(base.config):
-        raise ValueError(fault)
-    if config.chunk_size > base.config.max_position_embeddings:
-        raise ValueError(
-            f"chunk_size {config.chunk_size} is past the base's max_position_embeddings {base.config.max_position_embeddings}"
-        )
+    faults = (
+        narrow_window(base.config, config.chunk_size),
+        rope_fault(base.config, config.chunk_size),
+        eos_fault(base.config),
+    )
+    if any(faults):
+        raise ValueError(next(filter(None, faults)))
+    if config.chunk_size > num_positions(base.config):
+        said = positions_said(base.config)
+        raise ValueError(f"chunk_size {config.chunk_size} is past the base's {said}")
     if flash.asked(base) and (fault := flash.unfit(base.dtype, base.config)):
         raise ValueError(f'{fault}; load the base in another dtype, or with attn_implementation="sdpa"')
 
@@ -77,19 +88,37 @@ def layer_device(layer: Any) -> torch.device:
     return device_of(layer.input_layernorm)
 
 
-class Beside(NamedTuple):
-    """What all layers read beside their hidden states; it travels with them, copied once where the device changes.
-    seen: who sees whom, instead of a mask, where no mask is needed."""
+class View(NamedTuple):
+    """Who sees whom: a mask or, where no mask is needed, `seen`; neither: plain causal."""
 
     mask: Tensor | None
+    seen: Seen | None
+
+    def to(self, device: torch.device) -> View:
+        mask = None if self.mask is None else moved(self.mask, device)
+        return View(mask, None if self.seen is None else self.seen.to(device))
+
+
+class Beside(NamedTuple):
+    """What all layers read beside their hidden states; it travels with them, copied once where
+    the device changes. sliding: who sees whom in layers with a sliding window, where it differs."""
+
+    view: View
     positions: Tensor
     rotary: tuple[Tensor, ...]
-    seen: Seen | None = None
+    sliding: View | None = None
 
     def to(self, device: torch.device) -> Beside:
-        mask = None if self.mask is None else moved(self.mask, device)
-        seen = None if self.seen is None else self.seen.to(device)
-        return Beside(mask, moved(self.positions, device), tuple(moved(r, device) for r in self.rotary), seen)
+        sliding = None if self.sliding is None else self.sliding.to(device)
+        rotary = tuple(moved(r, device) for r in self.rotary)
+        return Beside(self.view.to(device), moved(self.positions, device), rotary, sliding)
+
+    def view_of(self, layer: Any) -> View:
+        """What is seen in one of the base's layers."""
+        attention = layer.self_attn
+        if self.sliding is None or window_of(attention.config, attention.layer_idx) is None:
+            return self.view
+        return self.sliding
 
 
 def beside_chunks(base: Any, hidden: Tensor, config: MemoryConfig) -> Beside:
@@ -99,7 +128,7 @@ def beside_chunks(base: Any, hidden: Tensor, config: MemoryConfig) -> Beside:
     kernel = base.config._attn_implementation
     seen = flash.Chunks.of(*size, plain=kernel == "sdpa") if kernel in ("sdpa", flash.ASKED) else None
     mask = encoder_mask(*size) if seen is None else None
-    return Beside(mask, positions, base.model.rotary_emb(hidden, positions), seen)
+    return Beside(View(mask, seen), positions, rotary_tables(base, hidden, positions, [False]))
 
 
 def beside_rows(base: Any, hidden: Tensor, num_slots: Sequence[int], local_past: int, prefix: Front) -> Beside:
@@ -107,36 +136,43 @@ def beside_rows(base: Any, hidden: Tensor, num_slots: Sequence[int], local_past:
     length, device = hidden.shape[1], hidden.device
     positions = decoder_positions(num_slots, length, device) + local_past
     size = num_slots, local_past, length, device
-    seen: Seen | None = None
-    if flash.asked(base):
-        seen = flash.Rows.of(*size)
-    elif isinstance(prefix, SharedPrefix) and prefix.apart:
-        seen = Apart(prefix, tuple(num_slots), length, device)
-    mask = decoder_mask(*size) if seen is None else None
-    return Beside(mask, positions, base.model.rotary_emb(hidden, positions), seen)
+    far = far_rows(base.config, num_slots, local_past + length)
+    rotary = rotary_tables(base, hidden, positions, far)
+
+    def view(window: int | None) -> View:
+        if flash.asked(base):
+            return View(None, flash.Rows.of(*size, window))
+        if isinstance(prefix, SharedPrefix) and prefix.apart:
+            return View(None, Apart(prefix, tuple(num_slots), length, device, window))
+        return View(decoder_mask(*size, window), None)
+
+    window = smallest_window(base.config)  # of all layers that have one
+    sliding = view(window) if window is not None and window < local_past + length else None
+    return Beside(view(None), positions, rotary, sliding)
 
 
 def run_layer(layer: Any, hidden: Tensor, beside: Beside, prefix: Front | None = None) -> Tensor:
     """One of the base's own layers on [B, T, D]; all inputs are where it lives."""
+    mask, seen = beside.view_of(layer)
     run = partial(
         layer,
         hidden,
-        attention_mask=beside.mask,
+        attention_mask=mask,
         position_ids=beside.positions,
         past_key_values=prefix,
         use_cache=prefix is not None,
         position_embeddings=beside.rotary,
     )
-    if beside.seen is None:
+    if seen is None:
         return run()
     with switched(layer.self_attn.config):
-        return run(seen=beside.seen)
+        return run(seen=seen)
 
 
 def run_last_rows(layer: Any, hidden: Tensor, rows: int, beside: Beside) -> Tensor:
     """As `run_layer` on [B, T, D], but only the last `rows` positions go through it, [B, rows, D]: the others are no more
     than keys and values in front of them. beside: of all positions, for encoder layers."""
-    mask, positions, rotary, seen = beside
+    (mask, seen), positions, rotary, _ = beside
     attention = layer.self_attn
     front = slice(0, hidden.shape[1] - rows)
     back = slice(hidden.shape[1] - rows, None)
@@ -149,7 +185,7 @@ def run_last_rows(layer: Any, hidden: Tensor, rows: int, beside: Beside) -> Tens
     number = attention.layer_idx
     prefix = Prefix({number: [keys]}, {number: [values.transpose(1, 2)]})
     mask = None if mask is None else mask[:, :, back]
-    last = Beside(mask, positions[:, back], tuple(r[:, back] for r in rotary), seen)
+    last = Beside(View(mask, seen), positions[:, back], tuple(r[:, back] for r in rotary))
     return run_layer(layer, hidden[:, back], last, prefix)
 
 
