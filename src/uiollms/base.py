@@ -20,9 +20,10 @@ from uiollms.apart import Apart, SharedPrefix
 from uiollms.attention import Masked, Seen, decoder_mask, decoder_positions, encoder_positions
 from uiollms.config import MemoryConfig
 from uiollms.devices import device_of, moved
-from uiollms.fitness import eos_fault, narrow_window
+from uiollms.fitness import eos_fault, narrow_window, smallest_window, window_of
 from uiollms.lora import LoRA, dropout_seeds
 from uiollms.memory import Prefix
+from uiollms.positions import far_rows, num_positions, positions_said, rope_fault, rotary_tables
 from uiollms.skeleton import sharded
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # SmolLM2 is a llama
@@ -65,12 +66,16 @@ def check_base(base: Any, config: MemoryConfig) -> None:
         raise ValueError(f"model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
     if sharded(base):
         raise ValueError("whole layers of the base are sharded by FSDP; shard its linear layers only, or give a device_map")
-    if fault := narrow_window(base.config, config.chunk_size) or eos_fault(base.config):
-        raise ValueError(fault)
-    if config.chunk_size > base.config.max_position_embeddings:
-        raise ValueError(
-            f"chunk_size {config.chunk_size} is past the base's max_position_embeddings {base.config.max_position_embeddings}"
-        )
+    faults = (
+        narrow_window(base.config, config.chunk_size),
+        rope_fault(base.config, config.chunk_size),
+        eos_fault(base.config),
+    )
+    if any(faults):
+        raise ValueError(next(filter(None, faults)))
+    if config.chunk_size > num_positions(base.config):
+        said = positions_said(base.config)
+        raise ValueError(f"chunk_size {config.chunk_size} is past the base's {said}")
     if flash.asked(base) and (fault := flash.unfit(base.dtype, base.config)):
         raise ValueError(f'{fault}; load the base in another dtype, or with attn_implementation="sdpa"')
 
@@ -81,14 +86,24 @@ def layer_device(layer: Any) -> torch.device:
 
 class Beside(NamedTuple):
     """What all layers read beside their hidden states; it travels with them, copied once where the device changes.
-    seen: who sees whom."""
+    seen: who sees whom; sliding: the same in layers with a sliding window, where it differs."""
 
     positions: Tensor
     rotary: tuple[Tensor, ...]
     seen: Seen
+    sliding: Seen | None = None
 
     def to(self, device: torch.device) -> Beside:
-        return Beside(moved(self.positions, device), tuple(moved(r, device) for r in self.rotary), self.seen.to(device))
+        sliding = None if self.sliding is None else self.sliding.to(device)
+        rotary = tuple(moved(r, device) for r in self.rotary)
+        return Beside(moved(self.positions, device), rotary, self.seen.to(device), sliding)
+
+    def seen_in(self, layer: Any) -> Seen:
+        """Who sees whom in one of the layers."""
+        attention = layer.self_attn
+        if self.sliding is None or window_of(attention.config, attention.layer_idx) is None:
+            return self.seen
+        return self.sliding
 
 
 def beside_chunks(base: Any, hidden: Tensor, config: MemoryConfig) -> Beside:
@@ -96,7 +111,7 @@ def beside_chunks(base: Any, hidden: Tensor, config: MemoryConfig) -> Beside:
     size = config.chunk_size, config.num_memory, hidden.device
     positions = encoder_positions(*size)
     seen = flash.Chunks.of(*size, plain=not flash.asked(base))
-    return Beside(positions, base.model.rotary_emb(hidden, positions), seen)
+    return Beside(positions, rotary_tables(base, hidden, positions, [False]), seen)
 
 
 def beside_rows(
@@ -107,14 +122,21 @@ def beside_rows(
     length, device = hidden.shape[1], hidden.device
     positions = decoder_positions(num_slots, length, device) + local_past
     size = num_slots, local_past, length, device
-    if seen is None:
+    far = far_rows(base.config, num_slots, local_past + length)
+    rotary = rotary_tables(base, hidden, positions, far)
+
+    def usual(window: int | None) -> Seen:
         if flash.asked(base):
-            seen = flash.Rows.of(*size)
-        elif isinstance(prefix, SharedPrefix) and prefix.apart:
-            seen = Apart(prefix, tuple(num_slots), length, device)
-        else:
-            seen = Masked(decoder_mask(*size))
-    return Beside(positions, base.model.rotary_emb(hidden, positions), seen)
+            return flash.Rows.of(*size, window)
+        if isinstance(prefix, SharedPrefix) and prefix.apart:
+            return Apart(prefix, tuple(num_slots), length, device, window)
+        return Masked(decoder_mask(*size, window))
+
+    if seen is not None:
+        return Beside(positions, rotary, seen)
+    window = smallest_window(base.config)  # of all layers that have one
+    sliding = usual(window) if window is not None and window < local_past + length else None
+    return Beside(positions, rotary, usual(None), sliding)
 
 
 def run_layer(layer: Any, hidden: Tensor, beside: Beside, prefix: Front | None = None) -> Tensor:
@@ -125,14 +147,14 @@ def run_layer(layer: Any, hidden: Tensor, beside: Beside, prefix: Front | None =
         past_key_values=prefix,
         use_cache=prefix is not None,
         position_embeddings=beside.rotary,
-        seen=beside.seen,
+        seen=beside.seen_in(layer),
     )
 
 
 def run_last_rows(layer: Any, hidden: Tensor, rows: int, beside: Beside) -> Tensor:
     """As `run_layer` on [B, T, D], but only the last `rows` positions go through it, [B, rows, D]: the others are no more
     than keys and values in front of them. beside: of all positions, for encoder layers."""
-    positions, rotary, seen = beside
+    positions, rotary, seen, _ = beside
     attention = layer.self_attn
     front = slice(0, hidden.shape[1] - rows)
     back = slice(hidden.shape[1] - rows, None)

@@ -8,12 +8,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from uiollms.config import MemoryConfig
+from uiollms.positions import num_positions, positions_said
 
 _CLAIMING = threading.Lock()
 
@@ -165,14 +167,14 @@ class MemoryState(Cache):
         self.__dict__.update(self.select(beam_idx).__dict__)
 
 
-def check_length(num_tokens: int, config: MemoryConfig, positions: int) -> None:
-    """Raises ValueError past the capacity; positions: the base's max_position_embeddings."""
-    capacity, size = config.capacity(positions), config.chunk_size
+def check_length(num_tokens: int, config: MemoryConfig, base_config: Any) -> None:
+    """Raises ValueError past the capacity; base_config: the base's transformers config."""
+    capacity, size = config.capacity(num_positions(base_config)), config.chunk_size
     if num_tokens > capacity:
         full, last = divmod(capacity, size)
         raise ValueError(
             f"the document has {num_tokens} tokens, the capacity is {capacity}: "
-            f"max_position_embeddings {positions}, chunk_size {size} and num_memory "
+            f"{positions_said(base_config)}, chunk_size {size} and num_memory "
             f"{config.num_memory} allow {full} full chunks and {last} tokens behind them; "
             f"cut it with `truncation`, or compress harder (smaller num_memory)"
         )

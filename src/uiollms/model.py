@@ -44,6 +44,7 @@ from uiollms.fitness import check_tensors, eos_of, not_finite
 from uiollms.generation import Generation
 from uiollms.lora import master_dtype
 from uiollms.memory import Prefix, check_length
+from uiollms.positions import far_rows, num_positions, rotary_tables
 from uiollms.products import with_frozen_products
 from uiollms.skeleton import offloaded, skeleton
 from uiollms.streaming import Streaming
@@ -141,7 +142,7 @@ class MemoryLM(Usage, Streaming, Generation, PreTrainedModel, GenerationMixin): 
     @property
     def capacity(self) -> int:
         """Tokens of the longest document that the base's positions allow."""
-        return self.memory_config.capacity(self.config.max_position_embeddings)
+        return self.memory_config.capacity(num_positions(self.config))
 
     @property
     def chunks_at_once(self) -> int:
@@ -150,7 +151,7 @@ class MemoryLM(Usage, Streaming, Generation, PreTrainedModel, GenerationMixin): 
 
     def check_length(self, num_tokens: int) -> None:
         """Raises ValueError for a document of `num_tokens` tokens that is past the capacity."""
-        check_length(num_tokens, self.memory_config, self.config.max_position_embeddings)
+        check_length(num_tokens, self.memory_config, self.config)
 
     # ---- encoder and transfer head --------------------------------------------------------------------------------
 
@@ -207,12 +208,13 @@ class MemoryLM(Usage, Streaming, Generation, PreTrainedModel, GenerationMixin): 
         m = self.memory_config.num_memory
         positions = torch.tensor(chunks)[:, None] * m + torch.arange(m)
         like = torch.empty(0, dtype=memory[0].dtype, device=self.device)  # the table is where the tokens are
-        rotary = self.base.model.rotary_emb(like, moved(positions, self.device))
+        far = far_rows(self.config, [m], 0)  # whoever reads slots
+        rotary = rotary_tables(self.base, like, moved(positions, self.device), far)
         keys, values = [], []
         layers: Iterator[Any] = zip(self.decoder_layers, self.decoder.layers, memory, strict=True)
         for layer, pair, slots in layers:
             k, v = keys_and_values(layer.self_attn, pair, slots, seeds)
-            rotary = [moved(r, k.device) for r in rotary]
+            rotary = tuple(moved(r, k.device) for r in rotary)
             keys.append(rotate(layer.self_attn, k.transpose(1, 2), rotary))
             values.append(v.transpose(1, 2))
         return keys, values
