@@ -24,6 +24,7 @@ from uiollms.fitness import eos_fault, narrow_window
 from uiollms.flash import check_request
 from uiollms.loading import load_causal_lm, load_config, load_tokenizer_for
 from uiollms.model import MemoryLM
+from uiollms.packaged import local_path  # noqa: F401  # imported from here by others, as in 0.1
 from uiollms.placement import place
 from uiollms.positions import num_positions, rope_fault
 from uiollms.refusals import Faults
