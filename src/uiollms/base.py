@@ -24,7 +24,7 @@ from uiollms.fitness import eos_fault, narrow_window, smallest_window, window_of
 from uiollms.lora import LoRA, dropout_seeds
 from uiollms.memory import Prefix
 from uiollms.positions import far_rows, num_positions, positions_said, rope_fault, rotary_tables
-from uiollms.skeleton import sharded
+from uiollms.skeleton import offloaded, sharded
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # SmolLM2 is a llama
 Front = Prefix | SharedPrefix  # what is in front of a decoder call's own tokens
@@ -236,7 +236,7 @@ def promote_norms(base: nn.Module) -> None:
     for parent in list(base.modules()):
         for name, child in parent.named_children():
             if type(child).__name__.endswith("RMSNorm"):
-                if child.weight.is_meta:
+                if offloaded(child):
                     raise ValueError(
                         "a float64 base whose weights are offloaded is not supported; load it in float32 or bfloat16"
                     )
