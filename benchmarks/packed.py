@@ -22,7 +22,7 @@ from uiollms.devices import device_of, moved
 from uiollms.loss import linear_losses
 from uiollms.memory import Prefix, join_slots
 from uiollms.model import LayerMemory, MemoryLM
-from uiollms.step import empty_prefix
+from uiollms.passes import empty_prefix
 
 
 class Memories(NamedTuple):

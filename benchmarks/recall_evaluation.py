@@ -21,7 +21,7 @@ from torch import Tensor
 from benchmarks import packed
 from benchmarks.recall_data import Corpus
 from uiollms.model import MemoryLM
-from uiollms.step import empty_prefix
+from uiollms.passes import empty_prefix
 
 MODES = ("window", "shuffled", "own", "recent", "raw")
 

@@ -23,14 +23,15 @@ def inputs(heads=4, kv_heads=2, rows=3, length=9, slots=8, size=8):
     return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 
-def joined(query, key, value, memory_key, memory_value, num_slots, scaling):
+def joined(query, key, value, memory_key, memory_value, num_slots, scaling, first_slots=None):
     """The slow twin: every row its own copy of the memory, one attention over all keys, a mask."""
     rows, groups = len(query), query.shape[1] // key.shape[1]
+    last = max(first + count for first, count in zip(first_slots or [0] * rows, num_slots, strict=True))
     keys, values = (
-        torch.cat([memory[:, :, : max(num_slots)].expand(rows, -1, -1, -1), own], dim=2).repeat_interleave(groups, dim=1)
+        torch.cat([memory[:, :, :last].expand(rows, -1, -1, -1), own], dim=2).repeat_interleave(groups, dim=1)
         for memory, own in ((memory_key, key), (memory_value, value))
     )
-    mask = decoder_mask(num_slots, 0, query.shape[2], query.device)
+    mask = decoder_mask(num_slots, 0, query.shape[2], query.device, first_slots=first_slots)
     return F.scaled_dot_product_attention(query, keys, values, mask, scale=scaling)
 
 
@@ -43,18 +44,32 @@ def together(request, monkeypatch):
 
 @pytest.mark.parametrize("num_slots", [(128, 136, 144), (136, 128, 128), (130,), (0, 8), (0, 0), (100, 200), (300, 300)])
 def test_every_row_reads_every_slot_that_it_sees_once(num_slots):
-    seen = [[slots for rows, slots in calls(num_slots) if row in range(rows.start, rows.stop)] for row in range(len(num_slots))]
+    parts_of_all = list(calls(num_slots, [0] * len(num_slots)))
+    seen = [[slots for rows, slots in parts_of_all if row in range(rows.start, rows.stop)] for row in range(len(num_slots))]
     for count, parts in zip(num_slots, seen, strict=True):
         assert [slot for part in parts for slot in range(part.start, part.stop)] == list(range(count))
     alike = len(num_slots) > 1 and min(num_slots) >= 128
-    assert any(rows.stop - rows.start == len(num_slots) for rows, _ in calls(num_slots)) == (alike or num_slots == (130,))
+    assert any(rows.stop - rows.start == len(num_slots) for rows, _ in parts_of_all) == (alike or num_slots == (130,))
 
 
-@pytest.mark.parametrize("num_slots", [(8, 8, 8), (2, 5, 8), (0, 3, 6), (1, 0, 0)])
+DOCUMENTS = [((4, 4, 2), (0, 0, 6)), ((3, 4, 4), (0, 4, 4)), ((2, 0, 3), (1, 5, 5))]  # num_slots, first_slots
+
+
+def test_rows_of_several_documents_share_calls_within_their_own():
+    slots, first = (128, 136, 8, 130, 130), (0, 0, 136, 144, 144)
+    found = [(rows.start, rows.stop, part.start, part.stop) for rows, part in calls(slots, first)]
+    shared = [(0, 2, 0, 128), (1, 2, 128, 136), (2, 3, 136, 144), (3, 5, 144, 274)]
+    assert found == shared
+
+
+@pytest.mark.parametrize(
+    "num_slots, first_slots", [*((n, None) for n in [(8, 8, 8), (2, 5, 8), (0, 3, 6), (1, 0, 0)]), *DOCUMENTS]
+)
 @pytest.mark.parametrize("heads", [(4, 2), (3, 3), (4, 1)])
-def test_values_and_gradients_are_those_of_one_softmax(num_slots, heads, together):
+def test_values_and_gradients_are_those_of_one_softmax(num_slots, first_slots, heads, together):
     tensors = inputs(*heads)
-    expected, found = joined(*tensors, num_slots, 0.3), behind(*tensors, num_slots, 0.3)
+    expected = joined(*tensors, num_slots, 0.3, first_slots)
+    found = behind(*tensors, num_slots, 0.3, first_slots=first_slots)
     assert relative_error(found, expected) < EXACT
     arriving = torch.randn_like(expected)
     for a, b in zip(*(torch.autograd.grad(out, tensors, arriving) for out in (found, expected)), strict=True):
@@ -78,19 +93,22 @@ class Noted:
         self.rows[row] = grads
 
 
-@pytest.mark.parametrize("num_slots", [(2, 0, 8), (3, 3, 6), (8, 8, 8)])
-def test_a_receiver_gets_the_gradients_and_autograd_none(num_slots, together):
+@pytest.mark.parametrize("num_slots, first_slots", [((2, 0, 8), None), ((3, 3, 6), None), ((8, 8, 8), None), *DOCUMENTS[:2]])
+def test_a_receiver_gets_the_gradients_and_autograd_none(num_slots, first_slots, together):
     *own, memory_key, memory_value = inputs()
-    singled = {0: torch.tensor([1]), 2: torch.tensor([0, 2, 5])}
+    last = first_slots[2] if first_slots else 0
+    singled = {0: torch.tensor([1]), 2: last + torch.tensor([0, 1] if first_slots else [0, 2, 5])}
     receiver = Noted((memory_key, memory_value), singled)
-    out = behind(*own, memory_key, memory_value, num_slots, 0.3, receiver)
+    out = behind(*own, memory_key, memory_value, num_slots, 0.3, receiver, first_slots)
     arriving = torch.randn_like(out)
     assert torch.autograd.grad(out, [memory_key], arriving, allow_unused=True, retain_graph=True) == (None,)
     assert sorted(receiver.rows) == sorted(singled)
     total = [torch.zeros_like(memory_key), torch.zeros_like(memory_value)]
     for row in range(3):
         part = slice(row, row + 1)
-        alone = joined(*(t[part] for t in own), memory_key, memory_value, [num_slots[row]], 0.3)
+        alone = joined(
+            *(t[part] for t in own), memory_key, memory_value, [num_slots[row]], 0.3, first_slots and [first_slots[row]]
+        )
         for i, memory in enumerate((memory_key, memory_value)):
             (expected,) = torch.autograd.grad(alone, memory, arriving[part], retain_graph=True)
             total[i] += expected

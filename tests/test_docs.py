@@ -25,7 +25,7 @@ ORDER = """
     data.hub data.beacons data.corpora_text data.corpora_own data.corpora_tasks data.mixture data lora products loss attention
     skeleton flash apart positions memory padding library usage generation base streaming model pretend_kernels pretend placement
     packaged loading pretrained tasks
-    flops estimators kv_gradients step evaluate samples retrieval results evaluation training checkpoint
+    flops estimators kv_gradients passes step evaluate samples retrieval results evaluation training checkpoint
     saving checks run_state metrics
     attention_mass views views.tables views.plots views.curves run cli plan dry_run convert lm_eval_command harness
     views.folder views.page report data.__main__ study.gradients study.cost study.tables study.learning study.recall study

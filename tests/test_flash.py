@@ -6,6 +6,7 @@
 import sys
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
+from itertools import accumulate
 from types import ModuleType
 
 import pytest
@@ -213,26 +214,28 @@ def test_the_encoder(kernel, num_memory):
 
 
 @pytest.mark.parametrize("slots, past, length", [([1, 2], 0, 2), ([0, 3, 1], 4, 3), ([2, 2], 3, 2), ([0], 2, 3), ([4, 0], 2, 1)])
-def test_rows_are_the_decoder_mask(kernel, slots, past, length):
+@pytest.mark.parametrize("documents", [False, True])
+def test_rows_are_the_decoder_mask(kernel, slots, past, length, documents):
     """Values and gradients of one attention, 4 heads over 2 key/value heads."""
-    rows, keys = len(slots), max(slots) + past + length
+    first = list(accumulate(slots[:-1], initial=0)) if documents else [0] * len(slots)  # one behind the other
+    rows, keys = len(slots), max(map(sum, zip(first, slots, strict=True))) + past + length
     shapes = (rows, 4, length, 8), (rows, 2, keys, 8), (rows, 2, keys, 8)
     tensors = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
-    seen = flash.Rows.of(slots, past, length, torch.device("cpu"))
+    seen = flash.Rows.of(slots, first, past, length, torch.device("cpu"))
     found, _ = attention.attend(None, *tensors, None, 8**-0.5, seen)
     query, key, value = tensors
     expected = F.scaled_dot_product_attention(
         query,
         key.repeat_interleave(2, 1),
         value.repeat_interleave(2, 1),
-        decoder_mask(slots, past, length, seen.device),
+        decoder_mask(slots, past, length, seen.device, first_slots=first),
         is_causal=keys == length > 1,
     ).transpose(1, 2)
     assert relative_error(found, expected) < PROVEN
     of = torch.randn_like(found)
     pairs = zip(torch.autograd.grad(found, tensors, of), torch.autograd.grad(expected, tensors, of), strict=True)
     assert all(relative_error(*pair) < PROVEN for pair in pairs)
-    assert [name for name, _ in kernel.calls] == ["varlen" if len(set(slots)) > 1 else "dense"]
+    assert [name for name, _ in kernel.calls] == ["varlen" if len(set(slots)) > 1 or any(first) else "dense"]
 
 
 @torch.no_grad()

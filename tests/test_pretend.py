@@ -11,10 +11,11 @@ import uiollms
 from uiollms import MemoryLM, Sample
 from uiollms.base import layer_device
 from uiollms.config import MemoryConfig, load_env_config, load_memory_config
+from uiollms.passes import encode_all, project_all
 from uiollms.placement import CPU, resolved, send
 from uiollms.pretend import HOST, Pretend, PretendError
 from uiollms.pretrained import KNOWN_SHAPES
-from uiollms.step import KVGradients, encode_all, project_all
+from uiollms.step import KVGradients
 
 ROOT = Path(__file__).parent.parent
 GPUS = [torch.device("cuda", i) for i in range(2)]

@@ -15,18 +15,8 @@ import uiollms
 from uiollms import MemoryConfig, Sample, base
 from uiollms.estimators import Estimator, Importance, all_pairs, inclusion_probabilities, systematic_sample, window_from_draws
 from uiollms.memory import Prefix, join_slots
-from uiollms.step import (
-    check_sample,
-    chunk_norms,
-    chunks_with_gradient,
-    decode_rows,
-    empty_slots,
-    encode_all,
-    project_all,
-    remember_all,
-    row_weights,
-    teach,
-)
+from uiollms.passes import check_sample, decode_rows, empty_slots, encode_all, project_all, remember_all, teach
+from uiollms.step import chunk_norms, chunks_with_gradient, row_weights
 from uiollms.tasks import Row
 
 PROVEN = 1e-10

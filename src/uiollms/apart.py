@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
 from typing import Any, Protocol
 
 import torch
@@ -78,11 +79,12 @@ def attends_apart(base: Any) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Apart:
-    """Row b sees its first `num_slots[b]` slots of `prefix`, causal among its `length` own tokens;
+    """Row b sees `num_slots[b]` slots of `prefix` from number `first_slots[b]` on, causal among its `length` own tokens;
     with a `window` it sees only so many tokens, the last (an `attention.Seen`)."""
 
     prefix: SharedPrefix
     num_slots: tuple[int, ...]
+    first_slots: tuple[int, ...]
     length: int
     device: torch.device
     window: int | None = None
@@ -92,7 +94,7 @@ class Apart:
 
     @cached_property
     def mask(self) -> Tensor | None:
-        return decoder_mask(self.num_slots, 0, self.length, self.device, self.window)
+        return decoder_mask(self.num_slots, 0, self.length, self.device, self.window, self.first_slots)
 
     def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """[B, N, T, K], twice [B, H, T, K] (where the memory does not lie apart [B, H, M + T, K]) -> [B, T, N, K]"""
@@ -102,7 +104,8 @@ class Apart:
         if not apart or self.window is not None:
             return sdpa(module, query, key, value, self.mask, scaling)
         memory = self.prefix.keys[layer], self.prefix.values[layer]
-        return behind(query, key, value, *memory, self.num_slots, scaling, self.prefix.receiver(layer)).transpose(1, 2)
+        rest = self.num_slots, scaling, self.prefix.receiver(layer), self.first_slots
+        return behind(query, key, value, *memory, *rest).transpose(1, 2)
 
 
 def behind(
@@ -114,17 +117,20 @@ def behind(
     num_slots: Sequence[int],
     scaling: float,
     receiver: Receiver | None = None,
+    first_slots: Sequence[int] | None = None,
 ) -> Tensor:
-    """Queries [B, N, T, K] on their own keys and values [B, H, T, K], causal, and on the first `num_slots[b]` of the memory's
-    [1, H, M, K] -> [B, N, T, K]. With a `receiver` the memory's gradients go to it, and nowhere else."""
-    return _Behind.apply(query, key, value, memory_key, memory_value, num_slots, scaling, receiver)
+    """Queries [B, N, T, K] on their own keys and values [B, H, T, K], causal, and on `num_slots[b]` of the memory's
+    [1, H, M, K] from number `first_slots[b]` on (by default 0) -> [B, N, T, K]. With a `receiver` the memory's gradients go to it, and
+    nowhere else."""
+    parts = list(calls(num_slots, first_slots or [0] * len(num_slots)))
+    return _Behind.apply(query, key, value, memory_key, memory_value, parts, scaling, receiver)
 
 
 class _Behind(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, memory_key, memory_value, num_slots, scaling, receiver):  # type: ignore[no-untyped-def]
+    def forward(ctx, query, key, value, memory_key, memory_value, parts, scaling, receiver):  # type: ignore[no-untyped-def]
         out, lse = _kernel(query, key, value, 0.0, True, scale=scaling)
-        for rows, slots in calls(num_slots):
+        for rows, slots in parts:
             read = _kernel(stacked(query[rows]), memory_key[:, :, slots], memory_value[:, :, slots], scale=scaling)
             count = rows.stop - rows.start
             read_out, read_lse = unstacked(read[0], count), unstacked(read[1][..., None], count)[..., 0]
@@ -132,13 +138,13 @@ class _Behind(torch.autograd.Function):
             out[rows].lerp_(read_out, share[..., None].to(out.dtype))
             torch.logaddexp(lse[rows], read_lse, out=lse[rows])
         ctx.save_for_backward(query, key, value, memory_key, memory_value, out, lse)
-        ctx.rest = num_slots, scaling, receiver
+        ctx.rest = parts, scaling, receiver
         return out
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         query, key, value, memory_key, memory_value, out, lse = ctx.saved_tensors
-        num_slots, scaling, receiver = ctx.rest
+        parts, scaling, receiver = ctx.rest
 
         def read(rows: slice, slots: slice | Tensor) -> tuple[Tensor, Tensor, Tensor]:
             queries = (stacked(x[rows]) for x in (grad, query))
@@ -149,9 +155,9 @@ class _Behind(torch.autograd.Function):
         own: list[Tensor | None] = [None, None, None]
         if any(ctx.needs_input_grad[:3]):  # not in a layer below which nothing is trained
             own = list(_kernel_backward(grad, query, key, value, out, lse, 0.0, True, scale=scaling))
-        wanted = [receiver and receiver.singled_out(row) for row in range(len(num_slots))]
+        wanted = [receiver and receiver.singled_out(row) for row in range(len(query))]
         total = [] if receiver else [torch.zeros_like(memory_key), torch.zeros_like(memory_value)]
-        for rows, slots in calls(num_slots):
+        for rows, slots in parts:
             queries, *grads = read(rows, slots)
             if own[0] is not None:
                 own[0][rows] += unstacked(queries, rows.stop - rows.start)
@@ -159,8 +165,9 @@ class _Behind(torch.autograd.Function):
                 receiver.of_all(slots, *grads)
             for sum_of_rows, arrived in zip(total, grads, strict=False):
                 sum_of_rows[:, :, slots] += arrived
-            if rows.stop - rows.start == 1 and slots.start == 0 and wanted[rows.start] is not None:  # this row reads alone
-                receiver.of_one(rows.start, *(grad[:, :, wanted[rows.start]] for grad in grads))
+            few = wanted[rows.start] if rows.stop - rows.start == 1 else None
+            if few is not None and few[0] >= slots.start:  # this row reads all that it sees alone
+                receiver.of_one(rows.start, *(grad[:, :, few - slots.start] for grad in grads))
                 wanted[rows.start] = None
         for row, few in enumerate(wanted):
             if few is not None:
@@ -168,18 +175,22 @@ class _Behind(torch.autograd.Function):
         return *own, *(total or (None, None)), None, None, None
 
 
-def calls(num_slots: Sequence[int]) -> Iterator[tuple[slice, slice]]:
-    """Which rows read which slots in one call of the kernel: all together those that all see, if these are many, and each row the
-    others that it sees.
+def calls(num_slots: Sequence[int], first_slots: Sequence[int]) -> Iterator[tuple[slice, slice]]:
+    """Which rows read which slots in one call of the kernel: neighbours that begin at the same slot, as the rows of a document
+    do, together those that they all see, if these are many, and each row the others that it sees.
 
-    128, 136 -> rows 0, 1 slots 0 .. 127 | row 1 slots 128 .. 135
+    num_slots 128 136 8, first_slots 0 0 136 -> rows 0, 1 slots 0 .. 127 | row 1 slots 128 .. 135 | row 2 slots 136 .. 143
     """
-    together = min(num_slots) if len(num_slots) > 1 and min(num_slots) >= TOGETHER else 0
-    if together:
-        yield slice(0, len(num_slots)), slice(0, together)
-    for row, count in enumerate(num_slots):
-        if count > together:
-            yield slice(row, row + 1), slice(together, count)
+    start = 0
+    for first, group in groupby(first_slots):
+        rows = range(start, start := start + len(list(group)))
+        fewest = min(num_slots[row] for row in rows)
+        together = fewest if len(rows) > 1 and fewest >= TOGETHER else 0
+        if together:
+            yield slice(rows.start, rows.stop), slice(first, first + together)
+        for row in rows:
+            if num_slots[row] > together:
+                yield slice(row, row + 1), slice(first + together, first + num_slots[row])
 
 
 def stacked(rows: Tensor) -> Tensor:

@@ -73,24 +73,28 @@ def decoder_mask(
     length: int,
     device: torch.device,
     window: int | None = None,
+    first_slots: Sequence[int] | None = None,
 ) -> Tensor | None:
-    """[B or 1, 1, T, M + past + T] bool, M = max(num_slots): row b sees its first `num_slots[b]` slots, the `local_past`
-    tokens of its chunk that came in earlier calls, and is causal among its T new tokens. In a layer
+    """[B or 1, 1, T, M + past + T] bool: row b sees `num_slots[b]` slots from number `first_slots[b]` on (by default 0), the
+    `local_past` tokens of its chunk that came in earlier calls, and is causal among its T new tokens; M slots are in front,
+    the last that any row sees is the last. In a layer
     with a sliding window a token sees only the last `window` tokens, itself included, and all
     slots: memory is not behind the window.
 
     num_slots [1, 2], past 0, T 2 ->  row 0   1 0 | 1 0    row 1   1 1 | 1 0
                                               1 0 | 1 1            1 1 | 1 1
     """
-    widest = max(num_slots)
+    first_slots = first_slots or [0] * len(num_slots)
+    widest = max(map(sum, zip(first_slots, num_slots, strict=True)))
     window = window if window is not None and window < local_past + length else None
-    if len(set(num_slots)) == 1:  # nothing to hide in front
+    if len({*num_slots, widest}) == 1:  # nothing to hide in front
         if window is None and (widest + local_past == 0 or length == 1):
             return None
         front = torch.ones(1, 1, length, widest, dtype=torch.bool, device=device)
     else:
-        slots = moved(torch.tensor(num_slots), device)
-        front = (torch.arange(widest, device=device) < slots[:, None])[:, None, None].expand(-1, -1, length, -1)
+        first, count = moved(torch.tensor([first_slots, num_slots]), device)[..., None]
+        place = torch.arange(widest, device=device) - first  # [B, M]
+        front = ((place >= 0) & (place < count))[:, None, None].expand(-1, -1, length, -1)
     local = torch.ones(length, local_past + length, dtype=torch.bool, device=device).tril(local_past)
     if window is not None:
         local = local.triu(local_past - window + 1)

@@ -26,7 +26,7 @@ from uiollms.attention import decoder_mask
 from uiollms.config import TEXT_TASKS, ConfigError, EnvConfig, load_tasks
 from uiollms.evaluation import evaluation_documents
 from uiollms.model import MemoryLM
-from uiollms.step import remember_all
+from uiollms.passes import remember_all
 from uiollms.tasks import Sample
 
 Progress = Callable[[Sequence[Any]], Iterable[Any]]

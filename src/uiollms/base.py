@@ -115,22 +115,28 @@ def beside_chunks(base: Any, hidden: Tensor, config: MemoryConfig) -> Beside:
 
 
 def beside_rows(
-    base: Any, hidden: Tensor, num_slots: Sequence[int], local_past: int, prefix: Front, seen: Seen | None = None
+    base: Any,
+    hidden: Tensor,
+    num_slots: Sequence[int],
+    local_past: int,
+    prefix: Front,
+    first_slots: Sequence[int] | None = None,
+    seen: Seen | None = None,
 ) -> Beside:
-    """For decoder layers on [B, T, D] behind `num_slots` slots and `local_past` tokens of the same chunk, in `prefix`. seen: in
-    place of the usual one."""
+    """For decoder layers on [B, T, D] behind `num_slots` slots, from number `first_slots` on (by default 0), and `local_past`
+    tokens of the same chunk, in `prefix`. seen: in place of the usual one."""
+    first_slots = first_slots or [0] * len(num_slots)
     length, device = hidden.shape[1], hidden.device
     positions = decoder_positions(num_slots, length, device) + local_past
-    size = num_slots, local_past, length, device
     far = far_rows(base.config, num_slots, local_past + length)
     rotary = rotary_tables(base, hidden, positions, far)
 
     def usual(window: int | None) -> Seen:
         if flash.asked(base):
-            return flash.Rows.of(*size, window)
+            return flash.Rows.of(num_slots, first_slots, local_past, length, device, window)
         if isinstance(prefix, SharedPrefix) and prefix.apart:
-            return Apart(prefix, tuple(num_slots), length, device, window)
-        return Masked(decoder_mask(*size, window))
+            return Apart(prefix, tuple(num_slots), tuple(first_slots), length, device, window)
+        return Masked(decoder_mask(num_slots, local_past, length, device, window, first_slots))
 
     if seen is not None:
         return Beside(positions, rotary, seen)

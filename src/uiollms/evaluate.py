@@ -25,7 +25,7 @@ from uiollms.kv_gradients import batched
 from uiollms.loss import linear_losses
 from uiollms.memory import Prefix
 from uiollms.model import MemoryLM
-from uiollms.step import check_sample, decode_scored, empty_prefix, remember_all, taught_at, teach
+from uiollms.passes import check_sample, decode_scored, empty_prefix, remember_all, taught_at, teach
 from uiollms.tasks import PROTOCOLS, Row, Sample
 
 

@@ -79,8 +79,8 @@ def check_request(implementation: str | None, where: str, dtype: torch.dtype, de
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The decoder's: row b sees its first `num_slots[b]` of the M = max(num_slots) slots in front, `local_past` tokens of its
-    chunk, and is causal among its `length` new tokens; with a `window` it sees only so many tokens
+    """The decoder's: row b sees `num_slots[b]` of the M slots in front from number `first_slots[b]` on, `local_past` tokens of
+    its chunk, and is causal among its `length` new tokens; with a `window` it sees only so many tokens
     of its chunk, the last.
 
     starts: where each row's queries and keys begin when rows lie packed behind each other, [B + 1] int32 each; None where all
@@ -88,6 +88,7 @@ class Rows:
     """
 
     num_slots: tuple[int, ...]
+    first_slots: tuple[int, ...]
     local_past: int
     length: int
     device: torch.device
@@ -98,17 +99,18 @@ class Rows:
     def of(
         cls,
         num_slots: Sequence[int],
+        first_slots: Sequence[int],
         local_past: int,
         length: int,
         device: torch.device,
         window: int | None = None,
     ) -> Rows:
         starts = None
-        if len(set(num_slots)) > 1:
+        if len(set(num_slots)) > 1 or any(first_slots):
             keys = list(accumulate((slots + local_past + length for slots in num_slots), initial=0))
             queries = range(0, (len(num_slots) + 1) * length, length)
             starts = moved(torch.tensor(queries, dtype=torch.int32), device), moved(torch.tensor(keys, dtype=torch.int32), device)
-        return cls(tuple(num_slots), local_past, length, device, starts, window)
+        return cls(tuple(num_slots), tuple(first_slots), local_past, length, device, starts, window)
 
     def to(self, device: torch.device) -> Rows:
         if device == self.device:
@@ -118,7 +120,7 @@ class Rows:
 
     @cached_property
     def mask(self) -> Tensor | None:
-        return decoder_mask(self.num_slots, self.local_past, self.length, self.device, self.window)
+        return decoder_mask(self.num_slots, self.local_past, self.length, self.device, self.window, self.first_slots)
 
     def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """[B, N, T, K], twice [B, H, S, K] -> [B, T, N, K]"""
@@ -144,11 +146,10 @@ class Rows:
     def visible(self, kv: Tensor) -> Tensor:
         """[B, H, S, K] -> what each row sees, row behind row: [sum of the rows' keys, H, K]. Cut with views and joined once:
         an index of places would make the CPU wait, and its backward would add up in no fixed order."""
-        widest, own = max(self.num_slots), self.local_past + self.length
+        own = self.local_past + self.length
         parts = []
-        for row, slots in zip(kv.transpose(1, 2).unbind(), self.num_slots, strict=True):
-            seen, _, last = row.split([slots, widest - slots, own])
-            parts += [seen, last]
+        for row, first, slots in zip(kv.transpose(1, 2).unbind(), self.first_slots, self.num_slots, strict=True):
+            parts += [row[first : first + slots], row[len(row) - own :]]
         return torch.cat(parts)
 
 

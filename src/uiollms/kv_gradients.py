@@ -44,7 +44,8 @@ class KVGradients:
         self.num_memory = num_memory
         self.weights = weights  # [N, at least C]
         self.needed = list(needed)
-        all_ones = all(bool((weights[t, : row.num_memories] == 1).all()) for t, row in enumerate(sample.rows))
+        self.chunk_numbers = sample.chunk_numbers
+        all_ones = all(bool((weights[t, row.memories.start : row.memories.stop] == 1).all()) for t, row in enumerate(sample.rows))
         self.total = [torch.zeros_like(kv, dtype=self.dtype, requires_grad=False) for kv in self.leaves]
         self.weighted = self.total
         if not all_ones:
@@ -53,7 +54,7 @@ class KVGradients:
 
     def prefix(self, batch: Sequence[int], rows: Sequence[Row], apart: bool) -> Leaves:
         """What a batch of rows reads: the slots that any of them sees, one set for all (who sees which is said elsewhere)."""
-        return Leaves(self, batch, [row.num_memories for row in rows], apart)
+        return Leaves(self, batch, [row.memories for row in rows], apart)
 
     def backward_projection(
         self, model: MemoryLM, memory: LayerMemory, division: Division, wanted: Sequence[int], seeds: Sequence[int] | None
@@ -90,7 +91,8 @@ class KVGradients:
     ) -> list[Tensor]:
         """The keys, then the values, of some of this process's chunks, with their graph."""
         with torch.enable_grad():
-            keys, values = model.project(memory, [division.own[i] for i in batch], pick(seeds, batch))
+            numbers = [self.chunk_numbers[division.own[i]] for i in batch]
+            keys, values = model.project(memory, numbers, pick(seeds, batch))
         return [*keys, *values]
 
     def _to_owner(self, grad: Tensor, division: Division, wanted: Sequence[int]) -> Tensor:
@@ -120,22 +122,22 @@ class Share(NamedTuple):
 
 
 class Leaves(SharedPrefix):
-    """The leaves in front of a batch of rows whose gradients go to the sums. memories: how many each row reads."""
+    """The leaves in front of a batch of rows whose gradients go to the sums. memories: which chunks' each row reads."""
 
-    def __init__(self, sums: KVGradients, batch: Sequence[int], memories: Sequence[int], apart: bool) -> None:
+    def __init__(self, sums: KVGradients, batch: Sequence[int], memories: Sequence[range], apart: bool) -> None:
         half = len(sums.leaves) // 2
         super().__init__(sums.leaves[:half], sums.leaves[half:], apart)
-        self.sums, self.rows, self.slots = sums, len(batch), max(memories) * sums.num_memory
+        self.sums, self.rows, self.slots = sums, len(batch), max(read.stop for read in memories) * sums.num_memory
         self.shares: dict[torch.device, list[Share | None]] = {}
         if sums.weighted is not sums.total:
-            shares = [self._share(row, count) for row, count in zip(batch, memories, strict=True)]
+            shares = [self._share(row, read) for row, read in zip(batch, memories, strict=True)]
             for device in {leaf.device for leaf in sums.leaves}:
                 self.shares[device] = [share and share.to(device) for share in shares]
 
-    def _share(self, row: int, memories: int) -> Share | None:
-        """Of the sample's row number `row`, which reads so many memories."""
+    def _share(self, row: int, memories: range) -> Share | None:
+        """Of the sample's row number `row`, which reads these chunks' memories."""
         m, weights = self.sums.num_memory, self.sums.weights[row].tolist()
-        read = [(place, chunk) for place, chunk in enumerate(self.sums.needed) if chunk < memories and weights[chunk]]
+        read = [(place, chunk) for place, chunk in enumerate(self.sums.needed) if chunk in memories and weights[chunk]]
         if not read:
             return None
         places, chunks = torch.tensor(read).T

@@ -229,13 +229,16 @@ class MemoryLM(Usage, Streaming, Generation, PreTrainedModel, GenerationMixin): 
         num_slots: Sequence[int],
         local_past: int = 0,
         repeat: Tensor | None = None,
+        first_slots: Sequence[int] | None = None,
         seen: Seen | None = None,
     ) -> Tensor:
         """[B, T] tokens behind `prefix` -> normed hidden states [B, T, D], ready for the LM head.
 
         num_slots: how many of the prefix's slots each row sees, also the position of the row's chunk start;
         local_past: tokens of the same chunk already in the prefix; repeat: [B] bool, rows whose first token is replaced
-        by the `repeat_token` embedding; seen: what attends, in place of what is chosen for `prefix` and base.
+        by the `repeat_token` embedding; first_slots: the number of the first slot that each row sees, where it is not 0,
+        as for the later ones of several documents whose memories stand behind each other; seen: what attends, in place of
+        what is chosen for `prefix` and base.
         Ordinary tokens go through the frozen weights only.
         """
         hidden = self.base.model.embed_tokens(moved(input_ids, self.device))
@@ -244,7 +247,7 @@ class MemoryLM(Usage, Streaming, Generation, PreTrainedModel, GenerationMixin): 
                 moved(repeat, self.device)[:, None], self.decoder.get_parameter("repeat_token")[0].to(hidden), hidden[:, 0]
             )
             hidden = torch.cat([start[:, None], hidden[:, 1:]], dim=1)
-        beside = beside_rows(self.base, hidden, num_slots, local_past, prefix, seen)
+        beside = beside_rows(self.base, hidden, num_slots, local_past, prefix, first_slots, seen)
         for layer in self.decoder_layers:
             beside = beside.to(layer_device(layer))
             run = partial(run_layer, layer, beside=beside, prefix=prefix)

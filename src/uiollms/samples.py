@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from uiollms.config import ConfigError
 from uiollms.data import Document, NewsDocument, TokenDocument
 from uiollms.model import MemoryLM
+from uiollms.passes import check_sample, check_teacher
 from uiollms.positions import num_positions
-from uiollms.step import check_sample, check_teacher
 from uiollms.tasks import PROTOCOLS, Sample
 from uiollms.tokens import (
     LONGEST_TOKEN,

@@ -19,9 +19,9 @@ IGNORED = -100  # transformers' label for "not scored"
 class Row:
     """One decoder call. input_ids [T] int64; targets [T] int64: the token that each position must predict, -100 where
     nothing is scored; token_weights [T] float64: the weight of that position's NLL in the sample's loss;
-    num_memories: how many of the sample's chunks, from the first, it reads; start: the place of its first token in the
-    document; repeat: its first token is replaced by the `repeat_token` embedding; teacher: (which of the sample's teacher
-    texts, where in it) the row's first token stands, for losses with a teacher."""
+    num_memories: how many of the sample's chunks, from number `first_memory` on, it reads; start: the place of its first
+    token in the document; repeat: its first token is replaced by the `repeat_token` embedding; teacher: (which of the
+    sample's teacher texts, where in it) the row's first token stands, for losses with a teacher."""
 
     input_ids: Tensor
     targets: Tensor
@@ -30,6 +30,12 @@ class Row:
     start: int = 0
     repeat: bool = False
     teacher: tuple[int, int] = (0, 0)
+    first_memory: int = 0
+
+    @property
+    def memories(self) -> range:
+        """The numbers of the chunks whose memories it reads."""
+        return range(self.first_memory, self.first_memory + self.num_memories)
 
     @property
     def scored(self) -> Tensor:
@@ -43,12 +49,44 @@ class Sample:
     is the sum over all rows of token weight * NLL (nats).
 
     With `teachers`, token texts [T'] that the base reads raw, without memory, NLL is replaced by
-    (1 - kl_weight) * NLL + kl_weight * KL(teacher || student)."""
+    (1 - kl_weight) * NLL + kl_weight * KL(teacher || student).
+
+    documents: how many of the chunks, in order, each document has, where the sample holds several (see `joined`)."""
 
     chunks: Tensor
     rows: tuple[Row, ...]
     teachers: tuple[Tensor, ...] = ()
     kl_weight: float = 0.0
+    documents: tuple[int, ...] = ()
+
+    @classmethod
+    def joined(cls, samples: Sequence[Sample]) -> Sample:
+        """Several samples with one `kl_weight` as one, whose loss is the sum of theirs: chunks, rows and teachers behind each
+        other, every row still reading its own document's memories.
+
+        chunks [0 1] [2 3] and [7 8], a row each that reads all -> chunks [0 1] [2 3] [7 8], rows reading chunks 0, 1 and 2
+        """
+        chunks = texts = 0
+        rows: list[Row] = []
+        for sample in samples:
+            assert sample.kl_weight == samples[0].kl_weight
+            rows += [
+                replace(row, first_memory=chunks + row.first_memory, teacher=(texts + row.teacher[0], row.teacher[1]))
+                for row in sample.rows
+            ]
+            chunks, texts = chunks + len(sample.chunks), texts + len(sample.teachers)
+        return cls(
+            torch.cat([sample.chunks for sample in samples]),
+            tuple(rows),
+            tuple(text for sample in samples for text in sample.teachers),
+            samples[0].kl_weight,
+            tuple(len(sample.chunks) for sample in samples),
+        )
+
+    @property
+    def chunk_numbers(self) -> list[int]:
+        """The place of every chunk in its document."""
+        return [number for count in self.documents or (len(self.chunks),) for number in range(count)]
 
     @property
     def num_scored(self) -> int:

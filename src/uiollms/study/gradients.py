@@ -21,7 +21,7 @@ from tqdm import tqdm
 from uiollms.estimators import Estimator, Exact, make_estimator
 from uiollms.memory import Prefix, join_slots
 from uiollms.model import MemoryLM
-from uiollms.step import decode_rows
+from uiollms.passes import decode_rows
 from uiollms.tasks import Sample
 
 INFINITE = 10**6  # a window wider than any document
