@@ -29,7 +29,12 @@ class Variant:
     near: int | None = None
 
 
-def frequencies(rope: dict[str, Any], size: int, positions: int, far: bool) -> tuple[list[float], float]:
+def frequencies(
+    rope: dict[str, Any],
+    size: int,
+    positions: int,
+    far: bool,
+) -> tuple[list[float], float]:
     """Radians by which one position turns each pair of a head's numbers, and what cosines and
     sines are multiplied by. rope: the config's parameters; positions: max_position_embeddings."""
     theta, factor = rope.get("rope_theta", 10000.0), rope.get("factor")
@@ -52,7 +57,8 @@ def frequencies(rope: dict[str, Any], size: int, positions: int, far: bool) -> t
         scale = positions / original if factor is None else factor
         grown = 1.0 if scale <= 1 else math.sqrt(1 + math.log(scale) / math.log(original))
         by = rope["long_factor"] if far else rope["short_factor"]
-        return [f / x for f, x in zip(plain, by, strict=True)], rope.get("attention_factor") or grown
+        found = [f / x for f, x in zip(plain, by, strict=True)]
+        return found, rope.get("attention_factor") or grown
     assert kind == "yarn"
 
     def pair_that_turns(times: float) -> float:
@@ -136,7 +142,7 @@ class Oracle:
         return torch.stack(rows) if rows else x
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, sees: list[list[bool]]) -> Tensor:
-        """[T, N, K], [S, H, K] twice -> [T, N * K]; query head n reads key/value head n // (N / H)"""
+        """[T, N, K], twice [S, H, K] -> [T, N * K]; query head n reads key head n // (N / H)"""
         outputs = []
         hidden = ~torch.tensor(sees)
         for n in range(self.heads):
@@ -146,7 +152,14 @@ class Oracle:
         return torch.cat(outputs, dim=-1)
 
     def layer(
-        self, i: int, x: Tensor, positions: Sequence[int], far: bool, sees: Any, role: Any, front: Any
+        self,
+        i: int,
+        x: Tensor,
+        positions: Sequence[int],
+        far: bool,
+        sees: list[list[bool]],
+        role: str | None,
+        front: tuple[Tensor, Tensor],
     ) -> Tensor:
         """front: keys and values that stand before the tokens' own, [M, H, K] each."""
         at = f"layers.{i}"
@@ -193,7 +206,8 @@ class Oracle:
         x = torch.cat([self.weights["model.embed_tokens.weight"][ids], token.expand(m, -1)])
         ends = [(i + 1) * (l // m) for i in range(m)]
         sees = [[k <= q for k in range(l)] + [False] * m for q in range(l)]
-        sees += [[k < end for k in range(l)] + [j == i for j in range(m)] for i, end in enumerate(ends)]
+        for i, end in enumerate(ends):
+            sees.append([k < end for k in range(l)] + [j == i for j in range(m)])
         nothing = (torch.zeros(0, self.kv_heads, self.size, dtype=torch.float64),) * 2
         found = []
         for i in range(self.shape["num_hidden_layers"]):
@@ -217,4 +231,5 @@ class Oracle:
     def stream(self, ids: Tensor) -> Tensor:
         """[T] -> logits [T, V]: every chunk behind the memories of all before it."""
         chunks = ids.split(self.memory.chunk_size)
-        return torch.cat([self.read(chunk, self.slots(chunks[:t])) for t, chunk in enumerate(chunks)])
+        rows = [self.read(chunk, self.slots(chunks[:t])) for t, chunk in enumerate(chunks)]
+        return torch.cat(rows)

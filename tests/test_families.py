@@ -49,7 +49,12 @@ VARIANTS = {
     "plain": Variant("llama"),
     "tied, heads of 6": Variant(
         "llama",
-        dict(hidden_size=36, num_attention_heads=6, num_key_value_heads=3, tie_word_embeddings=True),
+        dict(
+            hidden_size=36,
+            num_attention_heads=6,
+            num_key_value_heads=3,
+            tie_word_embeddings=True,
+        ),
     ),
     "theta": Variant("llama", rope("default", rope_theta=500.0) | dict(rms_norm_eps=1e-2)),
     "llama3": Variant("llama", rope("llama3", **LLAMA3, original_max_position_embeddings=16)),
@@ -97,7 +102,7 @@ VARIANTS = {
     ),
     "longrope, max_position_embeddings as it was": Variant(
         "qwen2",
-        rope("longrope", **LONG, factor=2.0, attention_factor=1.2, original_max_position_embeddings=64),
+        rope("longrope", **LONG, factor=2.0, attention_factor=1.2) | {BEFORE: 64},
         positions=128,
         near=64,
     ),
@@ -174,7 +179,7 @@ LONGEST = 40  # of raw texts: past every window, and what longrope calls short b
 LONG_STREAM = 53  # 12 slots and 5 tokens: past the 16 positions that longrope calls short
 
 
-# ---- the base -------------------------------------------------------------------------------------
+# ---- the base ---------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -228,7 +233,7 @@ def test_raw_text_in_rows_and_in_pieces(name):
     assert relative_error(torch.cat([first, rest], dim=1), whole) < PROVEN
 
 
-# ---- memory ---------------------------------------------------------------------------------------
+# ---- memory -----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -268,7 +273,8 @@ def test_batches_copies_and_generation(name):
     start = dict(oracle.weights)
     table = start["model.embed_tokens.weight"]
     row = torch.cat([torch.tensor([len(table)]), chunk[:-1]])
-    start["model.embed_tokens.weight"] = torch.cat([table, oracle.trained["decoder.repeat_token"].view(1, -1)])
+    repeat = oracle.trained["decoder.repeat_token"].view(1, -1)
+    start["model.embed_tokens.weight"] = torch.cat([table, repeat])
     copying = copy.copy(oracle)
     copying.weights = start | {"lm_head.weight": start.get("lm_head.weight", table)}
     expected = copying.read(row, oracle.slots([chunk]))
@@ -320,11 +326,16 @@ def test_no_call_changes_what_another_sees(name):
     model.base(random_ids(1, 3))  # back to what a short text leaves
 
 
-# ---- has the oracle teeth? --------------------------------------------------------------------------
+# ---- has the oracle teeth? --------------------------------------------------------------------
+
+
+def without(fields: dict, name: str) -> dict:
+    return {key: value for key, value in fields.items() if key != name}
+
 
 CHANGED = {
     "windows": lambda v: replace(v, windows=(None, None, None)),
-    "rope": lambda v: replace(v, config={k: x for k, x in v.config.items() if k != "rope_parameters"}),
+    "rope": lambda v: replace(v, config=without(v.config, "rope_parameters")),
 }
 
 
@@ -343,7 +354,7 @@ def test_the_oracle_tells_variants_apart(name, what):
     assert error(other.read(ids), oracle.read(ids)) > 300 * TABLES
 
 
-# ---- how far positions go, and what is refused --------------------------------------------------------
+# ---- how far positions go, and what is refused --------------------------------------------------
 
 
 def test_capacity_is_what_the_card_says(name):
@@ -401,7 +412,7 @@ REFUSED = {
     ),
     "too few factors": (
         "llama",
-        rope("longrope", **LONG | dict(long_factor=[1.0, 2.0]), original_max_position_embeddings=16),
+        rope("longrope", **LONG | dict(long_factor=[1.0, 2.0])) | {BEFORE: 16},
         "long_factor in rope_parameters must be 4 numbers > 0; correct config.json",
     ),
     "a chunk of two kinds": (
@@ -441,8 +452,14 @@ def test_what_cannot_be_right_is_refused_by_name(case):
     assert str(said.value) == fault
 
 
-@pytest.mark.parametrize("case", ["another scheme", "a chunk of two kinds", "a window without width"])
-def test_commands_refuse_it_before_anything_is_loaded(workspace, tiny_folder, capsys, monkeypatch, case):
+@pytest.mark.parametrize("case", ["no number", "a chunk of two kinds", "a window without width"])
+def test_commands_refuse_it_before_a_model_is_loaded(
+    workspace,
+    tiny_folder,
+    capsys,
+    monkeypatch,
+    case,
+):
     family, fields, expected = REFUSED[case]
     config = make_config(Variant(family, fields | dict(vocab_size=259)))
     config.save_pretrained("other")
@@ -461,8 +478,8 @@ def test_windows_of_other_kinds_do_not_matter():
     """A llama has none whatever its config holds, nor has a qwen2 whose layers all attend fully."""
     fully = SLIDING | dict(sliding_window=4, layer_types=["full_attention"] * 3)
     for family, fields in (("llama", dict(sliding_window=4)), ("qwen2", fully)):
-        base = AutoModelForCausalLM.from_config(make_config(Variant(family, fields))).double().eval()
-        model, ids = MemoryLM(base, MEMORY), random_ids(30)
+        base = AutoModelForCausalLM.from_config(make_config(Variant(family, fields)))
+        model, ids = MemoryLM(base.double().eval(), MEMORY), random_ids(30)
         with torch.no_grad():
             nll = nll_of(base(ids[None]).logits[0], ids)
         assert relative_error(score(model, ids, "document", "raw").nll, nll) < PROVEN
@@ -471,8 +488,8 @@ def test_windows_of_other_kinds_do_not_matter():
 def test_a_saved_model_and_a_plan_know_the_positions(workspace, tiny_folder):
     """Configs written as the cards say; a longrope's plan is made on pretended devices."""
     made = {
-        "qwen2": dict(rope_scaling=dict(type="yarn", factor=4.0, original_max_position_embeddings=64)),
-        "llama": dict(rope_scaling=dict(type="longrope", **LONG), original_max_position_embeddings=24),
+        "qwen2": dict(rope_scaling=dict(type="yarn", factor=4.0) | {BEFORE: 64}),
+        "llama": dict(rope_scaling=dict(type="longrope", **LONG)) | {BEFORE: 24},
     }
     for family, fields in made.items():
         # One embedding more than tokens: transformers adds a token of its own for qwen2.
@@ -491,6 +508,7 @@ def test_a_saved_model_and_a_plan_know_the_positions(workspace, tiny_folder):
         model, _ = load_memory_lm(config, "env.json")
         assert make_plan(config, "env.json").capacity == model.capacity
         assert model.capacity == model.memory_config.capacity(positions)
-        assert call("train.py", "--env_conf", "env.json", *(f"--set={s}" for s in sets), "--restart") == 0
+        flags = [f"--set={change}" for change in sets]
+        assert call("train.py", "--env_conf", "env.json", *flags, "--restart") == 0
         model.save_pretrained(f"saved-{family}", include_base=True)
         assert MemoryLM.from_pretrained(f"saved-{family}").capacity == model.capacity
