@@ -25,6 +25,7 @@ from transformers import AttentionInterface, PreTrainedTokenizerBase
 from uiollms.config import TEXT_TASKS, ConfigError, EnvConfig, load_tasks
 from uiollms.evaluate import shared_prefix
 from uiollms.evaluation import evaluation_documents
+from uiollms.integrity import replacing
 from uiollms.model import MemoryLM
 from uiollms.step import remember_all
 from uiollms.tasks import Sample
@@ -55,7 +56,8 @@ class AttentionMass:
         return self.shares[:, :, 1:].sum(2)
 
     def save(self, path: Path) -> None:
-        save_file({"shares": self.shares.contiguous()}, path, self.about)
+        with replacing(path) as work:
+            save_file({"shares": self.shares.contiguous()}, work, self.about)
 
     @classmethod
     def load(cls, path: Path) -> AttentionMass:

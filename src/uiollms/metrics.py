@@ -36,10 +36,9 @@ def peak_resident() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, but for a last one that a killed process or a full disk left without its
-    end. Raises ConfigError, with its number, for another line that is no JSON object."""
-    path = run / "metrics.jsonl"
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects in the lines of a file, but for a last one that a killed process or a full disk left
+    without its end. Raises ConfigError, with its number, for another line that is no JSON object."""
     lines = path.read_bytes().split(b"\n")
     found = []
     for number, line in enumerate(lines, start=1):
@@ -47,13 +46,18 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
             continue
         try:
             value = json.loads(line)
-        except ValueError:  # no JSON, or half a character
+        except (ValueError, RecursionError):  # no JSON, or half a character
             value = None
         if isinstance(value, dict):
             found.append(value)
         elif number < len(lines):  # the last has no line break behind it
             raise ConfigError(f"{path}: line {number} is no JSON object; remove it, or move the file away")
     return found
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, as `read_lines`."""
+    return read_lines(run / "metrics.jsonl")
 
 
 def scalars(line: dict[str, Any], protocol: str) -> Iterator[tuple[str, float]]:

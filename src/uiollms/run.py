@@ -22,15 +22,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from uiollms.board import Board
 from uiollms.checkpoint import check_target, save_weights
 from uiollms.config import ConfigError, EnvConfig, MemoryConfig
 from uiollms.distributed import World
 from uiollms.environment import device_name, environment
 from uiollms.faults import writing
-from uiollms.integrity import remove, replacing, sync
+from uiollms.integrity import (
+    clear_leftovers,
+    make_folder,
+    recover,
+    remove,
+    replace_text,
+    sync,
+    work_name,
+)
 from uiollms.json_files import as_json, finite
 from uiollms.metrics import ITERATIONS, machine_use, read_metrics, scalars
-from uiollms.own_files import FILES, LOCK, held
+from uiollms.own_files import FILES, LOCK, free_name, held, put_back, set_aside
 from uiollms.paths import run_folder
 from uiollms.run_state import (
     Record,
@@ -66,9 +75,10 @@ def open_run(
             yield Run(folder, config, compressor, None, True, stack, world)
             return
         with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             said = "another process is training in this folder; choose another train.run_dir"
             stack.enter_context(held(folder / LOCK, f"{folder}: {said}"))
+            put_back(folder)
         check_can_save(config.model.save_ckp, stack)
         yield Run(folder, config, compressor, resume, restart, stack, world)
 
@@ -78,10 +88,11 @@ def check_can_save(save_ckp: str | None, stack: ExitStack) -> None:
     if save_ckp is not None:
         with writing(save_ckp):
             path = Path(os.path.realpath(save_ckp))
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             said = "another run saves its weights here; choose another model.save_ckp"
             lock = path.with_name(f".{path.name}-lock")
             stack.enter_context(held(lock, f"{save_ckp}: {said}"))
+            recover(path)
             check_target(Path(save_ckp))
             tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-").close()
 
@@ -137,7 +148,7 @@ class Run:
         if not finished:
             raise ConfigError(
                 f"{self.folder}: holds an unfinished run, {done}{of} done; go on with --resume, or begin "
-                f"anew with --restart (its files then move to {self.free_name().name}/)"
+                f"anew with --restart (its files then move to {free_name(self.folder).name}/)"
             )
 
     def begin(self, state: TrainingState) -> None:
@@ -156,12 +167,10 @@ class Run:
         with writing(self.folder):
             newer = [path for path in saved_steps(self.checkpoints) if step_of(path) > state.iteration]
             self.set_aside(newer if going_on else [self.folder / name for name in FILES if (self.folder / name).exists()])
-            self.checkpoints.mkdir(exist_ok=True)
-            for leftover in self.checkpoints.glob(".step-*"):  # of a process that was killed
-                remove(leftover)
+            make_folder(self.checkpoints)
+            clear_leftovers(self.checkpoints)
             seconds = self.cut_metrics(state.iteration)
-            config = self.config.model_dump_json(indent=4) + "\n"
-            (self.folder / "config.json").write_text(config, encoding="utf-8")
+            replace_text(self.folder / "config.json", self.config.model_dump_json(indent=4) + "\n")
             here: dict[str, str | None] = {
                 "dtype": str(state.model.dtype),
                 "device": device_name(),
@@ -169,12 +178,9 @@ class Run:
             }
             self.environment = environment() | here
             versions = as_json(self.environment | {ITERATIONS: self.schedule.counts}, indent=4)
-            (self.folder / "versions.json").write_text(versions + "\n", encoding="utf-8")
+            replace_text(self.folder / "versions.json", versions + "\n")
             self.open_log()
-            from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=state.iteration + 1 if self.start else None)
-            self.stack.callback(self.board.close)
+        self.board = Board(self.folder / "tensorboard", state.iteration + 1 if self.start else None)
         self.began = time.time() - seconds
         if self.record:
             goal, counts = self.config.train.train_iters, self.schedule.counts
@@ -187,22 +193,15 @@ class Run:
     def set_aside(self, paths: list[Path]) -> None:
         """Move what another run left into the next free earlier-<n>/: nothing is lost."""
         if paths:
-            target = self.free_name()
-            target.mkdir()
-            for path in paths:
-                path.rename(target / path.name)
+            target = set_aside(self.folder, paths)
             log.info("%s kept in %s", ", ".join(path.name for path in paths), target)
-
-    def free_name(self) -> Path:
-        return next(p for n in range(1, 10**9) if not (p := self.folder / f"earlier-{n}").exists())
 
     def cut_metrics(self, iteration: int) -> float:
         """Leave the lines up to an iteration, so that none stands twice; the seconds of the last."""
         kept: list[dict[str, Any]] = []
         if self.metrics.exists():
             kept = [line for line in read_metrics(self.folder) if line["iteration"] <= iteration]
-        with replacing(self.metrics) as work:
-            work.write_text("".join(as_json(line) + "\n" for line in kept), encoding="utf-8")
+        replace_text(self.metrics, "".join(as_json(line) + "\n" for line in kept))
         return kept[-1]["seconds"] if kept else 0.0
 
     def open_log(self) -> None:
@@ -228,8 +227,7 @@ class Run:
         with writing(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
             file.write(text + "\n")
         self.echo(text)
-        for name, number in scalars(line, self.config.train.loss):
-            self.board.add_scalar(name, number, values["iteration"])
+        self.board.add(values["iteration"], scalars(line, self.config.train.loss))
 
     def timed(self, items: Iterable[Item]) -> Iterator[Item]:
         """The items. The clock behind tokens a second starts anew with each: evaluations and checkpoints do not count."""
@@ -257,7 +255,7 @@ class Run:
         with writing(self.checkpoints):
             for path in saved[: -self.config.train.keep_last]:
                 if path != best:
-                    gone = path.with_name(f".{path.name}-gone")
+                    gone = work_name(self.checkpoints)
                     path.rename(gone)
                     remove(gone)
 

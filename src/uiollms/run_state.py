@@ -37,7 +37,7 @@ from uiollms.data.mixture import generator_state
 from uiollms.distributed import Group
 from uiollms.faults import writing
 from uiollms.fitness import not_finite
-from uiollms.integrity import remove, seal, sync, verify
+from uiollms.integrity import replacing_folder, seal, verify
 from uiollms.model import MemoryLM
 from uiollms.schedule import Counts, Schedule
 from uiollms.training import Samples
@@ -175,24 +175,15 @@ def save_state(
         environment=environment,
     )
     path = folder / f"step-{state.iteration:08d}"
-    work = path.with_name(f".{path.name}-new")
     before = saved_steps(folder)
     remedy = f"; {before[-1].name} is whole: make room, then go on with --resume" if before else ""
-    with writing(path, remedy):
-        folder.mkdir(exist_ok=True)
-        remove(work)
-        try:
-            write_weights(state.model, work)
-            save_file(optimizer_tensors(state), work / "optimizer.safetensors")
-            (work / "state.json").write_text(record.model_dump_json(indent=1), encoding="utf-8")
-            position = position_of(state).model_dump_json()
-            (work / "rank-0.json").write_text(position, encoding="utf-8")
-            seal(work)
-            work.rename(path)
-        except BaseException:
-            remove(work)
-            raise
-        sync(folder)
+    with writing(path, remedy), replacing_folder(path) as work:
+        write_weights(state.model, work)
+        save_file(optimizer_tensors(state), work / "optimizer.safetensors")
+        (work / "state.json").write_text(record.model_dump_json(indent=1), encoding="utf-8")
+        position = position_of(state).model_dump_json()
+        (work / "rank-0.json").write_text(position, encoding="utf-8")
+        seal(work)
     return path
 
 

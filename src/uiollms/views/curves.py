@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from uiollms.integrity import replacing
 from uiollms.metrics import iterations_of, read_metrics
 from uiollms.views.plots import COLORS
 from uiollms.views.tables import NAMES
@@ -40,7 +41,8 @@ def plot_training(run: Path, path: Path | None = None) -> Path:
     if y:
         panels[0].set_ylim(min(y) - 0.2, sorted(y)[int(len(y) * 0.9)] + 1)
     path = path or run / "curve.png"
-    figure.savefig(path, dpi=120)
+    with replacing(path) as work:
+        figure.savefig(work, dpi=120)
     return path
 
 
@@ -114,7 +116,8 @@ def plot_steps(metrics: Sequence[dict[str, Any]], counted: str, path: Path) -> P
         axes.set_xlabel(counted)
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    with replacing(path) as work:
+        figure.savefig(work, dpi=110)
     return path
 
 

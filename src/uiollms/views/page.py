@@ -12,6 +12,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from uiollms.faults import writing
+from uiollms.integrity import make_folder, replace_text
 from uiollms.metrics import ITERATIONS, iterations_of
 from uiollms.views.curves import plot_steps, plot_training
 from uiollms.views.folder import RunFolder, config_text
@@ -38,7 +39,7 @@ def write_report(run: RunFolder) -> tuple[Path, list[Path]]:
     page = Environment(autoescape=True, undefined=StrictUndefined).from_string(template)
     target = run.path / "report.html"
     with writing(target):
-        (run.path / "plots").mkdir(exist_ok=True)
+        make_folder(run.path / "plots")
         pictures = list(draw(run, run.path / "plots"))
         text = page.render(
             title=f"Run {run.path.resolve().name}",
@@ -50,7 +51,7 @@ def write_report(run: RunFolder) -> tuple[Path, list[Path]]:
             pictures=pictures,
             missing=run.missing,
         )
-        target.write_text(text, encoding="utf-8")
+        replace_text(target, text.encode("utf-8", "backslashreplace").decode())  # half surrogates
     return target, [picture.path for picture in pictures]
 
 
