@@ -14,7 +14,6 @@ import logging
 import os
 import signal
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -55,10 +54,10 @@ from uiollms.run_state import (
 )
 from uiollms.schedule import Schedule
 from uiollms.views.curves import plot_training
+from uiollms.watch import LostProcess
 
 log = logging.getLogger("uiollms")
 
-REPEATED = 5  # seconds in which a launcher sends its processes what the terminal has sent them already
 Item = TypeVar("Item")
 
 
@@ -80,7 +79,12 @@ def open_run(
             stack.enter_context(held(folder / LOCK, f"{folder}: {said}"))
             put_back(folder)
         check_can_save(config.model.save_ckp, stack)
-        yield Run(folder, config, compressor, resume, restart, stack, world)
+        run = Run(folder, config, compressor, resume, restart, stack, world)
+        try:
+            yield run
+        except (SystemExit, LostProcess):
+            run.save_last_step()
+            raise
 
 
 def check_can_save(save_ckp: str | None, stack: ExitStack) -> None:
@@ -115,7 +119,9 @@ class Run:
         self.checkpoints = folder / "checkpoints"
         self.metrics = folder / "metrics.jsonl"
         self.echo: Callable[[str], None] = lambda line: None  # what else a line of metrics.jsonl goes to
-        self.stopped_by: signal.Signals | None = None
+        self.watch = world.watch
+        self.stopped_by: signal.Signals | None = None  # what all processes have agreed upon
+        self.state: TrainingState | None = None  # once there is one
         self.record: Record | None = None
         saved = saved_steps(self.checkpoints)
         self.start = None if resume is None else Path(resume) if resume else saved[-1] if saved else None
@@ -158,9 +164,11 @@ class Run:
         if self.start and self.record:
             load_state(state, self.start, self.record)
         share_state(state, self.world)
+        state.set_mark()
         if self.world.is_first:
             self.open_files(state)
-        self.catch_signals()
+        self.state = state
+        self.watch.begin()
 
     def open_files(self, state: TrainingState) -> None:
         going_on = self.start is not None and self.start.resolve().parent == self.checkpoints.resolve()
@@ -243,8 +251,11 @@ class Run:
     def save(self, state: TrainingState) -> None:
         """Weights to `save_ckp`, then everything to a checkpoint; older ones than the config keeps are deleted once it is
         whole. Raises ConfigError if the disk is full; the checkpoints before stay."""
-        if not self.world.is_first:
-            return
+        if self.world.is_first:
+            with self.watch.undisturbed():
+                self.write(state)
+
+    def write(self, state: TrainingState) -> None:
         if self.config.model.save_ckp:
             save_weights(state.model, self.config.model.save_ckp)
         with writing(self.metrics):
@@ -291,7 +302,8 @@ class Run:
         return due or self.stopped_by is not None or state.bad_in_a_row >= train.max_bad_steps
 
     def stop_if_asked(self, state: TrainingState, sources: list[str]) -> None:
-        """Called once all is saved. Raises SystemExit after a signal, ConfigError after too many bad steps in a row."""
+        """Called by all processes alike, once all is saved. Raises SystemExit after a signal,
+        ConfigError after too many bad steps in a row."""
         if self.stopped_by is not None or state.bad_in_a_row >= self.config.train.max_bad_steps:
             self.world.wait()  # a launcher ends all others once one has ended: not while the first one saves
         if state.bad_in_a_row >= self.config.train.max_bad_steps:
@@ -304,40 +316,42 @@ class Run:
 
     def agree_to_stop(self) -> None:
         """What one process was told, all do."""
-        number = self.world.largest(self.stopped_by or 0)
-        if number and self.stopped_by is None:
-            self.stop_by(signal.Signals(number))
+        if self.watch.lost:
+            raise self.watch.reason()
+        number = self.world.largest(self.watch.asked or 0)
+        if number:
+            self.stopped_by = signal.Signals(number)
+            self.watch.ask(self.stopped_by)
 
     def exit_if_signalled(self) -> None:
         if self.stopped_by is not None:
-            log.info("stopped by %s; --resume goes on", self.stopped_by.name)
             raise SystemExit(128 + self.stopped_by)
 
     def unless_stopped(self, items: Iterable[Item]) -> Iterator[Item]:
         """The items, until a signal comes: an evaluation is given up, and made again when the run goes on."""
         for item in items:
-            self.exit_if_signalled()
+            if self.watch.asked:  # the others wait for this process, and agree later
+                raise self.watch.reason()
             yield item
+
+    def save_last_step(self) -> None:
+        """In the first process of a run that ends before its end: save the last whole step, where
+        that is not saved yet, and say how it goes on."""
+        self.watch.leaving = True
+        state, saved = self.state, saved_steps(self.checkpoints)
+        if state and state.iteration > (step_of(saved[-1]) if saved else 0):
+            try:
+                self.save(state)
+            except ConfigError as error:  # why the run ends is said too
+                log.warning("%s", error)
+            else:
+                log.info("iteration %d, the last whole step, is saved", state.iteration)
+        if self.watch.asked:
+            then = "--resume goes on" if state else "nothing was trained yet"
+            log.info("stopped by %s; %s", self.watch.asked.name, then)
 
     def plot(self) -> None:
         if not self.world.is_first:
             return
         with writing(self.folder / "curve.png"):
             plot_training(self.folder)
-
-    def catch_signals(self) -> None:
-        def stop(number: int, frame: Any) -> None:
-            if self.stopped_by is None:
-                os.write(2, b"\nfinishes the step, saves and stops; a second signal ends it at once\n")
-                self.stop_by(signal.Signals(number))
-            elif time.monotonic() >= self.ends_from:
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
-
-        if threading.current_thread() is threading.main_thread():
-            for each in (signal.SIGINT, signal.SIGTERM):
-                self.stack.callback(signal.signal, each, signal.signal(each, stop))
-
-    def stop_by(self, number: signal.Signals) -> None:
-        self.stopped_by = number
-        self.ends_from = time.monotonic() + (REPEATED if self.world.size > 1 else 0)
