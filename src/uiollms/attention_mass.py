@@ -61,8 +61,13 @@ class AttentionMass:
 
     @classmethod
     def load(cls, path: Path) -> AttentionMass:
+        """Raises ValueError, SafetensorError for a file that `save` has not written."""
         with safe_open(path, "pt") as file:
-            return cls(file.get_tensor("shares"), file.metadata() or {})
+            shares, about = file.get_tensor("shares"), file.metadata() or {}
+        layers, rows, places = shares.shape if shares.dim() == 3 else (0, 0, 0)
+        if not layers or not rows or places != rows + 1 or not shares.is_floating_point() or not shares.isfinite().all():
+            raise ValueError(f"shares {list(shares.shape)} are none of layers, rows and what they read")
+        return cls(shares.float(), about)
 
 
 @torch.no_grad()

@@ -144,9 +144,11 @@ def load_weights(model: MemoryLM, path: str | Path) -> None:
 
 
 def read_folder(model: MemoryLM, path: Path) -> dict[str, Tensor]:
+    absent = () if (path / "decoder").exists() else ("decoder",)  # no transfer head, or missed below
+    files = [name for name in WEIGHT_FILES if name != CHECKSUMS and name.split("/")[0] not in absent]
+    if other := [name for name in files if (path / name).exists() and not (path / name).is_file()]:
+        raise ValueError(f"{other[0]} is not a file")
     if (path / CHECKSUMS).exists():
-        absent = () if (path / "decoder").exists() else ("decoder",)  # no transfer head, or missed below
-        files = [name for name in WEIGHT_FILES if name != CHECKSUMS and name.split("/")[0] not in absent]
         verify(path, files)
     check_compressor(path, model.memory_config)
     with safe_open(path / "tokens.safetensors", "pt") as file:
@@ -174,6 +176,8 @@ def check_compressor(path: Path, memory: MemoryConfig) -> None:
 
 def read_pth(model: MemoryLM, path: Path) -> dict[str, Tensor]:
     """The authors' list, with torch's weights-only loader: nothing in the file is executed."""
+    if path.exists() and not path.is_file():
+        raise ValueError("not a file")  # a pipe would be waited for, a device may have no end
     try:
         if zipfile.is_zipfile(path):  # torch does not look at the checksums in its own files
             with zipfile.ZipFile(path) as archive:

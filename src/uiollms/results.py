@@ -18,15 +18,17 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from uiollms.config import COPY_TASKS, RETRIEVAL_TASKS, TEXT_TASKS
 from uiollms.integrity import replacing
+from uiollms.refusals import json_path
 
 ABOUT = ("task", "task_type", "truncation", "chunk_size", "protocol")  # what a result is of, as it is stored
 Item = TypeVar("Item")
@@ -150,9 +152,11 @@ class TaskResult:
 
     @classmethod
     def from_summary(cls, summary: dict[str, Any]) -> TaskResult:
-        """A result with the numbers that `summary` wrote, and without its documents. Raises KeyError for other JSON."""
-        result = cls(*(summary[key] for key in ABOUT))
-        result.modes = {key: value for key, value in summary.items() if isinstance(value, dict)}
+        """A result with the numbers that `summary` wrote, and without its documents. Raises KeyError, ValueError for other
+        JSON."""
+        result = cls(*checked_about(summary))
+        modes = {key: value for key, value in summary.items() if isinstance(value, dict)}
+        result.modes = {mode: checked_numbers(numbers, mode) for mode, numbers in modes.items()}
         return result
 
     def summary(self) -> dict[str, Any]:
@@ -314,6 +318,55 @@ def checked_about(found: dict[str, Any]) -> list[Any]:
     if wrong := [key for key, right in zip((*ABOUT[:2], ABOUT[4], *ABOUT[2:4]), kinds + sizes, strict=True) if not right]:
         raise ValueError(f"{wrong[0]} is {found[wrong[0]]!r}, no {wrong[0]} of a result")
     return values
+
+
+Pair = tuple[float | None, float | None]
+
+
+class Bucket(BaseModel):
+    """Of by_position."""
+
+    start: Annotated[int, Field(gt=0, lt=MOST_POSITIONS)]
+    stop: Annotated[int, Field(gt=1, lt=MOST_POSITIONS)]
+    perplexity: float | None
+
+
+class AtDepth(BaseModel):
+    depth: float
+    accuracy: float
+
+
+class Numbers(BaseModel):
+    """A mode's numbers that are shown when a summary is read again, each where it is there."""
+
+    model_config = ConfigDict(extra="allow")
+
+    documents: int
+    perplexity: float | None = None
+    nll: float | None = None
+    loss: float | None = None
+    accuracy: float | None = None
+    bleu4: float | None = None
+    rouge_l: float = 0.0
+    token_accuracy: float = 0.0
+    document_mean: float | None = None
+    interval_95: Pair | None = None
+    nll_interval_95: Pair | None = None
+    loss_interval_95: Pair | None = None
+    accuracy_interval_95: Pair | None = None
+    document_mean_interval_95: Pair | None = None
+    by_position: list[Bucket] = []
+    by_depth: list[AtDepth] = []
+
+
+def checked_numbers(numbers: dict[str, Any], mode: str) -> dict[str, Any]:
+    """A mode's numbers as they are. Raises ValueError that names one of another type than it has."""
+    try:
+        Numbers.model_validate_json(json.dumps(numbers), strict=True)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise ValueError(f"{mode}.{json_path(fault['loc'])}: {fault['msg']}") from None
+    return numbers
 
 
 def whole_number(value: Any) -> bool:

@@ -37,7 +37,14 @@ from uiollms.integrity import (
     work_name,
 )
 from uiollms.json_files import as_json, finite
-from uiollms.metrics import ITERATIONS, machine_use, read_metrics, scalars
+from uiollms.metrics import (
+    ITERATIONS,
+    cut_metrics,
+    machine_use,
+    perplexities,
+    read_metrics,
+    scalars,
+)
 from uiollms.own_files import FILES, LOCK, free_name, held, put_back, set_aside
 from uiollms.paths import run_folder
 from uiollms.run_state import (
@@ -177,7 +184,7 @@ class Run:
             self.set_aside(newer if going_on else [self.folder / name for name in FILES if (self.folder / name).exists()])
             make_folder(self.checkpoints)
             clear_leftovers(self.checkpoints)
-            seconds = self.cut_metrics(state.iteration)
+            seconds = cut_metrics(self.folder, state.iteration)
             replace_text(self.folder / "config.json", self.config.model_dump_json(indent=4) + "\n")
             here: dict[str, str | None] = {
                 "dtype": str(state.model.dtype),
@@ -203,14 +210,6 @@ class Run:
         if paths:
             target = set_aside(self.folder, paths)
             log.info("%s kept in %s", ", ".join(path.name for path in paths), target)
-
-    def cut_metrics(self, iteration: int) -> float:
-        """Leave the lines up to an iteration, so that none stands twice; the seconds of the last."""
-        kept: list[dict[str, Any]] = []
-        if self.metrics.exists():
-            kept = [line for line in read_metrics(self.folder) if line["iteration"] <= iteration]
-        replace_text(self.metrics, "".join(as_json(line) + "\n" for line in kept))
-        return kept[-1]["seconds"] if kept else 0.0
 
     def open_log(self) -> None:
         handler = logging.FileHandler(self.folder / "log.txt", encoding="utf-8")
@@ -272,10 +271,7 @@ class Run:
 
     def best(self, saved: list[Path]) -> Path | None:
         """The checkpoint with the lowest perplexity of the first task."""
-        perplexity = {}
-        for line in read_metrics(self.folder):
-            if "eval" in line and (found := line["eval"][0].get("memory", {}).get("perplexity")) is not None:
-                perplexity[line["iteration"]] = found
+        perplexity = perplexities(self.folder)
         return min((p for p in saved if step_of(p) in perplexity), key=lambda p: perplexity[step_of(p)], default=None)
 
     def evaluation_missing(self, iteration: int) -> bool:
@@ -354,4 +350,5 @@ class Run:
         if not self.world.is_first:
             return
         with writing(self.folder / "curve.png"):
-            plot_training(self.folder)
+            loss, counts = self.config.train.loss, self.schedule.counts
+            plot_training(read_metrics(self.folder), self.folder / "curve.png", loss, counts)

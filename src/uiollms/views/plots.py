@@ -39,7 +39,7 @@ def plot_each(results: Sequence[TaskResult], draw: Callable[[TaskResult, Any], N
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for result, axes in zip(results, panels, strict=False):
         draw(result, axes)
-        axes.set_title(f"{result.title}\n{result.truncation or 'all'} tokens", fontsize=9)
+        axes.set_title(f"{result.title}\n{result.truncation or 'all'} tokens", fontsize=9, parse_math=False)
         axes.grid(alpha=0.3)
     for axes in panels[len(results) :]:
         axes.set_axis_off()
