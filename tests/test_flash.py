@@ -7,7 +7,7 @@ import sys
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from itertools import accumulate
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -38,13 +38,16 @@ class StandIn(ModuleType):
         self.aligned = aligned
         self.calls: list[tuple[str, bool]] = []  # function, deterministic
 
-    def row(self, q, k, v, scale):
-        """[T, N, K], twice [S, H, K] -> [T, N, K]"""
+    def row(self, q, k, v, scale, window=(-1, -1)):
+        """[T, N, K], twice [S, H, K] -> [T, N, K]; window: keys before and behind a query's own,
+        -1: all."""
         queries, keys = len(q), len(k)
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
         scores = torch.einsum("tnk,snk->nts", q, k) * scale
         behind = keys - queries if self.aligned == "bottom-right" else 0
         hidden = torch.ones(queries, keys, dtype=torch.bool).triu(behind + 1)
+        if window[0] >= 0:
+            hidden |= torch.ones(queries, keys, dtype=torch.bool).tril(behind - window[0] - 1)
         return torch.einsum("nts,snk->tnk", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
 
     def check(self, name, dims, q, k, v, dropout_p, scale, causal, window_size, softcap, alibi, deterministic, probs):
@@ -53,7 +56,9 @@ class StandIn(ModuleType):
         assert q.dim() == k.dim() == v.dim() == dims and k.shape == v.shape
         assert q.shape[-1] == k.shape[-1] <= 256 and q.shape[-2] % k.shape[-2] == 0
         assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
-        assert (dropout_p, causal, window_size, softcap, alibi, probs) == (0.0, True, (-1, -1), 0.0, None, False)
+        assert (dropout_p, causal, softcap, alibi, probs) == (0.0, True, 0.0, None, False)
+        slides = name == "dense" and window_size[0] >= 0 and window_size[1] == 0
+        assert slides or window_size == (-1, -1)
         assert scale == q.shape[-1] ** -0.5 and type(deterministic) is bool
 
     def flash_attn_func(
@@ -73,7 +78,8 @@ class StandIn(ModuleType):
         options = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
         self.check("dense", 4, q, k, v, *options)
         assert q.shape[0] == k.shape[0]
-        return torch.stack([self.row(*row, softmax_scale) for row in zip(q, k, v, strict=True)])
+        rows = zip(q, k, v, strict=True)
+        return torch.stack([self.row(*row, softmax_scale, window_size) for row in rows])
 
     def flash_attn_varlen_func(
         self,
@@ -194,6 +200,22 @@ def test_scores_in_every_mode(kernel, family):
     agree(make_model(family), run)
 
 
+@pytest.mark.parametrize("family", ["mistral", "qwen3"])
+@torch.no_grad()
+def test_raw_texts_past_a_window(kernel, family):
+    """All layers slide, or one of three; no dense mask is built."""
+    changes = dict(sliding_window=8)
+    if family == "qwen3":
+        changes["layer_types"] = ["full_attention", "sliding_attention", "full_attention"]
+    model = MemoryLM(make_base(family, **changes), MEMORY)
+    sample = Sample.document(random_ids(37), 8)
+    agree(model, lambda model: [token_losses(model, sample, "raw")[1]])
+    wide = MemoryLM(make_base(family), MEMORY)
+    full, narrow = (token_losses(of, sample, "raw")[1] for of in (wide, model))
+    assert relative_error(full[:7], narrow[:7]) < PROVEN
+    assert relative_error(full, narrow) > 1e6 * PROVEN
+
+
 def test_generation(kernel):
     def run(model):
         mask = torch.ones(2, 13, dtype=torch.int64)
@@ -214,28 +236,33 @@ def test_the_encoder(kernel, num_memory):
 
 
 @pytest.mark.parametrize("slots, past, length", [([1, 2], 0, 2), ([0, 3, 1], 4, 3), ([2, 2], 3, 2), ([0], 2, 3), ([4, 0], 2, 1)])
+@pytest.mark.parametrize("window", [None, 2, 100])
 @pytest.mark.parametrize("documents", [False, True])
-def test_rows_are_the_decoder_mask(kernel, slots, past, length, documents):
-    """Values and gradients of one attention, 4 heads over 2 key/value heads."""
+def test_rows_are_the_decoder_mask(kernel, slots, past, length, window, documents):
+    """Values and gradients of one attention, 4 heads over 2 key/value heads. With a window that
+    hides anything behind memory flash-attn is not asked."""
     first = list(accumulate(slots[:-1], initial=0)) if documents else [0] * len(slots)  # one behind the other
     rows, keys = len(slots), max(map(sum, zip(first, slots, strict=True))) + past + length
     shapes = (rows, 4, length, 8), (rows, 2, keys, 8), (rows, 2, keys, 8)
     tensors = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
-    seen = flash.Rows.of(slots, first, past, length, torch.device("cpu"))
-    found, _ = attention.attend(None, *tensors, None, 8**-0.5, seen)
+    window = window if window is not None and window < past + length else None
+    seen = flash.Rows.of(slots, first, past, length, torch.device("cpu"), window)
+    module = SimpleNamespace(num_key_value_groups=2)
+    found, _ = attention.attend(module, *tensors, None, 8**-0.5, seen)
     query, key, value = tensors
     expected = F.scaled_dot_product_attention(
         query,
         key.repeat_interleave(2, 1),
         value.repeat_interleave(2, 1),
-        decoder_mask(slots, past, length, seen.device, first_slots=first),
-        is_causal=keys == length > 1,
+        decoder_mask(slots, past, length, seen.device, window, first),
+        is_causal=keys == length > 1 and window is None,
     ).transpose(1, 2)
     assert relative_error(found, expected) < PROVEN
     of = torch.randn_like(found)
     pairs = zip(torch.autograd.grad(found, tensors, of), torch.autograd.grad(expected, tensors, of), strict=True)
     assert all(relative_error(*pair) < PROVEN for pair in pairs)
-    assert [name for name, _ in kernel.calls] == ["varlen" if len(set(slots)) > 1 or any(first) else "dense"]
+    called = ["varlen" if len(set(slots)) > 1 or any(first) else "dense"]
+    assert [name for name, _ in kernel.calls] == (called if window is None or slots == [0] else [])
 
 
 @torch.no_grad()

@@ -120,8 +120,8 @@ def behind(
     first_slots: Sequence[int] | None = None,
 ) -> Tensor:
     """Queries [B, N, T, K] on their own keys and values [B, H, T, K], causal, and on `num_slots[b]` of the memory's
-    [1, H, M, K] from number `first_slots[b]` on (by default 0) -> [B, N, T, K]. With a `receiver` the memory's gradients go to it, and
-    nowhere else."""
+    [1, H, M, K] from number `first_slots[b]` on (by default 0) -> [B, N, T, K]. With a `receiver` the memory's
+    gradients go to it, and nowhere else."""
     parts = list(calls(num_slots, first_slots or [0] * len(num_slots)))
     return _Behind.apply(query, key, value, memory_key, memory_value, parts, scaling, receiver)
 

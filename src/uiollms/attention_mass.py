@@ -25,6 +25,7 @@ from uiollms.apart import SharedPrefix
 from uiollms.attention import decoder_mask
 from uiollms.config import TEXT_TASKS, ConfigError, EnvConfig, load_tasks
 from uiollms.evaluation import evaluation_documents
+from uiollms.integrity import replacing
 from uiollms.model import MemoryLM
 from uiollms.passes import remember_all
 from uiollms.tasks import Sample
@@ -54,12 +55,18 @@ class AttentionMass:
         return self.shares[:, :, 1:].sum(2)
 
     def save(self, path: Path) -> None:
-        save_file({"shares": self.shares.contiguous()}, path, self.about)
+        with replacing(path) as work:
+            save_file({"shares": self.shares.contiguous()}, work, self.about)
 
     @classmethod
     def load(cls, path: Path) -> AttentionMass:
+        """Raises ValueError, SafetensorError for a file that `save` has not written."""
         with safe_open(path, "pt") as file:
-            return cls(file.get_tensor("shares"), file.metadata() or {})
+            shares, about = file.get_tensor("shares"), file.metadata() or {}
+        layers, rows, places = shares.shape if shares.dim() == 3 else (0, 0, 0)
+        if not layers or not rows or places != rows + 1 or not shares.is_floating_point() or not shares.isfinite().all():
+            raise ValueError(f"shares {list(shares.shape)} are none of layers, rows and what they read")
+        return cls(shares.float(), about)
 
 
 @torch.no_grad()

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from uiollms.config import ConfigError
 from uiollms.fitness import unfilled
+from uiollms.integrity import make_folder, replacing_folder
 from uiollms.paths import cache_dir
 
 log = logging.getLogger(__name__)
@@ -65,24 +65,25 @@ def converted(folder: Path, file: str) -> Path:
     target = converted_folder(file)
     if (target / "config.json").exists():
         return target
-    log.info("converting %s into %s (once)", file, target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=target.parent))
+    make_folder(target.parent)
+    with FileLock(target.parent / f".{target.name}-lock"):  # another process may convert it already
+        if not (target / "config.json").exists():
+            log.info("converting %s into %s (once)", file, target)
+            convert(folder, file, target)
+    return target
+
+
+def convert(folder: Path, file: str, target: Path) -> None:
     settings: dict[str, Any] = dict(gguf_file=file, dtype=torch.bfloat16)
     if hasattr(transformers, "GgufConfig"):  # older versions have no such setting and always dequantise
         settings["quantization_config"] = transformers.GgufConfig(dequantize=True)
     loader: Any = AutoModelForCausalLM
     model, info = loader.from_pretrained(folder, output_loading_info=True, **settings)
     if fault := unfilled(info):
-        shutil.rmtree(work)
         raise ConfigError(f"{folder / file}: its tensors do not fill the model: {fault}; install the package again")
-    model.save_pretrained(work)
-    gguf_tokenizer(folder / file).save_pretrained(work)
-    try:
-        work.rename(target)  # whole or not at all
-    except OSError:  # another process was faster
-        shutil.rmtree(work)
-    return target
+    with replacing_folder(target) as work:
+        model.save_pretrained(work)
+        gguf_tokenizer(folder / file).save_pretrained(work)
 
 
 def converted_folder(file: str) -> Path:

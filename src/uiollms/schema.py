@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from uiollms.config import EnvConfig, MemoryConfig, TestFile
+from uiollms.integrity import make_folder, replace_text
 
 SCHEMAS: dict[str, type[BaseModel]] = {"env.json": EnvConfig, "memory.json": MemoryConfig, "test.json": TestFile}
 BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
@@ -96,8 +97,8 @@ def main(arguments: list[str] | None = None) -> None:
     out = parser.parse_args(arguments).out
     texts = {f"config/schema/{name}": schema_text(name) for name in SCHEMAS} | {"docs/config.md": config_page()}
     for name, text in texts.items():
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        (out / name).write_text(text, encoding="utf-8")
+        make_folder((out / name).parent)
+        replace_text(out / name, text)
         print(out / name)
 
 

@@ -14,7 +14,6 @@ import mmap
 import os
 import re
 import shutil
-import tempfile
 import zlib
 from array import array
 from codecs import BOM_UTF8
@@ -26,6 +25,7 @@ from typing import Any, BinaryIO
 
 from uiollms.config import ConfigError
 from uiollms.data.documents import Corpus, Document, Lazy
+from uiollms.integrity import make_folder, replacing
 from uiollms.paths import cache_dir, raw_dir
 
 Fields = dict[str, Any]
@@ -168,14 +168,12 @@ def unpacked(path: str | Path) -> Path:
     state = state_of(path)
     copy = cache_dir() / "unpacked" / f"{Path(path).stem}-{hashlib.sha256(state.encode()).hexdigest()[:16]}"
     if not copy.exists():
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=copy.parent) as work:  # whole or not at all
-            try:
-                with gzip.open(path) as packed, open(Path(work, "part"), "wb") as part:
-                    shutil.copyfileobj(packed, part, 1 << 20)
-            except (OSError, EOFError, zlib.error) as error:
-                raise ConfigError(f"{path}: cannot be unpacked: {error}") from None
-            os.replace(part.name, copy)
+        try:
+            make_folder(copy.parent)
+            with replacing(copy) as work, gzip.open(path) as packed, work.open("wb") as part:
+                shutil.copyfileobj(packed, part, 1 << 20)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ConfigError(f"{path}: cannot be unpacked: {error}") from None
     return copy
 
 

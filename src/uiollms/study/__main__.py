@@ -31,7 +31,9 @@ from uiollms.cli import Output, output_arguments, reporting_errors
 from uiollms.config import ConfigError, EnvConfig, MemoryConfig, TaskEntry, TrainSection, load_env_config
 from uiollms.evaluate import score
 from uiollms.evaluation import evaluation_documents
+from uiollms.integrity import make_folder, replace_text
 from uiollms.json_files import as_json
+from uiollms.metrics import read_lines
 from uiollms.model import MemoryLM
 from uiollms.pretrained import load_memory_lm
 from uiollms.saving import weights_of
@@ -113,11 +115,11 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     preset = getattr(args, "preset", None)
     out = args.out or Path("runs") / ("study-" + "-".join(filter(None, [args.what, preset])))
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     setting, rows = {"gradients": measure, "cost": measure, "learning": learning, "recall": recall}[args.what](args, out)
     results = as_json({"setting": setting, "rows": rows}, indent=4) + "\n"
-    (out / "results.json").write_text(results, encoding="utf-8")
-    (out / "table.md").write_text(markdown_table(rows), encoding="utf-8")
+    replace_text(out / "results.json", results)
+    replace_text(out / "table.md", markdown_table(rows))
     args.output.console(150).print(Markdown(markdown_table(rows)))
     args.output.result(setting=setting, rows=rows)
     args.output.say(f"written to {out}")
@@ -251,15 +253,14 @@ def recall(args: argparse.Namespace, out: Path) -> Result:
 def curves_file(folder: Path, setting: dict[str, Any]) -> tuple[list[dict[str, Any]], Any]:
     """Curves of earlier calls with the same setting, and a function that adds one to that list and to curves.jsonl. Raises
     ConfigError where the file holds curves of another setting."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     path = folder / "curves.jsonl"
     plain = json.loads(json.dumps(setting))
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    lines = [json.loads(line) for line in text.splitlines()]
+    lines = read_lines(path) if path.exists() else []
     if lines and lines[0] != plain:
         raise ConfigError(f"{path}: its curves were trained with other settings; give another --out, or remove the folder")
-    if not lines:
-        path.write_text(as_json(plain) + "\n", encoding="utf-8")
+    lines = lines or [plain]
+    replace_text(path, "".join(as_json(line) + "\n" for line in lines))  # without a torn end
     curves = lines[1:]
 
     def record(curve: dict[str, Any]) -> None:
