@@ -432,7 +432,7 @@ def test_past_the_capacity_is_refused():
         if needed is None:
             check_sample(make_model(), sample)
             continue
-        words = r"{} memories of num_memory 2 slots and the {} tokens that read them need {} positions, max_pos.* is 64"
+        words = r"{} memories of num_memory 2 slots and the {} tokens that read them need {} positions, past max_pos.* 64"
         with pytest.raises(ValueError, match=words.format(*needed)):
             uiollms.gradient_step(make_model(), sample)
     result = uiollms.gradient_step(make_model(), Sample.document(ids, 8), estimator="exact")
@@ -469,3 +469,60 @@ def test_a_step_that_must_take_the_least_gives_holes_back_before_every_backward(
     monkeypatch.setattr("uiollms.step.give_back", given.append)
     uiollms.gradient_step(model, Sample.language_modeling(random_ids(1, 4 * 8)[0], 8), estimator="exact")
     assert given == [model.device] * times
+
+
+# ---- several documents in one pass ----------------------------------------------------------------------------------
+
+
+def several_samples() -> list[Sample]:
+    """Of every kind, of different lengths, with and without a teacher."""
+    ids = [random_ids(n, seed=n) for n in (30, 19, 8, 8, 41, 26, 23)]
+    asked = [(ids[1][:3], ids[1][3:6]), (ids[0][:2], ids[0][5:8])]
+    return [
+        Sample.language_modeling(ids[0], 8),
+        Sample.document(ids[1], 8),
+        Sample.copy(ids[2], 8),
+        Sample.copy(ids[3], 8),
+        Sample.questions(ids[4], asked, 8),
+        Sample.document(ids[5], 8).distilled(0.5),
+        Sample.memory_utilization(ids[6], ids[0][:5], 8),
+    ]
+
+
+@pytest.mark.parametrize("chunk_batch", [1, 3, 64])
+@pytest.mark.parametrize("name", ["exact", "tbptt", "uio", "importance"])
+def test_several_documents_together_are_each_alone(name, chunk_batch):
+    """Gradients and results as one after the other, with dropout, each drawn with its own rng."""
+    model = make_model(config=MEMORY.model_copy(update={"lora_dropout": 0.3}))
+    model.train()
+    model.chunk_batch = chunk_batch
+    samples = several_samples()
+    options = dict(estimator=name, S=1, scale=0.5)
+    alone = [uiollms.gradient_step(model, sample, rng=i, **options) for i, sample in enumerate(samples)]
+    expected = gradients(model)
+    together = uiollms.gradient_step(model, samples, rng=list(range(len(samples))), **options)
+    found = gradients(model)
+    for key in expected:
+        assert relative_error(found[key], expected[key]) < PROVEN, key
+    for one, other in zip(together, alone, strict=True):
+        assert one.reencoded == other.reencoded and torch.equal(one.scored, other.scored)
+        assert torch.allclose(one.losses, other.losses, rtol=1e-10) and torch.allclose(one.nll, other.nll, rtol=1e-10)
+
+
+def test_several_documents_with_weights_of_their_own():
+    model, samples = make_model(), several_samples()[:3]
+    weights = [torch.rand(len(s.rows), len(s.chunks) + 1, dtype=torch.float64) for s in samples]
+    for sample, window in zip(samples, weights, strict=True):
+        uiollms.gradient_step(model, sample, window)
+    expected = gradients(model)
+    uiollms.gradient_step(model, samples, weights)
+    found = gradients(model)
+    assert all(relative_error(found[key], expected[key]) < PROVEN for key in expected)
+
+
+def test_joined_samples_keep_their_own_memories():
+    a, b = Sample.document(random_ids(20), 8), Sample.copy(random_ids(8, seed=1), 8)
+    both = Sample.joined([a, b])
+    assert both.documents == (2, 1) and both.chunk_numbers == [0, 1, 0]
+    assert torch.equal(both.chunks, torch.cat([a.chunks, b.chunks]))
+    assert [list(row.memories) for row in both.rows] == [[], [0], [0, 1], [2]]

@@ -70,10 +70,9 @@ class Sample:
         rows: list[Row] = []
         for sample in samples:
             assert sample.kl_weight == samples[0].kl_weight
-            rows += [
-                replace(row, first_memory=chunks + row.first_memory, teacher=(texts + row.teacher[0], row.teacher[1]))
-                for row in sample.rows
-            ]
+            for row in sample.rows:
+                first = chunks + row.first_memory if row.num_memories else 0
+                rows.append(replace(row, first_memory=first, teacher=(texts + row.teacher[0], row.teacher[1])))
             chunks, texts = chunks + len(sample.chunks), texts + len(sample.teachers)
         return cls(
             torch.cat([sample.chunks for sample in samples]),
