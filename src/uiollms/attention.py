@@ -116,7 +116,8 @@ def attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, scaling: float, seen: Seen, **_: Any
 ) -> tuple[Tensor, None]:
     """The attention function of a layer that is called with `seen=` and no mask. What else the library hands over has no use:
-    the base stays in evaluation mode (no dropout), and memory is not behind a sliding window, and `seen` knows that of the tokens."""
+    the base stays in evaluation mode (no dropout), and `seen` knows the layer's sliding window, behind
+    which memory is not."""
     return seen.attend(module, query, key, value, scaling), None
 
 
