@@ -11,9 +11,12 @@ from test_commands import call
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from uiollms import Memory, MemoryLM
+import uiollms.__main__
+from uiollms import ConfigError, Memory, MemoryLM
 from uiollms.checkpoint import load_weights, save_weights
+from uiollms.cli import reporting_errors
 from uiollms.config import load_env_config
+from uiollms.library import join
 from uiollms.pretrained import load_memory_lm
 
 FOLDER = Path(__file__).parent / "fixtures" / "version_0_1"
@@ -192,11 +195,43 @@ def test_an_evaluation_gives_the_same_numbers(old, expected):
         assert found == pytest.approx(wanted, rel=1e-4)
 
 
-def test_a_memory_loads(old, expected):
+def test_a_memory_loads(old, expected, caplog):
     model, tokenizer = old_model()
     load_weights(model, "adapter")
-    found = after(Memory.load("book.mem", model), model, tokenizer)
+    memory = Memory.load("book.mem", model)
+    (warning,) = [record.getMessage() for record in caplog.records if record.name == "uiollms"]
+    assert warning.startswith("book.mem: written by version 0.1, without a checksum")
+    found = after(memory, model, tokenizer)
     torch.testing.assert_close(found, torch.tensor(expected["memory"]), **MACHINES)
+    memory.save("again.mem")  # with a checksum now, and no more knowledge of the base
+    found = after(Memory.load("again.mem", model), model, tokenizer)
+    torch.testing.assert_close(found, torch.tensor(expected["memory"]), **MACHINES)
+
+
+def test_what_is_known_of_a_memory_is_still_checked(old):
+    model, tokenizer = old_model()
+    load_weights(model, "run/checkpoints/step-00000004")
+    with pytest.raises(ConfigError, match="book.mem: made by another model: adapter"):
+        Memory.load("book.mem", model)
+    load_weights(model, "adapter")
+    with torch.no_grad():
+        model.base.model.norm.weight[3] *= 1.01
+    with pytest.raises(ConfigError, match="book.mem: made by another model: base_weights"):
+        Memory.load("book.mem", model)
+    model.base.model.norm.weight[3] /= 1.01
+    new = model.compress("A book.", tokenizer, source="new")
+    with pytest.raises(ConfigError, match="'new' .* different versions of this program .* compress both"):
+        join([Memory.load("book.mem"), new])
+
+
+def call_ask(*arguments: str) -> int:
+    return reporting_errors(lambda: uiollms.__main__.main(list(arguments)))
+
+
+def test_a_memory_is_asked(old, capsys):
+    """Also with what looks at the text, as far as it is known: the question."""
+    assert call_ask("ask", "book.mem", "Was it?", "--env_conf", "env.json", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["new_tokens"] > 0
 
 
 def test_the_fixtures_are_small_and_name_no_machine():
