@@ -315,7 +315,8 @@ def test_lengths_are_those_of_the_result(model, states):
     new = PROMPT[:, 9:]
     greedy = dict(state=states["memory"], do_sample=False)
     assert model.generate(new, max_length=7, eos_token_id=None, **greedy).shape == (1, 7)
-    assert model.generate(new, GenerationConfig(max_length=7, eos_token_id=None, do_sample=False), state=states["read"]).shape == (1, 7)
+    config = GenerationConfig(max_length=7, eos_token_id=None, do_sample=False)
+    assert model.generate(new, config, state=states["read"]).shape == (1, 7)
     first = model.generate(new, max_new_tokens=1, **greedy)[0, -1].item()
     assert model.generate(new, max_length=9, eos_token_id=first, **greedy).shape == (1, 5)
     assert model.generate(new, max_length=9, min_length=8, eos_token_id=first, **greedy).shape[1] >= 8
