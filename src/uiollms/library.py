@@ -21,7 +21,7 @@ from torch import Tensor
 
 from uiollms.config import Checked, ConfigError, MemoryConfig, parse
 from uiollms.fitness import check_ids, not_finite
-from uiollms.integrity import replacing
+from uiollms.integrity import make_folder, replacing
 from uiollms.memory import MemoryState, join_slots
 
 
@@ -109,7 +109,7 @@ class Memory:
         path = Path(path)
         if not_finite([("slots", self.slots)]):
             raise ConfigError(f"{path}: not saved: the memory holds NaN or infinite numbers; {OVERFLOW}")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         header = Header(format=FORMAT, made_by=self.made_by, sources=self.sources)
         tensors = {"slots": self.slots.contiguous(), "open_ids": self.open_ids.contiguous()}
         with replacing(path) as work:
