@@ -26,7 +26,7 @@ from torch import Tensor
 from uiollms.config import Checked, ConfigError, parse
 from uiollms.fingerprint import Fingerprint, fingerprint
 from uiollms.fitness import check_ids, not_finite
-from uiollms.integrity import replacing
+from uiollms.integrity import make_folder, replacing
 from uiollms.json_files import loads
 from uiollms.memory import MemoryState, join_slots
 
@@ -130,7 +130,7 @@ class Memory:
         path = Path(path)
         if not_finite([("slots", self.slots)]):
             raise ConfigError(f"{path}: not saved: the memory holds NaN or infinite numbers; {OVERFLOW}")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         header = Header(format="uiollms memory 2", made_by=self.made_by, sources=self.sources, sha256=UNKNOWN)
         tensors = {"slots": self.slots.contiguous(), "open_ids": self.open_ids.contiguous()}
         if self.chunk_ids is not None:
