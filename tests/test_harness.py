@@ -306,9 +306,14 @@ ORDERS = [lambda i: i, lambda i: -i, lambda i: (7 * i) % 10]  # of the requests;
 
 
 @pytest.mark.parametrize("settings", [dict(do_sample=False, repetition_penalty=1.7), dict(do_sample=True, temperature=9.0)])
-def test_an_answer_depends_on_its_own_request_alone(folder, settings):
-    """Not on order or --limit: texts begin alike, so that chunks are taken over, in float32, where company shows."""
+def test_an_answer_depends_on_its_own_request_alone(folder, settings, monkeypatch):
+    """Not on order or --limit: texts begin alike, so that chunks are taken over. A chunk's last bits may depend on those
+    that are encoded with it: it always has the same company."""
     lm = HarnessLM(**model_args(folder) | {"model.model_dtype": "fp32"})
+    batches, encode_layers = set(), lm.model.encode_layers
+    monkeypatch.setattr(
+        lm.model, "encode_layers", lambda ids, *rest: batches.add(str(ids.tolist())) or encode_layers(ids, *rest)
+    )
     starts = [DOCUMENT, DOCUMENT + "And then", DOCUMENT[:70], DOCUMENT * 2, "z" * 20]
     prompts = [start + end for start in starts for end in ("", "so?")]
     settings |= dict(until=[], max_gen_toks=20)
@@ -320,6 +325,7 @@ def test_an_answer_depends_on_its_own_request_alone(folder, settings):
         lm.seen = []
         scored += asked(lm, "loglikelihood", (prompt, "a word"))
     assert len(set(alone)) > 5
+    companies = set(batches)
     for order in ORDERS:
         for limit in (10, 3):
             numbers = sorted(range(10), key=order)[:limit]
@@ -327,6 +333,7 @@ def test_an_answer_depends_on_its_own_request_alone(folder, settings):
             assert found == [alone[i] for i in numbers]
             found = asked(lm, "loglikelihood", *((prompts[i], "a word") for i in numbers))
             assert found == [scored[i] for i in numbers]
+    assert batches == companies
 
 
 def test_a_request_that_is_repeated_is_drawn_anew(lm):
