@@ -17,8 +17,9 @@ from uiollms.attention_mass import AttentionMass
 from uiollms.config import ConfigError, EnvConfig, MemoryConfig, load_memory_config, parse, read_json
 from uiollms.json_files import finite
 from uiollms.metrics import examine_metrics
-from uiollms.results import TaskResult, load_token_nlls
+from uiollms.results import TaskResult
 from uiollms.run_state import saved_steps
+from uiollms.saved_results import load_token_nlls
 from uiollms.saving import weights_of
 
 Part = TypeVar("Part")
