@@ -21,7 +21,7 @@ from uiollms.apart import Apart, SharedPrefix
 from uiollms.attention import Seen, decoder_mask, decoder_positions, encoder_mask, encoder_positions, switched
 from uiollms.config import MemoryConfig
 from uiollms.devices import device_of, moved
-from uiollms.fitness import eos_fault, narrow_window
+from uiollms.fitness import eos_fault, narrow_window, wide_rank
 from uiollms.lora import LoRA, added
 from uiollms.memory import Prefix
 
@@ -64,6 +64,8 @@ def check_base(base: Any, config: MemoryConfig) -> None:
     if family not in FAMILIES:
         raise ValueError(f"model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
     if fault := narrow_window(base.config, config.chunk_size) or eos_fault(base.config):
+        raise ValueError(fault)
+    if fault := wide_rank(base.config, config.lora_rank):
         raise ValueError(fault)
     if config.chunk_size > base.config.max_position_embeddings:
         raise ValueError(

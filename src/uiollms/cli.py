@@ -20,6 +20,8 @@ from uiollms.config import ConfigError
 from uiollms.devices import avoid_cudnn_attention, keep_freed_memory
 from uiollms.environment import unused_gpu
 from uiollms.json_files import as_json
+from uiollms.launch import check_environment
+from uiollms.refusals import printable
 
 log = logging.getLogger("uiollms")
 
@@ -119,6 +121,8 @@ def reporting_errors(main: Callable[[], int | None]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if code := errors_as_lines(check_environment):
+        return code
     keep_freed_memory()
     avoid_cudnn_attention()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -136,7 +140,7 @@ def errors_as_lines(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
     except (ConfigError, OSError) as error:  # OSError: a disk or a network
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)  # the line may hold a ^C, half an answer or a bar

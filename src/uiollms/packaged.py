@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, PreTrain
 from uiollms.config import ConfigError
 from uiollms.fitness import unfilled
 from uiollms.paths import cache_dir
+from uiollms.reading import check_file
 
 log = logging.getLogger(__name__)
 
@@ -61,28 +62,40 @@ def package_folder(package: str) -> Path:
 
 def converted(folder: Path, file: str) -> Path:
     """A GGUF file dequantised into a plain Hugging Face folder in the cache (bfloat16: 4-bit blocks
-    carry no more). Raises ConfigError for a tokenizer whose way to split texts is not known."""
+    carry no more). Raises ConfigError for a damaged file, and for a tokenizer whose way to split
+    texts is not known."""
     target = converted_folder(file)
     if (target / "config.json").exists():
         return target
     log.info("converting %s into %s (once)", file, target)
+    check_file(folder / file)
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=target.parent))
+    try:
+        convert(folder, file, work)
+        work.rename(target)  # whole or not at all
+    except ConfigError:
+        raise
+    except Exception as error:  # a damaged file fails in any way that its readers know
+        if not (target / "config.json").exists():  # else another process was faster
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise ConfigError(f"{folder / file}: cannot be converted ({reason}); install the package again") from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def convert(folder: Path, file: str, work: Path) -> None:
+    """Model and tokenizer of a GGUF file into the folder `work`. Raises ConfigError as `converted`."""
     settings: dict[str, Any] = dict(gguf_file=file, dtype=torch.bfloat16)
     if hasattr(transformers, "GgufConfig"):  # older versions have no such setting and always dequantise
         settings["quantization_config"] = transformers.GgufConfig(dequantize=True)
     loader: Any = AutoModelForCausalLM
     model, info = loader.from_pretrained(folder, output_loading_info=True, **settings)
     if fault := unfilled(info):
-        shutil.rmtree(work)
         raise ConfigError(f"{folder / file}: its tensors do not fill the model: {fault}; install the package again")
     model.save_pretrained(work)
     gguf_tokenizer(folder / file).save_pretrained(work)
-    try:
-        work.rename(target)  # whole or not at all
-    except OSError:  # another process was faster
-        shutil.rmtree(work)
-    return target
 
 
 def converted_folder(file: str) -> Path:

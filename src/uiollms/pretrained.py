@@ -19,7 +19,7 @@ from uiollms.config import (
     load_memory_config,
 )
 from uiollms.data import find_corpus
-from uiollms.fitness import eos_fault, narrow_window
+from uiollms.fitness import eos_fault, narrow_window, wide_rank
 from uiollms.flash import check_request
 from uiollms.loading import load_causal_lm, load_config, load_tokenizer_for
 from uiollms.model import MemoryLM
@@ -131,6 +131,9 @@ def examine_model(config: EnvConfig, path: str | Path, faults: Faults) -> tuple[
         faults.add(f"{path}: model.model_name: {config.model.model_name}: {fault}")
     if memory and shape is not None and (fault := narrow_window(shape, memory.chunk_size)):
         faults.add(f"{path}: model.model_name: {config.model.model_name}: {fault}")
+    if memory and shape is not None and (fault := wide_rank(shape, memory.lora_rank)):
+        faults.add(f"{config.model.config}: lora_rank: {fault}")
+        return None, shape
     if memory and shape is not None and memory.chunk_size > shape.max_position_embeddings:
         faults.add(
             f"{config.model.config}: chunk_size: {memory.chunk_size} is past the {shape.max_position_embeddings} "
