@@ -19,7 +19,7 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / 
 
 # Lower modules first: a module imports only from above itself in this list.
 ORDER = """
-    refusals options launch usable reading json_files base_files fitness own_files
+    refusals options launch usable reading json_files overrides base_files fitness own_files
     config schedule faults integrity paths tokens environment devices distributed data.cleaning
     data.documents data.files
     data.hub data.beacons data.corpora_text data.corpora_own data.corpora_tasks data.mixture data lora products loss attention

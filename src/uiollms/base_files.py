@@ -14,6 +14,7 @@ from uiollms.refusals import ConfigError, describe
 
 MOST_LAYERS = 2**12
 MOST_WORDS = 2**30  # bytes of a tokenizer's file, or a config
+FEW = 2**24  # parameters that take no time to build: what is wrong is said by the loader, tensor by tensor
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 
@@ -86,7 +87,8 @@ def check_base_config(path: Path) -> None:
         lines = dict.fromkeys(describe(fault, BaseConfig, path) for fault in error.errors())
         raise ConfigError("\n".join(lines)) from None
     held = sum(file.stat().st_size for file in path.parent.iterdir() if file.suffix in WEIGHTS and file.exists())
-    if held and (parameters := least_parameters(config)) > 2 * held:
+    parameters = least_parameters(config)
+    if held and parameters > max(FEW, 2 * held):
         names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
         sizes = ", ".join(f"{name} {getattr(config, name)}" for name in names)
         raise ConfigError(

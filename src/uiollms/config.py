@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from uiollms.json_files import loads, read_json, unusable
-from uiollms.refusals import ConfigError, all_right, describe, shortened
+from uiollms.json_files import read_json, unusable
+from uiollms.overrides import apply_override
+from uiollms.refusals import ConfigError, all_right, describe
 from uiollms.usable import with_other_faults
 
 Positive = Annotated[int, Field(gt=0)]
@@ -333,26 +334,3 @@ def load_memory_config(path: str | Path) -> MemoryConfig:
 def load_tasks(path: str | Path) -> tuple[TaskEntry, ...]:
     value = read_json(path)
     return parse(TestFile, {"tasks": value} if isinstance(value, list) else value, path).tasks
-
-
-def apply_override(value: Any, override: str, path: str | Path) -> None:
-    """Set one field of a JSON object in place: "train.corpus.0.truncation=2048"."""
-    key, equals, text = override.partition("=")
-    shown = f"--set {shortened(override)}"
-    if not equals:
-        raise ConfigError(f"{shown}: expected field=value, such as train.max_lr=3e-5")
-    try:
-        new = loads(text, f"--set {shortened(key)}")
-    except json.JSONDecodeError:
-        new = text  # a bare word is a string
-    *parents, last = key.split(".")
-    for part in parents:
-        try:
-            value = value[int(part)] if isinstance(value, list) else value.setdefault(part, {})
-        except (ValueError, IndexError, AttributeError):
-            way = f"has no {shortened(part)!r} on the way to {shortened(key)!r}"
-            raise ConfigError(f"{shown}: {path} {way}") from None
-    try:
-        value[int(last) if isinstance(value, list) else last] = new
-    except (ValueError, IndexError, TypeError):
-        raise ConfigError(f"{shown}: {path} has no {shortened(key)!r}") from None

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from uiollms.config import ConfigError, read_json
+from uiollms.reading import check_tree
 
 CHECKSUMS = "checksums.json"
 
@@ -51,6 +52,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def verify(folder: Path, needed: Iterable[str] = ()) -> None:
     """Raises ConfigError, naming the file, where a file differs from checksums.json or one of `needed` is not in it."""
+    check_tree(folder)
     sums = read_json(folder / CHECKSUMS)
     if not isinstance(sums, dict) or not all(isinstance(value, str) for value in sums.values()):
         raise ConfigError(f"{folder / CHECKSUMS}: expected an object of file names and sha256 sums")

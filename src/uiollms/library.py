@@ -23,7 +23,7 @@ from uiollms.config import Checked, ConfigError, MemoryConfig, parse
 from uiollms.fitness import check_ids, not_finite
 from uiollms.integrity import replacing
 from uiollms.memory import MemoryState, join_slots
-from uiollms.reading import check_file
+from uiollms.reading import check_tree
 
 
 class Fingerprint(Checked):
@@ -119,7 +119,7 @@ class Memory:
     @classmethod
     def load(cls, path: str | Path, model: Any = None) -> Memory:
         """Read a file of `save`, and check that `model`, if given, made it. Raises ConfigError naming the file."""
-        check_file(path)
+        check_tree(path)
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}

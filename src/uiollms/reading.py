@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from collections.abc import Iterator
@@ -41,15 +42,44 @@ def check_file(path: str | Path) -> None:
 
 
 def check_tree(path: str | Path) -> None:
-    """Raises ConfigError unless a path, if it is there, is a file, or a folder of files and folders."""
+    """Raises ConfigError unless a path, if it is there, is a file, or a folder of files and folders,
+    none of which is so large that it cannot be what its name says: summing it would take for ever."""
     if not os.path.exists(path):
         return
-    if not os.path.isdir(path):
-        return check_file(path)
-    for folder, _, names in os.walk(path):
-        for name in names:
-            if os.path.exists(inside := os.path.join(folder, name)):  # else a link to nothing
-                check_file(inside)
+    inside = [str(path)]
+    if os.path.isdir(path):
+        inside = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
+    for name in inside:
+        if os.path.exists(name):  # else a link to nothing
+            check_file(name)
+            check_size(name)
+
+
+def check_size(path: str) -> None:
+    """Raises ConfigError for JSON past all bounds, and safetensors (.mem is one) longer than
+    their header says."""
+    size = os.path.getsize(path)
+    if path.endswith(".json") and size > MOST_JSON:
+        raise ConfigError(f"{path}: has {size:,} bytes, at most {MOST_JSON:,} are read of JSON")
+    if path.endswith((".safetensors", ".mem")):
+        said = said_length(path)
+        if (said is None and size > MOST_JSON) or (said is not None and said < size):
+            header = "no header" if said is None else f"by its header {said:,}"
+            raise ConfigError(f"{path}: has {size:,} bytes and {header}; copy the file again")
+
+
+def said_length(path: str) -> int | None:
+    """Bytes that a safetensors file has by its header; None where that is none."""
+    with opened(path) as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > MOST_JSON:
+            return None
+        try:
+            header = json.loads(file.read(length))
+            ends = [part["data_offsets"][1] for name, part in header.items() if name != "__metadata__"]
+            return 8 + length + int(max(ends, default=0))
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
+            return None  # the loader says what is wrong
 
 
 @contextmanager
@@ -65,11 +95,13 @@ def opened(path: str | Path) -> Iterator[BinaryIO]:
 
 def read_bytes(path: str | Path, most: int) -> bytes:
     """All bytes of a file. Raises ConfigError for one of more than `most`."""
+    data = bytearray()
     with opened(path) as file:
-        data = file.read(most + 1)
+        while len(data) <= most and (part := file.read(1 << 20)):
+            data += part
     if len(data) > most:
         raise ConfigError(f"{path}: is larger than {most >> 20:,} MiB, the most that is read of such a file")
-    return data
+    return bytes(data)
 
 
 def unreadable(path: str | Path, error: OSError | ValueError) -> ConfigError:
