@@ -38,7 +38,7 @@ from fuzz.trials import Outcome, Trial, run_all
 from fuzz.world import make_world
 from uiollms.environment import device_name, environment
 
-COUNTS = {"configs": 1500, "data": 1500, "saved": 500, "kills": 60}
+COUNTS = {"configs": 1500, "data": 1500, "saved": 500, "kills": 80}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -19,8 +19,8 @@ GO_ON = [*TRAIN, "--resume"]
 PLAN = [*TRAIN, "--dry_run"]
 REPORT = ["uiollms.report", "out"]
 CONVERT = ["uiollms.convert", "--env_conf", "env.json", "out/ckp", "copy"]
-# Fields that say where something is written: a value there could lead out of the trial's folder.
-PLACES = ("run_dir", "save_ckp", "offload_dir")
+# Fields that stay: a value could lead out of the trial's folder, or rightly ask for hours of training.
+FIXED = ("run_dir", "save_ckp", "offload_dir", "train_iters")
 ABSURD = ["-1", "0", "1.5", "1e999", "nan", "inf", "9" * 5000, "99999999999999999999", "", "abc", "1e-300", "\0", "²", "0x1"]
 MEMORIES = ["1e999GiB", "-1GiB", "nanGiB", "24", "24GiB," * 200, "0GiB", "9999999999TiB", "GiB", ",", "1GiB,x"]
 NUMBERED = ["WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "SLURM_NTASKS", "PMI_SIZE"]
@@ -49,7 +49,7 @@ def attack_config(rng: Random, folder: Path) -> tuple[str, list[Step]]:
     good = json.loads(path.read_text(encoding="utf-8"))
     if what == "field":
         put_around(rng, folder)
-        save(path, changed_json(rng, good, PLACES))
+        save(path, changed_json(rng, good, FIXED))
     elif what == "bytes":
         path.write_bytes(changed_bytes(rng, path.read_bytes()))
     elif what == "twice":
@@ -60,7 +60,7 @@ def attack_config(rng: Random, folder: Path) -> tuple[str, list[Step]]:
         return f"{name} {what}", [Step(command, codes=(2,))]
     elif what == "set":
         put_around(rng, folder)
-        field, _, value = flat(rng, changed_json(rng, good, PLACES), good)
+        field, _, value = flat(rng, changed_json(rng, good, FIXED), good)
         return f"--set {field[:60]}", [Step([*BEGIN, f"--set={field}={value}"])]
     elif what == "option":
         return attack_option(rng)
@@ -73,7 +73,7 @@ def flat(rng: Random, text: str, good: Any) -> tuple[str, str, str]:
     """A field of the config, and a hostile value for it in JSON."""
     sections = [f"{part}.{key}" for part in ("model", "train") if part in good for key in good[part]]
     wild = ["train.corpus.0.name", "train.corpus.-1.name", "train.corpus.9999.name", "a" + ".a" * 3000, "train.tasks.0.x", ""]
-    fields = [f for f in (*sections, *wild) if f.split(".")[-1] not in PLACES]
+    fields = [f for f in (*sections, *wild) if f.split(".")[-1] not in FIXED]
     values = [part for part in text.replace("\0", " ").split("\n") if part.strip()]
     value = rng.choice(values).strip().rstrip(",").partition(": ")[2] or rng.choice(ABSURD)
     return rng.choice(fields or wild), "=", value

@@ -126,6 +126,8 @@ def reporting_errors(main: Callable[[], int | None]) -> int:
     keep_freed_memory()
     avoid_cudnn_attention()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if (encoding := sys.getfilesystemencoding()) != "utf-8":
+        log.warning("file names and arguments are read as %s here, not as UTF-8; PYTHONUTF8=1 reads them so", encoding)
     if os.environ.get("LOCAL_RANK", "0") == "0" and (unused := unused_gpu()):  # one process says it
         log.warning(unused)
     logging.getLogger("httpx").setLevel(logging.WARNING)
