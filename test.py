@@ -22,7 +22,7 @@ from uiollms.config import load_env_config
 from uiollms.environment import device_name, environment
 from uiollms.evaluation import Evaluation
 from uiollms.faults import writing
-from uiollms.integrity import replacing
+from uiollms.integrity import make_folder, replacing
 from uiollms.json_files import as_json
 from uiollms.paths import run_folder
 from uiollms.plan import choose_chunk_batch
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     config = choose_chunk_batch(config, args.env_conf)
     folder = run_folder(config.train.run_dir, config.model.save_ckp, args.env_conf)
     with writing(folder):  # now rather than after hours of scoring
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         tempfile.NamedTemporaryFile(dir=folder).close()
     model, tokenizer = load_memory_lm(config, args.env_conf)
     weights = weights_of(config)
@@ -57,14 +57,13 @@ def main(arguments: list[str] | None = None) -> None:
     about = {"weights": weights and str(weights), "config": config.model_dump(mode="json"), "versions": versions}
     summaries = about | {"results": [r.summary() for r in results]}
     args.output.line(as_json(summaries))
+    text = as_json(summaries, indent=4) + "\n"
     with writing(folder):
-        # test.json first, which marks the folder as a run's.
-        with replacing(folder / "test.json") as work:
-            work.write_text(as_json(summaries, indent=4) + "\n", encoding="utf-8")
-        with replacing(folder / "test-nll.safetensors") as work:
-            save_token_nlls(results, work)
-        with replacing(folder / "test.png") as work:
-            plot_results(results, work)
+        # All are on the disk before the first gets its name: test.json, which marks the folder as a run's.
+        with replacing(folder / "test-nll.safetensors") as nlls, replacing(folder / "test.json") as work:
+            save_token_nlls(results, nlls, of=text)
+            work.write_text(text, encoding="utf-8")
+        plot_results(results, folder / "test.png")
     args.output.say(f"written to {folder}: test.json (all numbers), test-nll.safetensors (every token's NLL), test.png")
 
 

@@ -26,7 +26,7 @@ from uiollms.checkpoint import load_weights
 from uiollms.checks import check_training
 from uiollms.cli import SILENT, Output, parse_arguments, reporting_errors, step_words
 from uiollms.config import EnvConfig, load_env_config
-from uiollms.distributed import World, open_world
+from uiollms.distributed import World, number_of_processes, open_world
 from uiollms.dry_run import dry_run
 from uiollms.estimators import make_estimator
 from uiollms.evaluation import Evaluation
@@ -38,24 +38,25 @@ from uiollms.run_state import TrainingState
 from uiollms.step import gradient_step
 from uiollms.training import Samples, gradient_norms, make_optimizer
 from uiollms.views.tables import print_results
+from uiollms.watch import watching
 
 
 def main(arguments: list[str] | None = None) -> int | None:
     args = parse_arguments(__doc__, arguments)
-    check = partial(check_training, path=args.env_conf, going_on=args.resume is not None)
     if args.dry_run:  # reads no data, writes nothing
-        check = partial(check_env, path=args.env_conf)
-    config = load_env_config(args.env_conf, args.set, check)
-    if args.dry_run:
+        config = load_env_config(args.env_conf, args.set, partial(check_env, path=args.env_conf))
         return dry_run(config, args.env_conf, args.device_memory, args.output)
-    compressor = check(config)
-    config = choose_chunk_batch(config, args.env_conf)
-    with (
-        open_world(config) as world,
-        open_run(config, compressor, args.env_conf, args.resume, args.restart, world) as run,
-    ):
-        run.echo = args.output.line
-        fit(config, args.env_conf, run, world, args.output if world.is_first else SILENT)
+    check = partial(check_training, path=args.env_conf, going_on=args.resume is not None)
+    with watching(number_of_processes() > 1) as watch:
+        config = load_env_config(args.env_conf, args.set, check)
+        compressor = check(config)
+        config = choose_chunk_batch(config, args.env_conf)
+        with (
+            open_world(config, watch) as world,
+            open_run(config, compressor, args.env_conf, args.resume, args.restart, world) as run,
+        ):
+            run.echo = args.output.line
+            fit(config, args.env_conf, run, world, args.output if world.is_first else SILENT)
     return 0
 
 
@@ -122,17 +123,19 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
         for group in optimizer.param_groups:
             group["lr"] = schedule.learning_rate(done)
         good = math.isfinite(grad_norm) and math.isfinite(nll)
-        if good:
-            optimizer.step()
-        optimizer.zero_grad()
-        # ------------------------------------------------------------------------------------------------------------
-        state.advance(done, good)
         lr, mean_nll = optimizer.param_groups[0]["lr"], nll / scored
-        if good:
-            run.log(iteration=done, nll=mean_nll, lr=lr, grad_norm=grad_norm, grad_norms=norms, tokens=int(tokens))
-        else:
+        if not good:
             sources = [name for names in world.data.every(sources) for name in names]
-            run.log(iteration=done, skipped=sources, lr=lr)
+        with world.watch.undisturbed():  # what follows is done as a whole, or not at all
+            if good:
+                optimizer.step()
+            optimizer.zero_grad()
+            # --------------------------------------------------------------------------------------------------------
+            state.advance(done, good)
+            if good:
+                run.log(iteration=done, nll=mean_nll, lr=lr, grad_norm=grad_norm, grad_norms=norms, tokens=int(tokens))
+            else:
+                run.log(iteration=done, skipped=sources, lr=lr)
         said = step_words(mean_nll, lr, tokens, run.step_seconds)
         progress.set_postfix_str(said, refresh=False)
         progress.update(schedule.stride)

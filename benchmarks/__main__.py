@@ -17,6 +17,7 @@ from benchmarks import cases, plots
 from benchmarks.measure import machine
 from benchmarks.models import MODELS
 from uiollms.devices import keep_freed_memory
+from uiollms.integrity import replace_text
 from uiollms.json_files import as_json
 from uiollms.model import MemoryLM
 
@@ -95,8 +96,9 @@ def main(arguments: list[str] | None = None) -> None:
         model = MODELS[name]()
         model.chunk_batch = options.chunk_batch[0]
         report["models"][name] = measure(name, model, options)
-        (options.out / "bench.json").write_text(as_json(report, indent=1))  # after every model: hours may follow
-        (options.out / "bench.md").write_text(markdown(report))
+        # After every model: hours may follow.
+        replace_text(options.out / "bench.json", as_json(report, indent=1))
+        replace_text(options.out / "bench.md", markdown(report))
     plots.draw(report, options.out / "bench.png")
     print(markdown(report))
 

@@ -34,6 +34,7 @@ from benchmarks.recall_evaluation import Size, evaluate
 from uiollms import MemoryConfig, MemoryLM
 from uiollms.checkpoint import load_weights
 from uiollms.devices import avoid_cudnn_attention
+from uiollms.integrity import replace_text, replacing
 from uiollms.json_files import as_json
 from uiollms.loading import load_causal_lm
 from uiollms.packaged import local_path
@@ -238,8 +239,8 @@ def load_model(options: argparse.Namespace, device: torch.device) -> tuple[Memor
 def save(model: MemoryLM, path: Path) -> None:
     """All trained tensors in bfloat16, in one file, whole or not at all."""
     tensors = {n: t.detach().to("cpu", torch.bfloat16) for n, t in model.memory_state_dict().items()}
-    save_file({n: t.contiguous() for n, t in tensors.items()}, f"{path}.new")
-    Path(f"{path}.new").replace(path)
+    with replacing(path) as work:
+        save_file({n: t.contiguous() for n, t in tensors.items()}, work)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -315,7 +316,7 @@ def main(arguments: list[str] | None = None) -> None:
         seconds=dict(setup=begun - started, evaluation=time.monotonic() - trained),
         results=found,
     )  # fmt: skip
-    (options.out / "results.json").write_text(as_json(report, indent=1) + "\n")
+    replace_text(options.out / "results.json", as_json(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

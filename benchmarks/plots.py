@@ -10,6 +10,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from uiollms.integrity import replacing
+
 COLUMNS = {
     "time / token, / first": "time per token, relative",
     "utilisation": "share of GEMM peak",
@@ -34,5 +36,6 @@ def draw(report: dict[str, Any], path: Path) -> None:
             axis.set(xscale="log", xlabel="tokens", ylabel=label, title=name, ylim=(0, 1.1 * axis.dataLim.ymax))
             axis.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    with replacing(path) as work:
+        figure.savefig(work, dpi=120)
     plt.close(figure)

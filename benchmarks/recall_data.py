@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from uiollms.config import ConfigError
 from uiollms.data import open_corpus
+from uiollms.integrity import replacing
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
 SITE = Path(sysconfig.get_path("purelib"))
@@ -210,7 +211,8 @@ def build_corpora(tokenizer: PreTrainedTokenizerBase, options: argparse.Namespac
             for name, c in of.items()
             for field, value in (("flat", c.flat.numpy()), ("lengths", c.lengths))
         }
-        np.savez(options.cache, **fields)
+        with replacing(options.cache) as work:
+            np.savez(work, **fields)
     return training, testing
 
 

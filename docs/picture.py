@@ -16,6 +16,7 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from uiollms.attention import decoder_mask, decoder_positions, encoder_mask, encoder_positions
 from uiollms.estimators import ESTIMATORS, Estimator, make_estimator
+from uiollms.integrity import replacing
 
 INK, BASE, ENC, DEC, MEM = "#222222", "#dfe3e8", "#f2a65a", "#5a8ff2", "#f7d6a8"
 
@@ -159,7 +160,8 @@ def main(arguments: list[str] | None = None) -> None:
     out = parser.parse_args(arguments).out
     out.mkdir(parents=True, exist_ok=True)
     for name, draw in PICTURES.items():
-        draw().savefig(out / name, dpi=110)
+        with replacing(out / name) as work:
+            draw().savefig(work, dpi=110)
 
 
 if __name__ == "__main__":

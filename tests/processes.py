@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import matplotlib.figure  # noqa: F401  slow imports happen here, once, for all children
-import torch.utils.tensorboard  # noqa: F401
+import tensorboard.compat.proto.event_pb2  # noqa: F401
 from test_commands import call
 from tqdm import tqdm
 

@@ -343,9 +343,14 @@ def test_a_killed_process_ends_the_run(run_folder):
 def test_a_signal_to_one_process_stops_all(run_folder):
     """A second one, as a launcher sends it on when the terminal has told all already, does not end it at once."""
 
+    def both() -> None:
+        signalled(signal.SIGINT)()
+        time.sleep(0.1)
+        signalled(signal.SIGTERM)()
+
     def child(rank: int) -> int:
         if rank:
-            once_saved(lambda: [signalled(number)() for number in (signal.SIGINT, signal.SIGTERM)])
+            once_saved(both)
         return call(*TRAIN, *LONG)
 
     assert launched(2, child) == [130, 130]

@@ -144,13 +144,14 @@ def test_tasks_inside_a_training_run(workspace):
     lines = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
     logged = lines[-1]["eval"]
     assert [r["task_type"] for r in logged] == ["perplexity", "perplexity", "auto encoding", "passkey"]
-    assert plot_training(Path("out")).stat().st_size > 1000  # with the paper's protocol, as the training loss: one panel
+    # With the paper's protocol, as the training loss: one panel.
+    assert plot_training(lines, Path("one.png")).stat().st_size > 1000
     Path("test.json").write_text(dumped)
     assert call("test.py", "--env_conf", "env.json") == 0
     assert json.loads(Path("out/test.json").read_text())["results"] == logged
     # No task under the training loss's protocol: a panel of its own
-    Path("out/metrics.jsonl").write_text(json.dumps(lines[0]) + "\n" + json.dumps(lines[-1] | {"eval": logged[:1]}) + "\n")
-    assert plot_training(Path("out")).stat().st_size > 1000
+    lines = [lines[0], lines[-1] | {"eval": logged[:1]}]
+    assert plot_training(lines, Path("two.png")).stat().st_size > 1000
 
 
 # ---- Stored tokens, means, intervals ------------------------------------------------------------------------------------

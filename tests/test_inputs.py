@@ -318,6 +318,13 @@ def test_a_config_written_by_hand_with_a_key_twice(workspace, tiny_folder):
         load_config("base")
 
 
+def test_a_generation_config_that_names_no_tokens(workspace, tiny_folder):
+    shutil.copytree(tiny_folder, "base")
+    Path("base/generation_config.json").write_text('{"eos_token_id": ["x"]}')
+    with pytest.raises(ConfigError, match="generation_config.json: eos_token_id"):
+        load_config("base")
+
+
 def test_parameters_are_counted_as_a_model_has_them():
     base = make_base("qwen3")
     counted = sum(p.numel() for name, p in base.named_parameters() if p.dim() == 2 and "lm_head" not in name)

@@ -63,7 +63,7 @@ def test_names_in_tensorboard():
 
 def test_a_torn_last_line_is_dropped_wherever_it_was_cut(tmp_path):
     """Also behind an inner brace, and within a character."""
-    whole = '{"iteration": 1, "eval": [{"memory": {"nll": 2.5}}], "skipped": ["b\u00fccher.txt"]}'.encode()
+    whole = '{"iteration": 1, "seconds": 1, "eval": [{"memory": {"nll": 2.5}}], "skipped": ["b\u00fccher.txt"]}'.encode()
     path = tmp_path / "metrics.jsonl"
     for cut in range(len(whole)):
         path.write_bytes(whole + b"\n" + whole[:cut])
@@ -74,6 +74,7 @@ def test_a_torn_last_line_is_dropped_wherever_it_was_cut(tmp_path):
 
 @pytest.mark.parametrize("line", [b'{"iteration": 1', b"[1]", b"\xff"])
 def test_a_broken_line_in_the_middle_is_named(tmp_path, line):
-    (tmp_path / "metrics.jsonl").write_bytes(b'{"iteration": 1}\n' + line + b'\n{"iteration": 3}\n')
+    good = b'{"iteration": 1, "seconds": 1}'
+    (tmp_path / "metrics.jsonl").write_bytes(good + b"\n" + line + b"\n" + good + b"\n")
     with pytest.raises(ConfigError, match="metrics.jsonl: line 2 is no JSON object"):
         read_metrics(tmp_path)

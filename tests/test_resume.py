@@ -69,7 +69,7 @@ def test_killed_fifty_times(run_folder):
                 code = forked(train_and_at(chance.randint(1, 120), signalled(signal.SIGKILL), *flags))
             assert code in (0, -signal.SIGKILL), code
             kills += code != 0
-            within_a_save += any(run_folder.glob("checkpoints/.step-*"))
+            within_a_save += any(run_folder.glob("checkpoints/.uiollms-*"))
             flags = ("--resume",)
         assert metrics_of(run_folder) == metrics
         assert [name for name, data in tensors_of(run_folder).items() if data != tensors[name]] == []

@@ -4,7 +4,7 @@ some model has, and its weight files have room for."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -21,6 +21,7 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 Token = Annotated[int, Field(ge=-1, lt=2**31)]
 Tokens = Token | list[Token] | None
 Scaling = dict[str, Any] | None
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class BaseConfig(BaseModel):
@@ -56,6 +57,16 @@ class BaseConfig(BaseModel):
     use_sliding_window: bool | None = None
 
 
+class GenerationFile(BaseModel):
+    """What is read of a generation_config.json where a text is answered."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
+
+    eos_token_id: Tokens = None
+    bos_token_id: Tokens = None
+    pad_token_id: Tokens = None
+
+
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -73,19 +84,11 @@ def check_folder_files(folder: Path) -> None:
 def check_base_config(path: Path) -> None:
     """Raises ConfigError, a line for each, for fields of a config.json that no model can have, and for
     sizes together that the weight files beside it are too small for."""
-    value = read_json(path)
-    if fault := unusable(value):
-        raise ConfigError(f"{path}: {fault}")
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: expected an object, found {type(value).__name__}")
+    value = read_object(path)
     if value.get("model_type") not in FAMILIES:  # refused by whoever knows what it is for
         layers = value.get("num_hidden_layers")
         value = {"num_hidden_layers": layers} if isinstance(layers, int) else {}
-    try:
-        config = BaseConfig.model_validate(value)
-    except ValidationError as error:
-        lines = dict.fromkeys(describe(fault, BaseConfig, path) for fault in error.errors())
-        raise ConfigError("\n".join(lines)) from None
+    config = checked(BaseConfig, value, path)
     held = sum(file.stat().st_size for file in path.parent.iterdir() if file.suffix in WEIGHTS and file.exists())
     parameters = least_parameters(config)
     if held and parameters > max(FEW, 2 * held):
@@ -95,6 +98,29 @@ def check_base_config(path: Path) -> None:
             f"{path}: a model of these sizes ({sizes}) has {parameters:,} parameters, the weight files "
             f"beside it have {held:,} bytes; copy the config.json that belongs to them"
         )
+
+
+def check_generation(path: Path) -> None:
+    """Raises ConfigError for a generation_config.json whose tokens are none."""
+    checked(GenerationFile, read_object(path), path)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    value = read_json(path)
+    if fault := unusable(value):
+        raise ConfigError(f"{path}: {fault}")
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: expected an object, found {type(value).__name__}")
+    return value
+
+
+def checked(model: type[Model], value: dict[str, Any], path: Path) -> Model:
+    """Raises ConfigError with a line for every fault."""
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        lines = dict.fromkeys(describe(fault, model, path) for fault in error.errors())
+        raise ConfigError("\n".join(lines)) from None
 
 
 def least_parameters(config: BaseConfig) -> int:

@@ -26,7 +26,15 @@ from uiollms.base import PROJECTIONS
 from uiollms.config import ConfigError, MemoryConfig, load_memory_config
 from uiollms.faults import writing
 from uiollms.fitness import not_finite
-from uiollms.integrity import CHECKSUMS, remove, seal, sync, verify
+from uiollms.integrity import (
+    CHECKSUMS,
+    make_folder,
+    read_whole,
+    replacing,
+    replacing_folder,
+    seal,
+    verify,
+)
 from uiollms.model import MemoryLM
 from uiollms.reading import check_tree, kind_of
 
@@ -37,39 +45,28 @@ WEIGHT_FILES = ["memory_config.json", "tokens.safetensors", *ADAPTERS, CHECKSUMS
 
 
 def save_weights(model: MemoryLM, path: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write the trained tensors, in `dtype` if given (smaller), under a temporary name first, and to the disk before they
-    get theirs. A save that fails raises ConfigError and leaves what was at `path`; a process killed between the two renames
-    at the end leaves it beside, as `.<name>-old`. A link stays and what it leads to is replaced.
+    """Write the trained tensors, in `dtype` if given (smaller), as a whole: what was at `path` stays until they are on the
+    disk, and where the save fails, with a ConfigError. A link stays and what it leads to is replaced.
     Raises ConfigError where anything but weights lies at `path`."""
     named = Path(path)
     check_target(named)
     remedy = f"; {named} is as it was" if named.exists() else ""
     with writing(named, remedy):
-        path = Path(os.path.realpath(named))  # of a link the place it leads to, and the link stays
-        work = path.with_name(f".{path.name}-new")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove(work)  # of a process that was killed
-        try:
-            if path.suffix == ".pth":
-                listed = io.BytesIO()
-                torch.save(list(cpu_tensors(model, dtype).values()), listed)
+        if named.suffix == ".pth":
+            listed = io.BytesIO()
+            torch.save(list(cpu_tensors(model, dtype).values()), listed)
+            make_folder(named.parent)
+            with replacing(named) as work:
                 work.write_bytes(listed.getbuffer())
-                sync(work)
-                os.replace(work, path)
-            else:
+        else:
+            with replacing_folder(named) as work:
                 write_weights(model, work, dtype)
                 seal(work)
-                replace_folder(work, path)
-        except BaseException:
-            remove(work)  # half a file helps nobody, least of all on a full disk
-            raise
-        sync(path.parent)
 
 
 def write_weights(model: MemoryLM, folder: Path, dtype: torch.dtype | None = None) -> None:
-    """The files of the folder format, but for the checksums, in a new folder."""
+    """The files of the folder format, but for the checksums, in an empty folder."""
     tensors = cpu_tensors(model, dtype)
-    folder.mkdir()
     compressor = model.memory_config.model_dump_json(indent=4) + "\n"
     (folder / "memory_config.json").write_text(compressor, encoding="utf-8")
     header = {"vocab_size": str(model.config.vocab_size)}  # one key: more would be written in a random order
@@ -131,23 +128,16 @@ def holds_tensors(path: Path) -> bool:
     return isinstance(found, list) and all(isinstance(t, Tensor) for t in found)
 
 
-def replace_folder(work: Path, path: Path) -> None:
-    """Give `work` the name `path`; what was there goes only once the new folder stands."""
-    old = path.with_name(f".{path.name}-old")
-    if path.exists():
-        remove(old)
-        path.rename(old)
-    work.rename(path)
-    remove(old)
-
-
 def load_weights(model: MemoryLM, path: str | Path) -> None:
     """Read trained tensors into `model`. Raises ConfigError for files that are missing, broken or not those that
     checksums.json names (where there is one), a compressor or vocabulary other than the model's, and tensors that do not fit."""
     path = Path(path)
     check_tree(path)
     try:
-        tensors = read_pth(model, path) if path.suffix == ".pth" else read_folder(model, path)
+        if path.suffix == ".pth":
+            tensors = read_pth(model, path)
+        else:
+            tensors = read_whole(path, lambda folder: read_folder(model, folder))
         model.load_memory_state_dict(tensors)
     except OSError as error:
         raise ConfigError(f"{path}: no checkpoint can be read here ({error})") from None
@@ -158,9 +148,11 @@ def load_weights(model: MemoryLM, path: str | Path) -> None:
 
 
 def read_folder(model: MemoryLM, path: Path) -> dict[str, Tensor]:
+    absent = () if (path / "decoder").exists() else ("decoder",)  # no transfer head, or missed below
+    files = [name for name in WEIGHT_FILES if name != CHECKSUMS and name.split("/")[0] not in absent]
+    if other := [name for name in files if (path / name).exists() and not (path / name).is_file()]:
+        raise ValueError(f"{other[0]} is not a file")
     if (path / CHECKSUMS).exists():
-        absent = () if (path / "decoder").exists() else ("decoder",)  # no transfer head, or missed below
-        files = [name for name in WEIGHT_FILES if name != CHECKSUMS and name.split("/")[0] not in absent]
         verify(path, files)
     check_compressor(path, model.memory_config)
     with safe_open(path / "tokens.safetensors", "pt") as file:
@@ -188,6 +180,8 @@ def check_compressor(path: Path, memory: MemoryConfig) -> None:
 
 def read_pth(model: MemoryLM, path: Path) -> dict[str, Tensor]:
     """The authors' list, with torch's weights-only loader: nothing in the file is executed."""
+    if path.exists() and not path.is_file():
+        raise ValueError("not a file")  # a pipe would be waited for, a device may have no end
     try:
         if zipfile.is_zipfile(path):  # torch does not look at the checksums in its own files
             with zipfile.ZipFile(path) as archive:

@@ -27,6 +27,7 @@ from uiollms.data.hub import HubDataset, Split
 from uiollms.evaluation import ACCEPTED
 from uiollms.faults import writing
 from uiollms.flash import check_request
+from uiollms.integrity import whole_folder
 from uiollms.loading import hub_reachable, load
 from uiollms.own_files import FILES, RESULTS, check_run_folder, check_save_place
 from uiollms.packaged import package_folder
@@ -146,7 +147,7 @@ def check_weights(weights: str | None, memory: MemoryConfig | None) -> None:
     """Raises ConfigError for weights that are to be loaded and are not there, or not of this compressor."""
     if weights is None:
         return
-    path = Path(weights)
+    path = whole_folder(Path(weights))
     if not path.exists():
         raise ConfigError(
             f"{path}: no checkpoint can be read here: there is no such file or folder; give the path of one, or null"

@@ -64,7 +64,7 @@ class MemoryConfig(Checked):
         return self
 
     def capacity(self, positions: int) -> int:
-        """The longest document, in tokens, under `positions` = max_position_embeddings: a chunk and
+        """The longest document, in tokens, under the base's number of positions: a chunk and
         the memories of all before it share them, and the last chunk may be a partial one.
         1024, 32, 4096 -> 97 * 1024 tokens in full chunks + 4096 - 97 * 32 = 992: 100,320"""
         full = 1 + self.most_chunks(positions)

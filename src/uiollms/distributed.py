@@ -28,15 +28,17 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 
 from uiollms.config import ConfigError, EnvConfig
 from uiollms.devices import moved
+from uiollms.launch import check_environment
+from uiollms.watch import LostProcess, Watch
 
 log = logging.getLogger("uiollms")
 
-# How long one process waits for another that lives: the first one saves and evaluates while the others wait. A process that
-# ends is noticed at once, by its connections.
+# How long processes wait for each other at the start, and in a message for another that lives: the
+# first one saves and evaluates while the others wait. That one is gone shows sooner: watch.py.
+JOINING = timedelta(minutes=5)
 PATIENCE = timedelta(hours=12)
 # torch before 2.12 has these two collectives under their older names only, which newer ones warn of.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -45,21 +47,13 @@ SIZES = ("WORLD_SIZE", "SLURM_NTASKS", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")  # wh
 Value = TypeVar("Value")
 
 
-class LostProcess(ConfigError):
-    """Another process of the run has ended."""
-
-
 @contextmanager
 def talking() -> Iterator[None]:
     """Around every message: the error of a process whose partner is gone, in one line."""
     try:
         yield
     except RuntimeError as error:  # gloo's own, and torch.distributed.DistError
-        reason = " ".join(str(error).split())
-        raise LostProcess(
-            f"another process of this run has ended or cannot be reached, its own last lines say why; this one stops, the last "
-            f"checkpoint is whole: go on with --resume ({reason[:160]})"
-        ) from None
+        raise LostProcess(" ".join(str(error).split())) from None
 
 
 class Group:
@@ -153,18 +147,26 @@ class World(Group):
         """ranks: processes of one document. They are neighbours: the others are as far apart."""
         super().__init__(group, device)
         self.data = self.chunks = ALONE
+        self.watch = Watch()
         if group:
-            mesh = init_device_mesh(self.device.type, (self.size // ranks, ranks), mesh_dim_names=("data", "chunks"))
-            self.data, self.chunks = (Group(mesh.get_group(name), device) for name in ("data", "chunks"))
+            numbers = range(self.size)
+            self.chunks = self.part([numbers[i : i + ranks] for i in numbers[::ranks]])
+            self.data = self.part([numbers[i::ranks] for i in range(ranks)])
+
+    def part(self, parts: Sequence[Sequence[int]]) -> Group:
+        """Of several groups that share out all processes the one that this process is in."""
+        groups = [dist.new_group(part, timeout=PATIENCE) for part in parts]  # all make all of them
+        return next(Group(g, self.device) for g, p in zip(groups, parts, strict=True) if self.rank in p)
 
 
 @contextmanager
-def open_world(config: EnvConfig) -> Iterator[World]:
+def open_world(config: EnvConfig, watch: Watch) -> Iterator[World]:
     """Join the processes that a launcher has started with this one (accelerate launch, torchrun, srun, mpirun); without any,
-    a world of one. Raises ConfigError if train.chunk_ranks does not divide their number."""
+    a world of one. Raises ConfigError if train.chunk_ranks does not divide their number, LostProcess where not all come
+    within JOINING."""
     cpu = config.model.device_map == "cpu" or not torch.cuda.is_available()
     with talking():
-        state = PartialState(cpu=cpu, timeout=PATIENCE)
+        state = PartialState(cpu=cpu, timeout=JOINING)
     size = state.num_processes
     try:
         warn_if_fewer(size)
@@ -173,16 +175,56 @@ def open_world(config: EnvConfig) -> Iterator[World]:
             raise ConfigError(f"train.chunk_ranks: {ranks} processes a document do not divide the {size} processes of this run")
         if state.process_index:
             log.setLevel(logging.WARNING)
-        yield World(dist.group.WORLD, "cpu" if cpu else state.device, ranks) if size > 1 else World()
+        world = World()
+        if size > 1:
+            everyone = dist.new_group(timeout=PATIENCE)
+            world = World(everyone, "cpu" if cpu else state.device, ranks)
+        world.watch = watch
+        with watched(world):
+            yield world
     finally:
         state.destroy_process_group()
         PartialState._reset_state()  # a later run in this interpreter asks its launcher anew
 
 
+@contextmanager
+def watched(world: World) -> Iterator[None]:
+    """While the processes of a world know of each other's signals and ends. A message that fails
+    because all were asked to stop ends this process as the signal would have."""
+    watch = world.watch
+    if world.size == 1:
+        yield
+        return
+    host = os.environ.get("MASTER_ADDR", "localhost")
+    with talking():
+        port = world.from_first(watch.host(host) if world.is_first else 0)
+        watch.join(host, port, world.rank, world.size)
+    try:
+        yield
+        world.wait()  # so that nobody's end looks like a loss
+        watch.leaving = True
+    except LostProcess:
+        watch.leaving = True
+        if watch.asked is None:
+            raise
+        raise watch.reason() from None
+    finally:
+        watch.leaving = True
+        if world.is_first:
+            watch.let_others_hear()
+
+
+def number_of_processes() -> int:
+    """How many processes a launcher says that there are, this one included. Raises ConfigError for
+    what is no number."""
+    check_environment()
+    return max(int(os.environ.get(name) or 1) for name in SIZES)
+
+
 def warn_if_fewer(size: int) -> None:
     """Some ways to ask for several processes start one, which then trains alone (`accelerate launch --cpu --num_processes 2`
     leaves nothing but the address for the others to meet at)."""
-    asked = max(int(os.environ.get(name) or 1) for name in SIZES)
+    asked = number_of_processes()
     if size < asked or (size == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ):
         several = str(asked) if asked > size else "several"
         log.warning(

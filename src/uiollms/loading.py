@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from huggingface_hub import constants
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from uiollms.base_files import check_base_config, check_folder_files
+from uiollms.base_files import check_base_config, check_folder_files, check_generation
 from uiollms.config import ConfigError
 from uiollms.faults import is_out_of_memory
 from uiollms.fitness import few, not_finite, unfilled
@@ -101,6 +101,8 @@ def check_files(model_name: str, folder: Path) -> None:
         check_folder_files(folder)
         if (folder / "config.json").exists():
             check_base_config(folder / "config.json")
+        if (folder / "generation_config.json").exists():
+            check_generation(folder / "generation_config.json")
     except ConfigError as error:
         lines = str(error).splitlines()
         raise ConfigError("\n".join(str(refused(model_name, line)) for line in lines)) from None

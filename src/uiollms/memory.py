@@ -5,21 +5,26 @@ Shapes: B documents, H key/value heads, M memory slots so far, p tokens of the o
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from uiollms.config import MemoryConfig
+from uiollms.positions import num_positions, positions_said
+
+_CLAIMING = threading.Lock()
 
 
 @dataclass(eq=False)
 class Room:
     """Keys and values [B, H, M + l, K] of one layer, memory then open chunk, with room for all of the chunk, so that a new
     token is written behind the last instead of everything being copied. States share it: each reads only its own first
-    entries, and only one that holds all `length` entries written so far may write; another copies."""
+    entries, and only one that holds all `length` entries claimed so far may write behind them; another copies."""
 
     keys: Tensor
     values: Tensor
@@ -29,11 +34,17 @@ class Room:
         """Whether `part` of the keys is a view of this room's (a state's fields may have been replaced)."""
         return not part.numel() or part.untyped_storage().data_ptr() == self.keys.untyped_storage().data_ptr()
 
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        stop = self.length + keys.shape[2]
-        self.keys[:, :, self.length : stop] = keys
-        self.values[:, :, self.length : stop] = values
-        self.length = stop
+    def claim(self, taken: int, count: int) -> bool:
+        """Whether the `count` entries behind the first `taken` are the caller's to write: nobody else's, in any thread."""
+        with _CLAIMING:
+            free = self.length == taken
+            self.length += count if free else 0
+            return free
+
+    def write(self, start: int, keys: Tensor, values: Tensor) -> None:
+        stop = start + keys.shape[2]
+        self.keys[:, :, start:stop] = keys
+        self.values[:, :, start:stop] = values
 
 
 @dataclass(eq=False)
@@ -65,14 +76,17 @@ class Prefix:
 
     def _append(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         room, taken = self.rooms.get(layer), sum(part.shape[2] for part in self.keys[layer])
-        if room is None or room.length != taken or not all(room.holds(part) for part in self.keys[layer]):
-            batch, heads, length, size = keys.shape
-            shape = (batch, heads, taken + length + self.spare, size)
-            room = self.rooms[layer] = Room(keys.new_empty(shape), values.new_empty(shape), 0)
+        batch, heads, length, size = keys.shape
+        stop = taken + length
+        if room is None or not all(room.holds(part) for part in self.keys[layer]) or not room.claim(taken, length):
+            shape = (batch, heads, stop + self.spare, size)
+            room = self.rooms[layer] = Room(keys.new_empty(shape), values.new_empty(shape), stop)
+            start = 0
             for part in zip(self.keys[layer], self.values[layer], strict=True):
-                room.append(*part)
-        room.append(keys, values)
-        return room.keys[:, :, : room.length], room.values[:, :, : room.length]
+                room.write(start, *part)
+                start += part[0].shape[2]
+        room.write(taken, keys, values)
+        return room.keys[:, :, :stop], room.values[:, :, :stop]
 
 
 class MemoryState(Cache):
@@ -153,14 +167,14 @@ class MemoryState(Cache):
         self.__dict__.update(self.select(beam_idx).__dict__)
 
 
-def check_length(num_tokens: int, config: MemoryConfig, positions: int) -> None:
-    """Raises ValueError past the capacity; positions: the base's max_position_embeddings."""
-    capacity, size = config.capacity(positions), config.chunk_size
+def check_length(num_tokens: int, config: MemoryConfig, base_config: Any) -> None:
+    """Raises ValueError past the capacity; base_config: the base's transformers config."""
+    capacity, size = config.capacity(num_positions(base_config)), config.chunk_size
     if num_tokens > capacity:
         full, last = divmod(capacity, size)
         raise ValueError(
             f"the document has {num_tokens} tokens, the capacity is {capacity}: "
-            f"max_position_embeddings {positions}, chunk_size {size} and num_memory "
+            f"{positions_said(base_config)}, chunk_size {size} and num_memory "
             f"{config.num_memory} allow {full} full chunks and {last} tokens behind them; "
             f"cut it with `truncation`, or compress harder (smaller num_memory)"
         )

@@ -7,12 +7,17 @@ import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from uiollms.refusals import ConfigError
+from uiollms.integrity import replace_text
+from uiollms.json_files import as_json, finite
+from uiollms.reading import read_bytes
+from uiollms.refusals import ConfigError, json_path
 
+MOST_METRICS = 2**30  # bytes: millions of steps
 ITERATIONS = "iterations"  # in versions.json: what `iteration` counts, "documents" or "steps"
 
 
@@ -36,23 +41,91 @@ def peak_resident() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, but for a last one that a killed process or a full disk left without its
-    end. Raises ConfigError, with its number, for another line that is no JSON object."""
-    path = run / "metrics.jsonl"
-    lines = path.read_bytes().split(b"\n")
-    found = []
+class Line(BaseModel):
+    """A line of metrics.jsonl: what is read of it, and of which type that is."""
+
+    model_config = ConfigDict(strict=True)
+
+    iteration: Annotated[int, Field(ge=0, lt=2**53)]
+    seconds: Annotated[float, Field(ge=0)]
+    nll: float | None = None
+    lr: float | None = None
+    grad_norm: float | None = None
+    grad_norms: dict[str, float | None] = {}
+    tokens: Annotated[int, Field(ge=0, lt=2**53)] = 0
+    machine: dict[str, float | None] = {}
+    skipped: list[str] = []
+    eval: list[dict[str, Any]] = []
+
+
+def examine_lines(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[str]]:
+    """The JSON objects in the lines of a file, with their numbers, but for a last one that a killed process
+    or a full disk left without its end; numbers that JSON does not know are None. And a sentence, with its
+    number, for every other line that is no JSON object."""
+    found, faults = [], []
+    lines = read_bytes(path, MOST_METRICS).split(b"\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
-        except ValueError:  # no JSON, or half a character
+            value = finite(json.loads(line))
+        except (ValueError, RecursionError):  # no JSON, or half a character
             value = None
         if isinstance(value, dict):
-            found.append(value)
+            found.append((number, value))
         elif number < len(lines):  # the last has no line break behind it
-            raise ConfigError(f"{path}: line {number} is no JSON object; remove it, or move the file away")
+            faults.append(f"line {number} is no JSON object")
+    return found, faults
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects in the lines of a file, as `examine_lines`. Raises ConfigError for another line."""
+    return refused(path, *examine_lines(path))
+
+
+def examine_metrics(run: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[str]]:
+    """The lines of a run's metrics.jsonl that are such, as `examine_lines`, and what is wrong with others."""
+    found, faults = examine_lines(run / "metrics.jsonl")
+    right = []
+    for number, line in found:
+        try:
+            Line.model_validate(line)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            faults.append(f"line {number}: {json_path(fault['loc'])}: {fault['msg']}")
+        else:
+            right.append((number, line))
+    return right, faults
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl. Raises ConfigError for one that is none."""
+    return refused(run / "metrics.jsonl", *examine_metrics(run))
+
+
+def refused(path: Path, found: list[tuple[int, dict[str, Any]]], faults: list[str]) -> list[dict[str, Any]]:
+    if faults:
+        raise ConfigError("\n".join(f"{path}: {f}; remove it, or move the file away" for f in faults))
+    return [line for _, line in found]
+
+
+def cut_metrics(run: Path, iteration: int) -> float:
+    """Leave the lines of metrics.jsonl up to an iteration, so that none stands twice; the seconds of the last."""
+    path, kept = run / "metrics.jsonl", []
+    if path.exists():
+        kept = [line for line in read_metrics(run) if line["iteration"] <= iteration]
+    replace_text(path, "".join(as_json(line) + "\n" for line in kept))
+    return kept[-1]["seconds"] if kept else 0.0
+
+
+def perplexities(run: Path) -> dict[int, float]:
+    """Iteration -> the perplexity with memory of the first task that was evaluated there."""
+    found = {}
+    for line in read_metrics(run):
+        memory = line["eval"][0].get("memory") if line.get("eval") else None
+        perplexity = memory.get("perplexity") if isinstance(memory, dict) else None
+        if isinstance(perplexity, int | float):
+            found[line["iteration"]] = perplexity
     return found
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from uiollms.integrity import sync
 from uiollms.json_files import read_json
 from uiollms.reading import kind_of
 from uiollms.refusals import ConfigError, Faults
@@ -24,6 +25,7 @@ FILES = (
     *("curve.png", *RESULTS, "attention.safetensors", "report.html", "plots"),
 )
 LOCK = "lock"
+MOVING = ".earlier"  # what another run left, on its way to earlier-<n>
 
 
 def check_run_folder(folder: Path, names: tuple[str, ...] = FILES) -> None:
@@ -101,4 +103,42 @@ def held(path: Path, said: str) -> Iterator[None]:
 
 def is_own(name: str) -> bool:
     """Whether a run gives the name to something in its folder, earlier runs' included."""
-    return name in FILES or name == LOCK or name.startswith("earlier-")
+    return name in FILES or name in (LOCK, MOVING) or name.startswith("earlier-")
+
+
+def set_aside(folder: Path, paths: list[Path]) -> Path:
+    """Move files of a run folder into its next free earlier-<n>/, all or none of them: a process
+    that is killed meanwhile leaves what `put_back` undoes. Checkpoints go last, so that what reads
+    the folder until then finds its weights."""
+    moving, target = folder / MOVING, free_name(folder)
+    moving.mkdir()
+    for path in sorted(paths, key=lambda path: path.name == "checkpoints"):
+        path.rename(moving / path.name)
+    for place in {moving, folder, *(path.parent for path in paths)}:
+        sync(place)
+    moving.rename(target)
+    sync(folder)
+    return target
+
+
+def put_back(folder: Path) -> None:
+    """Undo what a killed process left of `set_aside`. Where a name is taken by now, what it had
+    moved is kept in earlier-<n>/."""
+    moving = folder / MOVING
+    if not moving.is_dir():
+        return
+    for path in sorted(moving.iterdir(), key=lambda path: path.name != "checkpoints"):
+        home = folder / "checkpoints" if path.name.startswith("step-") else folder
+        home.mkdir(exist_ok=True)
+        if not os.path.lexists(home / path.name):
+            path.rename(home / path.name)
+    if any(moving.iterdir()):
+        moving.rename(free_name(folder))
+    else:
+        moving.rmdir()
+    sync(folder)
+
+
+def free_name(folder: Path) -> Path:
+    """The next free earlier-<n>."""
+    return next(p for n in range(1, 10**9) if not (p := folder / f"earlier-{n}").exists())

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from uiollms.config import ConfigError
 from uiollms.fitness import unfilled
+from uiollms.integrity import make_folder, replacing_folder
 from uiollms.paths import cache_dir
 from uiollms.reading import check_file
 
@@ -67,26 +67,24 @@ def converted(folder: Path, file: str) -> Path:
     target = converted_folder(file)
     if (target / "config.json").exists():
         return target
-    log.info("converting %s into %s (once)", file, target)
-    check_file(folder / file)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=target.parent))
-    try:
-        convert(folder, file, work)
-        work.rename(target)  # whole or not at all
-    except ConfigError:
-        raise
-    except Exception as error:  # a damaged file fails in any way that its readers know
-        if not (target / "config.json").exists():  # else another process was faster
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise ConfigError(f"{folder / file}: cannot be converted ({reason}); install the package again") from None
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    make_folder(target.parent)
+    with FileLock(target.parent / f".{target.name}-lock"):  # another process may convert it already
+        if not (target / "config.json").exists():
+            log.info("converting %s into %s (once)", file, target)
+            check_file(folder / file)
+            try:
+                convert(folder, file, target)
+            except ConfigError:
+                raise
+            except Exception as error:  # a damaged file fails in any way that its readers know
+                reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                why = f"cannot be converted ({reason}); install the package again"
+                raise ConfigError(f"{folder / file}: {why}") from None
     return target
 
 
-def convert(folder: Path, file: str, work: Path) -> None:
-    """Model and tokenizer of a GGUF file into the folder `work`. Raises ConfigError as `converted`."""
+def convert(folder: Path, file: str, target: Path) -> None:
+    """Model and tokenizer of a GGUF file into a folder. Raises ConfigError as `converted`."""
     settings: dict[str, Any] = dict(gguf_file=file, dtype=torch.bfloat16)
     if hasattr(transformers, "GgufConfig"):  # older versions have no such setting and always dequantise
         settings["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -94,8 +92,9 @@ def convert(folder: Path, file: str, work: Path) -> None:
     model, info = loader.from_pretrained(folder, output_loading_info=True, **settings)
     if fault := unfilled(info):
         raise ConfigError(f"{folder / file}: its tensors do not fill the model: {fault}; install the package again")
-    model.save_pretrained(work)
-    gguf_tokenizer(folder / file).save_pretrained(work)
+    with replacing_folder(target) as work:
+        model.save_pretrained(work)
+        gguf_tokenizer(folder / file).save_pretrained(work)
 
 
 def converted_folder(file: str) -> Path:

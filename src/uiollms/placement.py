@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import re
 import shutil
-import tempfile
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,6 +29,8 @@ from torch import Tensor, nn
 
 from uiollms.base import promote_norms
 from uiollms.config import ConfigError
+from uiollms.devices import one_at_a_time
+from uiollms.integrity import clear_leftovers, make_folder, work_name
 from uiollms.paths import cache_dir
 
 # encoder.encoder.base_model.model.model.layers.3 -> model.layers.3; decoder.decoder.base_model.model.lm_head -> lm_head
@@ -165,8 +166,10 @@ def put_on_disk(base: nn.Module, names: list[str], working: torch.device, offloa
     if getattr(base, "dtype", None) == torch.float64:
         promote_norms(base)  # replaces modules: before the hooks
     root = Path(offload_dir) if offload_dir else cache_dir() / "offload"
-    root.mkdir(parents=True, exist_ok=True)
-    folder = tempfile.mkdtemp(prefix="weights-", dir=root)
+    make_folder(root)
+    clear_leftovers(root)  # gigabytes, of processes that were killed
+    folder = work_name(root)
+    folder.mkdir(mode=0o700)
     weakref.finalize(base, shutil.rmtree, folder, ignore_errors=True)
     modules = {name: base.get_submodule(name) for name in names}
     weights = {f"{n}.{key}": p.detach() for n, m in modules.items() for key, p in m.named_parameters(recurse=False)}
@@ -186,6 +189,7 @@ class _Resting:
     def __init__(self, module: Any, hook: AlignDevicesHook) -> None:
         self.module, self.hook, self.forward = module, hook, module._old_forward
 
+    @one_at_a_time  # all threads load into the one module, those that call the base itself too
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with align_module_device(self.module), torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack):
             return self.forward(*args, **kwargs)

@@ -11,6 +11,7 @@ is measured again when the run has other weights by then. All else is read from 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -22,7 +23,7 @@ from uiollms.config import ConfigError
 from uiollms.faults import writing
 from uiollms.options import place, whole
 from uiollms.pretrained import load_memory_lm
-from uiollms.views.folder import ATTENTION, Missing, RunFolder, read_folder
+from uiollms.views.folder import ATTENTION, Missing, RunFolder, read_attention, read_folder
 from uiollms.views.page import write_report
 
 
@@ -52,8 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
 def add_attention(run: RunFolder, skip: bool, tokens: int | None, output: Output = WORDS) -> None:
     """The attention mass stored in the run folder; measured first where that is not of the run's weights, or `tokens` asks."""
     path = run.path / ATTENTION
-    if path.exists():
-        run.attention = run.part("attention to memory", ATTENTION, AttentionMass.load, f"python -m uiollms.report {run.path}")
+    if os.path.lexists(path):
+        run.attention = run.part("attention to memory", ATTENTION, read_attention, f"python -m uiollms.report {run.path}")
     if skip or (run.attention and run.attention.about.get("weights") == run.weights_name and tokens is None):
         if run.attention is None:
             run.missing.append(Missing("attention to memory", "--no_attention", f"python -m uiollms.report {run.path}"))

@@ -10,6 +10,7 @@ Shapes: T' scored tokens of a document.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -17,14 +18,17 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from uiollms.config import COPY_TASKS, RETRIEVAL_TASKS, TEXT_TASKS
+from uiollms.integrity import replacing
+from uiollms.refusals import json_path
 
 ABOUT = ("task", "task_type", "truncation", "chunk_size", "protocol")  # what a result is of, as it is stored
 Item = TypeVar("Item")
@@ -148,9 +152,11 @@ class TaskResult:
 
     @classmethod
     def from_summary(cls, summary: dict[str, Any]) -> TaskResult:
-        """A result with the numbers that `summary` wrote, and without its documents. Raises KeyError for other JSON."""
-        result = cls(*(summary[key] for key in ABOUT))
-        result.modes = {key: value for key, value in summary.items() if isinstance(value, dict)}
+        """A result with the numbers that `summary` wrote, and without its documents. Raises KeyError, ValueError for other
+        JSON."""
+        result = cls(*checked_about(summary))
+        modes = {key: value for key, value in summary.items() if isinstance(value, dict)}
+        result.modes = {mode: checked_numbers(numbers, mode) for mode, numbers in modes.items()}
         return result
 
     def summary(self) -> dict[str, Any]:
@@ -254,11 +260,11 @@ def rouge_l(texts: Sequence[tuple[str, str]]) -> float:
     return mean([scorer.score(reference, generated)["rougeL"].fmeasure for reference, generated in texts])
 
 
-def save_token_nlls(results: Sequence[TaskResult], path: Path) -> None:
+def save_token_nlls(results: Sequence[TaskResult], path: Path, of: str = "") -> None:
     """Every scored token's NLL in a safetensors file: `<r>.<d>.<mode>.nll` [T'] float32, nats, of result r (0-based, in the
     order of test.json's results) and document d in a mode; beside each `.positions` [T'] int64; with a teacher also `.loss`.
     The file's metadata describes the results: {"0": '{"task": ..., "task_type": ..., "truncation": ..., "chunk_size": ...,
-    "protocol": ...}'}."""
+    "protocol": ...}'}, and holds the sha256 of test.json's text, `of`, as "of"."""
     tensors = {}
     for r, result in enumerate(results):
         for mode, scores in result.scores.items():
@@ -269,19 +275,99 @@ def save_token_nlls(results: Sequence[TaskResult], path: Path) -> None:
                 if not torch.equal(document.loss, document.nll):
                     tensors[f"{key}.loss"] = document.loss.contiguous()
     about = {str(r): json.dumps(dict(zip(ABOUT, x.about, strict=True))) for r, x in enumerate(results)}
-    save_file(tensors, path, about)
+    with replacing(path) as work:
+        save_file(tensors, work, about | {OF: digest(of.encode())})
 
 
-def load_token_nlls(path: Path) -> list[TaskResult]:
+def load_token_nlls(path: Path, of: bytes | None = None) -> list[TaskResult]:
     """The results of which `save_token_nlls` wrote the file, with all its numbers (texts and right answers are not among them).
-    Raises KeyError for another file's metadata."""
+    of: the bytes of test.json, or None. Raises KeyError for another file's metadata, ValueError for what is not such a file or
+    belongs to another test.json."""
     with safe_open(path, "pt") as file:
-        about = {int(r): json.loads(text) for r, text in (file.metadata() or {}).items()}
-        results = [TaskResult(*(about[r][key] for key in ABOUT)) for r in sorted(about)]
+        metadata = file.metadata() or {}
+        if of is not None and metadata.pop(OF, digest(of)) != digest(of):
+            raise ValueError("it is of another evaluation than test.json, or that was edited since")
+        about = {int(r): json.loads(text) for r, text in metadata.items() if r != OF}
+        results = [TaskResult(*checked_about(about[r])) for r in range(len(about))]
         for key in (key for key in file.keys() if key.endswith(".nll")):
             r, d, mode, _ = key.split(".")
             nll, positions = file.get_tensor(key), file.get_tensor(f"{r}.{d}.{mode}.positions")
             loss = f"{r}.{d}.{mode}.loss"
             score = DocumentScore(nll, file.get_tensor(loss) if loss in file.keys() else nll, positions)
+            if not nll.is_floating_point() or nll.dim() != 1 or not len(nll) or positions.shape != nll.shape:
+                raise ValueError(f"{key} and its positions are no numbers of the same tokens")
+            if positions.dtype != torch.int64 or not 0 < positions.min() <= positions.max() < MOST_POSITIONS:
+                raise ValueError(f"{key}: its positions are none of a document")
             results[int(r)].scores.setdefault(mode, {})[int(d)] = score
     return results
+
+
+OF = "of"
+MOST_POSITIONS = 2**40
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def checked_about(found: dict[str, Any]) -> list[Any]:
+    """The values of `ABOUT`, of the types that a result has. Raises KeyError, ValueError."""
+    name, task_type, truncation, chunk_size, protocol = values = [found[key] for key in ABOUT]
+    kinds = [isinstance(name, str), isinstance(task_type, str), protocol is None or isinstance(protocol, str)]
+    sizes = [truncation is None or whole_number(truncation), whole_number(chunk_size)]
+    if wrong := [key for key, right in zip((*ABOUT[:2], ABOUT[4], *ABOUT[2:4]), kinds + sizes, strict=True) if not right]:
+        raise ValueError(f"{wrong[0]} is {found[wrong[0]]!r}, no {wrong[0]} of a result")
+    return values
+
+
+Pair = tuple[float | None, float | None]
+
+
+class Bucket(BaseModel):
+    """Of by_position."""
+
+    start: Annotated[int, Field(gt=0, lt=MOST_POSITIONS)]
+    stop: Annotated[int, Field(gt=1, lt=MOST_POSITIONS)]
+    perplexity: float | None
+
+
+class AtDepth(BaseModel):
+    depth: float
+    accuracy: float
+
+
+class Numbers(BaseModel):
+    """A mode's numbers that are shown when a summary is read again, each where it is there."""
+
+    model_config = ConfigDict(extra="allow")
+
+    documents: int
+    perplexity: float | None = None
+    nll: float | None = None
+    loss: float | None = None
+    accuracy: float | None = None
+    bleu4: float | None = None
+    rouge_l: float = 0.0
+    token_accuracy: float = 0.0
+    document_mean: float | None = None
+    interval_95: Pair | None = None
+    nll_interval_95: Pair | None = None
+    loss_interval_95: Pair | None = None
+    accuracy_interval_95: Pair | None = None
+    document_mean_interval_95: Pair | None = None
+    by_position: list[Bucket] = []
+    by_depth: list[AtDepth] = []
+
+
+def checked_numbers(numbers: dict[str, Any], mode: str) -> dict[str, Any]:
+    """A mode's numbers as they are. Raises ValueError that names one of another type than it has."""
+    try:
+        Numbers.model_validate_json(json.dumps(numbers), strict=True)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise ValueError(f"{mode}.{json_path(fault['loc'])}: {fault['msg']}") from None
+    return numbers
+
+
+def whole_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < MOST_POSITIONS

@@ -14,7 +14,6 @@ import logging
 import os
 import signal
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -22,15 +21,31 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from uiollms.board import Board
 from uiollms.checkpoint import check_target, save_weights
 from uiollms.config import ConfigError, EnvConfig, MemoryConfig
 from uiollms.distributed import World
 from uiollms.environment import device_name, environment
 from uiollms.faults import writing
-from uiollms.integrity import remove, replacing, sync
+from uiollms.integrity import (
+    clear_leftovers,
+    make_folder,
+    recover,
+    remove,
+    replace_text,
+    sync,
+    work_name,
+)
 from uiollms.json_files import as_json, finite
-from uiollms.metrics import ITERATIONS, machine_use, read_metrics, scalars
-from uiollms.own_files import FILES, LOCK, held
+from uiollms.metrics import (
+    ITERATIONS,
+    cut_metrics,
+    machine_use,
+    perplexities,
+    read_metrics,
+    scalars,
+)
+from uiollms.own_files import FILES, LOCK, free_name, held, put_back, set_aside
 from uiollms.paths import run_folder
 from uiollms.run_state import (
     Record,
@@ -46,10 +61,10 @@ from uiollms.run_state import (
 )
 from uiollms.schedule import Schedule
 from uiollms.views.curves import plot_training
+from uiollms.watch import LostProcess
 
 log = logging.getLogger("uiollms")
 
-REPEATED = 5  # seconds in which a launcher sends its processes what the terminal has sent them already
 Item = TypeVar("Item")
 
 
@@ -66,11 +81,17 @@ def open_run(
             yield Run(folder, config, compressor, None, True, stack, world)
             return
         with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             said = "another process is training in this folder; choose another train.run_dir"
             stack.enter_context(held(folder / LOCK, f"{folder}: {said}"))
+            put_back(folder)
         check_can_save(config.model.save_ckp, stack)
-        yield Run(folder, config, compressor, resume, restart, stack, world)
+        run = Run(folder, config, compressor, resume, restart, stack, world)
+        try:
+            yield run
+        except (SystemExit, LostProcess):
+            run.save_last_step()
+            raise
 
 
 def check_can_save(save_ckp: str | None, stack: ExitStack) -> None:
@@ -78,10 +99,11 @@ def check_can_save(save_ckp: str | None, stack: ExitStack) -> None:
     if save_ckp is not None:
         with writing(save_ckp):
             path = Path(os.path.realpath(save_ckp))
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             said = "another run saves its weights here; choose another model.save_ckp"
             lock = path.with_name(f".{path.name}-lock")
             stack.enter_context(held(lock, f"{save_ckp}: {said}"))
+            recover(path)
             check_target(Path(save_ckp))
             tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-").close()
 
@@ -104,7 +126,9 @@ class Run:
         self.checkpoints = folder / "checkpoints"
         self.metrics = folder / "metrics.jsonl"
         self.echo: Callable[[str], None] = lambda line: None  # what else a line of metrics.jsonl goes to
-        self.stopped_by: signal.Signals | None = None
+        self.watch = world.watch
+        self.stopped_by: signal.Signals | None = None  # what all processes have agreed upon
+        self.state: TrainingState | None = None  # once there is one
         self.record: Record | None = None
         saved = saved_steps(self.checkpoints)
         self.start = None if resume is None else Path(resume) if resume else saved[-1] if saved else None
@@ -137,7 +161,7 @@ class Run:
         if not finished:
             raise ConfigError(
                 f"{self.folder}: holds an unfinished run, {done}{of} done; go on with --resume, or begin "
-                f"anew with --restart (its files then move to {self.free_name().name}/)"
+                f"anew with --restart (its files then move to {free_name(self.folder).name}/)"
             )
 
     def begin(self, state: TrainingState) -> None:
@@ -147,21 +171,21 @@ class Run:
         if self.start and self.record:
             load_state(state, self.start, self.record)
         share_state(state, self.world)
+        state.set_mark()
         if self.world.is_first:
             self.open_files(state)
-        self.catch_signals()
+        self.state = state
+        self.watch.begin()
 
     def open_files(self, state: TrainingState) -> None:
         going_on = self.start is not None and self.start.resolve().parent == self.checkpoints.resolve()
         with writing(self.folder):
             newer = [path for path in saved_steps(self.checkpoints) if step_of(path) > state.iteration]
             self.set_aside(newer if going_on else [self.folder / name for name in FILES if (self.folder / name).exists()])
-            self.checkpoints.mkdir(exist_ok=True)
-            for leftover in self.checkpoints.glob(".step-*"):  # of a process that was killed
-                remove(leftover)
-            seconds = self.cut_metrics(state.iteration)
-            config = self.config.model_dump_json(indent=4) + "\n"
-            (self.folder / "config.json").write_text(config, encoding="utf-8")
+            make_folder(self.checkpoints)
+            clear_leftovers(self.checkpoints)
+            seconds = cut_metrics(self.folder, state.iteration)
+            replace_text(self.folder / "config.json", self.config.model_dump_json(indent=4) + "\n")
             here: dict[str, str | None] = {
                 "dtype": str(state.model.dtype),
                 "device": device_name(),
@@ -169,12 +193,9 @@ class Run:
             }
             self.environment = environment() | here
             versions = as_json(self.environment | {ITERATIONS: self.schedule.counts}, indent=4)
-            (self.folder / "versions.json").write_text(versions + "\n", encoding="utf-8")
+            replace_text(self.folder / "versions.json", versions + "\n")
             self.open_log()
-            from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=state.iteration + 1 if self.start else None)
-            self.stack.callback(self.board.close)
+        self.board = Board(self.folder / "tensorboard", state.iteration + 1 if self.start else None)
         self.began = time.time() - seconds
         if self.record:
             goal, counts = self.config.train.train_iters, self.schedule.counts
@@ -187,23 +208,8 @@ class Run:
     def set_aside(self, paths: list[Path]) -> None:
         """Move what another run left into the next free earlier-<n>/: nothing is lost."""
         if paths:
-            target = self.free_name()
-            target.mkdir()
-            for path in paths:
-                path.rename(target / path.name)
+            target = set_aside(self.folder, paths)
             log.info("%s kept in %s", ", ".join(path.name for path in paths), target)
-
-    def free_name(self) -> Path:
-        return next(p for n in range(1, 10**9) if not (p := self.folder / f"earlier-{n}").exists())
-
-    def cut_metrics(self, iteration: int) -> float:
-        """Leave the lines up to an iteration, so that none stands twice; the seconds of the last."""
-        kept: list[dict[str, Any]] = []
-        if self.metrics.exists():
-            kept = [line for line in read_metrics(self.folder) if line["iteration"] <= iteration]
-        with replacing(self.metrics) as work:
-            work.write_text("".join(as_json(line) + "\n" for line in kept), encoding="utf-8")
-        return kept[-1]["seconds"] if kept else 0.0
 
     def open_log(self) -> None:
         handler = logging.FileHandler(self.folder / "log.txt", encoding="utf-8")
@@ -228,8 +234,7 @@ class Run:
         with writing(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
             file.write(text + "\n")
         self.echo(text)
-        for name, number in scalars(line, self.config.train.loss):
-            self.board.add_scalar(name, number, values["iteration"])
+        self.board.add(values["iteration"], scalars(line, self.config.train.loss))
 
     def timed(self, items: Iterable[Item]) -> Iterator[Item]:
         """The items. The clock behind tokens a second starts anew with each: evaluations and checkpoints do not count."""
@@ -245,8 +250,11 @@ class Run:
     def save(self, state: TrainingState) -> None:
         """Weights to `save_ckp`, then everything to a checkpoint; older ones than the config keeps are deleted once it is
         whole. Raises ConfigError if the disk is full; the checkpoints before stay."""
-        if not self.world.is_first:
-            return
+        if self.world.is_first:
+            with self.watch.undisturbed():
+                self.write(state)
+
+    def write(self, state: TrainingState) -> None:
         if self.config.model.save_ckp:
             save_weights(state.model, self.config.model.save_ckp)
         with writing(self.metrics):
@@ -257,16 +265,13 @@ class Run:
         with writing(self.checkpoints):
             for path in saved[: -self.config.train.keep_last]:
                 if path != best:
-                    gone = path.with_name(f".{path.name}-gone")
+                    gone = work_name(self.checkpoints)
                     path.rename(gone)
                     remove(gone)
 
     def best(self, saved: list[Path]) -> Path | None:
         """The checkpoint with the lowest perplexity of the first task."""
-        perplexity = {}
-        for line in read_metrics(self.folder):
-            if "eval" in line and (found := line["eval"][0].get("memory", {}).get("perplexity")) is not None:
-                perplexity[line["iteration"]] = found
+        perplexity = perplexities(self.folder)
         return min((p for p in saved if step_of(p) in perplexity), key=lambda p: perplexity[step_of(p)], default=None)
 
     def evaluation_missing(self, iteration: int) -> bool:
@@ -293,7 +298,8 @@ class Run:
         return due or self.stopped_by is not None or state.bad_in_a_row >= train.max_bad_steps
 
     def stop_if_asked(self, state: TrainingState, sources: list[str]) -> None:
-        """Called once all is saved. Raises SystemExit after a signal, ConfigError after too many bad steps in a row."""
+        """Called by all processes alike, once all is saved. Raises SystemExit after a signal,
+        ConfigError after too many bad steps in a row."""
         if self.stopped_by is not None or state.bad_in_a_row >= self.config.train.max_bad_steps:
             self.world.wait()  # a launcher ends all others once one has ended: not while the first one saves
         if state.bad_in_a_row >= self.config.train.max_bad_steps:
@@ -306,40 +312,43 @@ class Run:
 
     def agree_to_stop(self) -> None:
         """What one process was told, all do."""
-        number = self.world.largest(self.stopped_by or 0)
-        if number and self.stopped_by is None:
-            self.stop_by(signal.Signals(number))
+        if self.watch.lost:
+            raise self.watch.reason()
+        number = self.world.largest(self.watch.asked or 0)
+        if number:
+            self.stopped_by = signal.Signals(number)
+            self.watch.ask(self.stopped_by)
 
     def exit_if_signalled(self) -> None:
         if self.stopped_by is not None:
-            log.info("stopped by %s; --resume goes on", self.stopped_by.name)
             raise SystemExit(128 + self.stopped_by)
 
     def unless_stopped(self, items: Iterable[Item]) -> Iterator[Item]:
         """The items, until a signal comes: an evaluation is given up, and made again when the run goes on."""
         for item in items:
-            self.exit_if_signalled()
+            if self.watch.asked:  # the others wait for this process, and agree later
+                raise self.watch.reason()
             yield item
+
+    def save_last_step(self) -> None:
+        """In the first process of a run that ends before its end: save the last whole step, where
+        that is not saved yet, and say how it goes on."""
+        self.watch.leaving = True
+        state, saved = self.state, saved_steps(self.checkpoints)
+        if state and state.iteration > (step_of(saved[-1]) if saved else 0):
+            try:
+                self.save(state)
+            except ConfigError as error:  # why the run ends is said too
+                log.warning("%s", error)
+            else:
+                log.info("iteration %d, the last whole step, is saved", state.iteration)
+        if self.watch.asked:
+            then = "--resume goes on" if state else "nothing was trained yet"
+            log.info("stopped by %s; %s", self.watch.asked.name, then)
 
     def plot(self) -> None:
         if not self.world.is_first:
             return
         with writing(self.folder / "curve.png"):
-            plot_training(self.folder)
-
-    def catch_signals(self) -> None:
-        def stop(number: int, frame: Any) -> None:
-            if self.stopped_by is None:
-                os.write(2, b"\nfinishes the step, saves and stops; a second signal ends it at once\n")
-                self.stop_by(signal.Signals(number))
-            elif time.monotonic() >= self.ends_from:
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
-
-        if threading.current_thread() is threading.main_thread():
-            for each in (signal.SIGINT, signal.SIGTERM):
-                self.stack.callback(signal.signal, each, signal.signal(each, stop))
-
-    def stop_by(self, number: signal.Signals) -> None:
-        self.stopped_by = number
-        self.ends_from = time.monotonic() + (REPEATED if self.world.size > 1 else 0)
+            loss, counts = self.config.train.loss, self.schedule.counts
+            plot_training(read_metrics(self.folder), self.folder / "curve.png", loss, counts)

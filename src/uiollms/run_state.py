@@ -37,7 +37,7 @@ from uiollms.data.mixture import generator_state
 from uiollms.distributed import Group
 from uiollms.faults import writing
 from uiollms.fitness import not_finite
-from uiollms.integrity import remove, seal, sync, verify
+from uiollms.integrity import replacing_folder, seal, verify
 from uiollms.model import MemoryLM
 from uiollms.schedule import Counts, Schedule
 from uiollms.training import Samples
@@ -92,6 +92,17 @@ class Position(Checked):
     samples: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Mark:
+    """What `Position` holds, as the libraries give it."""
+
+    python: Any
+    numpy: Any
+    torch: Tensor
+    cuda: list[Tensor]
+    samples: dict[str, Any]
+
+
 @dataclass
 class TrainingState:
     """All that a run changes as it goes on. iteration: documents (or steps: schedule.py) done, those of skipped steps included;
@@ -104,12 +115,20 @@ class TrainingState:
     iteration: int = 0
     skipped_steps: int = 0
     bad_in_a_row: int = 0
+    mark: Mark | None = None  # of the last whole step
 
     def advance(self, iteration: int, good: bool) -> None:
-        """Count a step, taken (`good`) or skipped, after which so many iterations are done."""
+        """Count a step, taken (`good`) or skipped, after which so many iterations are done. From here to
+        the next call this step can be saved, whatever the one that follows has drawn by then."""
         self.iteration = iteration
         self.skipped_steps += not good
         self.bad_in_a_row = 0 if good else self.bad_in_a_row + 1
+        self.set_mark()
+
+    def set_mark(self) -> None:
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        place = self.samples.state_dict()
+        self.mark = Mark(random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda, place)
 
 
 # ---- what may change -----------------------------------------------------------------------------------------------------
@@ -175,24 +194,15 @@ def save_state(
         environment=environment,
     )
     path = folder / f"step-{state.iteration:08d}"
-    work = path.with_name(f".{path.name}-new")
     before = saved_steps(folder)
     remedy = f"; {before[-1].name} is whole: make room, then go on with --resume" if before else ""
-    with writing(path, remedy):
-        folder.mkdir(exist_ok=True)
-        remove(work)
-        try:
-            write_weights(state.model, work)
-            save_file(optimizer_tensors(state), work / "optimizer.safetensors")
-            (work / "state.json").write_text(record.model_dump_json(indent=1), encoding="utf-8")
-            position = position_of(state).model_dump_json()
-            (work / "rank-0.json").write_text(position, encoding="utf-8")
-            seal(work)
-            work.rename(path)
-        except BaseException:
-            remove(work)
-            raise
-        sync(folder)
+    with writing(path, remedy), replacing_folder(path) as work:
+        write_weights(state.model, work)
+        save_file(optimizer_tensors(state), work / "optimizer.safetensors")
+        (work / "state.json").write_text(record.model_dump_json(indent=1), encoding="utf-8")
+        position = position_of(state).model_dump_json()
+        (work / "rank-0.json").write_text(position, encoding="utf-8")
+        seal(work)
     return path
 
 
@@ -203,14 +213,17 @@ def optimizer_tensors(state: TrainingState) -> dict[str, Tensor]:
 
 
 def position_of(state: TrainingState) -> Position:
-    algorithm, numbers, *rest = np.random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    if state.mark is None:
+        state.set_mark()
+    mark = state.mark
+    assert mark is not None
+    algorithm, numbers, *rest = mark.numpy
     return Position(
-        python=random.getstate(),
+        python=mark.python,
         numpy=(algorithm, tuple(int(n) for n in numbers), *rest),  # type: ignore[arg-type]
-        torch=hex_of(torch.get_rng_state()),
-        cuda=tuple(hex_of(generator) for generator in cuda),
-        samples=state.samples.state_dict(),
+        torch=hex_of(mark.torch),
+        cuda=tuple(hex_of(generator) for generator in mark.cuda),
+        samples=mark.samples,
     )
 
 

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import json
-import os
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,11 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from uiollms.checkpoint import ROLES, WEIGHT_FILES, load_weights, replace_folder, write_weights
+from uiollms.checkpoint import ROLES, WEIGHT_FILES, load_weights, write_weights
 from uiollms.config import Checked, ConfigError, EnvConfig, load_memory_config, parse, read_json
 from uiollms.faults import writing
 from uiollms.flash import check_request
-from uiollms.integrity import remove, seal
+from uiollms.integrity import replacing_folder, seal, whole_folder
 from uiollms.loading import load, load_causal_lm
 from uiollms.model import MemoryLM
 from uiollms.packaged import PACKAGED, converted_folder
@@ -51,27 +50,21 @@ def save(model: MemoryLM, folder: str | Path, include_base: bool = False, tokeni
     included."""
     folder = Path(folder)
     name = model.config._name_or_path
-    include_base = include_base or bool(name) and Path(name).resolve() == (folder / INCLUDED).resolve()
+    inside = [(place / INCLUDED).resolve() for place in (folder, whole_folder(folder))]
+    include_base = include_base or bool(name) and Path(name).resolve() in inside
     if not (include_base or name):
         raise ValueError("save_pretrained: the base was not loaded from anywhere, so it has no name; give include_base=True")
     check_replaceable(folder)
     named = {"model_name": INCLUDED if include_base else public_name(name)}
-    work = folder.with_name(f".{folder.name}-saving-{os.getpid()}")
-    with writing(folder, f"; {folder} is as it was" if folder.exists() else ""):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        remove(work)  # of a process that was killed
-        try:
-            write_weights(model, work)
-            seal(work)
-            (work / "base.json").write_text(json.dumps(named, indent=4) + "\n", encoding="utf-8")
-            if include_base:
-                model.base.save_pretrained(work / INCLUDED)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(work)
-            replace_folder(work, folder)
-        except BaseException:
-            remove(work)
-            raise
+    remedy = f"; {folder} is as it was" if folder.exists() else ""
+    with writing(folder, remedy), replacing_folder(folder) as work:
+        write_weights(model, work)
+        seal(work)
+        (work / "base.json").write_text(json.dumps(named, indent=4) + "\n", encoding="utf-8")
+        if include_base:
+            model.base.save_pretrained(work / INCLUDED)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(work)
 
 
 def check_replaceable(folder: Path) -> None:
@@ -116,7 +109,7 @@ def load_model(
     Other settings of transformers (quantization_config, state_dict, ...) are not supported: load the base yourself with
     them and give it as `base`. Raises ConfigError for a folder that holds no such model and a base that cannot be had.
     """
-    folder = Path(folder)
+    folder = whole_folder(Path(folder))
     if not (folder / "memory_config.json").is_file():
         raise ConfigError(f"{folder}: no memory_config.json in it: not a folder of save_pretrained (hub ids are not looked up)")
     memory = load_memory_config(folder / "memory_config.json")
@@ -161,7 +154,7 @@ def base_name(folder: Path) -> str:
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer saved in a model's folder, else that of its base."""
-    folder = Path(folder)
+    folder = whole_folder(Path(folder))
     own = folder / "tokenizer_config.json"
     return load(AutoTokenizer, str(folder) if own.is_file() else base_name(folder))
 
@@ -170,7 +163,7 @@ def weights_of(config: EnvConfig) -> str | None:
     """The weights that a config is evaluated and used with: what it has trained (save_ckp, if it is there), else what it
     starts from (load_ckp), else released_ckp."""
     saved = config.model.save_ckp
-    if saved and Path(saved).exists():
+    if saved and whole_folder(Path(saved)).exists():
         return saved
     return config.model.load_ckp or config.model.released_ckp
 

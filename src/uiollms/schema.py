@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from uiollms.cli import errors_as_lines
 from uiollms.config import EnvConfig, MemoryConfig, TestFile
 from uiollms.faults import writing
+from uiollms.integrity import make_folder, replace_text
 from uiollms.options import place
 
 SCHEMAS: dict[str, type[BaseModel]] = {"env.json": EnvConfig, "memory.json": MemoryConfig, "test.json": TestFile}
@@ -100,8 +101,8 @@ def main(arguments: list[str] | None = None) -> None:
     texts = {f"config/schema/{name}": schema_text(name) for name in SCHEMAS} | {"docs/config.md": config_page()}
     for name, text in texts.items():
         with writing(out / name):
-            (out / name).parent.mkdir(parents=True, exist_ok=True)
-            (out / name).write_text(text, encoding="utf-8")
+            make_folder((out / name).parent)
+            replace_text(out / name, text)
         print(out / name)
 
 

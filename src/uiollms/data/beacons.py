@@ -7,9 +7,7 @@ state of the file, tokenizer and max_length. After that a sample is tokenised wh
 from __future__ import annotations
 
 import hashlib
-import os
 import random
-import tempfile
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from uiollms.config import ConfigError
 from uiollms.data.documents import Corpus, Document, Lazy, TokenDocument
 from uiollms.data.files import state_of
+from uiollms.integrity import make_folder, replacing
 from uiollms.paths import cache_dir
 from uiollms.tokens import batch_ids, common
 
@@ -118,10 +117,9 @@ def chosen(documents: Corpus, path: Path, tokenizer: PreTrainedTokenizerBase, ma
     kept = cache_dir() / "beacons" / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
     if not kept.exists():
         numbers = choose(documents, tokenizer, max_length, f"choosing samples of {path.name} (once)")
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=kept.parent) as work:  # whole or not at all
-            np.save(Path(work, "part.npy"), np.asarray(numbers, dtype=np.int64))
-            os.replace(Path(work, "part.npy"), kept)
+        make_folder(kept.parent)
+        with replacing(kept) as work:
+            np.save(work, np.asarray(numbers, dtype=np.int64))
     return [int(number) for number in np.load(kept)]
 
 

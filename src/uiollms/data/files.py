@@ -13,7 +13,6 @@ import json
 import mmap
 import os
 import re
-import tempfile
 import zlib
 from array import array
 from codecs import BOM_UTF8
@@ -24,6 +23,7 @@ from typing import Any
 
 from uiollms.config import ConfigError
 from uiollms.data.documents import Corpus, Document, Lazy
+from uiollms.integrity import make_folder, replacing
 from uiollms.json_files import loads
 from uiollms.paths import cache_dir, raw_dir
 from uiollms.reading import check_file, opened, read_bytes
@@ -172,18 +172,16 @@ def unpacked(path: str | Path) -> Path:
     most = max(MOST_UNPACKED, MOST_GROWTH * os.path.getsize(path))
     copy = cache_dir() / "unpacked" / f"{Path(path).stem}-{hashlib.sha256(state.encode()).hexdigest()[:16]}"
     if not copy.exists():
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=copy.parent) as work:  # whole or not at all
-            try:
-                with gzip.open(path) as packed, open(Path(work, "part"), "wb") as part:
-                    while data := packed.read(1 << 20):
-                        part.write(data)
-                        if part.tell() > most:
-                            grows = f"it grows past {most >> 20:,} MiB, more than {MOST_GROWTH} times its size"
-                            raise ConfigError(f"{path}: is not unpacked: {grows}")
-            except (OSError, EOFError, zlib.error) as error:
-                raise ConfigError(f"{path}: cannot be unpacked: {error}") from None
-            os.replace(part.name, copy)
+        try:
+            make_folder(copy.parent)
+            with replacing(copy) as work, gzip.open(path) as packed, work.open("wb") as part:
+                while data := packed.read(1 << 20):
+                    part.write(data)
+                    if part.tell() > most:
+                        grows = f"it grows past {most >> 20:,} MiB, more than {MOST_GROWTH} times its size"
+                        raise ConfigError(f"{path}: is not unpacked: {grows}")
+        except (OSError, EOFError, zlib.error) as error:
+            raise ConfigError(f"{path}: cannot be unpacked: {error}") from None
     return copy
 
 

@@ -33,11 +33,12 @@ from uiollms.cli import Output, output_arguments, reporting_errors
 from uiollms.config import ConfigError, EnvConfig, MemoryConfig, TaskEntry, TrainSection, load_env_config
 from uiollms.evaluate import score
 from uiollms.evaluation import evaluation_documents
+from uiollms.integrity import make_folder, replace_text
 from uiollms.json_files import as_json, read_json
+from uiollms.metrics import read_lines
 from uiollms.model import MemoryLM
 from uiollms.options import place, whole
 from uiollms.pretrained import load_memory_lm
-from uiollms.reading import MOST_JSON, read_bytes
 from uiollms.saving import weights_of
 from uiollms.study.cost import study_cost
 from uiollms.study.gradients import INFINITE, NAMES, estimators_of, study_gradients
@@ -123,11 +124,11 @@ def main(arguments: list[str] | None = None) -> None:
     preset = getattr(args, "preset", None)
     out = args.out or Path("runs") / ("study-" + "-".join(filter(None, [args.what, preset])))
     check_results(out)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     setting, rows = {"gradients": measure, "cost": measure, "learning": learning, "recall": recall}[args.what](args, out)
     results = as_json({"setting": setting, "rows": rows}, indent=4) + "\n"
-    (out / "results.json").write_text(results, encoding="utf-8")
-    (out / "table.md").write_text(markdown_table(rows), encoding="utf-8")
+    replace_text(out / "results.json", results)
+    replace_text(out / "table.md", markdown_table(rows))
     args.output.console(150).print(Markdown(markdown_table(rows)))
     args.output.result(setting=setting, rows=rows)
     args.output.say(f"written to {out}")
@@ -275,18 +276,14 @@ def recall(args: argparse.Namespace, out: Path) -> Result:
 def curves_file(folder: Path, setting: dict[str, Any]) -> tuple[list[dict[str, Any]], Any]:
     """Curves of earlier calls with the same setting, and a function that adds one to that list and to curves.jsonl. Raises
     ConfigError where the file holds curves of another setting."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     path = folder / "curves.jsonl"
     plain = json.loads(json.dumps(setting))
-    text = read_bytes(path, MOST_JSON).decode("utf-8", "replace") if path.exists() else ""
-    try:
-        lines = [json.loads(line) for line in text.splitlines()]
-    except ValueError:
-        raise ConfigError(f"{path}: is no JSON lines; give another --out, or remove the file") from None
+    lines = read_lines(path) if path.exists() else []
     if lines and lines[0] != plain:
         raise ConfigError(f"{path}: its curves were trained with other settings; give another --out, or remove the folder")
-    if not lines:
-        path.write_text(as_json(plain) + "\n", encoding="utf-8")
+    lines = lines or [plain]
+    replace_text(path, "".join(as_json(line) + "\n" for line in lines))  # without a torn end
     curves = lines[1:]
 
     def record(curve: dict[str, Any]) -> None:

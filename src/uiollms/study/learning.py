@@ -20,6 +20,7 @@ from tqdm import tqdm
 from uiollms.config import TrainSection
 from uiollms.estimators import Estimator
 from uiollms.evaluate import token_losses
+from uiollms.integrity import replacing
 from uiollms.model import MemoryLM
 from uiollms.schedule import Schedule
 from uiollms.step import gradient_step
@@ -171,4 +172,5 @@ def plot_curves(panels: dict[str, Sequence[dict[str, Any]]], references: dict[st
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("held-out NLL, nats per scored token")
     figure.axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    with replacing(path) as work:
+        figure.savefig(work, dpi=110)

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from uiollms.config import MemoryConfig
+from uiollms.integrity import replacing_folder
 from uiollms.loading import load_causal_lm
 from uiollms.tasks import IGNORED, Sample
 
@@ -98,5 +99,6 @@ def train_base(folder: Path, seed: int = 0, enough: float = 0.98, bar: Callable[
                 break
         else:
             raise RuntimeError(f"the base answers {accuracy:.0%} of the questions in {num_chunks} chunks, expected {enough:.0%}")
-    base.save_pretrained(folder)
+    with replacing_folder(folder) as work:
+        base.save_pretrained(work)
     return base

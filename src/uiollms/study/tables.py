@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from uiollms.integrity import replacing
 from uiollms.study.gradients import INFINITE
 
 
@@ -43,4 +44,5 @@ def plot(rows: Sequence[dict[str, Any]], columns: Sequence[str], path: Path) -> 
         axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
         axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    with replacing(path) as work:
+        figure.savefig(work, dpi=110)

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from uiollms.metrics import iterations_of, read_metrics
+from uiollms.integrity import replacing
 from uiollms.views.plots import COLORS
 from uiollms.views.tables import NAMES
 
 
-def plot_training(run: Path, path: Path | None = None) -> Path:
-    """`curve.png` in the run folder, or `path`: training NLL per token, and an evaluation, against documents; in a panel of its
-    own where it scores other tokens than the training loss."""
+def plot_training(metrics: Sequence[dict[str, Any]], path: Path, loss: str = "paper", counted: str = "documents") -> Path:
+    """Training NLL per token, and an evaluation, against iterations, which are `counted` documents or steps; in a panel of its
+    own where it scores other tokens than the training loss, `loss`: paper or document."""
     from matplotlib.figure import Figure  # slow to import, and only runs that plot need it
 
-    metrics = read_metrics(run)
-    steps = [m for m in metrics if "nll" in m]
-    evaluations = [(m["iteration"], curve_task(run, m["eval"])) for m in metrics if m.get("eval")]
-    apart = bool(evaluations) and evaluations[0][1].get("protocol", "paper") != loss_of(run)
+    steps = [m for m in metrics if m.get("nll") is not None]
+    evaluations = [(m["iteration"], curve_task(loss, m["eval"])) for m in metrics if m.get("eval")]
+    apart = bool(evaluations) and evaluations[0][1].get("protocol", "paper") != loss
     figure = Figure(figsize=(8, 8 if apart else 4.5), layout="constrained")
     panels = figure.subplots(1 + apart, squeeze=False).flatten()
     x, y = [m["iteration"] for m in steps], [m["nll"] for m in steps]
@@ -33,14 +31,14 @@ def plot_training(run: Path, path: Path | None = None) -> Path:
         if points:
             panels[-1].plot(*zip(*points, strict=True), "o-", color=color, label=f"held out, {NAMES[mode]}")
     for axes in panels:
-        axes.set_xlabel(counted_in(run))
+        axes.set_xlabel(counted)
         axes.set_ylabel("NLL, nats per scored token")
         axes.legend()
         axes.grid(alpha=0.3)
     if y:
         panels[0].set_ylim(min(y) - 0.2, sorted(y)[int(len(y) * 0.9)] + 1)
-    path = path or run / "curve.png"
-    figure.savefig(path, dpi=120)
+    with replacing(path) as work:
+        figure.savefig(work, dpi=120)
     return path
 
 
@@ -51,26 +49,10 @@ def nll_of(numbers: dict[str, Any]) -> float:
     return math.nan if nll is None else nll
 
 
-def loss_of(run: Path) -> str:
-    """Which tokens the run's training loss scores: "paper" or "document"."""
-    config = run / "config.json"
-    if not config.exists():
-        return "paper"
-    return json.loads(config.read_text(encoding="utf-8"))["train"]["loss"]
-
-
-def counted_in(run: Path) -> str:
-    """What the run's iterations are: "documents" or "steps"."""
-    versions = run / "versions.json"
-    if not versions.exists():
-        return iterations_of({})
-    return iterations_of(json.loads(versions.read_text(encoding="utf-8")))
-
-
-def curve_task(run: Path, tasks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def curve_task(loss: str, tasks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Of an evaluation's tasks the one that the curve shows: the first that scores the same tokens as the training loss, else
     the first. (Metrics that name no protocol are perplexities under the paper's.)"""
-    return next((task for task in tasks if task.get("protocol", "paper") == loss_of(run)), tasks[0])
+    return next((task for task in tasks if task.get("protocol", "paper") == loss), tasks[0])
 
 
 def smoothed(y: Sequence[float], width: int) -> list[float]:
@@ -114,7 +96,8 @@ def plot_steps(metrics: Sequence[dict[str, Any]], counted: str, path: Path) -> P
         axes.set_xlabel(counted)
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    with replacing(path) as work:
+        figure.savefig(work, dpi=110)
     return path
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
 from uiollms.faults import writing
+from uiollms.integrity import make_folder, replace_text
 from uiollms.metrics import ITERATIONS, iterations_of
 from uiollms.views.curves import plot_steps, plot_training
-from uiollms.views.folder import RunFolder, config_text
+from uiollms.views.folder import FAULTS, Missing, RunFolder, config_text
 from uiollms.views.plots import plot_attention, plot_lengths, plot_results
 from uiollms.views.tables import COLUMNS, rows_of
 
@@ -38,43 +40,74 @@ def write_report(run: RunFolder) -> tuple[Path, list[Path]]:
     page = Environment(autoescape=True, undefined=StrictUndefined).from_string(template)
     target = run.path / "report.html"
     with writing(target):
-        (run.path / "plots").mkdir(exist_ok=True)
-        pictures = list(draw(run, run.path / "plots"))
+        make_folder(run.path / "plots")
+        drawn, rows = list(draw(run, run.path / "plots")), list(tables(run))
         text = page.render(
             title=f"Run {run.path.resolve().name}",
             facts=list(facts(run)),
             config=run.config and config_text(run.config),
             evaluated=f"From {run.evaluated}",
             columns=COLUMNS,
-            rows=[rows_of(result) for result in run.results],
-            pictures=pictures,
+            rows=rows,
+            pictures=drawn,
             missing=run.missing,
         )
-        target.write_text(text, encoding="utf-8")
-    return target, [picture.path for picture in pictures]
+        replace_text(target, text.encode("utf-8", "backslashreplace").decode())  # half surrogates
+    return target, [picture.path for picture in drawn]
+
+
+def tables(run: RunFolder) -> Iterator[list[tuple[str, ...]]]:
+    """The cells of every result that can be shown, and a note of the others."""
+    for result in run.results:
+        try:
+            yield rows_of(result)
+        except FAULTS as error:
+            run.missing.append(Missing(f"the numbers of {result.title}", reason_of(error)))
 
 
 def draw(run: RunFolder, folder: Path) -> Iterator[Picture]:
-    if any("nll" in line for line in run.metrics):
+    """The pictures that can be drawn, and a note of the others."""
+    for name, title, said, plot in pictures(run):
+        path = folder / f"{name}.png"
+        try:
+            plot(path)
+        except OSError:
+            raise
+        except FAULTS as error:
+            run.missing.append(Missing(title, reason_of(error)))
+        else:
+            yield Picture(path, title, said)
+
+
+def reason_of(error: Exception) -> str:
+    words = " ".join(str(error).split())[:200]
+    return f"it cannot be shown ({type(error).__name__}: {words})"
+
+
+def pictures(run: RunFolder) -> Iterator[tuple[str, str, str, Callable[[Path], Path]]]:
+    """Name, title, caption of each, and what draws it into a file."""
+    if any(line.get("nll") is not None for line in run.metrics):
         said = "Loss of every training batch and its running mean; held-out perplexities as NLL, in a panel of their own where "
         said += "they score other tokens than the training loss."
-        yield Picture(plot_training(run.path, folder / "training.png"), "Training curve", said)
+        loss = run.config.train.loss if run.config else "paper"
+        curve = partial(plot_training, run.metrics, loss=loss, counted=iterations_of(run.versions))
+        yield "training", "Training curve", said, curve
         said = "Gradient norms are before clipping, of all trained tensors and of each part. Tokens are those that the decoder "
         said += "reads, all processes together, without evaluations and checkpoints. Memory is the first process's peak so far."
-        yield Picture(plot_steps(run.metrics, iterations_of(run.versions), folder / "steps.png"), "Steps", said)
+        yield "steps", "Steps", said, partial(plot_steps, run.metrics, iterations_of(run.versions))
     text = [result for result in run.results if result.kind == "text"]
     if text:
         said = "Perplexity of the tokens between two powers of two. Left of the dotted line no memory is read yet."
-        yield Picture(plot_results(text, folder / "position.png"), "Perplexity by position", said)
+        yield "position", "Perplexity by position", said, partial(plot_results, text)
     text = [result for result in run.nlls if result.kind == "text"]
     if text:
         said = "Perplexity of the first so many tokens together, over the documents that have so many: what shorter documents "
         said += "would have. The last point is the longest document's length."
-        yield Picture(plot_lengths(text, folder / "length.png"), "Perplexity by length, with and without memory", said)
+        yield "length", "Perplexity by length, with and without memory", said, partial(plot_lengths, text)
     others = [result for result in run.results if result.kind != "text"]
     if others:
         said = "Accuracy by the depth at which the sentence is hidden; other tasks as bars."
-        yield Picture(plot_results(others, folder / "tasks.png"), "Other tasks", said)
+        yield "tasks", "Other tasks", said, partial(plot_results, others)
     if run.attention:
         about = run.attention.about
         said = f"Share of a layer's attention, averaged over heads and tokens, in one document of {about['tokens']} tokens from "
@@ -82,7 +115,7 @@ def draw(run: RunFolder, folder: Path) -> Iterator[Picture]:
         said += f"{about['weights']}. Left: what a memory of each age gets, averaged over the chunks that have one "
         said += "so old (logarithmic colours, down to a thousandth of the largest). Right: all memories together; the rest goes "
         said += "to the chunk's own tokens."
-        yield Picture(plot_attention(run.attention, folder / "attention.png"), "Attention to memory", said)
+        yield "attention", "Attention to memory", said, partial(plot_attention, run.attention)
 
 
 def facts(run: RunFolder) -> Iterator[tuple[str, str]]:

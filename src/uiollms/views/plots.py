@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from uiollms.attention_mass import AttentionMass
+from uiollms.integrity import replacing
 from uiollms.results import TaskResult, by_length
 from uiollms.views.tables import NAMES, short
 
@@ -38,11 +39,12 @@ def plot_each(results: Sequence[TaskResult], draw: Callable[[TaskResult, Any], N
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for result, axes in zip(results, panels, strict=False):
         draw(result, axes)
-        axes.set_title(f"{result.title}\n{result.truncation or 'all'} tokens", fontsize=9)
+        axes.set_title(f"{result.title}\n{result.truncation or 'all'} tokens", fontsize=9, parse_math=False)
         axes.grid(alpha=0.3)
     for axes in panels[len(results) :]:
         axes.set_axis_off()
-    figure.savefig(path, dpi=110)
+    with replacing(path) as work:
+        figure.savefig(work, dpi=110)
     return path
 
 
@@ -136,5 +138,6 @@ def plot_attention(mass: AttentionMass, path: Path) -> Path:
         axes.set_xlabel(label)
         axes.set_ylabel("layer")
         axes.set_title(title, fontsize=10)
-    figure.savefig(path, dpi=110)
+    with replacing(path) as work:
+        figure.savefig(work, dpi=110)
     return path
