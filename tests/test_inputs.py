@@ -337,7 +337,7 @@ def test_a_damaged_packaged_model_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + b"\xff" * 100)
     with pytest.raises(ConfigError, match="model.gguf: cannot be converted .*; install the package again"):
         converted(tmp_path, "model.gguf")
-    assert not any((tmp_path / "cache").rglob("*.*"))
+    assert not any((tmp_path / "cache").rglob("*.json"))
 
 
 # ---- options and the environment -----------------------------------------------------------------
