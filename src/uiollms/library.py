@@ -29,6 +29,7 @@ from uiollms.fitness import check_ids, not_finite
 from uiollms.integrity import make_folder, replacing
 from uiollms.json_files import loads
 from uiollms.memory import MemoryState, join_slots
+from uiollms.reading import check_tree
 
 log = logging.getLogger("uiollms")
 
@@ -191,8 +192,7 @@ def read(path: Path) -> tuple[Header, dict[str, Tensor]]:
     """The header and tensors of a memory's file. Raises ConfigError for what is no such file, for
     numbers that are none, and for a checksum that is another."""
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise ConfigError(f"{path}: cannot be read (not a file)")
+        check_tree(path)  # a pipe would be waited for
         with path.open("rb") as file:
             start, written = read_start(file, path)
             found = checksum(start, iter(partial(file.read, 2**20), b""))

@@ -17,6 +17,7 @@ from uiollms.attention_mass import AttentionMass
 from uiollms.config import ConfigError, EnvConfig, MemoryConfig, load_memory_config, parse, read_json
 from uiollms.json_files import finite
 from uiollms.metrics import examine_metrics
+from uiollms.reading import check_tree
 from uiollms.results import TaskResult
 from uiollms.run_state import saved_steps
 from uiollms.saved_results import load_token_nlls
@@ -79,6 +80,7 @@ class RunFolder:
             self.missing.append(Missing(what, f"{path} is not a file", command))
             return None
         try:
+            check_tree(path)
             return read(path)
         except KeyError as error:
             reason = f"{path} has no {error}: another version wrote it"
