@@ -20,6 +20,7 @@ except ImportError as error:
     how = "`make setup` and then .venv/bin/python, or `pip install -e .` in an environment of yours"
     sys.exit(f"{error}; run {how}: see Set-up in README.md")
 
+import torch
 from torch.nn.utils import clip_grad_norm_
 
 from uiollms.checkpoint import load_weights
@@ -36,7 +37,7 @@ from uiollms.pretrained import check_env, count_parameters, load_memory_lm
 from uiollms.run import Run, open_run
 from uiollms.run_state import TrainingState
 from uiollms.step import gradient_step
-from uiollms.training import Samples, gradient_norms, make_optimizer
+from uiollms.training import Samples, gradient_norms, make_optimizer, passes
 from uiollms.views.tables import print_results
 from uiollms.watch import watching
 
@@ -101,23 +102,25 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
         # ---- the algorithm -----------------------------------------------------------------------------------------
         nll, scored, tokens, sources = 0.0, 0, 0, []
         # Of the step's documents this process's, cut into chunks; each is shared by the world.chunks.
-        for document in samples.take(schedule.documents, world.data):
-            sources.append(document.source)
-            # Draw the window, encode, losses, gradients: see uiollms/step.py
-            with training_on(document.source, train):
-                result = gradient_step(
+        for documents in passes(samples.take(schedule.documents, world.data), model.chunk_batch):
+            names = [document.source for document in documents]
+            # Draw the windows, encode, losses, gradients: see uiollms/step.py
+            with training_on(", ".join(names), train):
+                results = gradient_step(
                     model,
-                    document.sample,
+                    [document.sample for document in documents],
                     estimator=estimator,
-                    rng=document.rng,
+                    rng=[document.rng for document in documents],
                     scale=1 / schedule.documents,
                     report_all=False,
                     group=world.chunks,
                 )
-            nll, scored = nll + result.nll.cpu(), scored + int(result.scored.sum())
-            tokens += document.sample.num_tokens * world.chunks.is_first
+            sources += names
+            nll += float(torch.stack([result.nll for result in results]).sum())
+            scored += sum(int(result.scored.sum()) for result in results)
+            tokens += sum(document.sample.num_tokens for document in documents) * world.chunks.is_first
         world.sum_gradients(parameters)
-        nll, scored, tokens = world.sum(float(nll), scored, tokens)
+        nll, scored, tokens = world.sum(nll, scored, tokens)
         norms = gradient_norms(model)
         grad_norm = clip_grad_norm_(parameters, train.clip_grad or math.inf).item()
         for group in optimizer.param_groups:

@@ -8,6 +8,7 @@ from conftest import FAMILIES, MEMORY, gradients, make_base, make_model, random_
 
 import uiollms
 from uiollms import MemoryConfig, MemoryLM, Sample
+from uiollms.passes import empty_prefix
 
 ROUNDING = 1e-12  # float64, a few thousand operations
 
@@ -298,3 +299,23 @@ def test_bfloat16_base_trains_float32_masters():
 
 def test_five_families_are_tested():
     assert set(FAMILIES) == {"llama", "smollm2", "mistral", "qwen2", "qwen3"}
+
+
+# float32 and bfloat16, whose products with frozen weights have a kernel of their own elsewhere
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "smollm2", "mistral", "qwen2", "qwen3"])
+@torch.no_grad()
+def test_without_memory_the_model_is_the_base_to_the_bit(family, dtype):
+    model = make_model(family, dtype)
+    for length in (1, 5, 7, 8):
+        ids = random_ids(1, length)
+        assert torch.equal(model(ids).logits, model.base(ids).logits), length
+        hidden = model.decode(ids, empty_prefix(model), [0])
+        assert torch.equal(hidden, model.base.model(ids).last_hidden_state)
+
+
+@torch.no_grad()
+def test_rows_packed_into_a_batch_are_the_base_to_rounding():
+    model, ids = make_model(), random_ids(5, 8)
+    hidden = model.decode(ids, empty_prefix(model), [0] * 5)
+    assert relative_error(hidden, model.base.model(ids).last_hidden_state) < 1e-10

@@ -20,7 +20,7 @@ from uiollms.apart import Apart, SharedPrefix
 from uiollms.attention import Masked, Seen, decoder_mask, decoder_positions, encoder_positions
 from uiollms.config import MemoryConfig
 from uiollms.devices import device_of, moved
-from uiollms.fitness import eos_fault, narrow_window, smallest_window, window_of
+from uiollms.fitness import eos_fault, narrow_window, smallest_window, wide_rank, window_of
 from uiollms.lora import LoRA, dropout_seeds
 from uiollms.memory import Prefix
 from uiollms.positions import far_rows, num_positions, positions_said, rope_fault, rotary_tables
@@ -70,6 +70,7 @@ def check_base(base: Any, config: MemoryConfig) -> None:
         narrow_window(base.config, config.chunk_size),
         rope_fault(base.config, config.chunk_size),
         eos_fault(base.config),
+        wide_rank(base.config, config.lora_rank),
     )
     if any(faults):
         raise ValueError(next(filter(None, faults)))

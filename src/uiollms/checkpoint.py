@@ -36,6 +36,7 @@ from uiollms.integrity import (
     verify,
 )
 from uiollms.model import MemoryLM
+from uiollms.reading import check_tree, kind_of
 
 ROLES = ("encoder", "decoder")
 TOKENS = ("encoder.retrieval_token", "decoder.repeat_token")
@@ -63,17 +64,17 @@ def save_weights(model: MemoryLM, path: str | Path, dtype: torch.dtype | None = 
                 seal(work)
 
 
-def write_weights(model: MemoryLM, folder: Path, dtype: torch.dtype | None = None) -> None:
+def write_weights(model: MemoryLM, work: Path, dtype: torch.dtype | None = None) -> None:
     """The files of the folder format, but for the checksums, in an empty folder."""
     tensors = cpu_tensors(model, dtype)
     compressor = model.memory_config.model_dump_json(indent=4) + "\n"
-    (folder / "memory_config.json").write_text(compressor, encoding="utf-8")
+    (work / "memory_config.json").write_text(compressor, encoding="utf-8")
     header = {"vocab_size": str(model.config.vocab_size)}  # one key: more would be written in a random order
-    save_file({name: tensors[name] for name in TOKENS}, folder / "tokens.safetensors", metadata=header)
+    save_file({name: tensors[name] for name in TOKENS}, work / "tokens.safetensors", metadata=header)
     for role in roles(model.memory_config):
-        peft_config(role, model).save_pretrained(str(folder / role))
+        peft_config(role, model).save_pretrained(str(work / role))
         adapter = {peft_name(name): t.contiguous() for name, t in tensors.items() if is_lora_of(role, name)}
-        save_file(adapter, folder / role / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(adapter, work / role / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def roles(memory: MemoryConfig) -> tuple[str, ...]:
@@ -118,6 +119,8 @@ def check_target(path: Path) -> None:
 
 def holds_tensors(path: Path) -> bool:
     """Whether a file is a list of tensors, as the .pth format is."""
+    if kind_of(path):  # a pipe would be waited for
+        return False
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # whatever another file makes the unpickler raise
@@ -129,6 +132,7 @@ def load_weights(model: MemoryLM, path: str | Path) -> None:
     """Read trained tensors into `model`. Raises ConfigError for files that are missing, broken or not those that
     checksums.json names (where there is one), a compressor or vocabulary other than the model's, and tensors that do not fit."""
     path = Path(path)
+    check_tree(path)
     try:
         if path.suffix == ".pth":
             tensors = read_pth(model, path)

@@ -89,6 +89,14 @@ def narrow_window(config: Any, chunk_size: int) -> str | None:
     )
 
 
+def wide_rank(config: Any, rank: int) -> str | None:
+    """Why LoRA of this rank has no meaning on a base of this transformers config; None if it has: a
+    product of matrices has no higher rank than the smaller side of what it is added to."""
+    if rank <= config.hidden_size:
+        return None
+    return f"lora_rank {rank} is past the base's hidden_size {config.hidden_size}; use at most that"
+
+
 def eos_fault(config: Any) -> str | None:
     """Why there is no embedding of the end of a text; None if there is."""
     eos = eos_of(config)

@@ -186,11 +186,12 @@ class MemoryLM(Usage, Streaming, Generation, PreTrainedModel, GenerationMixin): 
                 hidden = self._run(layer, run, hidden)
         return memory
 
-    def _run(self, module: Any, function: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-        """A module's function on [B, T, D]; with a graph where grad is enabled."""
+    def _run(self, module: Any, function: Callable[[Tensor], Tensor], hidden: Tensor, as_base: bool = False) -> Tensor:
+        """A module's function on [B, T, D]; with a graph where grad is enabled. as_base: by the kernels that the base itself
+        takes, to the bit."""
         l = self.memory_config.chunk_size
         shared_lengths = (1, l, l + self.memory_config.num_memory)
-        if hidden.device.type == "cpu" and hidden.shape[1] in shared_lengths:  # see products.py
+        if hidden.device.type == "cpu" and hidden.shape[1] in shared_lengths and not as_base:  # see products.py
             function = with_frozen_products(function, module)
         if self.offloaded:  # here too: a backward may run the function again
             function = one_at_a_time(function)
@@ -239,8 +240,9 @@ class MemoryLM(Usage, Streaming, Generation, PreTrainedModel, GenerationMixin): 
         by the `repeat_token` embedding; first_slots: the number of the first slot that each row sees, where it is not 0,
         as for the later ones of several documents whose memories stand behind each other; seen: what attends, in place of
         what is chosen for `prefix` and base.
-        Ordinary tokens go through the frozen weights only.
+        Ordinary tokens go through the frozen weights only; a text without memory is to the bit what the base makes of it.
         """
+        as_base = not any(num_slots) and local_past == 0
         hidden = self.base.model.embed_tokens(moved(input_ids, self.device))
         if repeat is not None:
             start = torch.where(
@@ -251,13 +253,14 @@ class MemoryLM(Usage, Streaming, Generation, PreTrainedModel, GenerationMixin): 
         for layer in self.decoder_layers:
             beside = beside.to(layer_device(layer))
             run = partial(run_layer, layer, beside=beside, prefix=prefix)
-            hidden = self._run(layer, run, moved(hidden, layer_device(layer)))
+            hidden = self._run(layer, run, moved(hidden, layer_device(layer)), as_base)
         return self.base.model.norm(moved(hidden, device_of(self.base.model.norm)))
 
     @takes_turns
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[B, T, D] -> [B, T, V]"""
-        return self._run(self.base.lm_head, self.base.lm_head, moved(hidden, device_of(self.base.lm_head)))
+    def logits(self, hidden: Tensor, as_base: bool = False) -> Tensor:
+        """[B, T, D] -> [B, T, V]; as_base: by the base's own kernel."""
+        head = self.base.lm_head
+        return self._run(head, head, moved(hidden, device_of(head)), as_base)
 
     def reconstruct(self, input_ids: Tensor) -> Tensor:
         """Auto-encoding logits (paper Table 1): every chunk of [C, l] is compressed, then the decoder, started by the

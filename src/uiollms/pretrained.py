@@ -20,7 +20,7 @@ from uiollms.config import (
     load_memory_config,
 )
 from uiollms.data import find_corpus
-from uiollms.fitness import eos_fault, narrow_window
+from uiollms.fitness import eos_fault, narrow_window, wide_rank
 from uiollms.flash import check_request
 from uiollms.loading import load_causal_lm, load_config, load_tokenizer_for
 from uiollms.model import MemoryLM
@@ -132,6 +132,9 @@ def examine_model(config: EnvConfig, path: str | Path, faults: Faults) -> tuple[
         )
     if shape is not None and (fault := eos_fault(shape)):
         faults.add(f"{path}: model.model_name: {config.model.model_name}: {fault}")
+    if memory and shape is not None and (fault := wide_rank(shape, memory.lora_rank)):
+        faults.add(f"{config.model.config}: lora_rank: {fault}")
+        return None, shape
     if memory and shape is not None and shape.model_type in FAMILIES:
         if fault := narrow_window(shape, memory.chunk_size):
             faults.add(f"{path}: model.model_name: {config.model.model_name}: {fault}")

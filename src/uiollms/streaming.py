@@ -78,6 +78,7 @@ class Streaming:
         after = self._remember(state, ids[:, : full * l])
         after.open_ids = ids[:, full * l :]
         after.num_tokens = state.num_tokens + input_ids.shape[1]
+        after.text = state.text_with(input_ids)
 
         pieces = []
         for start in range(0, ids.shape[1], l):
@@ -97,7 +98,8 @@ class Streaming:
 
         hidden = torch.cat([piece.to(pieces[-1].device) for piece in pieces], dim=1)
         loss = None if labels is None else shifted_nll(hidden, labels, self.base.lm_head)
-        logits = self.logits(hidden[:, -logits_to_keep:])
+        as_base = state.num_tokens == 0 and input_ids.shape[1] <= l  # no memory is read
+        logits = self.logits(hidden[:, -logits_to_keep:], as_base)
         output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=after)
         return output if return_dict else output.to_tuple()
 

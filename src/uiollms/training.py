@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,21 @@ class Drawn:
     source: str
     sample: Sample
     rng: random.Random
+
+
+def passes(documents: Sequence[Drawn], chunk_batch: int) -> Iterator[list[Drawn]]:
+    """Documents in their order, those together whose chunks fit one batch: they go through encoder and decoder at once."""
+    together: list[Drawn] = []
+    chunks = 0
+    for document in documents:
+        count = len(document.sample.chunks)
+        if together and chunks + count > chunk_batch:
+            yield together
+            together, chunks = [], 0
+        together.append(document)
+        chunks += count
+    if together:
+        yield together
 
 
 class Samples:
