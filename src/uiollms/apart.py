@@ -104,8 +104,8 @@ class Apart:
         if not apart or self.window is not None:
             return sdpa(module, query, key, value, self.mask, scaling)
         memory = self.prefix.keys[layer], self.prefix.values[layer]
-        rest = self.num_slots, scaling, self.prefix.receiver(layer), self.first_slots
-        return behind(query, key, value, *memory, *rest).transpose(1, 2)
+        receiver = self.prefix.receiver(layer)
+        return behind(query, key, value, *memory, self.num_slots, scaling, receiver, self.first_slots).transpose(1, 2)
 
 
 def behind(

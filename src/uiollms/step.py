@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -106,14 +106,15 @@ def gradient_step(
         estimator = make_estimator(estimator, **settings)  # type: ignore[arg-type]
     estimator = estimator or make_estimator("exact")
     if isinstance(sample, Sample):
-        single = None if weights is None else [weights]
-        return _steps(model, [sample], single, estimator, [rng], scale, report_all, group)[0]  # type: ignore[list-item]
-    rngs = [None] * len(sample) if rng is None else rng
+        alone: Any = None if weights is None else [weights]
+        seed: Any = [rng]
+        return _steps(model, [sample], alone, estimator, seed, scale, report_all, group)[0]
+    rngs: Any = [None] * len(sample) if rng is None else rng
     results: dict[int, StepResult] = {}
     for kl_weight in dict.fromkeys(one.kl_weight for one in sample):  # a batch of rows has one kind of loss
         chosen = [i for i, one in enumerate(sample) if one.kl_weight == kl_weight]
         given = None if weights is None else [weights[i] for i in chosen]
-        own = [rngs[i] for i in chosen]  # type: ignore[index]
+        own = [rngs[i] for i in chosen]
         found = _steps(model, [sample[i] for i in chosen], given, estimator, own, scale, report_all, group)
         results |= zip(chosen, found, strict=True)
     return [results[i] for i in range(len(sample))]
