@@ -23,7 +23,8 @@ ORDER = """
     config schedule faults integrity paths tokens environment devices distributed data.cleaning
     data.documents data.files
     data.hub data.beacons data.corpora_text data.corpora_own data.corpora_tasks data.mixture data lora products loss attention
-    skeleton flash apart positions memory padding library usage generation base streaming model pretend_kernels pretend placement
+    skeleton flash apart positions memory padding fingerprint library usage request generation base streaming model
+    pretend_kernels pretend placement
     packaged loading pretrained tasks
     flops estimators kv_gradients step evaluate samples retrieval results evaluation training checkpoint
     saving checks run_state metrics

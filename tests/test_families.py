@@ -452,7 +452,7 @@ def test_what_cannot_be_right_is_refused_by_name(case):
     assert str(said.value) == fault
 
 
-@pytest.mark.parametrize("case", ["no number", "a chunk of two kinds", "a window without width"])
+@pytest.mark.parametrize("case", REFUSED)
 def test_commands_refuse_it_before_a_model_is_loaded(
     workspace,
     tiny_folder,

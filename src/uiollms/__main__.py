@@ -155,7 +155,6 @@ def answer(
     # Without a chat template nothing says where an answer ends: it is the rest of the line.
     stop: dict[str, Any] = {} if tokenizer.chat_template else dict(stop_strings=["\n"], tokenizer=tokenizer)
     streamer = None if output.json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    torch.manual_seed(args.seed)
     began = time.monotonic()
     said = model.generate(
         ids,
@@ -163,6 +162,7 @@ def answer(
         max_new_tokens=args.max_new_tokens,
         streamer=streamer,
         return_dict_in_generate=True,
+        generator=torch.Generator().manual_seed(args.seed),
         **sampling,
         **stop,
     )

@@ -64,17 +64,17 @@ def save_weights(model: MemoryLM, path: str | Path, dtype: torch.dtype | None = 
                 seal(work)
 
 
-def write_weights(model: MemoryLM, folder: Path, dtype: torch.dtype | None = None) -> None:
+def write_weights(model: MemoryLM, work: Path, dtype: torch.dtype | None = None) -> None:
     """The files of the folder format, but for the checksums, in an empty folder."""
     tensors = cpu_tensors(model, dtype)
     compressor = model.memory_config.model_dump_json(indent=4) + "\n"
-    (folder / "memory_config.json").write_text(compressor, encoding="utf-8")
+    (work / "memory_config.json").write_text(compressor, encoding="utf-8")
     header = {"vocab_size": str(model.config.vocab_size)}  # one key: more would be written in a random order
-    save_file({name: tensors[name] for name in TOKENS}, folder / "tokens.safetensors", metadata=header)
+    save_file({name: tensors[name] for name in TOKENS}, work / "tokens.safetensors", metadata=header)
     for role in roles(model.memory_config):
-        peft_config(role, model).save_pretrained(str(folder / role))
+        peft_config(role, model).save_pretrained(str(work / role))
         adapter = {peft_name(name): t.contiguous() for name, t in tensors.items() if is_lora_of(role, name)}
-        save_file(adapter, folder / role / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(adapter, work / role / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def roles(memory: MemoryConfig) -> tuple[str, ...]:

@@ -7,6 +7,8 @@ The base's own config may be asked of the hub for this (a few kilobytes), its we
 from __future__ import annotations
 
 import os
+import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,9 @@ from uiollms.data.hub import HubDataset, Split
 from uiollms.evaluation import ACCEPTED
 from uiollms.faults import writing
 from uiollms.flash import check_request
-from uiollms.integrity import whole_folder
+from uiollms.integrity import make_folder, recover, whole_folder
 from uiollms.loading import hub_reachable, load
-from uiollms.own_files import FILES, RESULTS, check_run_folder, check_save_place
+from uiollms.own_files import FILES, RESULTS, check_run_folder, check_save_place, held
 from uiollms.packaged import package_folder
 from uiollms.paths import run_folder
 from uiollms.placement import resolved, this_machine
@@ -191,3 +193,17 @@ def check_folder(folder: Path, shown: Path) -> None:
         raise ConfigError(f"{shown}: cannot be written (Not a directory: {there}); choose another place")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ConfigError(f"{shown}: cannot be written (no permission to write in {there}); choose another place")
+
+
+def check_can_save(save_ckp: str | None, stack: ExitStack) -> None:
+    """Raises ConfigError now, not at the first save; the place is this run's from here on."""
+    if save_ckp is not None:
+        with writing(save_ckp):
+            path = Path(os.path.realpath(save_ckp))
+            make_folder(path.parent)
+            said = "another run saves its weights here; choose another model.save_ckp"
+            lock = path.with_name(f".{path.name}-lock")
+            stack.enter_context(held(lock, f"{save_ckp}: {said}"))
+            recover(path)
+            check_target(Path(save_ckp))
+            tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-").close()

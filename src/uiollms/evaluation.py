@@ -75,9 +75,10 @@ class Evaluation:
         scored independently of each other."""
         was_training = self.model.training
         self.model.eval()
-        results = [self.measure(measurement, progress) for measurement in self.measurements]
-        self.model.train(was_training)
-        return results
+        try:
+            return [self.measure(measurement, progress) for measurement in self.measurements]
+        finally:
+            self.model.train(was_training)
 
     def measure(self, work: Measurement, progress: Callable[[list[Instance]], Iterable[Instance]]) -> TaskResult:
         task = work.task

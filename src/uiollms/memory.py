@@ -95,7 +95,8 @@ class MemoryState(Cache):
 
     memory_keys, memory_values: per layer [B, H, M, K], rotated to their final positions 0 .. M-1, never recomputed;
     local_keys, local_values: per layer [B, H, p, K]; open_ids [B, p] int64: the tokens of the open chunk, p < chunk_size;
-    num_tokens: tokens seen in all.
+    num_tokens: tokens seen in all; text [B, num_tokens] int64: those tokens, for what looks at them
+    while a text is generated; None where they are not known.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class MemoryState(Cache):
         self.local_keys, self.local_values = local_keys, local_values
         self.open_ids = open_ids
         self.num_tokens = num_tokens
+        self.text = open_ids if open_ids.shape[1] == num_tokens else None
         self.rooms: dict[int, Room] = {}  # where the local keys and values lie, if they do not lie alone
 
     # On a Mac, transformers runs one token too far and takes it back, which it believes of a cache with no layers of its own.
@@ -130,6 +132,10 @@ class MemoryState(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen, compressed ones included (transformers' `generate` feeds only what comes after them)."""
         return self.num_tokens
+
+    def text_with(self, ids: Tensor) -> Tensor | None:
+        """The text [B, num_tokens + T] that goes on with ids [B, T]; None where its start is not known."""
+        return None if self.text is None else torch.cat([self.text, ids.to(self.text.device)], dim=1)
 
     def prefix(self, num_slots: int, with_local: bool, keep: int = 0, spare: int = 0) -> Prefix:
         """What a call reads that sees the first `num_slots` slots and, if asked, the open chunk so far; `keep` and `spare` as
@@ -160,7 +166,10 @@ class MemoryState(Cache):
 
         keys, values = picked(self.memory_keys), picked(self.memory_values)
         (open_ids,) = picked([self.open_ids])
-        return MemoryState(keys, values, picked(self.local_keys), picked(self.local_values), open_ids, self.num_tokens)
+        local = picked(self.local_keys), picked(self.local_values)
+        state = MemoryState(keys, values, *local, open_ids, self.num_tokens)
+        state.text = None if self.text is None else picked([self.text])[0]
+        return state
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows in another order (beam search); in place, as transformers asks."""

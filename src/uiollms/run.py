@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -22,7 +20,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from uiollms.board import Board
-from uiollms.checkpoint import check_target, save_weights
+from uiollms.checkpoint import save_weights
+from uiollms.checks import check_can_save
 from uiollms.config import ConfigError, EnvConfig, MemoryConfig
 from uiollms.distributed import World
 from uiollms.environment import device_name, environment
@@ -30,7 +29,6 @@ from uiollms.faults import writing
 from uiollms.integrity import (
     clear_leftovers,
     make_folder,
-    recover,
     remove,
     replace_text,
     sync,
@@ -92,20 +90,6 @@ def open_run(
         except (SystemExit, LostProcess):
             run.save_last_step()
             raise
-
-
-def check_can_save(save_ckp: str | None, stack: ExitStack) -> None:
-    """Raises ConfigError now, not at the first save; the place is this run's from here on."""
-    if save_ckp is not None:
-        with writing(save_ckp):
-            path = Path(os.path.realpath(save_ckp))
-            make_folder(path.parent)
-            said = "another run saves its weights here; choose another model.save_ckp"
-            lock = path.with_name(f".{path.name}-lock")
-            stack.enter_context(held(lock, f"{save_ckp}: {said}"))
-            recover(path)
-            check_target(Path(save_ckp))
-            tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-").close()
 
 
 class Run:

@@ -220,7 +220,7 @@ def position_of(state: TrainingState) -> Position:
     algorithm, numbers, *rest = mark.numpy
     return Position(
         python=mark.python,
-        numpy=(algorithm, tuple(int(n) for n in numbers), *rest),  # type: ignore[arg-type]
+        numpy=(algorithm, tuple(int(n) for n in numbers), *rest),
         torch=hex_of(mark.torch),
         cuda=tuple(hex_of(generator) for generator in mark.cuda),
         samples=mark.samples,

@@ -78,6 +78,7 @@ class Streaming:
         after = self._remember(state, ids[:, : full * l])
         after.open_ids = ids[:, full * l :]
         after.num_tokens = state.num_tokens + input_ids.shape[1]
+        after.text = state.text_with(input_ids)
 
         pieces = []
         for start in range(0, ids.shape[1], l):

@@ -93,8 +93,8 @@ class RunFolder:
 
 
 # What a file that somebody has edited, or that is none of a run's, can make of what reads and shows it.
-FAULTS = (ArithmeticError, AttributeError, LookupError, OSError, RecursionError, SafetensorError)
-FAULTS += (TypeError, ValueError)  # of which ConfigError is one
+# A ConfigError is a ValueError.
+FAULTS = (ArithmeticError, AttributeError, LookupError, OSError, RecursionError, SafetensorError, TypeError, ValueError)
 MOST_RESULTS = 100  # panels in a picture
 
 
