@@ -37,7 +37,7 @@ from uiollms.options import place, share, temperature, whole
 from uiollms.own_files import LOCK, check_run_folder
 from uiollms.packaged import converted
 from uiollms.reading import check_tree, read_bytes
-from uiollms.refusals import printable
+from uiollms.refusals import as_lines
 from uiollms.schema import main as write_schema
 from uiollms.study.__main__ import main as study
 
@@ -428,9 +428,9 @@ def test_commands_look_at_the_environment_first(monkeypatch, capsys):
 
 
 def test_what_would_move_the_cursor_is_escaped(capsys):
-    assert printable("ü \x1b[31m\r\u202e 東") == "ü \\u001b[31m\\r\\u202e 東"
-    assert len(printable("x" * 10_000)) < 1100
-    assert printable("\n".join("abc"[i % 3] for i in range(70))).splitlines()[50:] == ["... and 20 more"]
+    assert as_lines("ü \x1b[31m\r\u202e 東") == "ü \\u001b[31m\\r\\u202e 東"
+    assert len(as_lines("x" * 10_000)) < 1100
+    assert as_lines("\n".join("abc"[i % 3] for i in range(70))).splitlines()[50:] == ["... and 20 more"]
 
     def refuse() -> None:
         raise ConfigError("a\x1b]0;title\a: wrong")

@@ -90,7 +90,7 @@ def shortened(text: str, length: int = 120) -> str:
     return f"{text[: length // 2]}[.. {len(text) - length:,} more ..]{text[-(length // 2) :]}"
 
 
-def printable(text: str) -> str:
+def as_lines(text: str) -> str:
     """Lines for a terminal: what would move its cursor or change its colours is escaped, a long line
     shortened, and of very many lines the first 50 kept."""
     lines = text.split("\n")
@@ -100,7 +100,6 @@ def printable(text: str) -> str:
 
 
 def as_shown(line: str) -> str:
-    """One line for a terminal; JSON stays the same JSON."""
     if line.isprintable():
         return line
     hidden = {"Cc", "Cf", "Zl", "Zp"}
