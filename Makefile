@@ -57,7 +57,7 @@ lint: setup
 
 # Lint, types, all tests that need neither minutes nor a GPU nor a network.
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
 # All tests on the oldest versions that pyproject.toml allows.
 test-oldest: $(OLDEST)/.ready

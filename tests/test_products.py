@@ -130,9 +130,15 @@ def test_a_step_leaves_frozen_products_to_onednn_and_stays_right(checkpointing, 
 @needs_onednn
 def test_rows_of_a_length_of_their_own_take_no_shape():
     model = chunked_model(torch.float32)
-    full, ragged = random_ids(64), random_ids(63)
-    assert counted(lambda: score(model, full)) > 0
-    assert counted(lambda: score(model, ragged)) == 0
+    l, m = model.memory_config.chunk_size, model.memory_config.num_memory
+    state = model(random_ids(1, l)).past_key_values
+
+    def row(length, slots):
+        return lambda: model.decode(random_ids(1, length), state.prefix(slots, with_local=False), [slots])
+
+    assert counted(row(l, m)) > 0
+    assert counted(row(l - 1, m)) == 0
+    assert counted(row(l, 0)) == 0  # no memory: the base's own kernels
     hidden, targets = torch.randn(128, 32), random_ids(128)
     head = model.base.lm_head
     assert counted(lambda: linear_nll(hidden, head, targets)) > 0

@@ -204,6 +204,7 @@ def watched(world: World) -> Iterator[None]:
         world.wait()  # so that nobody's end looks like a loss
         watch.leaving = True
     except LostProcess:
+        watch.hear_why()
         watch.leaving = True
         if watch.asked is None:
             raise

@@ -34,7 +34,7 @@ log = logging.getLogger("uiollms")
 FINISH = 15.0  # that a step, or an evaluation's document, has to end by itself
 END = 45.0  # after which a process ends whatever it does, but for writing a checkpoint
 WRITING = 600.0  # after which it ends then too
-TELLING = 3.0  # between a request to stop and the end of a process that has nothing to finish
+TELLING = 3.0  # between telling the others of a request to stop and the end of a process that has nothing to finish
 REPEATED = 5.0  # in which a launcher sends its processes what the terminal has sent them already
 POLL = 0.5
 SILENCE = 300.0  # after which a process of which nothing was heard counts as lost
@@ -64,6 +64,7 @@ class Watch:
         self.asked: signal.Signals | None = None
         self.lost: str | None = None
         self.since = 0.0  # when either appeared, in seconds of time.monotonic
+        self.told: float | None = None  # when the others could first know that this process was asked
         self.begun = False  # there is something to finish and to save
         self.writing = 0  # depth of `undisturbed`
         self.leaving = False  # the main thread is on its way out
@@ -189,7 +190,9 @@ class Watch:
         not: it has to tell them."""
         if self.asked is None:
             return 0.0
-        return FINISH if self.begun else TELLING if self.store else END
+        if self.begun:
+            return FINISH
+        return END if self.told is None else self.told - self.since + TELLING
 
     @property
     def end_after(self) -> float:
@@ -226,6 +229,7 @@ class Watch:
                 self.heard_from_first = time.monotonic()
                 if self.asked:
                     self.store.set("asked", str(int(self.asked)))
+                    self.told = self.told or time.monotonic()
                 elif self.store.check(["asked"]):
                     self.ask(signal.Signals(int(self.store.get("asked"))))
                 if self.lost:
@@ -243,6 +247,12 @@ class Watch:
         except (RuntimeError, ValueError) as error:  # the first process is gone, and its store
             if not self.closed.wait(2 * POLL):  # not because the run is over
                 self.lose(f"process 0: {error}")
+
+    def hear_why(self) -> None:
+        """Once a message has failed: whether the other process was asked to stop may be heard a moment later."""
+        until = time.monotonic() + TELLING
+        while self.asked is None and self.lost is None and time.monotonic() < until:
+            time.sleep(POLL / 10)
 
     def let_others_hear(self) -> None:
         """In the first process, before its store goes: until all have heard why, or no longer are."""
