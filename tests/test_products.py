@@ -12,7 +12,6 @@ from torch.profiler import profile
 
 import uiollms
 from uiollms import MemoryConfig, MemoryLM
-from uiollms.evaluate import score
 from uiollms.loss import linear_nll
 from uiollms.products import fits, linear, rows_to_add, with_frozen_products
 
