@@ -19,7 +19,7 @@ LOCKED_TORCH := $(shell grep '^torch==' requirements.lock)
 # Tests start processes beside each other, whose spinning threads would slow each other down; alone, spinning is faster.
 test test-oldest test-slow: export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup test test-oldest test-slow test-gpu lint demo schema bench bench-quick audit clean
+.PHONY: setup test test-oldest test-slow test-gpu lint demo schema fuzz bench bench-quick audit clean
 
 setup: $(VENV)/.ready
 
@@ -77,6 +77,10 @@ test-slow: setup
 # On a machine with CUDA (and flash-attn for its own tests).
 test-gpu: setup
 	$(BIN)/pytest -m gpu
+
+# Hostile configs, data, saved files and kills by the thousand, as docs/fuzz.md counts them: minutes on two cores.
+fuzz: setup
+	$(BIN)/python -m fuzz
 
 # Speed and memory against length, S and chunk batch, beside the straightforward algorithm; table, JSON and plots in runs/bench.
 # glibc keeps small freed blocks apart, which keeps large ones from growing together again: off, for ours and the baseline alike.

@@ -27,7 +27,7 @@ from uiollms.json_files import as_json
 from uiollms.paths import run_folder
 from uiollms.plan import choose_chunk_batch
 from uiollms.pretrained import load_memory_lm
-from uiollms.results import save_token_nlls
+from uiollms.saved_results import save_token_nlls
 from uiollms.saving import weights_of, weights_words
 from uiollms.views.plots import plot_results
 from uiollms.views.tables import print_results

@@ -3,16 +3,28 @@
 1e-12 relative leaves room for another order of summation in float64, and for nothing else.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
-from conftest import make_model, random_ids, relative_error
+from conftest import (
+    MEMORY,
+    gradients,
+    make_base,
+    make_model,
+    random_ids,
+    relative_error,
+    worst_error,
+)
 from torch.nn import functional as F
 
 import uiollms
-from uiollms import apart
+from uiollms import MemoryLM, apart
 from uiollms.apart import SharedPrefix, behind, calls
 from uiollms.attention import decoder_mask
-from uiollms.tasks import Sample
+from uiollms.evaluate import token_losses
+from uiollms.memory import Prefix, join_slots
+from uiollms.tasks import Row, Sample
 
 EXACT = 1e-12
 
@@ -124,6 +136,34 @@ def test_a_step_and_a_score_are_those_of_joined_keys(family, chunk_batch, togeth
     monkeypatch.setattr(SharedPrefix, "lies_apart", lambda self, device: False)
     for a, b in zip(where_it_lies, run(), strict=True):
         assert relative_error(a, b) < 1e-10  # many layers: rounding adds up
+
+
+@pytest.mark.parametrize("estimator", ["exact", "uio"])
+def test_rows_longer_than_a_window_behind_memory(estimator, monkeypatch):
+    """A sample of one's own: its slots are not behind the window, its tokens are, and gradients
+    arrive as where keys are joined anyway; plain autograd says the same of `exact`."""
+    model = MemoryLM(make_base("mistral", sliding_window=9), MEMORY)
+    for parameter in model.trainable_parameters().values():
+        torch.nn.init.normal_(parameter, std=0.3)
+    ids, chunks = random_ids(30), random_ids(16, seed=1).view(2, 8)
+    targets = torch.cat([ids[1:], torch.tensor([-100])])
+    weights = torch.full((30,), 1 / 29, dtype=torch.float64)
+    sample = Sample(chunks, tuple(Row(ids, targets, weights, count) for count in (1, 2)))
+
+    def run():
+        result = uiollms.gradient_step(model, sample, estimator=estimator, S=1, rng=1)
+        return result.nll.sum(), gradients(model)
+
+    (nll, found), _ = run(), monkeypatch.setattr(SharedPrefix, "lies_apart", lambda *_: False)
+    joined_nll, expected = run()
+    assert relative_error(nll, joined_nll) < 1e-6  # a report in float32
+    assert worst_error(found, expected) < 1e-10
+    keys, values = model.project(model.encode_layers(chunks), [0, 1])
+    front = Prefix(*([[join_slots(kv, 1)] for kv in of] for of in (keys, values)))
+    hidden = model.decode(ids[None], front, [4])[0]
+    alone = F.cross_entropy(model.logits(hidden)[:-1], ids[1:], reduction="none")
+    last = replace(sample, rows=sample.rows[1:])
+    assert relative_error(token_losses(model, last)[1], alone) < EXACT
 
 
 def test_no_graph_holds_the_memory_joined_to_a_rows_keys(monkeypatch):

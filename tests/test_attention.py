@@ -27,7 +27,14 @@ def test_encoder_mask_is_the_definition(l, m):
 
 @pytest.mark.parametrize("slots, past, length", [([1, 2], 0, 2), ([0, 3], 0, 3), ([2, 2], 3, 2), ([0], 2, 3), ([4], 0, 1)])
 def test_decoder_mask_is_the_definition(slots, past, length):
-    mask = decoder_mask(slots, past, length, CPU)
+    for window in (None, 1, 2, 3, 100):
+        check_decoder_mask(slots, past, length, window)
+    assert decoder_positions(slots, length, CPU).tolist() == [[s + i for i in range(length)] for s in slots]
+
+
+def check_decoder_mask(slots, past, length, window):
+    mask = decoder_mask(slots, past, length, CPU, window)
+    reach = past + length if window is None else window
     widest = max(slots)
     if mask is None:  # a single token sees all
         assert length == 1
@@ -36,9 +43,9 @@ def test_decoder_mask_is_the_definition(slots, past, length):
     for row, visible in enumerate(slots):
         for query in range(length):
             for key in range(widest + past + length):
-                seen = key < visible if key < widest else key - widest <= past + query
+                behind = past + query - (key - widest)  # by how many tokens
+                seen = key < visible if key < widest else 0 <= behind < reach
                 assert mask[row, query, key] == seen, (row, query, key)
-    assert decoder_positions(slots, length, CPU).tolist() == [[s + i for i in range(length)] for s in slots]
 
 
 def test_without_memory_the_kernels_own_causal_path_is_used():

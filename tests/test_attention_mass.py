@@ -7,8 +7,8 @@ import torch
 from conftest import make_model, random_ids
 from transformers.models.llama.modeling_llama import repeat_kv
 
-from uiollms.attention_mass import AttentionMass, attention_shares, weights_seen
-from uiollms.evaluate import score
+from uiollms.attention import decoder_mask
+from uiollms.attention_mass import AttentionMass, Recorded, attention_shares
 
 
 def into(seen: dict, key: tuple[int, str]):
@@ -67,20 +67,18 @@ def test_masses_are_the_softmax_by_hand(family):
     assert [(shares[:, r, r + 2 :] == 0).all() and (shares[:, r, : r + 2] > 0).all() for r in range(3)] == [True] * 3
 
 
-def test_the_model_is_as_before():
-    """Same attention function and same scores afterwards, an error included; and almost the same while it is watched."""
+@torch.no_grad()
+def test_recorded_attention_is_the_usual_one():
+    """Behind memories, and without a mask: plain causal. The base's own settings are not touched."""
     model, ids = make_model(), random_ids(29)
-    usual, expected = model.base.config._attn_implementation, score(model, ids).nll
-    attention_shares(model, ids)
-    layers = []
-    with weights_seen(model, lambda layer, weights: layers.append(layer)):
-        watched = score(model, ids).nll  # a batch of rows, masked by their own numbers of memories
-        alone = score(model, ids[:8]).nll  # no mask: plain causal
-    assert sorted(set(layers)) == [0, 1, 2] and torch.allclose(watched, expected, atol=1e-5)
-    assert torch.allclose(alone, expected[:7], atol=1e-5)
-    with pytest.raises(ZeroDivisionError), weights_seen(model, lambda *_: 1 / 0):
-        score(model, ids)
-    assert model.base.config._attn_implementation == usual and torch.equal(score(model, ids).nll, expected)
+    usual, layers = model.base.config._attn_implementation, []
+    for num_slots, mask in ((4, decoder_mask([4], 0, 5, model.device)), (0, None)):
+        state = model(ids[None, : num_slots * 4]).past_key_values if num_slots else model.new_state()
+        expected = model.decode(ids[None, :5], state.prefix(num_slots, with_local=False), [num_slots])
+        seen = Recorded(mask, lambda layer, weights: layers.append(layer))
+        found = model.decode(ids[None, :5], state.prefix(num_slots, with_local=False), [num_slots], seen=seen)
+        assert torch.allclose(found, expected, atol=1e-5)  # eager's softmax is float32
+    assert layers == [0, 1, 2, 0, 1, 2] and model.base.config._attn_implementation == usual
     with pytest.raises(ValueError, match="8 tokens fit one chunk of 8"):
         attention_shares(model, ids[:8])
 

@@ -144,7 +144,7 @@ DAMAGED = {
     "half a tokenizer": (lambda d: (d / "tokenizer.json").unlink(), "base"),
     "quantised": (lambda d: change_config(d, quantization_config=GPTQ), "quantised (gptq), which is not supported; name"),
     "heads 3": (lambda d: change_config(d, num_attention_heads=3), "base"),
-    "heads 0": (lambda d: change_config(d, num_attention_heads=0), "the folder base cannot be loaded ("),
+    "heads 0": (lambda d: change_config(d, num_attention_heads=0), "num_attention_heads: Input should be greater"),
     "activation": (lambda d: change_config(d, hidden_act="x"), "the folder base cannot be loaded ("),
     "hidden size": (lambda d: change_config(d, hidden_size=48), " tensors are of another shape: lm_head.weight [259, 32] wh"),
     "vocabulary": (lambda d: change_config(d, vocab_size=300), "[259, 32] where the config has [300, 32]"),

@@ -72,6 +72,42 @@ def test_compress_then_ask(trained, capsys):
     assert sampled[0] == sampled[1] != sampled[2]
 
 
+EVIL = "\x1b[31m[bold]\u202e\x9b2J.txt"
+
+
+def test_names_of_files_do_not_reach_the_terminal_as_they_are(trained, capsys):
+    """Those that a memory holds; what `ask` and `chat` say of memories that do not fit too."""
+    Path(EVIL).write_text("A book. " * 9)
+    for flags in ((), ("--json",)):
+        said = run(capsys, "compress", EVIL, "-o", "evil.mem", *flags)
+        assert all(line.isprintable() for line in said.splitlines())
+    assert json.loads(said)["sources"][0]["name"] == EVIL == Memory.load("evil.mem").sources[0].name
+    for flags in ((), ("--json",)):
+        said = run(capsys, "ask", "evil.mem", "Why?", "--max_new_tokens=2", *flags)
+        said += run(capsys, "chat", "--memory", "evil.mem", "--max_new_tokens=2", *flags, stdin="Hi")
+        assert not set(said) & set("\x1b\x9b\u202e")
+
+
+def test_a_seed_decides_alone(trained, capsys):
+    """Not what was asked before, nor who else draws."""
+    run(capsys, "compress", "book0.txt", "-o", "book.mem")
+    options = ("--max_new_tokens=9", "--temperature=9", "--seed=1", "--json")
+    first = run(capsys, "ask", "book.mem", "Why?", *options)
+    torch.manual_seed(123)
+    both = run(capsys, "ask", "book.mem", "Who?", "Why?", *options).splitlines()
+    assert json.loads(both[1])["answer"] == json.loads(first)["answer"]
+
+
+def test_a_flipped_bit_is_one_line_for_ask_and_chat(trained, capsys):
+    run(capsys, "compress", "book0.txt", "-o", "book.mem")
+    data = bytearray(Path("book.mem").read_bytes())
+    data[-5] ^= 1
+    Path("book.mem").write_bytes(data)
+    for arguments in (["ask", "book.mem", "Why?"], ["chat", "--memory", "book.mem"]):
+        with pytest.raises(ConfigError, match="^book.mem: damaged: .*sha256"):
+            run(capsys, *arguments, stdin="Hi")
+
+
 def test_several_files_and_several_memories_are_joined(trained, capsys):
     for i in (0, 1):
         Path(f"book{i}.txt").write_text(f"{i}, the shorter edition. " * (3 + i))

@@ -622,7 +622,7 @@ BAD_LINES = {
     "number": (b'{"input": "x", "output": 3}', "line 3: field 'output' is int, expected text"),
     "no object": (b'["x"]', "line 3: expected a JSON object, found list"),
     "a list": (b"[", r"line 3: not JSON: .*make it lines: jq -c"),
-    "deep": (b"[" * 100_000, "line 3: not JSON"),
+    "deep": (b"[" * 100_000, "line 3: lists or objects nested deeper than 100 levels"),
 }
 
 

@@ -19,15 +19,16 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / 
 
 # Lower modules first: a module imports only from above itself in this list.
 ORDER = """
-    refusals usable json_files fitness own_files
-    config schedule schema faults integrity paths tokens environment devices distributed data.cleaning
+    refusals watch options launch usable reading json_files overrides base_files fitness integrity own_files
+    config schedule faults board paths tokens environment devices distributed data.cleaning
     data.documents data.files
     data.hub data.beacons data.corpora_text data.corpora_own data.corpora_tasks data.mixture data lora products loss attention
-    apart flash memory padding library usage generation base model pretend_kernels pretend placement
+    skeleton flash apart positions memory padding fingerprint library usage request generation base streaming model
+    pretend_kernels pretend placement
     packaged loading pretrained tasks
-    flops estimators kv_gradients step evaluate samples retrieval results evaluation training checkpoint
+    flops estimators kv_gradients step evaluate samples retrieval results saved_results evaluation training checkpoint
     saving checks run_state metrics
-    attention_mass views views.tables views.plots views.curves run cli plan dry_run convert lm_eval_command harness
+    attention_mass views views.tables views.plots views.curves run cli schema plan dry_run convert lm_eval_command harness
     views.folder views.page report data.__main__ study.gradients study.cost study.tables study.learning study.recall study
     study.__main__ __main__ __init__
 """.split()

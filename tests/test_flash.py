@@ -6,7 +6,7 @@
 import sys
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -37,13 +37,16 @@ class StandIn(ModuleType):
         self.aligned = aligned
         self.calls: list[tuple[str, bool]] = []  # function, deterministic
 
-    def row(self, q, k, v, scale):
-        """[T, N, K], twice [S, H, K] -> [T, N, K]"""
+    def row(self, q, k, v, scale, window=(-1, -1)):
+        """[T, N, K], twice [S, H, K] -> [T, N, K]; window: keys before and behind a query's own,
+        -1: all."""
         queries, keys = len(q), len(k)
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
         scores = torch.einsum("tnk,snk->nts", q, k) * scale
         behind = keys - queries if self.aligned == "bottom-right" else 0
         hidden = torch.ones(queries, keys, dtype=torch.bool).triu(behind + 1)
+        if window[0] >= 0:
+            hidden |= torch.ones(queries, keys, dtype=torch.bool).tril(behind - window[0] - 1)
         return torch.einsum("nts,snk->tnk", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
 
     def check(self, name, dims, q, k, v, dropout_p, scale, causal, window_size, softcap, alibi, deterministic, probs):
@@ -52,7 +55,9 @@ class StandIn(ModuleType):
         assert q.dim() == k.dim() == v.dim() == dims and k.shape == v.shape
         assert q.shape[-1] == k.shape[-1] <= 256 and q.shape[-2] % k.shape[-2] == 0
         assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
-        assert (dropout_p, causal, window_size, softcap, alibi, probs) == (0.0, True, (-1, -1), 0.0, None, False)
+        assert (dropout_p, causal, softcap, alibi, probs) == (0.0, True, 0.0, None, False)
+        slides = name == "dense" and window_size[0] >= 0 and window_size[1] == 0
+        assert slides or window_size == (-1, -1)
         assert scale == q.shape[-1] ** -0.5 and type(deterministic) is bool
 
     def flash_attn_func(
@@ -72,7 +77,8 @@ class StandIn(ModuleType):
         options = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
         self.check("dense", 4, q, k, v, *options)
         assert q.shape[0] == k.shape[0]
-        return torch.stack([self.row(*row, softmax_scale) for row in zip(q, k, v, strict=True)])
+        rows = zip(q, k, v, strict=True)
+        return torch.stack([self.row(*row, softmax_scale, window_size) for row in rows])
 
     def flash_attn_varlen_func(
         self,
@@ -121,7 +127,6 @@ def dense_mask(*size):
 def asking(model: MemoryLM):
     """flash-attn asked of the base (transformers would not let a model without CUDA ask); dense masks cannot be built."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(base, "encoder_mask", dense_mask)
         for module in (base, flash):
             patch.setattr(module, "decoder_mask", dense_mask)
         patch.setattr(model.base.config, "_attn_implementation", flash.ASKED)
@@ -194,6 +199,22 @@ def test_scores_in_every_mode(kernel, family):
     agree(make_model(family), run)
 
 
+@pytest.mark.parametrize("family", ["mistral", "qwen3"])
+@torch.no_grad()
+def test_raw_texts_past_a_window(kernel, family):
+    """All layers slide, or one of three; no dense mask is built."""
+    changes = dict(sliding_window=8)
+    if family == "qwen3":
+        changes["layer_types"] = ["full_attention", "sliding_attention", "full_attention"]
+    model = MemoryLM(make_base(family, **changes), MEMORY)
+    sample = Sample.document(random_ids(37), 8)
+    agree(model, lambda model: [token_losses(model, sample, "raw")[1]])
+    wide = MemoryLM(make_base(family), MEMORY)
+    full, narrow = (token_losses(of, sample, "raw")[1] for of in (wide, model))
+    assert relative_error(full[:7], narrow[:7]) < PROVEN
+    assert relative_error(full, narrow) > 1e6 * PROVEN
+
+
 def test_generation(kernel):
     def run(model):
         mask = torch.ones(2, 13, dtype=torch.int64)
@@ -214,26 +235,31 @@ def test_the_encoder(kernel, num_memory):
 
 
 @pytest.mark.parametrize("slots, past, length", [([1, 2], 0, 2), ([0, 3, 1], 4, 3), ([2, 2], 3, 2), ([0], 2, 3), ([4, 0], 2, 1)])
-def test_rows_are_the_decoder_mask(kernel, slots, past, length):
-    """Values and gradients of one attention, 4 heads over 2 key/value heads."""
+@pytest.mark.parametrize("window", [None, 2, 100])
+def test_rows_are_the_decoder_mask(kernel, slots, past, length, window):
+    """Values and gradients of one attention, 4 heads over 2 key/value heads. With a window that
+    hides anything behind memory flash-attn is not asked."""
     rows, keys = len(slots), max(slots) + past + length
     shapes = (rows, 4, length, 8), (rows, 2, keys, 8), (rows, 2, keys, 8)
     tensors = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
-    seen = flash.Rows.of(slots, past, length, torch.device("cpu"))
-    found, _ = attention.attend(None, *tensors, None, 8**-0.5, seen)
+    window = window if window is not None and window < past + length else None
+    seen = flash.Rows.of(slots, past, length, torch.device("cpu"), window)
+    module = SimpleNamespace(num_key_value_groups=2)
+    found, _ = attention.attend(module, *tensors, None, 8**-0.5, seen)
     query, key, value = tensors
     expected = F.scaled_dot_product_attention(
         query,
         key.repeat_interleave(2, 1),
         value.repeat_interleave(2, 1),
-        decoder_mask(slots, past, length, seen.device),
-        is_causal=keys == length > 1,
+        decoder_mask(slots, past, length, seen.device, window),
+        is_causal=keys == length > 1 and window is None,
     ).transpose(1, 2)
     assert relative_error(found, expected) < PROVEN
     of = torch.randn_like(found)
     pairs = zip(torch.autograd.grad(found, tensors, of), torch.autograd.grad(expected, tensors, of), strict=True)
     assert all(relative_error(*pair) < PROVEN for pair in pairs)
-    assert [name for name, _ in kernel.calls] == ["varlen" if len(set(slots)) > 1 else "dense"]
+    called = ["varlen" if len(set(slots)) > 1 else "dense"]
+    assert [name for name, _ in kernel.calls] == (called if window is None or slots == [0] else [])
 
 
 @torch.no_grad()
@@ -248,13 +274,13 @@ def test_another_alignment_would_be_seen(kernel):
 
 
 @torch.no_grad()
-def test_the_base_is_what_was_loaded_but_for_the_time_of_a_call(kernel, monkeypatch):
+def test_the_base_is_what_was_loaded_in_a_call_too(kernel, monkeypatch):
     model, inside = make_model(), []
     monkeypatch.setattr(kernel, "row", lambda *_: inside.append(model.base.config._attn_implementation) or 1 / 0)
     with asking(model):  # checks the name afterwards
         with pytest.raises(ZeroDivisionError):
             model(random_ids(1, 5))
-    assert inside == [attention.NAME]
+    assert inside == [flash.ASKED]
 
 
 @torch.no_grad()

@@ -22,10 +22,11 @@ from processes import TRAIN
 from test_commands import call
 
 from uiollms.checkpoint import load_weights, save_weights
-from uiollms.config import ConfigError, EnvConfig, json_path, load_env_config, load_memory_config, load_tasks
+from uiollms.config import ConfigError, EnvConfig, load_env_config, load_memory_config, load_tasks
 from uiollms.data import open_corpus
 from uiollms.integrity import sha256, verify
 from uiollms.pretrained import check_env, load_memory_lm
+from uiollms.refusals import json_path
 from uiollms.run_state import NEEDED, TrainingState, load_state, read_record
 from uiollms.training import Samples, make_optimizer
 

@@ -1,5 +1,8 @@
 """generate(): the options of transformers' own that make sense, on streams that go on, stand still, or differ in length."""
 
+import dataclasses
+import threading
+
 import pytest
 import torch
 from conftest import make_model, random_ids
@@ -11,8 +14,11 @@ from transformers import (
     NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
 )
+from transformers.generation.streamers import BaseStreamer
 
 from uiollms import MemoryConfig, MemoryLM
+from uiollms.library import join
+from uiollms.request import OwnDraws
 
 GREEDY = dict(do_sample=False, max_new_tokens=11, eos_token_id=None)  # 11: every row crosses a chunk boundary (8)
 
@@ -225,17 +231,211 @@ def test_what_changes_the_scores_does_so(model, name):
     assert torch.equal(roomy.generate(PROMPT, **options), model.base.generate(PROMPT, **options))
 
 
-def test_with_a_state_processors_see_the_new_tokens_only(model):
+@pytest.fixture(scope="module")
+def states(model) -> dict[str, object]:
+    """Streams that have read the same 9 tokens, in the ways there are."""
+    text = PROMPT[:, :9]
     with torch.no_grad():
-        state = model(PROMPT[:, :9]).past_key_values
-    seen = []
+        read = model(text).past_key_values
+        in_steps = model(text[:, 2:], model(text[:, :2]).past_key_values).past_key_values
+    memory = model.compress(text).state(model)
+    joined = join([model.compress(text[:, :8]), model.compress(text[:, 8:])]).state(model)
+    return dict(read=read, in_steps=in_steps, memory=memory, joined=joined, selected=read.select(torch.tensor([0])))
+
+
+WAYS = ["read", "in_steps", "memory", "joined", "selected"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", PROCESSED)
+@pytest.mark.parametrize("beams", [1, 2])
+def test_processors_see_the_whole_text_wherever_it_came_from(model, states, name, way, beams):
+    plain = model.generate(PROMPT, **GREEDY)[0, 13:].tolist()
+    value, _ = PROCESSED[name](plain)
+    options = GREEDY | {name: value, "num_beams": beams}
+    options |= dict(eos_token_id=plain[2]) if name == "min_new_tokens" else {}
+    expected = model.generate(PROMPT, **options)[:, 9:]
+    found = model.generate(PROMPT[:, 9:], state=states[way], **options)
+    assert torch.equal(found, expected)
+    again = model.generate(PROMPT[:, 9:], state=states[way], return_dict_in_generate=True, **options)
+    assert torch.equal(again.sequences, expected) and again.past_key_values.get_seq_length() == 9 + expected.shape[1] - 1
+
+
+def test_what_looks_at_the_text_is_shown_all_of_it(model, states):
+    shown = []
 
     def look(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        seen.append(ids)
+        shown.append(ids)
         return scores
 
-    whole = model.generate(PROMPT[:, 9:], state=state, logits_processor=[look], **GREEDY)
-    assert len(seen) == 11 and all(torch.equal(ids, whole[:, : 4 + i]) for i, ids in enumerate(seen))
+    def stop(ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
+        shown.append(ids)
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    def allow(row: int, ids: torch.Tensor) -> list[int]:
+        shown.append(ids[None])
+        return list(range(61))
+
+    looking = dict(logits_processor=[look], stopping_criteria=[stop], prefix_allowed_tokens_fn=allow)
+    found = model.generate(PROMPT[:, 9:], state=states["memory"], **looking, **GREEDY)
+    whole = torch.cat([PROMPT[:, :9], found], 1)
+    assert len(shown) == 33 and {ids.shape[1] for ids in shown} == set(range(13, 25))
+    assert all(torch.equal(ids, whole[:, : ids.shape[1]]) for ids in shown)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("penalty", [dict(repetition_penalty=3.0), dict(no_repeat_ngram_size=1)])
+def test_rows_of_other_lengths_and_states_do_not_reach_each_other(model, beams, penalty):
+    """Each row, its own state included, is what it is alone; padding is not a part of any text."""
+    ids, mask = padded(ROWS)
+    options = GREEDY | dict(num_beams=beams) | penalty
+    for row, tokens in zip(ROWS, model.generate(ids, attention_mask=mask, **options), strict=True):
+        assert torch.equal(tokens[21 - len(row) :], model.generate(row[None], **options)[0])
+    start = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **GREEDY | penalty)
+    questions = [random_ids(n, seed=n) for n in (7, 4, 4, 12)]
+    again, again_mask = padded([torch.cat([s[-1:], q]) for s, q in zip(start.sequences, questions, strict=True)])
+    found = model.generate(again, attention_mask=again_mask, state=start.past_key_values, **options)
+    assert torch.equal(found[:, : again.shape[1]], again)
+    for row, first, question, tokens in zip(ROWS, start.sequences, questions, found, strict=True):
+        whole = torch.cat([first[21 - len(row) :], question])
+        assert torch.equal(tokens[-11:], model.generate(whole[None], **options)[0, len(whole) :])
+
+
+def test_one_state_for_many_prompts_and_answers(model, states):
+    ids, mask = padded([PROMPT[0, 9:], random_ids(7, seed=3)])
+    options = GREEDY | dict(repetition_penalty=3.0, num_beams=3, num_return_sequences=2)
+    found = model.generate(ids, attention_mask=mask, state=states["memory"], **options)
+    assert found.shape == (4, 7 + 11) and torch.equal(found[:, :7], ids.repeat_interleave(2, 0))
+    for i, row in enumerate((PROMPT[:, 9:], random_ids(1, 7, seed=3))):
+        whole = torch.cat([PROMPT[:, :9], row], 1)
+        assert torch.equal(found[2 * i : 2 * i + 2, 7:], model.generate(whole, **options)[:, whole.shape[1] :])
+
+
+def test_lengths_are_those_of_the_result(model, states):
+    new = PROMPT[:, 9:]
+    greedy = dict(state=states["memory"], do_sample=False)
+    assert model.generate(new, max_length=7, eos_token_id=None, **greedy).shape == (1, 7)
+    config = GenerationConfig(max_length=7, eos_token_id=None, do_sample=False)
+    assert model.generate(new, config, state=states["read"]).shape == (1, 7)
+    first = model.generate(new, max_new_tokens=1, **greedy)[0, -1].item()
+    assert model.generate(new, max_length=9, eos_token_id=first, **greedy).shape == (1, 5)
+    assert model.generate(new, max_length=9, min_length=8, eos_token_id=first, **greedy).shape[1] >= 8
+    assert model.generate(new, eos_token_id=None, **greedy).shape == (1, 24)
+    with pytest.raises(ValueError, match="max_length"):
+        model.generate(new, max_length=4, **greedy)
+
+
+class Told(BaseStreamer):
+    def __init__(self, then=lambda: None):
+        self.values, self.then = [], then
+
+    def put(self, value):
+        self.values.append(value)
+        self.then()
+
+    def end(self):
+        self.values.append(None)
+
+
+def test_a_streamer_is_told_what_the_result_holds(model, states):
+    told = Told()
+    found = model.generate(PROMPT[:, 9:], state=states["memory"], streamer=told, **GREEDY)
+    assert told.values[-1] is None and torch.equal(told.values[0], PROMPT[:, 9:])
+    assert torch.equal(torch.cat([value.flatten() for value in told.values[:-1]]), found[0])
+
+
+LOOKING_AT = {
+    "repetition_penalty": 1.5,
+    "no_repeat_ngram_size": 2,
+    "encoder_repetition_penalty": 1.5,
+    "encoder_no_repeat_ngram_size": 2,
+    "bad_words_ids": [[3]],
+    "sequence_bias": [[[3], -2.0]],
+    "logits_processor": LogitsProcessorList([no_token_twice]),
+    "prefix_allowed_tokens_fn": lambda row, ids: [3],
+    "stopping_criteria": [lambda ids, scores, **_: torch.ones(len(ids), dtype=torch.bool)],
+}
+
+
+@pytest.mark.parametrize("name", LOOKING_AT)
+def test_a_state_that_does_not_know_its_text_says_what_cannot_be_had(model, name):
+    """As of a .mem of version 0.1."""
+    memory = dataclasses.replace(model.compress(PROMPT[:, :9]), chunk_ids=None)
+    state = memory.state(model)
+    assert state.text is None
+    with pytest.raises(ValueError, match=f"generate: {name} looks at the whole text, .* compress the text again"):
+        model.generate(PROMPT[:, 9:], state=state, **{name: LOOKING_AT[name]}, **GREEDY)
+    neutral = dict(repetition_penalty=1.0, no_repeat_ngram_size=0, logits_processor=LogitsProcessorList())
+    found = model.generate(PROMPT[:, 9:], state=state, **neutral, **GREEDY)
+    assert torch.equal(found, model.generate(PROMPT, **GREEDY)[:, 9:])
+    # all tokens given, nothing is missing
+    if name != "stopping_criteria":
+        whole = model.generate(PROMPT, past_key_values=state, **{name: LOOKING_AT[name]}, **GREEDY)
+        assert torch.equal(whole, model.generate(PROMPT, **{name: LOOKING_AT[name]}, **GREEDY))
+
+
+def test_all_tokens_given_must_be_those_that_the_state_has_read(model, states):
+    other = PROMPT.clone()
+    other[0, 2] += 1  # in a chunk that is memory by now
+    with pytest.raises(ValueError, match="has seen 9 tokens, and input_ids .* do not start with them"):
+        model.generate(other, past_key_values=states["read"], **GREEDY)
+
+
+# ---- what is drawn ------------------------------------------------------------------------------------
+
+
+SAMPLED = dict(do_sample=True, temperature=3.0, max_new_tokens=12, eos_token_id=None)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_request_draws_from_a_generator_of_its_own(model, beams):
+    options = SAMPLED | dict(num_beams=beams)
+
+    def sample(seed: int, **more) -> torch.Tensor:
+        return model.generate(PROMPT, generator=torch.Generator().manual_seed(seed), **options, **more)
+
+    first = sample(1)
+    before = torch.get_rng_state()
+    assert torch.equal(sample(1), first) and not torch.equal(sample(2), first)
+    assert torch.equal(torch.get_rng_state(), before)  # others' draws are as they would have been
+    if beams == 1:  # another request, and whoever draws or seeds, in the midst of it
+        disturb = Told(lambda: (torch.manual_seed(3), sample(5), torch.rand(2)))
+        assert torch.equal(sample(1, streamer=disturb), first)
+    # without one: the global generator decides, by one draw
+    torch.manual_seed(0)
+    found, after = model.generate(PROMPT, **options), torch.get_rng_state()
+    torch.manual_seed(0)
+    assert torch.equal(model.generate(PROMPT, **options), found) and torch.equal(torch.get_rng_state(), after)
+    assert not torch.equal(model.generate(PROMPT, **options), found)
+    model.generate(PROMPT, **GREEDY)
+    # one generator for several requests: they differ
+    shared = torch.Generator().manual_seed(1)
+    several = [model.generate(PROMPT, generator=shared, **options) for _ in range(2)]
+    assert torch.equal(several[0], first) and not torch.equal(several[1], first)
+
+
+def test_greedy_requests_draw_nothing(model):
+    before = torch.get_rng_state()
+    model.generate(PROMPT, **GREEDY)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_draws_of_other_threads_are_their_own(model):
+    """The request's generator is not that of a thread that draws while it runs."""
+    weights, drawn = torch.ones(1000), []
+
+    def draw() -> None:
+        drawn.append(torch.multinomial(weights, 1, generator=torch.Generator().manual_seed(1)).item())
+        drawn.append(torch.multinomial(weights, 1).item())
+
+    torch.manual_seed(7)
+    draw()
+    torch.manual_seed(7)
+    with OwnDraws(torch.device("cpu"), torch.Generator().manual_seed(0)):
+        other = threading.Thread(target=draw)
+        other.start()
+        other.join()
+    assert drawn[:2] == drawn[2:]
 
 
 @pytest.mark.parametrize("beams", [1, 2])

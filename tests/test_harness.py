@@ -302,6 +302,47 @@ def test_a_prompt_goes_on_from_the_answer_before_it(lm):
     assert beams[1] == said and asked(lm, "generate_until", ("", greedy)) == [lm.tokenizer.decode(say(lm.model, [BOS], 25))]
 
 
+ORDERS = [lambda i: i, lambda i: -i, lambda i: (7 * i) % 10]  # of the requests; and how many are asked
+
+
+@pytest.mark.parametrize("settings", [dict(do_sample=False, repetition_penalty=1.7), dict(do_sample=True, temperature=9.0)])
+def test_an_answer_depends_on_its_own_request_alone(folder, settings, monkeypatch):
+    """Not on order or --limit: texts begin alike, so that chunks are taken over. A chunk's last bits may depend on those
+    that are encoded with it: it always has the same company."""
+    lm = HarnessLM(**model_args(folder) | {"model.model_dtype": "fp32"})
+    batches, encode_layers = set(), lm.model.encode_layers
+    monkeypatch.setattr(lm.model, "encode_layers", lambda ids, *rest: batches.add(str(ids.tolist())) or encode_layers(ids, *rest))
+    starts = [DOCUMENT, DOCUMENT + "And then", DOCUMENT[:70], DOCUMENT * 2, "z" * 20]
+    prompts = [start + end for start in starts for end in ("", "so?")]
+    settings |= dict(until=[], max_gen_toks=20)
+    torch.manual_seed(1234)
+    alone, scored = [], []
+    for prompt in prompts:
+        lm.seen = []
+        alone += asked(lm, "generate_until", (prompt, settings))
+        lm.seen = []
+        scored += asked(lm, "loglikelihood", (prompt, "a word"))
+    assert len(set(alone)) > 5
+    companies = set(batches)
+    for order in ORDERS:
+        for limit in (10, 3):
+            numbers = sorted(range(10), key=order)[:limit]
+            found = asked(lm, "generate_until", *((prompts[i], settings) for i in numbers))
+            assert found == [alone[i] for i in numbers]
+            found = asked(lm, "loglikelihood", *((prompts[i], "a word") for i in numbers))
+            assert found == [scored[i] for i in numbers]
+    assert batches == companies
+
+
+def test_a_request_that_is_repeated_is_drawn_anew(lm):
+    """lm-eval names the same request again (`repeats`)."""
+    one, other = (request("generate_until", DOCUMENT + x, dict(until=[], max_gen_toks=20, temperature=9.0)) for x in "ab")
+    torch.manual_seed(1)
+    found = lm.generate_until([one, one, other, one], disable_tqdm=True)
+    assert len(set(found)) == 4
+    assert lm.generate_until([other, one, one, one], disable_tqdm=True) == [found[2], found[0], found[1], found[3]]
+
+
 def test_answers_are_kept_as_they_come(lm, tmp_path, monkeypatch):
     """--use_cache of a run that was cut off: what had been answered is not asked again."""
     cached = CachingLM(lm, str(tmp_path / "answers.db"))

@@ -1,14 +1,22 @@
 """Documents compressed once: kept, joined, asked again, refused by other models."""
 
 import copy
+import json
+import os
 
 import pytest
 import torch
-from conftest import MEMORY, make_model, random_ids, relative_error
+from conftest import MEMORY, make_base, make_model, random_ids, relative_error
+from safetensors import safe_open
+from safetensors.torch import save as save_bytes
+from transformers import AutoModelForCausalLM
 
+import uiollms.fingerprint as fingerprints
 from uiollms import ConfigError, Memory, MemoryLM
-from uiollms.library import join
+from uiollms.fingerprint import fingerprint
+from uiollms.library import checksum, join
 from uiollms.memory import join_slots
+from uiollms.placement import place
 
 ROUNDING = 1e-12  # float64, a few thousand operations
 
@@ -136,3 +144,322 @@ def test_what_compress_takes(model):
     ids = random_ids(9)
     for same in (ids[None], ids.tolist()):
         assert torch.equal(model.compress(same).slots, model.compress(ids).slots)
+
+
+# ---- whose memory it is -----------------------------------------------------------------------------
+
+
+def changed(model: MemoryLM, name: str) -> MemoryLM:
+    """A copy with one number of one tensor of the base changed by a thousandth of the tensor's largest."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        weight = other.base.get_parameter(name)
+        weight.view(-1)[weight.abs().argmax()] *= 1.01
+    return other
+
+
+def test_a_base_that_differs_in_any_tensor_is_another(model, tmp_path):
+    memory = model.compress(random_ids(20))
+    memory.save(tmp_path / "a.mem")
+    names = [name for name, _ in model.base.named_parameters()]
+    assert len(names) == 3 * 9 + 3
+    for name in names:
+        with pytest.raises(ConfigError, match="a.mem: made by another model: base_weights "):
+            Memory.load(tmp_path / "a.mem", changed(model, name))
+    for name in model.trainable_parameters():
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            other.trainable_parameters()[name].view(-1)[-1] += 0.1
+        with pytest.raises(ConfigError, match="made by another model: adapter "):
+            memory.state(other)
+
+
+def test_tensors_that_change_places_are_noticed(model):
+    other = copy.deepcopy(model)
+    first, second = (other.base.get_parameter(f"model.layers.{i}.mlp.up_proj.weight") for i in (0, 1))
+    with torch.no_grad():
+        kept = first.clone()
+        first.copy_(second)
+        second.copy_(kept)
+    assert fingerprint(other).base_weights != fingerprint(model).base_weights
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("rms_norm_eps", 1e-3), ("rope_parameters", dict(rope_type="default", rope_theta=500.0)), ("hidden_act", "gelu")],
+)
+def test_a_base_that_computes_otherwise_is_another(field, value):
+    model, other = make_model(), MemoryLM(make_base(**{field: value}), MEMORY)
+    other.load_memory_state_dict(model.memory_state_dict())
+    with pytest.raises(ConfigError, match="made by another model: base_config [0-9a-f]{16}, this"):
+        model.compress(random_ids(20)).state(other)
+
+
+def in_bfloat16(family: str) -> MemoryLM:
+    """A model whose numbers all are bfloat16's, as published checkpoints are."""
+    model = make_model(family, torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+        model.base.model.layers[1].mlp.up_proj.weight[0, :3] = torch.tensor([1e-7, -3e-6, 1e-30])
+    return model
+
+
+def test_one_checkpoint_is_one_model_in_every_dtype(family, tmp_path):
+    model = in_bfloat16(family)
+    own = fingerprint(model)
+    model.base.save_pretrained(tmp_path / "base")
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):  # float64: promoted norms
+        for tied in (False, True)[: 1 + (family == "smollm2")]:
+            base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype)
+            if tied:  # the same numbers, not tied
+                base.lm_head.weight = torch.nn.Parameter(base.lm_head.weight.detach().clone())
+            other = MemoryLM(base, MEMORY)
+            other.load_memory_state_dict(model.memory_state_dict())
+            found = fingerprint(other)
+            assert found.model_copy(update=dict(base=own.base)) == own, dtype
+    assert fingerprint(MemoryLM(base, MEMORY)).adapter != own.adapter
+
+
+def test_a_copy_of_the_base_under_another_name_is_the_same(model):
+    memory = model.compress(random_ids(20))
+    other = copy.deepcopy(model)
+    other.config._name_or_path = "/elsewhere/renamed"
+    assert memory.state(other).num_tokens == 20
+
+
+def test_a_base_on_disk_is_the_same(tmp_path):
+    model = in_bfloat16("smollm2")
+    own = fingerprint(model)
+    base = copy.deepcopy(model.base)
+    place(base, {"": "cpu", "model.layers.1": "disk", "model.embed_tokens": "disk"}, "here", tmp_path)
+    assert base.model.layers[1].mlp.up_proj.weight.device.type == "meta"
+    other = MemoryLM(base, MEMORY)
+    other.load_memory_state_dict(model.memory_state_dict())
+    assert fingerprint(other) == own
+    assert model.compress(random_ids(20)).state(other).num_tokens == 20
+
+
+def test_the_base_is_hashed_once_and_again_where_it_changes(monkeypatch):
+    model = make_model()
+    hashed = []
+    original = fingerprints.tensor_hash
+    monkeypatch.setattr(fingerprints, "tensor_hash", lambda t: hashed.append(t.shape) or original(t))
+    trained = len(model.trainable_parameters())
+    memory = model.compress(random_ids(20))
+    assert len(hashed) > 30
+    hashed.clear()
+    memory.state(model)
+    assert len(hashed) == trained
+    # each way in which trained tensors change
+    before = model.memory_state_dict()
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    model.load_memory_state_dict({name: 2 * tensor for name, tensor in before.items()})
+    with pytest.raises(ConfigError, match="made by another model: adapter"):
+        memory.state(model)
+    model.load_memory_state_dict(before)
+    memory.state(model)
+    optimizer = torch.optim.AdamW(model.trainable_parameters().values(), lr=0.1)
+    for parameter in model.trainable_parameters().values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    with pytest.raises(ConfigError, match="made by another model: adapter"):
+        memory.state(model)
+    model.load_memory_state_dict(before)
+    for parameter in model.trainable_parameters().values():
+        parameter.data.add_(0.1)  # no version counts this
+    with pytest.raises(ConfigError, match="made by another model: adapter"):
+        memory.state(model)
+    model.load_memory_state_dict(before)
+    # and the base
+    hashed.clear()
+    with torch.no_grad():
+        model.base.lm_head.weight[0, 0] += 1
+    with pytest.raises(ConfigError, match="made by another model: base_weights"):
+        memory.state(model)
+    assert len(hashed) == 30 + trained
+
+
+def test_a_base_loaded_in_inference_mode_has_a_fingerprint():
+    with torch.inference_mode():
+        model = make_model()
+        memory = model.compress(random_ids(20))
+        model.base.model.norm.weight[0] += 1
+        with pytest.raises(ConfigError, match="base_weights"):
+            memory.state(model)
+
+
+# ---- files --------------------------------------------------------------------------------------------
+
+
+def test_a_flipped_bit_anywhere_is_refused(model, tmp_path):
+    """Every bit of the header, and of the tensors one in each byte: the checksum covers all."""
+    path = tmp_path / "a.mem"
+    model.compress(random_ids(20), source="a book").save(path)
+    whole = path.read_bytes()
+    end = 8 + int.from_bytes(whole[:8], "little")
+    assert 600 < end < len(whole)
+    for spot in range(len(whole)):
+        for bit in range(8) if spot < end else (spot % 8,):
+            path.write_bytes(whole[:spot] + bytes([whole[spot] ^ 1 << bit]) + whole[spot + 1 :])
+            with pytest.raises(ConfigError, match="^[^\n]*a.mem: [^\n]*$"):
+                Memory.load(path)
+    for cut in range(0, len(whole), 7):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(ConfigError, match="^[^\n]*a.mem: [^\n]*$"):
+            Memory.load(path)
+    path.write_bytes(whole)
+    assert Memory.load(path, model).num_tokens == 20
+
+
+def written(path, tensors: dict, header: dict) -> None:
+    """A file whose checksum is right, whatever is in it."""
+    text = json.dumps(header | dict(sha256="0" * 64), separators=(",", ":"))
+    data = save_bytes(tensors, metadata=dict(uiollms=text))
+    end = 8 + int.from_bytes(data[:8], "little")
+    assert checksum(data[:end], [data[end:]])
+    path.write_bytes(data.replace(b"0" * 64, checksum(data[:end], [data[end:]]).encode(), 1))
+
+
+def deep(value: dict, path: str, new: object) -> dict:
+    value = json.loads(json.dumps(value))
+    *parents, last = path.split(".")
+    inner = value
+    for part in parents:
+        inner = inner[int(part) if isinstance(inner, list) else part]
+    inner[int(last) if isinstance(inner, list) else last] = new
+    return value
+
+
+HEADERS = {
+    "format": ["uiollms memory 3", 2, None],
+    "made_by": ["me", {}],
+    "made_by.base": [7, None],
+    "made_by.base_weights": ["", "x" * 16, 5],
+    "made_by.adapter": ["ABCDEF0123456789"],
+    "made_by.base_config": ["0" * 15],
+    "made_by.covers": ["none"],
+    "made_by.more": [1],
+    "made_by.compressor.chunk_size": [16, 7, -8, 8.0],
+    "made_by.compressor.num_memory": [4, 0],
+    "sources": [[], {}, "a book"],
+    "sources.0": [{}, ["a book", 20]],
+    "sources.0.name": [None, 3, ["a book"]],
+    "sources.0.num_tokens": [-1, 21, 19, 28, True, 1.5, 2**70, "20"],
+    "more": [1],
+}
+
+
+@pytest.mark.parametrize("field", HEADERS)
+def test_every_field_of_the_header_is_checked(model, tmp_path, field):
+    model.compress(random_ids(20), source="a book").save(tmp_path / "good.mem")
+    with safe_open(tmp_path / "good.mem", "pt") as file:
+        header = json.loads(file.metadata()["uiollms"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    written(tmp_path / "again.mem", tensors, header)
+    assert Memory.load(tmp_path / "again.mem", model).num_tokens == 20
+    for value in HEADERS[field]:
+        written(tmp_path / "bad.mem", tensors, deep(header, field, value))
+        with pytest.raises(ConfigError, match="bad.mem: ") as error:
+            Memory.load(tmp_path / "bad.mem", model)
+        assert "damaged" not in str(error.value), value
+
+
+def test_every_tensor_is_checked(model, tmp_path):
+    memory = model.compress(random_ids(20), source="a book")  # 2 chunks of 8, and 4 tokens
+    memory.save(tmp_path / "good.mem")
+    with safe_open(tmp_path / "good.mem", "pt") as file:
+        header = json.loads(file.metadata()["uiollms"])
+    good = dict(slots=memory.slots, open_ids=memory.open_ids, chunk_ids=memory.chunk_ids)
+    assert memory.slots.shape == (3, 2, 2, 32)
+    bad = {
+        "slots": [
+            memory.slots.long(),
+            memory.slots.to(torch.float8_e4m3fn),
+            memory.slots[0],
+            memory.slots[:2],
+            memory.slots[:, :1],
+            memory.slots[:, :, :1],
+            memory.slots[..., :31],
+            memory.slots[:0],
+            memory.slots / 0,
+        ],
+        "open_ids": [
+            memory.open_ids.int(),
+            memory.open_ids[None],
+            memory.open_ids[:3],
+            memory.open_ids * 0 - 1,
+            memory.open_ids * 0 + 61,
+            memory.open_ids.double(),
+        ],
+        "chunk_ids": [
+            memory.chunk_ids.int(),
+            memory.chunk_ids.flatten(),
+            memory.chunk_ids[:1],
+            memory.chunk_ids * 0 - 1,
+            memory.chunk_ids * 0 + 61,
+        ],
+        "more": [torch.zeros(1)],
+    }
+    for name, tensors in bad.items():
+        for tensor in tensors:
+            written(tmp_path / "bad.mem", good | {name: tensor.contiguous()}, header)
+            with pytest.raises(ConfigError, match="^[^\n]*bad.mem: [^\n]*$"):
+                Memory.load(tmp_path / "bad.mem", model)
+    for name in ("slots", "open_ids"):
+        written(tmp_path / "bad.mem", {k: v for k, v in good.items() if k != name}, header)
+        with pytest.raises(ConfigError, match="bad.mem: a safetensors file, but not a memory"):
+            Memory.load(tmp_path / "bad.mem", model)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [b"", b"1234567", b"\xff" * 8, b"\x02" + b"\0" * 7 + b"[]", b"\x06" + b"\0" * 7 + b'{"a":1', b"\xff\xff\x00" + b"\0" * 5],
+)
+def test_what_is_no_file_of_tensors_is_one_line(tmp_path, header):
+    (tmp_path / "a.mem").write_bytes(header)
+    with pytest.raises(ConfigError, match="a.mem: not a memory, or damaged"):
+        Memory.load(tmp_path / "a.mem")
+
+
+def test_nested_headers_pipes_and_folders_are_one_line(model, tmp_path):
+    for nested in ("[" * 900 + "]" * 900, "[" * 100_000 + "]" * 100_000, '{"a":' * 900 + "1" + "}" * 900):
+        data = save_bytes({"slots": torch.zeros(1)}, metadata=dict(uiollms=nested))
+        (tmp_path / "a.mem").write_bytes(data)
+        with pytest.raises(ConfigError, match="a.mem: "):
+            Memory.load(tmp_path / "a.mem")
+    os.mkfifo(tmp_path / "pipe.mem")
+    for name in ("pipe.mem", "."):
+        with pytest.raises(ConfigError, match="cannot be read"):
+            Memory.load(tmp_path / name)
+
+
+NAMES = ["\x1b[2J\x1b[31mgone", "a\nb", "\x9b31m", "[bold]x[/]", "\u202etxt.exe", "x" * 5000, "\udcff.txt"]
+NAMES += ["0" * 64, '"sha256":"' + "0" * 64]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_are_kept_and_shown_safely(model, tmp_path, name):
+    memory = model.compress(random_ids(20), source=name)
+    memory.save(tmp_path / "a.mem")
+    (source,) = Memory.load(tmp_path / "a.mem", model).sources
+    assert source.name == name.replace("\udcff", "\\udcff")
+    assert source.shown.isprintable() and len(source.shown) < 300
+    other = make_model(seed=1).compress(random_ids(20), source=name)
+    with pytest.raises(ConfigError, match="cannot be joined") as error:
+        join([memory, other])
+    assert str(error.value).isprintable() and len(str(error.value)) < 800
+
+
+# ---- the text -------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_memory_keeps_its_text_in_the_order_of_the_stream(model, tmp_path):
+    texts = [random_ids(length, seed=length) for length in (19, 3, 30)]
+    joined = join([model.compress(text) for text in texts])
+    joined.save(tmp_path / "a.mem")
+    state = Memory.load(tmp_path / "a.mem", model).state(model)
+    full = [text[: len(text) // 8 * 8] for text in texts]
+    left = [text[len(text) // 8 * 8 :] for text in texts]
+    assert torch.equal(state.text[0], torch.cat(full + left))

@@ -21,7 +21,8 @@ from uiollms.config import load_env_config, parse
 from uiollms.evaluation import Evaluation, TaskEntry
 from uiollms.pretrained import load_memory_lm
 from uiollms.report import add_attention, main
-from uiollms.results import TaskResult, by_length, load_token_nlls, save_token_nlls
+from uiollms.results import TaskResult, by_length
+from uiollms.saved_results import load_token_nlls, save_token_nlls
 from uiollms.views.folder import read_folder
 from uiollms.views.page import duration
 

@@ -442,7 +442,7 @@ def test_past_the_capacity_is_refused():
         if needed is None:
             check_sample(make_model(), sample)
             continue
-        words = r"{} memories of num_memory 2 slots and the {} tokens that read them need {} positions, max_pos.* is 64"
+        words = r"{} memories of num_memory 2 slots and the {} tokens that read them need {} positions, past max_pos.* 64"
         with pytest.raises(ValueError, match=words.format(*needed)):
             uiollms.gradient_step(make_model(), sample)
     result = uiollms.gradient_step(make_model(), Sample.document(ids, 8), estimator="exact")

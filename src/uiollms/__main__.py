@@ -33,10 +33,12 @@ from uiollms.library import Memory, join
 from uiollms.loading import check_tokenizer
 from uiollms.memory import MemoryState
 from uiollms.model import MemoryLM
+from uiollms.options import SEEDS, place, share, temperature, whole
 from uiollms.saving import load_model, load_tokenizer, load_trained, weights_words
 from uiollms.tokens import continued, first_ids, plain_ids, tokenize
 
 DEFAULT_CONFIG = "smollm2-8x.json"
+LONGEST_LINE = 2**20  # characters of a turn of a chat
 ANSWER = "ANSWER"  # stands for the answer before, where the text of a later turn is cut out of the chat template
 
 
@@ -64,8 +66,8 @@ def make_parser() -> argparse.ArgumentParser:
     own = command(
         "compress", run_compress, what, example, "what the memory holds, as one JSON object", "no progress bar, no words"
     )
-    own.add_argument("files", nargs="+", type=Path, metavar="FILE", help="UTF-8 text; several are compressed each and joined")
-    own.add_argument("-o", "--output", required=True, type=Path, metavar="NAME.mem", help="where the memory goes")
+    own.add_argument("files", nargs="+", type=place, metavar="FILE", help="UTF-8 text; several are compressed each and joined")
+    own.add_argument("-o", "--output", required=True, type=place, metavar="NAME.mem", help="where the memory goes")
 
     shown, quiet = "every answer and what is held, a JSON object each,", "the answers alone"
     what, example = "ask memories, each question on its own", 'ask book.mem "Who wrote the letter?" "And why?"'
@@ -75,16 +77,17 @@ def make_parser() -> argparse.ArgumentParser:
 
     what, example = "chat: a line in, an answer out, all of it held in memory", "chat --memory book.mem"
     own = command("chat", run_chat, what, example, shown, quiet)
-    own.add_argument("--memory", nargs="+", type=Path, default=[], metavar="NAME.mem", help="documents to have in mind")
+    own.add_argument("--memory", nargs="+", type=place, default=[], metavar="NAME.mem", help="documents to have in mind")
     generation_options(own)
     return parser
 
 
 def generation_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--max_new_tokens", type=int, default=200, metavar="N", help="longest answer (200)")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="of sampling; 0 = greedy (0)")
-    parser.add_argument("--top_p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens of share P (1)")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling (0)")
+    add = parser.add_argument
+    add("--max_new_tokens", type=whole(), default=200, metavar="N", help="longest answer (200)")
+    add("--temperature", type=temperature, default=0.0, metavar="T", help="of sampling; 0 = greedy (0)")
+    add("--top_p", type=share, default=1.0, metavar="P", help="sample from the likeliest tokens of share P (1)")
+    add("--seed", type=whole(0, SEEDS), default=0, metavar="N", help="of sampling (0)")
 
 
 # ---- commands ---------------------------------------------------------------------------------------------------------
@@ -152,7 +155,6 @@ def answer(
     # Without a chat template nothing says where an answer ends: it is the rest of the line.
     stop: dict[str, Any] = {} if tokenizer.chat_template else dict(stop_strings=["\n"], tokenizer=tokenizer)
     streamer = None if output.json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    torch.manual_seed(args.seed)
     began = time.monotonic()
     said = model.generate(
         ids,
@@ -160,6 +162,7 @@ def answer(
         max_new_tokens=args.max_new_tokens,
         streamer=streamer,
         return_dict_in_generate=True,
+        generator=torch.Generator().manual_seed(args.seed),
         **sampling,
         **stop,
     )
@@ -250,10 +253,13 @@ def lines_of(stdin: TextIO, prompt: str) -> Iterator[str]:
         print(prompt, end="", flush=True)
         where = f"stdin: line {number}"
         try:
-            line = stdin.readline()
+            line = stdin.readline(LONGEST_LINE + 1)
         except UnicodeDecodeError as error:
             what = f"not text in {error.encoding}; PYTHONUTF8=1 reads UTF-8"
             raise ConfigError(f"{where}: {what}") from None
+        if len(line) > LONGEST_LINE:
+            remedy = "compress longer texts and give them with --memory"
+            raise ConfigError(f"{where}: more than {LONGEST_LINE:,} characters; {remedy}")
         mark = "\ufeff" if number == 1 else ""  # PowerShell's pipes begin with one
         text = line.removeprefix(mark).strip()
         if not line or text == "/quit":

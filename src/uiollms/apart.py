@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from uiollms.attention import decoder_mask, sdpa
+from uiollms.flash import asked
 
 TOGETHER = 128  # slots seen by all rows that are worth a call of their own
 _kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -54,8 +55,10 @@ class SharedPrefix:
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args: object) -> tuple[Tensor, Tensor]:
         """The rows' own keys and values [B, H, T, K] -> what the layer's attention function gets."""
-        if self.lies_apart(keys.device):
-            return keys, values
+        return (keys, values) if self.lies_apart(keys.device) else self.joined(keys, values, layer)
+
+    def joined(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """The rows' own keys and values [B, H, T, K] behind the memory's, [B, H, M + T, K]."""
         before = self.handed_out(layer, len(keys))
         return torch.cat([before[0], keys], dim=2), torch.cat([before[1], values], dim=2)
 
@@ -69,30 +72,35 @@ class SharedPrefix:
 
 
 def attends_apart(base: Any) -> bool:
-    return base.config._attn_implementation == "sdpa"
+    """Whether the attention function that the base was loaded with leaves a document's memory where it lies."""
+    return not asked(base)
 
 
 @dataclass(frozen=True, eq=False)
 class Apart:
-    """Row b sees its first `num_slots[b]` slots of `prefix`, causal among its `length` own tokens (an `attention.Seen`)."""
+    """Row b sees its first `num_slots[b]` slots of `prefix`, causal among its `length` own tokens;
+    with a `window` it sees only so many tokens, the last (an `attention.Seen`)."""
 
     prefix: SharedPrefix
     num_slots: tuple[int, ...]
     length: int
     device: torch.device
+    window: int | None = None
 
     def to(self, device: torch.device) -> Apart:
         return self if device == self.device else replace(self, device=device)  # itself keeps the mask it may have built
 
     @cached_property
     def mask(self) -> Tensor | None:
-        return decoder_mask(self.num_slots, 0, self.length, self.device)
+        return decoder_mask(self.num_slots, 0, self.length, self.device, self.window)
 
     def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """[B, N, T, K], twice [B, H, T, K] (where the memory does not lie apart [B, H, M + T, K]) -> [B, T, N, K]"""
-        if not self.prefix.lies_apart(query.device):
+        layer, apart = module.layer_idx, self.prefix.lies_apart(query.device)
+        if apart and self.window is not None:  # which the kernel does not know
+            key, value = self.prefix.joined(key, value, layer)
+        if not apart or self.window is not None:
             return sdpa(module, query, key, value, self.mask, scaling)
-        layer = module.layer_idx
         memory = self.prefix.keys[layer], self.prefix.values[layer]
         return behind(query, key, value, *memory, self.num_slots, scaling, self.prefix.receiver(layer)).transpose(1, 2)
 

@@ -11,8 +11,8 @@ Source: UIO-LLMs section 3.1 (encoder), 3.2 (decoder).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -67,28 +67,39 @@ def decoder_positions(num_slots: Sequence[int], length: int, device: torch.devic
     return moved(torch.tensor(num_slots), device)[:, None] + torch.arange(length, device=device)
 
 
-def decoder_mask(num_slots: Sequence[int], local_past: int, length: int, device: torch.device) -> Tensor | None:
+def decoder_mask(
+    num_slots: Sequence[int],
+    local_past: int,
+    length: int,
+    device: torch.device,
+    window: int | None = None,
+) -> Tensor | None:
     """[B or 1, 1, T, M + past + T] bool, M = max(num_slots): row b sees its first `num_slots[b]` slots, the `local_past`
-    tokens of its chunk that came in earlier calls, and is causal among its T new tokens.
+    tokens of its chunk that came in earlier calls, and is causal among its T new tokens. In a layer
+    with a sliding window a token sees only the last `window` tokens, itself included, and all
+    slots: memory is not behind the window.
 
     num_slots [1, 2], past 0, T 2 ->  row 0   1 0 | 1 0    row 1   1 1 | 1 0
                                               1 0 | 1 1            1 1 | 1 1
     """
     widest = max(num_slots)
+    window = window if window is not None and window < local_past + length else None
     if len(set(num_slots)) == 1:  # nothing to hide in front
-        if widest + local_past == 0 or length == 1:
+        if window is None and (widest + local_past == 0 or length == 1):
             return None
         front = torch.ones(1, 1, length, widest, dtype=torch.bool, device=device)
     else:
         slots = moved(torch.tensor(num_slots), device)
         front = (torch.arange(widest, device=device) < slots[:, None])[:, None, None].expand(-1, -1, length, -1)
     local = torch.ones(length, local_past + length, dtype=torch.bool, device=device).tril(local_past)
+    if window is not None:
+        local = local.triu(local_past - window + 1)
     return torch.cat([front, local.expand(front.shape[0], 1, -1, -1)], dim=-1)
 
 
 # ---- handed to the library -----------------------------------------------------------------------------------------------
 
-NAME = "uiollms"  # the attention function that the layers are told to use for the time of our call
+NAME = "uiollms"  # the attention function that the layers of a skeleton are told to use
 
 
 class Seen(Protocol):
@@ -104,25 +115,29 @@ class Seen(Protocol):
 def attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, scaling: float, seen: Seen, **_: Any
 ) -> tuple[Tensor, None]:
-    """The attention function of a layer that is called with `seen=` and no mask. What else the library hands over has no use:
-    the base stays in evaluation mode (no dropout), and memory is not behind a sliding window."""
+    """The attention function of a skeleton's layers, which are called with `seen=` and no mask. What else the library hands over
+    has no use: the base stays in evaluation mode (no dropout), memory is not behind a sliding window, and `seen` knows that
+    of the tokens."""
     return seen.attend(module, query, key, value, scaling), None
 
 
 AttentionInterface.register(NAME, attend)
 
 
-@contextmanager
-def switched(config: Any) -> Iterator[None]:
-    """Layers of this config attend with the function above for the time of the block."""
-    before = config._attn_implementation
-    config._attn_implementation = NAME
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
-
-
 def sdpa(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     """[B, heads, T, K], twice [B, key/value heads, S, K] -> [B, T, heads, K]; no mask: causal, as many keys as queries."""
     return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling)[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Masked:
+    """Everybody sees what `mask` says, broadcastable to [B, heads, T, S]; None: causal (a `Seen`)."""
+
+    mask: Tensor | None
+
+    def to(self, device: torch.device) -> Masked:
+        return self if self.mask is None else Masked(moved(self.mask, device))
+
+    def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """[B, heads, T, K], twice [B, key/value heads, S, K] -> [B, T, heads, K]"""
+        return sdpa(module, query, key, value, self.mask, scaling)

@@ -10,27 +10,26 @@ m num_memory, M = memories * m slots in front of a row, A = R ages.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from uiollms.apart import SharedPrefix
+from uiollms.attention import decoder_mask
 from uiollms.config import TEXT_TASKS, ConfigError, EnvConfig, load_tasks
-from uiollms.evaluate import shared_prefix
 from uiollms.evaluation import evaluation_documents
 from uiollms.integrity import replacing
 from uiollms.model import MemoryLM
 from uiollms.step import remember_all
 from uiollms.tasks import Sample
 
-SEEN = "uiollms_seen"  # the name of the attention function, as "sdpa" is one
 Progress = Callable[[Sequence[Any]], Iterable[Any]]
 MOST_CHUNKS = 16  # of the document, where nobody asks for more
 
@@ -90,34 +89,34 @@ def attention_shares(model: MemoryLM, ids: Tensor, progress: Progress = iter) ->
             shares[layer, r, 0] = received[count * m :].sum()
             shares[layer, r, 1 : count + 1] = by_chunk.flip(0)  # the newest first
 
-        with weights_seen(model, record):
-            model.decode(row.input_ids[None], shared_prefix(model, [row], keys, values), [row.num_memories * m])
+        slots = row.num_memories * m
+        prefix = SharedPrefix([k[:, :, :slots] for k in keys], [v[:, :, :slots] for v in values], apart=False)
+        seen = Recorded(decoder_mask([slots], 0, len(row.input_ids), model.device), record)
+        model.decode(row.input_ids[None], prefix, [slots], seen=seen)
     return shares
 
 
-@contextmanager
-def weights_seen(model: MemoryLM, record: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """While open, the base attends with its family's own eager function, and `record` gets every layer's number and weights
-    [B, H, queries, keys]."""
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """Attention as the base's family computes it eagerly, whose weights `record` gets, with every layer's number, as
+    [B, H, queries, keys] (an `attention.Seen`). mask: as in `attention.Masked`."""
 
-    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **settings: Any) -> Any:
+    mask: Tensor | None
+    record: Callable[[int, Tensor], None]
+
+    def to(self, device: torch.device) -> Recorded:
+        return self if self.mask is None else replace(self, mask=self.mask.to(device))
+
+    def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """[B, H, T, K], twice [B, key/value heads, S, K] -> [B, T, H, K]"""
         eager = sys.modules[type(module).__module__].eager_attention_forward
+        mask, queries, keys = self.mask, query.shape[2], key.shape[2]
         if mask is None:  # plain causal, which an eager function does not know
-            queries, keys = query.shape[2], key.shape[2]
-            mask = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=query.device)
-            mask = mask.tril(keys - queries)
+            mask = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
         added = torch.zeros((), dtype=query.dtype, device=query.device).masked_fill(~mask, torch.finfo(query.dtype).min)
-        output, weights = eager(module, query, key, value, added, **settings)
-        record(int(module.layer_idx), weights)  # type: ignore[arg-type]
-        return output, weights
-
-    usual = model.base.config._attn_implementation
-    AttentionInterface.register(SEEN, attend)
-    model.base.set_attn_implementation(SEEN)
-    try:
-        yield
-    finally:
-        model.base.set_attn_implementation(usual)
+        output, weights = eager(module, query, key, value, added, scaling=scaling)
+        self.record(module.layer_idx, weights)
+        return output
 
 
 def measure_attention(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,12 +17,14 @@ from torch.utils.checkpoint import checkpoint
 
 from uiollms import flash
 from uiollms.apart import Apart, SharedPrefix
-from uiollms.attention import Seen, decoder_mask, decoder_positions, encoder_mask, encoder_positions, switched
+from uiollms.attention import Masked, Seen, decoder_mask, decoder_positions, encoder_positions
 from uiollms.config import MemoryConfig
 from uiollms.devices import device_of, moved
-from uiollms.fitness import eos_fault, narrow_window
-from uiollms.lora import LoRA, added
+from uiollms.fitness import eos_fault, narrow_window, smallest_window, wide_rank, window_of
+from uiollms.lora import LoRA, dropout_seeds
 from uiollms.memory import Prefix
+from uiollms.positions import far_rows, num_positions, positions_said, rope_fault, rotary_tables
+from uiollms.skeleton import offloaded, sharded
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # SmolLM2 is a llama
 Front = Prefix | SharedPrefix  # what is in front of a decoder call's own tokens
@@ -63,12 +64,19 @@ def check_base(base: Any, config: MemoryConfig) -> None:
     family = base.config.model_type
     if family not in FAMILIES:
         raise ValueError(f"model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
-    if fault := narrow_window(base.config, config.chunk_size) or eos_fault(base.config):
-        raise ValueError(fault)
-    if config.chunk_size > base.config.max_position_embeddings:
-        raise ValueError(
-            f"chunk_size {config.chunk_size} is past the base's max_position_embeddings {base.config.max_position_embeddings}"
-        )
+    if sharded(base):
+        raise ValueError("whole layers of the base are sharded by FSDP; shard its linear layers only, or give a device_map")
+    faults = (
+        narrow_window(base.config, config.chunk_size),
+        rope_fault(base.config, config.chunk_size),
+        eos_fault(base.config),
+        wide_rank(base.config, config.lora_rank),
+    )
+    if any(faults):
+        raise ValueError(next(filter(None, faults)))
+    if config.chunk_size > num_positions(base.config):
+        said = positions_said(base.config)
+        raise ValueError(f"chunk_size {config.chunk_size} is past the base's {said}")
     if flash.asked(base) and (fault := flash.unfit(base.dtype, base.config)):
         raise ValueError(f'{fault}; load the base in another dtype, or with attn_implementation="sdpa"')
 
@@ -79,64 +87,75 @@ def layer_device(layer: Any) -> torch.device:
 
 class Beside(NamedTuple):
     """What all layers read beside their hidden states; it travels with them, copied once where the device changes.
-    seen: who sees whom, instead of a mask, where no mask is needed."""
+    seen: who sees whom; sliding: the same in layers with a sliding window, where it differs."""
 
-    mask: Tensor | None
     positions: Tensor
     rotary: tuple[Tensor, ...]
-    seen: Seen | None = None
+    seen: Seen
+    sliding: Seen | None = None
 
     def to(self, device: torch.device) -> Beside:
-        mask = None if self.mask is None else moved(self.mask, device)
-        seen = None if self.seen is None else self.seen.to(device)
-        return Beside(mask, moved(self.positions, device), tuple(moved(r, device) for r in self.rotary), seen)
+        sliding = None if self.sliding is None else self.sliding.to(device)
+        rotary = tuple(moved(r, device) for r in self.rotary)
+        return Beside(moved(self.positions, device), rotary, self.seen.to(device), sliding)
+
+    def seen_in(self, layer: Any) -> Seen:
+        """Who sees whom in one of the layers."""
+        attention = layer.self_attn
+        if self.sliding is None or window_of(attention.config, attention.layer_idx) is None:
+            return self.seen
+        return self.sliding
 
 
 def beside_chunks(base: Any, hidden: Tensor, config: MemoryConfig) -> Beside:
     """For encoder layers on [C, l + m, D]."""
     size = config.chunk_size, config.num_memory, hidden.device
     positions = encoder_positions(*size)
-    kernel = base.config._attn_implementation
-    seen = flash.Chunks.of(*size, plain=kernel == "sdpa") if kernel in ("sdpa", flash.ASKED) else None
-    mask = encoder_mask(*size) if seen is None else None
-    return Beside(mask, positions, base.model.rotary_emb(hidden, positions), seen)
+    seen = flash.Chunks.of(*size, plain=not flash.asked(base))
+    return Beside(positions, rotary_tables(base, hidden, positions, [False]), seen)
 
 
-def beside_rows(base: Any, hidden: Tensor, num_slots: Sequence[int], local_past: int, prefix: Front) -> Beside:
-    """For decoder layers on [B, T, D] behind `num_slots` slots and `local_past` tokens of the same chunk, in `prefix`."""
+def beside_rows(
+    base: Any, hidden: Tensor, num_slots: Sequence[int], local_past: int, prefix: Front, seen: Seen | None = None
+) -> Beside:
+    """For decoder layers on [B, T, D] behind `num_slots` slots and `local_past` tokens of the same chunk, in `prefix`. seen: in
+    place of the usual one."""
     length, device = hidden.shape[1], hidden.device
     positions = decoder_positions(num_slots, length, device) + local_past
     size = num_slots, local_past, length, device
-    seen: Seen | None = None
-    if flash.asked(base):
-        seen = flash.Rows.of(*size)
-    elif isinstance(prefix, SharedPrefix) and prefix.apart:
-        seen = Apart(prefix, tuple(num_slots), length, device)
-    mask = decoder_mask(*size) if seen is None else None
-    return Beside(mask, positions, base.model.rotary_emb(hidden, positions), seen)
+    far = far_rows(base.config, num_slots, local_past + length)
+    rotary = rotary_tables(base, hidden, positions, far)
+
+    def usual(window: int | None) -> Seen:
+        if flash.asked(base):
+            return flash.Rows.of(*size, window)
+        if isinstance(prefix, SharedPrefix) and prefix.apart:
+            return Apart(prefix, tuple(num_slots), length, device, window)
+        return Masked(decoder_mask(*size, window))
+
+    if seen is not None:
+        return Beside(positions, rotary, seen)
+    window = smallest_window(base.config)  # of all layers that have one
+    sliding = usual(window) if window is not None and window < local_past + length else None
+    return Beside(positions, rotary, usual(None), sliding)
 
 
 def run_layer(layer: Any, hidden: Tensor, beside: Beside, prefix: Front | None = None) -> Tensor:
-    """One of the base's own layers on [B, T, D]; all inputs are where it lives."""
-    run = partial(
-        layer,
+    """One layer of a skeleton on [B, T, D]; all inputs are where it lives."""
+    return layer(
         hidden,
-        attention_mask=beside.mask,
         position_ids=beside.positions,
         past_key_values=prefix,
         use_cache=prefix is not None,
         position_embeddings=beside.rotary,
+        seen=beside.seen_in(layer),
     )
-    if beside.seen is None:
-        return run()
-    with switched(layer.self_attn.config):
-        return run(seen=beside.seen)
 
 
 def run_last_rows(layer: Any, hidden: Tensor, rows: int, beside: Beside) -> Tensor:
     """As `run_layer` on [B, T, D], but only the last `rows` positions go through it, [B, rows, D]: the others are no more
     than keys and values in front of them. beside: of all positions, for encoder layers."""
-    mask, positions, rotary, seen = beside
+    positions, rotary, seen, _ = beside
     attention = layer.self_attn
     front = slice(0, hidden.shape[1] - rows)
     back = slice(hidden.shape[1] - rows, None)
@@ -148,16 +167,13 @@ def run_last_rows(layer: Any, hidden: Tensor, rows: int, beside: Beside) -> Tens
     keys = rotate(attention, keys.transpose(1, 2), [r[:, front] for r in rotary])
     number = attention.layer_idx
     prefix = Prefix({number: [keys]}, {number: [values.transpose(1, 2)]})
-    mask = None if mask is None else mask[:, :, back]
-    last = Beside(mask, positions[:, back], tuple(r[:, back] for r in rotary), seen)
+    last = Beside(positions[:, back], tuple(r[:, back] for r in rotary), seen)
     return run_layer(layer, hidden[:, back], last, prefix)
 
 
-def run_with_lora(
-    layer: Any, hidden: Tensor, loras: Any, seeds: Sequence[int] | None, beside: Beside, rows: int | None = None
-) -> Tensor:
-    """As `run_layer`, or with `rows` as `run_last_rows`, with `loras` (name of a projection -> LoRA) added to its projections."""
-    with added([(getattr(layer.self_attn, name), lora) for name, lora in loras.items()], seeds):
+def run_encoder_layer(layer: Any, hidden: Tensor, seeds: Sequence[int] | None, beside: Beside, rows: int | None = None) -> Tensor:
+    """As `run_layer`, or with `rows` as `run_last_rows`; `seeds`, one a row of [B, T, D], switch the LoRA's dropout on."""
+    with dropout_seeds(seeds):
         return run_layer(layer, hidden, beside) if rows is None else run_last_rows(layer, hidden, rows, beside)
 
 
@@ -216,8 +232,13 @@ class FullPrecisionNorm(nn.Module):
 
 
 def promote_norms(base: nn.Module) -> None:
-    """Replace, in place, every RMS norm of a float64 `base` by its full-precision twin."""
+    """Replace, in place, every RMS norm of a float64 `base` by its full-precision twin. Raises ValueError where weights are
+    offloaded already."""
     for parent in list(base.modules()):
         for name, child in parent.named_children():
             if type(child).__name__.endswith("RMSNorm"):
+                if offloaded(child):
+                    raise ValueError(
+                        "a float64 base whose weights are offloaded is not supported; load it in float32 or bfloat16"
+                    )
                 setattr(parent, name, FullPrecisionNorm(child))

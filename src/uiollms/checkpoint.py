@@ -36,6 +36,7 @@ from uiollms.integrity import (
     verify,
 )
 from uiollms.model import MemoryLM
+from uiollms.reading import check_tree, kind_of
 
 ROLES = ("encoder", "decoder")
 TOKENS = ("encoder.retrieval_token", "decoder.repeat_token")
@@ -118,6 +119,8 @@ def check_target(path: Path) -> None:
 
 def holds_tensors(path: Path) -> bool:
     """Whether a file is a list of tensors, as the .pth format is."""
+    if kind_of(path):  # a pipe would be waited for
+        return False
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # whatever another file makes the unpickler raise
@@ -129,6 +132,7 @@ def load_weights(model: MemoryLM, path: str | Path) -> None:
     """Read trained tensors into `model`. Raises ConfigError for files that are missing, broken or not those that
     checksums.json names (where there is one), a compressor or vocabulary other than the model's, and tensors that do not fit."""
     path = Path(path)
+    check_tree(path)
     try:
         if path.suffix == ".pth":
             tensors = read_pth(model, path)

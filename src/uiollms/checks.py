@@ -36,6 +36,7 @@ from uiollms.packaged import package_folder
 from uiollms.paths import run_folder
 from uiollms.placement import resolved, this_machine
 from uiollms.pretrained import KNOWN_SHAPES, Sources, corpus_of, examine_model, examine_sources, resolve_dtype, sources_of
+from uiollms.reading import check_tree
 from uiollms.refusals import Faults
 from uiollms.saving import weights_of
 from uiollms.schedule import Schedule
@@ -131,6 +132,9 @@ def examine_base(config: EnvConfig, shape: Any, path: str | Path, faults: Faults
     elif model.model_name in KNOWN_SHAPES and not hub_reachable():  # its shape was not looked up
         with faults.noted():
             load(AutoConfig, model.model_name)
+    if model.offload_dir is not None:
+        with faults.noted(f"{path}: model.offload_dir: "):
+            check_folder(Path(model.offload_dir), Path(model.offload_dir))
     dtype = resolve_dtype(model.model_dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     with faults.noted():
         check_request(model.attn_implementation, f"{path}: model.attn_implementation", dtype, model.device_map, shape)
@@ -150,6 +154,7 @@ def check_weights(weights: str | None, memory: MemoryConfig | None) -> None:
         raise ConfigError(
             f"{path}: no checkpoint can be read here: there is no such file or folder; give the path of one, or null"
         )
+    check_tree(path)
     if path.suffix == ".pth":
         return
     if not (path / "memory_config.json").is_file():

@@ -20,6 +20,8 @@ from uiollms.config import ConfigError
 from uiollms.devices import avoid_cudnn_attention, keep_freed_memory
 from uiollms.environment import unused_gpu
 from uiollms.json_files import as_json
+from uiollms.launch import check_environment
+from uiollms.refusals import as_shown, printable
 
 log = logging.getLogger("uiollms")
 
@@ -51,9 +53,10 @@ class Output:
             print(text, flush=True)
 
     def result(self, **fields: Any) -> None:
-        """One JSON object as a line, at once; its letters escaped where stdout is not UTF-8."""
+        """One JSON object as a line, at once; its letters escaped where stdout is not UTF-8, control
+        characters always."""
         encoding = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("_", "-")
-        self.line(as_json(fields, ensure_ascii=encoding not in ("utf-8", "utf8")))
+        self.line(as_shown(as_json(fields, ensure_ascii=encoding not in ("utf-8", "utf8"))))
 
     def bar(self, items: Iterable[Any] | None, **settings: Any) -> tqdm:
         return tqdm(items, **settings, disable=self.quiet)
@@ -119,9 +122,13 @@ def reporting_errors(main: Callable[[], int | None]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if code := errors_as_lines(check_environment):
+        return code
     keep_freed_memory()
     avoid_cudnn_attention()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if (encoding := sys.getfilesystemencoding()) != "utf-8":
+        log.warning("file names and arguments are read as %s here, not as UTF-8; PYTHONUTF8=1 reads them so", encoding)
     if os.environ.get("LOCAL_RANK", "0") == "0" and (unused := unused_gpu()):  # one process says it
         log.warning(unused)
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -136,7 +143,7 @@ def errors_as_lines(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
     except (ConfigError, OSError) as error:  # OSError: a disk or a network
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)  # the line may hold a ^C, half an answer or a bar

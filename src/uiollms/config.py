@@ -13,15 +13,17 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from uiollms.json_files import half_surrogate, loads, read_json
-from uiollms.refusals import ConfigError, all_right, describe, json_path
+from uiollms.json_files import read_json, unusable
+from uiollms.overrides import apply_override
+from uiollms.refusals import ConfigError, all_right, describe
 from uiollms.usable import with_other_faults
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 SchemaLink: Any = Field(None, alias="$schema", exclude=True, description="path of the JSON Schema, for completion in editors")
 SHARES_OFF = 1e-3 + 1e-9  # shares rounded to three digits (the rest: of adding floats); Mixture normalises
-Place = Annotated[int, Field(ge=0)] | Literal["cpu", "disk"]
+GPU = Annotated[int, Field(ge=0, le=127)]  # torch counts no further
+Place = GPU | Literal["cpu", "disk"]
 
 
 class Checked(BaseModel):
@@ -40,7 +42,9 @@ class MemoryConfig(Checked):
 
     schema_: str | None = SchemaLink
     num_memory: Positive = Field(description="memory slots a chunk is compressed into (m)")
-    lora_rank: Positive = Field(description="rank of both roles' LoRA")
+    lora_rank: Annotated[int, Field(gt=0, le=2**16)] = Field(
+        description="rank of both roles' LoRA, at most the base's hidden_size"
+    )
     lora_alpha: Annotated[float, Field(gt=0)] = Field(description="LoRA scaling is lora_alpha / lora_rank")
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout in front of LoRA's A")
     chunk_size: Positive = Field(description="tokens of a chunk (l), a multiple of num_memory")
@@ -60,7 +64,7 @@ class MemoryConfig(Checked):
         return self
 
     def capacity(self, positions: int) -> int:
-        """The longest document, in tokens, under `positions` = max_position_embeddings: a chunk and
+        """The longest document, in tokens, under the base's number of positions: a chunk and
         the memories of all before it share them, and the last chunk may be a partial one.
         1024, 32, 4096 -> 97 * 1024 tokens in full chunks + 4096 - 97 * 32 = 992: 100,320"""
         full = 1 + self.most_chunks(positions)
@@ -100,7 +104,7 @@ class ModelSection(Checked):
         None, description="weights that test.py uses while there is neither a checkpoint at save_ckp nor load_ckp"
     )
     offload_dir: str | None = Field(None, description="folder for the weights that device_map puts on disk; null = the cache")
-    device_map: dict[str, Place] | Literal["auto", "balanced", "sequential", "cpu"] | Annotated[int, Field(ge=0)] = Field(
+    device_map: dict[str, Place] | Literal["auto", "balanced", "sequential", "cpu"] | GPU = Field(
         "auto",
         description="a GPU number, cpu, or a word for all GPUs; or an object of module -> GPU, cpu or disk, in the authors' key "
         "style too: docs/scaling.md",
@@ -132,6 +136,7 @@ TaskType = Literal[
 TEXT_TASKS = ("perplexity", "language modeling")  # every token of plain text is scored, by a protocol
 COPY_TASKS = ("auto encoding", "longdata copy")
 RETRIEVAL_TASKS = ("passkey", "needle")
+MOST_TRIALS = 10_000  # at a depth; all are made before the first is scored
 
 
 class TaskEntry(Checked):
@@ -195,6 +200,8 @@ class TaskEntry(Checked):
             faults.append(f"depths is for {' and '.join(RETRIEVAL_TASKS)}; {self.task_type} hides nothing: remove it")
         if self.generate and self.task_type != "question answering":
             faults.append(f"generate is for question answering, found with {self.task_type}: remove it")
+        if self.task_type in RETRIEVAL_TASKS and self.num_instance > MOST_TRIALS:
+            faults.append(f"num_instance: at most {MOST_TRIALS} trials at each depth, found {self.num_instance}")
         if "raw" in self.compare and self.task_type in COPY_TASKS:
             faults.append(f"compare: raw: {self.task_type} is from memory alone; allowed are window and shuffled")
         if "shuffled" in self.compare and self.num_instance < 2:
@@ -218,7 +225,9 @@ class TrainSection(Checked):
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="of AdamW")
     beta1: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of AdamW")
     beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.95, description="of AdamW")
-    accum_grad: Positive = Field(1, description="documents per optimizer step, of each process that has its own")
+    accum_grad: Annotated[int, Field(gt=0, le=2**16)] = Field(
+        1, description="documents per optimizer step, of each process that has its own"
+    )
     clip_grad: Annotated[float, Field(gt=0)] | None = Field(1.0, description="largest global gradient norm; null = no clipping")
     master_dtype: Literal["fp32", "base"] = Field(
         "fp32",
@@ -293,8 +302,8 @@ class TestFile(Checked):
 
 def parse(model: type[Model], value: Any, path: str | Path) -> Model:
     """A JSON value -> a typed object. Raises ConfigError with one line for every fault."""
-    if (location := half_surrogate(value)) is not None:
-        raise ConfigError(f"{path}: {json_path(location)}: holds half of a surrogate pair, which is no text")
+    if fault := unusable(value):
+        raise ConfigError(f"{path}: {fault}")
     try:
         return model.model_validate_json(json.dumps(value))
     except ValidationError as error:
@@ -325,24 +334,3 @@ def load_memory_config(path: str | Path) -> MemoryConfig:
 def load_tasks(path: str | Path) -> tuple[TaskEntry, ...]:
     value = read_json(path)
     return parse(TestFile, {"tasks": value} if isinstance(value, list) else value, path).tasks
-
-
-def apply_override(value: Any, override: str, path: str | Path) -> None:
-    """Set one field of a JSON object in place: "train.corpus.0.truncation=2048"."""
-    key, equals, text = override.partition("=")
-    if not equals:
-        raise ConfigError(f"--set {override}: expected field=value, such as train.max_lr=3e-5")
-    try:
-        new = loads(text, f"--set {key}")
-    except json.JSONDecodeError:
-        new = text  # a bare word is a string
-    *parents, last = key.split(".")
-    for part in parents:
-        try:
-            value = value[int(part)] if isinstance(value, list) else value.setdefault(part, {})
-        except (ValueError, IndexError, AttributeError):
-            raise ConfigError(f"--set {override}: {path} has no {part!r} on the way to {key!r}") from None
-    try:
-        value[int(last) if isinstance(value, list) else last] = new
-    except (ValueError, IndexError, TypeError):
-        raise ConfigError(f"--set {override}: {path} has no {key!r}") from None

@@ -7,19 +7,19 @@ python -m uiollms.convert --env_conf 32x.json ckp/32x.pth ckp/32x
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from uiollms.checkpoint import load_weights, save_weights
 from uiollms.cli import Output, output_arguments, reporting_errors
 from uiollms.config import load_env_config
+from uiollms.options import place
 from uiollms.pretrained import DTYPES, load_memory_lm
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env_conf", required=True, metavar="FILE", help="the config that the weights belong to")
-    parser.add_argument("source", type=Path, help="a checkpoint folder, or a .pth file")
-    parser.add_argument("target", type=Path, help="a folder, or a name ending in .pth")
+    parser.add_argument("source", type=place, help="a checkpoint folder, or a .pth file")
+    parser.add_argument("target", type=place, help="a folder, or a name ending in .pth")
     parser.add_argument("--dtype", choices=list(DTYPES), help="of the tensors written; as they are by default")
     output_arguments(parser, "where the weights went, as one JSON object", quiet="no words")
     args = parser.parse_args(arguments)

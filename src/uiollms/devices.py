@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
 from typing import Any
 
 import torch
@@ -14,6 +18,38 @@ def device_of(module: Any) -> torch.device:
     """Where a module with a `weight` computes: where the weight is, or, if it rests on disk, where it will be loaded."""
     hook = getattr(module, "_hf_hook", None)
     return module.weight.device if hook is None else torch.device(hook.execution_device)
+
+
+_LOADING = threading.RLock()
+
+
+def loading(module: Any) -> AbstractContextManager[Any]:
+    """While open, no other thread loads weights that are offloaded, if those of `module` are: they are put into the one
+    module that all threads share, for the time of a call."""
+    hook = getattr(module, "_hf_hook", None)
+    return _LOADING if getattr(hook, "offload", False) else nullcontext()
+
+
+def one_at_a_time(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, in one thread at a time, of all functions that are made so."""
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _LOADING:
+            return function(*args, **kwargs)
+
+    return run
+
+
+def takes_turns(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The same method, in one thread at a time for an object whose `offloaded` is true."""
+    alone = one_at_a_time(method)
+
+    @wraps(method)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return (alone if self.offloaded else method)(self, *args, **kwargs)
+
+    return run
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from uiollms.config import ConfigError, EnvConfig
 from uiollms.devices import moved
+from uiollms.launch import check_environment
 from uiollms.watch import LostProcess, Watch
 
 log = logging.getLogger("uiollms")
@@ -216,12 +217,7 @@ def watched(world: World) -> Iterator[None]:
 def number_of_processes() -> int:
     """How many processes a launcher says that there are, this one included. Raises ConfigError for
     what is no number."""
-    for name in (*SIZES, "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
-        value = os.environ.get(name) or "0"
-        if value == "-1" and name.endswith("RANK"):  # some launchers' word for none
-            continue
-        if not (value.isascii() and value.isdecimal() and len(value) < 10):
-            raise ConfigError(f"{name}: the environment has {value!r}, a launcher sets a whole number; unset it")
+    check_environment()
     return max(int(os.environ.get(name) or 1) for name in SIZES)
 
 

@@ -6,11 +6,11 @@ python train.py --env_conf 32x.json --dry_run --device_memory 24GiB,24GiB
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import convert_file_size_to_int
 from rich.console import Console
 from rich.table import Table
 
@@ -18,9 +18,11 @@ from uiollms.cli import WORDS, Output
 from uiollms.config import ConfigError, EnvConfig
 from uiollms.placement import CPU, this_machine
 from uiollms.plan import Plan, make_plan
+from uiollms.refusals import shortened
 from uiollms.schedule import Schedule
 
 DOES_NOT_FIT = 3  # exit code
+MOST_GPUS = 128  # torch counts no further
 
 
 def dry_run(config: EnvConfig, path: str | Path, device_memory: str | None = None, output: Output = WORDS) -> int:
@@ -38,12 +40,21 @@ def dry_run(config: EnvConfig, path: str | Path, device_memory: str | None = Non
     return 0 if plan.fits else DOES_NOT_FIT
 
 
+SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT])(I?)B", re.IGNORECASE)
+MOST_MEMORY = 2**50  # bytes of a GPU: a thousand times the largest
+
+
 def parse_memory(text: str) -> dict[torch.device, int]:
     """ "24GiB,24GiB" -> bytes of GPU 0 and 1. Raises ConfigError."""
-    try:
-        sizes = [convert_file_size_to_int(size.strip()) for size in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"--device_memory {text}: expected one size a GPU, such as 24GiB,24GiB") from None
+    expected = "expected one size a GPU, such as 24GiB,24GiB"
+    sizes: list[int] = []
+    for part in text.split(","):
+        match = SIZE.fullmatch(part.strip())
+        size = int(float(match[1]) * (1024 if match[3] else 1000) ** (1 + "KMGT".index(match[2].upper()))) if match else 0
+        if not 0 < size <= MOST_MEMORY or len(sizes) == MOST_GPUS:
+            what = f"found {shortened(part.strip(), 40)!r}, at most 1024TiB" if len(sizes) < MOST_GPUS else f"at most {MOST_GPUS}"
+            raise ConfigError(f"--device_memory {shortened(text, 60)}: {expected}; {what}")
+        sizes.append(size)
     return {torch.device("cuda", i): size for i, size in enumerate(sizes)}
 
 

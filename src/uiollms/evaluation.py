@@ -17,6 +17,7 @@ from uiollms.data import Document, open_corpus
 from uiollms.data.documents import Lazy, Task
 from uiollms.evaluate import exact_match, greedy_copy, greedy_reconstruction, longest_text, positions, token_losses
 from uiollms.model import MemoryLM
+from uiollms.positions import num_positions
 from uiollms.results import DocumentScore, TaskResult
 from uiollms.retrieval import DEPTHS, trials
 from uiollms.samples import SampleMaker, teaches_memory
@@ -74,15 +75,16 @@ class Evaluation:
         scored independently of each other."""
         was_training = self.model.training
         self.model.eval()
-        results = [self.measure(measurement, progress) for measurement in self.measurements]
-        self.model.train(was_training)
-        return results
+        try:
+            return [self.measure(measurement, progress) for measurement in self.measurements]
+        finally:
+            self.model.train(was_training)
 
     def measure(self, work: Measurement, progress: Callable[[list[Instance]], Iterable[Instance]]) -> TaskResult:
         task = work.task
         fixed = [mode for mode in ("window", "raw") if mode in task.compare and task.task_type not in COPY_TASKS]
         if work.baselines is None:
-            room = self.model.config.max_position_embeddings
+            room = num_positions(self.model.config)
             if "raw" in fixed and any(longest_text(s) > room for x in work.instances for s in x.samples):
                 fixed.remove("raw")
             work.baselines = self.score_all(work, fixed, progress) if fixed else {}

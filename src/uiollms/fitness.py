@@ -53,15 +53,48 @@ def few(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + ", .." * (len(names) > 3)
 
 
+def window_of(config: Any, layer: int) -> int | None:
+    """To how many of the last tokens, its own included, a token attends in layer number `layer` of
+    a base of this transformers config; None: to all."""
+    if config.model_type == "llama":  # knows no windows, whatever its config holds
+        return None
+    slides = config.model_type == "mistral" or config.layer_types[layer] == "sliding_attention"
+    return config.sliding_window if slides else None
+
+
+def smallest_window(config: Any) -> int | None:
+    """Of all layers; None: they attend to all tokens."""
+    windows = (window_of(config, layer) for layer in range(config.num_hidden_layers))
+    return min((window for window in windows if window is not None), default=None)
+
+
 def narrow_window(config: Any, chunk_size: int) -> str | None:
     """Why a base of this transformers config cannot attend within a chunk; None if it can."""
-    window = getattr(config, "sliding_window", None)
+    named = config.model_type not in ("llama", "mistral")
+    kinds = set(config.layer_types) if named else set()
+    if unknown := sorted(kinds - {"full_attention", "sliding_attention"}):
+        allowed = "full_attention and sliding_attention"
+        return f"layer_types holds {unknown[0]!r}; allowed are {allowed}; correct config.json"
+    if "sliding_attention" in kinds and config.sliding_window is None:
+        return (
+            "layer_types holds sliding_attention, but no window is set; set use_sliding_window and "
+            "sliding_window in config.json, or make the layers full_attention"
+        )
+    window = smallest_window(config)
     if window is None or window >= chunk_size:
         return None
     return (
         f"the base attends to {window} tokens (sliding_window), fewer than chunk_size {chunk_size}; "
         f"use chunks of at most {window} tokens, or another base"
     )
+
+
+def wide_rank(config: Any, rank: int) -> str | None:
+    """Why LoRA of this rank has no meaning on a base of this transformers config; None if it has: a
+    product of matrices has no higher rank than the smaller side of what it is added to."""
+    if rank <= config.hidden_size:
+        return None
+    return f"lora_rank {rank} is past the base's hidden_size {config.hidden_size}; use at most that"
 
 
 def eos_fault(config: Any) -> str | None:

@@ -80,7 +80,8 @@ def check_request(implementation: str | None, where: str, dtype: torch.dtype, de
 @dataclass(frozen=True, eq=False)
 class Rows:
     """The decoder's: row b sees its first `num_slots[b]` of the M = max(num_slots) slots in front, `local_past` tokens of its
-    chunk, and is causal among its `length` new tokens.
+    chunk, and is causal among its `length` new tokens; with a `window` it sees only so many tokens
+    of its chunk, the last.
 
     starts: where each row's queries and keys begin when rows lie packed behind each other, [B + 1] int32 each; None where all
     rows see equally many keys, so that nothing needs packing.
@@ -91,15 +92,23 @@ class Rows:
     length: int
     device: torch.device
     starts: tuple[Tensor, Tensor] | None
+    window: int | None = None
 
     @classmethod
-    def of(cls, num_slots: Sequence[int], local_past: int, length: int, device: torch.device) -> Rows:
+    def of(
+        cls,
+        num_slots: Sequence[int],
+        local_past: int,
+        length: int,
+        device: torch.device,
+        window: int | None = None,
+    ) -> Rows:
         starts = None
         if len(set(num_slots)) > 1:
             keys = list(accumulate((slots + local_past + length for slots in num_slots), initial=0))
             queries = range(0, (len(num_slots) + 1) * length, length)
             starts = moved(torch.tensor(queries, dtype=torch.int32), device), moved(torch.tensor(keys, dtype=torch.int32), device)
-        return cls(tuple(num_slots), local_past, length, device, starts)
+        return cls(tuple(num_slots), local_past, length, device, starts, window)
 
     def to(self, device: torch.device) -> Rows:
         if device == self.device:
@@ -109,14 +118,16 @@ class Rows:
 
     @cached_property
     def mask(self) -> Tensor | None:
-        return decoder_mask(self.num_slots, self.local_past, self.length, self.device)
+        return decoder_mask(self.num_slots, self.local_past, self.length, self.device, self.window)
 
     def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """[B, N, T, K], twice [B, H, S, K] -> [B, T, N, K]"""
-        if not can(query):
+        # Behind a window flash-attn would hide the slots.
+        hidden = self.window is not None and max(self.num_slots) > 0
+        if not can(query) or hidden:
             return sdpa(module, query, key, value, self.mask, scaling)
         if self.starts is None:
-            return causal(query, key, value, scaling)
+            return causal(query, key, value, scaling, self.window)
         packed = importlib.import_module("flash_attn").flash_attn_varlen_func(
             query.transpose(1, 2).flatten(0, 1),  # [B * T, N, K]
             self.visible(key),
@@ -174,11 +185,20 @@ def can(query: Tensor) -> bool:
     return query.device.type in DEVICE_TYPES
 
 
-def causal(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """[B, N, T, K], twice [B, H, S, K] -> [B, T, N, K]; query i of T sees the keys up to S - T + i."""
+def causal(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    window: int | None = None,
+) -> Tensor:
+    """[B, N, T, K], twice [B, H, S, K] -> [B, T, N, K]; query i of T sees the keys up to S - T + i,
+    with a `window` the last so many of them."""
+    before = -1 if window is None else window - 1  # keys before a query's own, -1: all
     return importlib.import_module("flash_attn").flash_attn_func(
         *(t.transpose(1, 2) for t in (query, key, value)),
         softmax_scale=scaling,
         causal=True,
+        window_size=(before, -1 if window is None else 0),
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )

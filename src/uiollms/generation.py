@@ -16,6 +16,16 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from uiollms.memory import MemoryState
 from uiollms.padding import check_segments
+from uiollms.request import (
+    OwnDraws,
+    PromptStreamer,
+    looks_at_text,
+    setting,
+    texts_of,
+    whole_text,
+    with_prompts,
+    without_padding,
+)
 
 # Options of generate() that have no meaning on a compressed stream or need what it does not keep -> why.
 _ONE_STEP = "a stream cannot take tokens back"
@@ -124,6 +134,7 @@ class Generation:
         state: MemoryState | RaggedState | None = None,
         past_key_values: MemoryState | None = None,
         attention_mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
         **options: Any,
     ) -> Any:
         """transformers' generate: greedy, sampling, beams, stop strings, streamers; prompts [B, T], left-padded if an
@@ -133,6 +144,12 @@ class Generation:
         that a padded batch left goes on too, each row from its own.
         past_key_values: the same in transformers' terms: `inputs` hold all tokens from the start, those that the state has
         seen included. Either is left as it was: ask it as often as you like.
+        generator: what `do_sample` draws from: one draw, which seeds a generator of the request's own;
+        None takes that draw from torch's global one. So a request neither sees nor changes what others
+        draw while it runs.
+        Processors, penalties and stopping criteria see the whole text, that which a state has read
+        included; lengths (`max_length`, `min_length`) and the result are without it. Raises ValueError
+        where they need it and the state does not know it (a `.mem` of version 0.1).
         With `return_dict_in_generate=True` the result's `.past_key_values` has seen every token but the last.
         Without any length, 20 new tokens, also behind prompts past the base's positions. Raises ValueError for
         options that a stream cannot serve (`REFUSED`), for padding that is not on the left, and where the tokens that may
@@ -154,17 +171,56 @@ class Generation:
             mask = left_padded(attention_mask, ids, past_key_values)
             if mask is not None:
                 options["attention_mask"] = mask
-                start = self.new_state(len(mask)) if state is None else expanded(state, len(mask))
+                start: Any = self.new_state(len(mask)) if state is None else expanded(state, len(mask))
                 state = RaggedState.start(mask.bool(), start)
         if not wants_length(generation_config, options) and self.generation_config.max_new_tokens is None:
             total = self.generation_config.max_length  # Llama 2's names its positions: no limit for a stream
             if total is None or (ids is not None and ids.shape[1] >= total):
                 options["max_new_tokens"] = DEFAULT_NEW_TOKENS
+        places = options, generation_config, self.generation_config
+        prompts: Any = ids
         if state is not None:
+            ids = self._with_text(prompts, state, options, places)
             options["state"] = state
         if past_key_values is not None:
             options["past_key_values"] = past_key_values
-        return super().generate(ids, generation_config, **options)  # type: ignore[misc]
+        if setting("do_sample", *places):
+            with OwnDraws(self.device if ids is None else ids.device, generator):
+                result = super().generate(ids, generation_config, **options)  # type: ignore[misc]
+        else:
+            result = super().generate(ids, generation_config, **options)  # type: ignore[misc]
+        return result if state is None else with_prompts(result, prompts, options["num_earlier"])
+
+    def _with_text(self: Any, ids: Tensor, state: Any, options: dict[str, Any], places: Any) -> Tensor:
+        """ids [B, T] that go on from a state -> the whole texts [B, W]; `options` are changed to fit.
+        Where the state does not know its text, the same ids."""
+        options["num_earlier"] = 0
+        if state.get_seq_length() == 0:
+            return ids
+        groups = state.groups if isinstance(state, RaggedState) else [(None, 0, state)]
+        if any(own.text is None for _, _, own in groups):
+            if name := looks_at_text(*places):
+                raise ValueError(
+                    f"generate: {name} looks at the whole text, which this state does not know (of a memory of "
+                    f"version 0.1); compress the text again, or switch {name} off"
+                )
+            return ids
+        pad = setting("pad_token_id", *places)
+        whole, mask = whole_text(ids, *texts_of(groups, len(ids)), pad=0 if pad is None else pad)
+        earlier = options["num_earlier"] = whole.shape[1] - ids.shape[1]
+        options["attention_mask"] = mask
+        for name in ("max_length", "min_length"):  # of the result, which is without the state's text
+            if length := setting(name, *places):
+                options[name] = length + earlier
+        if options.get("streamer") is not None:
+            options["streamer"] = PromptStreamer(options["streamer"], ids)
+        return whole
+
+    def _get_logits_processor(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """transformers', for which padding is a part of the text."""
+        processors = super()._get_logits_processor(*args, **kwargs)  # type: ignore[misc]
+        mask = (kwargs.get("model_kwargs") or {}).get("attention_mask")
+        return processors if mask is None or mask.all() else without_padding(processors, mask)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Refused, and with it `generate_batch` and `continuous_batching_context_manager`, which begin here."""
@@ -181,15 +237,17 @@ class Generation:
         attention_mask: Tensor | None = None,  # the state says what of the prompts is padding
         is_first_iteration: bool = False,
         state: MemoryState | RaggedState | None = None,
+        num_earlier: int = 0,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The tokens that the stream has not seen yet, and the stream."""
+        """The tokens that the stream has not seen yet, and the stream. num_earlier: columns of the
+        whole texts in front of the prompts as they were given."""
         if not is_first_iteration:
             return {"input_ids": input_ids[:, -1:], "state": past_key_values, "logits_to_keep": 1}
         if isinstance(past_key_values, MemoryState):
             state, input_ids = past_key_values, input_ids[:, past_key_values.num_tokens :]
         if state is not None:
-            state = expanded(state, len(input_ids))
+            state, input_ids = expanded(state, len(input_ids)), input_ids[:, num_earlier:]
         return {"input_ids": input_ids, "state": state, "logits_to_keep": 1}
 
     def _prepare_cache_for_generation(
@@ -197,6 +255,7 @@ class Generation:
     ) -> None:
         """transformers would build its own cache here; a stream starts in `prepare_inputs_for_generation`. num_fed: tokens
         of the longest row when all that may be generated is, less the last, which is never fed."""
+        num_fed -= model_kwargs.get("num_earlier", 0)
         state = model_kwargs.get("state")
         groups = state.groups if isinstance(state, RaggedState) else [(None, 0, state)] if state is not None else []
         ends = [(own.num_tokens + num_fed - skip, own.num_tokens) for _, skip, own in groups]
@@ -230,8 +289,9 @@ def check_start(name: str, state: Any, ids: Tensor | None) -> None:
     if state.batch_size not in (1, len(ids)):
         raise ValueError(f"generate: {name} has {state.batch_size} rows, the prompts {len(ids)}")
     if isinstance(state, MemoryState) and name == "past_key_values":
-        seen, open_ids = state.num_tokens, state.open_ids.to(ids.device)
-        if ids.shape[1] <= seen or not (ids[:, seen - open_ids.shape[1] : seen] == open_ids).all():
+        seen = state.num_tokens
+        known = (state.open_ids if state.text is None else state.text).to(ids.device)
+        if ids.shape[1] <= seen or not (ids[:, seen - known.shape[1] : seen] == known).all():
             raise ValueError(
                 f"generate: past_key_values has seen {seen} tokens, and input_ids [{ids.shape[0]}, {ids.shape[1]}] do not "
                 f"start with them and go on; to give only the tokens after them, use state=..."

@@ -8,7 +8,9 @@ Shapes: T tokens, B continuations of one context, V vocabulary, l chunk_size, m 
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
@@ -46,7 +48,9 @@ class HarnessLM(TemplateLM):
 
     Texts of any length up to the capacity are read as they are, never cut or moved into windows: full chunks become memory.
     One past the capacity is a ConfigError before anything is computed. Requests are answered in the order of their tokens, and
-    the chunks with which a text begins as the one before it did are not compressed again.
+    chunks with which a text begins as the one before it did are not compressed again. An answer depends on
+    its own request alone: not on the order of tasks, on --limit, or on what else is asked (with batch_size 1
+    to the last bit; continuations that are scored in one batch differ by rounding).
     Special tokens are those of lm-eval's Hugging Face model: what the tokenizer writes in front of a text, and BOS (without
     one, EOS) in front of an empty context and of a document.
     """
@@ -163,10 +167,11 @@ class HarnessLM(TemplateLM):
         settings = [normalize_gen_kwargs(request.args[1], DEFAULT_NEW_TOKENS) for request in requests]
         lengths = [len(ids) + own["max_gen_toks"] for ids, own in zip(prompts, settings, strict=True)]
         self.check_fits(lengths, "generate_until (prompt and max_gen_toks)")
+        seeds = [seed_of(*asked) for asked in zip(prompts, settings, times_before(requests), strict=True)]
         answers: dict[int, str] = {}
         order = sorted(range(len(requests)), key=lambda i: prompts[i])
         for i in tqdm(order, desc="generate_until", disable=disable_tqdm):
-            answers[i] = self.answer(prompts[i], **settings[i])
+            answers[i] = self.answer(prompts[i], **settings[i], seed=seeds[i])
             self.cache_hook.add_partial("generate_until", requests[i].args, answers[i])
         return [answers[i] for i in range(len(requests))]
 
@@ -182,16 +187,21 @@ class HarnessLM(TemplateLM):
 
     # ---- how it is answered ---------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def resume(self, ids: list[int]) -> tuple[MemoryState, Tensor]:
-        """The stream behind the whole chunks that `ids` and the text read last both begin with, and the tokens [1, T'] of
-        `ids` after them, T' >= 1."""
+        """The stream behind whole chunks that `ids` and the text read last both begin with, and the tokens [1, T'] of
+        `ids` after them, T' >= 1. Chunks are encoded several at once, and in other company they would be
+        others in their last bits: taken over are those that would be encoded in the same company anew."""
         l, m = self.model.memory_config.chunk_size, self.model.memory_config.num_memory
         limit = min(len(ids) - 1, len(self.seen)) // l
         chunks = next((c for c in range(limit) if ids[c * l : (c + 1) * l] != self.seen[c * l : (c + 1) * l]), limit)
+        if not chunks == len(ids) // l == len(self.seen) // l:
+            chunks -= chunks % self.model.chunks_at_once
         state = self.model.new_state()
         state.memory_keys = [keys[:, :, : chunks * m] for keys in self.state.memory_keys]
         state.memory_values = [values[:, :, : chunks * m] for values in self.state.memory_values]
         state.num_tokens = chunks * l
+        state.text = torch.tensor([ids[: chunks * l]], dtype=torch.int64, device=state.open_ids.device)
         return state, torch.tensor([ids[chunks * l :]])
 
     @torch.no_grad()
@@ -230,8 +240,9 @@ class HarnessLM(TemplateLM):
             state = output.past_key_values
             yield output.logits
 
-    def answer(self, ids: list[int], until: list[str], max_gen_toks: int, **options: Any) -> str:
-        """What is generated behind the prompt `ids` [T], as transformers' `generate` does it with lm-eval's stop strings."""
+    def answer(self, ids: list[int], until: list[str], max_gen_toks: int, seed: int, **options: Any) -> str:
+        """What is generated behind the prompt `ids` [T], as transformers' `generate` does it with lm-eval's stop strings.
+        seed: of sampling."""
         if not options["do_sample"]:
             options.pop("temperature", None)
         until = handle_stop_sequences(until, eos=self.tokenizer.decode(self.eot_token_id))
@@ -241,14 +252,32 @@ class HarnessLM(TemplateLM):
             state=state,
             attention_mask=torch.ones_like(rest),
             max_new_tokens=max_gen_toks,
-            stopping_criteria=stop_sequences_criteria(self.tokenizer, until, rest.shape[1], 1),
+            stopping_criteria=stop_sequences_criteria(self.tokenizer, until, len(ids), 1),
+            generator=torch.Generator().manual_seed(seed),
             return_dict_in_generate=True,
             **options,
         )
         new = output.sequences[0, rest.shape[1] :].tolist()
         if output.past_key_values.batch_size == 1:  # not of beams
-            self.seen, self.state = ids + new[:-1], output.past_key_values
+            self.seen, self.state = ids, output.past_key_values
         return postprocess_generated_text(self.tokenizer.decode(new, skip_special_tokens=True), until, None)
+
+
+def times_before(requests: Sequence[Any]) -> list[int]:
+    """How often each request stands in front of itself in the list: lm-eval repeats one by naming it again."""
+    seen: Counter[int] = Counter()
+    found = []
+    for request in requests:
+        found.append(seen[id(request)])
+        seen[id(request)] += 1
+    return found
+
+
+def seed_of(ids: list[int], settings: dict[str, Any], time: int) -> int:
+    """The seed of a request's sampling, from what is asked, for the how manieth time, and torch's seed (lm-eval's
+    --seed) alone: not from the requests around it."""
+    asked = json.dumps([torch.initial_seed(), ids, settings, time], sort_keys=True, default=str)
+    return int.from_bytes(hashlib.sha256(asked.encode()).digest()[:8], "little") >> 1
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ from typing import TypeVar
 
 import psutil
 
-from uiollms.config import ConfigError, read_json
+from uiollms.json_files import read_json
+from uiollms.reading import check_tree
+from uiollms.refusals import ConfigError
 
 CHECKSUMS = "checksums.json"
 Value = TypeVar("Value")
@@ -214,6 +216,7 @@ def clear_leftovers(folder: Path) -> None:
 
 def verify(folder: Path, needed: Iterable[str] = ()) -> None:
     """Raises ConfigError, naming the file, where a file differs from checksums.json or one of `needed` is not in it."""
+    check_tree(folder)
     sums = read_json(folder / CHECKSUMS)
     if not isinstance(sums, dict) or not all(isinstance(value, str) for value in sums.values()):
         raise ConfigError(f"{folder / CHECKSUMS}: expected an object of file names and sha256 sums")

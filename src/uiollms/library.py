@@ -9,47 +9,59 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, BinaryIO, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from pydantic import Field
+from safetensors import safe_open
 from safetensors.torch import save as as_bytes
 from torch import Tensor
 
-from uiollms.config import Checked, ConfigError, MemoryConfig, parse
+from uiollms.config import Checked, ConfigError, parse
+from uiollms.fingerprint import Fingerprint, fingerprint
 from uiollms.fitness import check_ids, not_finite
 from uiollms.integrity import make_folder, replacing
+from uiollms.json_files import loads
 from uiollms.memory import MemoryState, join_slots
+from uiollms.reading import check_tree
 
-
-class Fingerprint(Checked):
-    """What a memory can be read by: the same base, the same trained tensors, the same compressor."""
-
-    base: str
-    base_weights: str
-    adapter: str
-    compressor: MemoryConfig
+log = logging.getLogger("uiollms")
 
 
 class Source(Checked):
     """A document that went into a memory."""
 
     name: str
-    num_tokens: int
+    num_tokens: Annotated[int, Field(ge=0, lt=2**63)]
+
+    @property
+    def shown(self) -> str:
+        """The name as a terminal may have it: quoted, what is not printable escaped, not too long."""
+        return repr(self.name if len(self.name) <= LONGEST else f"{self.name[:LONGEST]}..")
 
 
 class Header(Checked):
-    """What stands in the file beside the tensors."""
+    """What stands in the file beside the tensors. sha256: of the whole file, with zeros in its place."""
 
-    format: str
+    format: Literal["uiollms memory 1", "uiollms memory 2"]
     made_by: Fingerprint
-    sources: tuple[Source, ...]
+    sources: Annotated[tuple[Source, ...], Field(min_length=1)]
+    sha256: str = ""
 
 
-FORMAT = "uiollms memory 1"
+OLD, FORMAT = "uiollms memory 1", "uiollms memory 2"
+UNKNOWN = "0" * 64  # where the file's sha256 goes
+SUM = re.compile(rb'\\"sha256\\":\\"([0-9a-f]{64})\\"')
+LONGEST = 60  # letters of a name that are shown
+LONGEST_HEADER = 100 * 2**20  # bytes, as safetensors has it
+DAMAGED = "damaged: not the bytes that were written (sha256); copy it, or compress the text, again"
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 OVERFLOW = "compress with the base in another dtype (float16 ends at 65504), or with other weights"
 
 
@@ -59,13 +71,16 @@ class Memory:
 
     slots [L, C, m, D]: every chunk's memory, in the dtype of the model that made it, on the CPU;
     open_ids [p] int64: the tokens behind each document's last full chunk, which stay as they are: a state reads them last;
-    sources: the documents, in order; made_by: the model that can read it.
+    sources: the documents, in order; made_by: the model that can read it; chunk_ids [C, l] int64: the
+    tokens of the chunks, for what looks at the text while an answer is generated; None in files of
+    version 0.1, which do not keep them.
     """
 
     slots: Tensor
     open_ids: Tensor
     sources: tuple[Source, ...]
     made_by: Fingerprint
+    chunk_ids: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -79,14 +94,19 @@ class Memory:
 
     def check(self, model: Any, name: str | Path = "the memory") -> None:
         """Raises ConfigError, saying what differs, if another model than `model` made it."""
-        own = fingerprint(model)
-        differing = [
-            f"{field} {getattr(self.made_by, field)}, this model's is {getattr(own, field)}"
-            for field in Fingerprint.model_fields
-            if getattr(self.made_by, field) != getattr(own, field)
-        ]
+        differing = self.made_by.differing(model)
+        size = len(self.slots), self.slots.shape[-1]
+        own = model.config.num_hidden_layers, model.config.hidden_size
+        if not differing and size != own:
+            differing = [f"slots of {size[0]} layers of {size[1]} numbers, this model's are {own[0]} of {own[1]}"]
         if differing:
             raise ConfigError(f"{name}: made by another model: {'; '.join(differing)}; compress the text again with this one")
+        try:
+            check_ids(self.open_ids, model.config.vocab_size)
+            if self.chunk_ids is not None:
+                check_ids(self.chunk_ids, model.config.vocab_size)
+        except ValueError as error:
+            raise ConfigError(f"{name}: {error}") from None
 
     @torch.no_grad()
     def state(self, model: Any) -> MemoryState:
@@ -101,42 +121,153 @@ class Memory:
             keys, values = model.project(layers, range(chunks))
             state.memory_keys, state.memory_values = [join_slots(k, 1) for k in keys], [join_slots(v, 1) for v in values]
             state.num_tokens = chunks * model.memory_config.chunk_size
+            known = self.chunk_ids
+            state.text = None if known is None else known.reshape(1, -1).to(state.open_ids.device)
         return model(self.open_ids[None], state, logits_to_keep=1).past_key_values if len(self.open_ids) else state
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file; a save that fails leaves what was at `path`. Raises ConfigError for
-        slots that hold NaN or infinite numbers."""
+        """Write a safetensors file with a checksum of all of it; a save that fails leaves what was at
+        `path`. Raises ConfigError for slots that hold NaN or infinite numbers."""
         path = Path(path)
         if not_finite([("slots", self.slots)]):
             raise ConfigError(f"{path}: not saved: the memory holds NaN or infinite numbers; {OVERFLOW}")
         make_folder(path.parent)
-        header = Header(format=FORMAT, made_by=self.made_by, sources=self.sources)
+        header = Header(format="uiollms memory 2", made_by=self.made_by, sources=self.sources, sha256=UNKNOWN)
         tensors = {"slots": self.slots.contiguous(), "open_ids": self.open_ids.contiguous()}
-        with replacing(path) as work:
-            work.write_bytes(as_bytes(tensors, metadata={"uiollms": header.model_dump_json()}))
+        if self.chunk_ids is not None:
+            tensors["chunk_ids"] = self.chunk_ids.contiguous()
+        data = as_bytes(tensors, metadata={"uiollms": header.model_dump_json()})
+        end = 8 + int.from_bytes(data[:8], "little")
+        start, rest = data[:end], memoryview(data)[end:]
+        place = SUM.search(start)
+        assert place
+        summed = start[: place.start(1)] + checksum(start, [rest]).encode() + start[place.end(1) :]
+        with replacing(path) as work, work.open("wb") as file:
+            file.write(summed)
+            file.write(rest)
 
     @classmethod
     def load(cls, path: str | Path, model: Any = None) -> Memory:
-        """Read a file of `save`, and check that `model`, if given, made it. Raises ConfigError naming the file."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read ({error})") from None
-        except SafetensorError as error:
-            raise ConfigError(f"{path}: not a memory, or damaged ({error})") from None
-        if "uiollms" not in metadata or tensors.keys() != {"slots", "open_ids"}:
-            raise ConfigError(f"{path}: a safetensors file, but not a memory made by `compress`")
-        header = parse(Header, json.loads(metadata["uiollms"]), path)
-        if header.format != FORMAT:
-            raise ConfigError(f"{path}: format {header.format!r}, this program reads {FORMAT!r}")
-        if not_finite(tensors.items()):
-            raise ConfigError(f"{path}: the memory holds NaN or infinite numbers; compress the text again")
-        memory = cls(tensors["slots"], tensors["open_ids"], header.sources, header.made_by)
+        """Read a file of `save`, and check that `model`, if given, made it. Warns of files of version 0.1,
+        of which less can be checked. Raises ConfigError naming the file: where a byte has changed, a
+        field or tensor is not what `save` writes, or another model made it."""
+        header, tensors = read(Path(path))
+        memory = cls(tensors["slots"], tensors["open_ids"], header.sources, header.made_by, tensors.get("chunk_ids"))
+        if fault := memory.fault():
+            raise ConfigError(f"{path}: {fault}; compress the text again")
         if model is not None:
             memory.check(model, path)
+        if header.format == OLD:
+            log.warning(
+                "%s: written by version 0.1, without a checksum and without its text: a damaged file or another "
+                "base may pass unnoticed, and answers cannot be kept from repeating the text; compress it again",
+                path,
+            )
         return memory
+
+    def fault(self) -> str | None:
+        """Why tensors and header are not those of one memory; None if they are."""
+        compressor, shape = self.made_by.compressor, tuple(self.slots.shape)
+        if self.slots.dtype not in FLOATS or len(shape) != 4 or not shape[0] or not shape[3]:
+            return f"slots: {self.slots.dtype} {list(shape)} are no memory slots"
+        if shape[2] != compressor.num_memory:
+            return f"slots: {shape[2]} a chunk, but made_by.compressor.num_memory is {compressor.num_memory}"
+        size = compressor.chunk_size
+        full = sum(source.num_tokens // size for source in self.sources)
+        left = sum(source.num_tokens % size for source in self.sources)
+        if shape[1] != full:
+            return f"slots: of {shape[1]} chunks, but the sources have {full}"
+        wanted = {"open_ids": (self.open_ids, (left,)), "chunk_ids": (self.chunk_ids, (full, size))}
+        for name, (ids, expected) in wanted.items():
+            if ids is None:
+                continue
+            if ids.dtype != torch.int64 or tuple(ids.shape) != expected:
+                return f"{name}: {ids.dtype} {list(ids.shape)}, but the sources make it int64 {list(expected)}"
+            if ids.numel() and ids.min() < 0:
+                return f"{name}: {int(ids.min())} is no token id"
+        return None
+
+
+def read(path: Path) -> tuple[Header, dict[str, Tensor]]:
+    """The header and tensors of a memory's file. Raises ConfigError for what is no such file, for
+    numbers that are none, and for a checksum that is another."""
+    try:
+        check_tree(path)  # a pipe would be waited for
+        with path.open("rb") as file:
+            start, written = read_start(file, path)
+            found = checksum(start, iter(partial(file.read, 2**20), b""))
+        header = read_header(written, path, damaged=sum_in(start) != found)
+        with safe_open(path, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+    except ConfigError:
+        raise
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except Exception as error:  # another's file fails in any way that the library knows
+        raise ConfigError(f"{path}: not a memory, or damaged ({shortened(error)})") from None
+    if not_finite((name, t) for name, t in tensors.items() if t.dtype in FLOATS):
+        raise ConfigError(f"{path}: the memory holds NaN or infinite numbers; compress the text again")
+    if header.format == FORMAT and found != header.sha256:
+        raise ConfigError(f"{path}: {DAMAGED}")
+    if tensors.keys() - {"chunk_ids"} != {"slots", "open_ids"}:
+        raise ConfigError(f"{path}: a safetensors file, but not a memory made by `compress`")
+    return header, tensors
+
+
+def read_start(file: BinaryIO, path: Path) -> tuple[bytes, str]:
+    """All bytes of a memory's file up to the tensors, and what `save` has written there. Raises
+    ConfigError for another file, of which no more is read."""
+    first = file.read(8)
+    length = int.from_bytes(first, "little")
+    try:
+        if len(first) < 8 or length > LONGEST_HEADER:
+            raise ValueError("no safetensors header")
+        start = first + file.read(length)
+        metadata = json.loads(start[8:]).get("__metadata__")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not a memory, or damaged ({shortened(error)})") from None
+    written = metadata.get("uiollms") if isinstance(metadata, dict) else None
+    if not isinstance(written, str):
+        raise ConfigError(f"{path}: a safetensors file, but not a memory made by `compress`")
+    return start, written
+
+
+def read_header(written: str, path: Path, damaged: bool) -> Header:
+    """damaged: the file has another checksum, which says more than what is wrong with the header."""
+    try:
+        header = parse(Header, loads(written, f"{path}: header"), path)
+    except (ValueError, RecursionError) as error:
+        if damaged:
+            raise ConfigError(f"{path}: {DAMAGED}") from None
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path}: not a memory, or damaged ({shortened(error)})") from None
+    if (header.format == FORMAT) != bool(header.sha256):
+        raise ConfigError(f"{path}: {DAMAGED}")
+    return header
+
+
+def checksum(start: bytes, rest: Iterable[bytes | memoryview]) -> str:
+    """The SHA-256 of a memory's file, with zeros where it stands itself, in the header; "" where it
+    has no place. start: up to the header's end; rest: what is behind it, in parts."""
+    place = SUM.search(start)
+    if place is None:
+        return ""
+    hashed = hashlib.sha256(start[: place.start(1)] + UNKNOWN.encode() + start[place.end(1) :])
+    for part in rest:
+        hashed.update(part)
+    return hashed.hexdigest()
+
+
+def sum_in(start: bytes) -> str:
+    """The checksum that stands in a memory's file; "" where there is none."""
+    place = SUM.search(start)
+    return place[1].decode() if place else ""
+
+
+def shortened(error: Exception) -> str:
+    """An error's words on one line, which may hold what is in a file."""
+    return ascii(str(error))[1:-1][:200]
 
 
 @torch.no_grad()
@@ -152,12 +283,15 @@ def compress(model: Any, ids: Tensor, source: str, progress: Callable[[Sequence[
     config = model.memory_config
     full = len(ids) // config.chunk_size * config.chunk_size
     parts = [torch.empty(model.config.num_hidden_layers, 0, config.num_memory, model.config.hidden_size, dtype=model.dtype)]
+    ids = ids.cpu()
     chunks = ids[:full].view(-1, config.chunk_size)
     for batch in progress(chunks.split(model.chunk_batch) if len(chunks) else ()):
         layers = model.encode_layers(batch)
         parts.append(torch.stack([layer.cpu() for layer in layers]))
-    named = Source(name=source, num_tokens=len(ids))
-    return Memory(torch.cat(parts, dim=1), ids[full:].cpu().clone(), (named,), fingerprint(model))
+    # A name of bytes that are no text has halves of surrogate pairs, which no file can hold.
+    named = Source(name=source.encode("utf-8", "backslashreplace").decode(), num_tokens=len(ids))
+    slots = torch.cat(parts, dim=1)
+    return Memory(slots, ids[full:].clone(), (named,), fingerprint(model), chunks.clone())
 
 
 def join(memories: Sequence[Memory]) -> Memory:
@@ -166,31 +300,14 @@ def join(memories: Sequence[Memory]) -> Memory:
     first, *others = memories
     for other in others:
         if other.made_by != first.made_by:
-            raise ConfigError(
-                f"{other.sources[0].name} and {first.sources[0].name} were compressed by different models and cannot be joined"
-            )
+            both = f"{other.sources[0].shown} and {first.sources[0].shown}"
+            why = "were compressed by different models"
+            if other.made_by.covers != first.made_by.covers:
+                why = "were written by different versions of this program"
+            raise ConfigError(f"{both} {why} and cannot be joined; compress both again with one")
     slots = torch.cat([memory.slots for memory in memories], dim=1)
     open_ids = torch.cat([memory.open_ids for memory in memories])
-    return Memory(slots, open_ids, tuple(source for memory in memories for source in memory.sources), first.made_by)
-
-
-def fingerprint(model: Any) -> Fingerprint:
-    """Names and hashes of what a memory depends on. Of the base: the last part of its name, its final norm and one
-    embedding, in bfloat16, so that the same weights loaded in another dtype are the same base."""
-    base = model.base.model
-    samples = (base.norm.weight, base.embed_tokens.weight[0])
-    trained = (t for _, t in sorted(model.memory_state_dict().items()))
-    return Fingerprint(
-        base=Path(model.config._name_or_path).name or "unnamed",
-        base_weights=digest(t.detach().bfloat16() for t in samples),
-        adapter=digest(t.float() for t in trained),
-        compressor=model.memory_config.model_copy(update={"lora_dropout": 0.0}),  # dropout is a matter of training
-    )
-
-
-def digest(tensors: Any) -> str:
-    """The first 16 hex digits of the SHA-256 of the tensors' bytes."""
-    hashed = hashlib.sha256()
-    for tensor in tensors:
-        hashed.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
-    return hashed.hexdigest()[:16]
+    known = [memory.chunk_ids for memory in memories if memory.chunk_ids is not None]
+    chunk_ids = torch.cat(known) if len(known) == len(memories) else None
+    sources = tuple(source for memory in memories for source in memory.sources)
+    return Memory(slots, open_ids, sources, first.made_by, chunk_ids)

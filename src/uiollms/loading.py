@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from huggingface_hub import constants
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from uiollms.base_files import check_base_config, check_folder_files, check_generation
 from uiollms.config import ConfigError
 from uiollms.faults import is_out_of_memory
 from uiollms.fitness import few, not_finite, unfilled
@@ -83,12 +84,28 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any, model_name:
 def load(loader: Any, model_name: str, **settings: Any) -> Any:
     """`loader.from_pretrained` of a model by its name in a config. Raises ConfigError with one line if it cannot be had."""
     path = local_path(model_name)
+    check_files(model_name, Path(path))
     if (Path(path) / "adapter_config.json").is_file():  # transformers would load the adapter's base, and add it
         raise refused(model_name, "the folder is a PEFT adapter, not a whole model; merge it into its base and save that")
     try:
         return loader.from_pretrained(path, local_files_only=not hub_reachable(), trust_remote_code=False, **settings)
     except Exception as error:  # files that others have written fail in any way that the libraries know
         raise cannot_get(model_name, path, error) from None
+
+
+def check_files(model_name: str, folder: Path) -> None:
+    """Raises ConfigError for a folder, if it is one, that nothing should be built of."""
+    if not folder.is_dir() or lfs_pointers(folder):  # which are named where loading fails
+        return
+    try:
+        check_folder_files(folder)
+        if (folder / "config.json").exists():
+            check_base_config(folder / "config.json")
+        if (folder / "generation_config.json").exists():
+            check_generation(folder / "generation_config.json")
+    except ConfigError as error:
+        lines = str(error).splitlines()
+        raise ConfigError("\n".join(str(refused(model_name, line)) for line in lines)) from None
 
 
 def refused(model_name: str, why: str) -> ConfigError:

@@ -5,8 +5,9 @@ Source: Hu et al. 2021 (arXiv 2106.09685); the roles are UIO-LLMs section 3.1 (e
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
@@ -68,21 +69,30 @@ def master_dtype(base_dtype: torch.dtype, masters: str = "fp32") -> torch.dtype:
     return torch.float32 if half and masters == "fp32" else base_dtype
 
 
+_seeds: ContextVar[Sequence[int] | None] = ContextVar("dropout seeds of this call", default=None)
+
+
 @contextmanager
-def added(pairs: Iterable[tuple[nn.Module, LoRA]], seeds: Sequence[int] | None = None) -> Iterator[None]:
-    """While open, every linear layer of `pairs` adds its LoRA's update to its output.
-
-    Forward hooks, not replaced modules: outside the context the base is exactly what the user loaded. `requires_grad`
-    is never touched (PEFT's `set_adapter` would switch the other role's gradients off). A forward that is re-run later
-    by activation checkpointing must open the context inside the re-run function.
-    """
-
-    def hook(lora: LoRA):  # type: ignore[no-untyped-def]
-        return lambda module, args, output: output + lora(args[0], seeds)
-
-    handles = [linear.register_forward_hook(hook(lora)) for linear, lora in pairs]
+def dropout_seeds(seeds: Sequence[int] | None) -> Iterator[None]:
+    """While open, in this thread, an `AddedLoRA` drops inputs by `seeds`, one for each row; None: drops
+    nothing. A forward that activation checkpointing runs again must open it inside the function that is run again."""
+    token = _seeds.set(seeds)
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        _seeds.reset(token)
+
+
+class AddedLoRA(nn.Module):
+    """A frozen linear layer, shared with the base, and the update of a LoRA added to what it gives.
+
+    `requires_grad` is never touched (PEFT's `set_adapter` would switch the other role's gradients off).
+    """
+
+    def __init__(self, linear: nn.Module, lora: LoRA) -> None:
+        super().__init__()
+        self.linear, self.lora = linear, lora
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[C, T, I] -> [C, T, O]"""
+        return self.linear(x) + self.lora(x, _seeds.get())

@@ -12,6 +12,7 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from uiollms.devices import loading
 from uiollms.products import linear_for, rows_to_add
 
 # Logits alive at once: on a CPU what stays in a core's cache, elsewhere what keeps a GPU busy (not measured). But always SLICE
@@ -43,7 +44,7 @@ def linear_losses(
     The head is frozen, so the only gradient is the hidden states'. It is known as soon as the logits are, and is kept
     ([N, D]) in place of them ([N, V]): the logits of a slice or a block die with it.
     """
-    with align_module_device(head):  # it may rest on disk
+    with loading(head), align_module_device(head):  # it may rest on disk
         return _LinearLosses.apply(hidden, head.weight, head.bias, targets, teacher, kl_weight)
 
 

@@ -5,21 +5,26 @@ Shapes: B documents, H key/value heads, M memory slots so far, p tokens of the o
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
 from uiollms.config import MemoryConfig
+from uiollms.positions import num_positions, positions_said
+
+_CLAIMING = threading.Lock()
 
 
 @dataclass(eq=False)
 class Room:
     """Keys and values [B, H, M + l, K] of one layer, memory then open chunk, with room for all of the chunk, so that a new
     token is written behind the last instead of everything being copied. States share it: each reads only its own first
-    entries, and only one that holds all `length` entries written so far may write; another copies."""
+    entries, and only one that holds all `length` entries claimed so far may write behind them; another copies."""
 
     keys: Tensor
     values: Tensor
@@ -29,11 +34,17 @@ class Room:
         """Whether `part` of the keys is a view of this room's (a state's fields may have been replaced)."""
         return not part.numel() or part.untyped_storage().data_ptr() == self.keys.untyped_storage().data_ptr()
 
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        stop = self.length + keys.shape[2]
-        self.keys[:, :, self.length : stop] = keys
-        self.values[:, :, self.length : stop] = values
-        self.length = stop
+    def claim(self, taken: int, count: int) -> bool:
+        """Whether the `count` entries behind the first `taken` are the caller's to write: nobody else's, in any thread."""
+        with _CLAIMING:
+            free = self.length == taken
+            self.length += count if free else 0
+            return free
+
+    def write(self, start: int, keys: Tensor, values: Tensor) -> None:
+        stop = start + keys.shape[2]
+        self.keys[:, :, start:stop] = keys
+        self.values[:, :, start:stop] = values
 
 
 @dataclass(eq=False)
@@ -65,14 +76,17 @@ class Prefix:
 
     def _append(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         room, taken = self.rooms.get(layer), sum(part.shape[2] for part in self.keys[layer])
-        if room is None or room.length != taken or not all(room.holds(part) for part in self.keys[layer]):
-            batch, heads, length, size = keys.shape
-            shape = (batch, heads, taken + length + self.spare, size)
-            room = self.rooms[layer] = Room(keys.new_empty(shape), values.new_empty(shape), 0)
+        batch, heads, length, size = keys.shape
+        stop = taken + length
+        if room is None or not all(room.holds(part) for part in self.keys[layer]) or not room.claim(taken, length):
+            shape = (batch, heads, stop + self.spare, size)
+            room = self.rooms[layer] = Room(keys.new_empty(shape), values.new_empty(shape), stop)
+            start = 0
             for part in zip(self.keys[layer], self.values[layer], strict=True):
-                room.append(*part)
-        room.append(keys, values)
-        return room.keys[:, :, : room.length], room.values[:, :, : room.length]
+                room.write(start, *part)
+                start += part[0].shape[2]
+        room.write(taken, keys, values)
+        return room.keys[:, :, :stop], room.values[:, :, :stop]
 
 
 class MemoryState(Cache):
@@ -81,7 +95,8 @@ class MemoryState(Cache):
 
     memory_keys, memory_values: per layer [B, H, M, K], rotated to their final positions 0 .. M-1, never recomputed;
     local_keys, local_values: per layer [B, H, p, K]; open_ids [B, p] int64: the tokens of the open chunk, p < chunk_size;
-    num_tokens: tokens seen in all.
+    num_tokens: tokens seen in all; text [B, num_tokens] int64: those tokens, for what looks at them
+    while a text is generated; None where they are not known.
     """
 
     def __init__(
@@ -98,6 +113,7 @@ class MemoryState(Cache):
         self.local_keys, self.local_values = local_keys, local_values
         self.open_ids = open_ids
         self.num_tokens = num_tokens
+        self.text = open_ids if open_ids.shape[1] == num_tokens else None
         self.rooms: dict[int, Room] = {}  # where the local keys and values lie, if they do not lie alone
 
     # On a Mac, transformers runs one token too far and takes it back, which it believes of a cache with no layers of its own.
@@ -116,6 +132,10 @@ class MemoryState(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen, compressed ones included (transformers' `generate` feeds only what comes after them)."""
         return self.num_tokens
+
+    def text_with(self, ids: Tensor) -> Tensor | None:
+        """The text [B, num_tokens + T] that goes on with ids [B, T]; None where its start is not known."""
+        return None if self.text is None else torch.cat([self.text, ids.to(self.text.device)], dim=1)
 
     def prefix(self, num_slots: int, with_local: bool, keep: int = 0, spare: int = 0) -> Prefix:
         """What a call reads that sees the first `num_slots` slots and, if asked, the open chunk so far; `keep` and `spare` as
@@ -146,21 +166,24 @@ class MemoryState(Cache):
 
         keys, values = picked(self.memory_keys), picked(self.memory_values)
         (open_ids,) = picked([self.open_ids])
-        return MemoryState(keys, values, picked(self.local_keys), picked(self.local_values), open_ids, self.num_tokens)
+        local = picked(self.local_keys), picked(self.local_values)
+        state = MemoryState(keys, values, *local, open_ids, self.num_tokens)
+        state.text = None if self.text is None else picked([self.text])[0]
+        return state
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows in another order (beam search); in place, as transformers asks."""
         self.__dict__.update(self.select(beam_idx).__dict__)
 
 
-def check_length(num_tokens: int, config: MemoryConfig, positions: int) -> None:
-    """Raises ValueError past the capacity; positions: the base's max_position_embeddings."""
-    capacity, size = config.capacity(positions), config.chunk_size
+def check_length(num_tokens: int, config: MemoryConfig, base_config: Any) -> None:
+    """Raises ValueError past the capacity; base_config: the base's transformers config."""
+    capacity, size = config.capacity(num_positions(base_config)), config.chunk_size
     if num_tokens > capacity:
         full, last = divmod(capacity, size)
         raise ValueError(
             f"the document has {num_tokens} tokens, the capacity is {capacity}: "
-            f"max_position_embeddings {positions}, chunk_size {size} and num_memory "
+            f"{positions_said(base_config)}, chunk_size {size} and num_memory "
             f"{config.num_memory} allow {full} full chunks and {last} tokens behind them; "
             f"cut it with `truncation`, or compress harder (smaller num_memory)"
         )

@@ -14,8 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from uiollms.integrity import replace_text
 from uiollms.json_files import as_json, finite
+from uiollms.reading import read_bytes
 from uiollms.refusals import ConfigError, json_path
 
+MOST_METRICS = 2**30  # bytes: millions of steps
 ITERATIONS = "iterations"  # in versions.json: what `iteration` counts, "documents" or "steps"
 
 
@@ -61,7 +63,7 @@ def examine_lines(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[st
     or a full disk left without its end; numbers that JSON does not know are None. And a sentence, with its
     number, for every other line that is no JSON object."""
     found, faults = [], []
-    lines = path.read_bytes().split(b"\n")
+    lines = read_bytes(path, MOST_METRICS).split(b"\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

@@ -21,8 +21,8 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from uiollms.attention import Seen
 from uiollms.base import (
     Front,
     Role,
@@ -34,25 +34,26 @@ from uiollms.base import (
     lean,
     promote_norms,
     rotate,
+    run_encoder_layer,
     run_layer,
     run_twice,
-    run_with_lora,
 )
 from uiollms.config import MemoryConfig
-from uiollms.devices import device_of, moved
-from uiollms.fitness import check_ids, check_tensors, eos_of, not_finite
-from uiollms.generation import Generation, RaggedState
+from uiollms.devices import device_of, moved, one_at_a_time, takes_turns
+from uiollms.fitness import check_tensors, eos_of, not_finite
+from uiollms.generation import Generation
 from uiollms.lora import master_dtype
-from uiollms.loss import shifted_nll
-from uiollms.memory import MemoryState, Prefix, check_length, join_slots
-from uiollms.padding import check_segments, forward_padded, row_lengths
+from uiollms.memory import Prefix, check_length
+from uiollms.positions import far_rows, num_positions, rotary_tables
 from uiollms.products import with_frozen_products
+from uiollms.skeleton import offloaded, skeleton
+from uiollms.streaming import Streaming
 from uiollms.usage import Usage
 
 LayerMemory = list[Tensor]  # L tensors [C, m, D], each on its layer's device
 
 
-class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class MemoryLM(Usage, Streaming, Generation, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """A Hugging Face causal LM with learned memory.
 
     base: a loaded model of a supported family (Llama, SmolLM2, Mistral, Qwen2, Qwen3). It is frozen and shared, not
@@ -72,8 +73,6 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
         base.eval()
         if base.dtype == torch.float64:
             promote_norms(base)
-        if base.config._attn_implementation == "eager":  # takes additive masks and rounds its softmax to float32
-            base.set_attn_implementation("sdpa")
         self.base: Any = base
         self.memory_config = config
         self.generation_config = base.generation_config
@@ -87,6 +86,10 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
         self.masters, self.master_dtype = masters, token.dtype  # of what is trained, and of gradients' sums
         self.encoder = Role("encoder", base, config, "retrieval_token", token)
         self.decoder = Role("decoder", base, config, "repeat_token", token)
+        # What runs, beside the module tree (see skeleton.py).
+        self.encoder_layers = skeleton(base, list(self.encoder.layers))  # type: ignore[arg-type]
+        self.decoder_layers = skeleton(base)
+        self.offloaded = offloaded(base)  # weights are loaded into modules for the time of a call: one thread at a time
 
     # ---- what is trained ------------------------------------------------------------------------------------------
 
@@ -139,7 +142,7 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
     @property
     def capacity(self) -> int:
         """Tokens of the longest document that the base's positions allow."""
-        return self.memory_config.capacity(self.config.max_position_embeddings)
+        return self.memory_config.capacity(num_positions(self.config))
 
     @property
     def chunks_at_once(self) -> int:
@@ -148,7 +151,7 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
 
     def check_length(self, num_tokens: int) -> None:
         """Raises ValueError for a document of `num_tokens` tokens that is past the capacity."""
-        check_length(num_tokens, self.memory_config, self.config.max_position_embeddings)
+        check_length(num_tokens, self.memory_config, self.config)
 
     # ---- encoder and transfer head --------------------------------------------------------------------------------
 
@@ -157,6 +160,7 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
         memory = self.encode_layers(input_ids)
         return torch.stack([layer.to(memory[0].device) for layer in memory])
 
+    @takes_turns
     def encode_layers(self, input_ids: Tensor, seeds: Sequence[int] | None = None) -> LayerMemory:
         """As `encode`, layer by layer, every layer's memory on that layer's device; `seeds`, one a chunk, switch LoRA
         dropout on. Chunks do not see each other.
@@ -172,13 +176,14 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
         slots = self.encoder.get_parameter("retrieval_token").to(tokens).expand(len(input_ids), m, -1)
         hidden = torch.cat([tokens, slots], dim=1)  # [C, l + m, D]
         beside = beside_chunks(self.base, hidden, self.memory_config)
-        memory, count = [], len(self.base.model.layers)
-        for i, (layer, loras) in enumerate(zip(self.base.model.layers, self.encoder.layers, strict=True)):
+        memory, count = [], len(self.encoder_layers)
+        for i, layer in enumerate(self.encoder_layers):
             hidden, beside = moved(hidden, layer_device(layer)), beside.to(layer_device(layer))
             memory.append(layer.input_layernorm(hidden[:, -m:]))
             if i + 1 < count:
-                run = partial(run_with_lora, loras=loras, seeds=seeds, beside=beside, rows=m if i + 2 == count else None)
-                hidden = self._run(layer, partial(run, layer), hidden)
+                rows = m if i + 2 == count else None
+                run = partial(run_encoder_layer, layer, seeds=seeds, beside=beside, rows=rows)
+                hidden = self._run(layer, run, hidden)
         return memory
 
     def _run(self, module: Any, function: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
@@ -187,9 +192,12 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
         shared_lengths = (1, l, l + self.memory_config.num_memory)
         if hidden.device.type == "cpu" and hidden.shape[1] in shared_lengths:  # see products.py
             function = with_frozen_products(function, module)
+        if self.offloaded:  # here too: a backward may run the function again
+            function = one_at_a_time(function)
         run = run_twice if self.checkpointing else lean
         return run(function, hidden) if torch.is_grad_enabled() else function(hidden)
 
+    @takes_turns
     def project(
         self, memory: LayerMemory, chunks: Sequence[int], seeds: Sequence[int] | None = None
     ) -> tuple[list[Tensor], list[Tensor]]:
@@ -200,26 +208,35 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
         m = self.memory_config.num_memory
         positions = torch.tensor(chunks)[:, None] * m + torch.arange(m)
         like = torch.empty(0, dtype=memory[0].dtype, device=self.device)  # the table is where the tokens are
-        rotary = self.base.model.rotary_emb(like, moved(positions, self.device))
+        far = far_rows(self.config, [m], 0)  # whoever reads slots
+        rotary = rotary_tables(self.base, like, moved(positions, self.device), far)
         keys, values = [], []
-        layers: Iterator[Any] = zip(self.base.model.layers, self.decoder.layers, memory, strict=True)
+        layers: Iterator[Any] = zip(self.decoder_layers, self.decoder.layers, memory, strict=True)
         for layer, pair, slots in layers:
             k, v = keys_and_values(layer.self_attn, pair, slots, seeds)
-            rotary = [moved(r, k.device) for r in rotary]
+            rotary = tuple(moved(r, k.device) for r in rotary)
             keys.append(rotate(layer.self_attn, k.transpose(1, 2), rotary))
             values.append(v.transpose(1, 2))
         return keys, values
 
     # ---- decoder --------------------------------------------------------------------------------------------------
 
+    @takes_turns
     def decode(
-        self, input_ids: Tensor, prefix: Front, num_slots: Sequence[int], local_past: int = 0, repeat: Any = None
+        self,
+        input_ids: Tensor,
+        prefix: Front,
+        num_slots: Sequence[int],
+        local_past: int = 0,
+        repeat: Tensor | None = None,
+        seen: Seen | None = None,
     ) -> Tensor:
         """[B, T] tokens behind `prefix` -> normed hidden states [B, T, D], ready for the LM head.
 
         num_slots: how many of the prefix's slots each row sees, also the position of the row's chunk start;
         local_past: tokens of the same chunk already in the prefix; repeat: [B] bool, rows whose first token is replaced
-        by the `repeat_token` embedding. Ordinary tokens go through the frozen weights only.
+        by the `repeat_token` embedding; seen: what attends, in place of what is chosen for `prefix` and base.
+        Ordinary tokens go through the frozen weights only.
         """
         hidden = self.base.model.embed_tokens(moved(input_ids, self.device))
         if repeat is not None:
@@ -227,114 +244,17 @@ class MemoryLM(Usage, Generation, PreTrainedModel, GenerationMixin):  # type: ig
                 moved(repeat, self.device)[:, None], self.decoder.get_parameter("repeat_token")[0].to(hidden), hidden[:, 0]
             )
             hidden = torch.cat([start[:, None], hidden[:, 1:]], dim=1)
-        beside = beside_rows(self.base, hidden, num_slots, local_past, prefix)
-        for layer in self.base.model.layers:
+        beside = beside_rows(self.base, hidden, num_slots, local_past, prefix, seen)
+        for layer in self.decoder_layers:
             beside = beside.to(layer_device(layer))
             run = partial(run_layer, layer, beside=beside, prefix=prefix)
             hidden = self._run(layer, run, moved(hidden, layer_device(layer)))
         return self.base.model.norm(moved(hidden, device_of(self.base.model.norm)))
 
+    @takes_turns
     def logits(self, hidden: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, V]"""
         return self._run(self.base.lm_head, self.base.lm_head, moved(hidden, device_of(self.base.lm_head)))
-
-    # ---- streams --------------------------------------------------------------------------------------------------
-
-    def new_state(self, batch_size: int = 1) -> MemoryState:
-        """An empty stream for `batch_size` documents of equal length."""
-        attention = self.base.model.layers[0].self_attn
-        heads = self.config.num_key_value_heads
-
-        def empty() -> list[Tensor]:
-            return [
-                torch.empty(batch_size, heads, 0, attention.head_dim, dtype=self.dtype, device=layer_device(layer))
-                for layer in self.base.model.layers
-            ]
-
-        ids = torch.empty(batch_size, 0, dtype=torch.int64, device=self.device)
-        return MemoryState(empty(), empty(), empty(), empty(), ids, 0)
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        state: MemoryState | RaggedState | None = None,
-        labels: Tensor | None = None,
-        logits_to_keep: int = 0,
-        return_dict: bool = True,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-    ) -> Any:
-        """Feed [B, T] tokens, any T, to a stream: `.logits` [B, T, V], `.past_key_values` the advanced state, `.loss`
-        where labels are given.
-
-        The input is cut at chunk boundaries; a chunk that fills up is encoded and its local keys and values dropped, so
-        any split of a text into calls gives the same logits. Differentiable through the memories when grad is enabled.
-        labels [B, T]: as in transformers (shifted inside, -100 = not scored); `.loss` is the mean NLL over the scored
-        tokens, which is the document protocol: a chunk's first token is predicted from the chunk before it.
-        logits_to_keep: only the last so many positions' logits (0 = all); chunks that only feed memory are then encoded
-        and not decoded. Raises ValueError past the capacity.
-        attention_mask [B, T]: where rows are padded on their right, see `padding.forward_padded`;
-        ones change nothing, nor do token_type_ids of zeros. Raises ValueError for others.
-        """
-        check_segments(token_type_ids)
-        if isinstance(state, RaggedState):
-            return state.forward(self, input_ids, labels, attention_mask)
-        state = self.new_state(len(input_ids)) if state is None else state
-        lengths = row_lengths(attention_mask, input_ids, state.num_tokens)
-        if lengths is not None:
-            output = forward_padded(self, input_ids, lengths, state, labels, logits_to_keep)
-            return output if return_dict else output.to_tuple()
-        self.check_length(state.num_tokens + input_ids.shape[1])
-        check_ids(input_ids, self.config.vocab_size)
-        input_ids = input_ids.to(self.device)
-        l, past = self.memory_config.chunk_size, state.open_ids.shape[1]
-        ids = torch.cat([state.open_ids, input_ids], dim=1)  # from the start of the open chunk
-        first_kept = ids.shape[1] - logits_to_keep if logits_to_keep and labels is None else past
-
-        full, tail = divmod(ids.shape[1], l)
-        slots_before = state.num_slots
-        after = self._remember(state, ids[:, : full * l])
-        after.open_ids = ids[:, full * l :]
-        after.num_tokens = state.num_tokens + input_ids.shape[1]
-
-        pieces = []
-        for start in range(0, ids.shape[1], l):
-            stop = min(start + l, ids.shape[1])
-            local_past = past if start == 0 else 0
-            if stop <= first_kept and stop - start == l:
-                continue
-            num_slots = slots_before + start // l * self.memory_config.num_memory
-            keep = (stop - start) % l
-            prefix = after.prefix(num_slots, with_local=start == 0, keep=keep, spare=l - keep if keep else 0)
-            pieces.append(self.decode(ids[:, start + local_past : stop], prefix, [num_slots] * len(ids), local_past))
-            if prefix.keep:
-                after.keep_open(prefix)
-        if not tail:
-            empty = self.new_state(len(ids))
-            after.local_keys, after.local_values = empty.local_keys, empty.local_values
-
-        hidden = torch.cat([piece.to(pieces[-1].device) for piece in pieces], dim=1)
-        loss = None if labels is None else shifted_nll(hidden, labels, self.base.lm_head)
-        logits = self.logits(hidden[:, -logits_to_keep:])
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=after)
-        return output if return_dict else output.to_tuple()
-
-    def _remember(self, state: MemoryState, ids: Tensor) -> MemoryState:
-        """A copy of `state` with the memories of `ids` [B, C*l], complete chunks, appended."""
-        keys, values = [[k] for k in state.memory_keys], [[v] for v in state.memory_values]
-        batch, l, m = len(ids), self.memory_config.chunk_size, self.memory_config.num_memory
-        first, count = state.num_slots // m, ids.shape[1] // l
-        per_call = max(1, self.chunks_at_once // batch)
-        for start in range(0, count, per_call):
-            chunks = range(start, min(start + per_call, count))
-            rows = ids[:, start * l : chunks.stop * l].reshape(-1, l)  # document-major: [B * C, l]
-            new_keys, new_values = self.project(self.encode_layers(rows), [first + c for c in chunks] * batch)
-            for parts, new in zip((*keys, *values), (*new_keys, *new_values), strict=True):
-                parts.append(join_slots(new, batch))
-        all_keys, all_values = ([torch.cat(p, dim=2) if count else p[0] for p in parts] for parts in (keys, values))
-        after = MemoryState(all_keys, all_values, state.local_keys, state.local_values, state.open_ids, state.num_tokens)
-        after.rooms = state.rooms
-        return after
 
     def reconstruct(self, input_ids: Tensor) -> Tensor:
         """Auto-encoding logits (paper Table 1): every chunk of [C, l] is compressed, then the decoder, started by the

@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 
 from uiollms.integrity import sync
 from uiollms.json_files import read_json
+from uiollms.reading import kind_of
 from uiollms.refusals import ConfigError, Faults
 
 RESULTS = ("test.json", "test-nll.safetensors", "test.png")  # of test.py
@@ -37,6 +38,8 @@ def check_run_folder(folder: Path, names: tuple[str, ...] = FILES) -> None:
         foreign = not ours or (name == "test.json" and not holds_results(path))
         if foreign and os.path.lexists(path):
             faults.add(refusal(path, "was not written by a run"))
+        elif path.exists() and not path.is_dir() and (kind := kind_of(path)):
+            faults.add(refusal(path, f"is {kind}, not written by a run,"))
     lock = folder / LOCK
     if lock.exists() and (not lock.is_file() or lock.stat().st_size):
         faults.add(refusal(lock, "is not the lock of a run"))

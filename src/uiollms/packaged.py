@@ -17,6 +17,7 @@ from uiollms.config import ConfigError
 from uiollms.fitness import unfilled
 from uiollms.integrity import make_folder, replacing_folder
 from uiollms.paths import cache_dir
+from uiollms.reading import check_file
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,8 @@ def package_folder(package: str) -> Path:
 
 def converted(folder: Path, file: str) -> Path:
     """A GGUF file dequantised into a plain Hugging Face folder in the cache (bfloat16: 4-bit blocks
-    carry no more). Raises ConfigError for a tokenizer whose way to split texts is not known."""
+    carry no more). Raises ConfigError for a damaged file, and for a tokenizer whose way to split
+    texts is not known."""
     target = converted_folder(file)
     if (target / "config.json").exists():
         return target
@@ -69,11 +71,20 @@ def converted(folder: Path, file: str) -> Path:
     with FileLock(target.parent / f".{target.name}-lock"):  # another process may convert it already
         if not (target / "config.json").exists():
             log.info("converting %s into %s (once)", file, target)
-            convert(folder, file, target)
+            check_file(folder / file)
+            try:
+                convert(folder, file, target)
+            except ConfigError:
+                raise
+            except Exception as error:  # a damaged file fails in any way that its readers know
+                reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                why = f"cannot be converted ({reason}); install the package again"
+                raise ConfigError(f"{folder / file}: {why}") from None
     return target
 
 
 def convert(folder: Path, file: str, target: Path) -> None:
+    """Model and tokenizer of a GGUF file into a folder. Raises ConfigError as `converted`."""
     settings: dict[str, Any] = dict(gguf_file=file, dtype=torch.bfloat16)
     if hasattr(transformers, "GgufConfig"):  # older versions have no such setting and always dequantise
         settings["quantization_config"] = transformers.GgufConfig(dequantize=True)

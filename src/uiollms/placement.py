@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from uiollms.base import promote_norms
 from uiollms.config import ConfigError
+from uiollms.devices import one_at_a_time
 from uiollms.integrity import clear_leftovers, make_folder, work_name
 from uiollms.paths import cache_dir
 
@@ -188,6 +189,7 @@ class _Resting:
     def __init__(self, module: Any, hook: AlignDevicesHook) -> None:
         self.module, self.hook, self.forward = module, hook, module._old_forward
 
+    @one_at_a_time  # all threads load into the one module, those that call the base itself too
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with align_module_device(self.module), torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack):
             return self.forward(*args, **kwargs)

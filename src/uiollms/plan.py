@@ -32,6 +32,7 @@ from uiollms.flops import Flops
 from uiollms.lora import master_dtype
 from uiollms.model import MemoryLM
 from uiollms.placement import CPU, as_device, on_disk, resolved, send, this_machine, worker
+from uiollms.positions import num_positions
 from uiollms.pretend import Pretend, pretended
 from uiollms.pretrained import DTYPES, base_config, check_env, check_model, computes_bf16
 from uiollms.step import chunks_with_gradient, gradient_step
@@ -164,7 +165,7 @@ class Rehearsal:
         self.config, self.path = config, path
         self.memory = check_model(config, path)
         self.shape = base_config(config.model.model_name)
-        self.capacity = self.memory.capacity(self.shape.max_position_embeddings)
+        self.capacity = self.memory.capacity(num_positions(self.shape))
         places = config.model.device_map
         named = places.values() if isinstance(places, dict) else [places]
         absent = {as_device(place): 0 for place in named if isinstance(place, int)}

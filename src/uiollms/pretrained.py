@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
+from uiollms.base import FAMILIES
 from uiollms.config import (
     COPY_TASKS,
     ConfigError,
@@ -19,11 +20,13 @@ from uiollms.config import (
     load_memory_config,
 )
 from uiollms.data import find_corpus
-from uiollms.fitness import eos_fault, narrow_window
+from uiollms.fitness import eos_fault, narrow_window, wide_rank
 from uiollms.flash import check_request
 from uiollms.loading import load_causal_lm, load_config, load_tokenizer_for
 from uiollms.model import MemoryLM
+from uiollms.packaged import local_path  # noqa: F401  # imported from here by others, as in 0.1
 from uiollms.placement import place
+from uiollms.positions import num_positions, rope_fault
 from uiollms.refusals import Faults
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -129,11 +132,18 @@ def examine_model(config: EnvConfig, path: str | Path, faults: Faults) -> tuple[
         )
     if shape is not None and (fault := eos_fault(shape)):
         faults.add(f"{path}: model.model_name: {config.model.model_name}: {fault}")
-    if memory and shape is not None and (fault := narrow_window(shape, memory.chunk_size)):
-        faults.add(f"{path}: model.model_name: {config.model.model_name}: {fault}")
-    if memory and shape is not None and memory.chunk_size > shape.max_position_embeddings:
+    if memory and shape is not None and (fault := wide_rank(shape, memory.lora_rank)):
+        faults.add(f"{config.model.config}: lora_rank: {fault}")
+        return None, shape
+    if memory and shape is not None and shape.model_type in FAMILIES:
+        if fault := narrow_window(shape, memory.chunk_size):
+            faults.add(f"{path}: model.model_name: {config.model.model_name}: {fault}")
+        if fault := rope_fault(shape, memory.chunk_size):
+            faults.add(f"{path}: model.model_name: {config.model.model_name}: {fault}")
+            return memory, None  # nothing can be said of its positions
+    if memory and shape is not None and memory.chunk_size > (positions := num_positions(shape)):
         faults.add(
-            f"{config.model.config}: chunk_size: {memory.chunk_size} is past the {shape.max_position_embeddings} "
+            f"{config.model.config}: chunk_size: {memory.chunk_size} is past the {positions} "
             f"positions of {config.model.model_name}"
         )
         return None, shape
@@ -185,7 +195,7 @@ def examine_sources(sources: Sources, memory: MemoryConfig | None, shape: Any, p
                     f"chunk_size is {memory.chunk_size}; use at least {least}"
                 )
         taught = corpus.taught(*arguments) if shape is not None else 0
-        if taught and min(taught, entry.truncation or taught) > (positions := shape.max_position_embeddings):
+        if taught and min(taught, entry.truncation or taught) > (positions := num_positions(shape)):
             faults.add(
                 f"{path}: {where}: the teacher reads samples of up to {taught} tokens raw, the base has "
                 f"{positions} positions; set truncation to {positions} or less"
@@ -193,7 +203,7 @@ def examine_sources(sources: Sources, memory: MemoryConfig | None, shape: Any, p
     if memory and shape is not None:
         wanted = [(f"{where}.truncation", entry.truncation) for where, entry in sources.items()]
         with faults.noted():
-            check_truncations(wanted, memory, shape.max_position_embeddings, path)
+            check_truncations(wanted, memory, num_positions(shape), path)
 
 
 def shortest(entry: CorpusEntry | TaskEntry, task: str, chunk_size: int) -> int:

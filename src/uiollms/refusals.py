@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 Value = TypeVar("Value")
+MOST_LINES, LONGEST_LINE = 50, 1000  # of what a command says of wrong input
 
 
 class ConfigError(ValueError):
@@ -76,9 +78,33 @@ def describe(fault: Any, model: type[BaseModel], path: str | Path) -> str:
         return f"{path}: {where}: missing"
     message = fault["msg"].removeprefix("Value error, ")
     found = fault["input"]
-    shown = "" if isinstance(found, dict | list) else f", found {json.dumps(found, default=str)}"
+    shown = "" if isinstance(found, dict | list) else f", found {shortened(json.dumps(found, default=str))}"
     start = f"{path}: {where}: " if where else f"{path}: "
     return "\n".join(f"{start}{line}{shown}" for line in message.split("\n"))
+
+
+def shortened(text: str, length: int = 120) -> str:
+    """Both ends of a long text, with how much is between them."""
+    if len(text) <= length:
+        return text
+    return f"{text[: length // 2]}[.. {len(text) - length:,} more ..]{text[-(length // 2) :]}"
+
+
+def printable(text: str) -> str:
+    """Lines for a terminal: what would move its cursor or change its colours is escaped, a long line
+    shortened, and of very many lines the first 50 kept."""
+    lines = text.split("\n")
+    if len(lines) > MOST_LINES:
+        lines[MOST_LINES:] = [f"... and {len(lines) - MOST_LINES:,} more"]
+    return "\n".join(shortened(as_shown(line), LONGEST_LINE) for line in lines)
+
+
+def as_shown(line: str) -> str:
+    """One line for a terminal; JSON stays the same JSON."""
+    if line.isprintable():
+        return line
+    hidden = {"Cc", "Cf", "Zl", "Zp"}
+    return "".join(json.dumps(c)[1:-1] if unicodedata.category(c) in hidden else c for c in line)
 
 
 def json_path(location: tuple[str | int, ...]) -> str:
@@ -87,8 +113,8 @@ def json_path(location: tuple[str | int, ...]) -> str:
     for part in location:
         if isinstance(part, int):
             text += f"[{part}]"
-        elif not part.isprintable() or not part:
-            text += f"[{json.dumps(part)}]"
+        elif not part.isprintable() or not part or len(part) > 80:
+            text += f"[{json.dumps(shortened(part, 80))}]"
         elif not any(c in part for c in "([{"):
             text += f".{part}" if text else part
     return text

@@ -15,13 +15,13 @@ import os
 import sys
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 
 from uiollms.attention_mass import AttentionMass, measure_attention
 from uiollms.checkpoint import load_weights
 from uiollms.cli import WORDS, Output, output_arguments, reporting_errors
 from uiollms.config import ConfigError
 from uiollms.faults import writing
+from uiollms.options import place, whole
 from uiollms.pretrained import load_memory_lm
 from uiollms.views.folder import ATTENTION, Missing, RunFolder, read_attention, read_folder
 from uiollms.views.page import write_report
@@ -31,10 +31,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m uiollms.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder of train.py or test.py")
+    parser.add_argument("run", type=place, metavar="RUN", help="run folder of train.py or test.py")
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--no_attention", action="store_true", help="do not load the model; show what was measured before")
-    group.add_argument("--attention_tokens", type=int, metavar="N", help="measure attention anew, on N tokens of the document")
+    group.add_argument(
+        "--attention_tokens", type=whole(), metavar="N", help="measure attention anew, on N tokens of the document"
+    )
     output_arguments(parser, "the page, its pictures and what is missing, as one JSON object", quiet="no progress bar, no words")
     args = parser.parse_args(arguments)
     output = Output.of(args)

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from uiollms.config import ConfigError
 from uiollms.data import Document, NewsDocument, TokenDocument
 from uiollms.model import MemoryLM
+from uiollms.positions import num_positions
 from uiollms.step import check_sample, check_teacher
 from uiollms.tasks import PROTOCOLS, Sample
 from uiollms.tokens import (
@@ -64,7 +65,7 @@ class SampleMaker:
         ids = tokenize(self.tokenizer, document.text)
         if document.task == "memory utilization":
             probe = torch.tensor([rng.randrange(self.model.config.vocab_size) for _ in range(chunk_size)])
-            ids = ids[: min(most, self.model.config.max_position_embeddings - chunk_size)]
+            ids = ids[: min(most, num_positions(self.model.config) - chunk_size)]
             enough = len(ids) >= chunk_size
             return Sample.memory_utilization(ids, probe, chunk_size) if enough else Sample.document(ids, chunk_size)
         if document.task == "auto encoding":  # one chunk, from its own memory alone
@@ -82,7 +83,7 @@ class SampleMaker:
         chunk_size = self.model.memory_config.chunk_size
         most = min(most, self._most_compressed())  # the questions stand behind all memories
         if document.kl_weight:
-            most = min(most, self.model.config.max_position_embeddings - chunk_size)
+            most = min(most, num_positions(self.model.config) - chunk_size)
         context = self._hide(document, most, rng)
         asked = [(f"Question: {question}\nAnswer:", answer) for question, answer in document.questions]
         asked += [("Summary of the story:", document.summary)] if document.summary.strip() else []
@@ -113,7 +114,7 @@ class SampleMaker:
 
     def _most_compressed(self) -> int:
         """Tokens of the chunks whose memories a further full chunk can stand behind."""
-        memory, positions = self.model.memory_config, self.model.config.max_position_embeddings
+        memory, positions = self.model.memory_config, num_positions(self.model.config)
         return memory.most_chunks(positions) * memory.chunk_size
 
     def _cut(self, ids: Tensor, truncation: int | None, rng: random.Random, crop: str) -> Tensor:

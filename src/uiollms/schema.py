@@ -16,8 +16,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from uiollms.cli import errors_as_lines
 from uiollms.config import EnvConfig, MemoryConfig, TestFile
+from uiollms.faults import writing
 from uiollms.integrity import make_folder, replace_text
+from uiollms.options import place
 
 SCHEMAS: dict[str, type[BaseModel]] = {"env.json": EnvConfig, "memory.json": MemoryConfig, "test.json": TestFile}
 BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
@@ -93,14 +96,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m uiollms.schema", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path(), metavar="FOLDER", help="where config/ and docs/ are (here)")
+    parser.add_argument("--out", type=place, default=Path(), metavar="FOLDER", help="where config/ and docs/ are (here)")
     out = parser.parse_args(arguments).out
     texts = {f"config/schema/{name}": schema_text(name) for name in SCHEMAS} | {"docs/config.md": config_page()}
     for name, text in texts.items():
-        make_folder((out / name).parent)
-        replace_text(out / name, text)
+        with writing(out / name):
+            make_folder((out / name).parent)
+            replace_text(out / name, text)
         print(out / name)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(errors_as_lines(main))

@@ -35,6 +35,7 @@ from uiollms.kv_gradients import KVGradients, at, batched, pick, projected_at_on
 from uiollms.loss import linear_losses
 from uiollms.memory import Prefix, join_slots
 from uiollms.model import LayerMemory, MemoryLM
+from uiollms.positions import num_positions, positions_said
 from uiollms.tasks import IGNORED, Row, Sample
 
 
@@ -134,7 +135,7 @@ def check_sample(model: MemoryLM, sample: Sample) -> None:
     for a document in chunks, one past the capacity. The same for a token without an embedding."""
     for ids in (sample.chunks, *(row.input_ids for row in sample.rows)):
         check_ids(ids, model.config.vocab_size)
-    m, positions = model.memory_config.num_memory, model.config.max_position_embeddings
+    m, positions = model.memory_config.num_memory, num_positions(model.config)
     row = max(sample.rows, key=lambda row: row.num_memories * m + len(row.input_ids))
     needed = row.num_memories * m + len(row.input_ids)
     if needed <= positions:
@@ -143,7 +144,7 @@ def check_sample(model: MemoryLM, sample: Sample) -> None:
         model.check_length(sample.num_tokens)
     raise ValueError(
         f"{row.num_memories} memories of num_memory {m} slots and the {len(row.input_ids)} tokens "
-        f"that read them need {needed} positions, max_position_embeddings is {positions}; cut the "
+        f"that read them need {needed} positions, past {positions_said(model.config)}; cut the "
         f"document with `truncation`, or compress harder (smaller num_memory)"
     )
 
@@ -257,7 +258,7 @@ def empty_slots(model: MemoryLM, count: int) -> list[Tensor]:
 
 def check_teacher(model: MemoryLM, sample: Sample) -> None:
     """Raises ValueError if a teacher would read past the base's positions, or a token without an embedding."""
-    positions = model.config.max_position_embeddings
+    positions = num_positions(model.config)
     for text in sample.teachers:
         check_ids(text, model.config.vocab_size)
         if len(text) > positions:

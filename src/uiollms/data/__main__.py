@@ -24,12 +24,13 @@ from uiollms.config import ConfigError
 from uiollms.data import open_corpus
 from uiollms.data.documents import REGISTER, Corpus, Document, NewsDocument, TokenDocument
 from uiollms.loading import load
+from uiollms.options import whole
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m uiollms.data", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--sample", metavar="NAME", help="print the first documents of a corpus")
-    parser.add_argument("-n", type=int, default=2, help="how many (default 2)")
+    parser.add_argument("-n", type=whole(), default=2, help="how many (default 2)")
     parser.add_argument("--check", metavar="NAME", help="read a whole corpus and report every document that cannot be read")
     parser.add_argument("--tokenizer", metavar="MODEL", help="for corpora that come tokenised: a model's name or folder")
     output_arguments(parser, "one JSON object a corpus or a sampled document, or one of a check", quiet="no words, no table")

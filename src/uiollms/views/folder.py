@@ -17,8 +17,10 @@ from uiollms.attention_mass import AttentionMass
 from uiollms.config import ConfigError, EnvConfig, MemoryConfig, load_memory_config, parse, read_json
 from uiollms.json_files import finite
 from uiollms.metrics import examine_metrics
-from uiollms.results import TaskResult, load_token_nlls
+from uiollms.reading import check_tree
+from uiollms.results import TaskResult
 from uiollms.run_state import saved_steps
+from uiollms.saved_results import load_token_nlls
 from uiollms.saving import weights_of
 
 Part = TypeVar("Part")
@@ -78,6 +80,7 @@ class RunFolder:
             self.missing.append(Missing(what, f"{path} is not a file", command))
             return None
         try:
+            check_tree(path)
             return read(path)
         except KeyError as error:
             reason = f"{path} has no {error}: another version wrote it"
@@ -91,10 +94,8 @@ class RunFolder:
 
 
 # What a file that somebody has edited, or that is none of a run's, can make of what reads and shows it.
-FAULTS = (
-    *(ArithmeticError, AttributeError, LookupError, OSError, RecursionError, SafetensorError),
-    *(TypeError, ValueError),  # of which ConfigError is one
-)
+# A ConfigError is a ValueError.
+FAULTS = (ArithmeticError, AttributeError, LookupError, OSError, RecursionError, SafetensorError, TypeError, ValueError)
 MOST_RESULTS = 100  # panels in a picture
 
 
