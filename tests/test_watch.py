@@ -230,7 +230,7 @@ def test_a_process_that_never_comes(workspace, monkeypatch):
 @pytest.mark.parametrize("value", ["abc", "-7", "1e3", "9" * 5000, "²"])
 def test_launchers_numbers_that_are_none(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=f"{name}: the environment has .* a launcher sets a whole"):
+    with pytest.raises(ConfigError, match=f"{name}: expected a whole number"):
         number_of_processes()
 
 
@@ -244,4 +244,4 @@ def test_launchers_numbers(monkeypatch):
 def test_train_refuses_them_before_all_else(workspace, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "abc")
     assert call(*TRAIN) == 2
-    assert capsys.readouterr().err.strip().startswith("WORLD_SIZE: the environment has 'abc'")
+    assert capsys.readouterr().err.strip().startswith("environment variable WORLD_SIZE: expected")
