@@ -476,8 +476,8 @@ def test_a_damaged_folder_is_still_said_to_be_damaged(tmp_path):
         load_weights(model, tmp_path / "ckp")
     (tmp_path / "ckp" / "tokens.safetensors").unlink()
     os.mkfifo(tmp_path / "ckp" / "tokens.safetensors")
-    with pytest.raises(ConfigError, match="ckp: tokens.safetensors is not a file"):
+    with pytest.raises(ConfigError, match="tokens.safetensors.* is (a named pipe|not a file)"):
         load_weights(model, tmp_path / "ckp")
     os.mkfifo(tmp_path / "list.pth")
-    with pytest.raises(ConfigError, match="list.pth: not a file"):
+    with pytest.raises(ConfigError, match="list.pth: (is a named pipe|not a file)"):
         load_weights(model, tmp_path / "list.pth")
