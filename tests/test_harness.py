@@ -311,9 +311,7 @@ def test_an_answer_depends_on_its_own_request_alone(folder, settings, monkeypatc
     that are encoded with it: it always has the same company."""
     lm = HarnessLM(**model_args(folder) | {"model.model_dtype": "fp32"})
     batches, encode_layers = set(), lm.model.encode_layers
-    monkeypatch.setattr(
-        lm.model, "encode_layers", lambda ids, *rest: batches.add(str(ids.tolist())) or encode_layers(ids, *rest)
-    )
+    monkeypatch.setattr(lm.model, "encode_layers", lambda ids, *rest: batches.add(str(ids.tolist())) or encode_layers(ids, *rest))
     starts = [DOCUMENT, DOCUMENT + "And then", DOCUMENT[:70], DOCUMENT * 2, "z" * 20]
     prompts = [start + end for start in starts for end in ("", "so?")]
     settings |= dict(until=[], max_gen_toks=20)
