@@ -66,14 +66,14 @@ def test_killed_fifty_times(run_folder):
             if chance.random() < 0.2:
                 code = forked(train(*flags), kill_after=chance.uniform(0, whole_run))
             else:
-                code = forked(train_and_at(chance.randint(1, 120), signalled(signal.SIGKILL), *flags))
+                code = forked(train_and_at(chance.randint(1, 170), signalled(signal.SIGKILL), *flags))
             assert code in (0, -signal.SIGKILL), code
             kills += code != 0
             within_a_save += any(run_folder.glob("checkpoints/.uiollms-*"))
             flags = ("--resume",)
         assert metrics_of(run_folder) == metrics
         assert [name for name, data in tensors_of(run_folder).items() if data != tensors[name]] == []
-    assert within_a_save >= 5  # 6 to 9 were seen, by how busy the machine was
+    assert within_a_save >= 5  # twice as many on an idle machine
 
 
 def test_a_signal_lets_the_step_finish_and_saves(run_folder):
