@@ -378,7 +378,7 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize("main, arguments, expected", COMMANDS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize("main, arguments, expected", COMMANDS, ids=[f"{i}" for i in range(len(COMMANDS))])
 def test_options_without_a_meaning_are_refused_by_name(capsys, main, arguments, expected):
     with pytest.raises(SystemExit) as end:
         main(arguments)
