@@ -375,6 +375,7 @@ def test_chat_templates(lm, monkeypatch):
     [
         (dict(batch_size="auto"), "--batch_size auto: give a number"),
         (dict(batch_size=0), "--batch_size 0: give a number"),
+        (dict(batch_size="9" * 5000), "--batch_size 9{60}.*: give a number"),
         ({"model.model_dtpye": "fp64"}, "did you mean 'model_dtype'"),
         (dict(wieghts="here"), "env.json: wieghts: unknown key"),
     ],

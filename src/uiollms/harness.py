@@ -31,6 +31,7 @@ from uiollms.evaluate import token_losses
 from uiollms.kv_gradients import batched
 from uiollms.lm_eval_command import MODEL, main
 from uiollms.memory import MemoryState
+from uiollms.refusals import shortened
 from uiollms.saving import load_trained
 from uiollms.tasks import IGNORED, Sample
 from uiollms.tokens import common, document_ids, plain_ids
@@ -64,8 +65,9 @@ class HarnessLM(TemplateLM):
         **settings: Any,
     ) -> None:
         super().__init__()
-        if not str(batch_size).isdecimal() or int(batch_size) < 1:
-            raise ConfigError(f"--batch_size {batch_size}: give a number, at least 1; there is no automatic choice")
+        digits = str(batch_size)
+        if not digits.isdecimal() or len(digits) > 9 or int(digits) < 1:  # longer ones overflow, or are refused by Python
+            raise ConfigError(f"--batch_size {shortened(digits)}: give a number, at least 1; there is no automatic choice")
         self.batch_size = int(batch_size)
         config = load_env_config(env_conf, [f"{field}={json.dumps(value)}" for field, value in settings.items()])
         self.tokenizer: Any
