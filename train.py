@@ -37,7 +37,7 @@ from uiollms.pretrained import check_env, count_parameters, load_memory_lm
 from uiollms.run import Run, open_run
 from uiollms.run_state import TrainingState
 from uiollms.step import gradient_step
-from uiollms.training import Samples, gradient_norms, make_optimizer, passes
+from uiollms.training import Samples, gradient_norms, make_optimizer, pack_documents
 from uiollms.views.tables import print_results
 from uiollms.watch import watching
 
@@ -102,7 +102,7 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
         # ---- the algorithm -----------------------------------------------------------------------------------------
         nll, scored, tokens, sources = 0.0, 0, 0, []
         # Of the step's documents this process's, cut into chunks; each is shared by the world.chunks.
-        for documents in passes(samples.take(schedule.documents, world.data), model.chunk_batch):
+        for documents in pack_documents(samples.take(schedule.documents, world.data), model.chunk_batch):
             names = [document.source for document in documents]
             # Draw the windows, encode, losses, gradients: see uiollms/step.py
             with training_on(", ".join(names), train):

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from uiollms import flash
 from uiollms.apart import Apart, SharedPrefix
 from uiollms.attention import Masked, Seen, decoder_mask, decoder_positions, encoder_positions
+from uiollms.base_files import FAMILIES
 from uiollms.config import MemoryConfig
 from uiollms.devices import device_of, moved
 from uiollms.fitness import eos_fault, narrow_window, smallest_window, wide_rank, window_of
@@ -26,7 +27,6 @@ from uiollms.memory import Prefix
 from uiollms.positions import far_rows, num_positions, positions_said, rope_fault, rotary_tables
 from uiollms.skeleton import offloaded, sharded
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # SmolLM2 is a llama
 Front = Prefix | SharedPrefix  # what is in front of a decoder call's own tokens
 PROJECTIONS = {"encoder": ("q_proj", "v_proj"), "decoder": ("k_proj", "v_proj")}
 

@@ -67,7 +67,7 @@ class GenerationFile(BaseModel):
     pad_token_id: Tokens = None
 
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # that can carry memory; SmolLM2 is a llama
 
 
 def check_folder_files(folder: Path) -> None:

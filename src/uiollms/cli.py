@@ -19,9 +19,9 @@ from transformers.utils import logging as transformers_logging
 from uiollms.config import ConfigError
 from uiollms.devices import avoid_cudnn_attention, keep_freed_memory
 from uiollms.environment import unused_gpu
-from uiollms.json_files import as_json, printable
+from uiollms.json_files import as_json
 from uiollms.launch import check_environment
-from uiollms.refusals import as_lines
+from uiollms.refusals import as_lines, as_shown
 
 log = logging.getLogger("uiollms")
 
@@ -56,7 +56,7 @@ class Output:
         """One JSON object as a line, at once; its letters escaped where stdout is not UTF-8, control
         characters always."""
         encoding = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("_", "-")
-        self.line(printable(as_json(fields, ensure_ascii=encoding not in ("utf-8", "utf8"))))
+        self.line(as_shown(as_json(fields, ensure_ascii=encoding not in ("utf-8", "utf8"))))
 
     def bar(self, items: Iterable[Any] | None, **settings: Any) -> tqdm:
         return tqdm(items, **settings, disable=self.quiet)

@@ -276,7 +276,7 @@ def times_before(requests: Sequence[Any]) -> list[int]:
 
 
 def seed_of(ids: list[int], settings: dict[str, Any], time: int) -> int:
-    """The seed of a request's sampling, from what is asked, for the how manieth time, and torch's seed (lm-eval's
+    """The seed of a request's sampling, from what is asked, how often it was asked before, and torch's seed (lm-eval's
     --seed) alone: not from the requests around it."""
     asked = json.dumps([torch.initial_seed(), ids, settings, time], sort_keys=True, default=str)
     return int.from_bytes(hashlib.sha256(asked.encode()).digest()[:8], "little") >> 1

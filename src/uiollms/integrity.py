@@ -94,7 +94,7 @@ def swap(work: Path, place: Path) -> None:
     if not os.path.lexists(place):
         os.rename(work, place)
     elif not exchange(work, place):  # two renames, with the old folder where readers look for it
-        old = set_aside(place)
+        old = place_aside(place)
         os.rename(place, old)
         try:
             os.rename(work, place)
@@ -122,7 +122,7 @@ def exchange(one: Path, other: Path) -> bool:
 HERE, EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
 
-def set_aside(place: Path) -> Path:
+def place_aside(place: Path) -> Path:
     """Where a folder lies while it is replaced by two renames."""
     return place.with_name(f".{place.name}{WORK}old")
 
@@ -133,13 +133,13 @@ def whole_folder(path: Path) -> Path:
     if os.path.lexists(path) and not path.is_symlink():
         return path
     place = Path(os.path.realpath(path))
-    old = set_aside(place)
+    old = place_aside(place)
     return old if not place.exists() and old.is_dir() else path
 
 
 def recover(place: Path) -> None:
     """Put back a folder that a killed process left set aside; remove one that was replaced."""
-    old = set_aside(place)
+    old = place_aside(place)
     if not old.is_dir():
         return
     if os.path.lexists(place):

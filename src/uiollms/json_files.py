@@ -37,11 +37,6 @@ def as_json(value: Any, **settings: Any) -> str:
     return json.dumps(finite(value), allow_nan=False, **settings)
 
 
-def printable(text: str) -> str:
-    """JSON on one line, where control characters and others that a terminal would act upon are escaped."""
-    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
-
-
 def finite(value: Any) -> Any:
     """The same with None for numbers that JSON does not know."""
     if isinstance(value, dict):

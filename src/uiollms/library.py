@@ -30,6 +30,7 @@ from uiollms.integrity import make_folder, replacing
 from uiollms.json_files import loads
 from uiollms.memory import MemoryState, join_slots
 from uiollms.reading import check_tree
+from uiollms.refusals import shortened
 
 log = logging.getLogger("uiollms")
 
@@ -204,7 +205,7 @@ def read(path: Path) -> tuple[Header, dict[str, Tensor]]:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from None
     except Exception as error:  # another's file fails in any way that the library knows
-        raise ConfigError(f"{path}: not a memory, or damaged ({shortened(error)})") from None
+        raise ConfigError(f"{path}: not a memory, or damaged ({words_of(error)})") from None
     if not_finite((name, t) for name, t in tensors.items() if t.dtype in FLOATS):
         raise ConfigError(f"{path}: the memory holds NaN or infinite numbers; compress the text again")
     if header.format == FORMAT and found != header.sha256:
@@ -225,7 +226,7 @@ def read_start(file: BinaryIO, path: Path) -> tuple[bytes, str]:
         start = first + file.read(length)
         metadata = json.loads(start[8:]).get("__metadata__")
     except (ValueError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not a memory, or damaged ({shortened(error)})") from None
+        raise ConfigError(f"{path}: not a memory, or damaged ({words_of(error)})") from None
     written = metadata.get("uiollms") if isinstance(metadata, dict) else None
     if not isinstance(written, str):
         raise ConfigError(f"{path}: a safetensors file, but not a memory made by `compress`")
@@ -241,7 +242,7 @@ def read_header(written: str, path: Path, damaged: bool) -> Header:
             raise ConfigError(f"{path}: {DAMAGED}") from None
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"{path}: not a memory, or damaged ({shortened(error)})") from None
+        raise ConfigError(f"{path}: not a memory, or damaged ({words_of(error)})") from None
     if (header.format == FORMAT) != bool(header.sha256):
         raise ConfigError(f"{path}: {DAMAGED}")
     return header
@@ -265,9 +266,9 @@ def sum_in(start: bytes) -> str:
     return place[1].decode() if place else ""
 
 
-def shortened(error: Exception) -> str:
-    """An error's words on one line, which may hold what is in a file."""
-    return ascii(str(error))[1:-1][:200]
+def words_of(error: Exception) -> str:
+    """An error's words on one line; they may hold what is in a file."""
+    return shortened(ascii(str(error))[1:-1], 200)
 
 
 @torch.no_grad()

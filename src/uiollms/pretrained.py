@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
-from uiollms.base import FAMILIES
+from uiollms.base_files import FAMILIES
 from uiollms.config import (
     COPY_TASKS,
     ConfigError,

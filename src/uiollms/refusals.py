@@ -100,6 +100,7 @@ def as_lines(text: str) -> str:
 
 
 def as_shown(line: str) -> str:
+    """One line for a terminal: what it would act upon is escaped as in JSON, so that JSON stays the same."""
     if line.isprintable():
         return line
     hidden = {"Cc", "Cf", "Zl", "Zp"}

@@ -49,7 +49,7 @@ class Drawn:
     rng: random.Random
 
 
-def passes(documents: Sequence[Drawn], chunk_batch: int) -> Iterator[list[Drawn]]:
+def pack_documents(documents: Sequence[Drawn], chunk_batch: int) -> Iterator[list[Drawn]]:
     """Documents in their order, those together whose chunks fit one batch: they go through encoder and decoder at once."""
     together: list[Drawn] = []
     chunks = 0

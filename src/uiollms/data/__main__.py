@@ -25,6 +25,7 @@ from uiollms.data import open_corpus
 from uiollms.data.documents import REGISTER, Corpus, Document, NewsDocument, TokenDocument
 from uiollms.loading import load
 from uiollms.options import whole
+from uiollms.refusals import shortened
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -75,7 +76,7 @@ def print_samples(corpus: str, documents: Corpus, number: int, output: Output) -
             f"task: {document.task}, KL share of the loss: {document.kl_weight}, prompt scored: {document.train_prompt}"
         )
         for name, text in texts(document):
-            console.print(f"{name}: {shortened(text)}")
+            console.print(f"{name}: {shortened(text, 600)}")
 
 
 def as_json(document: Document) -> dict[str, Any]:
@@ -100,13 +101,6 @@ def texts(document: Document) -> list[tuple[str, str]]:
 
 def scored(document: TokenDocument) -> int:
     return sum(label != -100 for label in document.labels)
-
-
-def shortened(text: str, length: int = 600) -> str:
-    """Both ends of a long text, and how much is between."""
-    if len(text) <= length:
-        return text
-    return f"{text[: length // 2]} [... {len(text) - length} characters ...] {text[len(text) - length // 2 :]}"
 
 
 def check(corpus: str, documents: Corpus, output: Output, most: int = 20) -> None:
