@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from processes import TRAIN, forked
 from test_checks import faults_of, nothing_is_loaded  # noqa: F401  a fixture
 from test_commands import call
 
-from uiollms import ConfigError
+from uiollms import ConfigError, checks
 from uiollms.__main__ import main as compress
 from uiollms.checkpoint import load_weights, save_weights
 from uiollms.checks import check_evaluation
@@ -134,7 +135,8 @@ def test_a_link_that_leads_nowhere_and_a_file_that_is_no_weights(tmp_path):
     assert (tmp_path / "other.pth").read_bytes() == b"a year of work"
 
 
-def test_two_runs_with_one_place_for_weights(workspace, capsys):
+def test_two_runs_with_one_place_for_weights(workspace, monkeypatch, capsys):
+    monkeypatch.setattr(checks, "ENDING", 0.1)
     Path("shared").mkdir()
     Path("link").symlink_to("shared")
     program = "import filelock; lock = filelock.FileLock('shared/.ckp-lock'); "
@@ -148,8 +150,9 @@ def test_two_runs_with_one_place_for_weights(workspace, capsys):
             expected = "another run saves its weights here; choose another model.save_ckp"
             assert said == f"{place}: {expected}"
         assert not Path("out/metrics.jsonl").exists()
-        other.communicate(b"\n")
-    assert call(*TRAIN, *QUICK, "--set=model.save_ckp=shared/ckp") == 0
+        monkeypatch.setattr(checks, "ENDING", 60.0)  # one that is ending is waited for
+        threading.Timer(1.0, lambda: other.stdin.close()).start()
+        assert call(*TRAIN, *QUICK, "--set=model.save_ckp=shared/ckp") == 0
 
 
 # ---- what test.py and compress write -------------------------------------------------------------

@@ -41,6 +41,8 @@ from uiollms.refusals import Faults
 from uiollms.saving import weights_of
 from uiollms.schedule import Schedule
 
+ENDING = 10.0  # seconds that a run which was told to stop may still need for its last save
+
 
 def check_training(config: EnvConfig, path: str | Path, going_on: bool = False) -> MemoryConfig:
     """Everything that train.py reads and writes; the compressor config. going_on: a checkpoint says what an iteration is.
@@ -203,7 +205,7 @@ def check_can_save(save_ckp: str | None, stack: ExitStack) -> None:
             make_folder(path.parent)
             said = "another run saves its weights here; choose another model.save_ckp"
             lock = path.with_name(f".{path.name}-lock")
-            stack.enter_context(held(lock, f"{save_ckp}: {said}"))
+            stack.enter_context(held(lock, f"{save_ckp}: {said}", ENDING))
             recover(path)
             check_target(Path(save_ckp))
             tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-").close()

@@ -88,9 +88,10 @@ def check_save_place(save_ckp: Path, folder: Path) -> None:
 
 
 @contextmanager
-def held(path: Path, said: str) -> Iterator[None]:
-    """A lock while the block runs. Raises ConfigError that says `said` where another has it."""
-    lock = FileLock(path, timeout=0)
+def held(path: Path, said: str, seconds: float = 0.0) -> Iterator[None]:
+    """A lock while the block runs. Raises ConfigError that says `said` where another still has it after
+    so many seconds."""
+    lock = FileLock(path, timeout=seconds)
     try:
         lock.acquire()
     except Timeout:
