@@ -132,9 +132,9 @@ def load_weights(model: MemoryLM, path: str | Path) -> None:
     """Read trained tensors into `model`. Raises ConfigError for files that are missing, broken or not those that
     checksums.json names (where there is one), a compressor or vocabulary other than the model's, and tensors that do not fit."""
     path = Path(path)
-    check_tree(path)
     try:
         if path.suffix == ".pth":
+            check_tree(path)
             tensors = read_pth(model, path)
         else:
             tensors = read_whole(path, lambda folder: read_folder(model, folder))
@@ -148,6 +148,7 @@ def load_weights(model: MemoryLM, path: str | Path) -> None:
 
 
 def read_folder(model: MemoryLM, path: Path) -> dict[str, Tensor]:
+    check_tree(path)
     absent = () if (path / "decoder").exists() else ("decoder",)  # no transfer head, or missed below
     files = [name for name in WEIGHT_FILES if name != CHECKSUMS and name.split("/")[0] not in absent]
     if other := [name for name in files if (path / name).exists() and not (path / name).is_file()]:

@@ -29,7 +29,7 @@ from uiollms.data.hub import HubDataset, Split
 from uiollms.evaluation import ACCEPTED
 from uiollms.faults import writing
 from uiollms.flash import check_request
-from uiollms.integrity import make_folder, recover, whole_folder
+from uiollms.integrity import make_folder, read_whole, recover
 from uiollms.loading import hub_reachable, load
 from uiollms.own_files import FILES, RESULTS, check_run_folder, check_save_place, held
 from uiollms.packaged import package_folder
@@ -149,9 +149,12 @@ def examine_base(config: EnvConfig, shape: Any, path: str | Path, faults: Faults
 
 def check_weights(weights: str | None, memory: MemoryConfig | None) -> None:
     """Raises ConfigError for weights that are to be loaded and are not there, or not of this compressor."""
-    if weights is None:
-        return
-    path = whole_folder(Path(weights))
+    if weights is not None:
+        read_whole(Path(weights), lambda path: examine_weights(path, memory))
+
+
+def examine_weights(path: Path, memory: MemoryConfig | None) -> None:
+    """As `check_weights`, of a file or folder as it lies."""
     if not path.exists():
         raise ConfigError(
             f"{path}: no checkpoint can be read here: there is no such file or folder; give the path of one, or null"

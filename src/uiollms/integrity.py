@@ -23,6 +23,7 @@ from uiollms.reading import check_tree
 from uiollms.refusals import ConfigError
 
 CHECKSUMS = "checksums.json"
+MOST_READS = 100  # of a folder that is replaced every time while it is read
 Value = TypeVar("Value")
 
 
@@ -154,16 +155,16 @@ def recover(place: Path) -> None:
 def read_whole(path: Path, read: Callable[[Path], Value]) -> Value:
     """What `read` makes of a folder written by `replacing_folder`; read again where the folder was
     replaced meanwhile, so that no value is half of one and half of the other."""
-    for attempt in range(1, 11):
+    for attempt in range(1, MOST_READS + 1):
         place = whole_folder(path)
         before = identity(place)
         try:
             value = read(place)
         except Exception:
-            if attempt == 10 or identity(whole_folder(path)) == before:
+            if attempt == MOST_READS or identity(whole_folder(path)) == before:
                 raise
         else:
-            if attempt == 10 or identity(whole_folder(path)) == before:
+            if attempt == MOST_READS or identity(whole_folder(path)) == before:
                 break
     return value
 

@@ -140,7 +140,7 @@ class Watch:
             os.set_blocking(end, False)
         self.stack.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(write))
         for number, handler in (*((each, self.ignore) for each in ASKED), (POKE, self.poked)):
-            self.stack.callback(signal.signal, number, signal.signal(number, handler))
+            self.stack.callback(self.restore, number, signal.signal(number, handler))
         self.start(partial(self.listen, read), wake=partial(os.write, write, b"\0"))
 
     def start(self, run: Callable[[], None], wake: Callable[[], object] = bool) -> None:
@@ -148,6 +148,11 @@ class Watch:
         thread.start()
         for at_the_end in (partial(thread.join, 2 * POLL), wake, self.closed.set):  # last first
             self.stack.callback(at_the_end)
+
+    def restore(self, number: int, before: Any) -> None:
+        """A handler as it was; but a process that stops because it was asked to is on its way out, and
+        what a launcher sends once more must not change its exit code."""
+        signal.signal(number, signal.SIG_IGN if self.asked and number in ASKED else before)
 
     def ignore(self, number: int, frame: Any) -> None:
         """The thread that listens has heard it."""
