@@ -33,9 +33,10 @@ PROJECTIONS = {"encoder": ("q_proj", "v_proj"), "decoder": ("k_proj", "v_proj")}
 
 class Role(nn.Module):
     """The trained tensors of one role: a LoRA pair for two projections of every layer (for none, where
-    the decoder has no transfer head), and one token embedding; all in the dtype of `token`."""
+    the decoder has no transfer head), and one token embedding, where `token_name` names it; all
+    in the dtype of `token`."""
 
-    def __init__(self, name: str, base: Any, config: MemoryConfig, token_name: str, token: Tensor) -> None:
+    def __init__(self, name: str, base: Any, config: MemoryConfig, token_name: str | None, token: Tensor) -> None:
         super().__init__()
         salts = iter(range(2 * len(base.model.layers)))
         offset = 0 if name == "encoder" else 2 * len(base.model.layers)
@@ -56,7 +57,8 @@ class Role(nn.Module):
             )
             for layer in base.model.layers
         )
-        self.register_parameter(token_name, nn.Parameter(token.clone()))
+        if token_name:
+            self.register_parameter(token_name, nn.Parameter(token.clone()))
 
 
 def check_base(base: Any, config: MemoryConfig) -> None:

@@ -3,10 +3,12 @@
 <folder>/memory_config.json                 the compressor they were trained for
          encoder/ decoder/                  PEFT adapters: adapter_config.json, adapter_model.safetensors
                                             (no decoder/ without a transfer head)
-         tokens.safetensors                 the two token embeddings; its header names the base's vocabulary size
+         tokens.safetensors                 the two token embeddings (with slot_input "last" the repeat token
+                                            alone); its header names the base's vocabulary size
          checksums.json                     sha256 of every file, written last
 <name>.pth                                  the released program's format: a pickled list, encoder then decoder, each
                                             its token and then, layer by layer, A and B of its two projections
+                                            (with slot_input "last" the encoder has no token)
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from torch import Tensor
 from uiollms.base import PROJECTIONS
 from uiollms.config import ConfigError, MemoryConfig, load_memory_config
 from uiollms.faults import writing
-from uiollms.fitness import not_finite
+from uiollms.fitness import TOKEN, not_finite, other_slots
 from uiollms.integrity import (
     CHECKSUMS,
     make_folder,
@@ -39,7 +41,7 @@ from uiollms.model import MemoryLM
 from uiollms.reading import check_tree, kind_of
 
 ROLES = ("encoder", "decoder")
-TOKENS = ("encoder.retrieval_token", "decoder.repeat_token")
+TOKENS = (TOKEN, "decoder.repeat_token")
 ADAPTERS = [f"{role}/{name}" for role in ROLES for name in ("adapter_config.json", "adapter_model.safetensors")]
 WEIGHT_FILES = ["memory_config.json", "tokens.safetensors", *ADAPTERS, CHECKSUMS]
 
@@ -70,7 +72,8 @@ def write_weights(model: MemoryLM, work: Path, dtype: torch.dtype | None = None)
     compressor = model.memory_config.model_dump_json(indent=4) + "\n"
     (work / "memory_config.json").write_text(compressor, encoding="utf-8")
     header = {"vocab_size": str(model.config.vocab_size)}  # one key: more would be written in a random order
-    save_file({name: tensors[name] for name in TOKENS}, work / "tokens.safetensors", metadata=header)
+    tokens = {name: tensors[name] for name in TOKENS if name in tensors}
+    save_file(tokens, work / "tokens.safetensors", metadata=header)
     for role in roles(model.memory_config):
         peft_config(role, model).save_pretrained(str(work / role))
         adapter = {peft_name(name): t.contiguous() for name, t in tensors.items() if is_lora_of(role, name)}
@@ -172,7 +175,7 @@ def check_compressor(path: Path, memory: MemoryConfig) -> None:
     saved = load_memory_config(path / "memory_config.json")
     differing = [
         f"{field} {getattr(saved, field)}, the config says {getattr(memory, field)}"
-        for field in ("num_memory", "chunk_size", "lora_rank", "lora_alpha", "transfer_head")
+        for field in ("num_memory", "chunk_size", "lora_rank", "lora_alpha", "transfer_head", "slot_input")
         if getattr(saved, field) != getattr(memory, field)
     ]
     if differing:
@@ -194,6 +197,10 @@ def read_pth(model: MemoryLM, path: Path) -> dict[str, Tensor]:
     except Exception as error:  # a file that means harm can fail in any way the unpickler knows
         raise ValueError(f"not a list of tensors saved by torch ({' '.join(str(error).split())[:120]})") from None
     names = list(model.trainable_parameters())
+    if isinstance(listed, list) and all(isinstance(t, Tensor) for t in listed):
+        more, learned = len(listed) - len(names), TOKEN in names
+        if (more, learned) in ((1, False), (-1, True)) and (listed[0].dim() == 3) == (not learned):
+            raise ValueError(other_slots(not learned))
     if not isinstance(listed, list) or len(listed) != len(names) or not all(isinstance(t, Tensor) for t in listed):
         found = f"{len(listed)} entries" if isinstance(listed, list) else type(listed).__name__
         raise ValueError(f"expected a list of {len(names)} tensors ({names[0]}, {names[1]}, ...), found {found}")

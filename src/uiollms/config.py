@@ -53,6 +53,11 @@ class MemoryConfig(Checked):
         description="decoder LoRA on memory, the paper's transfer head; false = memory is read "
         "through the frozen projections, the paper's Table 6 without it",
     )
+    slot_input: Literal["token", "last"] = Field(
+        "token",
+        description="what the encoder reads at a slot: token = one learned embedding for all, the "
+        "paper's memory token; last = the frozen embedding of the last of the slot's own l / m tokens",
+    )
 
     @model_validator(mode="after")
     def _chunk_divides(self) -> MemoryConfig:

@@ -128,9 +128,23 @@ def check_ids(ids: Tensor, vocab_size: int) -> None:
         )
 
 
+TOKEN = "encoder.retrieval_token"
+
+
+def other_slots(learned: bool) -> str:
+    """Why weights with (`learned`), or without, a memory token do not fit the other compressor."""
+    found, wanted = ("token", "last") if learned else ("last", "token")
+    return (
+        f'slot_input: the config has "{wanted}", these weights were trained with "{found}" '
+        f'({"a" if learned else "no"} tensor {TOKEN}); set slot_input to "{found}" in the compressor config'
+    )
+
+
 def check_tensors(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], strict: bool) -> None:
     """Raises ValueError that lists the tensors whose shapes are not those of the model's `own` and, with
-    `strict`, those that are missing or unknown."""
+    `strict`, those that are missing or unknown; it is one line where the memory token alone is."""
+    if strict and own.keys() ^ tensors.keys() == {TOKEN}:
+        raise ValueError(other_slots(TOKEN in tensors))
     faults = [
         f"{name}: shape {list(tensors[name].shape)}, expected {list(own[name].shape)}"
         for name in own.keys() & tensors.keys()

@@ -8,6 +8,7 @@ utilisation = useful FLOPs / (seconds * GEMM peak) can only be too low. What has
     encoder   the last layer is only a norm; of the last layer that runs, ordinary tokens need keys and values only
     backward  weights are frozen, so a linear layer costs its input's gradient alone (as many FLOPs as forward), and that not
               where nothing trained lies below: in layer 0 of the decoder, and for layer 0's ordinary tokens in the encoder
+              (with slot_input "last" for its slots too: their input is the frozen embedding)
 
 With t tokens, q = heads * head size, kv = key/value heads * head size, D hidden, I intermediate, r rank:
 
@@ -44,6 +45,7 @@ class Flops:
     slots: int
     rank: int
     transfer_head: bool = True
+    learned_slots: bool = True
 
     @classmethod
     def of(cls, model: MemoryLM) -> Flops:
@@ -63,6 +65,7 @@ class Flops:
             slots=memory.num_memory,
             rank=memory.lora_rank,
             transfer_head=memory.transfer_head,
+            learned_slots=memory.slot_input == "token",
         )
 
     # ---- parts ----------------------------------------------------------------------------------------------------
@@ -114,8 +117,10 @@ class Flops:
     def encoder_backward(self) -> int:
         total = 0
         for i, (tokens, queries, pairs) in enumerate(self.encoder_layers()):
-            below = (self.slots, self.slots) if i == 0 else (tokens, queries)  # where a gradient goes further down
-            total += self.o_proj_mlp(queries) + self.keys_values(below[0]) + self.q_proj(below[1]) + 2 * self.attention(pairs)
+            learned = self.slots * self.learned_slots
+            below = (learned, learned) if i == 0 else (tokens, queries)  # where a gradient goes further down
+            total += self.o_proj_mlp(queries) + self.keys_values(below[0]) + self.q_proj(below[1])
+            total += 2 * self.attention(pairs) if any(below) else self.attention(pairs) * 3 // 2  # no dK
             total += self.lora_backward(queries, self.q, below[1]) + self.lora_backward(tokens, self.kv, below[0])
         return total
 

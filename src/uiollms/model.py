@@ -84,7 +84,8 @@ class MemoryLM(Usage, Streaming, Generation, PreTrainedModel, GenerationMixin): 
         with align_module_device(embedding):  # it may rest on disk
             token = embedding.weight.detach()[eos_of(base.config)].to(master_dtype(base.dtype, masters))[None, None]
         self.masters, self.master_dtype = masters, token.dtype  # of what is trained, and of gradients' sums
-        self.encoder = Role("encoder", base, config, "retrieval_token", token)
+        learned = config.slot_input == "token"
+        self.encoder = Role("encoder", base, config, "retrieval_token" if learned else None, token)
         self.decoder = Role("decoder", base, config, "repeat_token", token)
         # What runs, beside the module tree (see skeleton.py).
         self.encoder_layers = skeleton(base, list(self.encoder.layers))  # type: ignore[arg-type]
@@ -103,7 +104,8 @@ class MemoryLM(Usage, Streaming, Generation, PreTrainedModel, GenerationMixin): 
 
     def memory_state_dict(self) -> dict[str, Tensor]:
         """What is trained, detached: `encoder.layers.{i}.{q_proj,v_proj}.lora_{A,B}`,
-        `decoder.layers.{i}.{k_proj,v_proj}.lora_{A,B}`, `encoder.retrieval_token`, `decoder.repeat_token`."""
+        `decoder.layers.{i}.{k_proj,v_proj}.lora_{A,B}`, `encoder.retrieval_token` (not under
+        `slot_input` "last"), `decoder.repeat_token`."""
         return {name: p.detach() for name, p in self.trainable_parameters().items()}
 
     def load_memory_state_dict(self, tensors: Mapping[str, Tensor], strict: bool = True) -> None:
@@ -173,7 +175,11 @@ class MemoryLM(Usage, Streaming, Generation, PreTrainedModel, GenerationMixin): 
         if input_ids.shape[1] != l:
             raise ValueError(f"encode takes chunks of chunk_size {l} tokens, found {list(input_ids.shape)}")
         tokens = self.base.model.embed_tokens(moved(input_ids, self.device))
-        slots = self.encoder.get_parameter("retrieval_token").to(tokens).expand(len(input_ids), m, -1)
+        if self.memory_config.slot_input == "last":
+            slots = tokens[:, l // m - 1 :: l // m]  # l 8, m 2 -> tokens 3 and 7
+        else:
+            token = self.encoder.get_parameter("retrieval_token").to(tokens)
+            slots = token.expand(len(input_ids), m, -1)
         hidden = torch.cat([tokens, slots], dim=1)  # [C, l + m, D]
         beside = beside_chunks(self.base, hidden, self.memory_config)
         memory, count = [], len(self.encoder_layers)

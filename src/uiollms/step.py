@@ -181,7 +181,11 @@ def _steps(
             picked = [wanted[j] for j in batch]
             with torch.enable_grad():
                 graph = model.encode_layers(chunks[picked], pick(seeds, picked))
-        backward(model, graph, [at(layer, batch) for layer in memory_grads])
+        # Under slot_input "last" layer 0's memory has no graph: nothing trained lies below it.
+        pairs = zip(graph, memory_grads, strict=True)
+        outputs = [(layer, at(grad, batch)) for layer, grad in pairs if layer.requires_grad]
+        if outputs:
+            backward(model, *zip(*outputs, strict=True))
     return books.results(samples, [division.own[wanted[j]] for j in places])
 
 
