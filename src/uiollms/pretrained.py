@@ -189,6 +189,7 @@ def examine_sources(sources: Sources, memory: MemoryConfig | None, shape: Any, p
             continue
         if memory and entry.truncation is not None:
             least = shortest(entry, corpus.task, memory.chunk_size)
+            least = max(least, corpus.chunks(*arguments)[0] * memory.chunk_size)
             if entry.truncation < least:
                 faults.add(
                     f"{path}: {where}.truncation: of {entry.truncation} tokens nothing would read memory, "

@@ -13,10 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from uiollms.config import ConfigError
-from uiollms.data import Document, NewsDocument, TokenDocument
+from uiollms.data import Document, NewsDocument, RecallDocument, TokenDocument
 from uiollms.model import MemoryLM
 from uiollms.passes import check_sample, check_teacher
 from uiollms.positions import num_positions
+from uiollms.recall import recall_sample
 from uiollms.tasks import PROTOCOLS, Sample
 from uiollms.tokens import (
     LONGEST_TOKEN,
@@ -59,6 +60,9 @@ class SampleMaker:
             return sample.distilled(document.kl_weight) if document.kl_weight else sample
         if isinstance(document, NewsDocument):
             return self._ask_news(document, most, rng)
+        if isinstance(document, RecallDocument):
+            length = truncation and min(truncation, self.model.capacity)
+            return recall_sample(self.tokenizer, document, chunk_size, length)
         if document.task == "question answering":
             pair = tokenize_pair(self.tokenizer, document.text, document.response or "")
             return Sample.question_answering(*pair, chunk_size, document.train_prompt, most)
