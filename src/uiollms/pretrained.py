@@ -187,24 +187,48 @@ def examine_sources(sources: Sources, memory: MemoryConfig | None, shape: Any, p
         except ConfigError as error:
             faults.add(f"{path}: {where}.{field}: {error}")
             continue
-        if memory and entry.truncation is not None:
-            least = shortest(entry, corpus.task, memory.chunk_size)
-            least = max(least, corpus.chunks(*arguments)[0] * memory.chunk_size)
+        own = None  # the entry's compressor
+        with faults.noted(f"{path}: {where}: "):
+            own = memory and at_size(memory, entry, shape)
+        if own and entry.truncation is not None:
+            least = shortest(entry, corpus.task, own.chunk_size)
+            least = max(least, corpus.chunks(*arguments)[0] * own.chunk_size)
             if entry.truncation < least:
                 faults.add(
                     f"{path}: {where}.truncation: of {entry.truncation} tokens nothing would read memory, "
-                    f"chunk_size is {memory.chunk_size}; use at least {least}"
+                    f"chunk_size is {own.chunk_size}; use at least {least}"
                 )
+        if own and shape is not None:
+            with faults.noted():
+                wanted = [(f"{where}.truncation", entry.truncation)]
+                check_truncations(wanted, own, num_positions(shape), path)
         taught = corpus.taught(*arguments) if shape is not None else 0
         if taught and min(taught, entry.truncation or taught) > (positions := num_positions(shape)):
             faults.add(
                 f"{path}: {where}: the teacher reads samples of up to {taught} tokens raw, the base has "
                 f"{positions} positions; set truncation to {positions} or less"
             )
-    if memory and shape is not None:
-        wanted = [(f"{where}.truncation", entry.truncation) for where, entry in sources.items()]
-        with faults.noted():
-            check_truncations(wanted, memory, num_positions(shape), path)
+
+
+def at_size(memory: MemoryConfig, entry: CorpusEntry | TaskEntry, shape: Any) -> MemoryConfig:
+    """The compressor at the size that a task asks for: LoRA and tokens do not depend on it. shape:
+    the base's transformers config, None where it could not be had. Raises ConfigError where the
+    size is none, and where the base cannot read such chunks."""
+    if not isinstance(entry, TaskEntry) or (entry.chunk_size, entry.num_memory) == (None, None):
+        return memory
+    chunk_size = entry.chunk_size or memory.chunk_size
+    num_memory = entry.num_memory or memory.num_memory
+    if chunk_size % num_memory:
+        both = entry.chunk_size and entry.num_memory
+        where = "" if both else "; the other of the two is the compressor config's"
+        raise ConfigError(f"chunk_size {chunk_size} must be a multiple of num_memory {num_memory}{where}")
+    if shape is not None:
+        fault = narrow_window(shape, chunk_size) or rope_fault(shape, chunk_size)
+        if not fault and chunk_size > (positions := num_positions(shape)):
+            fault = f"chunk_size {chunk_size} is past the base's {positions} positions"
+        if fault:
+            raise ConfigError(fault)
+    return memory.model_copy(update=dict(chunk_size=chunk_size, num_memory=num_memory))
 
 
 def shortest(entry: CorpusEntry | TaskEntry, task: str, chunk_size: int) -> int:
