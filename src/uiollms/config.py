@@ -20,6 +20,7 @@ from uiollms.entries import (
     Fraction,
     Positive,
     SchemaLink,
+    Size,
     Stage,
     share_fault,
     spelled,
@@ -67,6 +68,10 @@ class MemoryConfig(Checked):
                 f"{self.chunk_size % self.num_memory} tokens would be seen by no memory slot)"
             )
         return self
+
+    @property
+    def size(self) -> Size:
+        return self.chunk_size, self.num_memory
 
     def capacity(self, positions: int) -> int:
         """The longest document, in tokens, under the base's number of positions: a chunk and
@@ -150,10 +155,19 @@ class TaskEntry(Checked):
     truncation: Positive | None = Field(
         default=None, description="tokens kept of a document, null = all; passkey, needle: of a trial"
     )
-    compare: tuple[Literal["window", "raw", "shuffled"], ...] = Field(
+    compare: tuple[Literal["window", "raw", "shuffled", "recent"], ...] = Field(
         default=(),
-        description="also score the same tokens without memory (window), with the raw context where positions allow (raw), and "
-        "with the memories of another document (shuffled)",
+        description="also score the same tokens without memory (window), with the raw context "
+        "where positions allow (raw), with the memories of another document (shuffled), and with as "
+        "many raw tokens right in front as memory has slots (recent)",
+    )
+    chunk_size: Positive | None = Field(
+        None,
+        description="tokens of a chunk in this task; null = the compressor config's",
+    )
+    num_memory: Positive | None = Field(
+        None,
+        description="memory slots of a chunk in this task; null = the compressor config's",
     )
     protocols: tuple[Literal["paper", "document"], ...] = Field(
         default=("paper",),
@@ -197,8 +211,10 @@ class TaskEntry(Checked):
             faults.append(f"generate is for question answering, found with {self.task_type}: remove it")
         if self.task_type in RETRIEVAL_TASKS and self.num_instance > MOST_TRIALS:
             faults.append(f"num_instance: at most {MOST_TRIALS} trials at each depth, found {self.num_instance}")
-        if "raw" in self.compare and self.task_type in COPY_TASKS:
-            faults.append(f"compare: raw: {self.task_type} is from memory alone; allowed are window and shuffled")
+        if self.task_type in COPY_TASKS and {"raw", "recent"} & set(self.compare):
+            compared = " and ".join(mode for mode in self.compare if mode in ("raw", "recent"))
+            what = f"{self.task_type} is from memory alone; allowed are window and shuffled"
+            faults.append(f"compare: {compared}: {what}")
         if "shuffled" in self.compare and self.num_instance < 2:
             faults.append("compare: shuffled reads another document's memories, num_instance must be at least 2, found 1")
         return all_right(self, faults)

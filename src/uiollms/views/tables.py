@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from uiollms.results import TaskResult
@@ -14,18 +14,20 @@ from uiollms.results import TaskResult
 NAMES = {
     "window": "no memory (window only)",
     "shuffled": "memory of another document",
+    "recent": "recent raw tokens, as many as slots",
     "memory": "with memory",
     "raw": "raw context",
 }
 
-COLUMNS = ("task", "documents", "tokens", "mode", "result (95 % interval)", "also")
+COLUMNS = ("task", "documents", "tokens", "chunk", "mode", "result (95 % interval)", "also")
 
 
 def print_results(results: Sequence[TaskResult], console: Console | None = None) -> None:
     """One table of all tasks, a row a mode."""
     table = Table(title="evaluation", title_justify="left")
     for column in COLUMNS:
-        table.add_column(column, justify="right" if column == "tokens" else "left", no_wrap=column not in ("task", "also"))
+        justify: JustifyMethod = "right" if column == "tokens" else "left"
+        table.add_column(column, justify=justify, no_wrap=column not in ("task", "mode", "also"))
     for result in results:
         for row in rows_of(result):
             table.add_row(*row)
@@ -42,7 +44,10 @@ def rows_of(result: TaskResult) -> list[tuple[str, ...]]:
         main = f"{name} {perplexity_words(numbers)}" if key == "perplexity" else f"{name} {short(numbers[key])}"
         main += between(numbers.get(interval))
         tokens = str(result.truncation or "all")
-        rows.append((result.title if i == 0 else "", str(numbers["documents"]), tokens, NAMES[mode], main, also(result, mode)))
+        title = result.title if i == 0 else ""
+        sizes = tokens, result.size
+        documents = str(numbers["documents"])
+        rows.append((title, documents, *sizes, NAMES[mode], main, also(result, mode)))
     return rows
 
 
@@ -69,8 +74,6 @@ def also(result: TaskResult, mode: str) -> str:
     parts = []
     if result.task_type == "perplexity":
         parts.append(f"document mean {short(numbers['document_mean'])}{between(numbers['document_mean_interval_95'])}")
-        if mode == "memory" and result.recovered is not None:
-            parts.append(f"{result.recovered:.0%} recovered")
     if result.kind == "retrieval":
         parts.append("by depth " + ", ".join(f"{d['depth']:g}: {d['accuracy']:.0%}" for d in numbers["by_depth"]))
     if "rouge_l" in numbers:
@@ -81,4 +84,20 @@ def also(result: TaskResult, mode: str) -> str:
         parts.append(f"perplexity {perplexity_words(numbers)}")
     if result.kind != "text":
         parts.append("NLL " + ("-" if numbers["nll"] is None else f"{numbers['nll']:.3f}"))
+    if mode == "memory":
+        parts += worth(result)
     return ", ".join(parts)
+
+
+def worth(result: TaskResult) -> list[str]:
+    """What memory is worth against its controls, in words: see controls.py."""
+    found = []
+    if result.bound:
+        value, interval = result.bound
+        found.append(f"bound {value:.3f}{between(interval)} nats")
+        if interval[0] <= 0:
+            found.append("another document's memory may serve as well")
+    if result.recovered:
+        value, (low, high) = result.recovered
+        found.append(f"{value:.0%} ({low:.0%} .. {high:.0%}) recovered")
+    return found
