@@ -169,11 +169,11 @@ class TaskEntry(Checked):
         None,
         description="memory slots of a chunk in this task; null = the compressor config's",
     )
-    protocols: tuple[Literal["paper", "document"], ...] = Field(
+    protocols: tuple[Literal["paper", "document", "later"], ...] = Field(
         default=("paper",),
         min_length=1,
         description="perplexity and language modeling only: which tokens are scored, one result each. paper: all but the first "
-        "of every chunk; document: all but the document's first",
+        "of every chunk; document: all but the document's first; later: as document, but those that read no memory",
     )
     depths: tuple[Fraction, ...] | None = Field(
         default=None,

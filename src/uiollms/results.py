@@ -27,6 +27,10 @@ from uiollms.summaries import checked_about, checked_estimate, checked_numbers
 Item = TypeVar("Item")
 
 
+# What memory is worth against its controls, as attributes of a result and keys of its summary.
+ESTIMATES = ("bound", "below_window", "below_recent", "recovered")
+
+
 @dataclass(frozen=True, eq=False)
 class DocumentScore:
     """One document in one mode. nll, loss [T'] float32 in nats, without and with the teacher's share; positions [T'] int64;
@@ -151,6 +155,18 @@ class TaskResult:
         return difference(*pair) if pair else None
 
     @cached_property
+    def below_window(self) -> Estimate | None:
+        """nll_window - nll_own, in nats a token; None without window."""
+        pair = self.nlls("window", "memory")
+        return difference(*pair) if pair else None
+
+    @cached_property
+    def below_recent(self) -> Estimate | None:
+        """nll_recent - nll_own, in nats a token; None without recent."""
+        pair = self.nlls("recent", "memory")
+        return difference(*pair) if pair else None
+
+    @cached_property
     def recovered(self) -> Estimate | None:
         """See controls.py; None without window and raw context."""
         three = self.nlls("window", "memory", "raw")
@@ -167,8 +183,8 @@ class TaskResult:
         """A result with the numbers that `summary` wrote, and without its documents. Raises KeyError, ValueError for other
         JSON."""
         result = cls(*checked_about(summary))
-        result.bound = checked_estimate(summary, "bound")
-        result.recovered = checked_estimate(summary, "recovered")
+        for name in ESTIMATES:
+            setattr(result, name, checked_estimate(summary, name))
         modes = {key: value for key, value in summary.items() if isinstance(value, dict)}
         result.modes = {mode: checked_numbers(numbers, mode) for mode, numbers in modes.items()}
         return result
@@ -190,9 +206,7 @@ class TaskResult:
             "max": max(perplexities),
             "min": min(perplexities),
             **self.modes,
-            **written("bound", self.bound),
-            **written("recovered", self.recovered),
-        }
+        } | {key: value for name in ESTIMATES for key, value in written(name, getattr(self, name)).items()}
 
 
 def written(name: str, found: Estimate | None) -> dict[str, Any]:

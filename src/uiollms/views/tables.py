@@ -97,6 +97,10 @@ def worth(result: TaskResult) -> list[str]:
         found.append(f"bound {value:.3f}{between(interval)} nats")
         if interval[0] <= 0:
             found.append("another document's memory may serve as well")
+    for name, found_by in (("window", result.below_window), ("recent", result.below_recent)):
+        if found_by:
+            value, interval = found_by
+            found.append(f"{value:.3f}{between(interval)} below {name}")
     if result.recovered:
         value, (low, high) = result.recovered
         found.append(f"{value:.0%} ({low:.0%} .. {high:.0%}) recovered")
