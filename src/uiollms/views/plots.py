@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,8 @@ def plot_depths(result: TaskResult, axes: Any) -> None:
 def plot_bars(result: TaskResult, axes: Any) -> None:
     key, _, measure = result.main
     modes = [mode for mode in NAMES if mode in result.modes]
-    bars = axes.bar([NAMES[m].replace(" (", "\n(") for m in modes], [result.modes[m][key] for m in modes])
+    names = [textwrap.fill(NAMES[mode], 12) for mode in modes]  # side by side
+    bars = axes.bar(names, [result.modes[mode][key] for mode in modes])
     for mode, bar in zip(modes, bars, strict=True):
         bar.set_color(COLORS[mode])
     axes.bar_label(bars, fmt=short, fontsize=8)
