@@ -232,8 +232,14 @@ class Oracle:
             found.append((self.rotated(k, range(m * len(chunks)), self.far(m, 0)), v))
         return found
 
-    def stream(self, ids: Tensor) -> Tensor:
-        """[T] -> logits [T, V]: every chunk behind the memories of all before it."""
+    def stream(self, ids: Tensor, memories_of: Tensor | None = None) -> Tensor:
+        """[T] -> logits [T, V]: every chunk behind the memories of all before it (of another
+        document's chunks, if given) and the last tokens before it, read again."""
         chunks = ids.split(self.memory.chunk_size)
-        rows = [self.read(chunk, self.slots(chunks[:t])) for t, chunk in enumerate(chunks)]
+        read = chunks if memories_of is None else memories_of.split(self.memory.chunk_size)
+        rows = []
+        for t, chunk in enumerate(chunks):
+            front = ids[max(0, t * self.memory.chunk_size - self.memory.recent_tokens) :]
+            front = front[: self.memory.recent_tokens if t else 0]
+            rows.append(self.read(torch.cat([front, chunk]), self.slots(read[:t]))[len(front) :])
         return torch.cat(rows)

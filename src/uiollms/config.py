@@ -58,27 +58,36 @@ class MemoryConfig(Checked):
         description="what the encoder reads at a slot: token = one learned embedding for all, the "
         "paper's memory token; last = the frozen embedding of the last of the slot's own l / m tokens",
     )
+    recent_tokens: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="the last so many tokens before a chunk are fed again in front of it, behind "
+        "the memories, unscored; at most chunk_size, 0 = none, as in the paper",
+    )
 
     @model_validator(mode="after")
-    def _chunk_divides(self) -> MemoryConfig:
-        if self.chunk_size % self.num_memory:
-            raise ValueError(
-                f"chunk_size {self.chunk_size} must be a multiple of num_memory {self.num_memory} (else the chunk's last "
-                f"{self.chunk_size % self.num_memory} tokens would be seen by no memory slot)"
-            )
-        return self
+    def _sizes_fit(self) -> MemoryConfig:
+        l, m, w = self.chunk_size, self.num_memory, self.recent_tokens
+        faults = []
+        if l % m:
+            unseen = f"(else the chunk's last {l % m} tokens would be seen by no memory slot)"
+            faults.append(f"chunk_size {l} must be a multiple of num_memory {m} {unseen}")
+        if w > l:
+            faults.append(f"recent_tokens {w} must be at most chunk_size {l}: they end one chunk")
+        return all_right(self, faults)
 
     def capacity(self, positions: int) -> int:
-        """The longest document, in tokens, under the base's number of positions: a chunk and
-        the memories of all before it share them, and the last chunk may be a partial one.
-        1024, 32, 4096 -> 97 * 1024 tokens in full chunks + 4096 - 97 * 32 = 992: 100,320"""
+        """The longest document, in tokens, under the base's number of positions: the memories of
+        all chunks before, the recent tokens and a chunk share them, of which the last may be a
+        partial one. 1024, 32, 4096 -> 97 * 1024 tokens in full chunks + 4096 - 97 * 32 = 992: 100,320"""
         full = 1 + self.most_chunks(positions)
-        partial = min(self.chunk_size - 1, positions - full * self.num_memory)
-        return full * self.chunk_size + max(0, partial)
+        room = positions - self.recent_tokens - full * self.num_memory
+        return full * self.chunk_size + max(0, min(self.chunk_size - 1, room))
 
-    def most_chunks(self, positions: int) -> int:
-        """The most chunks that a full one can stand behind. 1024, 32, 4096 -> 96"""
-        return (positions - self.chunk_size) // self.num_memory
+    def most_chunks(self, positions: int, recent: bool = True) -> int:
+        """The most chunks that a full one can stand behind; recent: with its recent tokens, which
+        a copy has none of. 1024, 32, 4096 -> 96"""
+        front = self.recent_tokens if recent else 0
+        return max(0, positions - front - self.chunk_size) // self.num_memory
 
 
 class ModelSection(Checked):

@@ -138,7 +138,7 @@ def examine_model(config: EnvConfig, path: str | Path, faults: Faults) -> tuple[
     if memory and shape is not None and shape.model_type in FAMILIES:
         if fault := narrow_window(shape, memory.chunk_size):
             faults.add(f"{path}: model.model_name: {config.model.model_name}: {fault}")
-        if fault := rope_fault(shape, memory.chunk_size):
+        if fault := rope_fault(shape, memory.chunk_size, memory.recent_tokens):
             faults.add(f"{path}: model.model_name: {config.model.model_name}: {fault}")
             return memory, None  # nothing can be said of its positions
     if memory and shape is not None and memory.chunk_size > (positions := num_positions(shape)):
@@ -162,9 +162,10 @@ def sources_of(config: EnvConfig) -> Sources:
 def check_truncations(wanted: list[tuple[str, int | None]], memory: MemoryConfig, positions: int, path: str | Path) -> None:
     """wanted: (JSON path, truncation) pairs of the file `path`."""
     capacity = memory.capacity(positions)
+    recent = f", recent_tokens {memory.recent_tokens}" if memory.recent_tokens else ""
     faults = [
         f"{path}: {where}: {length} tokens is past the capacity {capacity} (chunk_size {memory.chunk_size}, num_memory "
-        f"{memory.num_memory}, {positions} positions); use at most {capacity}"
+        f"{memory.num_memory}{recent}, {positions} positions); use at most {capacity}"
         for where, length in wanted
         if length is not None and length > capacity
     ]

@@ -128,7 +128,9 @@ def facts(run: RunFolder) -> Iterator[tuple[str, str]]:
     yield "weights", run.weights_name
     if run.compressor:
         c = run.compressor
-        yield "compressor", f"chunks of {c.chunk_size} tokens into {c.num_memory} slots a layer, LoRA rank {c.lora_rank}"
+        recent = f", the last {c.recent_tokens} tokens before a chunk read again" if c.recent_tokens else ""
+        sizes = f"chunks of {c.chunk_size} tokens into {c.num_memory} slots a layer"
+        yield "compressor", f"{sizes}, LoRA rank {c.lora_rank}{recent}"
     steps = [line for line in run.metrics if "lr" in line]
     if run.config and steps:
         chosen = f"{train.estimator}, S = {train.tbptt}" if train.estimator != "exact" else "exact"
