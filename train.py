@@ -102,23 +102,26 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
         # ---- the algorithm -----------------------------------------------------------------------------------------
         nll, scored, tokens, sources = 0.0, 0, 0, []
         # Of the step's documents this process's, cut into chunks; each is shared by the world.chunks.
-        for documents in pack_documents(samples.take(schedule.documents, world.data), model.chunk_batch):
-            names = [document.source for document in documents]
-            # Draw the windows, encode, losses, gradients: see uiollms/step.py
-            with training_on(", ".join(names), train):
-                results = gradient_step(
-                    model,
-                    [document.sample for document in documents],
-                    estimator=estimator,
-                    rng=[document.rng for document in documents],
-                    scale=1 / schedule.documents,
-                    report_all=False,
-                    group=world.chunks,
-                )
-            sources += names
-            nll += float(torch.stack([result.nll for result in results]).sum())
-            scored += sum(int(result.scored.sum()) for result in results)
-            tokens += sum(document.sample.num_tokens for document in documents) * world.chunks.is_first
+        stage, size = schedule.stage(done), schedule.size(done)
+        with model.sized(size):  # the compressor config's, or one that the stage draws
+            taken = samples.take(schedule.documents, world.data, stage)
+            for documents in pack_documents(taken, model.chunk_batch):
+                names = [document.source for document in documents]
+                # Draw the windows, encode, losses, gradients: see uiollms/step.py
+                with training_on(", ".join(names), train):
+                    results = gradient_step(
+                        model,
+                        [document.sample for document in documents],
+                        estimator=estimator,
+                        rng=[document.rng for document in documents],
+                        scale=1 / schedule.documents,
+                        report_all=False,
+                        group=world.chunks,
+                    )
+                sources += names
+                nll += float(torch.stack([result.nll for result in results]).sum())
+                scored += sum(int(result.scored.sum()) for result in results)
+                tokens += sum(document.sample.num_tokens for document in documents) * world.chunks.is_first
         world.sum_gradients(parameters)
         nll, scored, tokens = world.sum(nll, scored, tokens)
         norms = gradient_norms(model)
@@ -135,10 +138,11 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
             optimizer.zero_grad()
             # --------------------------------------------------------------------------------------------------------
             state.advance(done, good)
+            part = dict(stage=stage + 1, size=size) if train.stages else {}
             if good:
-                run.log(iteration=done, nll=mean_nll, lr=lr, grad_norm=grad_norm, grad_norms=norms, tokens=int(tokens))
+                run.log(iteration=done, nll=mean_nll, lr=lr, grad_norm=grad_norm, grad_norms=norms, tokens=int(tokens), **part)
             else:
-                run.log(iteration=done, skipped=sources, lr=lr)
+                run.log(iteration=done, skipped=sources, lr=lr, **part)
         said = step_words(mean_nll, lr, tokens, run.step_seconds)
         progress.set_postfix_str(said, refresh=False)
         progress.update(schedule.stride)

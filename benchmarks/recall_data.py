@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import argparse
 import glob
-import hashlib
 import random
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +21,10 @@ from transformers import PreTrainedTokenizerBase
 
 from uiollms.config import ConfigError
 from uiollms.data import open_corpus
+from uiollms.data.corpora_own import LIBRARY, held_out, library_files
+from uiollms.data.corpora_recall import FORMS, PEOPLE, THINGS, VALUES
 from uiollms.integrity import replacing
 
-STDLIB = Path(sysconfig.get_path("stdlib"))
 SITE = Path(sysconfig.get_path("purelib"))
 # Installed packages that are never trained on, if they are there: code to test on.
 HELD_OUT_PACKAGES = ("aiohttp", "datasets", "lm_eval", "mypy", "networkx", "nltk", "rich")
@@ -37,20 +37,6 @@ TRAINED_PACKAGES = """
     skimage sklearn statsmodels sympy tensorboard timm torch torch_geometric torchaudio
     torchmetrics torchvision tqdm transformers triton werkzeug xarray
 """.split()
-
-
-def held_out(file: Path, folder: Path) -> bool:
-    """Whether a file of a library folder belongs to the test split: one in eight, by the md5 of
-    its path below the folder, so that every machine and Python version agrees."""
-    digest = hashlib.md5(file.relative_to(folder).as_posix().encode(), usedforsecurity=False)
-    return int(digest.hexdigest(), 16) % 8 == 0
-
-
-def python_files(folder: Path) -> Iterator[Path]:
-    """The Python sources below a folder, in order; what is installed into it is not its own."""
-    for file in sorted(folder.rglob("*.py")):
-        if not {"site-packages", "dist-packages"} & set(file.relative_to(folder).parts):
-            yield file
 
 
 def read_all(files: Iterable[Path], most_chars: int | None = None) -> list[str]:
@@ -113,29 +99,6 @@ class Corpus:
 
 
 HELD_OUT_TITLES = ("treasure-island", "the-time-machine", "great-expectations")
-
-THINGS = """
-    number code colour price address password owner author teacher capital weight height age name
-    birthday town ship street garden instrument animal flower metal drink sport room key river
-    mountain language planet harbour letter door tower brother sister doctor captain cook dog horse
-""".split()
-PEOPLE = """
-    Alma Bruno Clara Dmitri Edith Farid Greta Hassan Ines Jonas Katya Leo Mina Nikhil Olga Pedro
-    Quinn Rosa Stefan Tara Ulrich Vera Walter Ximena Yusuf Zoe Anders Bianca Cyrus Dora Emil Flora
-    Gustav Hana Igor Julia Klaus Lena Marco Nadia Oscar Paula Rafael Selma Tomas Ursula Viktor Wanda
-""".split()
-VALUES = """
-    amber basil cedar copper coral crimson ebony emerald fennel ginger granite hazel indigo iron
-    ivory jasmine juniper lemon lilac maple marble mint nickel oak olive onyx opal orchid pearl
-    pepper pine plum quartz raven ruby saffron sage scarlet silver slate teal thyme topaz velvet
-    violet walnut willow zinc falcon otter badger heron lynx salmon beaver finch gecko jackal koala
-""".split()
-FORMS = (
-    ("The {thing} of {person} is{value}.", "The {thing} of {person} is"),
-    ("Note: {person}'s {thing} is{value}.", "Question: What is {person}'s {thing}?\nAnswer:"),
-    ('{thing}_of["{person}"] ={value}', 'assert {thing}_of["{person}"] =='),
-    ("Remember that{value} is the {thing} of {person}.", "{person}'s {thing}:"),
-)
 
 
 class Facts:
@@ -218,13 +181,15 @@ def build_corpora(tokenizer: PreTrainedTokenizerBase, options: argparse.Namespac
 
 def read_texts(options: argparse.Namespace) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """Texts to train on and to test on: code in an order of its own, up to `most_chars`."""
-    own, most = list(python_files(STDLIB)), options.most_chars
+    most = options.most_chars
     rng = random.Random(0)
 
     def sources(names: Iterable[str]) -> list[Path]:
-        return [f for n in names if (SITE / n).is_dir() for f in python_files(SITE / n)]
+        folders = [SITE / name for name in names if (SITE / name).is_dir()]
+        return [f for folder in folders for f in sorted(library_files(folder))]
 
-    code = [f for f in own if not held_out(f, STDLIB)] + sources(TRAINED_PACKAGES)
+    own = sorted(library_files(LIBRARY.folder))
+    code = [f for f in own if not held_out(f, LIBRARY.folder)] + sources(TRAINED_PACKAGES)
     unseen = sources(HELD_OUT_PACKAGES)
     rng.shuffle(code)
     rng.shuffle(unseen)
@@ -234,18 +199,18 @@ def read_texts(options: argparse.Namespace) -> tuple[dict[str, list[str]], dict[
     return {
         "code": read_all(code, most),
         "novels": read_all(p for p in novels if p not in tests),
-        "speeches": speeches(few),
+        "speeches": read_some("sotu.train", few),
     }, {
-        "stdlib": read_all((f for f in own if held_out(f, STDLIB)), few),
+        "stdlib": read_some("stdlib.test", few),
         "packages": read_all(unseen, few),
         "novels": read_all(tests),
     }
 
 
-def speeches(most_chars: int | None) -> list[str]:
-    """The training split of `sotu`, up to a number of characters, where the package is installed."""
+def read_some(name: str, most_chars: int | None) -> list[str]:
+    """The first texts of a corpus, up to a number of characters; none where it is not here."""
     try:
-        corpus = open_corpus("sotu.train")
+        corpus = open_corpus(name)
     except ConfigError:
         return []
     texts: list[str] = []

@@ -139,6 +139,12 @@ NAMES = {
     "newsqasumv2": ("newsqasum_v2", ()),
     "sotu.train": ("sotu", ("train", None)),
     "sotu.test.128k": ("sotu", ("test", "128k")),
+    "stdlib.train": ("stdlib", ("train", None)),
+    "stdlib.test.1m": ("stdlib", ("test", "1m")),
+    "recall.facts": ("recall", ("facts", None, None)),
+    "recall.keys.test": ("recall", ("keys", "test", None)),
+    "Recall.Facts.Train.8": ("recall", ("facts", "train", "8")),
+    "recall.keys.3": ("recall", ("keys", None, "3")),
     "Files: My Books/*.TXT": ("files", ("My Books/*.TXT",)),
 }
 
@@ -784,7 +790,7 @@ def test_command_lists_every_corpus_once(capsys: pytest.CaptureFixture[str]) -> 
         raw_or_none = all(isinstance(source, RawFile) for source in entry.needs)
         if raw_or_none:
             assert row.rstrip().endswith("ready")
-        elif not entry.usage.startswith("sotu"):
+        elif not entry.usage.startswith(("sotu", "stdlib", "recall")):
             assert "missing: " in row and "/" in row
 
 

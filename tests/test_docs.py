@@ -20,13 +20,15 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / 
 # Lower modules first: a module imports only from above itself in this list.
 ORDER = """
     refusals watch options launch usable reading json_files overrides base_files fitness integrity own_files
-    config schedule faults board paths tokens environment devices distributed data.cleaning
+    entries config schedule faults board paths tokens environment devices distributed data.cleaning
     data.documents data.files
-    data.hub data.beacons data.corpora_text data.corpora_own data.corpora_tasks data.mixture data lora products loss attention
+    data.hub data.beacons data.corpora_text data.corpora_own data.corpora_recall
+    data.corpora_tasks data.mixture data lora products loss attention
     skeleton flash apart positions memory padding fingerprint library usage request generation base streaming model
     pretend_kernels pretend placement
     packaged loading pretrained tasks
-    flops estimators kv_gradients passes step evaluate samples retrieval results saved_results evaluation training checkpoint
+    flops estimators kv_gradients passes step evaluate recall weighting
+    samples retrieval results saved_results evaluation training checkpoint
     saving checks run_state metrics
     attention_mass views views.tables views.plots views.curves run cli schema plan dry_run convert lm_eval_command harness
     views.folder views.page report data.__main__ study.gradients study.cost study.tables study.learning study.recall study

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from benchmarks import gpu_check
-from benchmarks.recall_data import Corpus, Facts, held_out, python_files
+from benchmarks.recall_data import Corpus, Facts
 from transformers import AutoTokenizer
 
 
@@ -59,15 +59,3 @@ def test_every_value_that_is_asked_for_was_stated(tiny_folder):
         assert len(starts) > 2
         for start, stop in zip(starts, stops, strict=True):
             assert tokenizer.decode(last[start:stop]) in told
-
-
-def test_one_file_in_eight_is_held_out(tmp_path):
-    folder = tmp_path / "lib"
-    for i in range(400):
-        (folder / f"p{i % 7}").mkdir(parents=True, exist_ok=True)
-        (folder / f"p{i % 7}" / f"m{i}.py").touch()
-    (folder / "site-packages").mkdir()
-    (folder / "site-packages" / "other.py").touch()
-    files = list(python_files(folder))
-    share = sum(held_out(file, folder) for file in files) / len(files)
-    assert len(files) == 400 and 0.08 < share < 0.17

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from uiollms.checkpoint import check_compressor, check_target
 from uiollms.config import (
     ConfigError,
+    CorpusEntry,
     EnvConfig,
     MemoryConfig,
     TaskEntry,
@@ -35,9 +36,20 @@ from uiollms.own_files import FILES, RESULTS, check_run_folder, check_save_place
 from uiollms.packaged import package_folder
 from uiollms.paths import run_folder
 from uiollms.placement import resolved, this_machine
-from uiollms.pretrained import KNOWN_SHAPES, Sources, corpus_of, examine_model, examine_sources, resolve_dtype, sources_of
+from uiollms.pretrained import (
+    KNOWN_SHAPES,
+    Sources,
+    corpus_of,
+    examine_model,
+    examine_sources,
+    examine_stages,
+    resolve_dtype,
+    sources_of,
+    stage_sources,
+)
 from uiollms.reading import check_tree
 from uiollms.refusals import Faults
+from uiollms.samples import task_fault
 from uiollms.saving import weights_of
 from uiollms.schedule import Schedule
 
@@ -51,6 +63,9 @@ def check_training(config: EnvConfig, path: str | Path, going_on: bool = False) 
     memory, shape = examine_model(config, path, faults)
     sources = sources_of(config)
     examine_sources(sources, memory, shape, path, faults)
+    examine_stages(config, memory, shape, path, faults)
+    for number in range(len(config.train.stages)):
+        sources = {**sources, **stage_sources(config, number)}
     examine_data(sources, path, faults)
     examine_base(config, shape, path, faults)
     with faults.noted(f"{path}: model.load_ckp: "):
@@ -116,6 +131,10 @@ def examine_data(sources: Sources, path: str | Path, faults: Faults) -> None:
                 message = message and (None if hub_reachable() else f"{message}, and {constants.ENDPOINT} cannot be reached")
             if message:
                 faults.add(f"{path}: {where}.{field}: {message}")
+        if isinstance(entry, CorpusEntry) and entry.task and not corpus.mixed:
+            kind = "synthetic recall" if any(corpus.chunks(*arguments)) else corpus.task
+            if fault := task_fault(entry.task, kind):
+                faults.add(f"{path}: {where}.task: corpus {name!r} {fault}")
         if isinstance(entry, TaskEntry) and not corpus.mixed:
             kinds = ACCEPTED.get(entry.task_type, (entry.task_type,))
             if corpus.task not in kinds:

@@ -11,27 +11,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from uiollms.entries import (
+    COPY_TASKS,
+    Checked,
+    CorpusEntry,
+    Fraction,
+    Positive,
+    SchemaLink,
+    Stage,
+    share_fault,
+    spelled,
+    stages_fault,
+)
 from uiollms.json_files import read_json, unusable
 from uiollms.overrides import apply_override
 from uiollms.refusals import ConfigError, all_right, describe
 from uiollms.usable import with_other_faults
 
-Positive = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-SchemaLink: Any = Field(None, alias="$schema", exclude=True, description="path of the JSON Schema, for completion in editors")
-SHARES_OFF = 1e-3 + 1e-9  # shares rounded to three digits (the rest: of adding floats); Mixture normalises
 GPU = Annotated[int, Field(ge=0, le=127)]  # torch counts no further
 Place = GPU | Literal["cpu", "disk"]
-
-
-class Checked(BaseModel):
-    """Unknown keys are errors, types are strict (no "10" for 10, no true for 1), objects do not change."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, populate_by_name=True, protected_namespaces=(), allow_inf_nan=False
-    )
 
 
 Model = TypeVar("Model", bound=Checked)
@@ -125,15 +125,6 @@ class ModelSection(Checked):
     )
 
 
-class CorpusEntry(Checked):
-    """One source of training documents."""
-
-    name: str = Field(description="corpus name, or files:my/books/*.txt: docs/evaluation.md")
-    partition: Fraction = Field(description="share of the documents; all shares sum to 1 (within 0.001)")
-    truncation: Positive | None = Field(None, description="tokens kept of a document, null = all")
-    crop: Literal["start", "random"] = Field("start", description="which tokens are kept when a document is longer")
-
-
 TaskType = Literal[
     "perplexity",
     "language modeling",
@@ -148,7 +139,6 @@ TaskType = Literal[
     "needle",
 ]
 TEXT_TASKS = ("perplexity", "language modeling")  # every token of plain text is scored, by a protocol
-COPY_TASKS = ("auto encoding", "longdata copy")
 RETRIEVAL_TASKS = ("passkey", "needle")
 MOST_TRIALS = 10_000  # at a depth; all are made before the first is scored
 
@@ -195,7 +185,7 @@ class TaskEntry(Checked):
     @classmethod
     def _spelling(cls, value: Any) -> Any:
         """Case, spaces and underscores as people write them: "Language_Modeling" is "language modeling"."""
-        name = " ".join(value.replace("_", " ").lower().split()) if isinstance(value, str) else value
+        name = spelled(value)
         if name == "random memory utilization":
             raise ValueError("the release names this task but has no code for it; use 'memory utilization'")
         return name
@@ -249,6 +239,9 @@ class TrainSection(Checked):
         "under an fp64 base), or the base's, as in the released program: small steps vanish in bf16",
     )
     corpus: tuple[CorpusEntry, ...] = Field(min_length=1, description="what is trained on")
+    stages: tuple[Stage, ...] = Field(
+        (), description="parts of the run, one after the other, each with its own share, corpora, learning rate and sizes"
+    )
     save: Positive = Field(description="documents between checkpoints, at the first step that reaches a multiple")
     eval: Positive = Field(description="documents between evaluations of `tasks`, at the first step that reaches a multiple")
     tasks: tuple[TaskEntry, ...] = Field((), description="what is evaluated while training")
@@ -286,10 +279,7 @@ class TrainSection(Checked):
 
     @model_validator(mode="after")
     def _fields_fit_together(self) -> TrainSection:
-        faults = []
-        total = sum(entry.partition for entry in self.corpus)
-        if abs(total - 1) > SHARES_OFF:
-            faults.append(f"the corpus partitions sum to {total:g}, they must sum to 1")
+        faults = [fault for fault in (share_fault(self.corpus), stages_fault(self.stages)) if fault]
         if self.keep_best and not self.tasks:
             faults.append("keep_best needs an evaluation to compare checkpoints by; tasks is empty")
         if self.chunk_ranks and not self.chunk_parallel:

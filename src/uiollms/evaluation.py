@@ -13,11 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from uiollms.config import COPY_TASKS, RETRIEVAL_TASKS, TEXT_TASKS, ConfigError, TaskEntry
-from uiollms.data import Document, open_corpus
+from uiollms.data import Document, RecallDocument, open_corpus
 from uiollms.data.documents import Lazy, Task
 from uiollms.evaluate import exact_match, greedy_copy, greedy_reconstruction, longest_text, positions, token_losses
 from uiollms.model import MemoryLM
 from uiollms.positions import num_positions
+from uiollms.recall import last_value
 from uiollms.results import DocumentScore, TaskResult
 from uiollms.retrieval import DEPTHS, trials
 from uiollms.samples import SampleMaker, teaches_memory
@@ -198,6 +199,9 @@ def instance_of(maker: SampleMaker, document: Document, task: TaskEntry, rng: ra
         return None
     if every_chunk:
         return Instance(tuple(Sample.copy(chunk, maker.model.memory_config.chunk_size) for chunk in sample.chunks))
+    if task.generate and isinstance(document, RecallDocument):
+        prompt, response = last_value(sample)
+        return Instance((sample,), prompt=prompt, response=response)
     if task.generate:
         ids = torch.cat([row.input_ids for row in sample.rows])
         _, response = tokenize_pair(maker.tokenizer, document.text, document.response or "")

@@ -13,6 +13,7 @@ Source: UIO-LLMs (arXiv 2406.18173) sections 3.1 and 3.2.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -268,6 +269,18 @@ class MemoryLM(Usage, Streaming, Generation, PreTrainedModel, GenerationMixin): 
         """[B, T, D] -> [B, T, V]; as_base: by the base's own kernel."""
         head = self.base.lm_head
         return self._run(head, head, moved(hidden, device_of(head)), as_base)
+
+    @contextmanager
+    def sized(self, size: tuple[int, int] | None) -> Iterator[None]:
+        """Inside, chunks have another chunk_size and num_memory than the compressor config's, of
+        which the weights know nothing; None: the same."""
+        own = self.memory_config
+        if size is not None:
+            self.memory_config = own.model_copy(update=dict(zip(("chunk_size", "num_memory"), size, strict=True)))
+        try:
+            yield
+        finally:
+            self.memory_config = own
 
     def reconstruct(self, input_ids: Tensor) -> Tensor:
         """Auto-encoding logits (paper Table 1): every chunk of [C, l] is compressed, then the decoder, started by the

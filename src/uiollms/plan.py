@@ -133,13 +133,15 @@ def chunks_in_memory(length: int, chunk_size: int) -> int:
     return max(1, -(-length // chunk_size) - 1)
 
 
-def tokens_at_most(entry: CorpusEntry, capacity: int) -> int:
+def tokens_at_most(entry: CorpusEntry, capacity: int, chunk_size: int) -> int:
     """Tokens of a corpus's longest document, as far as its name and truncation say."""
     try:
         corpus, arguments = find_corpus(entry.name)
     except ConfigError:  # whoever reads the corpus refuses it
         return min(capacity, entry.truncation or capacity)
     named = [int(arguments[0] or capacity)] if corpus.tokenized else []  # beacons sampled.8192
+    if entry.truncation is None and (chunks := corpus.chunks(*arguments)[1]):
+        named.append(chunks * chunk_size)
     return min(capacity, entry.truncation or capacity, *named)
 
 
@@ -179,7 +181,8 @@ class Rehearsal:
 
     def longest_document(self) -> int:
         """Tokens; a corpus of texts without truncation may fill the capacity."""
-        return max(tokens_at_most(entry, self.capacity) for entry in self.config.train.corpus)
+        sizes = self.capacity, self.memory.chunk_size
+        return max(tokens_at_most(entry, *sizes) for entry in self.config.train.corpus)
 
     def need(self, chunks: int, batch: int) -> Needs:
         """Bytes on every device of the map, for a document with so many chunks in memory."""

@@ -104,6 +104,7 @@ def check_env(config: EnvConfig, path: str | Path) -> MemoryConfig:
     faults = Faults()
     memory, shape = examine_model(config, path, faults)
     examine_sources(sources_of(config), memory, shape, path, faults)
+    examine_stages(config, memory, shape, path, faults)
     faults.report()
     assert memory is not None
     return memory
@@ -159,6 +160,42 @@ def sources_of(config: EnvConfig) -> Sources:
     return sources | {f"train.tasks[{i}]": t for i, t in enumerate(config.train.tasks)}
 
 
+def stage_sources(config: EnvConfig, number: int) -> Sources:
+    """What a stage of a training names itself."""
+    own = config.train.stages[number].corpus or ()
+    return {f"train.stages[{number}].corpus[{i}]": entry for i, entry in enumerate(own)}
+
+
+def examine_stages(config: EnvConfig, memory: MemoryConfig | None, shape: Any, path: str | Path, faults: Faults) -> None:
+    """What the stages train on, at each of their sizes."""
+    for number, stage in enumerate(config.train.stages):
+        own = stage_sources(config, number)
+        if stage.sizes is None or memory is None:
+            examine_sources(own, memory, shape, path, faults)
+            continue
+        inherited = sources_of(config) if stage.corpus is None else {}
+        trained = own or {where: entry for where, entry in inherited.items() if isinstance(entry, CorpusEntry)}
+        for i, (chunk_size, num_memory) in enumerate(dict.fromkeys(stage.sizes)):
+            where = f"{path}: train.stages[{number}].sizes[{i}]"
+            sized = memory.model_copy(update=dict(chunk_size=chunk_size, num_memory=num_memory))
+            if shape is not None and (fault := chunk_fault(sized, shape, config.model.model_name)):
+                faults.add(f"{where}: {fault}")
+                continue
+            found = Faults()
+            examine_sources(trained, sized, shape, path, found)
+            for line in found.lines:
+                faults.add(line if line in faults.lines else f"{line} (under {where.partition(': ')[2]})")
+
+
+def chunk_fault(memory: MemoryConfig, shape: Any, name: str) -> str | None:
+    """Why a base cannot read chunks of that size."""
+    if fault := narrow_window(shape, memory.chunk_size):
+        return f"{name}: {fault}"
+    if memory.chunk_size > (positions := num_positions(shape)):
+        return f"chunk_size {memory.chunk_size} is past the {positions} positions of {name}"
+    return None
+
+
 def check_truncations(wanted: list[tuple[str, int | None]], memory: MemoryConfig, positions: int, path: str | Path) -> None:
     """wanted: (JSON path, truncation) pairs of the file `path`."""
     capacity = memory.capacity(positions)
@@ -190,11 +227,15 @@ def examine_sources(sources: Sources, memory: MemoryConfig | None, shape: Any, p
             continue
         if memory and entry.truncation is not None:
             least = shortest(entry, corpus.task, memory.chunk_size)
+            least = max(least, corpus.chunks(*arguments)[0] * memory.chunk_size)
             if entry.truncation < least:
                 faults.add(
                     f"{path}: {where}.truncation: of {entry.truncation} tokens nothing would read memory, "
                     f"chunk_size is {memory.chunk_size}; use at least {least}"
                 )
+        if isinstance(entry, CorpusEntry) and (fault := raw_fault(entry, corpus.task, shape)):
+            faults.add(f"{path}: {where}: {fault}")
+            continue
         taught = corpus.taught(*arguments) if shape is not None else 0
         if taught and min(taught, entry.truncation or taught) > (positions := num_positions(shape)):
             faults.add(
@@ -207,9 +248,26 @@ def examine_sources(sources: Sources, memory: MemoryConfig | None, shape: Any, p
             check_truncations(wanted, memory, num_positions(shape), path)
 
 
+def raw_fault(entry: CorpusEntry, kind: str, shape: Any) -> str | None:
+    """Why the base cannot read raw what a teacher, or the weights of tokens, ask of it. kind: what
+    the corpus is for."""
+    if shape is None or kind == "news qa summation":  # which cuts its context to what fits
+        return None
+    weighs = entry.token_weighting == "context"
+    wanted = "token_weighting context" if weighs else f"kl_weight {entry.kl_weight or 0:g}"
+    positions = num_positions(shape)
+    if not (entry.kl_weight or weighs) or (entry.truncation or positions + 1) <= positions:
+        return None
+    found = "none" if entry.truncation is None else f"{entry.truncation} tokens"
+    return (
+        f"truncation: {found}; with {wanted} the base reads documents raw and has {positions} "
+        f"positions; set truncation to {positions} or less"
+    )
+
+
 def shortest(entry: CorpusEntry | TaskEntry, task: str, chunk_size: int) -> int:
     """Tokens of the shortest document that makes a sample. task: what the corpus is for."""
-    kind = entry.task_type if isinstance(entry, TaskEntry) else task
+    kind = entry.task_type if isinstance(entry, TaskEntry) else entry.task or task
     whole = ("memory utilization", "news qa summation", "news qa summation v2")
     if kind in (*COPY_TASKS, *whole):
         return chunk_size  # one chunk is compressed, then asked for

@@ -121,8 +121,8 @@ class Run:
             self.changes = check_same_run(self.record, config, compressor, self.start)
         elif saved and resume is None and not restart:
             self.refuse_unfinished(saved[-1])
-        counts = world.from_first(self.record.counts if self.record else "documents")
-        self.schedule = Schedule(config.train, config.train.accum_grad * world.data.size, counts)
+        begun = (self.record.counts, self.record.borders) if self.record else ("documents", ())
+        self.schedule = Schedule(config.train, config.train.accum_grad * world.data.size, *world.from_first(begun))
 
     def checked(self, path: Path, saved: list[Path]) -> Record:
         """The record of a whole checkpoint. Raises ConfigError that offers the newest whole one before it."""

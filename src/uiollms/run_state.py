@@ -63,12 +63,13 @@ Generator = tuple[int, tuple[int, ...], float | None]  # what random.Random.gets
 class Record(Checked):
     """state.json. config and compressor: all fields written out; tokenizer: a hash of what it does; environment: versions,
     dtype and device, for the log. counts, documents: of the run's schedule; a folder that names neither was written before
-    documents were counted."""
+    documents were counted. borders: between the run's stages, in iterations."""
 
     format: Literal[1] = 1
     iteration: Count
     counts: Counts = "steps"
     documents: Annotated[int, Field(gt=0)] = 1
+    borders: tuple[Count, ...] = ()
     skipped_steps: Count
     bad_in_a_row: Count
     config: EnvConfig
@@ -79,7 +80,7 @@ class Record(Checked):
 
     @property
     def schedule(self) -> Schedule:
-        return Schedule(self.config.train, self.documents, self.counts)
+        return Schedule(self.config.train, self.documents, self.counts, self.borders)
 
 
 class Position(Checked):
@@ -185,6 +186,7 @@ def save_state(
         iteration=state.iteration,
         counts=schedule.counts,
         documents=schedule.documents,
+        borders=schedule.borders,
         skipped_steps=state.skipped_steps,
         bad_in_a_row=state.bad_in_a_row,
         config=config,

@@ -6,17 +6,21 @@ Shapes: T tokens of a document.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import get_args
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from uiollms.config import ConfigError
-from uiollms.data import Document, NewsDocument, TokenDocument
+from uiollms.data import Document, NewsDocument, RecallDocument, TokenDocument
+from uiollms.data.corpora_recall import with_facts
+from uiollms.entries import CorpusEntry, TrainingTask
 from uiollms.model import MemoryLM
 from uiollms.passes import check_sample, check_teacher
 from uiollms.positions import num_positions
+from uiollms.recall import recall_sample
 from uiollms.tasks import PROTOCOLS, Sample
 from uiollms.tokens import (
     LONGEST_TOKEN,
@@ -27,6 +31,7 @@ from uiollms.tokens import (
     tokenize,
     tokenize_pair,
 )
+from uiollms.weighting import weigh_tokens
 
 
 @dataclass(frozen=True)
@@ -50,18 +55,29 @@ class SampleMaker:
         except ValueError as error:
             raise ConfigError(f"{document.source}: {error}") from None
 
+    def train(self, document: Document, entry: CorpusEntry, rng: random.Random) -> Sample:
+        """The sample of a training document as the corpus's entry wants it: its task, its teacher,
+        the weights of its tokens. Raises ConfigError as `make`, and for a task that the document is
+        not for."""
+        sample = self.make(trained_for(document, entry, rng), entry.truncation, rng, entry.crop)
+        weighs = entry.token_weighting == "context" and teaches_memory(sample)
+        return weigh_tokens(self.model, sample) if weighs else sample
+
     def _build(self, document: Document, truncation: int | None, rng: random.Random, crop: str) -> Sample:
         most = truncation or self.model.capacity
         chunk_size = self.model.memory_config.chunk_size
         if isinstance(document, TokenDocument):
             ids, labels = (torch.tensor(side[:most]) for side in (document.input_ids, document.labels))
-            sample = Sample.beacon(ids, labels, chunk_size)
-            return sample.distilled(document.kl_weight) if document.kl_weight else sample
+            return taught(Sample.beacon(ids, labels, chunk_size), document)
         if isinstance(document, NewsDocument):
             return self._ask_news(document, most, rng)
+        if isinstance(document, RecallDocument):
+            length = truncation and min(truncation, self.model.capacity)
+            return recall_sample(self.tokenizer, document, chunk_size, length)
         if document.task == "question answering":
             pair = tokenize_pair(self.tokenizer, document.text, document.response or "")
-            return Sample.question_answering(*pair, chunk_size, document.train_prompt, most)
+            answered = Sample.question_answering(*pair, chunk_size, document.train_prompt, most)
+            return taught(answered, document)
         ids = tokenize(self.tokenizer, document.text)
         if document.task == "memory utilization":
             probe = torch.tensor([rng.randrange(self.model.config.vocab_size) for _ in range(chunk_size)])
@@ -76,7 +92,7 @@ class SampleMaker:
         if document.task in ("auto encoding", "longdata copy"):
             ids = ids[: min(most, self._most_compressed(recent=False))]  # the copies stand behind all memories
             return Sample.copy(ids, chunk_size) if len(ids) >= chunk_size else Sample.document(ids, chunk_size)
-        return PROTOCOLS[self.protocol](self._cut(ids, truncation, rng, crop), chunk_size)
+        return taught(PROTOCOLS[self.protocol](self._cut(ids, truncation, rng, crop), chunk_size), document)
 
     def _ask_news(self, document: NewsDocument, most: int, rng: random.Random) -> Sample:
         """The story hidden in its distractor text, together a whole number of chunks within `most` tokens (and, where a
@@ -125,6 +141,42 @@ class SampleMaker:
         return ids[start : start + length]
 
 
+def taught(sample: Sample, document: Document) -> Sample:
+    """The sample with the base as its teacher, where the document has a `kl_weight`."""
+    return sample.distilled(document.kl_weight) if document.kl_weight else sample
+
+
+def trained_for(document: Document, entry: CorpusEntry, rng: random.Random) -> Document:
+    """A document with the task and the `kl_weight` of its corpus's entry. rng: draws facts. Raises
+    ConfigError where the document is not for that task."""
+    task = entry.task
+    if task is not None and task != document.task:
+        recall = isinstance(document, RecallDocument)
+        if fault := task_fault(task, "synthetic recall" if recall else document.task):
+            raise ConfigError(f"{document.source}: {fault}")
+        if recall:
+            return document if entry.kl_weight is None else replace(document, kl_weight=entry.kl_weight)
+        if task == "synthetic recall":
+            document = with_facts(document, rng.choice(("facts", "keys")), rng)
+        else:
+            document = replace(document, task=task, kl_weight=float(task == "memory utilization"))
+    if entry.kl_weight is None:
+        return document
+    return replace(document, kl_weight=entry.kl_weight)
+
+
+def task_fault(task: str, kind: str) -> str | None:
+    """Why a document of a `kind` cannot be trained on for a task; None where it can."""
+    if task == kind or (task, kind) == ("question answering", "synthetic recall"):
+        return None
+    made = [other for other in get_args(TrainingTask) if other != "question answering"]
+    if kind == "language modeling":
+        if task in made:
+            return None
+        return f"has plain text, not for {task}, which needs an input and an output; allowed are {', '.join(made)}"
+    return f"has documents for {kind}, task {task!r} is for plain text; leave task out"
+
+
 def teaches_memory(sample: Sample) -> bool:
-    """Whether memory can matter to the sample's loss: some scored row reads any."""
-    return any(row.num_memories and len(row.scored) for row in sample.rows)
+    """Whether memory can matter to the sample's loss: some row with a weight reads any."""
+    return any(row.num_memories and bool(row.token_weights[row.scored].any()) for row in sample.rows)

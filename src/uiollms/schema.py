@@ -83,6 +83,8 @@ def allowed(node: dict[str, Any]) -> str:
         return f"`{node['const']}`"
     if "$ref" in node or node["type"] == "object" and "additionalProperties" not in node:
         return "object"
+    if node["type"] == "array" and "prefixItems" in node:
+        return f"[{', '.join(allowed(item) for item in node['prefixItems'])}]"
     if node["type"] == "array":
         at_least = f" of at least {node['minItems']}" if "minItems" in node else ""
         inner = "" if "$ref" in node["items"] else f": {allowed(node['items'])}"

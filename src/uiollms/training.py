@@ -65,22 +65,51 @@ def pack_documents(documents: Sequence[Drawn], chunk_batch: int) -> Iterator[lis
 
 
 class Samples:
-    """The endless stream of training samples from the documents of `train.corpus`, the same in every process. A document that no
+    """The endless streams of training samples, one for every stage of the run, the same in every process. A document that no
     memory can help with (blank, plain text that fits one chunk, an answer within the first) trains nothing: it is skipped and
     counted."""
 
+    def __init__(self, config: EnvConfig, tokenizer: PreTrainedTokenizerBase, model: MemoryLM) -> None:
+        train = config.train
+        maker = SampleMaker(model, tokenizer, train.loss)
+        entries = [stage.corpus or train.corpus for stage in train.stages] or [train.corpus]
+        self.streams = [Stream(maker, of, train.seed, number) for number, of in enumerate(entries)]
+
+    def take(self, count: int, group: Group = ALONE, stage: int = 0) -> list[Drawn]:
+        """The next `count` samples of a stage's stream: see `Stream.take`."""
+        return self.streams[stage].take(count, group)
+
+    @property
+    def skipped(self) -> int:
+        return sum(stream.skipped for stream in self.streams)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the data, in plain lists and numbers (JSON): of the first stage, and of those
+        behind it, if there are any."""
+        first, *later = [stream.state_dict() for stream in self.streams]
+        return first | ({"later": later} if later else {})
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ConfigError if the corpora have changed since the state was taken."""
+        for stream, own in zip(self.streams, [state, *state.get("later", ())], strict=True):
+            stream.load_state_dict(own)
+
+
+class Stream:
+    """The samples of one stage. number: of the stage."""
+
     MOST_SKIPPED = 10_000  # in a row, before the corpora count as unusable
 
-    def __init__(self, config: EnvConfig, tokenizer: PreTrainedTokenizerBase, model: MemoryLM) -> None:
-        self.entries: Sequence[CorpusEntry] = config.train.corpus
-        corpora = [open_corpus(entry.name, tokenizer) for entry in self.entries]
-        self.seed = config.train.seed
-        self.mixture = Mixture(corpora, [entry.partition for entry in self.entries], self.seed)
-        self.maker = SampleMaker(model, tokenizer, config.train.loss)
+    def __init__(self, maker: SampleMaker, entries: Sequence[CorpusEntry], seed: int, number: int = 0) -> None:
+        self.maker, self.entries = maker, entries
+        corpora = [open_corpus(entry.name, maker.tokenizer) for entry in entries]
+        self.seed = f"{seed} stage {number}" if number else str(seed)
+        shares = [entry.partition for entry in entries]
+        self.mixture = Mixture(corpora, shares, self.seed if number else seed)
         self.skipped = 0
 
     def take(self, count: int, group: Group = ALONE) -> list[Drawn]:
-        """The stream's next `count` samples, or of those every `group.size`-th from number `group.rank`. Each process opens its
+        """The next `count` samples, or of those every `group.size`-th from number `group.rank`. Each process opens its
         own, and they tell each other which are skipped, so all go on from the same place. Raises ConfigError if all are."""
         taken: list[Draw] = []
         opened: dict[int, Drawn | None] = {}
@@ -109,7 +138,7 @@ class Samples:
         if document.is_empty:
             return None
         entry = self.entries[draw.corpus]
-        sample = self.maker.make(document, entry.truncation, self.generator("sample", draw), entry.crop)
+        sample = self.maker.train(document, entry, self.generator("sample", draw))
         if not teaches_memory(sample):
             return None
         return Drawn(document.source, sample, self.generator("step", draw))

@@ -15,18 +15,40 @@ missing from the training without anybody knowing; `python -m uiollms.data --che
 A document that is merely empty (blank text, or blank response) carries nothing to learn: training skips and counts it.
 Blank lines are no documents.
 
-Reading order: documents (what a document is, the register of names), corpora_text, corpora_own and corpora_tasks (the names),
+Reading order: documents (what a document is, the register of names), corpora_text, corpora_own,
+corpora_tasks and corpora_recall (the names),
 files, hub and beacons (the readers behind them), mixture.
 """
 
 from transformers import PreTrainedTokenizerBase
 
 from uiollms.config import ConfigError
-from uiollms.data import corpora_own, corpora_tasks, corpora_text  # noqa: F401  importing them registers their corpora
-from uiollms.data.documents import Corpus, Document, NewsDocument, TokenDocument, find_corpus
+from uiollms.data import (  # noqa: F401  importing them registers their corpora
+    corpora_own,
+    corpora_recall,
+    corpora_tasks,
+    corpora_text,
+)
+from uiollms.data.documents import (
+    Corpus,
+    Document,
+    NewsDocument,
+    RecallDocument,
+    TokenDocument,
+    find_corpus,
+)
 from uiollms.data.mixture import Mixture
 
-__all__ = ["Corpus", "Document", "Mixture", "NewsDocument", "TokenDocument", "find_corpus", "open_corpus"]
+__all__ = [
+    "Corpus",
+    "Document",
+    "Mixture",
+    "NewsDocument",
+    "RecallDocument",
+    "TokenDocument",
+    "find_corpus",
+    "open_corpus",
+]
 
 
 def open_corpus(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Corpus:

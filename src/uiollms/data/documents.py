@@ -8,7 +8,7 @@ import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from uiollms.config import ConfigError
 
@@ -59,6 +59,23 @@ class NewsDocument(Document):
     questions: tuple[tuple[str, str], ...] = ()
     summary: str = ""
     distractor: str = ""
+
+
+class Fact(NamedTuple):
+    """What is stated in a text, the question for it, and its value, which both leave to be told."""
+
+    statement: str
+    question: str
+    value: str
+
+
+@dataclass(frozen=True)
+class RecallDocument(Document):
+    """Text (`text`) that facts are hidden in. facts: as many as there is room for, the first first;
+    distance: chunks from a statement to its question, None: drawn for each."""
+
+    facts: tuple[Fact, ...] = ()
+    distance: int | None = None
 
 
 Corpus = Sequence[Document]
@@ -133,7 +150,10 @@ class NamedCorpus:
     first argument is how many tokens a document has at most.
     mixed: not all documents are of kind `task`; needs: sources of all that the name may stand for; reads: of the same
     arguments, those that the opener reads; taught: of the same arguments, the most tokens that a teacher reads raw (0: none
-    does, or it depends on the truncation alone)."""
+    does, or it depends on the truncation alone); chunks: of the same arguments, the fewest chunks
+    that a document needs, and how many it has without a truncation (0, 0: any); version: of the
+    same arguments, which of several states of the corpus this machine has, for results (None: there
+    is one)."""
 
     usage: str
     pattern: re.Pattern[str]
@@ -144,6 +164,8 @@ class NamedCorpus:
     mixed: bool
     reads: Callable[..., Sequence[Source]]
     taught: Callable[..., int]
+    chunks: Callable[..., tuple[int, int]]
+    version: Callable[..., str | None]
 
 
 REGISTER: list[NamedCorpus] = []
@@ -159,12 +181,25 @@ def corpus(
     mixed: bool = False,
     reads: Callable[..., Sequence[Source]] | None = None,
     taught: Callable[..., int] = lambda *arguments: 0,
+    chunks: Callable[..., tuple[int, int]] = lambda *arguments: (0, 0),
+    version: Callable[..., str | None] = lambda *arguments: None,
 ) -> Callable[[Opener], Opener]:
     """Register the decorated opener under a name, see NamedCorpus."""
 
     def register(opener: Opener) -> Opener:
-        read = reads or (lambda *arguments: needs)
-        found = NamedCorpus(usage, re.compile(pattern), task, tuple(needs), tokenized, opener, mixed, read, taught)
+        found = NamedCorpus(
+            usage=usage,
+            pattern=re.compile(pattern),
+            task=task,
+            needs=tuple(needs),
+            tokenized=tokenized,
+            opener=opener,
+            mixed=mixed,
+            reads=reads or (lambda *arguments: needs),
+            taught=taught,
+            chunks=chunks,
+            version=version,
+        )
         REGISTER.append(found)
         return opener
 

@@ -24,7 +24,7 @@ class Mixture(Iterator[Draw]):
     nothing, so every one of several processes draws all and opens its own. All of its state is `state_dict()`: a stream that is
     restored goes on with the same documents. Costs 8 bytes a document of memory; the state costs none."""
 
-    def __init__(self, corpora: Sequence[Corpus], shares: Sequence[float], seed: int) -> None:
+    def __init__(self, corpora: Sequence[Corpus], shares: Sequence[float], seed: int | str) -> None:
         self.corpora, self.shares = corpora, shares
         self.rng = random.Random(seed)
         self.order = [array("q") for _ in corpora]  # what is left of each corpus's epoch, the next document last

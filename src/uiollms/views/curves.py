@@ -31,6 +31,7 @@ def plot_training(metrics: Sequence[dict[str, Any]], path: Path, loss: str = "pa
         if points:
             panels[-1].plot(*zip(*points, strict=True), "o-", color=color, label=f"held out, {NAMES[mode]}")
     for axes in panels:
+        mark_stages(axes, metrics)
         axes.set_xlabel(counted)
         axes.set_ylabel("NLL, nats per scored token")
         axes.legend()
@@ -40,6 +41,22 @@ def plot_training(metrics: Sequence[dict[str, Any]], path: Path, loss: str = "pa
     with replacing(path) as work:
         figure.savefig(work, dpi=120)
     return path
+
+
+def mark_stages(axes: Any, metrics: Sequence[dict[str, Any]]) -> None:
+    """A line where a stage of the run begins, with its number."""
+    for stage, start in stage_starts(metrics).items():
+        axes.axvline(start, color="0.6", linewidth=0.8, linestyle="--")
+        axes.annotate(f" stage {stage}", (start, 0.01), xycoords=("data", "axes fraction"), fontsize=8, color="0.4")
+
+
+def stage_starts(metrics: Sequence[dict[str, Any]]) -> dict[int, int]:
+    """The iteration that the first step of each stage ended with; of a run without stages none."""
+    starts: dict[int, int] = {}
+    for line in metrics:
+        if "stage" in line:
+            starts.setdefault(line["stage"], line["iteration"])
+    return starts
 
 
 def nll_of(numbers: dict[str, Any]) -> float:
@@ -87,6 +104,7 @@ def plot_steps(metrics: Sequence[dict[str, Any]], counted: str, path: Path) -> P
                 if name == "all":  # often within a hair of the largest part
                     look = dict(color="0.8", linewidth=3)
                 axes.plot(*zip(*points, strict=True), label=name, **look)
+        mark_stages(axes, metrics)
         if "norm" in label:
             axes.set_yscale("log")
         else:
