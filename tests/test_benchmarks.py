@@ -119,6 +119,27 @@ def test_flops_of_a_step_whose_slots_read_the_chunks_tokens():
     assert learned.encoder_backward() - full.encoder_backward() == below + full.attention(pairs) // 2
 
 
+def test_flops_with_recent_tokens_are_counted_by_torch():
+    """As those of forward passes and of a step above. In the last layer torch also computes what
+    nobody reads: queries, outputs and MLPs of the recent tokens, and their way back."""
+    model = make_model(config=MEMORY.model_copy(update={"recent_tokens": 3}))
+    flops, sample = without_attention(Flops.of(model)), Sample.document(random_ids(24), 8)
+    with torch.no_grad():
+        counted = matmul_flops(lambda: score(model, random_ids(24), "document"))
+        # rows without and with recent tokens are one batch, padded to the longer ones
+        padding = flops.layers * (flops.queries(3) + flops.keys_values(3))
+        assert counted == flops.scoring(sample) + padding + 2 * flops.queries(3)
+    plain = without_attention(Flops.of(make_model()))
+    each = plain.layers * (flops.queries(3) + flops.keys_values(3)) - flops.queries(3)
+    assert flops.scoring(sample) - plain.scoring(sample) == 2 * each
+    back = (plain.layers - 2) * (flops.queries(3) + flops.keys_values(3)) + flops.keys_values(3)
+    back += flops.o_proj_mlp(3)  # in layer 0
+    assert flops.training(sample, 0) - plain.training(sample, 0) == 2 * (each + back)
+    assert flops.generation(4) - flops.generation(0) == each // 8
+    full, short = Flops.of(model), Flops.of(make_model())
+    assert full.scoring(sample) > short.scoring(sample) + 2 * each
+
+
 def test_flops_by_hand():
     """One layer of everything, written out: D 4, q 4, kv 2, I 3, V 5, l 4, m 2, r 1."""
     flops = Flops(layers=2, hidden=4, q=4, kv=2, intermediate=3, vocab=5, chunk=4, slots=2, rank=1)

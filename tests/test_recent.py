@@ -33,6 +33,8 @@ from uiollms.evaluate import score, token_losses
 from uiollms.library import Memory, compress, join
 from uiollms.passes import check_sample
 from uiollms.plan import make_plan
+from uiollms.pretrained import check_env
+from uiollms.study.__main__ import as_preset
 
 TABLES, ROUNDING = 1e-5, 1e-12
 SIZES = [1, 3, 8]  # w; 8 is the whole chunk before
@@ -456,6 +458,25 @@ def test_wrong_numbers_are_refused():
         parse(MemoryConfig, base | dict(num_memory=3, recent_tokens=9), "m.json")
     assert len(str(error.value).splitlines()) == 2
     assert parse(MemoryConfig, base | dict(recent_tokens=8), "m.json").recent_tokens == 8
+
+
+def test_a_stage_with_chunks_shorter_than_w_is_refused(workspace):
+    memory = json.loads(Path("memory.json").read_text())
+    Path("memory.json").write_text(json.dumps(memory | dict(recent_tokens=9)))
+    stages = [[[16, 2], [8, 2]], [[9, 3]]]
+    stages = json.dumps([dict(share=0.5, sizes=sizes) for sizes in stages])
+    config = load_env_config("env.json", [f"train.stages={stages}"])
+    with pytest.raises(ConfigError) as error:
+        check_env(config, "env.json")
+    words = "chunk_size 8 is less than the compressor's recent_tokens 9; use at least that"
+    assert str(error.value) == f"env.json: train.stages[0].sizes[1]: {words}"
+
+
+def test_a_preset_of_a_study_feeds_no_more_than_a_chunk_again():
+    model = model_of(8)
+    with as_preset(model, dict(chunk_size=4, num_memory=2)):
+        assert model.memory_config == config_of(4, chunk_size=4)
+    assert model.memory_config.recent_tokens == 8
 
 
 def test_a_run_with_recent_tokens(workspace, capsys):

@@ -188,8 +188,11 @@ def examine_stages(config: EnvConfig, memory: MemoryConfig | None, shape: Any, p
 
 
 def chunk_fault(memory: MemoryConfig, shape: Any, name: str) -> str | None:
-    """Why a base cannot read chunks of that size."""
-    if fault := narrow_window(shape, memory.chunk_size):
+    """Why a base cannot read chunks of that size, with the recent tokens in front of them."""
+    size, recent = memory.chunk_size, memory.recent_tokens
+    if recent > size:
+        return f"chunk_size {size} is less than the compressor's recent_tokens {recent}; use at least that"
+    if fault := narrow_window(shape, size) or rope_fault(shape, size, recent):
         return f"{name}: {fault}"
     if memory.chunk_size > (positions := num_positions(shape)):
         return f"chunk_size {memory.chunk_size} is past the {positions} positions of {name}"
