@@ -202,13 +202,9 @@ class Oracle:
     def encode(self, ids: Tensor) -> list[Tensor]:
         """A chunk [l] -> what every layer's attention reads at the slots, [m, D] each."""
         l, m = self.memory.chunk_size, self.memory.num_memory
-        tokens = self.weights["model.embed_tokens.weight"][ids]
+        token = self.trained["encoder.retrieval_token"].view(1, -1)
+        x = torch.cat([self.weights["model.embed_tokens.weight"][ids], token.expand(m, -1)])
         ends = [(i + 1) * (l // m) for i in range(m)]
-        if self.memory.slot_input == "last":  # slot i sees tokens 0 .. ends[i] - 1
-            x = torch.cat([tokens, *(tokens[end - 1 : end] for end in ends)])
-        else:
-            token = self.trained["encoder.retrieval_token"].view(1, -1)
-            x = torch.cat([tokens, token.expand(m, -1)])
         sees = [[k <= q for k in range(l)] + [False] * m for q in range(l)]
         for i, end in enumerate(ends):
             sees.append([k < end for k in range(l)] + [j == i for j in range(m)])

@@ -159,7 +159,10 @@ def test_a_result_reports_bound_and_recovered_as_its_nlls_do():
     assert again.size == "8 / 2"
     assert rows_of(again) == rows_of(result)
     cells = " ".join(cell for row in rows_of(result) for cell in row)
-    assert "bound 0.500 (0.500 .. 0.500) nats, 69% (50% .. 75%) recovered" in cells
+    below = summary["below_window"]
+    assert below == pytest.approx(nll["window"] - nll["memory"])
+    assert f"bound 0.500 (0.500 .. 0.500) nats, {below:.3f} (" in cells
+    assert "below window, 69% (50% .. 75%) recovered" in cells and summary["below_recent"] is None
     assert "may serve as well" not in cells
 
 

@@ -13,8 +13,9 @@ from safetensors import safe_open
 from test_commands import ROOT, call
 
 import uiollms
-from uiollms.config import TaskEntry, TaskType, load_env_config, load_tasks, parse
+from uiollms.config import load_env_config, load_tasks, parse
 from uiollms.data import Document
+from uiollms.entries import TaskEntry, TaskType
 from uiollms.evaluate import token_losses
 from uiollms.evaluation import Evaluation, Instance, evaluation_documents, partner
 from uiollms.pretrained import load_memory_lm

@@ -4,7 +4,7 @@ A document is decoded chunk by chunk behind its memories as always, but the atte
 function, which returns its weights. Age 1 is the memory of the chunk just before the one that reads.
 
 Shapes: T tokens of a document, R rows (its chunks but the first, which reads no memory), L layers, H heads, t tokens of a row,
-m num_memory, M = memories * m slots in front of a row, A = R ages.
+m num_memory, M = memories * m slots in front of a row, w of its tokens that are fed again, A = R ages.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from transformers import PreTrainedTokenizerBase
 
 from uiollms.apart import SharedPrefix
 from uiollms.attention import decoder_mask
-from uiollms.config import TEXT_TASKS, ConfigError, EnvConfig, load_tasks
+from uiollms.config import ConfigError, EnvConfig, load_tasks
+from uiollms.entries import TEXT_TASKS
 from uiollms.evaluation import evaluation_documents
 from uiollms.integrity import replacing
 from uiollms.model import MemoryLM
 from uiollms.passes import remember_all
-from uiollms.tasks import Sample
+from uiollms.tasks import Row, Sample
 
 Progress = Callable[[Sequence[Any]], Iterable[Any]]
 MOST_CHUNKS = 16  # of the document, where nobody asks for more
@@ -37,8 +38,8 @@ MOST_CHUNKS = 16  # of the document, where nobody asks for more
 @dataclass(frozen=True)
 class AttentionMass:
     """shares [L, R, 1 + A] float32: of a layer's attention, averaged over heads and a row's tokens, what goes to the row's own
-    chunk (place 0) and to the memory of each age (place = age); row r reads r + 1 memories, and what it lacks is 0. So each row
-    sums to 1. about: what was measured, as text."""
+    chunk and its recent tokens (place 0) and to the memory of each age (place = age); row r reads
+    r + 1 memories, and what it lacks is 0. So each row sums to 1. about: what was measured, as text."""
 
     shares: Tensor
     about: dict[str, str]
@@ -75,16 +76,17 @@ def attention_shares(model: MemoryLM, ids: Tensor, progress: Progress = iter) ->
     ValueError for one that fits a chunk."""
     m = model.memory_config.num_memory
     sample = Sample.document(ids, model.memory_config.chunk_size)
-    rows = [row for row in sample.rows if row.num_memories]
+    rows = [row for row in sample.with_recent(model.memory_config.recent_tokens).rows if row.num_memories]
     if not rows:
         raise ValueError(f"{len(ids)} tokens fit one chunk of {model.memory_config.chunk_size}: no memory is read")
     keys, values = remember_all(model, sample.chunks)
     shares = torch.zeros(len(keys), len(rows), 1 + len(rows))
     for r, row in enumerate(progress(rows)):
 
-        def record(layer: int, weights: Tensor, r: int = r, count: int = row.num_memories) -> None:
-            """weights [1, H, t, M + t]"""
-            received = weights[0].float().mean((0, 1))  # [M + t]
+        def record(layer: int, weights: Tensor, r: int = r, row: Row = row) -> None:
+            """weights [1, H, w + t, M + w + t], whose first w queries are the recent tokens'"""
+            count = row.num_memories
+            received = weights[0, :, row.recent :].float().mean((0, 1))  # [M + w + t]
             by_chunk = received[: count * m].view(count, m).sum(1)
             shares[layer, r, 0] = received[count * m :].sum()
             shares[layer, r, 1 : count + 1] = by_chunk.flip(0)  # the newest first

@@ -70,7 +70,7 @@ def check_base(base: Any, config: MemoryConfig) -> None:
         raise ValueError("whole layers of the base are sharded by FSDP; shard its linear layers only, or give a device_map")
     faults = (
         narrow_window(base.config, config.chunk_size),
-        rope_fault(base.config, config.chunk_size),
+        rope_fault(base.config, config.chunk_size, config.recent_tokens),
         eos_fault(base.config),
         wide_rank(base.config, config.lora_rank),
     )

@@ -175,7 +175,7 @@ def check_compressor(path: Path, memory: MemoryConfig) -> None:
     saved = load_memory_config(path / "memory_config.json")
     differing = [
         f"{field} {getattr(saved, field)}, the config says {getattr(memory, field)}"
-        for field in ("num_memory", "chunk_size", "lora_rank", "lora_alpha", "transfer_head", "slot_input")
+        for field in ("num_memory", "chunk_size", "lora_rank", "lora_alpha", "transfer_head", "slot_input", "recent_tokens")
         if getattr(saved, field) != getattr(memory, field)
     ]
     if differing:

@@ -11,10 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from uiollms.entries import (
-    COPY_TASKS,
     Checked,
     CorpusEntry,
     Fraction,
@@ -22,8 +21,8 @@ from uiollms.entries import (
     SchemaLink,
     Size,
     Stage,
+    TaskEntry,
     share_fault,
-    spelled,
     stages_fault,
 )
 from uiollms.json_files import read_json, unusable
@@ -59,31 +58,40 @@ class MemoryConfig(Checked):
         description="what the encoder reads at a slot: token = one learned embedding for all, the "
         "paper's memory token; last = the frozen embedding of the last of the slot's own l / m tokens",
     )
+    recent_tokens: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="the last so many tokens before a chunk are fed again in front of it, behind "
+        "the memories, unscored; at most chunk_size, 0 = none, as in the paper",
+    )
 
     @model_validator(mode="after")
-    def _chunk_divides(self) -> MemoryConfig:
-        if self.chunk_size % self.num_memory:
-            raise ValueError(
-                f"chunk_size {self.chunk_size} must be a multiple of num_memory {self.num_memory} (else the chunk's last "
-                f"{self.chunk_size % self.num_memory} tokens would be seen by no memory slot)"
-            )
-        return self
+    def _sizes_fit(self) -> MemoryConfig:
+        l, m, w = self.chunk_size, self.num_memory, self.recent_tokens
+        faults = []
+        if l % m:
+            unseen = f"(else the chunk's last {l % m} tokens would be seen by no memory slot)"
+            faults.append(f"chunk_size {l} must be a multiple of num_memory {m} {unseen}")
+        if w > l:
+            faults.append(f"recent_tokens {w} must be at most chunk_size {l}: they end one chunk")
+        return all_right(self, faults)
 
     @property
     def size(self) -> Size:
         return self.chunk_size, self.num_memory
 
     def capacity(self, positions: int) -> int:
-        """The longest document, in tokens, under the base's number of positions: a chunk and
-        the memories of all before it share them, and the last chunk may be a partial one.
-        1024, 32, 4096 -> 97 * 1024 tokens in full chunks + 4096 - 97 * 32 = 992: 100,320"""
+        """The longest document, in tokens, under the base's number of positions: the memories of
+        all chunks before, the recent tokens and a chunk share them, of which the last may be a
+        partial one. 1024, 32, 4096 -> 97 * 1024 tokens in full chunks + 4096 - 97 * 32 = 992: 100,320"""
         full = 1 + self.most_chunks(positions)
-        partial = min(self.chunk_size - 1, positions - full * self.num_memory)
-        return full * self.chunk_size + max(0, partial)
+        room = positions - self.recent_tokens - full * self.num_memory
+        return full * self.chunk_size + max(0, min(self.chunk_size - 1, room))
 
-    def most_chunks(self, positions: int) -> int:
-        """The most chunks that a full one can stand behind. 1024, 32, 4096 -> 96"""
-        return (positions - self.chunk_size) // self.num_memory
+    def most_chunks(self, positions: int, recent: bool = True) -> int:
+        """The most chunks that a full one can stand behind; recent: with its recent tokens, which
+        a copy has none of. 1024, 32, 4096 -> 96"""
+        front = self.recent_tokens if recent else 0
+        return max(0, positions - front - self.chunk_size) // self.num_memory
 
 
 class ModelSection(Checked):
@@ -119,105 +127,6 @@ class ModelSection(Checked):
         description="a GPU number, cpu, or a word for all GPUs; or an object of module -> GPU, cpu or disk, in the authors' key "
         "style too: docs/scaling.md",
     )
-
-
-TaskType = Literal[
-    "perplexity",
-    "language modeling",
-    "question answering",
-    "auto encoding",
-    "longdata copy",
-    "activation beacons",
-    "news qa summation",
-    "news qa summation v2",
-    "memory utilization",
-    "passkey",
-    "needle",
-]
-TEXT_TASKS = ("perplexity", "language modeling")  # every token of plain text is scored, by a protocol
-RETRIEVAL_TASKS = ("passkey", "needle")
-MOST_TRIALS = 10_000  # at a depth; all are made before the first is scored
-
-
-class TaskEntry(Checked):
-    """One evaluation."""
-
-    task_type: TaskType = Field(description="what is measured: docs/evaluation.md")
-    task_name: str = Field(description="corpus name; for passkey and needle the corpus that the filler text comes from")
-    num_instance: Positive = Field(description="documents; for passkey and needle trials at each depth")
-    documents: Literal["first", "full"] = Field(
-        default="first",
-        description="perplexity and language modeling only: which documents of the corpus. "
-        "first: the first num_instance, shorter ones as they are, as in the release; full: the "
-        "first that fill truncation, and where they are too few the first shorter ones of more "
-        "than a chunk",
-    )
-    truncation: Positive | None = Field(
-        default=None, description="tokens kept of a document, null = all; passkey, needle: of a trial"
-    )
-    compare: tuple[Literal["window", "raw", "shuffled", "recent"], ...] = Field(
-        default=(),
-        description="also score the same tokens without memory (window), with the raw context "
-        "where positions allow (raw), with the memories of another document (shuffled), and with as "
-        "many raw tokens right in front as memory has slots (recent)",
-    )
-    chunk_size: Positive | None = Field(
-        None,
-        description="tokens of a chunk in this task; null = the compressor config's",
-    )
-    num_memory: Positive | None = Field(
-        None,
-        description="memory slots of a chunk in this task; null = the compressor config's",
-    )
-    protocols: tuple[Literal["paper", "document", "later"], ...] = Field(
-        default=("paper",),
-        min_length=1,
-        description="perplexity and language modeling only: which tokens are scored, one result each. paper: all but the first "
-        "of every chunk; document: all but the document's first; later: as document, but those that read no memory",
-    )
-    depths: tuple[Fraction, ...] | None = Field(
-        default=None,
-        min_length=1,
-        description="passkey and needle only: where in the context the sentence is hidden, 0 its start, 1 its end; null = 0, "
-        "0.25, 0.5, 0.75 and 1",
-    )
-    generate: bool = Field(
-        default=False,
-        description="question answering only: also answer greedily, up to the reference's length, scored by ROUGE-L",
-    )
-
-    @field_validator("task_type", mode="before")
-    @classmethod
-    def _spelling(cls, value: Any) -> Any:
-        """Case, spaces and underscores as people write them: "Language_Modeling" is "language modeling"."""
-        name = spelled(value)
-        if name == "random memory utilization":
-            raise ValueError("the release names this task but has no code for it; use 'memory utilization'")
-        return name
-
-    @model_validator(mode="after")
-    def _fields_fit_the_task(self) -> TaskEntry:
-        faults = []
-        if self.protocols != ("paper",) and self.task_type not in TEXT_TASKS:
-            faults.append(f"protocols is for {' and '.join(TEXT_TASKS)}; {self.task_type} has one way to score: remove it")
-        if self.documents != "first" and self.task_type not in TEXT_TASKS:
-            faults.append(
-                f"documents is for {' and '.join(TEXT_TASKS)}; {self.task_type} takes the first "
-                f"whose loss can read memory: remove it"
-            )
-        if self.depths is not None and self.task_type not in RETRIEVAL_TASKS:
-            faults.append(f"depths is for {' and '.join(RETRIEVAL_TASKS)}; {self.task_type} hides nothing: remove it")
-        if self.generate and self.task_type != "question answering":
-            faults.append(f"generate is for question answering, found with {self.task_type}: remove it")
-        if self.task_type in RETRIEVAL_TASKS and self.num_instance > MOST_TRIALS:
-            faults.append(f"num_instance: at most {MOST_TRIALS} trials at each depth, found {self.num_instance}")
-        if self.task_type in COPY_TASKS and {"raw", "recent"} & set(self.compare):
-            compared = " and ".join(mode for mode in self.compare if mode in ("raw", "recent"))
-            what = f"{self.task_type} is from memory alone; allowed are window and shuffled"
-            faults.append(f"compare: {compared}: {what}")
-        if "shuffled" in self.compare and self.num_instance < 2:
-            faults.append("compare: shuffled reads another document's memories, num_instance must be at least 2, found 1")
-        return all_right(self, faults)
 
 
 class TrainSection(Checked):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import random
 from collections.abc import Callable, Iterable, Sequence
@@ -12,16 +13,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from uiollms.config import (
-    COPY_TASKS,
-    RETRIEVAL_TASKS,
-    TEXT_TASKS,
-    ConfigError,
-    TaskEntry,
-)
+from uiollms.config import ConfigError
 from uiollms.data import Document, RecallDocument, open_corpus
 from uiollms.data.documents import Lazy, Task, find_corpus
-from uiollms.entries import Size
+from uiollms.entries import COPY_TASKS, RETRIEVAL_TASKS, TEXT_TASKS, Size, TaskEntry
 from uiollms.evaluate import exact_match, greedy_copy, greedy_reconstruction, longest_text, positions, token_losses
 from uiollms.model import MemoryLM
 from uiollms.positions import num_positions
@@ -170,7 +165,18 @@ class Evaluation:
         else:
             copies = greedy_copy(self.model, read, len(originals))
         texts = tuple(zip(self.texts(originals), self.texts(copies), strict=True))
-        return {"texts": texts, "hits": (int((copies == originals).sum()), originals.numel())}
+        hits = int((copies == originals).sum()), originals.numel()
+        return {"texts": texts, "written": self.written(originals[0], copies[0]), "hits": hits}
+
+    def written(self, original: Tensor, copy: Tensor) -> dict[str, Any]:
+        """The first chunk [l] and its copy [l], in runs of tokens that are right, or not: see
+        summaries.py."""
+        right = (copy == original).tolist()
+        pieces = []
+        for is_right, run in itertools.groupby(range(len(right)), key=right.__getitem__):
+            places = list(run)
+            pieces.append((self.text(copy[places]), is_right))
+        return dict(original=self.text(original), pieces=pieces, right=sum(right), tokens=len(right))
 
     def answered(self, instance: Instance, mode: str) -> tuple[str, str]:
         """(reference, greedy answer of at most as many tokens)."""
@@ -183,7 +189,10 @@ class Evaluation:
         return reference, generated
 
     def texts(self, ids: Iterable[Tensor]) -> list[str]:
-        return [str(self.tokenizer.decode(row, skip_special_tokens=True)) for row in ids]
+        return [self.text(row) for row in ids]
+
+    def text(self, ids: Tensor) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def partner(instances: Sequence[Instance], i: int) -> Instance | None:

@@ -46,6 +46,7 @@ class Flops:
     rank: int
     transfer_head: bool = True
     learned_slots: bool = True
+    recent: int = 0
 
     @classmethod
     def of(cls, model: MemoryLM) -> Flops:
@@ -66,6 +67,7 @@ class Flops:
             rank=memory.lora_rank,
             transfer_head=memory.transfer_head,
             learned_slots=memory.slot_input == "token",
+            recent=memory.recent_tokens,
         )
 
     # ---- parts ----------------------------------------------------------------------------------------------------
@@ -141,15 +143,18 @@ class Flops:
 
     # ---- the decoder, one row -------------------------------------------------------------------------------------
 
-    def decoder_forward(self, tokens: int, memories: int, scored: int) -> int:
+    def decoder_forward(self, tokens: int, memories: int, scored: int, recent: int = 0) -> int:
+        """recent: how many of the tokens are fed again; in the last layer nobody reads more of them than keys and values."""
         layer = self.queries(tokens) + self.keys_values(tokens) + self.attention(self.row_pairs(tokens, memories))
-        return self.layers * layer + self.head(scored)
+        unread = self.queries(recent) + self.attention(self.row_pairs(recent, memories))
+        return self.layers * layer - unread + self.head(scored)
 
-    def decoder_backward(self, tokens: int, memories: int, scored: int) -> int:
+    def decoder_backward(self, tokens: int, memories: int, scored: int, recent: int = 0) -> int:
         """To the memories' keys and values in every layer."""
+        unread = self.queries(recent) + 2 * self.attention(self.row_pairs(recent, memories)) if self.layers > 1 else 0
         upper = self.queries(tokens) + self.keys_values(tokens) + 2 * self.attention(self.row_pairs(tokens, memories))
         lowest = self.o_proj_mlp(tokens) + self.attention(tokens * memories * self.slots) * 3 // 2  # dP, dV, dK of the slots
-        return (self.layers - 1) * upper + lowest + self.head(scored)
+        return (self.layers - 1) * upper - unread + lowest + self.head(scored)
 
     def row_pairs(self, tokens: int, memories: int) -> int:
         return tokens * (tokens + 1) // 2 + tokens * memories * self.slots
@@ -159,23 +164,29 @@ class Flops:
     def scoring(self, sample: Sample) -> int:
         """All chunks encoded and projected, all rows decoded."""
         chunks = len(sample.chunks) * (self.encoder_forward() + self.project_forward())
-        return chunks + sum(self.decoder_forward(*sizes(row)) for row in sample.rows)
+        rows = sample.with_recent(self.recent).rows
+        return chunks + sum(self.decoder_forward(*sizes(row)) for row in rows)
 
     def training(self, sample: Sample, encoder_backwards: int) -> int:
         """One gradient step whose estimator sends gradients to `encoder_backwards` chunks."""
-        backward = sum(self.decoder_backward(*sizes(row)) for row in sample.rows if row.num_memories)
+        rows = sample.with_recent(self.recent).rows
+        backward = sum(self.decoder_backward(*sizes(row)) for row in rows if row.num_memories)
         projections = len(sample.chunks) * self.project_backward()
         return self.scoring(sample) + backward + projections + encoder_backwards * self.encoder_backward()
 
     def generation(self, slots: int) -> int:
-        """One new token in the middle of a chunk behind `slots` memory slots, its share of the chunk's encoding included."""
-        row = self.layers * (self.queries(1) + self.keys_values(1) + self.attention(slots + self.chunk // 2)) + self.head(1)
-        return row + (self.encoder_forward() + self.project_forward()) // self.chunk
+        """One new token in the middle of a chunk behind `slots` memory slots, its share of the chunk's encoding, and of the
+        recent tokens in front of the chunk, included."""
+        recent = self.recent if slots else 0
+        pairs = slots + recent + self.chunk // 2
+        row = self.layers * (self.queries(1) + self.keys_values(1) + self.attention(pairs)) + self.head(1)
+        again = self.decoder_forward(recent, slots // self.slots, 0, recent)
+        return row + (self.encoder_forward() + self.project_forward() + again) // self.chunk
 
 
-def sizes(row: Row) -> tuple[int, int, int]:
-    """(tokens, memories, scored tokens)"""
-    return len(row.input_ids), row.num_memories, len(row.scored)
+def sizes(row: Row) -> tuple[int, int, int, int]:
+    """(tokens, memories, scored tokens, recent tokens)"""
+    return len(row.input_ids), row.num_memories, len(row.scored), row.recent
 
 
 def gemm_shapes(flops: Flops, rows: int) -> Sequence[tuple[tuple[int, int, int], int]]:

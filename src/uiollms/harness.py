@@ -30,7 +30,7 @@ from uiollms.devices import moved
 from uiollms.evaluate import token_losses
 from uiollms.kv_gradients import batched
 from uiollms.lm_eval_command import MODEL, main
-from uiollms.memory import MemoryState
+from uiollms.memory import MemoryState, recent_of
 from uiollms.refusals import shortened
 from uiollms.saving import load_trained
 from uiollms.tasks import IGNORED, Sample
@@ -204,6 +204,8 @@ class HarnessLM(TemplateLM):
         state.memory_values = [values[:, :, : chunks * m] for values in self.state.memory_values]
         state.num_tokens = chunks * l
         state.text = torch.tensor([ids[: chunks * l]], dtype=torch.int64, device=state.open_ids.device)
+        if chunks:
+            state.recent_ids = recent_of(state.text, self.model.memory_config)
         return state, torch.tensor([ids[chunks * l :]])
 
     @torch.no_grad()

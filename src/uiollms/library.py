@@ -23,12 +23,13 @@ from safetensors import safe_open
 from safetensors.torch import save as as_bytes
 from torch import Tensor
 
-from uiollms.config import Checked, ConfigError, parse
+from uiollms.config import ConfigError, parse
+from uiollms.entries import Checked
 from uiollms.fingerprint import Fingerprint, fingerprint
 from uiollms.fitness import check_ids, not_finite
 from uiollms.integrity import make_folder, replacing
 from uiollms.json_files import loads
-from uiollms.memory import MemoryState, join_slots
+from uiollms.memory import MemoryState, join_slots, recent_of
 from uiollms.reading import check_tree
 from uiollms.refusals import shortened
 
@@ -73,8 +74,8 @@ class Memory:
     slots [L, C, m, D]: every chunk's memory, in the dtype of the model that made it, on the CPU;
     open_ids [p] int64: the tokens behind each document's last full chunk, which stay as they are: a state reads them last;
     sources: the documents, in order; made_by: the model that can read it; chunk_ids [C, l] int64: the
-    tokens of the chunks, for what looks at the text while an answer is generated; None in files of
-    version 0.1, which do not keep them.
+    tokens of the chunks, for what looks at the text while an answer is generated, the last of them to be fed
+    again in front of the next chunk (recent_tokens); None in files of version 0.1, which do not keep them.
     """
 
     slots: Tensor
@@ -102,6 +103,10 @@ class Memory:
             differing = [f"slots of {size[0]} layers of {size[1]} numbers, this model's are {own[0]} of {own[1]}"]
         if differing:
             raise ConfigError(f"{name}: made by another model: {'; '.join(differing)}; compress the text again with this one")
+        recent = model.memory_config.recent_tokens
+        if recent and self.chunk_ids is None and self.num_slots:
+            lacks = f"holds no chunk_ids, whose last {recent} are fed again (recent_tokens)"
+            raise ConfigError(f"{name}: {lacks}; compress the text again")
         try:
             check_ids(self.open_ids, model.config.vocab_size)
             if self.chunk_ids is not None:
@@ -122,8 +127,11 @@ class Memory:
             keys, values = model.project(layers, range(chunks))
             state.memory_keys, state.memory_values = [join_slots(k, 1) for k in keys], [join_slots(v, 1) for v in values]
             state.num_tokens = chunks * model.memory_config.chunk_size
-            known = self.chunk_ids
-            state.text = None if known is None else known.reshape(1, -1).to(state.open_ids.device)
+            if self.chunk_ids is not None:
+                state.text = self.chunk_ids.reshape(1, -1).to(state.open_ids.device)
+                state.recent_ids = recent_of(state.text, model.memory_config)
+            else:
+                state.text = None
         return model(self.open_ids[None], state, logits_to_keep=1).past_key_values if len(self.open_ids) else state
 
     def save(self, path: str | Path) -> None:

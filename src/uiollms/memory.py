@@ -22,7 +22,7 @@ _CLAIMING = threading.Lock()
 
 @dataclass(eq=False)
 class Room:
-    """Keys and values [B, H, M + l, K] of one layer, memory then open chunk, with room for all of the chunk, so that a new
+    """Keys and values [B, H, M + w + l, K] of one layer, memory then open chunk, with room for all of the chunk, so that a new
     token is written behind the last instead of everything being copied. States share it: each reads only its own first
     entries, and only one that holds all `length` entries claimed so far may write behind them; another copies."""
 
@@ -94,7 +94,10 @@ class MemoryState(Cache):
     several continuations may start from one state.
 
     memory_keys, memory_values: per layer [B, H, M, K], rotated to their final positions 0 .. M-1, never recomputed;
-    local_keys, local_values: per layer [B, H, p, K]; open_ids [B, p] int64: the tokens of the open chunk, p < chunk_size;
+    local_keys, local_values: per layer [B, H, w + p, K], of the recent tokens, once the open chunk
+    holds a token, and its own; open_ids [B, p] int64: the tokens of the open chunk, p < chunk_size;
+    recent_ids [B, w] int64: the tokens before the open chunk that are fed again in front of it
+    (recent_tokens; none in the first chunk, w 0);
     num_tokens: tokens seen in all; text [B, num_tokens] int64: those tokens, for what looks at them
     while a text is generated; None where they are not known.
     """
@@ -107,11 +110,13 @@ class MemoryState(Cache):
         local_values: list[Tensor],
         open_ids: Tensor,
         num_tokens: int,
+        recent_ids: Tensor | None = None,
     ) -> None:
         super().__init__(layers=[])
         self.memory_keys, self.memory_values = memory_keys, memory_values
         self.local_keys, self.local_values = local_keys, local_values
         self.open_ids = open_ids
+        self.recent_ids = open_ids[:, :0] if recent_ids is None else recent_ids
         self.num_tokens = num_tokens
         self.text = open_ids if open_ids.shape[1] == num_tokens else None
         self.rooms: dict[int, Room] = {}  # where the local keys and values lie, if they do not lie alone
@@ -165,9 +170,9 @@ class MemoryState(Cache):
             return [t.index_select(0, rows.to(t.device)) for t in tensors]
 
         keys, values = picked(self.memory_keys), picked(self.memory_values)
-        (open_ids,) = picked([self.open_ids])
+        open_ids, recent_ids = picked([self.open_ids, self.recent_ids])
         local = picked(self.local_keys), picked(self.local_values)
-        state = MemoryState(keys, values, *local, open_ids, self.num_tokens)
+        state = MemoryState(keys, values, *local, open_ids, self.num_tokens, recent_ids)
         state.text = None if self.text is None else picked([self.text])[0]
         return state
 
@@ -181,12 +186,18 @@ def check_length(num_tokens: int, config: MemoryConfig, base_config: Any) -> Non
     capacity, size = config.capacity(num_positions(base_config)), config.chunk_size
     if num_tokens > capacity:
         full, last = divmod(capacity, size)
+        recent = f" and recent_tokens {config.recent_tokens}" if config.recent_tokens else ""
         raise ValueError(
             f"the document has {num_tokens} tokens, the capacity is {capacity}: "
-            f"{positions_said(base_config)}, chunk_size {size} and num_memory "
-            f"{config.num_memory} allow {full} full chunks and {last} tokens behind them; "
+            f"{positions_said(base_config)}, chunk_size {size}{',' if recent else ' and'} num_memory "
+            f"{config.num_memory}{recent} allow {full} full chunks and {last} tokens behind them; "
             f"cut it with `truncation`, or compress harder (smaller num_memory)"
         )
+
+
+def recent_of(text: Tensor, config: MemoryConfig) -> Tensor:
+    """The ids [B, w] that are fed again in front of the chunk behind text [B, T], which ends with a full one."""
+    return text[:, text.shape[1] - config.recent_tokens :]
 
 
 def join_slots(kv: Tensor, batch: int) -> Tensor:

@@ -197,7 +197,7 @@ class MemoryLM(Usage, Streaming, Generation, PreTrainedModel, GenerationMixin): 
         """A module's function on [B, T, D]; with a graph where grad is enabled. as_base: by the kernels that the base itself
         takes, to the bit."""
         l = self.memory_config.chunk_size
-        shared_lengths = (1, l, l + self.memory_config.num_memory)
+        shared_lengths = (1, l, l + self.memory_config.recent_tokens, l + self.memory_config.num_memory)
         if hidden.device.type == "cpu" and hidden.shape[1] in shared_lengths and not as_base:  # see products.py
             function = with_frozen_products(function, module)
         if self.offloaded:  # here too: a backward may run the function again
@@ -242,11 +242,12 @@ class MemoryLM(Usage, Streaming, Generation, PreTrainedModel, GenerationMixin): 
     ) -> Tensor:
         """[B, T] tokens behind `prefix` -> normed hidden states [B, T, D], ready for the LM head.
 
-        num_slots: how many of the prefix's slots each row sees, also the position of the row's chunk start;
-        local_past: tokens of the same chunk already in the prefix; repeat: [B] bool, rows whose first token is replaced
-        by the `repeat_token` embedding; first_slots: the number of the first slot that each row sees, where it is not 0,
-        as for the later ones of several documents whose memories stand behind each other; seen: what attends, in place of
-        what is chosen for `prefix` and base.
+        num_slots: how many of the prefix's slots each row sees, also the position where the row
+        begins, with its recent tokens, if it has any; local_past: tokens of the same row already in
+        the prefix; repeat: [B] bool, rows whose first token is replaced by the `repeat_token`
+        embedding; first_slots: the number of the first slot that each row sees, where it is not 0,
+        as for the later ones of several documents whose memories stand behind each other; seen: what
+        attends, in place of what is chosen for `prefix` and base.
         Ordinary tokens go through the frozen weights only; a text without memory is to the bit what the base makes of it.
         """
         as_base = not any(num_slots) and local_past == 0

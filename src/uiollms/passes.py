@@ -30,7 +30,9 @@ def check_sample(model: MemoryLM, sample: Sample) -> None:
     for ids in (sample.chunks, *(row.input_ids for row in sample.rows)):
         check_ids(ids, model.config.vocab_size)
     m, positions = model.memory_config.num_memory, num_positions(model.config)
-    row = max(sample.rows, key=lambda row: row.num_memories * m + len(row.input_ids))
+    recent = model.memory_config.recent_tokens
+    rows = sample.with_recent(recent).rows
+    row = max(rows, key=lambda row: row.num_memories * m + len(row.input_ids))
     needed = row.num_memories * m + len(row.input_ids)
     if needed <= positions:
         return
@@ -38,6 +40,7 @@ def check_sample(model: MemoryLM, sample: Sample) -> None:
         model.check_length(sample.num_tokens)
     raise ValueError(
         f"{row.num_memories} memories of num_memory {m} slots and the {len(row.input_ids)} tokens "
+        f"{f'({recent} of them recent_tokens) ' if row.recent else ''}"
         f"that read them need {needed} positions, past {positions_said(model.config)}; cut the "
         f"document with `truncation`, or compress harder (smaller num_memory)"
     )

@@ -58,9 +58,9 @@ def positions_said(config: Any) -> str:
     return f"{most} positions ({scheme}: {product})"
 
 
-def rope_fault(config: Any, chunk_size: int) -> str | None:
-    """Why a base of this transformers config cannot tell the positions of a chunk apart; None if it
-    can."""
+def rope_fault(config: Any, chunk_size: int, recent_tokens: int = 0) -> str | None:
+    """Why a base of this transformers config cannot tell the positions of a chunk, with the recent
+    tokens in front of it, apart; None if it can."""
     scheme, parameters = scheme_of(config)
     if scheme not in SCHEMES:
         found = f"rope_type {scheme!r}" if scheme else "no rope_type for all layers"
@@ -77,11 +77,13 @@ def rope_fault(config: Any, chunk_size: int) -> str | None:
         if not counted or not all(map(is_positive, factors)):
             return f"{name} in rope_parameters must be {half} numbers > 0; correct config.json"
     original = parameters[ORIGINAL]
-    if original < min(chunk_size, num_positions(config)):
+    if original < min(chunk_size + recent_tokens, num_positions(config)):
+        and_recent = f" and recent_tokens {recent_tokens}" if recent_tokens else ""
+        together = ", both together" if recent_tokens else ""
         return (
             f"the base reads texts of up to {original} tokens ({ORIGINAL} of longrope) by other "
-            f"factors than longer ones, chunk_size {chunk_size} takes both; "
-            f"use chunks of at most {original} tokens"
+            f"factors than longer ones, chunk_size {chunk_size}{and_recent} takes both; "
+            f"use chunks of at most {original} tokens{together}"
         )
     return None
 

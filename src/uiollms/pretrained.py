@@ -10,17 +10,9 @@ import torch
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from uiollms.base_files import FAMILIES
-from uiollms.config import (
-    COPY_TASKS,
-    ConfigError,
-    CorpusEntry,
-    EnvConfig,
-    MemoryConfig,
-    TaskEntry,
-    load_memory_config,
-)
+from uiollms.config import ConfigError, EnvConfig, MemoryConfig, load_memory_config
 from uiollms.data import find_corpus
-from uiollms.entries import Size
+from uiollms.entries import COPY_TASKS, CorpusEntry, Size, TaskEntry
 from uiollms.fitness import eos_fault, narrow_window, wide_rank
 from uiollms.flash import check_request
 from uiollms.loading import load_causal_lm, load_config, load_tokenizer_for
@@ -140,7 +132,7 @@ def examine_model(config: EnvConfig, path: str | Path, faults: Faults) -> tuple[
     if memory and shape is not None and shape.model_type in FAMILIES:
         if fault := narrow_window(shape, memory.chunk_size):
             faults.add(f"{path}: model.model_name: {config.model.model_name}: {fault}")
-        if fault := rope_fault(shape, memory.chunk_size):
+        if fault := rope_fault(shape, memory.chunk_size, memory.recent_tokens):
             faults.add(f"{path}: model.model_name: {config.model.model_name}: {fault}")
             return memory, None  # nothing can be said of its positions
     if memory and shape is not None and memory.chunk_size > (positions := num_positions(shape)):
@@ -192,10 +184,13 @@ def examine_stages(config: EnvConfig, memory: MemoryConfig | None, shape: Any, p
 def resized(memory: MemoryConfig, size: Size, shape: Any) -> MemoryConfig:
     """The compressor with chunks of another size: LoRA and tokens do not depend on it. shape: the
     base's transformers config, None where it could not be had. Raises ConfigError where the base
-    cannot read such chunks."""
+    cannot read such chunks, with the recent tokens in front of them."""
     chunk_size, num_memory = size
+    recent = memory.recent_tokens
+    if recent > chunk_size:
+        raise ConfigError(f"chunk_size {chunk_size} is less than the compressor's recent_tokens {recent}; use at least that")
     if shape is not None:
-        fault = narrow_window(shape, chunk_size) or rope_fault(shape, chunk_size)
+        fault = narrow_window(shape, chunk_size) or rope_fault(shape, chunk_size, recent)
         if not fault and chunk_size > (positions := num_positions(shape)):
             fault = f"chunk_size {chunk_size} is past the base's {positions} positions"
         if fault:
@@ -206,9 +201,10 @@ def resized(memory: MemoryConfig, size: Size, shape: Any) -> MemoryConfig:
 def check_truncations(wanted: list[tuple[str, int | None]], memory: MemoryConfig, positions: int, path: str | Path) -> None:
     """wanted: (JSON path, truncation) pairs of the file `path`."""
     capacity = memory.capacity(positions)
+    recent = f", recent_tokens {memory.recent_tokens}" if memory.recent_tokens else ""
     faults = [
         f"{path}: {where}: {length} tokens is past the capacity {capacity} (chunk_size {memory.chunk_size}, num_memory "
-        f"{memory.num_memory}, {positions} positions); use at most {capacity}"
+        f"{memory.num_memory}{recent}, {positions} positions); use at most {capacity}"
         for where, length in wanted
         if length is not None and length > capacity
     ]

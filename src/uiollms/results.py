@@ -20,8 +20,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from uiollms.config import COPY_TASKS, RETRIEVAL_TASKS, TEXT_TASKS
 from uiollms.controls import Estimate, difference, share_recovered
+from uiollms.entries import COPY_TASKS, RETRIEVAL_TASKS, TEXT_TASKS
 from uiollms.summaries import checked_about, checked_estimate, checked_numbers
 
 Item = TypeVar("Item")
@@ -34,13 +34,14 @@ ESTIMATES = ("bound", "below_window", "below_recent", "recovered")
 @dataclass(frozen=True, eq=False)
 class DocumentScore:
     """One document in one mode. nll, loss [T'] float32 in nats, without and with the teacher's share; positions [T'] int64;
-    texts: (reference, generated) pairs; hits: of how many (right, all) tokens generated freely; correct, depth: of a
-    retrieval trial."""
+    texts: (reference, generated) pairs; written: the first chunk's, see summaries.py; hits: of how
+    many (right, all) tokens generated freely; correct, depth: of a retrieval trial."""
 
     nll: Tensor
     loss: Tensor
     positions: Tensor
     texts: tuple[tuple[str, str], ...] = ()
+    written: dict[str, Any] | None = None
     hits: tuple[int, int] = (0, 0)
     correct: bool = False
     depth: float = 0.0
@@ -142,6 +143,7 @@ class TaskResult:
         if self.kind == "copy":
             hits = [d.hits for d in documents]
             measured["token_accuracy"] = sum(right for right, _ in hits) / sum(count for _, count in hits)
+            measured["written"] = documents[0].written
             measured["bleu4"] = bleu4([pair for d in documents for pair in d.texts])
         if any(d.texts for d in documents):
             rouge = [rouge_l(d.texts) for d in documents]

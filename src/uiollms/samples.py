@@ -82,14 +82,15 @@ class SampleMaker:
         if document.task == "memory utilization":
             probe = torch.tensor([rng.randrange(self.model.config.vocab_size) for _ in range(chunk_size)])
             ids = ids[: min(most, num_positions(self.model.config) - chunk_size)]
-            enough = len(ids) >= chunk_size
-            return Sample.memory_utilization(ids, probe, chunk_size) if enough else Sample.document(ids, chunk_size)
+            context = ids[: self._most_compressed()]
+            enough = len(context) >= chunk_size
+            return Sample.memory_utilization(context, probe, chunk_size) if enough else Sample.document(ids, chunk_size)
         if document.task == "auto encoding":  # one chunk, from its own memory alone
             count = len(ids[:most]) // chunk_size
             start = chunk_size * rng.randrange(count) if count else 0
             ids = ids[start : start + chunk_size]
         if document.task in ("auto encoding", "longdata copy"):
-            ids = ids[: min(most, self._most_compressed())]  # the copies stand behind all memories
+            ids = ids[: min(most, self._most_compressed(recent=False))]  # the copies stand behind all memories
             return Sample.copy(ids, chunk_size) if len(ids) >= chunk_size else Sample.document(ids, chunk_size)
         return taught(PROTOCOLS[self.protocol](self._cut(ids, truncation, rng, crop), chunk_size), document)
 
@@ -128,10 +129,10 @@ class SampleMaker:
         cut = rng.randint(max(0, stop - length), min(start, len(ids) - length))
         return torch.tensor(first + ids[cut : cut + length], dtype=torch.int64)
 
-    def _most_compressed(self) -> int:
-        """Tokens of the chunks whose memories a further full chunk can stand behind."""
+    def _most_compressed(self, recent: bool = True) -> int:
+        """Tokens of the chunks whose memories a further full chunk can stand behind; recent: with its recent tokens."""
         memory, positions = self.model.memory_config, num_positions(self.model.config)
-        return memory.most_chunks(positions) * memory.chunk_size
+        return memory.most_chunks(positions, recent) * memory.chunk_size
 
     def _cut(self, ids: Tensor, truncation: int | None, rng: random.Random, crop: str) -> Tensor:
         """At most `truncation` tokens, from the start or from a random place; without one, at most the capacity."""

@@ -133,6 +133,7 @@ def _steps(
     """The step on samples with one `kl_weight`, numbered through: rows, chunks, and columns of the weights."""
     for each in samples:
         check_sample(model, each)
+    samples = [each.with_recent(model.memory_config.recent_tokens) for each in samples]
     generators = [rng if isinstance(rng, random.Random) else random.Random(rng) for rng in rngs]
     drawn: list[Tensor] = []
     seeds: list[int] | None = [] if model.training and model.memory_config.lora_dropout else None

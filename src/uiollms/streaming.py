@@ -1,6 +1,6 @@
 """A stream of tokens through a MemoryLM: any split of a text into calls, every chunk compressed once it is full.
 
-Shapes: B documents, T tokens, C chunks, l chunk_size, m num_memory, D hidden size, V vocabulary.
+Shapes: B documents, T tokens, C chunks, l chunk_size, m num_memory, w recent_tokens, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from uiollms.base import layer_device
 from uiollms.fitness import check_ids
 from uiollms.generation import RaggedState
 from uiollms.loss import shifted_nll
-from uiollms.memory import MemoryState, join_slots
+from uiollms.memory import MemoryState, join_slots, recent_of
 from uiollms.padding import check_segments, forward_padded, row_lengths
 
 
@@ -71,25 +71,32 @@ class Streaming:
         input_ids = input_ids.to(self.device)
         l, past = self.memory_config.chunk_size, state.open_ids.shape[1]
         ids = torch.cat([state.open_ids, input_ids], dim=1)  # from the start of the open chunk
+        recent = state.recent_ids.shape[1]  # w, or 0 in the first chunk
+        text = torch.cat([state.recent_ids, ids], dim=1)
         first_kept = ids.shape[1] - logits_to_keep if logits_to_keep and labels is None else past
 
         full, tail = divmod(ids.shape[1], l)
         slots_before = state.num_slots
         after = self._remember(state, ids[:, : full * l])
         after.open_ids = ids[:, full * l :]
+        after.recent_ids = recent_of(text[:, : recent + full * l], self.memory_config) if full else state.recent_ids
         after.num_tokens = state.num_tokens + input_ids.shape[1]
         after.text = state.text_with(input_ids)
 
         pieces = []
         for start in range(0, ids.shape[1], l):
             stop = min(start + l, ids.shape[1])
-            local_past = past if start == 0 else 0
+            before = recent if start == 0 else self.memory_config.recent_tokens
+            local_past = before + past if start == 0 and past else 0
             if stop <= first_kept and stop - start == l:
                 continue
             num_slots = slots_before + start // l * self.memory_config.num_memory
-            keep = (stop - start) % l
-            prefix = after.prefix(num_slots, with_local=start == 0, keep=keep, spare=l - keep if keep else 0)
-            pieces.append(self.decode(ids[:, start + local_past : stop], prefix, [num_slots] * len(ids), local_past))
+            tokens = (stop - start) % l  # that stay open
+            keep, spare = (before + tokens, l - tokens) if tokens else (0, 0)
+            prefix = after.prefix(num_slots, with_local=start == 0, keep=keep, spare=spare)
+            fed = text[:, recent + start - before + local_past : recent + stop]
+            hidden = self.decode(fed, prefix, [num_slots] * len(ids), local_past)
+            pieces.append(hidden if local_past else hidden[:, before:])
             if prefix.keep:
                 after.keep_open(prefix)
         if not tail:

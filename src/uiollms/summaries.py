@@ -57,6 +57,17 @@ class AtDepth(BaseModel):
     accuracy: float
 
 
+class Written(BaseModel):
+    """A chunk and what a model wrote down of it, told by memory alone. pieces: the written text piece
+    by piece, true for one whose tokens are all those of the original at their places; right, tokens:
+    how many are, of how many."""
+
+    original: str
+    pieces: list[tuple[str, bool]]
+    right: int
+    tokens: int
+
+
 class Numbers(BaseModel):
     """A mode's numbers that are shown when a summary is read again, each where it is there."""
 
@@ -78,6 +89,7 @@ class Numbers(BaseModel):
     document_mean_interval_95: Pair | None = None
     by_position: list[Bucket] = []
     by_depth: list[AtDepth] = []
+    written: Written | None = None
 
 
 def checked_numbers(numbers: dict[str, Any], mode: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 IGNORED = -100  # transformers' label for "not scored"
 
@@ -21,7 +22,8 @@ class Row:
     nothing is scored; token_weights [T] float64: the weight of that position's NLL in the sample's loss;
     num_memories: how many of the sample's chunks, from number `first_memory` on, it reads; start: the place of its first
     token in the document; repeat: its first token is replaced by the `repeat_token` embedding; teacher: (which of the
-    sample's teacher texts, where in it) the row's first token stands, for losses with a teacher."""
+    sample's teacher texts, where in it) the row's first token stands, for losses with a teacher; recent: how many of its
+    first tokens are those of the chunk before, fed again and not scored (see `Sample.with_recent`)."""
 
     input_ids: Tensor
     targets: Tensor
@@ -31,6 +33,7 @@ class Row:
     repeat: bool = False
     teacher: tuple[int, int] = (0, 0)
     first_memory: int = 0
+    recent: int = 0
 
     @property
     def memories(self) -> range:
@@ -93,8 +96,32 @@ class Sample:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the decoder reads: for plain text the document's."""
-        return sum(len(row.input_ids) for row in self.rows)
+        """Tokens that the decoder reads, recent ones not again: for plain text the document's."""
+        return sum(len(row.input_ids) - row.recent for row in self.rows)
+
+    def with_recent(self, count: int) -> Sample:
+        """With the last `count` tokens of the chunks that it reads (at most a chunk of them) in front
+        of every row that goes on where these end: a document's rows but the first, questions and
+        probes, but no copies. They are not scored, and the teacher's text stays as it is.
+
+        chunks [0 1 2 3], rows [0 1 2 3] and [4 5] scored at 5, count 2 -> the second is [2 3 4 5]
+        """
+        rows = [self._with_recent(row, count) for row in self.rows] if count else self.rows
+        return replace(self, rows=tuple(rows))
+
+    def _with_recent(self, row: Row, count: int) -> Row:
+        if not row.num_memories or row.start != row.num_memories * self.chunks.shape[1]:
+            return row
+        text, place = row.teacher
+        return replace(
+            row,
+            input_ids=torch.cat([self.chunks[row.memories.stop - 1][-count:], row.input_ids]),
+            targets=F.pad(row.targets, (count, 0), value=IGNORED),
+            token_weights=F.pad(row.token_weights, (count, 0)),
+            start=row.start - count,
+            teacher=(text, place - count),
+            recent=count,
+        )
 
     @classmethod
     def language_modeling(cls, input_ids: Tensor, chunk_size: int) -> Sample:

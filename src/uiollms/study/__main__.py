@@ -30,7 +30,8 @@ from rich.markdown import Markdown
 from uiollms.checkpoint import load_weights
 from uiollms.checks import check_folder
 from uiollms.cli import Output, output_arguments, reporting_errors
-from uiollms.config import ConfigError, EnvConfig, MemoryConfig, TaskEntry, TrainSection, load_env_config
+from uiollms.config import ConfigError, EnvConfig, MemoryConfig, TrainSection, load_env_config
+from uiollms.entries import TaskEntry
 from uiollms.evaluate import score
 from uiollms.evaluation import evaluation_documents
 from uiollms.integrity import make_folder, replace_text
@@ -62,9 +63,11 @@ RESULTS = ("results.json", "table.md", "plot.png")
 
 @contextmanager
 def as_preset(model: MemoryLM, preset: dict[str, Any]) -> Iterator[None]:
-    """The model with the preset's chunk size and memory: LoRA does not depend on either, so the weights stay."""
+    """The model with the preset's chunk size and memory: LoRA does not depend on either, so the weights stay. Of longer
+    recent tokens a whole chunk is left."""
     own = model.memory_config
     changed = {k: preset[k] for k in ("chunk_size", "num_memory") if preset[k]}
+    changed["recent_tokens"] = min(own.recent_tokens, preset["chunk_size"] or own.chunk_size)
     model.memory_config = MemoryConfig(**own.model_dump() | changed)
     try:
         yield

@@ -12,13 +12,14 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
+from uiollms.entries import Stage
 from uiollms.faults import writing
 from uiollms.integrity import make_folder, replace_text
 from uiollms.metrics import ITERATIONS, iterations_of
 from uiollms.views.curves import plot_steps, plot_training
 from uiollms.views.folder import FAULTS, Missing, RunFolder, config_text
 from uiollms.views.plots import plot_attention, plot_lengths, plot_results
-from uiollms.views.tables import COLUMNS, rows_of
+from uiollms.views.tables import COLUMNS, rows_of, written_chunks
 
 
 @dataclass
@@ -49,6 +50,7 @@ def write_report(run: RunFolder) -> tuple[Path, list[Path]]:
             evaluated=f"From {run.evaluated}",
             columns=COLUMNS,
             rows=rows,
+            written=written_chunks(run.results),
             pictures=drawn,
             missing=run.missing,
         )
@@ -130,7 +132,9 @@ def facts(run: RunFolder) -> Iterator[tuple[str, str]]:
     yield "weights", run.weights_name
     if run.compressor:
         c = run.compressor
-        yield "compressor", f"chunks of {c.chunk_size} tokens into {c.num_memory} slots a layer, LoRA rank {c.lora_rank}"
+        recent = f", the last {c.recent_tokens} tokens before a chunk read again" if c.recent_tokens else ""
+        sizes = f"chunks of {c.chunk_size} tokens into {c.num_memory} slots a layer"
+        yield "compressor", f"{sizes}, LoRA rank {c.lora_rank}{recent}"
     steps = [line for line in run.metrics if "lr" in line]
     if run.config and steps:
         chosen = f"{train.estimator}, S = {train.tbptt}" if train.estimator != "exact" else "exact"
@@ -138,6 +142,8 @@ def facts(run: RunFolder) -> Iterator[tuple[str, str]]:
         yield "optimizer", f"AdamW, peak learning rate {train.max_lr:g}, {train.accum_grad} documents a step, seed {train.seed}"
         shares = [f"{c.name} ({c.partition:.0%}, {c.truncation or 'all'} tokens)" for c in train.corpus]
         yield "corpora", ", ".join(shares)
+        if train.stages:
+            yield "stages", ", ".join(stage_words(stage) for stage in train.stages)
     if steps:
         goal = f" of {run.config.train.train_iters}" if run.config else ""
         took = f"in {duration(run.metrics[-1]['seconds'])}, evaluations included"
@@ -154,6 +160,14 @@ def facts(run: RunFolder) -> Iterator[tuple[str, str]]:
         yield "git revision", versions.get("git") or "none: not a clone"
         named = {name: value for name, value in versions.items() if name not in (*names, ITERATIONS, "git", "dtype") and value}
         yield "versions", ", ".join(f"{name} {value}" for name, value in named.items())
+
+
+def stage_words(stage: Stage) -> str:
+    """40% of stdlib.train (auto encoding) at 64/16, 128/32"""
+    corpora = [f"{c.name} ({c.task})" if c.task else c.name for c in stage.corpus or ()]
+    sizes = [f"{chunk_size}/{num_memory}" for chunk_size, num_memory in stage.sizes or ()]
+    said = f"{stage.share:.0%}" + (f" of {' and '.join(corpora)}" if corpora else "")
+    return said + (f" at {', '.join(sizes)}" if sizes else "")
 
 
 def duration(seconds: float) -> str:

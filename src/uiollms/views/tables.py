@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console, JustifyMethod
 from rich.table import Table
+from rich.text import Text
 
 from uiollms.results import TaskResult
 
@@ -32,7 +33,44 @@ def print_results(results: Sequence[TaskResult], console: Console | None = None)
         for row in rows_of(result):
             table.add_row(*row)
         table.add_section()
-    (console or Console(width=170)).print(table)
+    console = console or Console(width=170)
+    console.print(table)
+    print_written(results, console)
+
+
+class Chunk(NamedTuple):
+    """A held-out chunk beside what the model writes down of it. said: what it is of."""
+
+    said: str
+    original: str
+    pieces: Sequence[tuple[str, bool]]
+
+
+def written_chunks(results: Sequence[TaskResult]) -> list[Chunk]:
+    """Of every task of copies the first chunk, from its own memory and, where that was compared, from
+    another document's."""
+    found = []
+    for result in results:
+        for mode in ("memory", "shuffled"):
+            if written := result.modes.get(mode, {}).get("written"):
+                whose = "its own memory" if mode == "memory" else "another document's memory"
+                said = f"{result.title}: written down from {whose} alone, {written['right']} of {written['tokens']} tokens right"
+                found.append(Chunk(said, written["original"], written["pieces"]))
+    return found
+
+
+def print_written(results: Sequence[TaskResult], console: Console) -> None:
+    """The chunk and its copies, in which what is right stands between brackets."""
+    chunks = written_chunks(results)
+    for i, chunk in enumerate(chunks):
+        if i == 0 or chunk.original != chunks[i - 1].original:
+            console.print("\nthe first held-out chunk", style="bold")
+            console.print(chunk.original, markup=False, highlight=False, soft_wrap=True)
+        console.print(f"\n{chunk.said}: \u27e6so\u27e7", style="bold")
+        text = Text()
+        for piece, right in chunk.pieces:
+            text.append(f"\u27e6{piece}\u27e7" if right else piece, style="green" if right else "dim")
+        console.print(text, soft_wrap=True)
 
 
 def rows_of(result: TaskResult) -> list[tuple[str, ...]]:
