@@ -202,9 +202,13 @@ class Oracle:
     def encode(self, ids: Tensor) -> list[Tensor]:
         """A chunk [l] -> what every layer's attention reads at the slots, [m, D] each."""
         l, m = self.memory.chunk_size, self.memory.num_memory
-        token = self.trained["encoder.retrieval_token"].view(1, -1)
-        x = torch.cat([self.weights["model.embed_tokens.weight"][ids], token.expand(m, -1)])
+        tokens = self.weights["model.embed_tokens.weight"][ids]
         ends = [(i + 1) * (l // m) for i in range(m)]
+        if self.memory.slot_input == "last":  # slot i sees tokens 0 .. ends[i] - 1
+            x = torch.cat([tokens, *(tokens[end - 1 : end] for end in ends)])
+        else:
+            token = self.trained["encoder.retrieval_token"].view(1, -1)
+            x = torch.cat([tokens, token.expand(m, -1)])
         sees = [[k <= q for k in range(l)] + [False] * m for q in range(l)]
         for i, end in enumerate(ends):
             sees.append([k < end for k in range(l)] + [j == i for j in range(m)])
@@ -228,8 +232,14 @@ class Oracle:
             found.append((self.rotated(k, range(m * len(chunks)), self.far(m, 0)), v))
         return found
 
-    def stream(self, ids: Tensor) -> Tensor:
-        """[T] -> logits [T, V]: every chunk behind the memories of all before it."""
+    def stream(self, ids: Tensor, memories_of: Tensor | None = None) -> Tensor:
+        """[T] -> logits [T, V]: every chunk behind the memories of all before it (of another
+        document's chunks, if given) and the last tokens before it, read again."""
         chunks = ids.split(self.memory.chunk_size)
-        rows = [self.read(chunk, self.slots(chunks[:t])) for t, chunk in enumerate(chunks)]
+        read = chunks if memories_of is None else memories_of.split(self.memory.chunk_size)
+        rows = []
+        for t, chunk in enumerate(chunks):
+            front = ids[max(0, t * self.memory.chunk_size - self.memory.recent_tokens) :]
+            front = front[: self.memory.recent_tokens if t else 0]
+            rows.append(self.read(torch.cat([front, chunk]), self.slots(read[:t]))[len(front) :])
         return torch.cat(rows)

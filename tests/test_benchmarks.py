@@ -104,6 +104,42 @@ def test_flops_of_a_step_are_counted_by_torch(family):
     assert counted == flops.training(sample, chunks) + chunks * (2 * flops.project_forward() + twice + unread)
 
 
+def test_flops_of_a_step_whose_slots_read_the_chunks_tokens():
+    """As above; nothing trained lies below layer 0, so nothing is computed that is not counted."""
+    model = make_model(config=MEMORY.model_copy(update={"slot_input": "last"}))
+    sample = Sample.language_modeling(random_ids(24), 8)
+    flops, chunks = without_attention(Flops.of(model)), len(sample.chunks)
+    twice = flops.layers * 2 * (2 * flops.slots * flops.rank * flops.kv)
+    counted = matmul_flops(lambda: uiollms.gradient_step(model, sample, estimator="exact"))
+    assert counted == flops.training(sample, chunks) + chunks * (2 * flops.project_forward() + twice)
+    assert Flops.of(model).attention(flops.slot_pairs) > 0
+    full, learned = Flops.of(model), Flops.of(make_model())
+    (_, queries, pairs), *_ = full.encoder_layers()
+    below = full.keys_values(2) + full.q_proj(2) + 2 * (2 * 2 * full.rank * full.hidden)
+    assert learned.encoder_backward() - full.encoder_backward() == below + full.attention(pairs) // 2
+
+
+def test_flops_with_recent_tokens_are_counted_by_torch():
+    """As those of forward passes and of a step above. In the last layer torch also computes what
+    nobody reads: queries, outputs and MLPs of the recent tokens, and their way back."""
+    model = make_model(config=MEMORY.model_copy(update={"recent_tokens": 3}))
+    flops, sample = without_attention(Flops.of(model)), Sample.document(random_ids(24), 8)
+    with torch.no_grad():
+        counted = matmul_flops(lambda: score(model, random_ids(24), "document"))
+        # rows without and with recent tokens are one batch, padded to the longer ones
+        padding = flops.layers * (flops.queries(3) + flops.keys_values(3))
+        assert counted == flops.scoring(sample) + padding + 2 * flops.queries(3)
+    plain = without_attention(Flops.of(make_model()))
+    each = plain.layers * (flops.queries(3) + flops.keys_values(3)) - flops.queries(3)
+    assert flops.scoring(sample) - plain.scoring(sample) == 2 * each
+    back = (plain.layers - 2) * (flops.queries(3) + flops.keys_values(3)) + flops.keys_values(3)
+    back += flops.o_proj_mlp(3)  # in layer 0
+    assert flops.training(sample, 0) - plain.training(sample, 0) == 2 * (each + back)
+    assert flops.generation(4) - flops.generation(0) == each // 8
+    full, short = Flops.of(model), Flops.of(make_model())
+    assert full.scoring(sample) > short.scoring(sample) + 2 * each
+
+
 def test_flops_by_hand():
     """One layer of everything, written out: D 4, q 4, kv 2, I 3, V 5, l 4, m 2, r 1."""
     flops = Flops(layers=2, hidden=4, q=4, kv=2, intermediate=3, vocab=5, chunk=4, slots=2, rank=1)

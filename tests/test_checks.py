@@ -19,7 +19,7 @@ from uiollms.config import EnvConfig, TrainSection, load_env_config, load_memory
 from uiollms.data import open_corpus
 from uiollms.pretrained import check_env, load_memory_lm
 from uiollms.saving import weights_of
-from uiollms.training import Samples
+from uiollms.training import Samples, Stream
 
 ROOT = Path(__file__).parent.parent
 
@@ -153,7 +153,7 @@ def test_the_shortest_truncation_is_the_shortest_that_trains(workspace, loss):
     changes = [f"train.loss={loss}", "train.tasks=[]"]
     assert faults_of(*changes, f"train.corpus.0.truncation={least}") == []
     assert len(faults_of(*changes, f"train.corpus.0.truncation={least - 1}")) == 1
-    Samples.MOST_SKIPPED, most = 20, Samples.MOST_SKIPPED
+    Stream.MOST_SKIPPED, most = 20, Stream.MOST_SKIPPED
     try:
         for truncation, trains in ((least, True), (least - 1, False)):
             config = load_env_config("env.json", [*changes, f"train.corpus.0.truncation={truncation}"])
@@ -164,7 +164,7 @@ def test_the_shortest_truncation_is_the_shortest_that_trains(workspace, loss):
                 with pytest.raises(ConfigError, match="20 documents in a row"):
                     Samples(config, tokenizer, model).take(1)
     finally:
-        Samples.MOST_SKIPPED = most
+        Stream.MOST_SKIPPED = most
 
 
 def test_a_copy_needs_one_whole_chunk(workspace):

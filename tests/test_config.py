@@ -240,6 +240,7 @@ def test_wrong_values_are_refused_by_name(field, value, message):
         (dict(num_memory=0), "m.json: num_memory: Input should be greater than 0, found 0"),
         (dict(num_memory=512), "m.json: chunk_size 256 must be a multiple of num_memory 512"),
         (dict(lora_dropout=1.0), "m.json: lora_dropout: Input should be less than 1"),
+        (dict(slot_input="first"), "m.json: slot_input: Input should be 'token' or 'last', found \"first\""),
     ],
 )
 def test_wrong_compressors_are_refused(sizes, message):

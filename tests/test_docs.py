@@ -20,14 +20,14 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / 
 # Lower modules first: a module imports only from above itself in this list.
 ORDER = """
     refusals watch options launch usable reading json_files overrides base_files fitness integrity own_files
-    config schedule faults board paths tokens environment devices distributed data.cleaning
+    entries config schedule faults board paths tokens environment devices distributed data.cleaning
     data.documents data.files
     data.hub data.beacons data.corpora_text data.corpora_own data.corpora_recall
     data.corpora_tasks data.mixture data lora products loss attention
     skeleton flash apart positions memory padding fingerprint library usage request generation base streaming model
     pretend_kernels pretend placement
     packaged loading pretrained tasks
-    flops estimators kv_gradients passes step evaluate recall
+    flops estimators kv_gradients passes step evaluate recall weighting
     samples retrieval controls summaries results saved_results evaluation training checkpoint
     saving checks run_state metrics
     attention_mass views views.tables views.plots views.curves run cli schema plan dry_run convert lm_eval_command harness

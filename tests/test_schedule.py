@@ -12,7 +12,7 @@ from uiollms.config import ConfigError, TrainSection, load_env_config
 from uiollms.data import Mixture
 from uiollms.data.documents import Document
 from uiollms.integrity import seal
-from uiollms.schedule import Schedule, rate_of_step
+from uiollms.schedule import Course, Schedule, rate_of_step
 
 ROOT = Path(__file__).parent.parent
 TRAIN = ["train.py", "--env_conf", "env.json"]
@@ -132,7 +132,8 @@ def test_a_run_of_an_older_folder_keeps_counting_steps(workspace, tiny_folder, c
     found = lines_of()
     for name in ("iteration", "lr", "tokens"):
         assert [line[name] for line in found] == [line[name] for line in expected]
-    assert [line["lr"] for line in found] == [rate_of_step(i, section(**changes | dict(tasks=[], max_lr=1e-2))) for i in range(6)]
+    train = section(**changes | dict(tasks=[]))
+    assert [line["lr"] for line in found] == [rate_of_step(i, Course(train.train_iters, 1e-2, train.warmup)) for i in range(6)]
     # Float32 products of another processor or torch: far below what another document or rate changes.
     assert [line["nll"] for line in found] == pytest.approx([line["nll"] for line in expected], rel=1e-5)
     assert json.loads(Path("out/versions.json").read_text())["iterations"] == "steps"

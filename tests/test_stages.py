@@ -1,0 +1,319 @@
+"""Runs in stages: what each trains on, at which size and rate; and the objectives of a corpus."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_ids
+from processes import TRAIN, forked, signalled, train, train_and_at
+from test_commands import call
+from test_resume import metrics_of, tensors_of
+from test_schedule import section
+
+from uiollms import Sample
+from uiollms.config import ConfigError, load_env_config
+from uiollms.data import Document
+from uiollms.entries import CorpusEntry
+from uiollms.evaluate import token_losses
+from uiollms.pretrained import check_env, load_memory_lm
+from uiollms.samples import SampleMaker, task_fault, teaches_memory
+from uiollms.schedule import Course, Schedule, rate_of_document
+from uiollms.training import Samples
+from uiollms.weighting import relative, weigh_tokens
+
+STAGES = [
+    dict(
+        share=0.4,
+        corpus=[dict(name="files:book[01].txt", partition=1, task="auto encoding", truncation=64)],
+        max_lr=2e-2,
+        sizes=[[8, 2], [16, 2], [16, 4]],
+    ),
+    dict(share=0.2, warmup=0.0),
+    dict(
+        share=0.4,
+        max_lr=5e-3,
+        sizes=[[8, 1], [16, 8]],
+        corpus=[
+            dict(name="files:book*.txt", partition=0.5, truncation=70, crop="random", kl_weight=0.5),
+            dict(name="files:book*.txt", partition=0.5, truncation=70, token_weighting="context"),
+        ],
+    ),
+]
+
+
+@pytest.fixture
+def staged(workspace) -> Path:
+    """A run of 10 documents in 5 steps, 2 of the first stage, 1, and 2 of the last."""
+    memory = json.loads(Path("memory.json").read_text())
+    Path("memory.json").write_text(json.dumps(memory | dict(lora_dropout=0.2)))
+    env = json.loads(Path("env.json").read_text())
+    env["train"] |= dict(train_iters=10, save=2, eval=10, accum_grad=2, stages=STAGES)
+    Path("env.json").write_text(json.dumps(env))
+    return workspace / "out"
+
+
+def checked(*changes: str) -> None:
+    check_env(load_env_config("env.json", [*changes]), "env.json")
+
+
+# ---- the schedule --------------------------------------------------------------------------------
+
+
+def stages(*shares: float, **changes) -> list[dict]:
+    return [dict(share=share, **changes) for share in shares]
+
+
+def test_borders_are_whole_steps():
+    run = Schedule(section(train_iters=100, accum_grad=8, stages=stages(0.3, 0.3, 0.4)), 8)
+    assert run.borders == (32, 64)  # 3.75 and 7.5 steps of 12.5
+    assert [run.stage(done) for done in run.steps()] == [0] * 4 + [1] * 4 + [2] * 4
+    assert Schedule(section(), 1).borders == ()
+
+
+def test_every_stage_rises_and_falls_by_itself():
+    train = section(train_iters=100, max_lr=1e-3, warmup=0.1, stages=[dict(share=0.5), dict(share=0.5, max_lr=4e-3, warmup=0.2)])
+    found = [Schedule(train, 1).learning_rate(done) for done in range(1, 101)]
+    expected = [rate_of_document(i, Course(50, 1e-3, 0.1)) for i in range(50)]
+    expected += [rate_of_document(i, Course(50, 4e-3, 0.2)) for i in range(50)]
+    assert found == expected
+    assert max(found[:50]) == 1e-3 and max(found[50:]) == 4e-3
+
+
+def test_one_stage_is_a_run_without_stages():
+    plain, staged = section(accum_grad=4), section(accum_grad=4, stages=stages(1.0))
+    for done in (4, 400, 9_000, 10_000):
+        assert Schedule(plain, 4).learning_rate(done) == Schedule(staged, 4).learning_rate(done)
+
+
+def test_a_longer_run_lengthens_its_last_stage_alone():
+    shorter = Schedule(section(train_iters=100, stages=stages(0.5, 0.5)), 1)
+    longer = Schedule(section(train_iters=300, stages=stages(0.5, 0.5)), 1, "documents", shorter.borders)
+    assert longer.borders == (50,)
+    assert [longer.learning_rate(d) for d in range(1, 51)] == [shorter.learning_rate(d) for d in range(1, 51)]
+    assert longer.learning_rate(300) < 1e-7 < longer.learning_rate(100)
+
+
+def test_a_stage_without_a_step_is_refused():
+    with pytest.raises(ConfigError, match=r"train.stages\[1\]: of 100 documents .* no step of 8"):
+        Schedule(section(train_iters=100, stages=stages(0.5, 0.02, 0.48)), 8)
+    with pytest.raises(ConfigError, match=r"train.stages\[1\]"):  # shortened to before its last stage
+        Schedule(section(train_iters=50, stages=stages(0.5, 0.5)), 1, "documents", (50,))
+
+
+def test_sizes_are_drawn_from_the_seed_and_the_step():
+    sizes = [[64, 16], [64, 8], [128, 32]]
+    first, again = (Schedule(section(stages=stages(1.0, sizes=sizes), seed=3), 1) for _ in range(2))
+    drawn = [first.size(done) for done in range(1, 3001)]
+    assert drawn[1000:] == [again.size(done) for done in range(1001, 3001)]
+    assert {drawn.count(tuple(size)) // 100 for size in sizes} <= {9, 10}  # a third of each
+    assert Schedule(section(), 1).size(7) is None
+
+
+# ---- a run ---------------------------------------------------------------------------------------
+
+
+def test_a_run_in_stages_goes_on_bit_for_bit_across_borders(staged):
+    assert forked(train()) == 0
+    metrics, tensors = metrics_of(staged), tensors_of(staged)
+    steps = [line for line in metrics if "nll" in line]
+    assert [line["stage"] for line in steps] == [1, 1, 2, 3, 3]
+    assert all(line["size"] in STAGES[0]["sizes"] for line in steps[:2])
+    assert steps[2]["size"] is None and all(line["size"] in STAGES[2]["sizes"] for line in steps[3:])
+    assert json.loads((staged / "ckp" / "memory_config.json").read_text())["chunk_size"] == 16
+    for event in (40, 70, 110):
+        code, flags = None, "--restart"
+        while code != 0:
+            code = forked(train_and_at(event, signalled(15), flags)) if code is None else forked(train(flags))
+            flags = "--resume"
+        assert metrics_of(staged) == metrics and tensors_of(staged) == tensors
+
+
+def test_a_run_made_longer_keeps_its_borders(staged):
+    assert call(*TRAIN) == 0
+    assert call(*TRAIN, "--resume", "--set=train.train_iters=16") == 0
+    lines = [line for line in metrics_of(staged) if "nll" in line]
+    assert [line["stage"] for line in lines] == [1, 1, 2, 3, 3, 3, 3, 3]
+    state = json.loads((staged / "checkpoints" / "step-00000016" / "state.json").read_text())
+    assert state["borders"] == [4, 6]
+    assert (staged / "curve.png").exists()
+
+
+def test_stages_draw_documents_of_their_own(staged):
+    config = load_env_config("env.json")
+    model, tokenizer = load_memory_lm(config, "env.json")
+    samples = Samples(config, tokenizer, model)
+    with model.sized((8, 2)):
+        first = samples.take(4)
+    assert {drawn.source.split("book")[1][0] for drawn in first} <= {"0", "1"}
+    assert all(drawn.sample.chunks.shape == (1, 8) for drawn in first)
+    last = samples.take(8, stage=2)
+    kinds = {drawn.sample.kl_weight for drawn in last}
+    assert kinds == {0.0, 0.5} and all(drawn.sample.chunks.shape[1] == 16 for drawn in last)
+    assert model.memory_config.chunk_size == 16
+
+    state = json.loads(json.dumps(samples.state_dict()))
+    expected = samples.take(3, stage=2)
+    again = Samples(config, tokenizer, model)
+    again.load_state_dict(state)
+    found = again.take(3, stage=2)
+    assert [d.source for d in found] == [d.source for d in expected]
+    assert [d.rng.random() for d in found] == [d.rng.random() for d in expected]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("train.stages.0.share=0.3", "the shares of the stages sum to 0.9, they must sum to 1"),
+        ("train.stages.0.sizes=[[10,4]]", "sizes: chunk_size 10 must be a multiple of num_memory 4"),
+        ("train.stages.0.sizes=[]", "train.stages[0].sizes"),
+        ("train.stages.0.corpus=[]", "train.stages[0].corpus"),
+        ("train.stages.2.corpus.0.partition=0.7", "partitions sum to 1.2"),
+        (
+            "train.stages.2.corpus.0.truncation=8",
+            "train.stages[2].corpus[0].truncation: of 8 tokens nothing would read memory, chunk_size "
+            "is 8; use at least 10 (under train.stages[2].sizes[0])",
+        ),
+        (
+            "train.stages.2.corpus.1.truncation=129",
+            "train.stages[2].corpus[1]: truncation: 129 tokens; with token_weighting context the base "
+            "reads documents raw and has 128 positions; set truncation to 128 or less",
+        ),
+        (
+            "train.stages.2.corpus.0.truncation=null",
+            "truncation: none; with kl_weight 0.5 the base reads documents raw",
+        ),
+        ("train.stages.0.sizes=[[256,2]]", "train.stages[0].sizes[0]: chunk_size 256 is past the base's 128"),
+        (
+            "train.corpus.0.truncation=1000",
+            "train.corpus[0].truncation: 1000 tokens is past the capacity",
+        ),
+        ("train.stages.2.corpus.0.name=nothing", "train.stages[2].corpus[0].name: corpus 'nothing'"),
+        ("train.stages.0.corpus.0.kl_weight=0.5", "a copy is told by memory alone"),
+        ("train.stages.1.max_lr=0", "train.stages[1].max_lr"),
+        ("train.stages.0.share=0", "train.stages[0].share"),
+    ],
+)
+def test_what_a_stage_cannot_be_is_refused_before_a_model_is_loaded(staged, change, message):
+    with pytest.raises(ConfigError) as error:
+        checked(change)
+    assert any(message in line for line in str(error.value).splitlines()), str(error.value)
+
+
+def test_a_truncation_must_fit_every_size(staged):
+    """64/1 has room for thousands of tokens in 128 positions, 16/8 for 16 * 15 and 8 more."""
+    change = 'train.stages.2.corpus.0={"name": "files:book*.txt", "partition": 0.5, "truncation": 249}'
+    with pytest.raises(ConfigError, match=r"249 tokens is past the capacity 248 .*sizes\[1\]"):
+        checked(change)
+    checked(change.replace("249", "248"))
+
+
+# ---- objectives ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def maker(workspace) -> SampleMaker:
+    config = load_env_config("env.json", ["model.model_dtype=fp64"])
+    return SampleMaker(*load_memory_lm(config, "env.json"), "document")
+
+
+def entry(**fields) -> CorpusEntry:
+    return CorpusEntry(name="files:x.txt", partition=1.0, **fields)
+
+
+TEXT = Document("It was a bright cold day, and the clocks were striking thirteen. " * 6, "x.txt")
+PAIR = Document(TEXT.text, "x.jsonl", response="thirteen of them", task="question answering")
+
+
+def test_plain_text_is_trained_for_the_task_of_its_entry(maker):
+    l = maker.model.memory_config.chunk_size
+
+    def sample(document=TEXT, **fields) -> Sample:
+        return maker.train(document, entry(truncation=5 * l, **fields), random.Random(0))
+
+    assert [row.num_memories for row in sample().rows] == [0, 1, 2, 3, 4]
+    assert len(sample(task="auto encoding").rows) == 1 and sample(task="auto encoding").rows[0].repeat
+    assert [row.num_memories for row in sample(task="Longdata_Copy").rows] == [5] * 5
+    utilization = sample(task="memory utilization")
+    assert utilization.kl_weight == 1 and len(utilization.rows) == 1
+    taught = sample(kl_weight=0.25)
+    assert taught.kl_weight == 0.25 and len(taught.teachers) == 1
+    answered = sample(PAIR, kl_weight=0.5)
+    assert answered.kl_weight == 0.5 and answered.num_scored == 16
+
+
+def test_facts_are_hidden_in_any_plain_text(maker):
+    with maker.model.sized((64, 2)):
+        drawn = entry(task="synthetic recall", truncation=192)
+        sample = maker.train(TEXT, drawn, random.Random(1))
+        text = maker.tokenizer.decode(torch.cat([row.input_ids for row in sample.rows]))
+    assert 0 < sample.num_scored < 64 and "clocks were striking" in text
+
+
+@pytest.mark.parametrize(
+    "task, kind, fine",
+    [
+        ("question answering", "language modeling", False),
+        ("question answering", "question answering", True),
+        ("question answering", "synthetic recall", True),
+        ("synthetic recall", "synthetic recall", True),
+        ("synthetic recall", "language modeling", True),
+        ("synthetic recall", "question answering", False),
+        ("auto encoding", "question answering", False),
+        ("auto encoding", "language modeling", True),
+        ("language modeling", "activation beacons", False),
+    ],
+)
+def test_which_documents_are_for_which_task(task, kind, fine):
+    assert (task_fault(task, kind) is None) == fine
+
+
+def test_a_task_that_the_corpus_has_no_documents_for(workspace, maker):
+    from uiollms.checks import check_training
+
+    for name, task in (("longalpaca.train.true", "auto encoding"), ("sotu.train", "question answering")):
+        changes = [f"train.corpus.0.name={name}", f"train.corpus.0.task={task}"]
+        with pytest.raises(ConfigError, match=r"train.corpus\[0\].task: corpus .* has"):
+            check_training(load_env_config("env.json", changes), "env.json")
+    with pytest.raises(ConfigError, match="x.jsonl: has documents for question answering"):
+        maker.train(PAIR, entry(task="auto encoding"), random.Random(0))
+
+
+def test_weights_of_tokens_are_what_raw_context_is_worth(maker):
+    """Against the base's own logits, token by token, in float64 (1e-6: the losses come in float32)."""
+    model = maker.model
+    l = model.memory_config.chunk_size
+    ids = random_ids(4 * l + 3)
+    sample = weigh_tokens(model, Sample.document(ids, l))
+    base = model.base
+
+    def nll(text: torch.Tensor) -> torch.Tensor:
+        logits = base(text[None]).logits[0, :-1].log_softmax(-1)
+        return -logits.gather(1, text[1:, None])[:, 0]
+
+    raw = nll(ids)
+    window = torch.cat([nll(ids[start : start + l + 1]) for start in range(0, len(ids) - 1, l)])
+    gain = (window - raw).clamp(min=0)
+    expected = gain / gain.mean() / (len(ids) - 1)
+    found = torch.cat([row.token_weights[row.scored] for row in sample.rows])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert found[:l].abs().max() < 1e-6 and teaches_memory(sample)
+    nlls = [token_losses(model, s)[1] for s in (sample, Sample.document(ids, l))]
+    torch.testing.assert_close(*nlls)  # what is scored stays, what counts changes
+
+
+def test_a_document_whose_context_is_worth_nothing_teaches_nothing():
+    assert relative(torch.tensor([-1.0, -0.5])).tolist() == [0, 0]
+    assert relative(torch.tensor([-1.0, 1.0, 3.0])).tolist() == pytest.approx([0, 0.75, 2.25])
+    sample = Sample.document(random_ids(20), 8)
+    assert teaches_memory(sample)
+
+
+def test_weighting_is_for_documents_with_a_truncation():
+    with pytest.raises(ValueError, match="set truncation"):
+        entry(token_weighting="context")
+    with pytest.raises(ValueError, match="token_weighting context with auto encoding"):
+        entry(token_weighting="context", truncation=64, task="auto encoding")
