@@ -221,6 +221,21 @@ def test_chunks_over_processes_are_one_process(tmp_path):
         assert sorted(s for part in reencoded for s in part) == sorted(expected[3])
 
 
+def test_recent_tokens_over_processes_are_one_process(tmp_path):
+    def step(group: Group) -> tuple:
+        model = make_model(config=MEMORY.model_copy(update={"recent_tokens": 3}))
+        samples = [Sample.document(random_ids(45), 8), taught_samples()["questions, plain"]]
+        options = dict(estimator="uio", S=1, rng=[3, 4], group=group)
+        results = uiollms.gradient_step(model, samples, **options)
+        return gradients(model), sum(result.nll for result in results)
+
+    (one, nll), *others = in_a_world(2, lambda world: step(world.chunks), tmp_path, ranks=2)
+    for grads, more in others:
+        one, nll = {name: one[name] + grads[name] for name in one}, nll + more
+    expected, total = step(ALONE)
+    assert worst_error(one, expected) < PROVEN and abs(nll - total) < PROVEN * abs(total)
+
+
 def test_what_a_document_over_processes_sends(tmp_path):
     """The formula at the top of distributed.py, and that both processes have work."""
     model, chunks, layers, heads, size, m = make_model(), 8, 3, 2, 8, 2

@@ -186,6 +186,25 @@ def step_agrees(kernel, model, settings, checkpointing):
     assert {name for name, _ in kernel.calls} == {"dense", "varlen"}
 
 
+def test_recent_tokens(kernel):
+    """In streams, in every mode, and in a step with an estimator."""
+    model = make_model(config=MEMORY.model_copy(update={"recent_tokens": 3}))
+
+    @torch.no_grad()
+    def run(model):
+        state, logits = None, []
+        for piece in random_ids(2, 29).split([3, 5, 1, 13, 7], dim=1):
+            output = model(piece, state)
+            state = output.past_key_values
+            logits.append(output.logits)
+        sample, other = Sample.document(random_ids(37), 8), random_ids(32, seed=1).view(4, 8)
+        modes = ("memory", "window", "raw", "shuffled")
+        return [torch.cat(logits, 1), *(token_losses(model, sample, mode, other)[1] for mode in modes)]
+
+    agree(model, run)
+    step_agrees(kernel, model, dict(estimator="uio"), False)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_scores_in_every_mode(kernel, family):

@@ -287,6 +287,18 @@ def test_answers_keep_their_places_and_chunks_are_compressed_once(lm, monkeypatc
     assert sum(encoded) == full + 3 + 1  # the document; 39 of the 40 "c" behind 9 open tokens; the first 16 "z"
 
 
+@pytest.mark.parametrize("recent", [5, CHUNK])
+def test_chunks_taken_over_have_their_recent_tokens(lm, monkeypatch, recent):
+    own = lm.model.memory_config
+    monkeypatch.setattr(lm.model, "memory_config", own.model_copy(update={"recent_tokens": recent}))
+    monkeypatch.setattr(lm, "seen", [])
+    for prompt in (DOCUMENT + "x", DOCUMENT + "y", DOCUMENT[:-1]):
+        ((found, _),) = asked(lm, "loglikelihood", (prompt, "c" * 20))
+        logs, _ = token_by_token(lm.model, [*lm.tokenizer.encode(prompt + "c" * 20)])
+        assert found == pytest.approx(sum(logs[-20:]), rel=1e-9)
+    monkeypatch.setattr(lm, "seen", [])
+
+
 def test_a_prompt_goes_on_from_the_answer_before_it(lm):
     settings = dict(until=[], max_gen_toks=25, temperature=0.7)
     said = lm.tokenizer.decode(say(lm.model, lm.tokenizer.encode(DOCUMENT), 25))

@@ -5,6 +5,7 @@ computes its rotary tables in float64 and the library takes float32.
 """
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -23,17 +24,20 @@ from oracle import Oracle, Variant
 from test_commands import call
 from test_estimators import reservoir_outcomes
 from test_step import PROVEN, expectation, plain_gradients, several_samples
+from transformers.models.llama import modeling_llama
 
 import uiollms
 from uiollms import ConfigError, MemoryConfig, MemoryLM, Sample
 from uiollms.attention_mass import attention_shares
 from uiollms.config import load_env_config, parse
+from uiollms.data import Document
 from uiollms.estimators import window_from_draws
 from uiollms.evaluate import score, token_losses
 from uiollms.library import Memory, compress, join
 from uiollms.passes import check_sample
 from uiollms.plan import make_plan
 from uiollms.pretrained import check_env
+from uiollms.samples import SampleMaker
 from uiollms.study.__main__ import as_preset
 
 TABLES, ROUNDING = 1e-5, 1e-12
@@ -323,11 +327,25 @@ def test_attention_apart_and_joined_agree(monkeypatch):
 
 
 @torch.no_grad()
-def test_shares_of_attention_sum_to_one_over_the_chunks_own_tokens():
-    model, ids = model_of(3), random_ids(29)
+def test_shares_of_attention_are_of_the_chunks_own_tokens(monkeypatch):
+    """From the weights themselves: the recent tokens are read, but do not count as readers."""
+    model, ids, seen = model_of(3), random_ids(29), []
+    eager = modeling_llama.eager_attention_forward
+
+    def watched(*args, **kwargs):
+        output, weights = eager(*args, **kwargs)
+        seen.append(weights[0])
+        return output, weights
+
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", watched)
     shares = attention_shares(model, ids)
     assert torch.allclose(shares.sum(-1), torch.ones(3, 3))
-    assert relative_error(shares, attention_shares(make_model(), ids)) > 1e-3
+    for t, length in ((1, 8), (2, 8), (3, 5)):
+        for layer in range(3):
+            weights = seen[3 * (t - 1) + layer]  # [H, queries, keys]
+            assert weights.shape[1:] == (3 + length, 2 * t + 3 + length)
+            own = weights[:, 3:, 2 * t :].sum(-1).mean().float()
+            assert abs(shares[layer, t - 1, 0] - own) < 1e-6
 
 
 # ---- how much fits ----------------------------------------------------------------------------
@@ -392,6 +410,19 @@ def test_questions_behind_all_memories_need_room_for_the_recent_tokens():
         check_sample(model, Sample.questions(ids[:224], [(ids[:2], ids[2:6])], 8))
     with pytest.raises(ValueError, match="29 memories of num_memory 2 slots and the 8 tokens that read them need 66"):
         check_sample(model, Sample.copy(ids, 8))
+
+
+def test_documents_are_cut_to_what_the_recent_tokens_leave_room_for(monkeypatch):
+    """64 positions, 8 slots a chunk of 8, w 8: a probe of 8 stands behind 6 chunks, a copy behind 7."""
+    model = model_of(8, num_memory=8)
+    maker = SampleMaker(model, tokenizer=None)
+    monkeypatch.setattr("uiollms.samples.tokenize", lambda tokenizer, text: random_ids(80))
+    for task, chunks in (("memory utilization", 6), ("longdata copy", 7)):
+        sample = maker.make(Document("", "book", task=task), None, random.Random(0))
+        assert len(sample.chunks) == chunks
+    model = model_of(0, num_memory=8)
+    sample = SampleMaker(model, None).make(Document("", "book", task="memory utilization"), None, random.Random(0))
+    assert len(sample.chunks) == 7
 
 
 def test_longropes_short_texts_hold_a_chunk_and_its_recent_tokens():
