@@ -14,12 +14,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks import packed
 from benchmarks.recall_data import Corpus
+from uiollms.controls import difference
 from uiollms.model import MemoryLM
 from uiollms.passes import empty_prefix
 
@@ -76,17 +76,14 @@ def document_nlls(model: MemoryLM, ids: Tensor) -> dict[str, Any]:
         chunks = read[:, :l]
         found = model.logits(packed.copy_chunks(model, chunks)).argmax(-1)
         right.append((found == chunks).float().mean(1))
-    nll = {mode: torch.cat(parts).double().cpu().numpy() for mode, parts in by_mode.items()}
-    gains = dict(
-        bound=nll["shuffled"] - nll["own"],
-        below_window=nll["window"] - nll["own"],
-        below_recent=nll["recent"] - nll["own"],
-    )
-    picks = np.random.default_rng(0).integers(0, len(ids), (2000, len(ids)))
+    nll = {mode: torch.cat(parts).double().cpu() for mode, parts in by_mode.items()}
     found: dict[str, Any] = {mode: float(of.mean()) for mode, of in nll.items()}
-    for name, gain in gains.items():
-        found[name] = float(gain.mean())
-        found[f"{name}_interval"] = np.quantile(gain[picks].mean(1), [0.025, 0.975]).tolist()
+    by_document = {mode: dict(enumerate(of.split(1))) for mode, of in nll.items()}
+    names = dict(bound="shuffled", below_window="window", below_recent="recent")
+    for name, mode in names.items():
+        gain = difference(by_document[mode], by_document["own"])
+        if gain:
+            found[name], found[f"{name}_interval"] = gain.value, list(gain.interval_95)
     return dict(documents=len(ids), **found, copied_right=float(torch.cat(right).mean()))
 
 

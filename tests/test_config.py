@@ -10,7 +10,6 @@ from uiollms.config import (
     ConfigError,
     EnvConfig,
     MemoryConfig,
-    TaskEntry,
     TestFile,
     load_env_config,
     load_memory_config,
@@ -18,6 +17,7 @@ from uiollms.config import (
     parse,
     read_json,
 )
+from uiollms.entries import TaskEntry
 from uiollms.placement import normalised
 from uiollms.pretrained import KNOWN_SHAPES, check_env, check_model, check_truncations
 from uiollms.schema import SCHEMAS, config_page, schema_text
@@ -219,7 +219,11 @@ def changed(path: str, value) -> dict:
         ("train.tasks.0.task_type", "perplexed", "e.json: train.tasks[0].task_type: Input should be 'perplexity', "),
         ("train.tasks.0.depths", [0.5], "e.json: train.tasks[0]: depths is for passkey and needle; perplexity hides nothing"),
         ("train.tasks.0.generate", True, "e.json: train.tasks[0]: generate is for question answering, found with perplexity"),
-        ("train.tasks.0.protocols", ["release"], "e.json: train.tasks[0].protocols[0]: Input should be 'paper' or 'document'"),
+        (
+            "train.tasks.0.protocols",
+            ["release"],
+            "e.json: train.tasks[0].protocols[0]: Input should be 'paper', 'document' or 'later'",
+        ),
         ("train.tasks.0.protocols", [], "e.json: train.tasks[0].protocols: "),
     ],
 )

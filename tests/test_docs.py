@@ -28,7 +28,7 @@ ORDER = """
     pretend_kernels pretend placement
     packaged loading pretrained tasks
     flops estimators kv_gradients passes step evaluate recall weighting
-    samples retrieval results saved_results evaluation training checkpoint
+    samples retrieval controls summaries results saved_results evaluation training checkpoint
     saving checks run_state metrics
     attention_mass views views.tables views.plots views.curves run cli schema plan dry_run convert lm_eval_command harness
     views.folder views.page report data.__main__ study.gradients study.cost study.tables study.learning study.recall study

@@ -17,7 +17,8 @@ from test_commands import ROOT, call
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from uiollms import MemoryConfig, MemoryLM
-from uiollms.config import TaskEntry, load_env_config, load_tasks
+from uiollms.config import load_env_config, load_tasks
+from uiollms.entries import TaskEntry
 from uiollms.paths import run_folder
 from uiollms.pretrained import KNOWN_SHAPES
 

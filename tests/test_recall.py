@@ -14,11 +14,12 @@ from test_commands import call
 from transformers import AutoTokenizer
 
 import uiollms
-from uiollms.config import ConfigError, CorpusEntry, TaskEntry
+from uiollms.config import ConfigError
 from uiollms.data import RecallDocument, corpora_own, open_corpus
 from uiollms.data.corpora_own import Library, held_out, library_files
 from uiollms.data.corpora_recall import FARTHEST, with_facts
 from uiollms.data.documents import Document
+from uiollms.entries import CorpusEntry, TaskEntry
 from uiollms.plan import tokens_at_most
 from uiollms.pretrained import examine_sources
 from uiollms.recall import ROOM, last_value, recall_sample

@@ -154,7 +154,7 @@ def test_by_length_is_what_shorter_documents_have(workspace):
     save_token_nlls(results, Path("nll.safetensors"))
     ids = [torch.tensor(tokenizer(Path(f"book{i}.txt").read_text()).input_ids[:100]) for i in range(3)]
     for result, protocol in zip(load_token_nlls(Path("nll.safetensors")), ("paper", "document"), strict=True):
-        assert result.about == ("files:book*.txt", "perplexity", 100, 16, protocol)
+        assert result.about == ("files:book*.txt", "perplexity", 100, 16, protocol, 2, None)
         for mode, scores in result.scores.items():
             points = by_length(list(scores.values()))
             assert [p["length"] for p in points] == [2, 4, 8, 16, 32, 64, 100] and all(p["documents"] == 3 for p in points)

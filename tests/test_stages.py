@@ -186,7 +186,7 @@ def test_stages_draw_documents_of_their_own(staged):
             "train.stages.2.corpus.0.truncation=null",
             "truncation: none; with kl_weight 0.5 the base reads documents raw",
         ),
-        ("train.stages.0.sizes=[[256,2]]", "train.stages[0].sizes[0]: chunk_size 256 is past the 128"),
+        ("train.stages.0.sizes=[[256,2]]", "train.stages[0].sizes[0]: chunk_size 256 is past the base's 128"),
         (
             "train.corpus.0.truncation=1000",
             "train.corpus[0].truncation: 1000 tokens is past the capacity",

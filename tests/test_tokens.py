@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 from uiollms import MemoryConfig, MemoryLM
 from uiollms.__main__ import first_turn, later_turn, main
 from uiollms.checkpoint import save_weights
-from uiollms.config import TaskEntry
 from uiollms.data import Document, NewsDocument
 from uiollms.data.beacons import tokens_of
 from uiollms.data.documents import Lazy
+from uiollms.entries import TaskEntry
 from uiollms.evaluation import Evaluation, instance_of
 from uiollms.retrieval import trials
 from uiollms.samples import SampleMaker

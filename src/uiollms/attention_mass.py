@@ -23,7 +23,8 @@ from transformers import PreTrainedTokenizerBase
 
 from uiollms.apart import SharedPrefix
 from uiollms.attention import decoder_mask
-from uiollms.config import TEXT_TASKS, ConfigError, EnvConfig, load_tasks
+from uiollms.config import ConfigError, EnvConfig, load_tasks
+from uiollms.entries import TEXT_TASKS
 from uiollms.evaluation import evaluation_documents
 from uiollms.integrity import replacing
 from uiollms.model import MemoryLM

@@ -17,16 +17,10 @@ from huggingface_hub import constants
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from uiollms.checkpoint import check_compressor, check_target
-from uiollms.config import (
-    ConfigError,
-    CorpusEntry,
-    EnvConfig,
-    MemoryConfig,
-    TaskEntry,
-    load_tasks,
-)
+from uiollms.config import ConfigError, EnvConfig, MemoryConfig, load_tasks
 from uiollms.data import find_corpus
 from uiollms.data.hub import HubDataset, Split
+from uiollms.entries import CorpusEntry, TaskEntry
 from uiollms.evaluation import ACCEPTED
 from uiollms.faults import writing
 from uiollms.flash import check_request

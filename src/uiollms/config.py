@@ -11,18 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from uiollms.entries import (
-    COPY_TASKS,
     Checked,
     CorpusEntry,
     Fraction,
     Positive,
     SchemaLink,
+    Size,
     Stage,
+    TaskEntry,
     share_fault,
-    spelled,
     stages_fault,
 )
 from uiollms.json_files import read_json, unusable
@@ -75,6 +75,10 @@ class MemoryConfig(Checked):
             faults.append(f"recent_tokens {w} must be at most chunk_size {l}: they end one chunk")
         return all_right(self, faults)
 
+    @property
+    def size(self) -> Size:
+        return self.chunk_size, self.num_memory
+
     def capacity(self, positions: int) -> int:
         """The longest document, in tokens, under the base's number of positions: the memories of
         all chunks before, the recent tokens and a chunk share them, of which the last may be a
@@ -123,94 +127,6 @@ class ModelSection(Checked):
         description="a GPU number, cpu, or a word for all GPUs; or an object of module -> GPU, cpu or disk, in the authors' key "
         "style too: docs/scaling.md",
     )
-
-
-TaskType = Literal[
-    "perplexity",
-    "language modeling",
-    "question answering",
-    "auto encoding",
-    "longdata copy",
-    "activation beacons",
-    "news qa summation",
-    "news qa summation v2",
-    "memory utilization",
-    "passkey",
-    "needle",
-]
-TEXT_TASKS = ("perplexity", "language modeling")  # every token of plain text is scored, by a protocol
-RETRIEVAL_TASKS = ("passkey", "needle")
-MOST_TRIALS = 10_000  # at a depth; all are made before the first is scored
-
-
-class TaskEntry(Checked):
-    """One evaluation."""
-
-    task_type: TaskType = Field(description="what is measured: docs/evaluation.md")
-    task_name: str = Field(description="corpus name; for passkey and needle the corpus that the filler text comes from")
-    num_instance: Positive = Field(description="documents; for passkey and needle trials at each depth")
-    documents: Literal["first", "full"] = Field(
-        default="first",
-        description="perplexity and language modeling only: which documents of the corpus. "
-        "first: the first num_instance, shorter ones as they are, as in the release; full: the "
-        "first that fill truncation, and where they are too few the first shorter ones of more "
-        "than a chunk",
-    )
-    truncation: Positive | None = Field(
-        default=None, description="tokens kept of a document, null = all; passkey, needle: of a trial"
-    )
-    compare: tuple[Literal["window", "raw", "shuffled"], ...] = Field(
-        default=(),
-        description="also score the same tokens without memory (window), with the raw context where positions allow (raw), and "
-        "with the memories of another document (shuffled)",
-    )
-    protocols: tuple[Literal["paper", "document"], ...] = Field(
-        default=("paper",),
-        min_length=1,
-        description="perplexity and language modeling only: which tokens are scored, one result each. paper: all but the first "
-        "of every chunk; document: all but the document's first",
-    )
-    depths: tuple[Fraction, ...] | None = Field(
-        default=None,
-        min_length=1,
-        description="passkey and needle only: where in the context the sentence is hidden, 0 its start, 1 its end; null = 0, "
-        "0.25, 0.5, 0.75 and 1",
-    )
-    generate: bool = Field(
-        default=False,
-        description="question answering only: also answer greedily, up to the reference's length, scored by ROUGE-L",
-    )
-
-    @field_validator("task_type", mode="before")
-    @classmethod
-    def _spelling(cls, value: Any) -> Any:
-        """Case, spaces and underscores as people write them: "Language_Modeling" is "language modeling"."""
-        name = spelled(value)
-        if name == "random memory utilization":
-            raise ValueError("the release names this task but has no code for it; use 'memory utilization'")
-        return name
-
-    @model_validator(mode="after")
-    def _fields_fit_the_task(self) -> TaskEntry:
-        faults = []
-        if self.protocols != ("paper",) and self.task_type not in TEXT_TASKS:
-            faults.append(f"protocols is for {' and '.join(TEXT_TASKS)}; {self.task_type} has one way to score: remove it")
-        if self.documents != "first" and self.task_type not in TEXT_TASKS:
-            faults.append(
-                f"documents is for {' and '.join(TEXT_TASKS)}; {self.task_type} takes the first "
-                f"whose loss can read memory: remove it"
-            )
-        if self.depths is not None and self.task_type not in RETRIEVAL_TASKS:
-            faults.append(f"depths is for {' and '.join(RETRIEVAL_TASKS)}; {self.task_type} hides nothing: remove it")
-        if self.generate and self.task_type != "question answering":
-            faults.append(f"generate is for question answering, found with {self.task_type}: remove it")
-        if self.task_type in RETRIEVAL_TASKS and self.num_instance > MOST_TRIALS:
-            faults.append(f"num_instance: at most {MOST_TRIALS} trials at each depth, found {self.num_instance}")
-        if "raw" in self.compare and self.task_type in COPY_TASKS:
-            faults.append(f"compare: raw: {self.task_type} is from memory alone; allowed are window and shuffled")
-        if "shuffled" in self.compare and self.num_instance < 2:
-            faults.append("compare: shuffled reads another document's memories, num_instance must be at least 2, found 1")
-        return all_right(self, faults)
 
 
 class TrainSection(Checked):

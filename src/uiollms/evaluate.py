@@ -4,6 +4,8 @@
     window    every row on its own (with its recent tokens), no memory: what the frozen base does with the same window
     raw       the base with the whole raw context, where its positions allow: what memory would be if it lost nothing
     shuffled  rows read as many memories, but of another document: what memory is worth for its content
+    recent    the base with as many raw tokens right in front of a row as its memories have slots:
+              what the same room is worth without any training
 
 Shapes: T tokens of a document, T' scored tokens, C chunks, l chunk_size, B rows, D hidden size, H key/value heads, M memory
 slots in front, m num_memory, K head size.
@@ -20,13 +22,14 @@ from torch import Tensor
 
 from uiollms.apart import SharedPrefix, attends_apart
 from uiollms.base import Front
+from uiollms.config import MemoryConfig
 from uiollms.devices import moved
 from uiollms.kv_gradients import batched
 from uiollms.loss import linear_losses
 from uiollms.memory import Prefix
 from uiollms.model import MemoryLM
 from uiollms.passes import check_sample, decode_scored, empty_prefix, remember_all, taught_at, teach
-from uiollms.tasks import PROTOCOLS, Row, Sample
+from uiollms.tasks import IGNORED, PROTOCOLS, Row, Sample, flat
 
 
 class Score(NamedTuple):
@@ -41,12 +44,32 @@ class Score(NamedTuple):
         return self.nll.double().mean().exp().item()
 
 
-def score(model: MemoryLM, input_ids: Tensor, protocol: str = "paper", mode: str = "memory") -> Score:
-    """Per-token NLL of one document [T] or [1, T]. protocol: "paper" leaves the first token of every chunk unscored,
-    "document" only the document's first; mode: "memory", "window" or "raw", see the top of this file. Raises ValueError past
-    the capacity, and for "raw" past the base's positions."""
-    sample = PROTOCOLS[protocol](input_ids, model.memory_config.chunk_size)
-    return Score(token_losses(model, sample, mode)[1], positions(sample))
+MODES = ("memory", "window", "raw", "shuffled", "recent")
+
+
+def score(
+    model: MemoryLM,
+    input_ids: Tensor,
+    protocol: str = "paper",
+    mode: str = "memory",
+    other: Tensor | None = None,
+) -> Score:
+    """Per-token NLL of one document [T] or [1, T]. protocol: "paper" leaves the first token of every
+    chunk unscored, "document" only the document's first; mode: one of MODES, see the top of this
+    file; other: for "shuffled" the document [T] or [1, T] whose memories are read, with at least as
+    many complete chunks as are read of this one. Raises ValueError past the capacity, for "raw" past
+    the base's positions, and for an unknown protocol or mode."""
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol {protocol!r} is unknown; allowed are {', '.join(PROTOCOLS)}")
+    if (other is not None) != (mode == "shuffled"):
+        found = "without one" if other is None else f"with mode {mode!r}"
+        raise ValueError(f"other is the document that mode 'shuffled' reads, found {found}")
+    l = model.memory_config.chunk_size
+    sample = PROTOCOLS[protocol](input_ids, l)
+    if other is not None:
+        other = flat(other)
+        other = other[: len(other) // l * l].view(-1, l)
+    return Score(token_losses(model, sample, mode, other)[1], positions(sample))
 
 
 def positions(sample: Sample) -> Tensor:
@@ -84,6 +107,8 @@ def scored_hidden(
 ) -> Iterator[tuple[Sequence[Row], Tensor, Tensor]]:
     """Batches of rows that score anything, the normed hidden states [N, D] of their scored positions, and their targets [N].
     Raises ValueError past the capacity, and where another document has too few chunks."""
+    if mode not in MODES:
+        raise ValueError(f"mode {mode!r} is unknown; allowed are {', '.join(MODES)}")
     if mode == "raw":
         sample = with_raw_texts(sample)
         rows = [row for row in sample.rows if len(row.scored)]
@@ -94,6 +119,8 @@ def scored_hidden(
     sample = sample.with_recent(model.memory_config.recent_tokens)  # of its own document, in every mode
     if mode == "window":
         sample = replace(sample, chunks=sample.chunks[:0], rows=tuple(replace(r, num_memories=0) for r in sample.rows))
+    elif mode == "recent":
+        sample = with_recent_tokens(sample, model.memory_config)
     elif mode == "shuffled":
         if other is None or len(other) < len(sample.chunks):
             raise ValueError(
@@ -125,6 +152,40 @@ def with_raw_texts(sample: Sample) -> Sample:
             texts.append(text)
         rows.append(replace(row, teacher=(len(texts) - 1, len(before))))
     return replace(sample, rows=tuple(reversed(rows)), teachers=tuple(texts))
+
+
+def with_recent_tokens(sample: Sample, memory: MemoryConfig) -> Sample:
+    """The sample without memories, each row behind the raw tokens that stand right in front of what
+    it reads, unscored, as many as its memories have slots; fewer where there are not so many.
+    Raises ValueError for a copy, which is told by memory alone.
+
+    2 slots a chunk of 4, ids 0..9 -> reads [0 1 2 3] | [2 3 4 5 6 7] | [4 5 6 7 8 9]
+    """
+    rows = []
+    for row in sample.rows:
+        if row.repeat:
+            raise ValueError("mode 'recent': a copy is told by memory alone, nothing is in front")
+        before = sample.chunks[row.memories.start : row.memories.stop].flatten()
+        before = before[: len(before) - row.recent]  # which it has already
+        before = before[max(0, len(before) - recent_slots(row, memory)) :]
+        unscored = torch.full_like(before, IGNORED)
+        no_weight = torch.zeros(len(before), dtype=row.token_weights.dtype)
+        longer = replace(
+            row,
+            input_ids=torch.cat([before, row.input_ids]),
+            targets=torch.cat([unscored, row.targets]),
+            token_weights=torch.cat([no_weight, row.token_weights]),
+            num_memories=0,
+            start=row.start - len(before),
+            teacher=(row.teacher[0], row.teacher[1] - len(before)),
+        )
+        rows.append(longer)
+    return replace(sample, chunks=sample.chunks[:0], rows=tuple(rows))
+
+
+def recent_slots(row: Row, memory: MemoryConfig) -> int:
+    """Key/value slots that stand in front of a row when it reads its memories."""
+    return row.num_memories * memory.num_memory
 
 
 def longest_text(sample: Sample) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import random
 from collections.abc import Callable, Iterable, Sequence
@@ -12,12 +13,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from uiollms.config import COPY_TASKS, RETRIEVAL_TASKS, TEXT_TASKS, ConfigError, TaskEntry
+from uiollms.config import ConfigError
 from uiollms.data import Document, RecallDocument, open_corpus
-from uiollms.data.documents import Lazy, Task
+from uiollms.data.documents import Lazy, Task, find_corpus
+from uiollms.entries import COPY_TASKS, RETRIEVAL_TASKS, TEXT_TASKS, Size, TaskEntry
 from uiollms.evaluate import exact_match, greedy_copy, greedy_reconstruction, longest_text, positions, token_losses
 from uiollms.model import MemoryLM
 from uiollms.positions import num_positions
+from uiollms.pretrained import at_size
 from uiollms.recall import last_value
 from uiollms.results import DocumentScore, TaskResult
 from uiollms.retrieval import DEPTHS, trials
@@ -48,28 +51,37 @@ class Instance:
 
 @dataclass(eq=False)
 class Measurement:
-    """A task (under one protocol), its documents, and the scores that do not change while memory is trained."""
+    """A task (under one protocol), the size of its chunks, its documents, and the scores that do not
+    change while memory is trained."""
 
     task: TaskEntry
+    size: Size
     protocol: str | None
     instances: list[Instance]
     baselines: dict[str, dict[int, DocumentScore]] | None = None
 
 
 class Evaluation:
-    """The evaluation tasks of a run. Documents are tokenised once, and what the frozen base scores on its own (window, raw) is
-    computed once: only memory changes while training goes on (and the `repeat_token` that starts a copy). Raises ConfigError
-    for a task whose corpus has no documents for it, before anything is scored."""
+    """The evaluation tasks of a run. Documents are tokenised once, and what the frozen base scores
+    on its own (window, raw, recent) is computed once: only memory changes while training goes on
+    (and the `repeat_token` that starts a copy). Raises ConfigError for a task whose corpus has no
+    documents for it, or whose size does not fit, before anything is scored."""
 
     def __init__(self, model: MemoryLM, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[TaskEntry]) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.measurements: list[Measurement] = []
         for task in tasks:
-            found = instances_of(model, tokenizer, task)
+            try:
+                size = at_size(model.memory_config, task, model.config).size
+            except ConfigError as error:
+                raise ConfigError(f"{task.task_name}: {error}") from None
+            with model.sized(size):
+                found = instances_of(model, tokenizer, task)
             for instances in found.values():
                 if "shuffled" in task.compare and len(instances) < 2:
                     raise ConfigError(f"{task.task_name}: compare: shuffled needs 2 documents, the corpus has one that fits")
-            self.measurements += [Measurement(task, protocol, instances) for protocol, instances in found.items()]
+            for protocol, instances in found.items():
+                self.measurements.append(Measurement(task, size, protocol, instances))
 
     def run(self, progress: Callable[[list[Instance]], Iterable[Instance]] = iter) -> list[TaskResult]:
         """Evaluate the model as it is now: one result a task (perplexity and language modeling: a protocol). Documents are
@@ -77,23 +89,36 @@ class Evaluation:
         was_training = self.model.training
         self.model.eval()
         try:
-            return [self.measure(measurement, progress) for measurement in self.measurements]
+            results = []
+            for measurement in self.measurements:
+                with self.model.sized(measurement.size):
+                    results.append(self.measure(measurement, progress))
+            return results
         finally:
             self.model.train(was_training)
 
     def measure(self, work: Measurement, progress: Callable[[list[Instance]], Iterable[Instance]]) -> TaskResult:
         task = work.task
-        fixed = [mode for mode in ("window", "raw") if mode in task.compare and task.task_type not in COPY_TASKS]
+        bases = () if task.task_type in COPY_TASKS else ("window", "raw", "recent")
+        fixed = [mode for mode in bases if mode in task.compare]
         if work.baselines is None:
             room = num_positions(self.model.config)
             if "raw" in fixed and any(longest_text(s) > room for x in work.instances for s in x.samples):
                 fixed.remove("raw")
             work.baselines = self.score_all(work, fixed, progress) if fixed else {}
-        changing = [mode for mode in ("memory", *task.compare) if mode not in ("window", "raw")]
-        changing += ["window"] if task.task_type in COPY_TASKS and "window" in task.compare else []
+        changing = ["memory", *(mode for mode in task.compare if mode not in bases)]
         scores = self.score_all(work, changing, progress) | work.baselines
-        chunk_size = self.model.memory_config.chunk_size
-        return TaskResult(task.task_name, task.task_type, task.truncation, chunk_size, work.protocol, scores)
+        corpus, arguments = find_corpus(task.task_name)
+        return TaskResult(
+            name=task.task_name,
+            task_type=task.task_type,
+            truncation=task.truncation,
+            chunk_size=self.model.memory_config.chunk_size,
+            protocol=work.protocol,
+            num_memory=self.model.memory_config.num_memory,
+            corpus_version=corpus.version(*arguments),
+            scores=scores,
+        )
 
     def score_all(
         self, work: Measurement, modes: Sequence[str], progress: Callable[[list[Instance]], Iterable[Instance]]
@@ -140,7 +165,18 @@ class Evaluation:
         else:
             copies = greedy_copy(self.model, read, len(originals))
         texts = tuple(zip(self.texts(originals), self.texts(copies), strict=True))
-        return {"texts": texts, "hits": (int((copies == originals).sum()), originals.numel())}
+        hits = int((copies == originals).sum()), originals.numel()
+        return {"texts": texts, "written": self.written(originals[0], copies[0]), "hits": hits}
+
+    def written(self, original: Tensor, copy: Tensor) -> dict[str, Any]:
+        """The first chunk [l] and its copy [l], in runs of tokens that are right, or not: see
+        summaries.py."""
+        right = (copy == original).tolist()
+        pieces = []
+        for is_right, run in itertools.groupby(range(len(right)), key=right.__getitem__):
+            places = list(run)
+            pieces.append((self.text(copy[places]), is_right))
+        return dict(original=self.text(original), pieces=pieces, right=sum(right), tokens=len(right))
 
     def answered(self, instance: Instance, mode: str) -> tuple[str, str]:
         """(reference, greedy answer of at most as many tokens)."""
@@ -153,7 +189,10 @@ class Evaluation:
         return reference, generated
 
     def texts(self, ids: Iterable[Tensor]) -> list[str]:
-        return [str(self.tokenizer.decode(row, skip_special_tokens=True)) for row in ids]
+        return [self.text(row) for row in ids]
+
+    def text(self, ids: Tensor) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def partner(instances: Sequence[Instance], i: int) -> Instance | None:

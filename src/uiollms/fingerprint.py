@@ -19,7 +19,8 @@ from accelerate.utils import has_offloaded_params
 from pydantic import Field
 from torch import Tensor, nn
 
-from uiollms.config import Checked, MemoryConfig
+from uiollms.config import MemoryConfig
+from uiollms.entries import Checked
 
 SLICE = 2**24  # numbers of a tensor that are converted at once
 # Below this float16 does not hold every bfloat16 number: such numbers count as 0, or a base would be

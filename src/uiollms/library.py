@@ -23,7 +23,8 @@ from safetensors import safe_open
 from safetensors.torch import save as as_bytes
 from torch import Tensor
 
-from uiollms.config import Checked, ConfigError, parse
+from uiollms.config import ConfigError, parse
+from uiollms.entries import Checked
 from uiollms.fingerprint import Fingerprint, fingerprint
 from uiollms.fitness import check_ids, not_finite
 from uiollms.integrity import make_folder, replacing

@@ -25,8 +25,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from uiollms.base import layer_device
-from uiollms.config import ConfigError, CorpusEntry, EnvConfig
+from uiollms.config import ConfigError, EnvConfig
 from uiollms.data import find_corpus
+from uiollms.entries import CorpusEntry
 from uiollms.estimators import Estimator, all_pairs, make_estimator
 from uiollms.flops import Flops
 from uiollms.lora import master_dtype

@@ -10,16 +10,9 @@ import torch
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from uiollms.base_files import FAMILIES
-from uiollms.config import (
-    COPY_TASKS,
-    ConfigError,
-    CorpusEntry,
-    EnvConfig,
-    MemoryConfig,
-    TaskEntry,
-    load_memory_config,
-)
+from uiollms.config import ConfigError, EnvConfig, MemoryConfig, load_memory_config
 from uiollms.data import find_corpus
+from uiollms.entries import COPY_TASKS, CorpusEntry, Size, TaskEntry
 from uiollms.fitness import eos_fault, narrow_window, wide_rank
 from uiollms.flash import check_request
 from uiollms.loading import load_causal_lm, load_config, load_tokenizer_for
@@ -175,11 +168,12 @@ def examine_stages(config: EnvConfig, memory: MemoryConfig | None, shape: Any, p
             continue
         inherited = sources_of(config) if stage.corpus is None else {}
         trained = own or {where: entry for where, entry in inherited.items() if isinstance(entry, CorpusEntry)}
-        for i, (chunk_size, num_memory) in enumerate(dict.fromkeys(stage.sizes)):
+        for i, size in enumerate(dict.fromkeys(stage.sizes)):
             where = f"{path}: train.stages[{number}].sizes[{i}]"
-            sized = memory.model_copy(update=dict(chunk_size=chunk_size, num_memory=num_memory))
-            if shape is not None and (fault := chunk_fault(sized, shape, config.model.model_name)):
-                faults.add(f"{where}: {fault}")
+            try:
+                sized = resized(memory, size, shape)
+            except ConfigError as error:
+                faults.add(f"{where}: {error}")
                 continue
             found = Faults()
             examine_sources(trained, sized, shape, path, found)
@@ -187,16 +181,21 @@ def examine_stages(config: EnvConfig, memory: MemoryConfig | None, shape: Any, p
                 faults.add(line if line in faults.lines else f"{line} (under {where.partition(': ')[2]})")
 
 
-def chunk_fault(memory: MemoryConfig, shape: Any, name: str) -> str | None:
-    """Why a base cannot read chunks of that size, with the recent tokens in front of them."""
-    size, recent = memory.chunk_size, memory.recent_tokens
-    if recent > size:
-        return f"chunk_size {size} is less than the compressor's recent_tokens {recent}; use at least that"
-    if fault := narrow_window(shape, size) or rope_fault(shape, size, recent):
-        return f"{name}: {fault}"
-    if memory.chunk_size > (positions := num_positions(shape)):
-        return f"chunk_size {memory.chunk_size} is past the {positions} positions of {name}"
-    return None
+def resized(memory: MemoryConfig, size: Size, shape: Any) -> MemoryConfig:
+    """The compressor with chunks of another size: LoRA and tokens do not depend on it. shape: the
+    base's transformers config, None where it could not be had. Raises ConfigError where the base
+    cannot read such chunks, with the recent tokens in front of them."""
+    chunk_size, num_memory = size
+    recent = memory.recent_tokens
+    if recent > chunk_size:
+        raise ConfigError(f"chunk_size {chunk_size} is less than the compressor's recent_tokens {recent}; use at least that")
+    if shape is not None:
+        fault = narrow_window(shape, chunk_size) or rope_fault(shape, chunk_size, recent)
+        if not fault and chunk_size > (positions := num_positions(shape)):
+            fault = f"chunk_size {chunk_size} is past the base's {positions} positions"
+        if fault:
+            raise ConfigError(fault)
+    return memory.model_copy(update=dict(chunk_size=chunk_size, num_memory=num_memory))
 
 
 def check_truncations(wanted: list[tuple[str, int | None]], memory: MemoryConfig, positions: int, path: str | Path) -> None:
@@ -228,27 +227,44 @@ def examine_sources(sources: Sources, memory: MemoryConfig | None, shape: Any, p
         except ConfigError as error:
             faults.add(f"{path}: {where}.{field}: {error}")
             continue
-        if memory and entry.truncation is not None:
-            least = shortest(entry, corpus.task, memory.chunk_size)
-            least = max(least, corpus.chunks(*arguments)[0] * memory.chunk_size)
+        own = None  # the entry's compressor
+        with faults.noted(f"{path}: {where}: "):
+            own = memory and at_size(memory, entry, shape)
+        if own and entry.truncation is not None:
+            least = shortest(entry, corpus.task, own.chunk_size)
+            least = max(least, corpus.chunks(*arguments)[0] * own.chunk_size)
             if entry.truncation < least:
                 faults.add(
                     f"{path}: {where}.truncation: of {entry.truncation} tokens nothing would read memory, "
-                    f"chunk_size is {memory.chunk_size}; use at least {least}"
+                    f"chunk_size is {own.chunk_size}; use at least {least}"
                 )
         if isinstance(entry, CorpusEntry) and (fault := raw_fault(entry, corpus.task, shape)):
             faults.add(f"{path}: {where}: {fault}")
             continue
+        if own and shape is not None:
+            with faults.noted():
+                wanted = [(f"{where}.truncation", entry.truncation)]
+                check_truncations(wanted, own, num_positions(shape), path)
         taught = corpus.taught(*arguments) if shape is not None else 0
         if taught and min(taught, entry.truncation or taught) > (positions := num_positions(shape)):
             faults.add(
                 f"{path}: {where}: the teacher reads samples of up to {taught} tokens raw, the base has "
                 f"{positions} positions; set truncation to {positions} or less"
             )
-    if memory and shape is not None:
-        wanted = [(f"{where}.truncation", entry.truncation) for where, entry in sources.items()]
-        with faults.noted():
-            check_truncations(wanted, memory, num_positions(shape), path)
+
+
+def at_size(memory: MemoryConfig, entry: CorpusEntry | TaskEntry, shape: Any) -> MemoryConfig:
+    """The compressor at the size that a task asks for. Raises ConfigError as `resized`, and where the
+    size is none."""
+    if not isinstance(entry, TaskEntry) or (entry.chunk_size, entry.num_memory) == (None, None):
+        return memory
+    chunk_size = entry.chunk_size or memory.chunk_size
+    num_memory = entry.num_memory or memory.num_memory
+    if chunk_size % num_memory:
+        both = entry.chunk_size and entry.num_memory
+        where = "" if both else "; the other of the two is the compressor config's"
+        raise ConfigError(f"chunk_size {chunk_size} must be a multiple of num_memory {num_memory}{where}")
+    return resized(memory, (chunk_size, num_memory), shape)
 
 
 def raw_fault(entry: CorpusEntry, kind: str, shape: Any) -> str | None:

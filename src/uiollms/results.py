@@ -10,35 +10,38 @@ Shapes: T' scored tokens of a document.
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from uiollms.config import COPY_TASKS, RETRIEVAL_TASKS, TEXT_TASKS
-from uiollms.refusals import json_path
+from uiollms.controls import Estimate, difference, share_recovered
+from uiollms.entries import COPY_TASKS, RETRIEVAL_TASKS, TEXT_TASKS
+from uiollms.summaries import checked_about, checked_estimate, checked_numbers
 
-ABOUT = ("task", "task_type", "truncation", "chunk_size", "protocol")  # what a result is of, as it is stored
 Item = TypeVar("Item")
+
+
+# What memory is worth against its controls, as attributes of a result and keys of its summary.
+ESTIMATES = ("bound", "below_window", "below_recent", "recovered")
 
 
 @dataclass(frozen=True, eq=False)
 class DocumentScore:
     """One document in one mode. nll, loss [T'] float32 in nats, without and with the teacher's share; positions [T'] int64;
-    texts: (reference, generated) pairs; hits: of how many (right, all) tokens generated freely; correct, depth: of a
-    retrieval trial."""
+    texts: (reference, generated) pairs; written: the first chunk's, see summaries.py; hits: of how
+    many (right, all) tokens generated freely; correct, depth: of a retrieval trial."""
 
     nll: Tensor
     loss: Tensor
     positions: Tensor
     texts: tuple[tuple[str, str], ...] = ()
+    written: dict[str, Any] | None = None
     hits: tuple[int, int] = (0, 0)
     correct: bool = False
     depth: float = 0.0
@@ -55,13 +58,17 @@ class DocumentScore:
 @dataclass(eq=False)
 class TaskResult:
     """One task, and for text one protocol. scores: mode -> the number of a document within the task -> its score; a mode may
-    lack documents ("shuffled", where no other document is long enough)."""
+    lack documents ("shuffled", where no other document is long enough). num_memory: slots of its
+    chunks, None where an older file does not say; corpus_version: which of several states of its
+    corpus was read."""
 
     name: str
     task_type: str
     truncation: int | None
     chunk_size: int
     protocol: str | None
+    num_memory: int | None = None
+    corpus_version: str | None = None
     scores: dict[str, dict[int, DocumentScore]] = field(default_factory=dict)
 
     @property
@@ -71,9 +78,10 @@ class TaskResult:
         return "copy" if self.task_type in COPY_TASKS else "retrieval" if self.task_type in RETRIEVAL_TASKS else "loss"
 
     @property
-    def about(self) -> tuple[str, str, int | None, int, str | None]:
+    def about(self) -> tuple[str | int | None, ...]:
         """The values of `ABOUT`."""
-        return self.name, self.task_type, self.truncation, self.chunk_size, self.protocol
+        what = self.name, self.task_type, self.truncation, self.chunk_size, self.protocol
+        return *what, self.num_memory, self.corpus_version
 
     @property
     def main(self) -> tuple[str, str, str]:
@@ -89,9 +97,16 @@ class TaskResult:
         return key, f"{key}_interval_95", name
 
     @property
+    def size(self) -> str:
+        """256 / 32: tokens and slots of a chunk."""
+        return f"{self.chunk_size} / {self.num_memory}" if self.num_memory else f"{self.chunk_size}"
+
+    @property
     def title(self) -> str:
-        """perplexity (paper) of sotu.test"""
-        return f"{self.task_type}{f' ({self.protocol})' if self.protocol else ''} of {self.name}"
+        """perplexity (paper) of sotu.test; perplexity (paper) of stdlib.test (Python 3.12.3)"""
+        protocol = f" ({self.protocol})" if self.protocol else ""
+        version = f" ({self.corpus_version})" if self.corpus_version else ""
+        return f"{self.task_type}{protocol} of {self.name}{version}"
 
     @cached_property
     def modes(self) -> dict[str, dict[str, Any]]:
@@ -128,28 +143,50 @@ class TaskResult:
         if self.kind == "copy":
             hits = [d.hits for d in documents]
             measured["token_accuracy"] = sum(right for right, _ in hits) / sum(count for _, count in hits)
+            measured["written"] = documents[0].written
             measured["bleu4"] = bleu4([pair for d in documents for pair in d.texts])
         if any(d.texts for d in documents):
             rouge = [rouge_l(d.texts) for d in documents]
             measured["rouge_l"], measured["rouge_l_interval_95"] = mean(rouge), bootstrap(rouge, mean)
         return measured
 
-    @property
-    def recovered(self) -> float | None:
-        """(window - memory) / (window - raw) of the perplexities: the share of what raw context wins that memory wins too.
-        None where one of them is past what a float holds."""
-        if self.kind != "text" or not {"window", "raw"} <= self.modes.keys():
+    @cached_property
+    def bound(self) -> Estimate | None:
+        """See controls.py; None where nothing was shuffled."""
+        pair = self.nlls("shuffled", "memory")
+        return difference(*pair) if pair else None
+
+    @cached_property
+    def below_window(self) -> Estimate | None:
+        """nll_window - nll_own, in nats a token; None without window."""
+        pair = self.nlls("window", "memory")
+        return difference(*pair) if pair else None
+
+    @cached_property
+    def below_recent(self) -> Estimate | None:
+        """nll_recent - nll_own, in nats a token; None without recent."""
+        pair = self.nlls("recent", "memory")
+        return difference(*pair) if pair else None
+
+    @cached_property
+    def recovered(self) -> Estimate | None:
+        """See controls.py; None without window and raw context."""
+        three = self.nlls("window", "memory", "raw")
+        return share_recovered(*three) if three else None
+
+    def nlls(self, *modes: str) -> list[dict[int, Tensor]] | None:
+        """The documents' NLLs in each of the modes; None where it was not evaluated in all."""
+        if not all(self.scores.get(mode) for mode in modes):
             return None
-        window, memory, raw = (self.modes[mode]["perplexity"] for mode in ("window", "memory", "raw"))
-        if not all(value is not None and math.isfinite(value) for value in (window, memory, raw)):
-            return None
-        return (window - memory) / (window - raw) if window != raw else None
+        return [{i: d.nll for i, d in self.scores[mode].items()} for mode in modes]
 
     @classmethod
     def from_summary(cls, summary: dict[str, Any]) -> TaskResult:
         """A result with the numbers that `summary` wrote, and without its documents. Raises KeyError, ValueError for other
         JSON."""
         result = cls(*checked_about(summary))
+        for name in ESTIMATES:
+            setattr(result, name, checked_estimate(summary, name))
         modes = {key: value for key, value in summary.items() if isinstance(value, dict)}
         result.modes = {mode: checked_numbers(numbers, mode) for mode, numbers in modes.items()}
         return result
@@ -163,14 +200,21 @@ class TaskResult:
             "protocol": self.protocol,
             "truncation": self.truncation,
             "chunk_size": self.chunk_size,
+            "num_memory": self.num_memory,
+            "corpus_version": self.corpus_version,
             "documents": len(perplexities),
             "scored_tokens": sum(len(d.nll) for d in self.scores["memory"].values()),
             "mean": mean(perplexities),
             "max": max(perplexities),
             "min": min(perplexities),
             **self.modes,
-            "recovered": self.recovered,
-        }
+        } | {key: value for name in ESTIMATES for key, value in written(name, getattr(self, name)).items()}
+
+
+def written(name: str, found: Estimate | None) -> dict[str, Any]:
+    """An estimate as a summary has it, null where there is none."""
+    value, interval = found or (None, None)
+    return {name: value, f"{name}_interval_95": interval}
 
 
 def exp(nll: float) -> float:
@@ -253,69 +297,3 @@ def rouge_l(texts: Sequence[tuple[str, str]]) -> float:
 
     scorer = RougeScorer(["rougeL"])
     return mean([scorer.score(reference, generated)["rougeL"].fmeasure for reference, generated in texts])
-
-
-MOST_POSITIONS = 2**40
-
-
-def checked_about(found: dict[str, Any]) -> list[Any]:
-    """The values of `ABOUT`, of the types that a result has. Raises KeyError, ValueError."""
-    name, task_type, truncation, chunk_size, protocol = values = [found[key] for key in ABOUT]
-    kinds = [isinstance(name, str), isinstance(task_type, str), protocol is None or isinstance(protocol, str)]
-    sizes = [truncation is None or whole_number(truncation), whole_number(chunk_size)]
-    if wrong := [key for key, right in zip((*ABOUT[:2], ABOUT[4], *ABOUT[2:4]), kinds + sizes, strict=True) if not right]:
-        raise ValueError(f"{wrong[0]} is {found[wrong[0]]!r}, no {wrong[0]} of a result")
-    return values
-
-
-Pair = tuple[float | None, float | None]
-
-
-class Bucket(BaseModel):
-    """Of by_position."""
-
-    start: Annotated[int, Field(gt=0, lt=MOST_POSITIONS)]
-    stop: Annotated[int, Field(gt=1, lt=MOST_POSITIONS)]
-    perplexity: float | None
-
-
-class AtDepth(BaseModel):
-    depth: float
-    accuracy: float
-
-
-class Numbers(BaseModel):
-    """A mode's numbers that are shown when a summary is read again, each where it is there."""
-
-    model_config = ConfigDict(extra="allow")
-
-    documents: int
-    perplexity: float | None = None
-    nll: float | None = None
-    loss: float | None = None
-    accuracy: float | None = None
-    bleu4: float | None = None
-    rouge_l: float = 0.0
-    token_accuracy: float = 0.0
-    document_mean: float | None = None
-    interval_95: Pair | None = None
-    nll_interval_95: Pair | None = None
-    loss_interval_95: Pair | None = None
-    accuracy_interval_95: Pair | None = None
-    document_mean_interval_95: Pair | None = None
-    by_position: list[Bucket] = []
-    by_depth: list[AtDepth] = []
-
-
-def checked_numbers(numbers: dict[str, Any], mode: str) -> dict[str, Any]:
-    """A mode's numbers as they are. Raises ValueError that names one of another type than it has."""
-    try:
-        Numbers.model_validate_json(json.dumps(numbers), strict=True)
-    except ValidationError as error:
-        fault = error.errors()[0]
-        raise ValueError(f"{mode}.{json_path(fault['loc'])}: {fault['msg']}") from None
-    return numbers
-
-
-def whole_number(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < MOST_POSITIONS

@@ -31,10 +31,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from uiollms.checkpoint import load_weights, write_weights
-from uiollms.config import Checked, ConfigError, EnvConfig, MemoryConfig, parse, read_json
+from uiollms.config import ConfigError, EnvConfig, MemoryConfig, parse, read_json
 from uiollms.data.beacons import fingerprint
 from uiollms.data.mixture import generator_state
 from uiollms.distributed import Group
+from uiollms.entries import Checked
 from uiollms.faults import writing
 from uiollms.fitness import not_finite
 from uiollms.integrity import replacing_folder, seal, verify

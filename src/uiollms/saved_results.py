@@ -15,7 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from uiollms.integrity import replacing
-from uiollms.results import ABOUT, MOST_POSITIONS, DocumentScore, TaskResult, checked_about
+from uiollms.results import DocumentScore, TaskResult
+from uiollms.summaries import ABOUT, MOST_POSITIONS, checked_about
 
 OF = "of"
 

@@ -17,7 +17,8 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from uiollms.checkpoint import ROLES, WEIGHT_FILES, load_weights, write_weights
-from uiollms.config import Checked, ConfigError, EnvConfig, load_memory_config, parse, read_json
+from uiollms.config import ConfigError, EnvConfig, load_memory_config, parse, read_json
+from uiollms.entries import Checked
 from uiollms.faults import writing
 from uiollms.flash import check_request
 from uiollms.integrity import replacing_folder, seal, whole_folder

@@ -149,6 +149,18 @@ class Sample:
         return cls.beacon(input_ids, flat(input_ids), chunk_size)
 
     @classmethod
+    def later(cls, input_ids: Tensor, chunk_size: int) -> Sample:
+        """As `document`, without the tokens that no memory is read for: those of the first chunk, and
+        the one behind it, which its last token predicts.
+
+        ids 0..9, chunk_size 4 -> reads [0 1 2 3] | reads [4 5 6 7] scores 5 6 7 8
+                                  | reads [8 9] scores 9, 1/5 each
+        """
+        labels = flat(input_ids).clone()
+        labels[: chunk_size + 1] = IGNORED
+        return cls.beacon(input_ids, labels, chunk_size)
+
+    @classmethod
     def beacon(cls, input_ids: Tensor, labels: Tensor, chunk_size: int) -> Sample:
         """Pre-tokenised with labels (Activation Beacon, Zhang et al. 2024): labels [T], not shifted, -100 where not
         scored, are shifted over the whole document; the loss is the mean NLL over the document's scored tokens.
@@ -288,4 +300,5 @@ def flat(ids: Tensor) -> Tensor:
 PROTOCOLS: dict[str, Callable[[Tensor, int], Sample]] = {
     "paper": Sample.language_modeling,
     "document": Sample.document,
+    "later": Sample.later,
 }

@@ -11,10 +11,11 @@ import torch
 from torch.nn.utils import get_total_norm
 from transformers import PreTrainedTokenizerBase
 
-from uiollms.config import ConfigError, CorpusEntry, EnvConfig, TrainSection
+from uiollms.config import ConfigError, EnvConfig, TrainSection
 from uiollms.data import Mixture, open_corpus
 from uiollms.data.mixture import Draw
 from uiollms.distributed import ALONE, Group
+from uiollms.entries import CorpusEntry
 from uiollms.model import MemoryLM
 from uiollms.samples import SampleMaker, teaches_memory
 from uiollms.tasks import Sample

@@ -30,7 +30,8 @@ from rich.markdown import Markdown
 from uiollms.checkpoint import load_weights
 from uiollms.checks import check_folder
 from uiollms.cli import Output, output_arguments, reporting_errors
-from uiollms.config import ConfigError, EnvConfig, MemoryConfig, TaskEntry, TrainSection, load_env_config
+from uiollms.config import ConfigError, EnvConfig, MemoryConfig, TrainSection, load_env_config
+from uiollms.entries import TaskEntry
 from uiollms.evaluate import score
 from uiollms.evaluation import evaluation_documents
 from uiollms.integrity import make_folder, replace_text

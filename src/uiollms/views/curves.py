@@ -8,20 +8,27 @@ from pathlib import Path
 from typing import Any
 
 from uiollms.integrity import replacing
+from uiollms.summaries import checked_estimate
 from uiollms.views.plots import COLORS
 from uiollms.views.tables import NAMES
 
 
 def plot_training(metrics: Sequence[dict[str, Any]], path: Path, loss: str = "paper", counted: str = "documents") -> Path:
     """Training NLL per token, and an evaluation, against iterations, which are `counted` documents or steps; in a panel of its
-    own where it scores other tokens than the training loss, `loss`: paper or document."""
+    own where it scores other tokens than the training loss, `loss`: paper or document. Below, where
+    evaluations shuffle memories, what the own are worth."""
     from matplotlib.figure import Figure  # slow to import, and only runs that plot need it
 
     steps = [m for m in metrics if m.get("nll") is not None]
     evaluations = [(m["iteration"], curve_task(loss, m["eval"])) for m in metrics if m.get("eval")]
     apart = bool(evaluations) and evaluations[0][1].get("protocol", "paper") != loss
-    figure = Figure(figsize=(8, 8 if apart else 4.5), layout="constrained")
-    panels = figure.subplots(1 + apart, squeeze=False).flatten()
+    bounds = bound_lines(metrics)
+    count = 1 + apart + bool(bounds)
+    figure = Figure(figsize=(8, 1 + 3.5 * count), layout="constrained")
+    all_panels = figure.subplots(count, squeeze=False).flatten()
+    panels = all_panels[: 1 + apart]
+    if bounds:
+        plot_bounds(bounds, all_panels[-1])
     x, y = [m["iteration"] for m in steps], [m["nll"] for m in steps]
     panels[0].plot(x, y, ".", color="0.75", markersize=4, label="training batch")
     width = max(1, len(y) // 20)
@@ -31,9 +38,10 @@ def plot_training(metrics: Sequence[dict[str, Any]], path: Path, loss: str = "pa
         if points:
             panels[-1].plot(*zip(*points, strict=True), "o-", color=color, label=f"held out, {NAMES[mode]}")
     for axes in panels:
+        axes.set_ylabel("NLL, nats per scored token")
+    for axes in all_panels:
         mark_stages(axes, metrics)
         axes.set_xlabel(counted)
-        axes.set_ylabel("NLL, nats per scored token")
         axes.legend()
         axes.grid(alpha=0.3)
     if y:
@@ -57,6 +65,31 @@ def stage_starts(metrics: Sequence[dict[str, Any]]) -> dict[int, int]:
         if "stage" in line:
             starts.setdefault(line["stage"], line["iteration"])
     return starts
+
+
+Bound = tuple[int, float, float, float]  # iteration, value, interval
+
+
+def bound_lines(metrics: Sequence[dict[str, Any]]) -> dict[str, list[Bound]]:
+    """The bound of each task at every evaluation that has one, with its interval, by the task."""
+    lines: dict[str, list[Bound]] = {}
+    for line in metrics:
+        for i, task in enumerate(line.get("eval") or []):
+            if found := checked_estimate(task, "bound"):
+                label = f"{i}: {task['task_type']} of {task['task']}"
+                point = line["iteration"], found.value, *found.interval_95
+                lines.setdefault(label, []).append(point)
+    return lines
+
+
+def plot_bounds(lines: dict[str, list[Bound]], axes: Any) -> None:
+    """A line with its interval for each task; at 0 another document's memory serves as well."""
+    for label, points in lines.items():
+        iterations, values, low, high = zip(*points, strict=True)
+        (line,) = axes.plot(iterations, values, "o-", label=label)
+        axes.fill_between(iterations, low, high, alpha=0.2, color=line.get_color())
+    axes.axhline(0, color="0.3", linestyle=":", label="another document's memory serves as well")
+    axes.set_ylabel("bound, nats per scored token")
 
 
 def nll_of(numbers: dict[str, Any]) -> float:

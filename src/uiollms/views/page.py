@@ -12,13 +12,14 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
+from uiollms.entries import Stage
 from uiollms.faults import writing
 from uiollms.integrity import make_folder, replace_text
 from uiollms.metrics import ITERATIONS, iterations_of
 from uiollms.views.curves import plot_steps, plot_training
 from uiollms.views.folder import FAULTS, Missing, RunFolder, config_text
 from uiollms.views.plots import plot_attention, plot_lengths, plot_results
-from uiollms.views.tables import COLUMNS, rows_of
+from uiollms.views.tables import COLUMNS, rows_of, written_chunks
 
 
 @dataclass
@@ -49,6 +50,7 @@ def write_report(run: RunFolder) -> tuple[Path, list[Path]]:
             evaluated=f"From {run.evaluated}",
             columns=COLUMNS,
             rows=rows,
+            written=written_chunks(run.results),
             pictures=drawn,
             missing=run.missing,
         )
@@ -88,7 +90,9 @@ def pictures(run: RunFolder) -> Iterator[tuple[str, str, str, Callable[[Path], P
     """Name, title, caption of each, and what draws it into a file."""
     if any(line.get("nll") is not None for line in run.metrics):
         said = "Loss of every training batch and its running mean; held-out perplexities as NLL, in a panel of their own where "
-        said += "they score other tokens than the training loss."
+        said += "they score other tokens than the training loss. Bound, where memories are shuffled: "
+        said += "NLL with another document's memories less NLL with the own, with its 95 % interval; "
+        said += "at 0 memory is a prefix, whoever's it is."
         loss = run.config.train.loss if run.config else "paper"
         curve = partial(plot_training, run.metrics, loss=loss, counted=iterations_of(run.versions))
         yield "training", "Training curve", said, curve
@@ -138,6 +142,8 @@ def facts(run: RunFolder) -> Iterator[tuple[str, str]]:
         yield "optimizer", f"AdamW, peak learning rate {train.max_lr:g}, {train.accum_grad} documents a step, seed {train.seed}"
         shares = [f"{c.name} ({c.partition:.0%}, {c.truncation or 'all'} tokens)" for c in train.corpus]
         yield "corpora", ", ".join(shares)
+        if train.stages:
+            yield "stages", ", ".join(stage_words(stage) for stage in train.stages)
     if steps:
         goal = f" of {run.config.train.train_iters}" if run.config else ""
         took = f"in {duration(run.metrics[-1]['seconds'])}, evaluations included"
@@ -154,6 +160,14 @@ def facts(run: RunFolder) -> Iterator[tuple[str, str]]:
         yield "git revision", versions.get("git") or "none: not a clone"
         named = {name: value for name, value in versions.items() if name not in (*names, ITERATIONS, "git", "dtype") and value}
         yield "versions", ", ".join(f"{name} {value}" for name, value in named.items())
+
+
+def stage_words(stage: Stage) -> str:
+    """40% of stdlib.train (auto encoding) at 64/16, 128/32"""
+    corpora = [f"{c.name} ({c.task})" if c.task else c.name for c in stage.corpus or ()]
+    sizes = [f"{chunk_size}/{num_memory}" for chunk_size, num_memory in stage.sizes or ()]
+    said = f"{stage.share:.0%}" + (f" of {' and '.join(corpora)}" if corpora else "")
+    return said + (f" at {', '.join(sizes)}" if sizes else "")
 
 
 def duration(seconds: float) -> str:

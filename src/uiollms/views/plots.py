@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,15 @@ from typing import Any
 from uiollms.attention_mass import AttentionMass
 from uiollms.integrity import replacing
 from uiollms.results import TaskResult, by_length
-from uiollms.views.tables import NAMES, short
+from uiollms.views.tables import NAMES, short, worth
 
-COLORS = {"window": "tab:red", "shuffled": "tab:orange", "memory": "tab:blue", "raw": "tab:green"}
+COLORS = {
+    "window": "tab:red",
+    "shuffled": "tab:orange",
+    "recent": "tab:purple",
+    "memory": "tab:blue",
+    "raw": "tab:green",
+}
 
 
 def plot_results(results: Sequence[TaskResult], path: Path) -> Path:
@@ -39,13 +46,19 @@ def plot_each(results: Sequence[TaskResult], draw: Callable[[TaskResult, Any], N
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for result, axes in zip(results, panels, strict=False):
         draw(result, axes)
-        axes.set_title(f"{result.title}\n{result.truncation or 'all'} tokens", fontsize=9, parse_math=False)
+        axes.set_title("\n".join(heading(result)), fontsize=9, parse_math=False)
         axes.grid(alpha=0.3)
     for axes in panels[len(results) :]:
         axes.set_axis_off()
     with replacing(path) as work:
         figure.savefig(work, dpi=110)
     return path
+
+
+def heading(result: TaskResult) -> list[str]:
+    """Its name, its sizes, and what memory is worth against its controls."""
+    sizes = f"{result.truncation or 'all'} tokens in chunks of {result.size}"
+    return [result.title, sizes, *worth(result)]
 
 
 def style(mode: str) -> dict[str, Any]:
@@ -107,7 +120,8 @@ def plot_depths(result: TaskResult, axes: Any) -> None:
 def plot_bars(result: TaskResult, axes: Any) -> None:
     key, _, measure = result.main
     modes = [mode for mode in NAMES if mode in result.modes]
-    bars = axes.bar([NAMES[m].replace(" (", "\n(") for m in modes], [result.modes[m][key] for m in modes])
+    names = [textwrap.fill(NAMES[mode], 12) for mode in modes]  # side by side
+    bars = axes.bar(names, [result.modes[mode][key] for mode in modes])
     for mode, bar in zip(modes, bars, strict=True):
         bar.set_color(COLORS[mode])
     axes.bar_label(bars, fmt=short, fontsize=8)

@@ -4,33 +4,73 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
+from rich.text import Text
 
 from uiollms.results import TaskResult
 
 NAMES = {
     "window": "no memory (window only)",
     "shuffled": "memory of another document",
+    "recent": "recent raw tokens, as many as slots",
     "memory": "with memory",
     "raw": "raw context",
 }
 
-COLUMNS = ("task", "documents", "tokens", "mode", "result (95 % interval)", "also")
+COLUMNS = ("task", "documents", "tokens", "chunk", "mode", "result (95 % interval)", "also")
 
 
 def print_results(results: Sequence[TaskResult], console: Console | None = None) -> None:
     """One table of all tasks, a row a mode."""
     table = Table(title="evaluation", title_justify="left")
     for column in COLUMNS:
-        table.add_column(column, justify="right" if column == "tokens" else "left", no_wrap=column not in ("task", "also"))
+        justify: JustifyMethod = "right" if column == "tokens" else "left"
+        table.add_column(column, justify=justify, no_wrap=column not in ("task", "mode", "also"))
     for result in results:
         for row in rows_of(result):
             table.add_row(*row)
         table.add_section()
-    (console or Console(width=170)).print(table)
+    console = console or Console(width=170)
+    console.print(table)
+    print_written(results, console)
+
+
+class Chunk(NamedTuple):
+    """A held-out chunk beside what the model writes down of it. said: what it is of."""
+
+    said: str
+    original: str
+    pieces: Sequence[tuple[str, bool]]
+
+
+def written_chunks(results: Sequence[TaskResult]) -> list[Chunk]:
+    """Of every task of copies the first chunk, from its own memory and, where that was compared, from
+    another document's."""
+    found = []
+    for result in results:
+        for mode in ("memory", "shuffled"):
+            if written := result.modes.get(mode, {}).get("written"):
+                whose = "its own memory" if mode == "memory" else "another document's memory"
+                said = f"{result.title}: written down from {whose} alone, {written['right']} of {written['tokens']} tokens right"
+                found.append(Chunk(said, written["original"], written["pieces"]))
+    return found
+
+
+def print_written(results: Sequence[TaskResult], console: Console) -> None:
+    """The chunk and its copies, in which what is right stands between brackets."""
+    chunks = written_chunks(results)
+    for i, chunk in enumerate(chunks):
+        if i == 0 or chunk.original != chunks[i - 1].original:
+            console.print("\nthe first held-out chunk", style="bold")
+            console.print(chunk.original, markup=False, highlight=False, soft_wrap=True)
+        console.print(f"\n{chunk.said}: \u27e6so\u27e7", style="bold")
+        text = Text()
+        for piece, right in chunk.pieces:
+            text.append(f"\u27e6{piece}\u27e7" if right else piece, style="green" if right else "dim")
+        console.print(text, soft_wrap=True)
 
 
 def rows_of(result: TaskResult) -> list[tuple[str, ...]]:
@@ -42,7 +82,10 @@ def rows_of(result: TaskResult) -> list[tuple[str, ...]]:
         main = f"{name} {perplexity_words(numbers)}" if key == "perplexity" else f"{name} {short(numbers[key])}"
         main += between(numbers.get(interval))
         tokens = str(result.truncation or "all")
-        rows.append((result.title if i == 0 else "", str(numbers["documents"]), tokens, NAMES[mode], main, also(result, mode)))
+        title = result.title if i == 0 else ""
+        sizes = tokens, result.size
+        documents = str(numbers["documents"])
+        rows.append((title, documents, *sizes, NAMES[mode], main, also(result, mode)))
     return rows
 
 
@@ -69,8 +112,6 @@ def also(result: TaskResult, mode: str) -> str:
     parts = []
     if result.task_type == "perplexity":
         parts.append(f"document mean {short(numbers['document_mean'])}{between(numbers['document_mean_interval_95'])}")
-        if mode == "memory" and result.recovered is not None:
-            parts.append(f"{result.recovered:.0%} recovered")
     if result.kind == "retrieval":
         parts.append("by depth " + ", ".join(f"{d['depth']:g}: {d['accuracy']:.0%}" for d in numbers["by_depth"]))
     if "rouge_l" in numbers:
@@ -81,4 +122,24 @@ def also(result: TaskResult, mode: str) -> str:
         parts.append(f"perplexity {perplexity_words(numbers)}")
     if result.kind != "text":
         parts.append("NLL " + ("-" if numbers["nll"] is None else f"{numbers['nll']:.3f}"))
+    if mode == "memory":
+        parts += worth(result)
     return ", ".join(parts)
+
+
+def worth(result: TaskResult) -> list[str]:
+    """What memory is worth against its controls, in words: see controls.py."""
+    found = []
+    if result.bound:
+        value, interval = result.bound
+        found.append(f"bound {value:.3f}{between(interval)} nats")
+        if interval[0] <= 0:
+            found.append("another document's memory may serve as well")
+    for name, found_by in (("window", result.below_window), ("recent", result.below_recent)):
+        if found_by:
+            value, interval = found_by
+            found.append(f"{value:.3f}{between(interval)} below {name}")
+    if result.recovered:
+        value, (low, high) = result.recovered
+        found.append(f"{value:.0%} ({low:.0%} .. {high:.0%}) recovered")
+    return found

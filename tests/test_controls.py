@@ -1,0 +1,417 @@
+"""What memory is worth against its controls: modes, intervals, sizes, and where they show."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import MEMORY, make_model, random_ids, relative_error
+from test_commands import call
+from test_evaluation import entry, scores_of
+
+import uiollms
+from uiollms import controls
+from uiollms.config import load_env_config
+from uiollms.controls import DRAWS, difference, share_recovered
+from uiollms.evaluate import exact_match, token_losses, with_recent_tokens
+from uiollms.evaluation import Evaluation
+from uiollms.metrics import scalars
+from uiollms.pretrained import check_env, load_memory_lm
+from uiollms.results import TaskResult
+from uiollms.tasks import Sample
+from uiollms.views.curves import bound_lines, plot_training
+from uiollms.views.tables import rows_of
+
+L, M = MEMORY.chunk_size, MEMORY.num_memory
+nll_of = torch.nn.functional.cross_entropy
+
+
+@pytest.fixture
+def tiny(workspace):
+    """(model, tokenizer) of the tiny folder: chunks of 16 into 2 slots, 128 positions."""
+    return load_memory_lm(load_env_config("env.json"), "env.json")
+
+
+# ---- Intervals ---------------------------------------------------------------------------------
+
+
+def documents(count: int, seed: int, hardness: float = 2.0) -> dict[str, dict[int, torch.Tensor]]:
+    """NLLs of documents of different length and hardness in four modes."""
+    rng = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(5, 60, (count,), generator=rng).tolist()
+    base = [torch.rand(n, generator=rng) + hardness * i for i, n in enumerate(lengths)]
+    shifts = dict(window=0.8, shuffled=0.6, memory=0.3, raw=0.1)
+    noise = {mode: 0.3 * torch.rand(count, generator=rng) for mode in shifts}
+    found: dict[str, dict[int, torch.Tensor]] = {}
+    for mode, shift in shifts.items():
+        found[mode] = {i: nll + shift + noise[mode][i] for i, nll in enumerate(base)}
+    return found
+
+
+def slowly(modes: list[dict[int, torch.Tensor]], numerator, denominator) -> tuple[float, ...]:
+    """Value and interval by loops over tokens and documents, from the same draws."""
+    drawn = np.random.default_rng(0).integers(0, len(modes[0]), (DRAWS, len(modes[0])))
+    found = []
+    for picks in [range(len(modes[0])), *drawn.tolist()]:
+        tokens = sum(len(modes[0][i]) for i in picks)
+        sums = [sum(float(x) for i in picks for x in mode[i]) for mode in modes]
+        found.append(numerator(*sums, tokens) / denominator(*sums, tokens))
+    ordered = sorted(found[1:])
+
+    def quantile(share: float) -> float:
+        place = share * (DRAWS - 1)
+        low = math.floor(place)
+        return ordered[low] + (place - low) * (ordered[low + 1] - ordered[low])
+
+    return found[0], quantile(0.025), quantile(0.975)
+
+
+@pytest.mark.parametrize("count", [2, 7])
+def test_intervals_are_those_of_a_slow_bootstrap(count):
+    """float64 sums in another order: 1e-9."""
+    of = documents(count, seed=count)
+    value, interval = difference(of["shuffled"], of["memory"])
+    pair = [of["shuffled"], of["memory"]]
+    expected = slowly(pair, lambda a, b, n: a - b, lambda a, b, n: n)
+    assert (value, *interval) == pytest.approx(expected, rel=1e-9)
+    value, interval = share_recovered(of["window"], of["memory"], of["raw"])
+    three = [of["window"], of["memory"], of["raw"]]
+    expected = slowly(three, lambda w, o, r, n: w - o, lambda w, o, r, n: w - r)
+    assert (value, *interval) == pytest.approx(expected, rel=1e-9)
+    assert interval[0] < value < interval[1]
+
+
+def test_intervals_are_paired():
+    """A document's hardness is in both modes: a difference that all documents have is certain."""
+    of = documents(9, seed=0, hardness=5.0)
+    shuffled = {i: nll + 0.25 for i, nll in of["memory"].items()}
+    value, interval = difference(shuffled, of["memory"])
+    assert (value, *interval) == pytest.approx((0.25, 0.25, 0.25), abs=1e-5)  # float32 NLLs
+
+
+def test_intervals_cover_what_they_should():
+    """Differences of 200 documents of one length, normal around 0.1 with deviation 1: 95 % is 1.96
+    standard errors of 1/sqrt(200) on either side."""
+    rng = torch.Generator().manual_seed(0)
+    own = {i: torch.zeros(1) for i in range(200)}
+    drawn = torch.randn(200, generator=rng)
+    drawn = (drawn - drawn.mean()) / drawn.std() + 0.1
+    value, (low, high) = difference({i: drawn[i : i + 1] for i in own}, own)
+    assert value == pytest.approx(0.1, abs=1e-6)
+    assert high - value == pytest.approx(1.96 / math.sqrt(200), rel=0.1)
+    assert value - low == pytest.approx(1.96 / math.sqrt(200), rel=0.1)
+
+
+def test_many_documents_are_drawn_block_by_block(monkeypatch):
+    """Other draws of the same documents: the interval's ends move by a tenth of its width."""
+    of = documents(40, seed=3, hardness=0.0)
+    whole = difference(of["shuffled"], of["memory"])
+    monkeypatch.setattr(controls, "BLOCK", 1000)
+    parts = difference(of["shuffled"], of["memory"])
+    assert parts.value == whole.value
+    width = whole.interval_95[1] - whole.interval_95[0]
+    assert parts.interval_95 == pytest.approx(whole.interval_95, abs=width / 10)
+
+
+def test_what_has_no_estimate():
+    of = documents(3, seed=1)
+    assert difference(of["memory"], {}) is None
+    assert difference({0: of["memory"][0]}, {1: of["memory"][1]}) is None
+    assert share_recovered(of["window"], of["memory"], of["window"]) is None  # 0 / 0
+    endless = of["memory"] | {0: torch.tensor([math.inf])}
+    assert difference(endless, of["memory"]) is None
+
+
+def test_documents_that_a_mode_lacks_are_left_out_of_all():
+    of = documents(4, seed=2)
+    shuffled = {i: of["shuffled"][i] for i in (0, 2, 3)}
+    own = {i: of["memory"][i] for i in (0, 2, 3)}
+    assert difference(shuffled, of["memory"]) == difference(shuffled, own)
+
+
+# ---- Results -----------------------------------------------------------------------------------
+
+
+def result_of(*modes: str) -> TaskResult:
+    """Two documents of 30 and 10 tokens."""
+    nlls = dict(shuffled=(4.0, 2.5), memory=(3.5, 2.0), window=(5.0, 3.0), raw=(3.0, 1.0))
+    scores = {m: scores_of((nlls[m][0], 30), (nlls[m][1], 10)) for m in modes}
+    return TaskResult("x", "perplexity", 100, 8, "paper", 2, None, scores)
+
+
+def test_a_result_reports_bound_and_recovered_as_its_nlls_do():
+    result = result_of("shuffled", "memory", "window", "raw")
+    summary = json.loads(json.dumps(result.summary()))
+    nll = {mode: summary[mode]["nll"] for mode in ("shuffled", "memory", "window", "raw")}
+    assert summary["bound"] == pytest.approx(nll["shuffled"] - nll["memory"])
+    share = (nll["window"] - nll["memory"]) / (nll["window"] - nll["raw"])
+    assert summary["recovered"] == pytest.approx(share) == pytest.approx(55 / 80)
+    assert summary["bound_interval_95"] == pytest.approx([0.5, 0.5])
+    assert summary["recovered_interval_95"] == pytest.approx([0.5, 0.75])  # one document alone
+    assert (summary["chunk_size"], summary["num_memory"]) == (8, 2)
+    again = TaskResult.from_summary(summary)
+    assert (again.bound, again.recovered) == (result.bound, result.recovered)
+    assert again.size == "8 / 2"
+    assert rows_of(again) == rows_of(result)
+    cells = " ".join(cell for row in rows_of(result) for cell in row)
+    below = summary["below_window"]
+    assert below == pytest.approx(nll["window"] - nll["memory"])
+    assert f"bound 0.500 (0.500 .. 0.500) nats, {below:.3f} (" in cells
+    assert "below window, 69% (50% .. 75%) recovered" in cells and summary["below_recent"] is None
+    assert "may serve as well" not in cells
+
+
+def test_a_result_without_controls_has_neither():
+    summary = result_of("memory").summary()
+    for name in ("bound", "recovered"):
+        assert summary[name] is None and summary[f"{name}_interval_95"] is None
+    older = {key: value for key, value in summary.items() if key not in ("num_memory", "bound")}
+    result = TaskResult.from_summary(older | dict(recovered=0.7))  # of perplexities, no interval
+    assert (result.bound, result.recovered, result.size) == (None, None, "8")
+    with pytest.raises(ValueError, match="bound is 'x'"):
+        TaskResult.from_summary(summary | dict(bound="x", bound_interval_95=[0, 1]))
+    with pytest.raises(ValueError, match="num_memory is 0"):
+        TaskResult.from_summary(summary | dict(num_memory=0))
+
+
+def test_a_memory_that_is_only_a_prefix_is_told_in_words():
+    result = result_of("memory", "shuffled")
+    result.scores["shuffled"] = result.scores["memory"]
+    cells = " ".join(cell for row in rows_of(result) for cell in row)
+    assert "bound 0.000 (0.000 .. 0.000) nats, another document's memory may serve as well" in cells
+
+
+def test_training_shows_the_bound_from_its_first_evaluation_on(workspace, capsys):
+    task = entry(compare=["window", "raw", "shuffled", "recent"], num_instance=3)
+    tasks = json.dumps([task.model_dump(), task.model_dump() | dict(compare=["window"])])
+    settings = [f"--set=train.tasks={tasks}", "--set=train.eval=1"]
+    assert call("train.py", "--env_conf", "env.json", *settings) == 0
+    table = " ".join(capsys.readouterr().out.split())
+    assert "bound" in table and "recovered" in table and "16 / 2" in table
+    text = Path("out/metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    evaluations = [line for line in lines if line.get("eval")]
+    assert len(evaluations) == 3
+    for line in evaluations:
+        first, second = line["eval"]
+        low, high = first["bound_interval_95"]
+        assert low <= first["bound"] <= high and second["bound"] is None
+        expected = first["shuffled"]["nll"] - first["memory"]["nll"]
+        assert first["bound"] == pytest.approx(expected)
+        assert first["recent"]["documents"] == 3
+        logged = dict(scalars(line, "paper"))
+        (name,) = [n for n in logged if n.endswith("/bound")]
+        assert logged[name] == first["bound"]
+    (points,) = bound_lines(lines).values()
+    assert [point[0] for point in points] == [line["iteration"] for line in evaluations]
+    assert [point[1] for point in points] == [line["eval"][0]["bound"] for line in evaluations]
+    assert taller(plot_training(lines, Path("with.png")), plot_training(lines[:1], Path("no.png")))
+    assert call("test.py", "--env_conf", "env.json", "--use_env_conf_tasks", *settings) == 0
+    tested = json.loads(Path("out/test.json").read_text())["results"]
+    assert tested == evaluations[-1]["eval"]
+
+
+def taller(picture: Path, other: Path) -> bool:
+    """By the heights in two PNGs' headers."""
+    heights = [int.from_bytes(path.read_bytes()[20:24]) for path in (picture, other)]
+    return heights[0] > heights[1]
+
+
+# ---- Modes -------------------------------------------------------------------------------------
+
+
+def recent_nll(model, ids: torch.Tensor, start: int, stop: int, first: int) -> torch.Tensor:
+    """NLL of tokens first .. stop of a document, of the base that reads start .. stop alone."""
+    logits = model.base(ids[None, start:stop]).logits[0]
+    return nll_of(logits[first - start - 1 : -1], ids[first:stop], reduction="none")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("protocol", ["paper", "document"])
+@pytest.mark.parametrize("length", [3 * L, 4 * L + 3, 5])
+def test_recent_is_the_base_behind_the_tokens_right_in_front(family, protocol, length):
+    """Row by row, in float64: another order of summation, 1e-12. In the document protocol the first
+    token of a chunk is predicted by the row before, which has its own recent tokens."""
+    model, ids = make_model(family), random_ids(length)
+    found = uiollms.score(model, ids, protocol, "recent")
+    expected, places = [], []
+    for t, chunk in enumerate(ids.split(L)):
+        start, last = t * L, t * L + len(chunk)
+        front = max(0, start - t * M)
+        ahead = protocol == "document" and last < length  # also predicts the next chunk's first
+        stop = last + 1 if ahead else last
+        if stop - start > 1:
+            if ahead:
+                logits = model.base(ids[None, front:last]).logits[0, start - front :]
+                expected.append(nll_of(logits, ids[start + 1 : stop], reduction="none"))
+            else:
+                expected.append(recent_nll(model, ids, front, stop, start + 1))
+            places += range(start + 1, stop)
+    assert found.positions.tolist() == places
+    assert relative_error(found.nll, torch.cat(expected)) < 1e-12
+    window = uiollms.score(model, ids, protocol, "window").nll
+    first = found.nll[: L - 1], window[: L - 1]
+    assert relative_error(*first) < 1e-12  # nothing stands in front of chunk 0
+    assert length < 2 * L or relative_error(found.nll, window) > 1e-3
+
+
+def test_recent_example():
+    sample = with_recent_tokens(
+        Sample.document(torch.arange(10), 4),
+        MEMORY.model_copy(update=dict(chunk_size=4, num_memory=2)),
+    )
+    read = [row.input_ids.tolist() for row in sample.rows]
+    assert read == [[0, 1, 2, 3], [2, 3, 4, 5, 6, 7], [4, 5, 6, 7, 8, 9]]
+    assert [row.start for row in sample.rows] == [0, 2, 4] and not len(sample.chunks)
+    scored = [row.targets[row.scored].tolist() for row in sample.rows]
+    assert scored == [[1, 2, 3, 4], [5, 6, 7, 8], [9]]
+
+
+def test_where_memory_has_a_slot_a_token_recent_reads_all():
+    """1 : 1, the most there is: what `raw` reads."""
+    config = MEMORY.model_copy(update=dict(num_memory=L))
+    model, ids = make_model(config=config), random_ids(3 * L)
+    recent, raw = (uiollms.score(model, ids, "document", mode).nll for mode in ("recent", "raw"))
+    assert relative_error(recent, raw) < 1e-12
+
+
+@torch.no_grad()
+def test_recent_of_questions_and_of_distilled_documents():
+    model, context = make_model(), random_ids(2 * L, seed=1)
+    asked = [(random_ids(3, seed=2), random_ids(2, seed=3)), (random_ids(2), random_ids(4))]
+    found = token_losses(model, Sample.questions(context, asked, L), "recent")[1]
+    expected = []
+    for question, answer in asked:
+        whole = torch.cat([context, question, answer])
+        first = 2 * L + len(question)
+        expected.append(recent_nll(model, whole, 2 * L - 2 * M, len(whole), first))
+    assert relative_error(found, torch.cat(expected)) < 1e-12
+    ids = random_ids(3 * L)
+    loss, nll = token_losses(model, Sample.document(ids, L).distilled(1.0), "recent")
+    plain = uiollms.score(model, ids, "document", "recent").nll
+    assert relative_error(nll, plain) < 1e-12
+    teacher = model.base(ids[None]).logits[0].log_softmax(-1)
+    rows = [model.base(ids[None, max(0, t * (L - M)) : (t + 1) * L]) for t in range(3)]
+    student = torch.cat([row.logits[0, -L:] for row in rows]).log_softmax(-1)
+    kl = (teacher.exp() * (teacher - student)).sum(-1)[:-1]
+    assert relative_error(loss, kl) < 1e-12
+
+
+def test_recent_past_the_positions_and_of_copies_is_refused():
+    """64 positions, 2 slots a chunk of 8: 29 full chunks and 6 tokens, as many as with memory."""
+    model = make_model()
+    assert model.capacity == 238
+    assert len(uiollms.score(model, random_ids(238), "document", "recent").nll) == 237
+    with pytest.raises(ValueError, match="240 tokens|239 tokens|positions"):
+        uiollms.score(model, random_ids(240), "document", "recent")
+    with pytest.raises(ValueError, match="a copy is told by memory alone"):
+        token_losses(model, Sample.copy(random_ids(L), L), "recent")
+    for task_type in ("auto encoding", "longdata copy"):
+        with pytest.raises(uiollms.ConfigError, match="compare: recent: .* allowed are window and"):
+            entry(task_type, compare=["recent", "window"])
+
+
+@torch.no_grad()
+def test_score_reads_the_memories_of_another_document():
+    """Slow twin: a stream is fed the other document and then asked about this one's chunk."""
+    model, ids, other = make_model(), random_ids(27, seed=1), random_ids(35, seed=2)
+    found = uiollms.score(model, ids, "paper", mode="shuffled", other=other)
+    expected = []
+    for t, row in enumerate(ids.split(L)):
+        state = model(other[None, : t * L]).past_key_values if t else None
+        logits = model(row[None], state).logits[0]
+        expected.append(nll_of(logits[:-1], row[1:], reduction="none"))
+    assert relative_error(found.nll, torch.cat(expected)) < 1e-12
+    again = uiollms.score(model, ids, "paper", mode="shuffled", other=other[None, : 3 * L])
+    assert torch.equal(found.nll, again.nll) and torch.equal(found.positions, again.positions)
+    own = uiollms.score(model, ids, "paper", mode="shuffled", other=ids)
+    assert torch.equal(own.nll, uiollms.score(model, ids).nll)
+
+
+def test_what_score_refuses():
+    model, ids = make_model(), random_ids(27)
+    for mode, other, message in (
+        ("shuffled", None, "mode 'shuffled' reads, found without one"),
+        ("memory", ids, "found with mode 'memory'"),
+        ("shuffled", ids[: 3 * L - 1], "3 memories are read, the other document has 2"),
+        ("resent", None, "mode 'resent' is unknown; allowed are memory, window, raw, shuffled"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            uiollms.score(model, ids, mode=mode, other=other)
+    with pytest.raises(ValueError, match="protocol 'papers' is unknown; allowed are paper, docu"):
+        uiollms.score(model, ids, "papers")
+    with pytest.raises(ValueError, match="mode 'resent' is unknown"):
+        exact_match(model, Sample.document(ids, L), "resent")
+
+
+# ---- Sizes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task_type", ["perplexity", "auto encoding", "passkey"])
+@pytest.mark.parametrize(
+    "size",
+    [dict(chunk_size=8), dict(num_memory=4), dict(chunk_size=24, num_memory=3)],
+)
+def test_a_task_of_another_size_is_what_a_model_of_that_size_gives(tiny, task_type, size):
+    model, tokenizer = tiny
+    copies = task_type == "auto encoding"
+    compare = ["window", "shuffled"] if copies else ["window", "shuffled", "recent"]
+    length = 260 if task_type == "passkey" else 100
+    task = entry(task_type, compare=compare, truncation=length)
+    before = model.memory_config
+    (found,) = Evaluation(model, tokenizer, [task.model_copy(update=size)]).run()
+    assert model.memory_config is before
+    model.memory_config = before.model_copy(update=size)
+    (expected,) = Evaluation(model, tokenizer, [task]).run()
+    assert found.modes == expected.modes and found.bound == expected.bound
+    wanted = dict(chunk_size=16, num_memory=2) | size
+    summary = found.summary()
+    assert {name: summary[name] for name in wanted} == wanted
+
+
+def test_the_size_is_put_back_where_scoring_fails(tiny, monkeypatch):
+    model, tokenizer = tiny
+    evaluation = Evaluation(model, tokenizer, [entry(chunk_size=8)])
+    before = model.memory_config
+    (work,) = evaluation.measurements
+    short = Sample.document(torch.arange(2000) % 200, 8)
+    work.instances[0] = replace(work.instances[0], samples=(short,))
+    with pytest.raises(ValueError, match="capacity"):
+        evaluation.run()
+    assert model.memory_config is before
+
+
+@pytest.mark.parametrize(
+    "size, message",
+    [
+        (dict(chunk_size=9), "chunk_size 9 must be a multiple of num_memory 2; the other of the"),
+        (dict(num_memory=3), "chunk_size 16 must be a multiple of num_memory 3; the other of the"),
+        (dict(chunk_size=8, num_memory=3), "chunk_size 8 must be a multiple of num_memory 3$"),
+        (dict(chunk_size=256), "chunk_size 256 is past the base's 128 positions"),
+        (dict(chunk_size=100, truncation=100), "nothing would read memory, chunk_size is 100"),
+        (dict(num_memory=16, truncation=150), "150 tokens is past the capacity 128 .*memory 16"),
+    ],
+)
+def test_a_size_that_is_none_is_refused_before_a_model_is_loaded(workspace, tiny, size, message):
+    task = entry(**size).model_dump()
+    with pytest.raises(uiollms.ConfigError, match=message) as caught:
+        check_env(load_env_config("env.json", [f"train.tasks={json.dumps([task])}"]), "env.json")
+    assert str(caught.value).startswith("env.json: train.tasks[0]") and len(caught.value.args) == 1
+    if "multiple" in message or "base's" in message:
+        with pytest.raises(uiollms.ConfigError, match=message):
+            Evaluation(*tiny, [entry(**size)])
+
+
+def test_results_name_the_python_whose_library_was_read(tiny):
+    import platform
+
+    task = entry(task_name="stdlib.test.1k", truncation=40)
+    (result,) = Evaluation(*tiny, [task]).run()
+    version = f"Python {platform.python_version()}"
+    assert result.summary()["corpus_version"] == version and version in result.title
+    assert Evaluation(*tiny, [entry()]).run()[0].summary()["corpus_version"] is None
