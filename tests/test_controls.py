@@ -260,6 +260,31 @@ def test_recent_is_the_base_behind_the_tokens_right_in_front(family, protocol, l
     assert length < 2 * L or relative_error(found.nll, window) > 1e-3
 
 
+@torch.no_grad()
+def test_recent_stands_in_front_of_the_recent_tokens_that_all_modes_keep():
+    """m slots a chunk and w tokens more, those of every row in one piece; another order of summation,
+    1e-12."""
+    w, count = 3, 4
+    model = make_model(config=MEMORY.model_copy(update=dict(recent_tokens=w)))
+    ids = random_ids(count * L)
+    expected = []
+    for t in range(count):
+        front = max(0, t * L - (t * M + w if t else 0))
+        expected.append(recent_nll(model, ids, front, (t + 1) * L, t * L + 1))
+    found = uiollms.score(model, ids, "paper", "recent")
+    assert relative_error(found.nll, torch.cat(expected)) < 1e-12
+
+
+@torch.no_grad()
+def test_later_scores_what_reads_memory():
+    model, ids = make_model(), random_ids(3 * L + 2)
+    whole, later = (uiollms.score(model, ids, protocol) for protocol in ("document", "later"))
+    assert later.positions.tolist() == list(range(L + 1, len(ids)))
+    assert torch.equal(later.nll, whole.nll[L:])
+    weights = torch.cat([row.token_weights[row.scored] for row in Sample.later(ids, L).rows])
+    assert weights.sum().item() == pytest.approx(1) and len(weights) == 2 * L + 1
+
+
 def test_recent_example():
     sample = with_recent_tokens(
         Sample.document(torch.arange(10), 4),

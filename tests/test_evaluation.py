@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random_ids
+from rich.console import Console
 from safetensors import safe_open
 from test_commands import ROOT, call
 
@@ -24,6 +25,7 @@ from uiollms.retrieval import WORDS, trials
 from uiollms.samples import SampleMaker
 from uiollms.tasks import Sample
 from uiollms.views.curves import plot_training
+from uiollms.views.tables import print_results, print_written, written_chunks
 
 TEXT = "The harbour has three walls, and on calm days their stones can be counted under the water. "
 
@@ -325,6 +327,56 @@ def test_auto_encoding_reads_each_chunk_alone(tiny):
     torch.testing.assert_close(document.nll, expected, rtol=1e-4, atol=1e-5)
     assert document.positions.tolist() == list(range(32)) and document.hits[1] == 32
     assert [reference for reference, _ in document.texts] == [tokenizer.decode(chunk) for chunk in chunks]
+
+
+def test_a_chunk_is_written_down_and_guessed(tiny, capsys):
+    """Alone: greedy from memory, right where the original has the tokens in order; guided: the
+    likeliest token behind the true ones."""
+    model, tokenizer = tiny
+    compared = dict(truncation=40, compare=["shuffled"])
+    result = Evaluation(model, tokenizer, [entry("auto encoding", num_instance=2, **compared)]).run()[0]
+    written = result.modes["memory"]["written"]
+    chunk = torch.tensor(tokenizer(Path("book0.txt").read_text()).input_ids[:16])
+    with torch.no_grad():
+        guesses = model.reconstruct(chunk[None])[0].argmax(-1)
+    assert written["original"] == tokenizer.decode(chunk) and written["tokens"] == 16
+    assert written["guided"]["right"] == int((guesses == chunk).sum())
+    texts = [piece for piece, _ in written["guided"]["pieces"]]
+    assert "".join(texts) == tokenizer.decode(guesses, skip_special_tokens=True)
+    alone = "".join(piece for piece, _ in written["alone"]["pieces"])
+    assert alone == result.scores["memory"][0].texts[0][1]
+
+    again = TaskResult.from_summary(json.loads(json.dumps(result.summary())))
+    said = [chunk.said for chunk in written_chunks([again])]
+    assert [part.split(" and ")[0].split(",")[0] for part in said] == [
+        "each token guessed from its own memory",
+        "written down from its own memory alone",
+        "each token guessed from another document's memory",
+        "written down from another document's memory alone",
+    ]
+    print_results([again])
+    shown = capsys.readouterr().out
+    assert written["original"] in shown and all(part in shown for part in said)
+
+
+def test_tokens_in_the_order_of_the_original_are_right(tiny):
+    model, tokenizer = tiny
+    original, copy = torch.tensor([10, 11, 12, 13, 14, 15]), torch.tensor([40, 10, 11, 13, 14, 50])
+    guesses = torch.tensor([10, 40, 12, 13, 40, 15])
+    written = Evaluation(model, tokenizer, []).written(original, copy, guesses)
+    runs = {key: [right for _, right in written[key]["pieces"]] for key in ("alone", "guided")}
+    assert runs == {"alone": [False, True, False], "guided": [True, False, True, False, True]}
+    assert written["alone"]["right"] == 4 and written["guided"]["right"] == 4
+    text = written["guided"]["pieces"][2][0]
+    console = Console(width=100, record=True)
+    print_written([shown_result(written)], console)
+    assert f"\u27e6{text}\u27e7" in console.export_text()
+
+
+def shown_result(written: dict) -> TaskResult:
+    result = TaskResult("x", "auto encoding", 6, 6, None, 2)
+    result.modes = {"memory": dict(documents=1, written=written)}
+    return result
 
 
 def test_longdata_copy_positions_and_texts(tiny):

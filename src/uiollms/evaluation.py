@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import logging
 import random
@@ -17,7 +18,7 @@ from uiollms.config import ConfigError
 from uiollms.data import Document, RecallDocument, open_corpus
 from uiollms.data.documents import Lazy, Task, find_corpus
 from uiollms.entries import COPY_TASKS, RETRIEVAL_TASKS, TEXT_TASKS, Size, TaskEntry
-from uiollms.evaluate import exact_match, greedy_copy, greedy_reconstruction, longest_text, positions, token_losses
+from uiollms.evaluate import exact_match, greedy_copy, greedy_reconstruction, longest_text, positions, scored_hidden, token_losses
 from uiollms.model import MemoryLM
 from uiollms.positions import num_positions
 from uiollms.pretrained import at_size
@@ -166,17 +167,32 @@ class Evaluation:
             copies = greedy_copy(self.model, read, len(originals))
         texts = tuple(zip(self.texts(originals), self.texts(copies), strict=True))
         hits = int((copies == originals).sum()), originals.numel()
-        return {"texts": texts, "written": self.written(originals[0], copies[0]), "hits": hits}
+        sample, chunks = pairs[0]
+        guesses = torch.cat(
+            [self.model.logits(hidden).argmax(-1).cpu() for _, hidden, _ in scored_hidden(self.model, sample, mode, chunks)]
+        )
+        written = self.written(originals[0], copies[0], guesses[: originals.shape[1]])
+        return {"texts": texts, "written": written, "hits": hits}
 
-    def written(self, original: Tensor, copy: Tensor) -> dict[str, Any]:
-        """The first chunk [l] and its copy [l], in runs of tokens that are right, or not: see
-        summaries.py."""
-        right = (copy == original).tolist()
+    def written(self, original: Tensor, copy: Tensor, guesses: Tensor) -> dict[str, Any]:
+        """The first chunk [l], its copy [l] and the guesses [l] of its tokens: see summaries.py."""
+        matcher = difflib.SequenceMatcher(None, original.tolist(), copy.tolist(), autojunk=False)
+        in_order = torch.zeros(len(copy), dtype=torch.bool)
+        for block in matcher.get_matching_blocks():
+            in_order[block.b : block.b + block.size] = True
+        return dict(
+            original=self.text(original),
+            tokens=len(original),
+            alone=self.pieces(copy, in_order),
+            guided=self.pieces(guesses, guesses == original),
+        )
+
+    def pieces(self, ids: Tensor, right: Tensor) -> dict[str, Any]:
+        """Token ids [l] in runs that are right, or not."""
         pieces = []
-        for is_right, run in itertools.groupby(range(len(right)), key=right.__getitem__):
-            places = list(run)
-            pieces.append((self.text(copy[places]), is_right))
-        return dict(original=self.text(original), pieces=pieces, right=sum(right), tokens=len(right))
+        for is_right, run in itertools.groupby(range(len(ids)), key=right.tolist().__getitem__):
+            pieces.append((self.text(ids[list(run)]), is_right))
+        return dict(pieces=pieces, right=int(right.sum()))
 
     def answered(self, instance: Instance, mode: str) -> tuple[str, str]:
         """(reference, greedy answer of at most as many tokens)."""

@@ -57,15 +57,22 @@ class AtDepth(BaseModel):
     accuracy: float
 
 
-class Written(BaseModel):
-    """A chunk and what a model wrote down of it, told by memory alone. pieces: the written text piece
-    by piece, true for one whose tokens are all those of the original at their places; right, tokens:
-    how many are, of how many."""
+class Copy(BaseModel):
+    """pieces: a text piece by piece, true for one whose tokens are right; right: how many tokens are."""
 
-    original: str
     pieces: list[tuple[str, bool]]
     right: int
+
+
+class Written(BaseModel):
+    """A chunk of so many tokens, told by memory alone. alone: what the model writes down of it, whose
+    tokens are right where the original has them in the same order; guided: its guess of every token
+    behind the true ones before it."""
+
+    original: str
     tokens: int
+    alone: Copy
+    guided: Copy
 
 
 class Numbers(BaseModel):

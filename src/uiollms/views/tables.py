@@ -54,8 +54,14 @@ def written_chunks(results: Sequence[TaskResult]) -> list[Chunk]:
         for mode in ("memory", "shuffled"):
             if written := result.modes.get(mode, {}).get("written"):
                 whose = "its own memory" if mode == "memory" else "another document's memory"
-                said = f"{result.title}: written down from {whose} alone, {written['right']} of {written['tokens']} tokens right"
-                found.append(Chunk(said, written["original"], written["pieces"]))
+                how = {
+                    "guided": f"each token guessed from {whose} and the true ones before it",
+                    "alone": f"written down from {whose} alone",
+                }
+                for key, said in how.items():
+                    copy = written[key]
+                    said += f", {copy['right']} of {written['tokens']} tokens right"
+                    found.append(Chunk(said, written["original"], copy["pieces"]))
     return found
 
 
