@@ -199,7 +199,8 @@ def test_recent_tokens(kernel):
             logits.append(output.logits)
         sample, other = Sample.document(random_ids(37), 8), random_ids(32, seed=1).view(4, 8)
         modes = ("memory", "window", "raw", "shuffled")
-        return [torch.cat(logits, 1), *(token_losses(model, sample, mode, other)[1] for mode in modes)]
+        scores = [token_losses(model, sample, mode, other)[1] for mode in modes]
+        return [torch.cat(logits, 1), *scores]
 
     agree(model, run)
     step_agrees(kernel, model, dict(estimator="uio"), False)

@@ -76,7 +76,8 @@ def attention_shares(model: MemoryLM, ids: Tensor, progress: Progress = iter) ->
     ValueError for one that fits a chunk."""
     m = model.memory_config.num_memory
     sample = Sample.document(ids, model.memory_config.chunk_size)
-    rows = [row for row in sample.with_recent(model.memory_config.recent_tokens).rows if row.num_memories]
+    rows = sample.with_recent(model.memory_config.recent_tokens).rows
+    rows = tuple(row for row in rows if row.num_memories)
     if not rows:
         raise ValueError(f"{len(ids)} tokens fit one chunk of {model.memory_config.chunk_size}: no memory is read")
     keys, values = remember_all(model, sample.chunks)

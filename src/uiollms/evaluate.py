@@ -1,7 +1,8 @@
 """Scores of one sample: what the model says of every scored token, with memory and beside what it is to be compared with.
 
     memory    rows read the memories of the chunks before them: the model
-    window    every row on its own (with its recent tokens), no memory: what the frozen base does with the same window
+    window    every row on its own (with its recent tokens), no memory: what the frozen base does
+              with the same window
     raw       the base with the whole raw context, where its positions allow: what memory would be if it lost nothing
     shuffled  rows read as many memories, but of another document: what memory is worth for its content
     recent    the base with as many raw tokens right in front of a row as its memories have slots:
@@ -116,7 +117,7 @@ def scored_hidden(
         hidden = taught_at(model, teach(model, sample), rows)
         yield rows, hidden, moved(targets, hidden.device)
         return
-    sample = sample.with_recent(model.memory_config.recent_tokens)  # of its own document, in every mode
+    sample = sample.with_recent(model.memory_config.recent_tokens)  # its own, in every mode
     if mode == "window":
         sample = replace(sample, chunks=sample.chunks[:0], rows=tuple(replace(r, num_memories=0) for r in sample.rows))
     elif mode == "recent":

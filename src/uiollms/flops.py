@@ -144,17 +144,19 @@ class Flops:
     # ---- the decoder, one row -------------------------------------------------------------------------------------
 
     def decoder_forward(self, tokens: int, memories: int, scored: int, recent: int = 0) -> int:
-        """recent: how many of the tokens are fed again; in the last layer nobody reads more of them than keys and values."""
+        """recent: how many of the tokens are fed again; in the last layer nobody reads more of them
+        than keys and values."""
         layer = self.queries(tokens) + self.keys_values(tokens) + self.attention(self.row_pairs(tokens, memories))
         unread = self.queries(recent) + self.attention(self.row_pairs(recent, memories))
         return self.layers * layer - unread + self.head(scored)
 
     def decoder_backward(self, tokens: int, memories: int, scored: int, recent: int = 0) -> int:
         """To the memories' keys and values in every layer."""
-        unread = self.queries(recent) + 2 * self.attention(self.row_pairs(recent, memories)) if self.layers > 1 else 0
+        unread = self.queries(recent) + 2 * self.attention(self.row_pairs(recent, memories))
         upper = self.queries(tokens) + self.keys_values(tokens) + 2 * self.attention(self.row_pairs(tokens, memories))
         lowest = self.o_proj_mlp(tokens) + self.attention(tokens * memories * self.slots) * 3 // 2  # dP, dV, dK of the slots
-        return (self.layers - 1) * upper - unread + lowest + self.head(scored)
+        above = (self.layers - 1) * upper - unread if self.layers > 1 else 0
+        return above + lowest + self.head(scored)
 
     def row_pairs(self, tokens: int, memories: int) -> int:
         return tokens * (tokens + 1) // 2 + tokens * memories * self.slots

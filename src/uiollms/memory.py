@@ -196,7 +196,7 @@ def check_length(num_tokens: int, config: MemoryConfig, base_config: Any) -> Non
 
 
 def recent_of(text: Tensor, config: MemoryConfig) -> Tensor:
-    """The ids [B, w] that are fed again in front of the chunk behind text [B, T], which ends with a full one."""
+    """The ids [B, w] that are fed again behind text [B, T], which ends with a full chunk."""
     return text[:, text.shape[1] - config.recent_tokens :]
 
 

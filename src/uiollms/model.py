@@ -196,8 +196,8 @@ class MemoryLM(Usage, Streaming, Generation, PreTrainedModel, GenerationMixin): 
     def _run(self, module: Any, function: Callable[[Tensor], Tensor], hidden: Tensor, as_base: bool = False) -> Tensor:
         """A module's function on [B, T, D]; with a graph where grad is enabled. as_base: by the kernels that the base itself
         takes, to the bit."""
-        l = self.memory_config.chunk_size
-        shared_lengths = (1, l, l + self.memory_config.recent_tokens, l + self.memory_config.num_memory)
+        config, l = self.memory_config, self.memory_config.chunk_size
+        shared_lengths = (1, l, l + config.recent_tokens, l + config.num_memory)
         if hidden.device.type == "cpu" and hidden.shape[1] in shared_lengths and not as_base:  # see products.py
             function = with_frozen_products(function, module)
         if self.offloaded:  # here too: a backward may run the function again

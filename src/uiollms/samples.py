@@ -84,13 +84,16 @@ class SampleMaker:
             ids = ids[: min(most, num_positions(self.model.config) - chunk_size)]
             context = ids[: self._most_compressed()]
             enough = len(context) >= chunk_size
-            return Sample.memory_utilization(context, probe, chunk_size) if enough else Sample.document(ids, chunk_size)
+            if enough:
+                return Sample.memory_utilization(context, probe, chunk_size)
+            return Sample.document(ids, chunk_size)
         if document.task == "auto encoding":  # one chunk, from its own memory alone
             count = len(ids[:most]) // chunk_size
             start = chunk_size * rng.randrange(count) if count else 0
             ids = ids[start : start + chunk_size]
         if document.task in ("auto encoding", "longdata copy"):
-            ids = ids[: min(most, self._most_compressed(recent=False))]  # the copies stand behind all memories
+            # The copies stand behind all memories.
+            ids = ids[: min(most, self._most_compressed(recent=False))]
             return Sample.copy(ids, chunk_size) if len(ids) >= chunk_size else Sample.document(ids, chunk_size)
         return taught(PROTOCOLS[self.protocol](self._cut(ids, truncation, rng, crop), chunk_size), document)
 
@@ -130,7 +133,8 @@ class SampleMaker:
         return torch.tensor(first + ids[cut : cut + length], dtype=torch.int64)
 
     def _most_compressed(self, recent: bool = True) -> int:
-        """Tokens of the chunks whose memories a further full chunk can stand behind; recent: with its recent tokens."""
+        """Tokens of the chunks whose memories a further full chunk can stand behind; recent: with
+        its recent tokens."""
         memory, positions = self.model.memory_config, num_positions(self.model.config)
         return memory.most_chunks(positions, recent) * memory.chunk_size
 

@@ -79,7 +79,9 @@ class Streaming:
         slots_before = state.num_slots
         after = self._remember(state, ids[:, : full * l])
         after.open_ids = ids[:, full * l :]
-        after.recent_ids = recent_of(text[:, : recent + full * l], self.memory_config) if full else state.recent_ids
+        after.recent_ids = state.recent_ids
+        if full:
+            after.recent_ids = recent_of(text[:, : recent + full * l], self.memory_config)
         after.num_tokens = state.num_tokens + input_ids.shape[1]
         after.text = state.text_with(input_ids)
 
