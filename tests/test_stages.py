@@ -23,6 +23,8 @@ from uiollms.pretrained import check_env, load_memory_lm
 from uiollms.samples import SampleMaker, task_fault, teaches_memory
 from uiollms.schedule import Course, Schedule, rate_of_document
 from uiollms.training import Samples
+from uiollms.views.curves import stage_starts
+from uiollms.views.page import stage_words
 from uiollms.weighting import relative, weigh_tokens
 
 STAGES = [
@@ -140,6 +142,20 @@ def test_a_run_made_longer_keeps_its_borders(staged):
     state = json.loads((staged / "checkpoints" / "step-00000016" / "state.json").read_text())
     assert state["borders"] == [4, 6]
     assert (staged / "curve.png").exists()
+
+
+def test_what_a_run_says_of_its_stages():
+    lines = [
+        dict(iteration=2, nll=3.0, stage=1),
+        dict(iteration=4, nll=3.0, stage=1),
+        dict(iteration=6, stage=2, skipped=["x"]),
+        dict(iteration=8, nll=2.0, stage=2),
+        dict(iteration=8, eval=[]),
+    ]
+    assert stage_starts(lines) == {1: 2, 2: 6} and stage_starts([dict(iteration=2, nll=3.0)]) == {}
+    first, second = section(stages=STAGES[:1] + [dict(share=0.6)]).stages
+    assert stage_words(first) == "40% of files:book[01].txt (auto encoding) at 8/2, 16/2, 16/4"
+    assert stage_words(second) == "60%"
 
 
 def test_stages_draw_documents_of_their_own(staged):
