@@ -19,6 +19,7 @@ from uiollms.config import ConfigError, load_env_config
 from uiollms.data import Document
 from uiollms.entries import CorpusEntry
 from uiollms.evaluate import token_losses
+from uiollms.plan import make_plan
 from uiollms.pretrained import check_env, load_memory_lm
 from uiollms.samples import SampleMaker, task_fault, teaches_memory
 from uiollms.schedule import Course, Schedule, rate_of_document
@@ -217,6 +218,14 @@ def test_what_a_stage_cannot_be_is_refused_before_a_model_is_loaded(staged, chan
     with pytest.raises(ConfigError) as error:
         checked(change)
     assert any(message in line for line in str(error.value).splitlines()), str(error.value)
+
+
+def test_a_plan_knows_the_longest_document_of_all_stages(staged):
+    """Of auto-encoding one chunk, however long the document."""
+    named = ["train.stages.1.corpus=" + json.dumps([STAGES[0]["corpus"][0] | dict(truncation=None)])]
+    for changes, longest in ((named, 70), ([*named, "train.stages.2.corpus.1.truncation=90"], 90)):
+        plan = make_plan(load_env_config("env.json", changes), "env.json")
+        assert plan.length == longest
 
 
 def test_a_truncation_must_fit_every_size(staged):

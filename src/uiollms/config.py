@@ -202,6 +202,11 @@ class TrainSection(Checked):
             faults.append(f"chunk_ranks {self.chunk_ranks} has a meaning only with chunk_parallel: true")
         return all_right(self, faults)
 
+    @property
+    def corpora(self) -> list[tuple[CorpusEntry, ...]]:
+        """What each stage is trained on; without stages, the run."""
+        return [stage.corpus or self.corpus for stage in self.stages] or [self.corpus]
+
 
 class EnvConfig(Checked):
     """One experiment, `32x.json`."""

@@ -140,6 +140,8 @@ def tokens_at_most(entry: CorpusEntry, capacity: int, chunk_size: int) -> int:
         corpus, arguments = find_corpus(entry.name)
     except ConfigError:  # whoever reads the corpus refuses it
         return min(capacity, entry.truncation or capacity)
+    if entry.task == "auto encoding":  # one chunk of a document, as the decoder's only row
+        return chunk_size
     named = [int(arguments[0] or capacity)] if corpus.tokenized else []  # beacons sampled.8192
     if entry.truncation is None and (chunks := corpus.chunks(*arguments)[1]):
         named.append(chunks * chunk_size)
@@ -183,7 +185,7 @@ class Rehearsal:
     def longest_document(self) -> int:
         """Tokens; a corpus of texts without truncation may fill the capacity."""
         sizes = self.capacity, self.memory.chunk_size
-        return max(tokens_at_most(entry, *sizes) for entry in self.config.train.corpus)
+        return max(tokens_at_most(entry, *sizes) for of in self.config.train.corpora for entry in of)
 
     def need(self, chunks: int, batch: int) -> Needs:
         """Bytes on every device of the map, for a document with so many chunks in memory."""

@@ -73,8 +73,7 @@ class Samples:
     def __init__(self, config: EnvConfig, tokenizer: PreTrainedTokenizerBase, model: MemoryLM) -> None:
         train = config.train
         maker = SampleMaker(model, tokenizer, train.loss)
-        entries = [stage.corpus or train.corpus for stage in train.stages] or [train.corpus]
-        self.streams = [Stream(maker, of, train.seed, number) for number, of in enumerate(entries)]
+        self.streams = [Stream(maker, of, train.seed, i) for i, of in enumerate(train.corpora)]
 
     def take(self, count: int, group: Group = ALONE, stage: int = 0) -> list[Drawn]:
         """The next `count` samples of a stage's stream: see `Stream.take`."""
