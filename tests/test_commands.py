@@ -155,7 +155,7 @@ def test_documents_that_fit_one_chunk_are_skipped_and_counted(workspace):
     model, tokenizer = load_memory_lm(config, "env.json")
     samples = Samples(config, tokenizer, model)
     lengths = {sum(len(row.input_ids) for row in drawn.sample.rows) for drawn in samples.take(12)}
-    assert lengths == {80} and samples.skipped == samples.mixture.drawn - 12 >= 4  # two epochs of six documents
+    assert lengths == {80} and samples.skipped == samples.streams[0].mixture.drawn - 12 >= 4  # two epochs of six documents
     config = load_env_config("env.json", ["train.corpus.0.name=files:short.txt"])
     with pytest.raises(ConfigError, match="10000 documents in a row are blank or fit one chunk of 16 .* the last is short.txt"):
         Samples(config, tokenizer, model).take(1)

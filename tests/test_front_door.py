@@ -180,7 +180,7 @@ def test_the_readmes_table_of_test_files(monkeypatch):
     assert told.keys() == {path.name for path in ROOT.glob("*.json")} - {"test.json"}
     for name, (file, tasks) in told.items():
         assert load_env_config(name).test == file
-        lengths = re.findall(r"\d+,\d+", tasks)
+        lengths = re.findall(r"(?<![a-z\d,])\d[\d,]*\d", tasks)  # not pg19's
         assert lengths == [f"{task.truncation:,}" for task in load_tasks(file)]
 
 
