@@ -131,11 +131,12 @@ class Evaluation:
                 if mode == "shuffled" and other is None:
                     log.warning("%s: no other document is as long as number %d: not shuffled", work.task.task_name, i + 1)
                     continue
-                scores[mode][i] = self.score(work.task, instance, mode, other)
+                scores[mode][i] = self.score(work.task, instance, mode, other, shown=i == 0)
         return scores
 
-    def score(self, task: TaskEntry, instance: Instance, mode: str, other: Instance | None) -> DocumentScore:
-        """One document in one mode; other: the document whose memories are read instead ("shuffled")."""
+    def score(self, task: TaskEntry, instance: Instance, mode: str, other: Instance | None, shown: bool) -> DocumentScore:
+        """One document in one mode; other: the document whose memories are read instead ("shuffled");
+        shown: of a copy also what is shown of its first chunk."""
         read: Sequence[Tensor | None] = [None] * len(instance.samples)
         if other is not None:
             read = [sample.chunks for sample in other.samples]
@@ -149,12 +150,12 @@ class Evaluation:
         if task.task_type in RETRIEVAL_TASKS:
             details = {"correct": all(exact_match(self.model, s, mode, c) for s, c in pairs), "depth": instance.depth}
         elif task.task_type in COPY_TASKS:
-            details = self.copied(task.task_type, pairs, mode)
+            details = self.copied(task.task_type, pairs, mode, shown)
         elif instance.prompt is not None and mode in ("memory", "raw"):
             details = {"texts": (self.answered(instance, mode),)}
         return DocumentScore(nll, loss, torch.cat(parts), **details)
 
-    def copied(self, task_type: str, pairs: Sequence[tuple[Sample, Tensor | None]], mode: str) -> dict[str, Any]:
+    def copied(self, task_type: str, pairs: Sequence[tuple[Sample, Tensor | None]], mode: str, shown: bool) -> dict[str, Any]:
         """The free-running copy beside its original, chunk by chunk."""
         originals = torch.cat([sample.chunks for sample, _ in pairs])
         read = torch.cat([sample.chunks if chunks is None else chunks[: len(sample.chunks)] for sample, chunks in pairs])
@@ -167,12 +168,16 @@ class Evaluation:
             copies = greedy_copy(self.model, read, len(originals))
         texts = tuple(zip(self.texts(originals), self.texts(copies), strict=True))
         hits = int((copies == originals).sum()), originals.numel()
-        sample, chunks = pairs[0]
-        guesses = torch.cat(
-            [self.model.logits(hidden).argmax(-1).cpu() for _, hidden, _ in scored_hidden(self.model, sample, mode, chunks)]
-        )
-        written = self.written(originals[0], copies[0], guesses[: originals.shape[1]])
-        return {"texts": texts, "written": written, "hits": hits}
+        details: dict[str, Any] = {"texts": texts, "hits": hits}
+        if shown:
+            guesses = self.guessed(pairs[0][0], mode, pairs[0][1])[: originals.shape[1]]
+            details["written"] = self.written(originals[0], copies[0], guesses)
+        return details
+
+    def guessed(self, sample: Sample, mode: str, other: Tensor | None) -> Tensor:
+        """The likeliest token at every scored position of a sample, [T']."""
+        found = scored_hidden(self.model, sample, mode, other)
+        return torch.cat([self.model.logits(hidden).argmax(-1).cpu() for _, hidden, _ in found])
 
     def written(self, original: Tensor, copy: Tensor, guesses: Tensor) -> dict[str, Any]:
         """The first chunk [l], its copy [l] and the guesses [l] of its tokens: see summaries.py."""

@@ -169,16 +169,16 @@ def examine_stages(config: EnvConfig, memory: MemoryConfig | None, shape: Any, p
         inherited = sources_of(config) if stage.corpus is None else {}
         trained = own or {where: entry for where, entry in inherited.items() if isinstance(entry, CorpusEntry)}
         for i, size in enumerate(dict.fromkeys(stage.sizes)):
-            where = f"{path}: train.stages[{number}].sizes[{i}]"
+            where = f"train.stages[{number}].sizes[{i}]"
             try:
                 sized = resized(memory, size, shape)
             except ConfigError as error:
-                faults.add(f"{where}: {error}")
+                faults.add(f"{path}: {where}: {error}")
                 continue
             found = Faults()
             examine_sources(trained, sized, shape, path, found)
             for line in found.lines:
-                faults.add(line if line in faults.lines else f"{line} (under {where.partition(': ')[2]})")
+                faults.add(line if line in faults.lines else f"{line} (under {where})")
 
 
 def resized(memory: MemoryConfig, size: Size, shape: Any) -> MemoryConfig:
@@ -239,7 +239,7 @@ def examine_sources(sources: Sources, memory: MemoryConfig | None, shape: Any, p
                     f"chunk_size is {own.chunk_size}; use at least {least}"
                 )
         if isinstance(entry, CorpusEntry) and (fault := raw_fault(entry, corpus.task, shape)):
-            faults.add(f"{path}: {where}: {fault}")
+            faults.add(f"{path}: {where}.truncation: {fault}")
             continue
         if own and shape is not None:
             with faults.noted():
@@ -279,7 +279,7 @@ def raw_fault(entry: CorpusEntry, kind: str, shape: Any) -> str | None:
         return None
     found = "none" if entry.truncation is None else f"{entry.truncation} tokens"
     return (
-        f"truncation: {found}; with {wanted} the base reads documents raw and has {positions} "
+        f"found {found}; with {wanted} the base reads documents raw and has {positions} "
         f"positions; set truncation to {positions} or less"
     )
 

@@ -153,19 +153,19 @@ class TaskResult:
     @cached_property
     def bound(self) -> Estimate | None:
         """See controls.py; None where nothing was shuffled."""
-        pair = self.nlls("shuffled", "memory")
-        return difference(*pair) if pair else None
+        return self.below("shuffled")
 
     @cached_property
     def below_window(self) -> Estimate | None:
-        """nll_window - nll_own, in nats a token; None without window."""
-        pair = self.nlls("window", "memory")
-        return difference(*pair) if pair else None
+        return self.below("window")
 
     @cached_property
     def below_recent(self) -> Estimate | None:
-        """nll_recent - nll_own, in nats a token; None without recent."""
-        pair = self.nlls("recent", "memory")
+        return self.below("recent")
+
+    def below(self, mode: str) -> Estimate | None:
+        """NLL of a mode less that with memory, in nats a token; None where it was not evaluated."""
+        pair = self.nlls(mode, "memory")
         return difference(*pair) if pair else None
 
     @cached_property

@@ -39,8 +39,10 @@ def print_results(results: Sequence[TaskResult], console: Console | None = None)
 
 
 class Chunk(NamedTuple):
-    """A held-out chunk beside what the model writes down of it. said: what it is of."""
+    """A held-out chunk beside what the model tells of it. title: of the task; said: what it is told
+    from, and how much is right."""
 
+    title: str
     said: str
     original: str
     pieces: Sequence[tuple[str, bool]]
@@ -61,7 +63,7 @@ def written_chunks(results: Sequence[TaskResult]) -> list[Chunk]:
                 for key, said in how.items():
                     copy = written[key]
                     said += f", {copy['right']} of {written['tokens']} tokens right"
-                    found.append(Chunk(said, written["original"], copy["pieces"]))
+                    found.append(Chunk(result.title, said, written["original"], copy["pieces"]))
     return found
 
 
@@ -70,9 +72,11 @@ def print_written(results: Sequence[TaskResult], console: Console) -> None:
     chunks = written_chunks(results)
     for i, chunk in enumerate(chunks):
         if i == 0 or chunk.original != chunks[i - 1].original:
-            console.print("\nthe first held-out chunk", style="bold")
+            console.print(
+                f"\n{chunk.title}: the first chunk; below, \u27e6 \u27e7 hold what is right", style="bold", markup=False
+            )
             console.print(chunk.original, markup=False, highlight=False, soft_wrap=True)
-        console.print(f"\n{chunk.said}: \u27e6so\u27e7", style="bold")
+        console.print(f"\n{chunk.said}", style="bold")
         text = Text()
         for piece, right in chunk.pieces:
             text.append(f"\u27e6{piece}\u27e7" if right else piece, style="green" if right else "dim")
