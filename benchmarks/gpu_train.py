@@ -210,7 +210,8 @@ class Data:
 def load_model(options: argparse.Namespace, device: torch.device) -> tuple[MemoryLM, Any]:
     """The base in bfloat16 on a GPU (float32 elsewhere) with untrained or given memory weights."""
     torch.manual_seed(options.seed)
-    memory = MemoryConfig(chunk_size=256, num_memory=32, lora_rank=options.rank, lora_alpha=2 * options.rank)
+    lora = dict(lora_rank=options.rank, lora_alpha=2 * options.rank)
+    memory = MemoryConfig(chunk_size=256, num_memory=32, slot_input=options.slot_input, **lora)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     folder = local_path(options.model) if options.model.startswith("package:") else options.model
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -259,6 +260,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--max_lr", type=float, default=1e-3, help="of stage two; stage one has twice as much")
     add("--kl_weight", type=float, default=0.5, help="of the raw-context teacher in text losses")
     add("--rank", type=int, default=32)
+    add("--slot_input", choices=["token", "last"], default="token", help="of the compressor config")
     add("--step_tokens", type=int, default=24576, help="tokens of text in an optimizer step")
     add("--chunk_sizes", type=int, nargs="+", default=[64, 128, 256])
     add("--most_slots", type=int, default=512, help="memory in front of a document's last chunk")

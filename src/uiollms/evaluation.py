@@ -25,7 +25,7 @@ from uiollms.pretrained import at_size
 from uiollms.recall import last_value
 from uiollms.results import DocumentScore, TaskResult
 from uiollms.retrieval import DEPTHS, trials
-from uiollms.samples import SampleMaker, teaches_memory
+from uiollms.samples import SampleMaker, as_task, teaches_memory
 from uiollms.tasks import PROTOCOLS, Sample
 from uiollms.tokens import tokenize, tokenize_pair
 
@@ -283,8 +283,7 @@ def documents_of(task: TaskEntry, tokenizer: PreTrainedTokenizerBase) -> Sequenc
                 f"documents for {' or '.join(kinds)}"
             )
         if document.task == PLAIN and task.task_type not in (*TEXT_TASKS, *RETRIEVAL_TASKS):
-            kind = cast(Task, task.task_type)  # one of ACCEPTED's with a kind of its own
-            return replace(document, task=kind, kl_weight=float(kind == "memory utilization"))
+            return as_task(document, cast(Task, task.task_type))  # one of ACCEPTED's with a kind of its own
         return document
 
     return Lazy(len(corpus), read)

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from uiollms.config import ConfigError
 from uiollms.data import Document, NewsDocument, RecallDocument, TokenDocument
 from uiollms.data.corpora_recall import with_facts
+from uiollms.data.documents import Task
 from uiollms.entries import CorpusEntry, TrainingTask
 from uiollms.model import MemoryLM
 from uiollms.passes import check_sample, check_teacher
@@ -163,10 +164,15 @@ def trained_for(document: Document, entry: CorpusEntry, rng: random.Random) -> D
         if task == "synthetic recall":
             document = with_facts(document, rng.choice(("facts", "keys")), rng)
         else:
-            document = replace(document, task=task, kl_weight=float(task == "memory utilization"))
+            document = as_task(document, task)
     if entry.kl_weight is None:
         return document
     return replace(document, kl_weight=entry.kl_weight)
+
+
+def as_task(document: Document, task: Task) -> Document:
+    """Plain text for a task; the loss of memory utilization is KL alone."""
+    return replace(document, task=task, kl_weight=float(task == "memory utilization"))
 
 
 def task_fault(task: str, kind: str) -> str | None:
