@@ -12,10 +12,12 @@ import accelerate
 import pytest
 import torch
 from conftest import MEMORY, gradients, make_base, make_model, random_ids
+from processes import forked
 from torch import Tensor
 
 from uiollms import MemoryLM, gradient_step, score
 from uiollms.attention_mass import attention_shares
+from uiollms.fingerprint import tensors_hash
 from uiollms.memory import Room
 from uiollms.placement import place
 from uiollms.skeleton import skeleton
@@ -35,6 +37,19 @@ def together(calls: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
 
     with ThreadPoolExecutor(len(calls)) as pool:
         return list(pool.map(run, calls))
+
+
+def test_hashing_survives_a_fork():
+    """In a child of a process that has set its number of threads, torch makes its pool anew when a
+    thread first works in parallel, which several must not do at once."""
+    torch.set_num_threads(torch.get_num_threads())
+    tensors = {f"{i}": torch.randn(256, 256) for i in range(64)}
+    expected = tensors_hash(tensors)
+
+    def hash_again() -> int:
+        return int(tensors_hash(tensors) != expected)
+
+    assert [forked(hash_again) for _ in range(40)] == [0] * 40
 
 
 def mixed_calls(model: MemoryLM) -> list[Callable[[], Tensor]]:

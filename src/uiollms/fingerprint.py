@@ -102,6 +102,8 @@ def tensors_hash(tensors: Mapping[str, Tensor], base: nn.Module | None = None) -
         return tensor_hash(tensors[name] if base is None else at_hand(base, name, tensors[name]))
 
     first = {id(tensor): name for name, tensor in tensors.items()}  # tied tensors are read once
+    # A forked process makes torch's own pool anew at first use, which two threads must not do at once.
+    torch.set_num_threads(torch.get_num_threads())
     with ThreadPoolExecutor() as pool:
         hashes = dict(zip(first, pool.map(hashed, first.values()), strict=True))
     lines = [f"{name} {list(t.shape)} {hashes[id(t)]}\n" for name, t in sorted(tensors.items())]
