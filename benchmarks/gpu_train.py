@@ -16,10 +16,10 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from benchmarks import packed
+from benchmarks.cuda_graphs import Recorded, Recorder
 from benchmarks.recall_data import Corpus, Facts, build_corpora
 from benchmarks.recall_evaluation import Size, evaluate
 from uiollms import MemoryConfig, MemoryLM
@@ -66,7 +67,7 @@ class Schedule:
 
 
 class Trainer:
-    """One model, its data and optimizer; `auto_encoding` and `documents` are the two stages."""
+    """One model, its data and optimizer; `AutoEncoding` and `Documents` are its two stages."""
 
     def __init__(self, model: MemoryLM, data: Data, options: argparse.Namespace) -> None:
         self.model, self.data, self.options = model, data, options
@@ -75,18 +76,21 @@ class Trainer:
         fused = model.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0, fused=fused)
         self.tokens = self.steps = 0
+        self.recorder = Recorder() if options.cuda_graphs else None
+        self.recorded: dict[tuple[str, Size], Recorded] = {}
         self.room: dict[Size, int] = {}  # tokens of a step that fitted, where the wish did not
         self.log = open(options.out / "train.jsonl", "a", buffering=1)
 
     def warm_up(self) -> None:
-        """Forward and backward of either stage once for every chunk size, without an update, so
-        that nothing is compiled on the clock."""
-        for l in self.options.chunk_sizes:
-            for losses in (self.auto_encoding, self.documents):
-                self.step(Size(l, l // 4, 2), 0.0, losses, update=False)
+        """Forward and backward of either stage once for every size that is named, or every chunk
+        size, without an update, so that nothing is compiled or recorded on the clock."""
+        sizes = self.options.sizes or [Size(l, l // 4, 2) for l in self.options.chunk_sizes]
+        for size in dict.fromkeys(sizes):
+            for kind in (AutoEncoding, Documents):
+                self.step(size, 0.0, kind, update=False)
         self.steps = self.tokens = 0
 
-    def stage(self, seconds: float, max_lr: float, step: Callable[[Size, int], Any]) -> None:
+    def stage(self, seconds: float, max_lr: float, kind: type[Batch]) -> None:
         """Steps of one kind until the time is over."""
         if seconds <= 0:
             return
@@ -94,14 +98,14 @@ class Trainer:
         kept: list[Tensor] = []
         while schedule.progress(time.monotonic()) < 1:
             size = self.draw_size()
-            kept.append(self.step(size, schedule.learning_rate(time.monotonic()), step))
+            kept.append(self.step(size, schedule.learning_rate(time.monotonic()), kind))
             if self.steps % 20 == 0:
                 self.report(kept, schedule)
                 kept = []
             if self.steps % self.options.save == 0:
                 save(self.model, self.options.out / "adapter.safetensors")
 
-    def step(self, size: Size, lr: float, losses: Callable[[Size, int], Any], update: bool = True) -> Tensor:
+    def step(self, size: Size, lr: float, kind: type[Batch], update: bool = True) -> Tensor:
         """Forward, backward, update; what does not fit is tried again with fewer documents."""
         c = self.model.memory_config
         sizes = dict(chunk_size=size.chunk_size, num_memory=size.num_memory)
@@ -109,8 +113,7 @@ class Trainer:
         while True:
             budget = self.room.get(size, self.options.step_tokens)
             try:
-                loss, reported = losses(size, budget)
-                loss.backward()
+                reported = self.gradients(size, kind.draw(self, size, budget))
                 break
             except torch.OutOfMemoryError:
                 self.optimizer.zero_grad()
@@ -121,9 +124,26 @@ class Trainer:
             group["lr"] = lr
         if update:
             self.optimizer.step()
-        self.optimizer.zero_grad()
+        # Recorded kernels add to the very tensors that they were recorded with.
+        self.optimizer.zero_grad(set_to_none=self.recorder is None)
         self.steps += 1
-        return torch.cat([reported.detach().float(), norm.detach().float()[None]])
+        return torch.cat([reported.float(), norm.detach().float()[None]])
+
+    def gradients(self, size: Size, batch: Batch) -> Tensor:
+        """Adds a batch's gradients to those that are there -> what its losses report."""
+
+        def run(*tensors: Tensor) -> Tensor:
+            loss, reported = type(batch)(*tensors).losses(self.model, self.options.kl_weight)
+            loss.backward()
+            return reported.detach()
+
+        if self.recorder is None:
+            return run(*batch)
+        key = type(batch).__name__, size
+        if key not in self.recorded:
+            self.recorded[key] = self.recorder.record(run, *batch)
+            self.optimizer.zero_grad(set_to_none=False)
+        return self.recorded[key](*batch).clone()
 
     def report(self, kept: list[Tensor], schedule: Schedule) -> None:
         *losses, norm = torch.stack(kept).mean(0).tolist()  # the only wait for the device
@@ -135,6 +155,8 @@ class Trainer:
             print(line, flush=True)
 
     def draw_size(self) -> Size:
+        if self.options.sizes:
+            return self.rng.choice(self.options.sizes)
         l = self.rng.choice(self.options.chunk_sizes)
         ratio = self.rng.choices(list(SHARES), SHARES.values())[0]
         m = max(1, l // ratio)
@@ -142,29 +164,59 @@ class Trainer:
         counts = [n for n in (2, 4, 6, 8, 12, 16, 24, 32) if n <= most]
         return Size(l, m, self.rng.choice(counts[1:] or counts))
 
-    def auto_encoding(self, size: Size, budget: int) -> tuple[Tensor, Tensor]:
-        """Chunks, each from its own memory."""
+
+class AutoEncoding(NamedTuple):
+    """Chunks [A, l], each told from its own memory."""
+
+    chunks: Tensor
+
+    @classmethod
+    def draw(cls, trainer: Trainer, size: Size, budget: int) -> AutoEncoding:
         count = max(1, budget // size.chunk_size)
-        chunks = self.data.draw(count, size.chunk_size, self.rng)
-        self.tokens += chunks.numel()
-        hidden = packed.copy_chunks(self.model, chunks)
-        loss = packed.losses(self.model, hidden, chunks)[0].mean()
+        chunks = trainer.data.draw(count, size.chunk_size, trainer.rng)
+        trainer.tokens += chunks.numel()
+        return cls(chunks)
+
+    def losses(self, model: MemoryLM, kl_weight: float) -> tuple[Tensor, Tensor]:
+        """The loss, and what is reported: the same, [1]."""
+        hidden = packed.copy_chunks(model, self.chunks)
+        loss = packed.losses(model, hidden, self.chunks)[0].mean()
         return loss, loss[None]
 
-    def documents(self, size: Size, budget: int) -> tuple[Tensor, Tensor]:
-        """Documents of text and of facts, and some of their chunks once more as copies."""
+
+class Documents(NamedTuple):
+    """Documents of text and of facts: ids [B, N * l + 1], and the weights of their tokens behind
+    chunk 0, [B, (N - 1) * l], as text and as values that are asked for."""
+
+    ids: Tensor
+    text_weights: Tensor
+    recall_weights: Tensor
+
+    @classmethod
+    def draw(cls, trainer: Trainer, size: Size, budget: int) -> Documents:
         l, n = size.chunk_size, size.num_chunks
         count = max(2, budget // (l * n))
-        num_facts = max(1, round(FACTS * count))
-        texts = self.data.draw(count - num_facts, l * n + 1, self.rng)
-        facts, asked = self.data.draw_facts(num_facts, l * n + 1, l, self.rng)
-        ids = torch.cat([texts, facts])
-        self.tokens += ids.numel()
-        chunks = (count - num_facts) * (n - 1)
-        copied = self.rng.sample(range(chunks), max(1, chunks // 4))
-        found = packed.document_losses(self.model, ids, asked, len(texts), copied, self.options.kl_weight)
+        num_facts = sum(trainer.rng.random() < FACTS for _ in range(count - 1))
+        ids = trainer.data.draw(count - num_facts, l * n + 1, trainer.rng)
+        text, recall = (ids.new_zeros(count, (n - 1) * l, dtype=torch.float32) for _ in range(2))
+        text[: count - num_facts] = 1 / ((count - num_facts) * (n - 1) * l)
+        if num_facts:
+            facts, asked = trainer.data.draw_facts(num_facts, l * n + 1, l, trainer.rng)
+            ids = torch.cat([ids, facts])
+            recall[count - num_facts :, -l:] = asked / asked.sum()
+        trainer.tokens += ids.numel()
+        return cls(ids, text, recall)
+
+    def losses(self, model: MemoryLM, kl_weight: float) -> tuple[Tensor, Tensor]:
+        """The loss, of text, facts and every fourth chunk told once more as a copy; and what is
+        reported, [3]: text's NLL, the loss of facts (0 without any), and that of copies."""
+        count = len(self.ids) * (self.text_weights.shape[1] // model.memory_config.chunk_size)
+        found = packed.document_losses(model, *self, range(0, count, 4), kl_weight)
         loss = found.text + 0.3 * found.copy + 0.3 * found.recall
         return loss, torch.stack([found.text_nll, found.recall, found.copy])
+
+
+Batch = AutoEncoding | Documents
 
 
 class Data:
@@ -205,6 +257,11 @@ class Data:
 
 
 # ---- the command -------------------------------------------------------------------------------
+
+
+def as_size(text: str) -> Size:
+    """256/32/8 -> documents of 8 chunks of 256 tokens, 32 slots each."""
+    return Size(*map(int, text.split("/")))
 
 
 def load_model(options: argparse.Namespace, device: torch.device) -> tuple[MemoryLM, Any]:
@@ -263,6 +320,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--slot_input", choices=["token", "last"], default="token", help="of the compressor config")
     add("--step_tokens", type=int, default=24576, help="tokens of text in an optimizer step")
     add("--chunk_sizes", type=int, nargs="+", default=[64, 128, 256])
+    add("--sizes", type=as_size, nargs="+", help="drawn instead, each as likely as the others (name "
+        "one twice): chunk_size/num_memory/chunks of a document")  # fmt: skip
     add("--most_slots", type=int, default=512, help="memory in front of a document's last chunk")
     add("--most_tokens", type=int, default=8192, help="of a document")
     add("--texts", help="a glob of plain text files, such as novels")
@@ -272,10 +331,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--start", type=Path, help="weights to start from: tensors (.safetensors), or a folder of save_ckp")
     add("--save", type=int, default=100, help="steps between two times that the weights are saved")
     add("--compile", action="store_true", help="norms and MLPs under torch.compile")
+    add("--cuda_graphs", action="store_true", help="a step's kernels are recorded and replayed")
     add("--documents", type=int, default=48, help="of each held-out corpus")
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=Path("runs/gpu-train"))
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.cuda_graphs and not options.sizes:
+        parser.error("--cuda_graphs needs --sizes: a graph is recorded for each")
+    return options
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -295,14 +358,14 @@ def main(arguments: list[str] | None = None) -> None:
         begun = time.monotonic()
         print(f"warm after {begun - started:.0f} s", flush=True)
         first = options.auto_encoding * options.seconds
-        trainer.stage(first, 2 * options.max_lr, trainer.auto_encoding)
-        trainer.stage(options.seconds - first, options.max_lr, trainer.documents)
+        trainer.stage(first, 2 * options.max_lr, AutoEncoding)
+        trainer.stage(options.seconds - first, options.max_lr, Documents)
         save(model, options.out / "adapter.safetensors")
     trained = time.monotonic()
-    sizes = [Size(l, l // r, 8) for l, r in ((256, 8), (256, 4), (128, 8), (64, 4), (64, 8))]
-    sizes = [size for size in sizes if size.chunk_size in options.chunk_sizes]
+    measured = [Size(l, l // r, 8) for l, r in ((256, 8), (256, 4), (128, 8), (64, 4), (64, 8))]
+    measured = [size for size in measured if size.chunk_size in options.chunk_sizes]
     found = []
-    for result in evaluate(model, data.testing, sizes, options.documents):
+    for result in evaluate(model, data.testing, measured, options.documents):
         found.append(result)
         print(as_json(result), flush=True)
     report = dict(

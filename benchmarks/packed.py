@@ -109,8 +109,8 @@ def losses(
 
 
 class Losses(NamedTuple):
-    """Means over scored tokens, in nats: of text (KL to the raw-context teacher weighed in), its
-    NLL, of the values asked for in documents with facts, and of copied chunks."""
+    """Weighted sums over scored tokens, in nats: of text and of the values asked for in documents
+    with facts (KL to the raw-context teacher weighed in), text's NLL, and the mean NLL of copies."""
 
     text: Tensor
     text_nll: Tensor
@@ -121,26 +121,23 @@ class Losses(NamedTuple):
 def document_losses(
     model: MemoryLM,
     ids: Tensor,
-    asked: Tensor,
-    num_texts: int,
+    text_weights: Tensor,
+    recall_weights: Tensor,
     copied: Sequence[int],
     kl_weight: float,
 ) -> Losses:
-    """One graph for a batch: [B, N * l + 1] token ids, the first `num_texts` documents plain text
-    of which every token behind chunk 0 is scored (the `document` protocol), the others with facts,
-    of whose last chunk the tokens are scored that `asked` [B - num_texts, l] (0 or 1) names."""
+    """One graph for a batch: [B, N * l + 1] token ids, and the weights [B, (N - 1) * l] of the
+    tokens behind chunk 0 (the `document` protocol) as text and as values that are asked for.
+    Nothing but the numbers in these tensors differs from one batch to the next of its size."""
     l = model.memory_config.chunk_size
-    read = ids[:, :-1]
+    read, targets = ids[:, :-1], ids[:, l + 1 :]
     memories = remember(model, read[:, :-l])
     hidden, copies = decode_documents(model, read, memories, copied)
-    targets = ids[:, l + 1 :]
-    teacher = read_raw(model, read[:num_texts]) if kl_weight else None
-    text, text_nll = losses(model, hidden[:num_texts], targets[:num_texts], teacher, kl_weight)
-    recall = copy = text.new_zeros(())
-    if num_texts < len(ids):
-        of_all, _ = losses(model, hidden[num_texts:, -l:], targets[num_texts:, -l:])
-        recall = (of_all * asked).sum() / asked.sum()
+    teacher = read_raw(model, read) if kl_weight else None
+    loss, nll = losses(model, hidden, targets, teacher, kl_weight)
+    copy = loss.new_zeros(())
     if copied:
         chunks = read[:, :-l].reshape(-1, l)[moved(torch.tensor(copied), ids.device)]
         copy = losses(model, copies, chunks)[0].mean()
-    return Losses(text.mean(), text_nll.mean(), recall, copy)
+    text, recall = (loss * text_weights).sum(), (loss * recall_weights).sum()
+    return Losses(text, (nll * text_weights).sum(), recall, copy)

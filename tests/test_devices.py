@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from uiollms.cli import reporting_errors
-from uiollms.devices import give_back, keep_freed_memory
+from uiollms.devices import give_back, keep_freed_memory, moved, moved_once
 
 glibc = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
 
@@ -78,3 +78,14 @@ def test_commands_do_without_cudnns_attention():
         assert reporting_errors(lambda: int(torch.backends.cuda.cudnn_sdp_enabled())) == 0
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def test_what_is_moved_once_is_the_same_tensor_for_the_same_numbers():
+    meta, kept = torch.device("meta"), {}
+    with moved_once(kept):
+        first = moved(torch.tensor([1, 2]), meta)
+        assert moved(torch.tensor([1, 2]), meta) is first
+        for other in (torch.tensor([1, 3]), torch.tensor([[1, 2]]), torch.tensor([1, 2]).int()):
+            assert moved(other, meta) is not first
+        assert len(kept) == 4
+    assert moved(torch.tensor([1, 2]), meta) is not first

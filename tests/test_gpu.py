@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks import gpu_train
+from benchmarks.cuda_graphs import Recorder
 from conftest import MEMORY, gradients, make_model, random_ids, relative_error, worst_error
 from processes import TRAIN
 from safetensors.torch import load_file
@@ -140,3 +142,35 @@ def test_a_run_goes_on_from_a_checkpoint(workspace):
 def trained_tensors(folder: Path) -> dict[str, torch.Tensor]:
     files = sorted(folder.rglob("*.safetensors"))
     return {f"{f.parent.name} {name}": t for f in files for name, t in load_file(f).items()}
+
+
+@pytest.mark.skipif(not ON_GPU, reason="CUDA graphs are a GPU's")
+def test_recorded_steps_give_the_gradients_of_plain_ones():
+    """float32: 1e-4, as above. The second batch differs from the one that was recorded."""
+    model = make_model("llama").float().to(DEVICE)
+    batches = [documents(seed) for seed in (0, 1)]
+
+    def run(*tensors: torch.Tensor) -> torch.Tensor:
+        loss, reported = gpu_train.Documents(*tensors).losses(model, 0.5)
+        loss.backward()
+        return reported.detach()
+
+    expected = [(run(*batch), gradients(model)) for batch in batches]
+    run(*batches[0])  # from here on there are gradients, which the recorded kernels add to
+    recorded = Recorder().record(run, *batches[0])
+    parameters = model.trainable_parameters()
+    for batch, (reported, by_name) in zip(batches, expected, strict=True):
+        model.zero_grad(set_to_none=False)
+        assert torch.allclose(recorded(*batch), reported, rtol=1e-4)
+        found = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()}
+        assert worst_error(found, by_name) < 1e-4
+
+
+def documents(seed: int) -> gpu_train.Documents:
+    """Three documents of four chunks, the last with three values that are asked for."""
+    l = MEMORY.chunk_size
+    text, recall = torch.zeros(3, 3 * l), torch.zeros(3, 3 * l)
+    text[:2] = 1 / (2 * 3 * l)
+    recall[2, -3:] = 1 / 3
+    ids = random_ids(3, 4 * l + 1, seed=seed)
+    return gpu_train.Documents(*(tensor.to(DEVICE) for tensor in (ids, text, recall)))

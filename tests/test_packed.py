@@ -18,9 +18,10 @@ def test_a_batch_of_documents_gives_the_steps_gradients(family, kl_weight):
     """float64: 1e-10, another order of summation. Every chunk but the first is scored here."""
     model = make_model(family)
     ids, copied = random_ids(3, 4 * L + 1), [0, 4, 8]
-    asked = torch.zeros(1, L)
-    asked[0, 2:5] = 1
-    found = packed.document_losses(model, ids, asked, 2, copied, kl_weight)
+    text, recall = torch.zeros(2, 3, 3 * L, dtype=torch.float64)
+    text[:2] = 1 / (2 * 3 * L)
+    recall[2, 2 * L + 2 : 2 * L + 5] = 1 / 3
+    found = packed.document_losses(model, ids, text, recall, copied, kl_weight)
     (2 * found.text + 3 * found.recall + 5 * found.copy).backward()
     batched = gradients(model)
 
@@ -32,7 +33,9 @@ def test_a_batch_of_documents_gives_the_steps_gradients(family, kl_weight):
         uiollms.gradient_step(model, sample, scale=2 / 2)
     labels = torch.full_like(ids[2], IGNORED)
     labels[3 * L + 3 : 3 * L + 6] = ids[2, 3 * L + 3 : 3 * L + 6]
-    uiollms.gradient_step(model, uiollms.Sample.beacon(ids[2], labels, L), scale=3)
+    asking = uiollms.Sample.beacon(ids[2], labels, L)
+    asking = asking.distilled(kl_weight) if kl_weight else asking
+    uiollms.gradient_step(model, asking, scale=3)
     for place in copied:
         chunk = ids[:, : 3 * L].reshape(-1, L)[place]
         uiollms.gradient_step(model, uiollms.Sample.copy(chunk, L), scale=5 / 3)

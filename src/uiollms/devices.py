@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import wraps
 from typing import Any
 
@@ -54,8 +55,31 @@ def takes_turns(method: Callable[..., Any]) -> Callable[..., Any]:
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
     """`tensor` on `device`. A copy from the CPU to a GPU does not wait for the GPU's queue (torch stages pageable memory at
-    once, so the original may change or go); every other copy is torch's default."""
+    once, so the original may change or go); every other copy is torch's default. See `moved_once`."""
+    kept = _kept.get()
+    if kept is not None and tensor.device.type == "cpu" and device.type != "cpu":
+        numbers = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+        key = device, tensor.dtype, tensor.shape, numbers
+        if key not in kept:
+            kept[key] = tensor.to(device)
+        return kept[key]
     return tensor.to(device, non_blocking=tensor.device.type == "cpu" and device.type != "cpu")
+
+
+_kept: ContextVar[dict[Any, Tensor] | None] = ContextVar("what was moved once", default=None)
+
+
+@contextmanager
+def moved_once(kept: dict[Any, Tensor]) -> Iterator[None]:
+    """Inside, `moved` keeps in `kept` what it copies from the CPU, and hands the same tensor out
+    where the same numbers are to be moved again. A CUDA graph needs this: it cannot hold a copy
+    from pageable memory, and reads its constants again whenever it is replayed, so `kept` must
+    live as long as the graph, and nobody may write into what is handed out."""
+    token = _kept.set(kept)
+    try:
+        yield
+    finally:
+        _kept.reset(token)
 
 
 def give_back(device: torch.device) -> None:

@@ -17,9 +17,9 @@ from uiollms.products import linear_for, rows_to_add
 
 # Logits alive at once: on a CPU what stays in a core's cache, elsewhere what keeps a GPU busy (not measured). But always SLICE
 # tokens of the vocabulary, so that a product with all N rows is large enough for full speed.
-LOGITS_CPU, LOGITS = 2**18, 2**24
+LOGITS_CPU, LOGITS = 2**18, 2**25
 SLICE = 1024
-BLOCK = 128  # rows of logits alive at once where there is a teacher
+BLOCK = 128  # rows of logits alive at once where there is a teacher, on a GPU more if LOGITS allow
 
 
 def linear_nll(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
@@ -60,7 +60,8 @@ class _LinearLosses(torch.autograd.Function):
             loss, grad = along_vocabulary(rows, weight, bias, aims, with_grad)
             loss, nll, grad = loss[:count], loss[:count].clone(), None if grad is None else grad[:count]
         else:
-            blocks = [slice(start, start + BLOCK) for start in range(0, max(1, len(hidden)), BLOCK)]
+            size = BLOCK if hidden.device.type == "cpu" else max(BLOCK, LOGITS // len(weight))
+            blocks = [slice(start, start + size) for start in range(0, max(1, len(hidden)), size)]
             parts = [beside_teacher(hidden[b], weight, bias, targets[b], teacher[b], kl_weight, with_grad) for b in blocks]
             loss, nll, grad = (None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True))
         ctx.save_for_backward(grad)
