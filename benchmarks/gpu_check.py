@@ -65,7 +65,7 @@ def steps(part: str, options: argparse.Namespace) -> list[Step]:
     train += ["--cache", str(options.cache)] if options.cache else []
     train += ["--start", str(options.start)] if options.start else []
     if tiny:
-        small = ["--weights", "tiny", "--chunk_sizes", "64", "--sizes", "64/8/3", "64/16/2", "--step_tokens", "600"]
+        small = ["--weights", "tiny", "--chunk_sizes", "64", "--sizes", "64/8/3", "--measured", "64/8/3", "--step_tokens", "600"]
         small += ["--most_chars", "200000", "--num_facts", "50", "--documents", "2"]
         return [Step("train", [*train, *small, "--seconds", "4"], 120)]
     seconds = options.seconds_of_training

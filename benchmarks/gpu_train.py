@@ -39,7 +39,7 @@ from uiollms.integrity import replace_text, replacing
 from uiollms.json_files import as_json
 from uiollms.loading import load_causal_lm
 from uiollms.packaged import local_path
-from uiollms.pretrained import KNOWN_SHAPES
+from uiollms.pretrained import KNOWN_SHAPES, resolve_dtype
 
 SHARES = {2: 0.15, 4: 0.35, 8: 0.35, 16: 0.15}  # of the steps, by ratio of chunk to memory
 MIX = {"code": 0.7, "novels": 0.15, "speeches": 0.15}  # of the documents of a step
@@ -265,11 +265,11 @@ def as_size(text: str) -> Size:
 
 
 def load_model(options: argparse.Namespace, device: torch.device) -> tuple[MemoryLM, Any]:
-    """The base in bfloat16 on a GPU (float32 elsewhere) with untrained or given memory weights."""
+    """The base, in bfloat16 where the device computes in it, with untrained or given memory weights."""
     torch.manual_seed(options.seed)
     lora = dict(lora_rank=options.rank, lora_alpha=2 * options.rank)
     memory = MemoryConfig(chunk_size=256, num_memory=32, slot_input=options.slot_input, **lora)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = resolve_dtype("auto", device)
     folder = local_path(options.model) if options.model.startswith("package:") else options.model
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if options.weights == "base":
@@ -331,6 +331,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--start", type=Path, help="weights to start from: tensors (.safetensors), or a folder of save_ckp")
     add("--save", type=int, default=100, help="steps between two times that the weights are saved")
     add("--compile", action="store_true", help="norms and MLPs under torch.compile")
+    add("--measured", type=as_size, nargs="+", help="what is evaluated, as in --sizes")
     add("--cuda_graphs", action="store_true", help="a step's kernels are recorded and replayed")
     add("--documents", type=int, default=48, help="of each held-out corpus")
     add("--seed", type=int, default=0)
@@ -362,8 +363,8 @@ def main(arguments: list[str] | None = None) -> None:
         trainer.stage(options.seconds - first, options.max_lr, Documents)
         save(model, options.out / "adapter.safetensors")
     trained = time.monotonic()
-    measured = [Size(l, l // r, 8) for l, r in ((256, 8), (256, 4), (128, 8), (64, 4), (64, 8))]
-    measured = [size for size in measured if size.chunk_size in options.chunk_sizes]
+    usual = [Size(l, l // r, 8) for l, r in ((256, 8), (256, 4), (128, 8), (64, 4), (64, 8))]
+    measured = options.measured or [size for size in usual if size.chunk_size in options.chunk_sizes]
     found = []
     for result in evaluate(model, data.testing, measured, options.documents):
         found.append(result)

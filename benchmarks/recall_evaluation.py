@@ -37,9 +37,9 @@ class Size(NamedTuple):
 @torch.no_grad()
 def evaluate(model: MemoryLM, testing: Mapping[str, Corpus], sizes: Sequence[Size], count: int) -> Iterator[dict[str, Any]]:
     """By corpus and size: mean NLL over the tokens of all chunks but the first, by mode; `bound`
-    (shuffled - own), `below_window` and `below_recent`, with 95 % intervals over documents drawn with
-    replacement; and the share of tokens right when a chunk is written down from its own memory behind
-    the true tokens before."""
+    (shuffled - own), `below_window` and `below_recent`, with 95 % intervals over documents drawn
+    with replacement; `last`, the same of the last chunk alone; and the share of tokens right when
+    a chunk is written down from its own memory behind the true tokens before."""
     model.eval()
     trained = model.memory_config
     for size in sizes:
@@ -72,19 +72,25 @@ def document_nlls(model: MemoryLM, ids: Tensor) -> dict[str, Any]:
         borrowed = packed.remember(model, other[:, : read.shape[1] - l])
         hidden["shuffled"] = packed.decode_documents(model, read, borrowed)[0]
         for mode, states in hidden.items():
-            by_mode[mode].append(packed.losses(model, states, targets)[1].mean(1))
+            by_mode[mode].append(packed.losses(model, states, targets)[1])
         chunks = read[:, :l]
         found = model.logits(packed.copy_chunks(model, chunks)).argmax(-1)
         right.append((found == chunks).float().mean(1))
-    nll = {mode: torch.cat(parts).double().cpu() for mode, parts in by_mode.items()}
+    whole = {mode: torch.cat(parts).double().cpu() for mode, parts in by_mode.items()}  # [B, (N - 1) * l]
+    found = compared({mode: nll.mean(1) for mode, nll in whole.items()})
+    found["last"] = compared({mode: nll[:, -l:].mean(1) for mode, nll in whole.items()})
+    return dict(documents=len(ids), **found, copied_right=float(torch.cat(right).mean()))
+
+
+def compared(nll: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Mean NLLs of documents [B] by mode -> their means, and what the own memory gains."""
     found: dict[str, Any] = {mode: float(of.mean()) for mode, of in nll.items()}
     by_document = {mode: dict(enumerate(of.split(1))) for mode, of in nll.items()}
-    names = dict(bound="shuffled", below_window="window", below_recent="recent")
-    for name, mode in names.items():
+    for name, mode in dict(bound="shuffled", below_window="window", below_recent="recent").items():
         gain = difference(by_document[mode], by_document["own"])
         if gain:
             found[name], found[f"{name}_interval"] = gain.value, list(gain.interval_95)
-    return dict(documents=len(ids), **found, copied_right=float(torch.cat(right).mean()))
+    return found
 
 
 def read_recent(model: MemoryLM, ids: Tensor) -> Tensor:

@@ -61,6 +61,8 @@ def test_the_modes_are_those_of_score(family):
             expected["recent"].append(torch.nn.functional.cross_entropy(logits, target, reduction="none"))
     for mode, parts in expected.items():
         assert found[mode] == pytest.approx(torch.cat(parts).mean().item(), rel=1e-10), mode
+        last = torch.stack(parts).view(2, -1)[:, -L:].mean().item()  # parts: by document, or by chunk of one
+        assert found["last"][mode] == pytest.approx(last, rel=1e-10), mode
     assert found["bound"] == pytest.approx(found["shuffled"] - found["own"])
 
 
