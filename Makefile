@@ -94,7 +94,7 @@ bench-quick: setup
 
 # JSON Schema of the config files, for editors.
 schema: setup
-	$(BIN)/python -m uiollms.schema
+	$(BIN)/python -m uiollms schema
 
 # Known vulnerabilities of all that is installed. Needs a network: the tool comes into an environment of its own.
 audit: requirements.lock

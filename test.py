@@ -10,27 +10,25 @@ import tempfile
 from functools import partial
 
 try:
-    import uiollms.cli  # noqa: F401  # and with it torch and transformers
+    import uiollms.cli.common  # noqa: F401  # and with it torch and transformers
 except ImportError as error:
     how = "`make setup` and then .venv/bin/python, or `pip install -e .` in an environment of yours"
     sys.exit(f"{error}; run {how}: see Set-up in README.md")
 
-from uiollms.checkpoint import load_weights
-from uiollms.checks import check_evaluation
-from uiollms.cli import parse_arguments, reporting_errors
-from uiollms.config import load_env_config
-from uiollms.environment import device_name, environment
-from uiollms.evaluation import Evaluation
-from uiollms.faults import writing
-from uiollms.integrity import make_folder, replacing
-from uiollms.json_files import as_json
-from uiollms.paths import run_folder
-from uiollms.plan import choose_chunk_batch
-from uiollms.pretrained import load_memory_lm
-from uiollms.saved_results import save_token_nlls
-from uiollms.saving import weights_of, weights_words
-from uiollms.views.plots import plot_results
-from uiollms.views.tables import print_results
+from uiollms.build import load_memory_lm, weights_of, weights_words
+from uiollms.cli.common import parse_arguments, reporting_errors
+from uiollms.config.sections import load_env_config
+from uiollms.evaluation.evaluator import Evaluation
+from uiollms.evaluation.saved_results import save_token_nlls
+from uiollms.files.atomic import make_folder, replacing, reporting_write_errors
+from uiollms.files.folders import run_folder
+from uiollms.files.json_files import as_json
+from uiollms.planning.planner import choose_chunk_batch
+from uiollms.reports.plots import plot_results
+from uiollms.reports.tables import print_results
+from uiollms.runs.checks import check_evaluation
+from uiollms.runs.environment import device_name, environment
+from uiollms.weights.adapters import load_weights
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -40,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     tasks = check(config)
     config = choose_chunk_batch(config, args.env_conf)
     folder = run_folder(config.train.run_dir, config.model.save_ckp, args.env_conf)
-    with writing(folder):  # now rather than after hours of scoring
+    with reporting_write_errors(folder):  # now rather than after hours of scoring
         make_folder(folder)
         tempfile.NamedTemporaryFile(dir=folder).close()
     model, tokenizer = load_memory_lm(config, args.env_conf)
@@ -58,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
     summaries = about | {"results": [r.summary() for r in results]}
     args.output.line(as_json(summaries))
     text = as_json(summaries, indent=4) + "\n"
-    with writing(folder):
+    with reporting_write_errors(folder):
         # All are on the disk before the first gets its name: test.json, which marks the folder as a run's.
         with replacing(folder / "test-nll.safetensors") as nlls, replacing(folder / "test.json") as work:
             save_token_nlls(results, nlls, of=text)

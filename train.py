@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 try:
-    import uiollms.cli  # noqa: F401  # and with it torch and transformers
+    import uiollms.cli.common  # noqa: F401  # and with it torch and transformers
 except ImportError as error:
     how = "`make setup` and then .venv/bin/python, or `pip install -e .` in an environment of yours"
     sys.exit(f"{error}; run {how}: see Set-up in README.md")
@@ -23,23 +23,24 @@ except ImportError as error:
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from uiollms.checkpoint import load_weights
-from uiollms.checks import check_training
-from uiollms.cli import SILENT, Output, parse_arguments, reporting_errors, step_words
-from uiollms.config import EnvConfig, load_env_config
-from uiollms.distributed import World, number_of_processes, open_world
-from uiollms.dry_run import dry_run
-from uiollms.estimators import make_estimator
-from uiollms.evaluation import Evaluation
-from uiollms.faults import training_on
-from uiollms.plan import choose_chunk_batch
-from uiollms.pretrained import check_env, count_parameters, load_memory_lm
-from uiollms.run import Run, open_run
-from uiollms.run_state import TrainingState
-from uiollms.step import gradient_step
-from uiollms.training import Samples, gradient_norms, make_optimizer, pack_documents
-from uiollms.views.tables import print_results
-from uiollms.watch import watching
+from uiollms.build import check_env, count_parameters, load_memory_lm
+from uiollms.cli.common import SILENT, Output, parse_arguments, reporting_errors, step_words
+from uiollms.cli.dry_run import dry_run
+from uiollms.config.sections import EnvConfig, load_env_config
+from uiollms.distributed.groups import World, number_of_processes, open_world
+from uiollms.distributed.watch import watching
+from uiollms.evaluation.evaluator import Evaluation
+from uiollms.planning.planner import choose_chunk_batch
+from uiollms.reports.curves import plot_run
+from uiollms.reports.tables import print_results
+from uiollms.runs.checks import check_training
+from uiollms.runs.run import Run, open_run
+from uiollms.runs.state import TrainingState
+from uiollms.training.estimators import make_estimator
+from uiollms.training.failures import reporting_step_errors
+from uiollms.training.optimizer import SampleStream, gradient_norms, make_optimizer, pack_documents
+from uiollms.training.step import gradient_step
+from uiollms.weights.adapters import load_weights
 
 
 def main(arguments: list[str] | None = None) -> int | None:
@@ -57,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int | None:
             open_run(config, compressor, args.env_conf, args.resume, args.restart, world) as run,
         ):
             run.echo = args.output.line
-            fit(config, args.env_conf, run, world, args.output if world.is_first else SILENT)
+            fit(config, args.env_conf, run, world, args.output if world.is_main_process else SILENT)
     return 0
 
 
@@ -66,11 +67,11 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
     model, tokenizer = load_memory_lm(config, env_conf)
     if config.model.load_ckp:
         load_weights(model, config.model.load_ckp)
-    samples = Samples(config, tokenizer, model)
+    samples = SampleStream(config, tokenizer, model)
     estimator = make_estimator(train.estimator, S=train.tbptt, compensate=train.compensate)
     optimizer = make_optimizer(model, train)
     parameters = list(model.trainable_parameters().values())
-    evaluation = Evaluation(model, tokenizer, train.tasks if world.is_first else ())
+    evaluation = Evaluation(model, tokenizer, train.tasks if world.is_main_process else ())
     trained, frozen = count_parameters(model)
     output.say(f"trained parameters {trained / 1e6:.1f} M, frozen {frozen / 1e6:.1f} M in {model.dtype}")
 
@@ -80,12 +81,12 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
 
     def evaluate() -> None:
         try:
-            if world.is_first:
+            if world.is_main_process:
                 results = evaluation.run(
                     lambda documents: output.bar(run.unless_stopped(documents), desc="evaluate", leave=False)
                 )
                 run.log(iteration=state.iteration, eval=[r.summary() for r in results])
-                run.plot()
+                plot_run(run.folder, train.loss, schedule.counts)
                 progress.clear()
                 if output.has_words:
                     print_results(results)
@@ -107,8 +108,8 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
             taken = samples.take(schedule.documents, world.data, stage)
             for documents in pack_documents(taken, model.chunk_batch):
                 names = [document.source for document in documents]
-                # Draw the windows, encode, losses, gradients: see uiollms/step.py
-                with training_on(", ".join(names), train):
+                # Draw the windows, encode, losses, gradients: see uiollms/training/step.py
+                with reporting_step_errors(", ".join(names), train):
                     results = gradient_step(
                         model,
                         [document.sample for document in documents],
@@ -121,7 +122,7 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
                 sources += names
                 nll += float(torch.stack([result.nll for result in results]).sum())
                 scored += sum(int(result.scored.sum()) for result in results)
-                tokens += sum(document.sample.num_tokens for document in documents) * world.chunks.is_first
+                tokens += sum(document.sample.num_tokens for document in documents) * world.chunks.is_main_process
         world.sum_gradients(parameters)
         nll, scored, tokens = world.sum(nll, scored, tokens)
         norms = gradient_norms(model)
@@ -131,7 +132,7 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
         good = math.isfinite(grad_norm) and math.isfinite(nll)
         lr, mean_nll = optimizer.param_groups[0]["lr"], nll / scored
         if not good:
-            sources = [name for names in world.data.every(sources) for name in names]
+            sources = [name for names in world.data.all_gather(sources) for name in names]
         with world.watch.undisturbed():  # what follows is done as a whole, or not at all
             if good:
                 optimizer.step()
@@ -154,8 +155,8 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
         if run.evaluates(done):
             evaluate()
     progress.close()
-    if not train.tasks:
-        run.plot()
+    if world.is_main_process and not train.tasks:
+        plot_run(run.folder, train.loss, schedule.counts)
 
     if samples.skipped:
         output.say(f"{samples.skipped} documents that are blank or fit one chunk were skipped")

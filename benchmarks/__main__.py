@@ -2,7 +2,7 @@
 
 Every figure is a ratio within this run (or comes with what it is a ratio of); alternatives take turns, medians count, memory is
 that of a new process; freed memory is kept as the commands keep it, for all alike. GEMM peak: this run's, at the model's own
-shapes. FLOPs: what `uiollms/flops.py` writes down.
+shapes. FLOPs: what `uiollms/planning/flops.py` writes down.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch
 from benchmarks import cases, plots
 from benchmarks.measure import machine
 from benchmarks.models import MODELS
-from uiollms.devices import keep_freed_memory
-from uiollms.integrity import replace_text
-from uiollms.json_files import as_json
-from uiollms.model import MemoryLM
+from uiollms.files.atomic import replace_text
+from uiollms.files.json_files import as_json
+from uiollms.kernels.allocator import keep_freed_memory
+from uiollms.model.memory_lm import MemoryLM
 
 WHAT = ["baseline", "length", "S", "chunk_batch", "generation"]
 LENGTHS = [2048, 4096, 8192, 16384, 32768, 63744, 99328, 131072]

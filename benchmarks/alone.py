@@ -12,7 +12,7 @@ import torch
 from benchmarks.measure import most_alive
 from benchmarks.models import MODELS, random_document
 from benchmarks.passes import passes
-from uiollms.devices import keep_freed_memory
+from uiollms.kernels.allocator import keep_freed_memory
 from uiollms.study.cost import PeakMemory
 
 

@@ -21,9 +21,9 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from uiollms.estimators import window_from_draws
-from uiollms.model import MemoryLM
-from uiollms.tasks import IGNORED, Sample
+from uiollms.data.sample import IGNORED, Sample
+from uiollms.model.memory_lm import MemoryLM
+from uiollms.training.estimators import window_from_draws
 
 
 class WithLoRA(nn.Module):

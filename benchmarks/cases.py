@@ -21,9 +21,9 @@ from benchmarks.gemm import gemm_peak
 from benchmarks.measure import in_new_process, interleaved, median_ratio
 from benchmarks.models import random_document
 from benchmarks.passes import memory_formula, passes, useful
-from uiollms.flops import Flops
-from uiollms.memory import MemoryState
-from uiollms.model import MemoryLM
+from uiollms.model.memory_lm import MemoryLM
+from uiollms.model.state import MemoryState
+from uiollms.planning.flops import Flops
 
 Table = list[dict[str, Any]]
 

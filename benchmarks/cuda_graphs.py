@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from uiollms.devices import moved_once
+from uiollms.kernels.devices import to_device_once
 
 
 class Recorded(NamedTuple):
@@ -44,11 +44,11 @@ class Recorder:
         then; gradients that it adds to must be zeroed afterwards."""
         own = [tensor.clone() for tensor in inputs]
         self.stream.wait_stream(torch.cuda.current_stream())
-        with moved_once(self.constants), torch.cuda.stream(self.stream):
+        with to_device_once(self.constants), torch.cuda.stream(self.stream):
             for _ in range(2):
                 function(*own)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with moved_once(self.constants), torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+        with to_device_once(self.constants), torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             result = function(*own)
         return Recorded(graph, own, result)

@@ -8,8 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.measure import interleaved
-from uiollms.flops import Flops, gemm_shapes
-from uiollms.products import linear
+from uiollms.kernels.frozen_linear import linear
+from uiollms.planning.flops import Flops, gemm_shapes
 
 WAYS = {"torch": F.linear, "uiollms": linear}
 

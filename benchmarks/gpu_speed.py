@@ -4,7 +4,7 @@
 
 A case is PASS:LENGTH:CHUNK_BATCH[:S]. Passes: score, uio, exact; base, the frozen model reading
 the raw text, forward and backward to its input; gemm, the card's own rate of a square product.
-Useful FLOPs: uiollms/flops.py. Every case runs once before it is timed; the memory is what the
+Useful FLOPs: uiollms/planning/flops.py. Every case runs once before it is timed; the memory is what the
 allocator held at most in the timed run.
 """
 
@@ -22,14 +22,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.models import random_document, trained
 from uiollms import MemoryConfig, MemoryLM
-from uiollms.devices import avoid_cudnn_attention
-from uiollms.evaluate import score
-from uiollms.flops import Flops
-from uiollms.json_files import as_json
-from uiollms.loss import linear_nll
-from uiollms.pretrained import KNOWN_SHAPES
-from uiollms.step import chunks_with_gradient, gradient_step
-from uiollms.tasks import Sample
+from uiollms.data.sample import Sample
+from uiollms.evaluation.scoring import score
+from uiollms.files.json_files import as_json
+from uiollms.kernels.devices import avoid_cudnn_attention
+from uiollms.kernels.linear_cross_entropy import linear_nll
+from uiollms.planning.flops import Flops
+from uiollms.training.step import chunks_with_gradient, gradient_step
+from uiollms.weights.base_models import KNOWN_SHAPES
 
 
 def random_model(name: str, device: torch.device) -> MemoryLM:
@@ -63,7 +63,7 @@ def prepare(model: MemoryLM, kind: str, ids: Tensor, S: int) -> tuple[Callable[[
     if kind == "base":
         return lambda: read_and_go_back(model, ids), 0
 
-    from uiollms.estimators import Exact, make_estimator
+    from uiollms.training.estimators import Exact, make_estimator
 
     estimator = Exact() if kind == "exact" else make_estimator(kind, S=S)
     window = estimator.window(len(sample.rows), random.Random(0))

@@ -33,13 +33,12 @@ from benchmarks.cuda_graphs import Recorded, Recorder
 from benchmarks.recall_data import Corpus, Facts, build_corpora
 from benchmarks.recall_evaluation import Size, evaluate
 from uiollms import MemoryConfig, MemoryLM
-from uiollms.checkpoint import load_weights
-from uiollms.devices import avoid_cudnn_attention
-from uiollms.integrity import replace_text, replacing
-from uiollms.json_files import as_json
-from uiollms.loading import load_causal_lm
-from uiollms.packaged import local_path
-from uiollms.pretrained import KNOWN_SHAPES, resolve_dtype
+from uiollms.files.atomic import replace_text, replacing
+from uiollms.files.json_files import as_json
+from uiollms.kernels.devices import avoid_cudnn_attention
+from uiollms.weights.adapters import load_weights
+from uiollms.weights.base_models import KNOWN_SHAPES, load_causal_lm, resolve_dtype
+from uiollms.weights.packaged import local_path
 
 SHARES = {2: 0.15, 4: 0.35, 8: 0.35, 16: 0.15}  # of the steps, by ratio of chunk to memory
 MIX = {"code": 0.7, "novels": 0.15, "speeches": 0.15}  # of the documents of a step

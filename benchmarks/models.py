@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from uiollms import MemoryConfig, MemoryLM
-from uiollms.loading import load_causal_lm
+from uiollms.weights.base_models import load_causal_lm
 
 
 def random_llama(hidden: int, heads: int, layers: int, intermediate: int, vocab: int, memory: MemoryConfig) -> MemoryLM:

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from uiollms.devices import device_of, moved
-from uiollms.loss import linear_losses
-from uiollms.memory import Prefix, join_slots
-from uiollms.model import LayerMemory, MemoryLM
-from uiollms.passes import empty_prefix
+from uiollms.kernels.devices import device_of, to_device
+from uiollms.kernels.linear_cross_entropy import linear_losses
+from uiollms.model.memory_lm import LayerMemory, MemoryLM
+from uiollms.model.passes import empty_prefix
+from uiollms.model.state import Prefix, join_slots
 
 
 class Memories(NamedTuple):
@@ -63,7 +63,7 @@ def decode_documents(
     keys, values = ([kv.repeat_interleave(per_document, dim=0) for kv in of] for of in memories[1:])
     repeat = None
     if copied:
-        places = moved(torch.tensor(copied), ids.device)
+        places = to_device(torch.tensor(copied), ids.device)
         chunks = ids[:, : -c.chunk_size].reshape(-1, c.chunk_size)[places]
         rows = torch.cat([rows, F.pad(chunks[:, :-1], (1, 0))])
         repeat = torch.arange(len(rows)) >= len(rows) - len(copied)
@@ -103,7 +103,7 @@ def losses(
 ) -> tuple[Tensor, Tensor]:
     """Hidden states [..., D] and targets [...] -> loss and NLL in nats, in the targets' shape."""
     device = device_of(model.base.lm_head)
-    flat = [None if h is None else moved(h.flatten(0, -2), device) for h in (hidden, teacher)]
+    flat = [None if h is None else to_device(h.flatten(0, -2), device) for h in (hidden, teacher)]
     found = linear_losses(flat[0], model.base.lm_head, targets.flatten(), flat[1], kl_weight)
     return found[0].view(targets.shape), found[1].view(targets.shape)
 
@@ -137,7 +137,7 @@ def document_losses(
     loss, nll = losses(model, hidden, targets, teacher, kl_weight)
     copy = loss.new_zeros(())
     if copied:
-        chunks = read[:, :-l].reshape(-1, l)[moved(torch.tensor(copied), ids.device)]
+        chunks = read[:, :-l].reshape(-1, l)[to_device(torch.tensor(copied), ids.device)]
         copy = losses(model, copies, chunks)[0].mean()
     text, recall = (loss * text_weights).sum(), (loss * recall_weights).sum()
     return Losses(text, (nll * text_weights).sum(), recall, copy)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.baseline import Baseline
-from uiollms.estimators import Exact, draw_window, window_from_draws
-from uiollms.evaluate import score
-from uiollms.flops import Flops
-from uiollms.model import MemoryLM
-from uiollms.step import chunks_with_gradient, gradient_step
-from uiollms.tasks import Sample
+from uiollms.data.sample import Sample
+from uiollms.evaluation.scoring import score
+from uiollms.model.memory_lm import MemoryLM
+from uiollms.planning.flops import Flops
+from uiollms.training.estimators import Exact, draw_window, window_from_draws
+from uiollms.training.step import chunks_with_gradient, gradient_step
 
 
 def passes(model: MemoryLM, document: Tensor, S: int, only: str | None = None) -> dict[str, Callable[[], object]]:

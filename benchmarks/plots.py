@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from uiollms.integrity import replacing
+from uiollms.files.atomic import replacing
 
 COLUMNS = {
     "time / token, / first": "time per token, relative",

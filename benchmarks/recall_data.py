@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from uiollms.config import ConfigError
 from uiollms.data import open_corpus
-from uiollms.data.corpora_own import LIBRARY, held_out, library_files
-from uiollms.data.corpora_recall import FORMS, PEOPLE, THINGS, VALUES
-from uiollms.integrity import replacing
+from uiollms.data.corpora.facts import FORMS, PEOPLE, THINGS, VALUES
+from uiollms.data.corpora.local import LIBRARY, held_out, library_files
+from uiollms.files.atomic import replacing
+from uiollms.files.errors import ConfigError
 
 SITE = Path(sysconfig.get_path("purelib"))
 # Installed packages that are never trained on, if they are there: code to test on.

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from benchmarks import packed
 from benchmarks.recall_data import Corpus
-from uiollms.controls import difference
-from uiollms.model import MemoryLM
-from uiollms.passes import empty_prefix
+from uiollms.evaluation.statistics import difference
+from uiollms.model.memory_lm import MemoryLM
+from uiollms.model.passes import empty_prefix
 
 MODES = ("window", "shuffled", "own", "recent", "raw")
 

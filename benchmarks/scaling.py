@@ -16,7 +16,7 @@ import torch.multiprocessing as processes
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from uiollms import MemoryConfig, MemoryLM, Sample, gradient_step
-from uiollms.distributed import ALONE, World
+from uiollms.distributed.groups import ALONE, World
 
 MEMORY = MemoryConfig(num_memory=16, chunk_size=128, lora_rank=16, lora_alpha=32)
 

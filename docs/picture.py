@@ -14,9 +14,9 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
-from uiollms.attention import decoder_mask, decoder_positions, encoder_mask, encoder_positions
-from uiollms.estimators import ESTIMATORS, Estimator, make_estimator
-from uiollms.integrity import replacing
+from uiollms.files.atomic import replacing
+from uiollms.model.attention import decoder_mask, decoder_positions, encoder_mask, encoder_positions
+from uiollms.training.estimators import ESTIMATORS, Estimator, make_estimator
 
 INK, BASE, ENC, DEC, MEM = "#222222", "#dfe3e8", "#f2a65a", "#5a8ff2", "#f7d6a8"
 

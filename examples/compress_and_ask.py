@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from uiollms import Memory, MemoryLM
-from uiollms.library import join
-from uiollms.saving import load_tokenizer
-from uiollms.tokens import continued
+from uiollms.data.tokens import continued
+from uiollms.model.memory import join
+from uiollms.weights.model_folder import load_tokenizer
 
 folder, document = sys.argv[1:]
 model, tokenizer = MemoryLM.from_pretrained(folder), load_tokenizer(folder)

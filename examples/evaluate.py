@@ -7,10 +7,10 @@ import json
 import sys
 
 from uiollms import MemoryLM
-from uiollms.config import TaskEntry
-from uiollms.evaluation import Evaluation
-from uiollms.saving import load_tokenizer
-from uiollms.views.tables import print_results
+from uiollms.config.sections import TaskEntry
+from uiollms.evaluation.evaluator import Evaluation
+from uiollms.reports.tables import print_results
+from uiollms.weights.model_folder import load_tokenizer
 
 folder, *documents = sys.argv[1:]
 model, tokenizer = MemoryLM.from_pretrained(folder), load_tokenizer(folder)

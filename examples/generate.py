@@ -10,7 +10,7 @@ import torch
 from transformers import TextStreamer
 
 from uiollms import MemoryLM
-from uiollms.saving import load_tokenizer
+from uiollms.weights.model_folder import load_tokenizer
 
 folder, document = sys.argv[1:]
 model, tokenizer = MemoryLM.from_pretrained(folder), load_tokenizer(folder)

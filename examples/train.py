@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import uiollms
-from uiollms.saving import load_tokenizer
+from uiollms.weights.model_folder import load_tokenizer
 
 folder, document = sys.argv[1:]
 model, tokenizer = uiollms.MemoryLM.from_pretrained(folder), load_tokenizer(folder)

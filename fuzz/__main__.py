@@ -29,14 +29,14 @@ import torch
 import torch.utils.tensorboard
 
 import uiollms.__main__
-import uiollms.convert
-import uiollms.data.__main__
-import uiollms.report
-import uiollms.study.__main__  # noqa: F401
+import uiollms.cli.convert
+import uiollms.cli.data
+import uiollms.cli.report
+import uiollms.cli.study  # noqa: F401
 from fuzz.attacks import ATTACKS, KILLED, attack_by_kill, drawn, time_of
 from fuzz.trials import Outcome, Trial, run_all
 from fuzz.world import make_world
-from uiollms.environment import device_name, environment
+from uiollms.runs.environment import device_name, environment
 
 COUNTS = {"configs": 1500, "data": 1500, "saved": 500, "kills": 80}
 

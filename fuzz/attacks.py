@@ -12,13 +12,13 @@ from typing import Any
 from fuzz.mutate import changed_bytes, changed_json, changed_tensors, doubled_key, make_special, packed
 from fuzz.trials import Step, Trial
 from fuzz.world import ASK, COMPRESS, DATA, TEST, TRAIN, call
-from uiollms.integrity import sha256
+from uiollms.files.atomic import sha256
 
 BEGIN = [*TRAIN, "--restart"]
 GO_ON = [*TRAIN, "--resume"]
 PLAN = [*TRAIN, "--dry_run"]
-REPORT = ["uiollms.report", "out"]
-CONVERT = ["uiollms.convert", "--env_conf", "env.json", "out/ckp", "copy"]
+REPORT = ["uiollms.cli.report", "out"]
+CONVERT = ["uiollms.cli.convert", "--env_conf", "env.json", "out/ckp", "copy"]
 # Fields that stay: a value could lead out of the trial's folder, or rightly ask for hours of training.
 FIXED = ("run_dir", "save_ckp", "offload_dir", "train_iters")
 ABSURD = ["-1", "0", "1.5", "1e999", "nan", "inf", "9" * 5000, "99999999999999999999", "", "abc", "1e-300", "\0", "²", "0x1"]
@@ -26,7 +26,7 @@ MEMORIES = ["1e999GiB", "-1GiB", "nanGiB", "24", "24GiB," * 200, "0GiB", "999999
 NUMBERED = ["WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "SLURM_NTASKS", "PMI_SIZE"]
 FOLDERS = ["UIOLLMS_CACHE", "UIOLLMS_RAW_DATA", "UIOLLMS_HUB_DIR"]
 ASKED = ["--max_new_tokens", "--temperature", "--top_p", "--seed"]
-STUDY = ["uiollms.study.__main__", "recall"]
+STUDY = ["uiollms.cli.study", "recall"]
 
 
 def drawn(kind: str, seed: int, attack: Callable[[Random, Path], tuple[str, list[Step]]], number: int) -> Trial:
@@ -87,7 +87,7 @@ def attack_option(rng: Random) -> tuple[str, list[Step]]:
         more = [] if option == "--temperature" else ["--temperature=1"]
         return f"ask {option}", [Step([*ASK, f"{option}={value}", *more, *["--max_new_tokens=3"] * (option != ASKED[0])])]
     if kind == "data":
-        return "data -n", [Step(["uiollms.data.__main__", "--sample", "files:book*.txt", f"-n={value}"])]
+        return "data -n", [Step(["uiollms.cli.data", "--sample", "files:book*.txt", f"-n={value}"])]
     if kind == "memory":
         return "--device_memory", [Step([*PLAN, f"--device_memory={rng.choice(MEMORIES)}"])]
     if kind == "study":

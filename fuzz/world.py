@@ -18,14 +18,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from fuzz.mutate import packed
-from uiollms.cli import reporting_errors
+from uiollms.cli.common import reporting_errors
 
 ROOT = Path(__file__).parent.parent
 TRAIN = ["train.py", "--env_conf", "env.json"]
 TEST = ["test.py", "--env_conf", "env.json"]
 ASK = ["uiollms.__main__", "ask", "book.mem", "Who?", "--env_conf", "env.json", "--max_new_tokens", "3"]
 COMPRESS = ["uiollms.__main__", "compress", "book0.txt", "-o", "book.mem", "--env_conf", "env.json"]
-DATA = ["uiollms.data.__main__", "--check"]
+DATA = ["uiollms.cli.data", "--check"]
 TEXT = "It was a bright cold day, and the clocks were striking. "
 # What the program itself writes there; all else in the folder is the user's.
 OWN = ("out", "cache", "book.mem", "copy")

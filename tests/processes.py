@@ -14,7 +14,7 @@ import tensorboard.compat.proto.event_pb2  # noqa: F401
 from test_commands import call
 from tqdm import tqdm
 
-from uiollms.environment import environment
+from uiollms.runs.environment import environment
 
 TRAIN = ["train.py", "--env_conf", "env.json"]
 

@@ -19,12 +19,13 @@ from conftest import (
 from torch.nn import functional as F
 
 import uiollms
-from uiollms import MemoryLM, apart
-from uiollms.apart import SharedPrefix, behind, calls
-from uiollms.attention import decoder_mask
-from uiollms.evaluate import token_losses
-from uiollms.memory import Prefix, join_slots
-from uiollms.tasks import Row, Sample
+from uiollms import MemoryLM
+from uiollms.data.sample import Row, Sample
+from uiollms.evaluation.scoring import token_losses
+from uiollms.kernels import memory_attention as apart
+from uiollms.kernels.memory_attention import kernel_calls, memory_attention
+from uiollms.model.attention import decoder_mask
+from uiollms.model.state import Prefix, SharedPrefix, join_slots
 
 EXACT = 1e-12
 
@@ -56,7 +57,7 @@ def together(request, monkeypatch):
 
 @pytest.mark.parametrize("num_slots", [(128, 136, 144), (136, 128, 128), (130,), (0, 8), (0, 0), (100, 200), (300, 300)])
 def test_every_row_reads_every_slot_that_it_sees_once(num_slots):
-    parts_of_all = list(calls(num_slots, [0] * len(num_slots)))
+    parts_of_all = list(kernel_calls(num_slots, [0] * len(num_slots)))
     seen = [[slots for rows, slots in parts_of_all if row in range(rows.start, rows.stop)] for row in range(len(num_slots))]
     for count, parts in zip(num_slots, seen, strict=True):
         assert [slot for part in parts for slot in range(part.start, part.stop)] == list(range(count))
@@ -69,7 +70,7 @@ DOCUMENTS = [((4, 4, 2), (0, 0, 6)), ((3, 4, 4), (0, 4, 4)), ((2, 0, 3), (1, 5, 
 
 def test_rows_of_several_documents_share_calls_within_their_own():
     slots, first = (128, 136, 8, 130, 130), (0, 0, 136, 144, 144)
-    found = [(rows.start, rows.stop, part.start, part.stop) for rows, part in calls(slots, first)]
+    found = [(rows.start, rows.stop, part.start, part.stop) for rows, part in kernel_calls(slots, first)]
     shared = [(0, 2, 0, 128), (1, 2, 128, 136), (2, 3, 136, 144), (3, 5, 144, 274)]
     assert found == shared
 
@@ -81,7 +82,7 @@ def test_rows_of_several_documents_share_calls_within_their_own():
 def test_values_and_gradients_are_those_of_one_softmax(num_slots, first_slots, heads, together):
     tensors = inputs(*heads)
     expected = joined(*tensors, num_slots, 0.3, first_slots)
-    found = behind(*tensors, num_slots, 0.3, first_slots=first_slots)
+    found = memory_attention(*tensors, num_slots, 0.3, first_slots=first_slots)
     assert relative_error(found, expected) < EXACT
     arriving = torch.randn_like(expected)
     for a, b in zip(*(torch.autograd.grad(out, tensors, arriving) for out in (found, expected)), strict=True):
@@ -94,14 +95,14 @@ class Noted:
     def __init__(self, like, singled):
         self.total, self.singled, self.rows = [torch.zeros_like(t) for t in like], singled, {}
 
-    def of_all(self, slots, *grads):
+    def add_rows(self, slots, *grads):
         for total, grad in zip(self.total, grads, strict=True):
             total[:, :, slots] += grad
 
-    def singled_out(self, row):
+    def slots_wanted(self, row):
         return self.singled.get(row)
 
-    def of_one(self, row, *grads):
+    def add_row(self, row, *grads):
         self.rows[row] = grads
 
 
@@ -110,11 +111,11 @@ def test_a_receiver_gets_the_gradients_and_autograd_none(num_slots, first_slots,
     *own, memory_key, memory_value = inputs()
     last = first_slots[2] if first_slots else 0
     singled = {0: torch.tensor([1]), 2: last + torch.tensor([0, 1] if first_slots else [0, 2, 5])}
-    receiver = Noted((memory_key, memory_value), singled)
-    out = behind(*own, memory_key, memory_value, num_slots, 0.3, receiver, first_slots)
+    sink = Noted((memory_key, memory_value), singled)
+    out = memory_attention(*own, memory_key, memory_value, num_slots, 0.3, sink, first_slots)
     arriving = torch.randn_like(out)
     assert torch.autograd.grad(out, [memory_key], arriving, allow_unused=True, retain_graph=True) == (None,)
-    assert sorted(receiver.rows) == sorted(singled)
+    assert sorted(sink.rows) == sorted(singled)
     total = [torch.zeros_like(memory_key), torch.zeros_like(memory_value)]
     for row in range(3):
         part = slice(row, row + 1)
@@ -124,15 +125,17 @@ def test_a_receiver_gets_the_gradients_and_autograd_none(num_slots, first_slots,
         for i, memory in enumerate((memory_key, memory_value)):
             (expected,) = torch.autograd.grad(alone, memory, arriving[part], retain_graph=True)
             total[i] += expected
-            assert row not in singled or relative_error(receiver.rows[row][i], expected[:, :, singled[row]]) < EXACT
-    for found, expected in zip(receiver.total, total, strict=True):
+            assert row not in singled or relative_error(sink.rows[row][i], expected[:, :, singled[row]]) < EXACT
+    for found, expected in zip(sink.total, total, strict=True):
         assert relative_error(found, expected) < EXACT
 
 
 def test_where_only_the_memory_has_gradients_nothing_else_is_computed():
     query, key, value, memory_key, memory_value = (t.detach() for t in inputs())
     memory_key.requires_grad_()
-    (found,) = torch.autograd.grad(behind(query, key, value, memory_key, memory_value, (2, 5, 8), 0.3).sum(), memory_key)
+    (found,) = torch.autograd.grad(
+        memory_attention(query, key, value, memory_key, memory_value, (2, 5, 8), 0.3).sum(), memory_key
+    )
     (expected,) = torch.autograd.grad(joined(query, key, value, memory_key, memory_value, (2, 5, 8), 0.3).sum(), memory_key)
     assert relative_error(found, expected) < EXACT
 
@@ -151,7 +154,7 @@ def test_a_step_and_a_score_are_those_of_joined_keys(family, chunk_batch, togeth
         return [uiollms.score(model, ids, "document").nll, *found]
 
     where_it_lies = run()
-    monkeypatch.setattr(SharedPrefix, "lies_apart", lambda self, device: False)
+    monkeypatch.setattr(SharedPrefix, "reads_in_place", lambda self, device: False)
     for a, b in zip(where_it_lies, run(), strict=True):
         assert relative_error(a, b) < 1e-10  # many layers: rounding adds up
 
@@ -172,7 +175,7 @@ def test_rows_longer_than_a_window_behind_memory(estimator, monkeypatch):
         result = uiollms.gradient_step(model, sample, estimator=estimator, S=1, rng=1)
         return result.nll.sum(), gradients(model)
 
-    (nll, found), _ = run(), monkeypatch.setattr(SharedPrefix, "lies_apart", lambda *_: False)
+    (nll, found), _ = run(), monkeypatch.setattr(SharedPrefix, "reads_in_place", lambda *_: False)
     joined_nll, expected = run()
     assert relative_error(nll, joined_nll) < 1e-6  # a report in float32
     assert worst_error(found, expected) < 1e-10
@@ -188,7 +191,7 @@ def test_no_graph_holds_the_memory_joined_to_a_rows_keys(monkeypatch):
     model = make_model()
     l, m = model.memory_config.chunk_size, model.memory_config.num_memory
     saved = []
-    monkeypatch.setattr("uiollms.base._packed", lambda kept: saved.append(kept.shape) or kept)
+    monkeypatch.setattr("uiollms.model.layers._packed", lambda kept: saved.append(kept.shape) or kept)
     uiollms.gradient_step(model, Sample.language_modeling(random_ids(1, 4 * l)[0], l))
     lengths = {shape[2] for shape in saved if len(shape) == 4}
     assert l in lengths and not lengths & {l + m * count for count in range(2, 4)}  # l + m: the encoder's tokens and slots

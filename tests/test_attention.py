@@ -5,7 +5,7 @@ import torch
 from conftest import make_model, random_ids, relative_error
 from torch.nn import functional as F
 
-from uiollms.attention import decoder_mask, decoder_positions, encoder_mask, encoder_positions, slot_mask
+from uiollms.model.attention import decoder_mask, decoder_positions, encoder_mask, encoder_positions, slot_mask
 
 CPU = torch.device("cpu")
 

@@ -7,8 +7,8 @@ import torch
 from conftest import make_model, random_ids
 from transformers.models.llama.modeling_llama import repeat_kv
 
-from uiollms.attention import decoder_mask
-from uiollms.attention_mass import AttentionMass, Recorded, attention_shares
+from uiollms.evaluation.attention_mass import AttentionMass, Recorded, attention_shares
+from uiollms.model.attention import decoder_mask
 
 
 def into(seen: dict, key: tuple[int, str]):

@@ -15,16 +15,16 @@ from test_commands import call
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from uiollms import ConfigError, MemoryConfig, MemoryLM
-from uiollms.checkpoint import load_weights, save_weights
-from uiollms.cli import reporting_errors
-from uiollms.config import load_env_config
-from uiollms.evaluate import score
-from uiollms.fitness import not_finite
-from uiollms.integrity import seal
-from uiollms.json_files import as_json
-from uiollms.library import Memory
-from uiollms.loading import load, load_causal_lm
-from uiollms.pretrained import load_memory_lm
+from uiollms.build import load_memory_lm
+from uiollms.cli.common import reporting_errors
+from uiollms.config.sections import load_env_config
+from uiollms.evaluation.scoring import score
+from uiollms.files.atomic import write_checksums
+from uiollms.files.json_files import as_json
+from uiollms.model.memory import Memory
+from uiollms.weights.adapters import load_weights, save_weights
+from uiollms.weights.base_models import load, load_causal_lm
+from uiollms.weights.fitness import not_finite
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 123456\n"
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -80,7 +80,7 @@ def test_tensors_that_do_not_fill_the_model_are_named_by_every_command(base, cap
     commands = {
         "train.py": env,
         "test.py": env,
-        "uiollms.convert": (*env, "out/ckp", "out.pth"),
+        "uiollms.cli.convert": (*env, "out/ckp", "out.pth"),
         "uiollms.__main__": ("compress", *env, "book0.txt", "-o", "x.mem"),
     }
     capsys.readouterr()
@@ -330,7 +330,7 @@ def test_a_loss_past_the_range_of_exp_is_reported_as_such(base, capsys, monkeypa
     assert f"perplexity exp({memory['nll']:.2f})" in said
     for line in Path("out/metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=no_constant)
-    assert command_of("uiollms.report", "out", "--no_attention") == 0, "the report reads null too"
+    assert command_of("uiollms.cli.report", "out", "--no_attention") == 0, "the report reads null too"
 
 
 def test_json_has_null_for_what_is_no_number():
@@ -347,6 +347,6 @@ def test_optimizer_moments_that_are_no_numbers_are_refused(workspace, capsys):
     tensors[name].fill_(torch.nan)
     save_file(tensors, file)
     (checkpoint / "checksums.json").unlink()
-    seal(checkpoint)
+    write_checksums(checkpoint)
     assert call("train.py", "--env_conf", "env.json", "--set=train.tasks=[]", "--resume", str(checkpoint)) == 2
     assert f"optimizer.safetensors: {name} holds NaN or infinite numbers" in capsys.readouterr().err

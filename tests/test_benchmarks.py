@@ -12,14 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import uiollms
 from uiollms import MemoryConfig, Sample
-from uiollms.estimators import window_from_draws
-from uiollms.evaluate import score
+from uiollms.evaluation.scoring import score
+from uiollms.training.estimators import window_from_draws
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks/ is run from the repository, not installed
 
 from benchmarks.baseline import Baseline
 
-from uiollms.flops import Flops
+from uiollms.planning.flops import Flops
 
 MEMORY = MemoryConfig(num_memory=2, chunk_size=8, lora_rank=3, lora_alpha=6)
 

@@ -13,11 +13,11 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from uiollms import ConfigError, MemoryLM
-from uiollms.__main__ import first_turn, later_turn, main
-from uiollms.checkpoint import save_weights
-from uiollms.config import load_env_config
-from uiollms.library import Memory, join
-from uiollms.pretrained import load_memory_lm
+from uiollms.build import load_memory_lm
+from uiollms.cli.chat import first_turn, later_turn, main
+from uiollms.config.sections import load_env_config
+from uiollms.model.memory import Memory, join
+from uiollms.weights.adapters import save_weights
 
 ROOT = Path(__file__).parent.parent
 

@@ -10,7 +10,7 @@ from peft import PeftModel
 from processes import forked
 
 from uiollms import ConfigError, MemoryConfig, MemoryLM
-from uiollms.checkpoint import load_weights, save_weights
+from uiollms.weights.adapters import load_weights, save_weights
 
 
 @pytest.mark.parametrize("name", ["folder", "list.pth"])
@@ -164,9 +164,9 @@ def test_weights_make_the_same_model(tmp_path):
 
 
 def test_convert_there_and_back(workspace):
-    from uiollms.config import load_env_config
-    from uiollms.convert import main
-    from uiollms.pretrained import load_memory_lm
+    from uiollms.build import load_memory_lm
+    from uiollms.cli.convert import main
+    from uiollms.config.sections import load_env_config
 
     model, _ = load_memory_lm(load_env_config("env.json"), "env.json")
     save_weights(model, "a")

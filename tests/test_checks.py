@@ -13,13 +13,12 @@ from huggingface_hub.utils import filter_repo_objects
 from test_commands import call
 
 from uiollms import ConfigError, MemoryLM
-from uiollms.checkpoint import save_weights
-from uiollms.checks import check_evaluation, check_folder, check_training
-from uiollms.config import EnvConfig, TrainSection, load_env_config, load_memory_config, parse
+from uiollms.build import check_env, load_memory_lm, weights_of
+from uiollms.config.sections import EnvConfig, TrainSection, load_env_config, load_memory_config, parse
 from uiollms.data import open_corpus
-from uiollms.pretrained import check_env, load_memory_lm
-from uiollms.saving import weights_of
-from uiollms.training import Samples, Stream
+from uiollms.runs.checks import check_evaluation, check_folder, check_training
+from uiollms.training.optimizer import SampleStream, Stream
+from uiollms.weights.adapters import save_weights
 
 ROOT = Path(__file__).parent.parent
 
@@ -159,10 +158,10 @@ def test_the_shortest_truncation_is_the_shortest_that_trains(workspace, loss):
             config = load_env_config("env.json", [*changes, f"train.corpus.0.truncation={truncation}"])
             model, tokenizer = load_memory_lm(config, "env.json")
             if trains:
-                assert len(Samples(config, tokenizer, model).take(2)) == 2
+                assert len(SampleStream(config, tokenizer, model).take(2)) == 2
             else:
                 with pytest.raises(ConfigError, match="20 documents in a row"):
-                    Samples(config, tokenizer, model).take(1)
+                    SampleStream(config, tokenizer, model).take(1)
     finally:
         Stream.MOST_SKIPPED = most
 

@@ -15,13 +15,16 @@ import pytest
 import torch
 
 import uiollms
-from uiollms.cli import reporting_errors
-from uiollms.config import ConfigError, load_env_config
+from uiollms import __main__ as program
+from uiollms.__main__ import MODULES
+from uiollms.build import load_memory_lm
+from uiollms.cli.common import reporting_errors
+from uiollms.config.sections import load_env_config
 from uiollms.data import Document, NewsDocument, TokenDocument
-from uiollms.paths import run_folder
-from uiollms.pretrained import load_memory_lm
-from uiollms.samples import SampleMaker
-from uiollms.training import Samples
+from uiollms.data.builder import SampleBuilder
+from uiollms.files.errors import ConfigError
+from uiollms.files.folders import run_folder
+from uiollms.training.optimizer import SampleStream
 
 ROOT = Path(__file__).parent.parent
 
@@ -153,12 +156,12 @@ def test_documents_that_fit_one_chunk_are_skipped_and_counted(workspace):
     Path("blank.txt").write_text(" \n")
     config = load_env_config("env.json", ["train.corpus.0.name=files:*.txt", "train.corpus.0.crop=random"])
     model, tokenizer = load_memory_lm(config, "env.json")
-    samples = Samples(config, tokenizer, model)
+    samples = SampleStream(config, tokenizer, model)
     lengths = {sum(len(row.input_ids) for row in drawn.sample.rows) for drawn in samples.take(12)}
     assert lengths == {80} and samples.skipped == samples.streams[0].mixture.drawn - 12 >= 4  # two epochs of six documents
     config = load_env_config("env.json", ["train.corpus.0.name=files:short.txt"])
     with pytest.raises(ConfigError, match="10000 documents in a row are blank or fit one chunk of 16 .* the last is short.txt"):
-        Samples(config, tokenizer, model).take(1)
+        SampleStream(config, tokenizer, model).take(1)
     assert Document("question", "", response=" ").is_empty
 
 
@@ -173,7 +176,7 @@ def test_question_answering_trains_from_json_lines(workspace):
 def test_documents_become_samples_by_their_task(workspace):
     config = load_env_config("env.json")
     model, tokenizer = load_memory_lm(config, "env.json")
-    maker, rng = SampleMaker(model, tokenizer), random.Random(0)
+    maker, rng = SampleBuilder(model, tokenizer), random.Random(0)
     text = "It was a bright cold day in April. " * 4
 
     def sample(**fields):
@@ -212,20 +215,21 @@ FOLDERS = [
     path for path in ROOT.iterdir() if path.is_dir() and path.name not in ("tests", "runs", "raw_data") and path.name[0] != "."
 ]
 FILES = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in folder.rglob("*.py"))]
-COMMANDS = sorted(
-    {str(p.relative_to(ROOT)) for p in FILES if '__name__ == "__main__"' in p.read_text()} - {"benchmarks/alone.py"}
-)
-HARNESS = "src/uiollms/harness.py"  # its command line is lm-eval's, its example that of the command `lm_eval`
+STARTED = {str(p.relative_to(ROOT)) for p in FILES if '__name__ == "__main__"' in p.read_text()}
+OWN = {f"src/uiollms/cli/{name}.py" for name in MODULES.values()}
+COMMANDS = sorted(STARTED - {"benchmarks/alone.py", "src/uiollms/__main__.py"} | OWN)
+HARNESS = "src/uiollms/cli/lm_eval.py"  # its command line is lm-eval's, its example that of the command `lm_eval`
 
 
 def started_as(command: str) -> str:
-    """src/uiollms/data/__main__.py -> python -m uiollms.data"""
+    """src/uiollms/cli/report.py -> python -m uiollms report"""
     path = Path(command)
-    as_module = path.name == "__main__.py" or path.name.startswith("gpu_")
-    if path.parts[0] != "src" and not as_module:
+    if path.parts[0] == "src":
+        name = path.stem
+        return "python -m uiollms" + {"chat": "", "data": ".data", "study": ".study"}.get(name, f" {name}")
+    if path.name != "__main__.py" and not path.name.startswith("gpu_"):
         return f"python {command}"
-    parts = path.with_suffix("").parts
-    return "python -m " + ".".join(part for part in parts if part not in ("src", "__main__"))
+    return "python -m " + ".".join(part for part in path.with_suffix("").parts if part != "__main__")
 
 
 def help_of(command: str, monkeypatch, capsys, *sub: str) -> tuple[str, list[str]]:
@@ -257,7 +261,7 @@ def test_help_explains_with_an_example(command, monkeypatch, capsys, tmp_path):
 
 
 def test_schema_writes_what_is_committed(tmp_path, capsys):
-    importlib.import_module("uiollms.schema").main(["--out", str(tmp_path)])
+    importlib.import_module("uiollms.cli.schema").main(["--out", str(tmp_path)])
     written = sorted(path for path in tmp_path.rglob("*") if path.is_file())
     assert len(written) == 4 and capsys.readouterr().out.split() == [str(p) for p in written]
     assert all(path.read_text() == (ROOT / path.relative_to(tmp_path)).read_text() for path in written)
@@ -285,3 +289,11 @@ def test_output_for_scripts(workspace, capsys, flags):
         assert json.loads(tested.out) == json.loads(Path("out/test.json").read_text())
     else:
         assert tested.out == ""
+
+
+def test_uiollms_lists_its_commands_and_refuses_others(capsys):
+    assert program.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(re.search(rf"^(.*  )?{name}  ", shown, re.MULTILINE) for name in MODULES)
+    assert program.main(["repport"]) == 2
+    assert "no command 'repport'; did you mean 'report'?" in capsys.readouterr().err

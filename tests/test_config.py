@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 from conftest import FAMILIES
 
-from uiollms.config import (
-    ConfigError,
+from uiollms.build import check_env, check_model, check_truncations
+from uiollms.cli.schema import SCHEMAS, config_page, schema_text
+from uiollms.config.corpora import TaskEntry
+from uiollms.config.sections import (
     EnvConfig,
     MemoryConfig,
     TestFile,
@@ -17,10 +19,9 @@ from uiollms.config import (
     parse,
     read_json,
 )
-from uiollms.entries import TaskEntry
-from uiollms.placement import normalised
-from uiollms.pretrained import KNOWN_SHAPES, check_env, check_model, check_truncations
-from uiollms.schema import SCHEMAS, config_page, schema_text
+from uiollms.distributed.device_map import normalised
+from uiollms.files.errors import ConfigError
+from uiollms.weights.base_models import KNOWN_SHAPES
 
 ROOT = Path(__file__).parent.parent
 AUTHORS = ROOT.parent / "shared" / "configs"

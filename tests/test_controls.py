@@ -15,17 +15,17 @@ from test_commands import call
 from test_evaluation import entry, scores_of
 
 import uiollms
-from uiollms import controls
-from uiollms.config import load_env_config
-from uiollms.controls import DRAWS, difference, share_recovered
-from uiollms.evaluate import exact_match, token_losses, with_recent_tokens
-from uiollms.evaluation import Evaluation
-from uiollms.metrics import scalars
-from uiollms.pretrained import check_env, load_memory_lm
-from uiollms.results import TaskResult
-from uiollms.tasks import Sample
-from uiollms.views.curves import bound_lines, plot_training
-from uiollms.views.tables import rows_of
+from uiollms.build import check_env, load_memory_lm
+from uiollms.config.sections import load_env_config
+from uiollms.data.sample import Sample
+from uiollms.evaluation import statistics as controls
+from uiollms.evaluation.evaluator import Evaluation
+from uiollms.evaluation.results import TaskResult
+from uiollms.evaluation.scoring import exact_match, token_losses, with_recent_tokens
+from uiollms.evaluation.statistics import DRAWS, difference, share_recovered
+from uiollms.reports.curves import bound_lines, plot_training
+from uiollms.reports.tables import rows_of
+from uiollms.runs.metrics import scalars
 
 L, M = MEMORY.chunk_size, MEMORY.num_memory
 nll_of = torch.nn.functional.cross_entropy

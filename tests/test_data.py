@@ -20,22 +20,22 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from uiollms.config import ConfigError
+from uiollms.cli.data import main
 from uiollms.data import (
     Document,
     Mixture,
     NewsDocument,
     TokenDocument,
-    beacons,
-    corpora_tasks,
     find_corpus,
     open_corpus,
 )
-from uiollms.data.__main__ import main
-from uiollms.data.cleaning import article_spans, collapse_repeats
-from uiollms.data.corpora_text import PG19
+from uiollms.data.corpora import labelled as corpora_tasks
+from uiollms.data.corpora.text import PG19
 from uiollms.data.documents import REGISTER, Lazy
-from uiollms.data.files import RawFile, element_spans
+from uiollms.data.readers import beacons
+from uiollms.data.readers.cleaning import article_spans, collapse_repeats
+from uiollms.data.readers.json_lines import RawFile, element_spans
+from uiollms.files.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "raw_data" / "examples"

@@ -8,14 +8,15 @@ import sys
 import pytest
 import torch
 
-from uiollms.cli import reporting_errors
-from uiollms.devices import give_back, keep_freed_memory, moved, moved_once
+from uiollms.cli.common import reporting_errors
+from uiollms.kernels.allocator import keep_freed_memory, trim_heap
+from uiollms.kernels.devices import to_device, to_device_once
 
 glibc = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
 
 PROGRAM = """
 import sys, psutil, torch
-from uiollms.devices import give_back, keep_freed_memory
+from uiollms.kernels.allocator import (trim_heap, keep_freed_memory)
 
 def resident():
     print(psutil.Process().memory_info().rss / 2**20)
@@ -26,7 +27,7 @@ tensors = [torch.ones(2**21) for _ in range(20)]  # 8 MiB each
 resident()
 del tensors[:-1:2]
 if "give" in sys.argv:
-    give_back(torch.device("cpu"))
+    trim_heap(torch.device("cpu"))
 resident()
 """
 
@@ -68,7 +69,7 @@ def test_kept_memory_is_given_back_when_asked():
 def test_another_c_library_is_left_alone(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
     keep_freed_memory()
-    give_back(torch.device("cpu"))
+    trim_heap(torch.device("cpu"))
 
 
 def test_commands_do_without_cudnns_attention():
@@ -82,10 +83,10 @@ def test_commands_do_without_cudnns_attention():
 
 def test_what_is_moved_once_is_the_same_tensor_for_the_same_numbers():
     meta, kept = torch.device("meta"), {}
-    with moved_once(kept):
-        first = moved(torch.tensor([1, 2]), meta)
-        assert moved(torch.tensor([1, 2]), meta) is first
+    with to_device_once(kept):
+        first = to_device(torch.tensor([1, 2]), meta)
+        assert to_device(torch.tensor([1, 2]), meta) is first
         for other in (torch.tensor([1, 3]), torch.tensor([[1, 2]]), torch.tensor([1, 2]).int()):
-            assert moved(other, meta) is not first
+            assert to_device(other, meta) is not first
         assert len(kept) == 4
-    assert moved(torch.tensor([1, 2]), meta) is not first
+    assert to_device(torch.tensor([1, 2]), meta) is not first

@@ -28,11 +28,11 @@ from torch.distributed.tensor import DTensor
 
 import uiollms
 from uiollms import MemoryConfig, Sample
-from uiollms.config import load_env_config
-from uiollms.distributed import ALONE, Division, Group, World
-from uiollms.pretrained import load_memory_lm
-from uiollms.step import row_weights
-from uiollms.training import Samples
+from uiollms.build import load_memory_lm
+from uiollms.config.sections import load_env_config
+from uiollms.distributed.groups import ALONE, Division, Group, World
+from uiollms.training.optimizer import SampleStream
+from uiollms.training.step import row_weights
 
 
 def free_port() -> int:
@@ -112,8 +112,8 @@ def test_messages(tmp_path):
     def exchange(world: World) -> tuple:
         whole = torch.arange(6.0).view(6, 1) * (world.rank + 1)
         return (
-            world.sum(1, world.rank), world.largest(7 - world.rank), world.every(world.rank), world.from_first([world.rank]),
-            world.gather(torch.full((2, 1), world.rank)).flatten().tolist(), world.scatter_sum(whole).flatten().tolist(),
+            world.sum(1, world.rank), world.max(7 - world.rank), world.all_gather(world.rank), world.broadcast([world.rank]),
+            world.gather(torch.full((2, 1), world.rank)).flatten().tolist(), world.reduce_scatter(whole).flatten().tolist(),
         )  # fmt: skip
 
     found = in_a_world(3, exchange, tmp_path)
@@ -137,16 +137,16 @@ def test_processes_share_one_stream(workspace, tmp_path):
     config = load_env_config("env.json", ["train.corpus.0.name=files:*.txt", "train.corpus.0.crop=random"])
     model, tokenizer = load_memory_lm(config, "env.json")
 
-    def taken(samples: Samples, count: int, group: Group = ALONE) -> list[tuple]:
+    def taken(samples: SampleStream, count: int, group: Group = ALONE) -> list[tuple]:
         return [(d.source, d.sample.rows[0].input_ids.tolist(), d.rng.random()) for d in samples.take(count, group)]
 
-    alone = Samples(config, tokenizer, model)
+    alone = SampleStream(config, tokenizer, model)
     expected = taken(alone, 6) + taken(alone, 6)
 
     def shared(world: World) -> list[tuple]:
-        samples = Samples(config, tokenizer, model)
+        samples = SampleStream(config, tokenizer, model)
         first = taken(samples, 6, world)
-        resumed = Samples(config, tokenizer, model)
+        resumed = SampleStream(config, tokenizer, model)
         resumed.load_state_dict(json.loads(json.dumps(samples.state_dict())))
         pair = Group(dist.new_group([0, 1])) if world.rank < 2 else dist.new_group([0, 1])
         return first, taken(resumed, 6, pair) if world.rank < 2 else [], samples.skipped
@@ -185,9 +185,9 @@ class Counting(Group):
         self.received += (self.size - 1) * own.numel() * own.element_size()
         return super().gather(own)
 
-    def scatter_sum(self, whole: torch.Tensor) -> torch.Tensor:
+    def reduce_scatter(self, whole: torch.Tensor) -> torch.Tensor:
         self.received += (self.size - 1) * whole.numel() // self.size * whole.element_size()
-        return super().scatter_sum(whole)
+        return super().reduce_scatter(whole)
 
 
 def chunked_samples() -> list[Sample]:

@@ -13,13 +13,13 @@ from test_chat import trained  # noqa: F401  a fixture
 from test_commands import call
 from tokenizers import pre_tokenizers
 
-from uiollms.__main__ import lines_of
-from uiollms.__main__ import main as ask
-from uiollms.cli import Output, reporting_errors
-from uiollms.config import ConfigError
+from uiollms.cli.chat import lines_of
+from uiollms.cli.chat import main as ask
+from uiollms.cli.common import Output, reporting_errors
+from uiollms.cli.data import main as show_data
 from uiollms.data import open_corpus
-from uiollms.data.__main__ import main as show_data
-from uiollms.library import Memory
+from uiollms.files.errors import ConfigError
+from uiollms.model.memory import Memory
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [ROOT / "train.py", ROOT / "test.py", *sorted((ROOT / "examples").glob("*.py"))]

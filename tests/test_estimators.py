@@ -9,7 +9,7 @@ import random
 import pytest
 import torch
 
-from uiollms.estimators import (
+from uiollms.training.estimators import (
     ESTIMATORS,
     TBPTT,
     UIO,

@@ -8,8 +8,8 @@ from conftest import make_model, random_ids, relative_error
 from torch.nn import functional as F
 
 import uiollms
-from uiollms.evaluate import exact_match, greedy_copy, greedy_reconstruction, score, token_losses, with_raw_texts
-from uiollms.tasks import Sample
+from uiollms.data.sample import Sample
+from uiollms.evaluation.scoring import exact_match, greedy_copy, greedy_reconstruction, score, token_losses, with_raw_texts
 
 
 def nll_of(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -14,18 +14,18 @@ from safetensors import safe_open
 from test_commands import ROOT, call
 
 import uiollms
-from uiollms.config import load_env_config, load_tasks, parse
+from uiollms.build import load_memory_lm
+from uiollms.config.corpora import TaskEntry, TaskType
+from uiollms.config.sections import load_env_config, load_tasks, parse
 from uiollms.data import Document
-from uiollms.entries import TaskEntry, TaskType
-from uiollms.evaluate import token_losses
-from uiollms.evaluation import Evaluation, Instance, evaluation_documents, partner
-from uiollms.pretrained import load_memory_lm
-from uiollms.results import DocumentScore, TaskResult, bleu4, bootstrap, rouge_l
-from uiollms.retrieval import WORDS, trials
-from uiollms.samples import SampleMaker
-from uiollms.tasks import Sample
-from uiollms.views.curves import plot_training
-from uiollms.views.tables import print_results, print_written, written_chunks
+from uiollms.data.builder import SampleBuilder
+from uiollms.data.retrieval import WORDS, trials
+from uiollms.data.sample import Sample
+from uiollms.evaluation.evaluator import Evaluation, Instance, evaluation_documents, partner
+from uiollms.evaluation.results import DocumentScore, TaskResult, bleu4, bootstrap, rouge_l
+from uiollms.evaluation.scoring import token_losses
+from uiollms.reports.curves import plot_training
+from uiollms.reports.tables import print_results, print_written, written_chunks
 
 TEXT = "The harbour has three walls, and on calm days their stones can be counted under the water. "
 
@@ -126,7 +126,7 @@ def test_every_task_trains(workspace, corpora, capsys, corpus):
 def test_auto_encoding_trains_on_one_chunk_at_a_time(tiny):
     """Spec page 3: one chunk is compressed, and reproduced from memory alone."""
     document = Document("".join(chr(97 + i % 26) for i in range(50)), "here", task="auto encoding")
-    maker, seen = SampleMaker(*tiny), set()
+    maker, seen = SampleBuilder(*tiny), set()
     for seed in range(20):
         sample = maker.make(document, None, random.Random(seed))
         assert sample.chunks.shape == (1, 16) and len(sample.rows) == 1 and sample.rows[0].repeat
@@ -173,7 +173,7 @@ def test_the_stored_nlls_are_the_scores(workspace, tiny):
             for d, document in enumerate(ids):
                 for mode in ("memory", "window", "raw"):
                     expected = uiollms.score(model, document, protocol) if mode == "memory" else None
-                    expected = expected or uiollms.evaluate.score(model, document, protocol, mode)
+                    expected = expected or uiollms.evaluation.scoring.score(model, document, protocol, mode)
                     assert torch.equal(file.get_tensor(f"{r}.{d}.{mode}.nll"), expected.nll.float())
                     assert torch.equal(file.get_tensor(f"{r}.{d}.{mode}.positions"), expected.positions)
                 # Document d reads the memories of document d + 1, counted round.

@@ -23,13 +23,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import uiollms
 from uiollms import MemoryConfig, MemoryLM, Sample
-from uiollms.config import load_env_config
-from uiollms.evaluate import score, token_losses
-from uiollms.fitness import narrow_window
-from uiollms.plan import make_plan
-from uiollms.positions import num_positions, rope_fault
-from uiollms.pretrained import load_memory_lm
-from uiollms.step import empty_prefix, teach
+from uiollms.build import load_memory_lm
+from uiollms.config.sections import load_env_config
+from uiollms.evaluation.scoring import score, token_losses
+from uiollms.model.positions import num_positions, rope_fault
+from uiollms.planning.planner import make_plan
+from uiollms.training.step import empty_prefix, teacher_hidden
+from uiollms.weights.fitness import narrow_window
 
 TABLES, PROVEN = 2e-5, 1e-11
 MEMORY = MemoryConfig(num_memory=2, chunk_size=8, lora_rank=3, lora_alpha=6)
@@ -208,7 +208,7 @@ def test_raw_window_and_teacher_are_what_the_library_computes(name):
         expected = nll[score(model, ids, "paper", mode).positions - 1]
         assert relative_error(token_losses(model, sample, mode)[1], expected) < PROVEN, mode
     sample = Sample.document(ids, 8).distilled(1.0)
-    (taught,) = teach(model, sample)
+    (taught,) = teacher_hidden(model, sample)
     assert relative_error(model.logits(taught), whole) < PROVEN
     student = model(ids[None]).logits[0].log_softmax(-1)[:-1]
     log_p = whole.log_softmax(-1)[:-1]

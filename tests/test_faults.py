@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from test_commands import ROOT, call
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from uiollms import faults
-from uiollms.config import ConfigError, load_env_config
-from uiollms.faults import training_on
-from uiollms.integrity import seal
-from uiollms.loading import load_causal_lm
+from uiollms.config.sections import load_env_config
+from uiollms.files.atomic import write_checksums
+from uiollms.files.errors import ConfigError
+from uiollms.kernels import allocator
+from uiollms.training.failures import reporting_step_errors
+from uiollms.weights.base_models import load_causal_lm
 
 
 @pytest.fixture
@@ -150,7 +151,7 @@ def test_a_checkpoint_that_was_made_to_mislead(two_checkpoints, capsys, kind):
             tensors["nobody.exp_avg"] = torch.zeros(3)
         save_file(tensors, path)
     (path.parent / "checksums.json").unlink()
-    seal(path.parent)
+    write_checksums(path.parent)
     assert call(*TRAIN, *RESUME) == 2
     assert message in one_line(capsys)
 
@@ -196,7 +197,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(workspace, capsys, mo
         base.get_input_embeddings().weight.data[tilde] = float("inf")
         return base
 
-    monkeypatch.setattr("uiollms.pretrained.load_causal_lm", poisoned)
+    monkeypatch.setattr("uiollms.build.load_causal_lm", poisoned)
     Path("book2.txt").write_text("~" * 100)
     changes = ("--set=train.tasks=[]", "--set=train.train_iters=8")
     assert call(*TRAIN, *changes) == 0
@@ -226,9 +227,9 @@ def test_too_little_memory_names_the_knobs(workspace):
         with pytest.raises(
             ConfigError, match=r"book: out of memory .* train.chunk_batch \(4\).*checkpointing \(now false\).*truncation \(80\)"
         ):
-            with training_on("book", train_section):
+            with reporting_step_errors("book", train_section):
                 failing()
-    with pytest.raises(RuntimeError, match="a bug"), training_on("book", train_section):
+    with pytest.raises(RuntimeError, match="a bug"), reporting_step_errors("book", train_section):
         raise RuntimeError("a bug")
 
 
@@ -250,10 +251,10 @@ def test_too_little_memory_in_a_run(workspace):
     assert "book0.txt: out of memory in the training step; lower train.chunk_batch (64)" in Path("said").read_text()
 
 
-@pytest.mark.parametrize("words", faults.NO_MEMORY)
+@pytest.mark.parametrize("words", allocator.NO_MEMORY)
 def test_what_counts_as_too_little_memory(words):
-    assert faults.is_out_of_memory(RuntimeError(f"[enforce fail at x.cpp:1] {words}: tried 9 bytes"))
-    assert not faults.is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert allocator.is_out_of_memory(RuntimeError(f"[enforce fail at x.cpp:1] {words}: tried 9 bytes"))
+    assert not allocator.is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
 def test_a_document_past_the_capacity_is_named(workspace, capsys):

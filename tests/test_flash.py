@@ -16,14 +16,18 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 import uiollms
-from uiollms import ConfigError, MemoryConfig, MemoryLM, attention, base, flash
-from uiollms.attention import decoder_mask
-from uiollms.config import load_env_config
-from uiollms.evaluate import token_losses
-from uiollms.loading import load
-from uiollms.pretrained import load_memory_lm
-from uiollms.run_state import FREE
-from uiollms.tasks import Sample
+from uiollms import ConfigError, MemoryConfig, MemoryLM
+from uiollms.build import load_memory_lm
+from uiollms.config.sections import load_env_config
+from uiollms.data.sample import Sample
+from uiollms.evaluation.scoring import token_losses
+from uiollms.kernels import flash_attention as flash
+from uiollms.model import attention, attention_patterns
+from uiollms.model import layers as base
+from uiollms.model.attention import decoder_mask
+from uiollms.model.attention_patterns import PackedRowsPattern
+from uiollms.runs.state import MAY_CHANGE
+from uiollms.weights.base_models import load
 
 PROVEN = 1e-10
 FAMILIES = ["llama", "qwen3", "mistral"]
@@ -128,7 +132,7 @@ def dense_mask(*size):
 def asking(model: MemoryLM):
     """flash-attn asked of the base (transformers would not let a model without CUDA ask); dense masks cannot be built."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (base, flash):
+        for module in (base, attention_patterns):
             patch.setattr(module, "decoder_mask", dense_mask)
         patch.setattr(model.base.config, "_attn_implementation", flash.ASKED)
         yield
@@ -266,7 +270,7 @@ def test_rows_are_the_decoder_mask(kernel, slots, past, length, window, document
     shapes = (rows, 4, length, 8), (rows, 2, keys, 8), (rows, 2, keys, 8)
     tensors = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
     window = window if window is not None and window < past + length else None
-    seen = flash.Rows.of(slots, first, past, length, torch.device("cpu"), window)
+    seen = PackedRowsPattern.of(slots, first, past, length, torch.device("cpu"), window)
     module = SimpleNamespace(num_key_value_groups=2)
     found, _ = attention.attend(module, *tensors, None, 8**-0.5, seen)
     query, key, value = tensors
@@ -384,7 +388,7 @@ def test_it_may_be_asked_for_wherever_a_base_is_loaded(workspace, tiny_folder, m
     own = load(AutoModelForCausalLM, str(tiny_folder), dtype=torch.float32)
     monkeypatch.setattr(own.config, "_attn_implementation", flash.ASKED)
     refused(lambda: MemoryLM(own, MEMORY), "computes in bfloat16 and float16, found float32; load the base in", ValueError)
-    assert "model.attn_implementation" in FREE
+    assert "model.attn_implementation" in MAY_CHANGE
 
 
 @pytest.mark.gpu

@@ -16,9 +16,9 @@ from test_commands import call
 from test_fuzz import VALUES, broken_bytes, examples, mutations
 from test_report import report
 
-import uiollms.views.page
-from uiollms.attention_mass import AttentionMass
-from uiollms.views.folder import read_folder
+import uiollms.reports.page
+from uiollms.evaluation.attention_mass import AttentionMass
+from uiollms.reports.run_folder import read_folder
 
 FILES = ("metrics.jsonl", "test.json", "config.json", "versions.json")
 TENSORS = ("test-nll.safetensors", "attention.safetensors")
@@ -55,9 +55,9 @@ def make_run(capsys) -> None:
 @pytest.fixture
 def undrawn(monkeypatch) -> None:
     """Of a page's pictures, which take most of the time, those of every tenth report only."""
-    draw, count = uiollms.views.page.draw, iter(range(10**6))
+    draw, count = uiollms.reports.page.draw, iter(range(10**6))
     few = lambda *arguments: draw(*arguments) if next(count) % 10 == 3 else ()  # noqa: E731
-    monkeypatch.setattr("uiollms.views.page.draw", few)
+    monkeypatch.setattr("uiollms.reports.page.draw", few)
 
 
 def lines_of(capsys, folder: Path) -> list[str]:

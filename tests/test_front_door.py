@@ -17,10 +17,10 @@ from test_commands import ROOT, call
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from uiollms import MemoryConfig, MemoryLM
-from uiollms.config import load_env_config, load_tasks
-from uiollms.entries import TaskEntry
-from uiollms.paths import run_folder
-from uiollms.pretrained import KNOWN_SHAPES
+from uiollms.config.corpora import TaskEntry
+from uiollms.config.sections import load_env_config, load_tasks
+from uiollms.files.folders import run_folder
+from uiollms.weights.base_models import KNOWN_SHAPES
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 WORDS = "The clocks of the town were striking, and nobody knew which hour it was. "
@@ -228,7 +228,8 @@ def test_the_readmes_package_tree_exists():
     (tree,) = re.findall(r"```\nsrc/uiollms/\n(.*?)```", README, re.DOTALL)
     names = [name for line in tree.splitlines() for name in re.findall(r"\w+\.py|\w+/", line)]
     assert len(names) > 25
-    assert [name for name in names if not (ROOT / "src" / "uiollms" / name).exists()] == []
+    there = {path.name + "/" * path.is_dir() for path in (ROOT / "src" / "uiollms").rglob("*")}
+    assert [name for name in names if name not in there] == []
 
 
 def snippet() -> str:

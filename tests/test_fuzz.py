@@ -21,14 +21,14 @@ from hypothesis import strategies as st
 from processes import TRAIN
 from test_commands import call
 
-from uiollms.checkpoint import load_weights, save_weights
-from uiollms.config import ConfigError, EnvConfig, load_env_config, load_memory_config, load_tasks
+from uiollms.build import check_env, load_memory_lm
+from uiollms.config.sections import EnvConfig, load_env_config, load_memory_config, load_tasks
 from uiollms.data import open_corpus
-from uiollms.integrity import sha256, verify
-from uiollms.pretrained import check_env, load_memory_lm
-from uiollms.refusals import json_path
-from uiollms.run_state import NEEDED, TrainingState, load_state, read_record
-from uiollms.training import Samples, make_optimizer
+from uiollms.files.atomic import sha256, verify
+from uiollms.files.errors import ConfigError, json_path
+from uiollms.runs.state import NEEDED, TrainingState, load_state, read_record
+from uiollms.training.optimizer import SampleStream, make_optimizer
+from uiollms.weights.adapters import load_weights, save_weights
 
 ROOT = Path(__file__).parent.parent
 GOOD = json.loads((ROOT / "smollm2-8x.json").read_text())
@@ -305,7 +305,7 @@ def test_checkpoints_made_to_mislead(checkpoint):
     """Contents changed and checksums made anew: the state that is loaded is whole, or the reason why not is one line."""
     config = load_env_config("env.json", ["train.tasks=[]"])
     model, tokenizer = load_memory_lm(config, "env.json")
-    state = TrainingState(model, tokenizer, make_optimizer(model, config.train), Samples(config, tokenizer, model))
+    state = TrainingState(model, tokenizer, make_optimizer(model, config.train), SampleStream(config, tokenizer, model))
     texts = {path.name: json.loads(path.read_text()) for path in checkpoint.glob("*.json") if path.name != "checksums.json"}
     sums = json.loads((checkpoint / "checksums.json").read_text())
     tensors = sorted(path.relative_to(checkpoint) for path in checkpoint.rglob("*.safetensors"))

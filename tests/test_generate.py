@@ -17,8 +17,8 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from uiollms import MemoryConfig, MemoryLM
-from uiollms.library import join
-from uiollms.request import OwnDraws
+from uiollms.model.memory import join
+from uiollms.model.request import OwnDraws
 
 GREEDY = dict(do_sample=False, max_new_tokens=11, eos_token_id=None)  # 11: every row crosses a chunk boundary (8)
 

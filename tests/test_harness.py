@@ -19,11 +19,11 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from uiollms import ConfigError, MemoryLM
-from uiollms.checkpoint import save_weights
-from uiollms.config import load_env_config
-from uiollms.harness import HarnessLM
-from uiollms.lm_eval_command import main
-from uiollms.pretrained import load_memory_lm
+from uiollms.build import load_memory_lm
+from uiollms.cli.lm_eval import main
+from uiollms.config.sections import load_env_config
+from uiollms.evaluation.lm_eval_model import HarnessLM
+from uiollms.weights.adapters import save_weights
 
 ROOT = Path(__file__).parent.parent
 BOS, CHUNK, POSITIONS = 1, 16, 128
@@ -185,9 +185,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
     """The command of that name beside the interpreter; what it would run, where an older installation left another there."""
     script = Path(sys.executable).with_name("lm_eval")
     ours = script.exists() and "uiollms" in script.read_text()
-    program = (
-        [str(script)] if ours else [sys.executable, "-c", "from uiollms.lm_eval_command import main; raise SystemExit(main())"]
-    )
+    program = [str(script)] if ours else [sys.executable, "-c", "from uiollms.cli.lm_eval import main; raise SystemExit(main())"]
     return subprocess.run([*program, *arguments], capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL)
 
 
@@ -213,10 +211,10 @@ def test_a_new_process_finds_the_model_and_lm_evals_own():
     """Where nothing has imported the harness, and so registered it, before."""
     code = """
 import sys
-from uiollms.lm_eval_command import register
+from uiollms.cli.lm_eval import register
 register()
 from lm_eval.api.registry import get_model, model_registry
-print("hf" in model_registry, "uiollms.harness" in sys.modules, get_model("uiollms").__name__)
+print("hf" in model_registry, "uiollms.evaluation.lm_eval_model" in sys.modules, get_model("uiollms").__name__)
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
     assert found.stdout.split() == ["True", "False", "HarnessLM"], found.stderr

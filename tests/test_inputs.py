@@ -17,29 +17,29 @@ from test_chat import trained  # noqa: F401  a fixture
 from test_commands import call
 
 from uiollms import MemoryLM
-from uiollms.__main__ import lines_of
-from uiollms.__main__ import main as ask
-from uiollms.base_files import BaseConfig, least_parameters
-from uiollms.checkpoint import load_weights
-from uiollms.checks import check_weights
-from uiollms.cli import errors_as_lines, reporting_errors
-from uiollms.config import ConfigError, MemoryConfig, load_env_config
-from uiollms.data import files as data_files
+from uiollms.cli.chat import lines_of
+from uiollms.cli.chat import main as ask
+from uiollms.cli.common import errors_as_lines, reporting_errors
+from uiollms.cli.data import main as show_data
+from uiollms.cli.dry_run import parse_memory
+from uiollms.cli.options import place, share, temperature, whole
+from uiollms.cli.schema import main as write_schema
+from uiollms.cli.study import main as study
+from uiollms.config.sections import MemoryConfig, load_env_config
 from uiollms.data import open_corpus
-from uiollms.data.__main__ import main as show_data
-from uiollms.data.corpora_own import matching
-from uiollms.dry_run import parse_memory
-from uiollms.json_files import loads, read_json, unusable
-from uiollms.launch import check_environment
-from uiollms.library import Memory
-from uiollms.loading import load_config
-from uiollms.options import place, share, temperature, whole
-from uiollms.own_files import LOCK, check_run_folder
-from uiollms.packaged import converted
-from uiollms.reading import check_tree, read_bytes
-from uiollms.refusals import as_lines
-from uiollms.schema import main as write_schema
-from uiollms.study.__main__ import main as study
+from uiollms.data.corpora.local import matching
+from uiollms.data.readers import json_lines as data_files
+from uiollms.distributed.launch import check_environment
+from uiollms.files.errors import ConfigError, as_lines
+from uiollms.files.json_files import loads, read_json, unusable
+from uiollms.files.reading import check_tree, read_bytes
+from uiollms.model.memory import Memory
+from uiollms.runs.checks import check_weights
+from uiollms.runs.own_files import LOCK, check_run_folder
+from uiollms.weights.adapters import load_weights
+from uiollms.weights.base_files import BaseConfig, least_parameters
+from uiollms.weights.base_models import load_config
+from uiollms.weights.packaged import converted
 
 TRAIN = ["train.py", "--env_conf", "env.json"]
 
@@ -452,7 +452,7 @@ def test_studies_and_schemas_take_no_ones_place(workspace, capsys):
 
 
 def test_a_study_goes_on_where_it_has_written(tmp_path):
-    from uiollms.study.__main__ import check_results
+    from uiollms.cli.study import check_results
 
     (tmp_path / "table.md").write_text("| a |")
     with pytest.raises(ConfigError, match="table.md: was not written by a study"):

@@ -18,13 +18,11 @@ from processes import TRAIN, forked, train
 from test_commands import ROOT, call
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import uiollms.integrity
+import uiollms.files.atomic
 from uiollms import Memory, MemoryLM
-from uiollms.board import Board
-from uiollms.checkpoint import load_weights, save_weights
-from uiollms.checks import check_weights
-from uiollms.config import ConfigError, load_env_config
-from uiollms.integrity import (
+from uiollms.build import weights_of
+from uiollms.config.sections import load_env_config
+from uiollms.files.atomic import (
     WORK,
     machine_name,
     make_folder,
@@ -34,8 +32,12 @@ from uiollms.integrity import (
     whole_folder,
     work_name,
 )
-from uiollms.own_files import MOVING, put_back, set_aside
-from uiollms.saving import load_tokenizer, weights_of
+from uiollms.files.errors import ConfigError
+from uiollms.runs.board import Board
+from uiollms.runs.checks import check_weights
+from uiollms.runs.own_files import MOVING, put_back, set_aside
+from uiollms.weights.adapters import load_weights, save_weights
+from uiollms.weights.model_folder import load_tokenizer
 
 EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
 
@@ -65,7 +67,7 @@ def killed_at(event: int, folder: Path, action: Callable[[], object]) -> int:
 def swapping(request, monkeypatch) -> str:
     """In one step, and where the file system or the system has no such step."""
     if request.param == "renamed twice":
-        monkeypatch.setattr(uiollms.integrity, "exchange", lambda one, other: False)
+        monkeypatch.setattr(uiollms.files.atomic, "exchange", lambda one, other: False)
     return request.param
 
 
@@ -185,7 +187,7 @@ def test_a_folder_that_does_not_change_is_read_once(tmp_path):
 
 def test_a_rename_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     """Also between the two renames."""
-    monkeypatch.setattr(uiollms.integrity, "exchange", lambda one, other: False)
+    monkeypatch.setattr(uiollms.files.atomic, "exchange", lambda one, other: False)
     rename, calls = os.rename, []
 
     def failing(source: Path, target: Path) -> None:
@@ -208,7 +210,7 @@ def test_a_rename_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
 
 def test_every_command_finds_the_weights_of_a_killed_run(workspace, monkeypatch, capsys):
     """train.py is killed after each of its renames, with folders replaced by two of them."""
-    monkeypatch.setattr(uiollms.integrity, "exchange", lambda one, other: False)
+    monkeypatch.setattr(uiollms.files.atomic, "exchange", lambda one, other: False)
     flags = ("--set=train.tasks=[]", "--set=train.save=1", "--set=train.train_iters=3", "--quiet")
     missing = 0
 
@@ -238,7 +240,7 @@ def test_every_command_finds_the_weights_of_a_killed_run(workspace, monkeypatch,
     while code:
         number += 1
         Path("whole").unlink(missing_ok=True)
-        uiollms.integrity.remove(Path("out"))
+        uiollms.files.atomic.remove(Path("out"))
         code = forked(killed_after(number))
         assert code in (0, -signal.SIGKILL)
         if not Path("whole").exists():
@@ -262,7 +264,7 @@ def test_a_restart_killed_half_way_is_undone(tmp_path):
     names = ["config.json", "metrics.jsonl", "checkpoints", "test.json"]
 
     def make(folder: Path) -> None:
-        uiollms.integrity.remove(folder)
+        uiollms.files.atomic.remove(folder)
         (folder / "checkpoints" / "step-00000001").mkdir(parents=True)
         for name in (n for n in names if n != "checkpoints"):
             (folder / name).touch()
@@ -274,11 +276,11 @@ def test_a_restart_killed_half_way_is_undone(tmp_path):
         code = killed_at(event, folder, lambda: set_aside(folder, [folder / n for n in names]))
         undone += (folder / MOVING).exists()
         put_back(folder)
-        moved = (folder / "earlier-1").exists()
-        place = folder / "earlier-1" if moved else folder
+        to_device = (folder / "earlier-1").exists()
+        place = folder / "earlier-1" if to_device else folder
         assert sorted(os.listdir(place)) == sorted(names)
         assert (place / "checkpoints" / "step-00000001").is_dir()
-        assert sorted(os.listdir(folder)) == (["earlier-1"] if moved else sorted(names))
+        assert sorted(os.listdir(folder)) == (["earlier-1"] if to_device else sorted(names))
     assert undone >= len(names)
 
 
@@ -349,10 +351,10 @@ WRITING = {"write_text", "write_bytes", "save_file", "savefig", "save_pretrained
 WRITING |= {"move", "savez", "to_csv", "to_html", "NamedTemporaryFile", "mkdtemp"}
 # Where names are changed, and what only asks whether a folder can be written in.
 ALLOWED = {
-    "src/uiollms/integrity.py": {"write_text", "replace", "rename"},
-    "src/uiollms/own_files.py": {"rename"},
-    "src/uiollms/run.py": {"rename"},
-    "src/uiollms/checks.py": {"NamedTemporaryFile"},
+    "src/uiollms/files/atomic.py": {"write_text", "replace", "rename"},
+    "src/uiollms/runs/own_files.py": {"rename"},
+    "src/uiollms/runs/run.py": {"rename"},
+    "src/uiollms/runs/checks.py": {"NamedTemporaryFile"},
     "test.py": {"NamedTemporaryFile"},
 }
 
@@ -390,7 +392,7 @@ def warned(caplog) -> str:
 def test_a_folder_of_tensorboard_that_goes_away(tmp_path, caplog):
     board = Board(tmp_path / "board")
     board.add(1, [("a", 1.0)])
-    uiollms.integrity.remove(tmp_path / "board")
+    uiollms.files.atomic.remove(tmp_path / "board")
     for iteration in (2, 3):
         board.add(iteration, [("a", 1.0)])
     assert "No such file or directory" in warned(caplog) and not (tmp_path / "board").exists()

@@ -11,12 +11,12 @@ from safetensors import safe_open
 from safetensors.torch import save as save_bytes
 from transformers import AutoModelForCausalLM
 
-import uiollms.fingerprint as fingerprints
+import uiollms.model.fingerprint as fingerprints
 from uiollms import ConfigError, Memory, MemoryLM
-from uiollms.fingerprint import fingerprint
-from uiollms.library import checksum, join
-from uiollms.memory import join_slots
-from uiollms.placement import place
+from uiollms.distributed.device_map import place
+from uiollms.model.fingerprint import fingerprint
+from uiollms.model.memory import checksum, join
+from uiollms.model.state import join_slots
 
 ROUNDING = 1e-12  # float64, a few thousand operations
 

@@ -7,8 +7,8 @@ import torch
 from conftest import relative_error
 from torch.nn import functional as F
 
-from uiollms import loss
-from uiollms.products import linear_for
+from uiollms.kernels import linear_cross_entropy as loss
+from uiollms.kernels.frozen_linear import linear_for
 
 
 @pytest.fixture(params=[3, 4, 11])

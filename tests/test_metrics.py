@@ -8,10 +8,10 @@ import torch
 from conftest import make_model, random_ids
 
 from uiollms import ConfigError
-from uiollms.metrics import machine_use, peak_resident, read_metrics, scalars
-from uiollms.step import gradient_step
-from uiollms.tasks import Sample
-from uiollms.training import gradient_norms
+from uiollms.data.sample import Sample
+from uiollms.runs.metrics import machine_use, peak_resident, read_metrics, scalars
+from uiollms.training.optimizer import gradient_norms
+from uiollms.training.step import gradient_step
 
 
 def test_gradient_norms_by_part():

@@ -8,7 +8,7 @@ from conftest import FAMILIES, MEMORY, gradients, make_base, make_model, random_
 
 import uiollms
 from uiollms import MemoryConfig, MemoryLM, Sample
-from uiollms.passes import empty_prefix
+from uiollms.model.passes import empty_prefix
 
 ROUNDING = 1e-12  # float64, a few thousand operations
 

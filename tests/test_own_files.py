@@ -15,12 +15,13 @@ from processes import TRAIN, forked
 from test_checks import faults_of, nothing_is_loaded  # noqa: F401  a fixture
 from test_commands import call
 
-from uiollms import ConfigError, checks
-from uiollms.__main__ import main as compress
-from uiollms.checkpoint import load_weights, save_weights
-from uiollms.checks import check_evaluation
-from uiollms.integrity import replacing
-from uiollms.own_files import FILES, RESULTS
+from uiollms import ConfigError
+from uiollms.cli.chat import main as compress
+from uiollms.files.atomic import replacing
+from uiollms.runs import checks
+from uiollms.runs.checks import check_evaluation
+from uiollms.runs.own_files import FILES, RESULTS
+from uiollms.weights.adapters import load_weights, save_weights
 
 QUICK = ("--set=train.tasks=[]", "--quiet")
 TEST = ("test.py", "--env_conf", "env.json", "--use_env_conf_tasks", "--quiet")

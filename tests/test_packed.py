@@ -7,8 +7,8 @@ from benchmarks.recall_evaluation import MODES, document_nlls
 from conftest import gradients, make_model, random_ids, worst_error
 
 import uiollms
-from uiollms.evaluate import positions, token_losses
-from uiollms.tasks import IGNORED
+from uiollms.data.sample import IGNORED
+from uiollms.evaluation.scoring import positions, token_losses
 
 L = 8
 

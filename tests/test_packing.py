@@ -11,12 +11,12 @@ from processes import forked, train
 from test_resume import metrics_of, run_folder  # noqa: F401  # run_folder: a fixture
 
 from uiollms import Sample
-from uiollms.training import Drawn, pack_documents
+from uiollms.training.optimizer import TrainingSample, pack_documents
 
 
-def drawn(chunks: int) -> Drawn:
+def drawn(chunks: int) -> TrainingSample:
     """A document of so many compressed chunks."""
-    return Drawn(f"{chunks}", Sample.document(random_ids(8 * chunks + 3), 8), random.Random(0))
+    return TrainingSample(f"{chunks}", Sample.document(random_ids(8 * chunks + 3), 8), random.Random(0))
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def test_what_a_tokenizer_returns_is_what_forward_takes(tiny_folder, texts):
     from transformers import AutoModelForCausalLM
 
     from uiollms import MemoryConfig, MemoryLM
-    from uiollms.loading import load
+    from uiollms.weights.base_models import load
 
     base = load(AutoModelForCausalLM, str(tiny_folder))
     config = MemoryConfig(num_memory=2, chunk_size=8, lora_rank=2, lora_alpha=4)

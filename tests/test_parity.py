@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import uiollms
-from uiollms.checkpoint import load_weights, save_weights
-from uiollms.estimators import all_pairs
+from uiollms.training.estimators import all_pairs
+from uiollms.weights.adapters import load_weights, save_weights
 
 HERE = Path(__file__).parent
 SHARED = HERE.parent.parent / "shared" / "golden"

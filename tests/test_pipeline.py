@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer, pipeline
 
 from uiollms import MemoryConfig, MemoryLM
-from uiollms.loading import load
+from uiollms.weights.base_models import load
 
 GREEDY = dict(do_sample=False, max_new_tokens=12, return_full_text=False)
 

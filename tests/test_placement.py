@@ -13,9 +13,10 @@ from test_commands import call
 
 import uiollms
 from uiollms import MemoryLM, Sample
-from uiollms.config import ConfigError
-from uiollms.estimators import ESTIMATORS
-from uiollms.placement import CPU, _Resting, on_disk, place, place_of, resolved
+from uiollms.distributed.device_map import CPU, on_disk, place, place_of, resolved
+from uiollms.distributed.offload import _Resting
+from uiollms.files.errors import ConfigError
+from uiollms.training.estimators import ESTIMATORS
 
 GPUS = [torch.device("cuda", i) for i in range(2)]
 TWO = {GPUS[0]: 2**40, GPUS[1]: 2**40, CPU: 2**40}

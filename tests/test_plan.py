@@ -10,20 +10,23 @@ import pytest
 import torch
 from test_commands import call
 
-from uiollms import plan
-from uiollms.config import ConfigError, load_env_config
-from uiollms.dry_run import dry_run, parse_memory
-from uiollms.estimators import make_estimator
-from uiollms.placement import CPU
-from uiollms.plan import Rehearsal, choose_chunk_batch, largest, largest_batch, make_plan
+from uiollms.cli.dry_run import dry_run, parse_memory
+from uiollms.config.sections import load_env_config
+from uiollms.distributed.device_map import CPU
+from uiollms.files.errors import ConfigError
+from uiollms.planning import planner as plan
+from uiollms.planning import step_simulation
+from uiollms.planning.planner import choose_chunk_batch, largest, largest_batch, make_plan
+from uiollms.planning.step_simulation import StepSimulation
+from uiollms.training.estimators import make_estimator
 
 ROOT = Path(__file__).parent.parent
 GPUS = [torch.device("cuda", i) for i in range(2)]
 HALVES = 'model.device_map={"model":0,"model.layers.2":1,"lm_head":1}'
 
 
-def rehearsal(*changes: str, machine=None) -> Rehearsal:
-    return Rehearsal(load_env_config("env.json", list(changes)), "env.json", machine)
+def rehearsal(*changes: str, machine=None) -> StepSimulation:
+    return StepSimulation(load_env_config("env.json", list(changes)), "env.json", machine)
 
 
 @pytest.mark.parametrize("estimator", ["exact", "uio"])
@@ -38,9 +41,9 @@ def test_the_shortened_and_extended_rehearsal_is_the_whole_step(workspace, monke
         object.__setattr__(chosen, "peak", None)
         return chosen
 
-    monkeypatch.setattr(plan, "OneBatch", real)
-    monkeypatch.setattr(plan, "MEASURED", 100)
-    monkeypatch.setattr(plan, "replace", lambda sample, rows: sample)
+    monkeypatch.setattr(step_simulation, "FixedBatchEstimator", real)
+    monkeypatch.setattr(step_simulation, "MEASURED", 100)
+    monkeypatch.setattr(step_simulation, "replace", lambda sample, rows: sample)
     whole = rehearsal(*changes, machine=dict.fromkeys([*GPUS, CPU], 2**30)).need(17, 2)
     assert set(short) == set(whole) == set(GPUS)
     for gpu in GPUS:
@@ -66,7 +69,7 @@ def test_checkpointing_needs_less(workspace):
 
 
 def test_what_fits_and_what_is_largest(workspace, monkeypatch):
-    monkeypatch.setattr(plan, "MEASURED", 3)
+    monkeypatch.setattr(step_simulation, "MEASURED", 3)
     changes = ("model.device_map=0", "train.chunk_batch=4", "train.corpus.0.truncation=640")
     gpu = {GPUS[0]: 2**40, CPU: 2**40}
     needs = rehearsal(*changes, machine=gpu)
@@ -82,7 +85,7 @@ def test_what_fits_and_what_is_largest(workspace, monkeypatch):
 def test_chunk_batch_auto_is_what_memory_allows(workspace, monkeypatch):
     """The largest that leaves a fifth free, nothing past the largest, and 1 where nothing fits; processes share the CPU."""
     config = load_env_config("env.json", ["train.chunk_batch=auto"])  # a document of 80 tokens: 4 chunks in memory
-    needs = Rehearsal(config, "env.json", {CPU: 2**40})
+    needs = StepSimulation(config, "env.json", {CPU: 2**40})
 
     def chosen(free: float) -> int:
         needs.machine = {CPU: int(free)}
@@ -147,7 +150,7 @@ def test_the_longest_document_of_the_corpora(monkeypatch, entries, longest):
     monkeypatch.chdir(ROOT)
     corpora = [dict(name=name, truncation=n, partition=1 / len(entries)) for name, n in entries]
     config = load_env_config("32x.json", [f"train.corpus={json.dumps(corpora)}"])
-    assert Rehearsal(config, "32x.json", {}).longest_document() == longest
+    assert StepSimulation(config, "32x.json", {}).longest_document() == longest
 
 
 def test_a_document_at_the_capacity_ends_in_a_partial_chunk(workspace):
@@ -177,7 +180,7 @@ MEASURE = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 from uiollms import MemoryConfig, MemoryLM, Sample, gradient_step
-from uiollms.pretend import HOST, Pretend
+from uiollms.planning.simulated_devices import HOST, Pretend
 from uiollms.study.cost import PeakMemory
 
 torch.set_num_threads(1)

@@ -9,20 +9,20 @@ from transformers import AutoModelForCausalLM
 
 import uiollms
 from uiollms import MemoryLM, Sample
-from uiollms.base import layer_device
-from uiollms.config import MemoryConfig, load_env_config, load_memory_config
-from uiollms.passes import encode_all, project_all
-from uiollms.placement import CPU, resolved, send
-from uiollms.pretend import HOST, Pretend, PretendError
-from uiollms.pretrained import KNOWN_SHAPES
-from uiollms.step import KVGradients
+from uiollms.config.sections import MemoryConfig, load_env_config, load_memory_config
+from uiollms.distributed.device_map import CPU, resolved, send
+from uiollms.model.layers import layer_device
+from uiollms.model.passes import encode_all, project_all
+from uiollms.planning.simulated_devices import HOST, SimulatedDevices, SimulationError
+from uiollms.training.step import MemoryGradients
+from uiollms.weights.base_models import KNOWN_SHAPES
 
 ROOT = Path(__file__).parent.parent
 GPUS = [torch.device("cuda", i) for i in range(2)]
 TWO = dict.fromkeys([*GPUS, CPU], 2**40)
 
 
-def placed(world: Pretend, base, device_map, memory: MemoryConfig, path="e.json") -> MemoryLM:
+def placed(world: SimulatedDevices, base, device_map, memory: MemoryConfig, path="e.json") -> MemoryLM:
     send(base, resolved(base, device_map, path, TWO))
     model = MemoryLM(base, memory)
     model.chunk_batch = 2
@@ -30,12 +30,12 @@ def placed(world: Pretend, base, device_map, memory: MemoryConfig, path="e.json"
     return model.train()
 
 
-def assert_everything_is_with_its_layer(world: Pretend, model: MemoryLM, sample: Sample) -> None:
+def assert_everything_is_with_its_layer(world: SimulatedDevices, model: MemoryLM, sample: Sample) -> None:
     memory, _ = encode_all(model, sample.chunks)
     keys, values = project_all(model, memory)
     size, all_chunks = model.memory_config.num_memory, range(len(memory[0]))
     halves = torch.full((9, 9), 0.5)
-    sums = KVGradients(keys, values, halves, sample, size, all_chunks, model.master_dtype)
+    sums = MemoryGradients(keys, values, halves, sample, size, all_chunks, model.master_dtype)
     layers = len(memory)
     for i, layer in enumerate(model.base.model.layers):
         where = layer_device(layer)
@@ -55,7 +55,7 @@ def llama():
     config = load_env_config(ROOT / "32x.json")
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(KNOWN_SHAPES[config.model.model_name], dtype=torch.bfloat16)
-    with Pretend() as world:
+    with SimulatedDevices() as world:
         model = placed(world, base, config.model.device_map, load_memory_config(ROOT / config.model.config), "32x.json")
     return world, model
 
@@ -95,7 +95,7 @@ SPLIT = {"model": 0, "model.layers.1": 1, "model.layers.2": 1, "lm_head": 1}
 def tiny():
     with torch.device("meta"):
         base = make_base(seed=0)
-    with Pretend() as world:
+    with SimulatedDevices() as world:
         yield world, placed(world, base, SPLIT, MEMORY)
 
 
@@ -141,50 +141,56 @@ def test_layers_on_the_cpu_among_gpus(tiny):
 
 
 @pytest.mark.parametrize(
-    "forgotten", ["uiollms.base.moved", "uiollms.model.moved", "uiollms.step.moved", "uiollms.attention.moved"]
+    "forgotten",
+    [
+        "uiollms.model.layers.to_device",
+        "uiollms.model.memory_lm.to_device",
+        "uiollms.training.tally.to_device",
+        "uiollms.model.attention.to_device",
+    ],
 )
 def test_a_forgotten_move_is_caught(tiny, monkeypatch, forgotten):
     """Masks and rotary tables (base), hidden states (model), targets (step), positions (attention) left where they were."""
     _, model = tiny
     monkeypatch.setattr(forgotten, lambda tensor, device: tensor)
-    with pytest.raises(PretendError, match="mixes tensors of"):
+    with pytest.raises(SimulationError, match="mixes tensors of"):
         uiollms.gradient_step(model, Sample.document(random_ids(45), 8), rng=0)
 
 
 def test_a_wait_inside_a_document_is_counted(tiny, monkeypatch):
     world, model = tiny
     sample = Sample.document(random_ids(45), 8)
-    monkeypatch.setattr("uiollms.model.moved", lambda tensor, device: tensor.to(device))  # blocking
+    monkeypatch.setattr("uiollms.model.memory_lm.to_device", lambda tensor, device: tensor.to(device))  # blocking
     uiollms.gradient_step(model, sample, rng=0)
     assert world.syncs["copy from cpu to cuda:0"] > 3
 
 
 def test_operations_that_real_devices_refuse():
-    with Pretend() as world:
+    with SimulatedDevices() as world:
         a, b = (torch.ones(3, 4, device=gpu) for gpu in GPUS)
         assert (a.device, b.to(a).device, (a * 2).device, a.to("cpu").device) == (GPUS[0], GPUS[0], GPUS[0], HOST)
         assert (a + torch.tensor(2.0)).device == GPUS[0]  # a number may come from the CPU, as in torch
         for wrong in (lambda: a + b, lambda: a @ torch.ones(4, 2), lambda: torch.cat([a, b])):
-            with pytest.raises(PretendError, match="mixes tensors of"):
+            with pytest.raises(SimulationError, match="mixes tensors of"):
                 wrong()
         world.watch_from_here()
         a[torch.tensor([0, 1])]
         a.sum().item()
         a.copy_(torch.ones(3, 4))
         assert world.syncs == {"index on cuda:0 from the CPU": 1, "item on cuda:0": 1, "copy from cpu:0 to cuda:0": 1}
-        with pytest.raises(PretendError, match="would wait for the device"):
+        with pytest.raises(SimulationError, match="would wait for the device"):
             a.nonzero()
 
 
 def test_gradients_cross_back():
-    with Pretend() as world:
+    with SimulatedDevices() as world:
         x = torch.ones(5, device=GPUS[0], requires_grad=True)
         (x.to(GPUS[1], torch.float64) * 2).sum().backward()
         assert world.device_of(x.grad) == GPUS[0] and x.grad.dtype == torch.float32
 
 
 def test_bytes_are_counted_while_they_live():
-    with Pretend() as world:
+    with SimulatedDevices() as world:
         a = torch.zeros(256, device=GPUS[0])
         view = a[:4]
         assert world.live[GPUS[0]] == 1024
@@ -198,6 +204,6 @@ def test_bytes_are_counted_while_they_live():
 def test_the_world_leaves_nothing_behind(tiny):
     """Tables cached by device are forgotten: the real model afterwards is the one it was before."""
     real, ids = make_model(), random_ids(45)
-    with Pretend():
+    with SimulatedDevices():
         pass
     assert torch.isfinite(uiollms.score(real, ids).nll).all()

@@ -12,8 +12,8 @@ from torch.profiler import profile
 
 import uiollms
 from uiollms import MemoryConfig, MemoryLM
-from uiollms.loss import linear_nll
-from uiollms.products import fits, linear, rows_to_add, with_frozen_products
+from uiollms.kernels.frozen_linear import fits, linear, rows_to_add, use_onednn
+from uiollms.kernels.linear_cross_entropy import linear_nll
 
 ROUNDING = 1e-6
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch is built without oneDNN")
@@ -103,7 +103,7 @@ def test_a_librarys_layers_multiply_so_only_while_asked():
     layer = nn.Sequential(nn.Linear(32, 48), nn.SiLU(), nn.Linear(48, 32)).requires_grad_(False)
     x = torch.randn(1, 64, 32)
     assert counted(lambda: layer(x)) == 0
-    assert counted(lambda: with_frozen_products(layer, layer)(x)) == 2
+    assert counted(lambda: use_onednn(layer, layer)(x)) == 2
     assert counted(lambda: layer(x)) == 0
 
 
@@ -222,11 +222,9 @@ def test_only_a_gate_that_nobody_else_has_is_written_over():
 
     with torch.no_grad():
         expected = run(x)
-        found = with_frozen_products(run, first)(x)
+        found = use_onednn(run, first)(x)
     for a, b in zip(found, expected, strict=True):
         assert relative_error(a, b) < ROUNDING
     with torch.no_grad():
         gate, up = first(x), second(x)
-        assert (
-            relative_error(with_frozen_products(lambda h: F.silu(first(h)) * second(h), first)(x), F.silu(gate) * up) < ROUNDING
-        )
+        assert relative_error(use_onednn(lambda h: F.silu(first(h)) * second(h), first)(x), F.silu(gate) * up) < ROUNDING

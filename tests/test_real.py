@@ -12,15 +12,16 @@ from conftest import gradients, make_model, random_ids, worst_error
 from transformers import pipeline
 
 import uiollms
-from uiollms.__main__ import first_turn, main
-from uiollms.checkpoint import load_weights
-from uiollms.config import ConfigError, load_env_config
+from uiollms.build import load_memory_lm
+from uiollms.cli.chat import first_turn, main
+from uiollms.config.sections import load_env_config
 from uiollms.data import open_corpus
-from uiollms.evaluate import score
-from uiollms.packaged import PACKAGED, pre_tokenizer
-from uiollms.pretrained import load_memory_lm
-from uiollms.samples import tokenize
-from uiollms.saving import load_tokenizer
+from uiollms.data.builder import tokenize
+from uiollms.evaluation.scoring import score
+from uiollms.files.errors import ConfigError
+from uiollms.weights.adapters import load_weights
+from uiollms.weights.model_folder import load_tokenizer
+from uiollms.weights.packaged import PACKAGED, pre_tokenizer
 
 ROOT = Path(__file__).parent.parent
 RELEASED = ROOT / "adapters" / "smollm2-8x"

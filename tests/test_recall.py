@@ -14,17 +14,17 @@ from test_commands import call
 from transformers import AutoTokenizer
 
 import uiollms
-from uiollms.config import ConfigError
-from uiollms.data import RecallDocument, corpora_own, open_corpus
-from uiollms.data.corpora_own import Library, held_out, library_files
-from uiollms.data.corpora_recall import FARTHEST, with_facts
+from uiollms.build import examine_sources
+from uiollms.config.corpora import CorpusEntry, TaskEntry
+from uiollms.data import RecallDocument, open_corpus
+from uiollms.data.corpora import local as corpora_own
+from uiollms.data.corpora.facts import FARTHEST, with_facts
+from uiollms.data.corpora.local import Library, held_out, library_files
 from uiollms.data.documents import Document
-from uiollms.entries import CorpusEntry, TaskEntry
-from uiollms.plan import tokens_at_most
-from uiollms.pretrained import examine_sources
-from uiollms.recall import ROOM, last_value, recall_sample
-from uiollms.refusals import Faults
-from uiollms.tasks import IGNORED
+from uiollms.data.recall_sample import ROOM, last_value, recall_sample
+from uiollms.data.sample import IGNORED
+from uiollms.files.errors import ConfigError, Faults
+from uiollms.planning.step_simulation import tokens_at_most
 
 L = 128  # of the tokenizer below, which has a token for every byte or two
 KINDS = ("facts", "keys")
@@ -61,10 +61,10 @@ def test_stdlib_holds_the_librarys_own_files_once(folder):
 
 
 def test_stdlib_is_the_same_wherever_the_library_lies(folder, tmp_path):
-    moved = tmp_path / "elsewhere"
-    folder.rename(moved)
-    for file in library_files(moved):
-        assert held_out(file, moved) == held_out(folder / file.relative_to(moved), folder)
+    to_device = tmp_path / "elsewhere"
+    folder.rename(to_device)
+    for file in library_files(to_device):
+        assert held_out(file, to_device) == held_out(folder / file.relative_to(to_device), folder)
 
 
 def test_the_first_files_of_stdlib_are_a_fair_sample(folder):

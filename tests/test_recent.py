@@ -28,17 +28,17 @@ from transformers.models.llama import modeling_llama
 
 import uiollms
 from uiollms import ConfigError, MemoryConfig, MemoryLM, Sample
-from uiollms.attention_mass import attention_shares
-from uiollms.config import load_env_config, parse
+from uiollms.build import check_env
+from uiollms.cli.study import as_preset
+from uiollms.config.sections import load_env_config, parse
 from uiollms.data import Document
-from uiollms.estimators import window_from_draws
-from uiollms.evaluate import score, token_losses
-from uiollms.library import Memory, compress, join
-from uiollms.passes import check_sample
-from uiollms.plan import make_plan
-from uiollms.pretrained import check_env
-from uiollms.samples import SampleMaker
-from uiollms.study.__main__ import as_preset
+from uiollms.data.builder import SampleBuilder
+from uiollms.data.limits import check_sample
+from uiollms.evaluation.attention_mass import attention_shares
+from uiollms.evaluation.scoring import score, token_losses
+from uiollms.model.memory import Memory, compress, join
+from uiollms.planning.planner import make_plan
+from uiollms.training.estimators import window_from_draws
 
 TABLES, ROUNDING = 1e-5, 1e-12
 SIZES = [1, 3, 8]  # w; 8 is the whole chunk before
@@ -316,8 +316,8 @@ def test_attention_apart_and_joined_agree(monkeypatch):
     """The memory where it lies, and a copy of it in front of every row."""
     found = []
     for apart in (True, False):
-        monkeypatch.setattr("uiollms.step.attends_apart", lambda base, apart=apart: apart)
-        monkeypatch.setattr("uiollms.evaluate.attends_apart", lambda base, apart=apart: apart)
+        monkeypatch.setattr("uiollms.training.step.supports_in_place", lambda base, apart=apart: apart)
+        monkeypatch.setattr("uiollms.evaluation.scoring.supports_in_place", lambda base, apart=apart: apart)
         model, sample = model_of(5), Sample.document(random_ids(45), 8)
         with torch.no_grad():
             losses = token_losses(model, sample)[1]
@@ -405,22 +405,22 @@ def test_questions_behind_all_memories_need_room_for_the_recent_tokens():
     """64 positions: a copy of 28 chunks takes 28 * 2 + 8 = 64; a question of 7 tokens behind 27
     memories and 3 tokens, too."""
     model, ids = model_of(3), random_ids(232)
-    check_sample(model, Sample.copy(ids[:224], 8))
-    check_sample(model, Sample.questions(ids[:216], [(ids[:2], ids[2:7])], 8))
+    check_sample(model.limits, Sample.copy(ids[:224], 8))
+    check_sample(model.limits, Sample.questions(ids[:216], [(ids[:2], ids[2:7])], 8))
     words = r"28 memories .* and the 9 tokens \(3 of them recent_tokens\) that read them need 65"
     with pytest.raises(ValueError, match=words):
-        check_sample(model, Sample.questions(ids[:224], [(ids[:2], ids[2:6])], 8))
+        check_sample(model.limits, Sample.questions(ids[:224], [(ids[:2], ids[2:6])], 8))
     with pytest.raises(ValueError, match="29 memories .* and the 8 tokens that read them need 66"):
-        check_sample(model, Sample.copy(ids, 8))
+        check_sample(model.limits, Sample.copy(ids, 8))
 
 
 def test_documents_are_cut_to_what_the_recent_tokens_leave_room_for(monkeypatch):
     """64 positions, 8 slots a chunk of 8: with w 8 a probe of 8 stands behind 6 chunks, a copy, and
     without w a probe, behind 7."""
-    monkeypatch.setattr("uiollms.samples.tokenize", lambda tokenizer, text: random_ids(80))
+    monkeypatch.setattr("uiollms.data.builder.tokenize", lambda tokenizer, text: random_ids(80))
     cases = (8, "memory utilization", 6), (8, "longdata copy", 7), (0, "memory utilization", 7)
     for recent, task, chunks in cases:
-        maker = SampleMaker(model_of(recent, num_memory=8), tokenizer=None)
+        maker = SampleBuilder(model_of(recent, num_memory=8), tokenizer=None)
         sample = maker.make(Document("", "book", task=task), None, random.Random(0))
         assert len(sample.chunks) == chunks
 

@@ -1,4 +1,4 @@
-"""`python -m uiollms.report`: one page of whatever a run folder holds, and what by_length counts."""
+"""`python -m uiollms report`: one page of whatever a run folder holds, and what by_length counts."""
 
 import base64
 import io
@@ -15,16 +15,16 @@ from matplotlib.image import imread
 from test_commands import ROOT, call
 
 import uiollms
-from uiollms.attention_mass import AttentionMass
-from uiollms.cli import reporting_errors
-from uiollms.config import load_env_config, parse
-from uiollms.evaluation import Evaluation, TaskEntry
-from uiollms.pretrained import load_memory_lm
-from uiollms.report import add_attention, main
-from uiollms.results import TaskResult, by_length
-from uiollms.saved_results import load_token_nlls, save_token_nlls
-from uiollms.views.folder import read_folder
-from uiollms.views.page import duration
+from uiollms.build import load_memory_lm
+from uiollms.cli.common import reporting_errors
+from uiollms.cli.report import add_attention, main
+from uiollms.config.sections import load_env_config, parse
+from uiollms.evaluation.attention_mass import AttentionMass
+from uiollms.evaluation.evaluator import Evaluation, TaskEntry
+from uiollms.evaluation.results import TaskResult, by_length
+from uiollms.evaluation.saved_results import load_token_nlls, save_token_nlls
+from uiollms.reports.page import duration
+from uiollms.reports.run_folder import read_folder
 
 TRAIN = ("train.py", "--env_conf", "env.json")
 ALL = {"training", "steps", "position", "length", "attention"}
@@ -63,7 +63,7 @@ def test_a_whole_run_on_one_page(workspace, capsys):
     assert call(*TRAIN) == 0
     assert report("out", "--no_attention") == 0
     said = capsys.readouterr().out
-    assert "not in it: attention to memory: --no_attention; made by: python -m uiollms.report out" in said
+    assert "not in it: attention to memory: --no_attention; made by: python -m uiollms report out" in said
     command = next(line for line in said.splitlines() if "by test.py" in line).split("made by: ")[1]
     assert "not in it: perplexity by length: out/test-nll.safetensors does not exist" in said
     assert pngs(Path("out")).keys() == ALL - {"length", "attention"}
@@ -159,7 +159,9 @@ def test_by_length_is_what_shorter_documents_have(workspace):
             points = by_length(list(scores.values()))
             assert [p["length"] for p in points] == [2, 4, 8, 16, 32, 64, 100] and all(p["documents"] == 3 for p in points)
             for point in points:
-                cut = [uiollms.evaluate.score(model, document[: point["length"]], protocol, mode).nll for document in ids]
+                cut = [
+                    uiollms.evaluation.scoring.score(model, document[: point["length"]], protocol, mode).nll for document in ids
+                ]
                 assert point["tokens"] == len(torch.cat(cut))
                 assert point["perplexity"] == pytest.approx(torch.cat(cut).double().mean().exp().item(), rel=1e-5)
     documents = list(scores.values())

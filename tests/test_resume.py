@@ -14,10 +14,10 @@ from processes import TRAIN, forked, signalled, train, train_and_at
 from test_commands import call
 from transformers import AutoModelForCausalLM
 
-from uiollms.config import load_env_config
-from uiollms.pretrained import load_memory_lm
-from uiollms.run import Run
-from uiollms.training import Samples
+from uiollms.build import load_memory_lm
+from uiollms.config.sections import load_env_config
+from uiollms.runs.run import Run
+from uiollms.training.optimizer import SampleStream
 
 
 @pytest.fixture
@@ -251,13 +251,13 @@ def test_every_kind_of_corpus_goes_on_where_it_stopped(workspace, monkeypatch, n
     config = load_env_config("env.json", [f"train.corpus.0.name={name}", "train.corpus.0.crop=random"])
     model, tokenizer = load_memory_lm(config, "env.json")
 
-    def taken(samples: Samples, count: int) -> list[tuple]:
+    def taken(samples: SampleStream, count: int) -> list[tuple]:
         return [(drawn.source, drawn.sample.rows[0].input_ids.tolist(), drawn.rng.random()) for drawn in samples.take(count)]
 
-    samples = Samples(config, tokenizer, model)
+    samples = SampleStream(config, tokenizer, model)
     taken(samples, 5)
     state = json.dumps(samples.state_dict())
     expected = taken(samples, 9)  # into the second epoch
-    restored = Samples(config, tokenizer, model)
+    restored = SampleStream(config, tokenizer, model)
     restored.load_state_dict(json.loads(state))
     assert taken(restored, 9) == expected

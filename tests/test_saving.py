@@ -10,12 +10,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from uiollms import ConfigError, MemoryConfig, MemoryLM
-from uiollms.base import PROJECTIONS
-from uiollms.checkpoint import ROLES, WEIGHT_FILES
-from uiollms.loading import load
-from uiollms.packaged import PACKAGED, converted_folder
-from uiollms.pretrained import KNOWN_SHAPES
-from uiollms.saving import as_dtype, load_tokenizer, public_name
+from uiollms.model.layers import PROJECTIONS
+from uiollms.weights.adapters import ROLES, WEIGHT_FILES
+from uiollms.weights.base_models import KNOWN_SHAPES, load
+from uiollms.weights.model_folder import as_dtype, load_tokenizer, public_name
+from uiollms.weights.packaged import PACKAGED, converted_folder
 
 SHIPPED = Path(__file__).parent.parent / "adapters" / "smollm2-8x"
 MEMORY = MemoryConfig(num_memory=2, chunk_size=16, lora_rank=2, lora_alpha=4)

@@ -8,11 +8,12 @@ import pytest
 import torch
 from test_commands import call
 
-from uiollms.config import ConfigError, TrainSection, load_env_config
+from uiollms.config.sections import TrainSection, load_env_config
 from uiollms.data import Mixture
 from uiollms.data.documents import Document
-from uiollms.integrity import seal
-from uiollms.schedule import Course, Schedule, rate_of_step
+from uiollms.files.atomic import write_checksums
+from uiollms.files.errors import ConfigError
+from uiollms.training.schedule import Course, Schedule, rate_of_step
 
 ROOT = Path(__file__).parent.parent
 TRAIN = ["train.py", "--env_conf", "env.json"]
@@ -120,7 +121,7 @@ def test_a_run_of_an_older_folder_keeps_counting_steps(workspace, tiny_folder, c
     last = Path("out/checkpoints/step-00000003")
     shutil.copytree(FIXTURE / last.name, last)
     (last / "state.json").write_text((last / "state.json").read_text().replace("MODEL", str(tiny_folder)))
-    seal(last)
+    write_checksums(last)
     shutil.copy(FIXTURE / "metrics.jsonl", "out/metrics.jsonl")
     expected = lines_of()
     changes = dict(train_iters=6, save=3, eval=6, accum_grad=2, warmup=0.5, keep_last=9, tasks="[]")

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 from conftest import make_base
-from test_commands import ROOT, call
+from test_commands import call
 
-from uiollms.checkpoint import save_weights
-from uiollms.cli import reporting_errors
-from uiollms.config import load_env_config
-from uiollms.pretrained import load_memory_lm
+from uiollms.build import load_memory_lm
+from uiollms.cli.common import reporting_errors
+from uiollms.config.sections import load_env_config
 from uiollms.study.recall import VOCABULARY
+from uiollms.weights.adapters import save_weights
 
 ENV = ["--env_conf", "env.json"]
 FEW = ["--preset", "quick", "--corpus", "files:book*.txt", "--documents", "1", "--draws", "20", "--out", "study"]
@@ -34,8 +34,8 @@ COMMANDS = {
         "corpus documents source task kl_weight train_prompt text",
     ),
     "data --check": ("uiollms.data", ["--check", "files:book*.txt"], "corpus documents empty characters unreadable"),
-    "convert": ("uiollms.convert", [*ENV, "out/ckp", "ckp.pth"], "source target dtype"),
-    "report": ("uiollms.report", ["out"], "page plots missing"),
+    "convert": ("uiollms.cli.convert", [*ENV, "out/ckp", "ckp.pth"], "source target dtype"),
+    "report": ("uiollms.cli.report", ["out"], "page plots missing"),
     "study gradients": ("uiollms.study", ["gradients", *ENV, *FEW], "setting rows"),
     "study cost": ("uiollms.study", ["cost", *ENV, *FEW, "--estimators", "exact", "uio"], "setting rows"),
     "study learning": ("uiollms.study", ["learning", *ENV, "--seeds=1", "--set=train.eval=3", "--out=study"], "setting rows"),
@@ -55,7 +55,7 @@ def ready(workspace, monkeypatch, capsys):
     assert call("test.py", *ENV, "--quiet") == 0
     assert started("uiollms", ["compress", "book0.txt", "-o", "book.mem", *ENV]) == 0
     base = make_base(vocab_size=VOCABULARY, max_position_embeddings=128)
-    monkeypatch.setattr("uiollms.study.__main__.train_base", lambda folder, bar: base)
+    monkeypatch.setattr("uiollms.cli.study.train_base", lambda folder, bar: base)
     monkeypatch.setattr("sys.stdin", io.StringIO("Hi\n"))
     capsys.readouterr()
 
@@ -63,8 +63,8 @@ def ready(workspace, monkeypatch, capsys):
 def started(name: str, arguments: list[str]) -> int:
     if name.endswith(".py"):
         return call(name, *arguments)
-    is_package = (ROOT / "src" / name.replace(".", "/")).is_dir()
-    module = importlib.import_module(f"{name}.__main__" if is_package else name)
+    names = {"uiollms": "uiollms.__main__", "uiollms.data": "uiollms.cli.data", "uiollms.study": "uiollms.cli.study"}
+    module = importlib.import_module(names.get(name, name))
     return reporting_errors(lambda: module.main(arguments))
 
 

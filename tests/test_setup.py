@@ -18,9 +18,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from test_commands import ROOT, call, run
 
-from uiollms import environment
-from uiollms.environment import unused_gpu
-from uiollms.packaged import PACKAGED, gguf_tokenizer
+from uiollms.runs import environment
+from uiollms.runs.environment import unused_gpu
+from uiollms.weights.packaged import PACKAGED, gguf_tokenizer
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 

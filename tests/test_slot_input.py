@@ -25,10 +25,10 @@ from test_step import PROVEN, plain_gradients
 
 import uiollms
 from uiollms import ConfigError, MemoryLM, Sample
-from uiollms.checkpoint import load_weights, save_weights
-from uiollms.config import load_env_config
-from uiollms.library import Memory, compress
-from uiollms.plan import make_plan
+from uiollms.config.sections import load_env_config
+from uiollms.model.memory import Memory, compress
+from uiollms.planning.planner import make_plan
+from uiollms.weights.adapters import load_weights, save_weights
 
 TABLES = 1e-5
 LAST = MEMORY.model_copy(update={"slot_input": "last"})

@@ -15,18 +15,19 @@ from test_resume import metrics_of, tensors_of
 from test_schedule import section
 
 from uiollms import Sample
-from uiollms.config import ConfigError, load_env_config
+from uiollms.build import check_env, load_memory_lm
+from uiollms.config.corpora import CorpusEntry
+from uiollms.config.sections import load_env_config
 from uiollms.data import Document
-from uiollms.entries import CorpusEntry
-from uiollms.evaluate import token_losses
-from uiollms.plan import make_plan
-from uiollms.pretrained import check_env, load_memory_lm
-from uiollms.samples import SampleMaker, task_fault, teaches_memory
-from uiollms.schedule import Course, Schedule, rate_of_document
-from uiollms.training import Samples
-from uiollms.views.curves import stage_starts
-from uiollms.views.page import stage_words
-from uiollms.weighting import multiplied, relative, weigh_tokens
+from uiollms.data.builder import SampleBuilder, task_fault, teaches_memory
+from uiollms.evaluation.scoring import token_losses
+from uiollms.files.errors import ConfigError
+from uiollms.planning.planner import make_plan
+from uiollms.reports.curves import stage_starts
+from uiollms.reports.page import stage_words
+from uiollms.training.optimizer import SampleStream
+from uiollms.training.schedule import Course, Schedule, rate_of_document
+from uiollms.training.weighting import multiplied, relative, weigh_tokens
 
 STAGES = [
     dict(
@@ -162,7 +163,7 @@ def test_what_a_run_says_of_its_stages():
 def test_stages_draw_documents_of_their_own(staged):
     config = load_env_config("env.json")
     model, tokenizer = load_memory_lm(config, "env.json")
-    samples = Samples(config, tokenizer, model)
+    samples = SampleStream(config, tokenizer, model)
     with model.sized((8, 2)):
         first = samples.take(4)
     assert {drawn.source.split("book")[1][0] for drawn in first} <= {"0", "1"}
@@ -174,7 +175,7 @@ def test_stages_draw_documents_of_their_own(staged):
 
     state = json.loads(json.dumps(samples.state_dict()))
     expected = samples.take(3, stage=2)
-    again = Samples(config, tokenizer, model)
+    again = SampleStream(config, tokenizer, model)
     again.load_state_dict(state)
     found = again.take(3, stage=2)
     assert [d.source for d in found] == [d.source for d in expected]
@@ -240,9 +241,9 @@ def test_a_truncation_must_fit_every_size(staged):
 
 
 @pytest.fixture
-def maker(workspace) -> SampleMaker:
+def maker(workspace) -> SampleBuilder:
     config = load_env_config("env.json", ["model.model_dtype=fp64"])
-    return SampleMaker(*load_memory_lm(config, "env.json"), "document")
+    return SampleBuilder(*load_memory_lm(config, "env.json"), "document")
 
 
 def entry(**fields) -> CorpusEntry:
@@ -297,7 +298,7 @@ def test_which_documents_are_for_which_task(task, kind, fine):
 
 
 def test_a_task_that_the_corpus_has_no_documents_for(workspace, maker):
-    from uiollms.checks import check_training
+    from uiollms.runs.checks import check_training
 
     for name, task in (("longalpaca.train.true", "auto encoding"), ("sotu.train", "question answering")):
         changes = [f"train.corpus.0.name={name}", f"train.corpus.0.task={task}"]

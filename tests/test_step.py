@@ -12,12 +12,21 @@ from conftest import FAMILIES, MEMORY, SHAPE, gradients, make_model, random_ids,
 from test_estimators import reservoir_outcomes
 
 import uiollms
-from uiollms import MemoryConfig, Sample, base
-from uiollms.estimators import Estimator, Importance, all_pairs, inclusion_probabilities, systematic_sample, window_from_draws
-from uiollms.memory import Prefix, join_slots
-from uiollms.passes import check_sample, decode_rows, empty_slots, encode_all, project_all, remember_all, teach
-from uiollms.step import chunk_norms, chunks_with_gradient, row_weights
-from uiollms.tasks import Row
+from uiollms import MemoryConfig, Sample
+from uiollms.data.limits import check_sample
+from uiollms.data.sample import Row
+from uiollms.model import layers as base
+from uiollms.model.passes import decode_rows, empty_slots, encode_all, encode_and_project_all, project_all, teacher_hidden
+from uiollms.model.state import Prefix, join_slots
+from uiollms.training.estimators import (
+    Estimator,
+    Importance,
+    all_pairs,
+    inclusion_probabilities,
+    systematic_sample,
+    window_from_draws,
+)
+from uiollms.training.step import chunk_norms, chunks_with_gradient, row_weights
 
 PROVEN = 1e-10
 
@@ -41,7 +50,7 @@ def plain_gradients(model, sample: Sample, weights: torch.Tensor, seeds=None) ->
             layers = range(len(model.base.model.layers))
             keys = [[p[0][i] for p in parts] for i in layers]
             values = [[p[1][i] for p in parts] for i in layers]
-            token_losses, _, _ = decode_rows(model, sample, [t], Prefix(keys, values), teach(model, sample))
+            token_losses, _, _ = decode_rows(model, sample, [t], Prefix(keys, values), teacher_hidden(model, sample))
             loss = loss + (token_losses * row.token_weights[row.scored]).sum()
         if loss.requires_grad:
             loss.backward()
@@ -312,7 +321,7 @@ def test_only_chunks_with_gradient_are_encoded_with_a_graph():
 
 def graph_bytes(model, sample, **settings) -> int:
     """The most bytes that autograd kept for backward at any one moment of a step: every saved tensor's elements, counted while
-    the graph that holds it lives; nothing for what `lean` makes again."""
+    the graph that holds it lives; nothing for what `recompute_silu` makes again."""
     alive: dict[int, int] = {}
     most = 0
 
@@ -334,7 +343,7 @@ def graph_bytes(model, sample, **settings) -> int:
             return function(hidden)
 
     with pytest.MonkeyPatch.context() as patch, hooks():  # in layers and outside
-        patch.setattr("uiollms.model.lean", counted)
+        patch.setattr("uiollms.model.memory_lm.recompute_silu", counted)
         uiollms.gradient_step(model, sample, **settings)
     gradients(model)
     return most
@@ -394,7 +403,7 @@ def test_without_a_graph_more_chunks_go_at_once_and_nothing_else_changes():
         model.checkpointing, model.chunk_batch = True, 1
         assert model.chunks_at_once == 1
         one_by_one, _ = encode_all(model, ids.view(7, 8))
-        at_once = remember_all(model, ids.view(7, 8))
+        at_once = encode_and_project_all(model, ids.view(7, 8))
         apart = project_all(model, memory)
     assert batches[2:] == [1] * 14
     for a, b in zip([*memory, *at_once[0], *at_once[1]], [*one_by_one, *apart[0], *apart[1]], strict=True):
@@ -430,7 +439,7 @@ def test_past_the_capacity_is_refused():
         (Sample.beacon(ids, ids, 8), None),
     ):
         if needed is None:
-            check_sample(make_model(), sample)
+            check_sample(make_model().limits, sample)
             continue
         words = r"{} memories of num_memory 2 slots and the {} tokens that read them need {} positions, past max_pos.* 64"
         with pytest.raises(ValueError, match=words.format(*needed)):
@@ -466,7 +475,7 @@ def test_a_step_that_must_take_the_least_gives_holes_back_before_every_backward(
     """Of three rows that read memory, and of the three chunks that they read."""
     model, given = make_model(), []
     model.chunk_batch = chunk_batch
-    monkeypatch.setattr("uiollms.step.give_back", given.append)
+    monkeypatch.setattr("uiollms.training.step.trim_heap", given.append)
     uiollms.gradient_step(model, Sample.language_modeling(random_ids(1, 4 * 8)[0], 8), estimator="exact")
     assert given == [model.device] * times
 

@@ -8,16 +8,17 @@ import torch
 from conftest import gradients, make_base, make_model, random_ids, relative_error
 
 import uiollms
-from uiollms.config import ConfigError, TrainSection
-from uiollms.estimators import Importance, make_estimator
-from uiollms.step import chunk_norms
-from uiollms.study.__main__ import as_preset
-from uiollms.study.__main__ import main as study
+from uiollms.cli.study import as_preset
+from uiollms.cli.study import main as study
+from uiollms.config.sections import TrainSection
+from uiollms.files.errors import ConfigError
 from uiollms.study.cost import PeakMemory, study_cost
 from uiollms.study.gradients import draw_weights, estimators_of, gram, pair_gradients, statistics_of, study_gradients
 from uiollms.study.learning import compare, summarise
 from uiollms.study.recall import MEMORY, VOCABULARY, draw_documents, recall_sample, recall_samples
 from uiollms.study.tables import markdown_table
+from uiollms.training.estimators import Importance, make_estimator
+from uiollms.training.step import chunk_norms
 
 SAMPLE = uiollms.Sample.language_modeling(random_ids(38), 8)
 
@@ -38,7 +39,7 @@ def test_pair_gradients_add_up_to_the_steps(monkeypatch):
     assert relative_error(weights[t, s] @ vectors, expected) < 1e-10
 
     seen = []
-    monkeypatch.setattr("uiollms.step.chunk_norms", lambda grads: seen.append(chunk_norms(grads)) or seen[0])
+    monkeypatch.setattr("uiollms.training.step.chunk_norms", lambda grads: seen.append(chunk_norms(grads)) or seen[0])
     encoder_gradient(model, estimator=Importance(2), rng=0)
     assert norms == pytest.approx(seen[0], rel=1e-10)
 

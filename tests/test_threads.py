@@ -16,12 +16,12 @@ from processes import forked
 from torch import Tensor
 
 from uiollms import MemoryLM, gradient_step, score
-from uiollms.attention_mass import attention_shares
-from uiollms.fingerprint import tensors_hash
-from uiollms.memory import Room
-from uiollms.placement import place
-from uiollms.skeleton import skeleton
-from uiollms.tasks import Sample
+from uiollms.data.sample import Sample
+from uiollms.distributed.device_map import place
+from uiollms.evaluation.attention_mass import attention_shares
+from uiollms.model.fingerprint import tensors_hash
+from uiollms.model.skeleton import skeleton
+from uiollms.model.state import KVBuffer
 
 THREADS = 50
 DROPPING = MEMORY.model_copy(update={"lora_dropout": 0.5})
@@ -119,7 +119,7 @@ def test_many_threads_go_on_from_one_state() -> None:
 
 
 def test_one_claim_of_a_room_succeeds() -> None:
-    room = Room(torch.zeros(1, 1, 9, 1), torch.zeros(1, 1, 9, 1), 4)
+    room = KVBuffer(torch.zeros(1, 1, 9, 1), torch.zeros(1, 1, 9, 1), 4)
     assert [room.claim(4, 2), room.claim(4, 2), room.claim(6, 1), room.length] == [True, False, True, 7]
 
 

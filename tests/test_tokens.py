@@ -13,16 +13,14 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from uiollms import MemoryConfig, MemoryLM
-from uiollms.__main__ import first_turn, later_turn, main
-from uiollms.checkpoint import save_weights
+from uiollms.cli.chat import first_turn, later_turn, main
+from uiollms.config.corpora import TaskEntry
 from uiollms.data import Document, NewsDocument
-from uiollms.data.beacons import tokens_of
+from uiollms.data.builder import SampleBuilder
 from uiollms.data.documents import Lazy
-from uiollms.entries import TaskEntry
-from uiollms.evaluation import Evaluation, instance_of
-from uiollms.retrieval import trials
-from uiollms.samples import SampleMaker
-from uiollms.tokens import (
+from uiollms.data.readers.beacons import tokens_of
+from uiollms.data.retrieval import trials
+from uiollms.data.tokens import (
     continued,
     continued_pair,
     document_ids,
@@ -30,6 +28,8 @@ from uiollms.tokens import (
     plain_ids,
     tokenize_pair,
 )
+from uiollms.evaluation.evaluator import Evaluation, instance_of
+from uiollms.weights.adapters import save_weights
 
 BOS, EOS = 1, 2
 WORDS = ("\u2581kettle", "\u2581hides", "\u2581the")
@@ -83,13 +83,13 @@ def tokenizer(request):
 
 
 @pytest.fixture
-def maker(tokenizer) -> SampleMaker:
+def maker(tokenizer) -> SampleBuilder:
     """Chunks of 64 into 2 slots, 1,024 positions."""
     torch.manual_seed(0)
     changes = dict(vocab_size=len(tokenizer), max_position_embeddings=1024)
     base = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE | changes))
     memory = MemoryConfig(num_memory=2, chunk_size=64, lora_rank=2, lora_alpha=4)
-    return SampleMaker(MemoryLM(base, memory), tokenizer)
+    return SampleBuilder(MemoryLM(base, memory), tokenizer)
 
 
 def read_as(tokenizer, ids) -> str:
@@ -317,7 +317,7 @@ def folder(tokenizer, tmp_path, monkeypatch) -> Path:
 
 
 def test_compress_reads_a_document_from_bos_to_its_last_token(folder, tokenizer):
-    from uiollms.library import Memory
+    from uiollms.model.memory import Memory
 
     main(["compress", "book.txt", "-o", "book.mem", "--env_conf", "env.json", "--quiet"])
     memory, ids = Memory.load("book.mem"), document_ids(tokenizer, Path("book.txt").read_text())
@@ -361,7 +361,7 @@ def test_ask_and_evaluate_run_with_any_tokenizer(folder, tokenizer, capsys):
 
 def test_the_harness_cuts_one_text(folder, tokenizer):
     """lm-eval asks for contexts and continuations; a word over the seam is the continuation's."""
-    from uiollms.harness import HarnessLM
+    from uiollms.evaluation.lm_eval_model import HarnessLM
 
     lm = HarnessLM("env.json")
     first, word = first_ids(tokenizer), ids_of(tokenizer, "\u2581kettle")
@@ -376,8 +376,8 @@ def test_the_harness_cuts_one_text(folder, tokenizer):
 
 
 def test_perplexity_of_a_whole_document_scores_no_eos(folder, tokenizer):
-    from uiollms.config import load_env_config
-    from uiollms.pretrained import load_memory_lm
+    from uiollms.build import load_memory_lm
+    from uiollms.config.sections import load_env_config
 
     model, loaded = load_memory_lm(load_env_config("env.json"), "env.json")
     fields = dict(task_type="perplexity", task_name="files:book.txt", num_instance=1, protocols=("document",))

@@ -11,9 +11,9 @@ from test_commands import call
 
 import uiollms
 from uiollms import ConfigError, MemoryConfig, MemoryLM, Sample
-from uiollms.checkpoint import load_weights, save_weights
-from uiollms.config import load_env_config
-from uiollms.plan import make_plan
+from uiollms.config.sections import load_env_config
+from uiollms.planning.planner import make_plan
+from uiollms.weights.adapters import load_weights, save_weights
 
 TRAIN = ["train.py", "--env_conf", "env.json"]
 WITHOUT = MemoryConfig(**MEMORY.model_dump() | dict(transfer_head=False))
@@ -39,13 +39,13 @@ def test_all_that_is_trained_has_the_masters_dtype(masters, expected):
 
 def test_sums_of_memory_gradients_have_the_masters_dtype(monkeypatch):
     seen = []
-    made = uiollms.step.KVGradients.__init__
+    made = uiollms.training.step.MemoryGradients.__init__
 
     def watched(self, *args):
         made(self, *args)
         seen.append({t.dtype for t in (*self.total, *self.weighted)})
 
-    monkeypatch.setattr(uiollms.step.KVGradients, "__init__", watched)
+    monkeypatch.setattr(uiollms.training.step.MemoryGradients, "__init__", watched)
     for masters in ("fp32", "base"):
         model = MemoryLM(make_base(dtype=torch.bfloat16), MEMORY, masters)
         result = uiollms.gradient_step(model, Sample.document(random_ids(30), 8), estimator="uio", S=1, rng=0)
@@ -57,7 +57,7 @@ def test_small_steps_vanish_in_the_bases_dtype(workspace, capsys):
     """Page 6, row 17: with weight decay alone nothing moves in bfloat16, in float32 it does. And a run resumes only under the
     dtype it began with; its checkpoint holds that dtype."""
     changes = ("model.model_dtype=bf16", "train.tasks=[]", "train.max_lr=1e-5", "train.warmup=0", "train.save=1")
-    moved = {}
+    to_device = {}
     for masters in ("fp32", "base"):
         own = (f"train.master_dtype={masters}", f"train.run_dir={masters}", f"model.save_ckp={masters}.pth")
         flags = [f"--set={change}" for change in (*changes, *own)]
@@ -67,11 +67,11 @@ def test_small_steps_vanish_in_the_bases_dtype(workspace, capsys):
         assert {t.dtype for t in torch.load(f"{masters}.pth", weights_only=True)} == {dtype}
         moments = load_file(saved / "optimizer.safetensors")
         assert {t.dtype for name, t in moments.items() if not name.endswith(".step")} == {dtype}
-        model, _ = uiollms.pretrained.load_memory_lm(load_env_config("env.json", [c[6:] for c in flags]), "env.json")
+        model, _ = uiollms.build.load_memory_lm(load_env_config("env.json", [c[6:] for c in flags]), "env.json")
         fresh = model.trainable_parameters()["encoder.layers.0.q_proj.lora_A"].detach().clone()
         load_weights(model, saved)
-        moved[masters] = (model.trainable_parameters()["encoder.layers.0.q_proj.lora_A"] != fresh).float().mean()
-    assert moved["fp32"] > 0.9 and moved["base"] < 0.5
+        to_device[masters] = (model.trainable_parameters()["encoder.layers.0.q_proj.lora_A"] != fresh).float().mean()
+    assert to_device["fp32"] > 0.9 and to_device["base"] < 0.5
     other = [flag.replace("master_dtype=base", "master_dtype=fp32") for flag in flags]
     assert call(*TRAIN, "--resume", *other) == 2
     assert 'train.master_dtype: "base" -> "fp32": the run cannot go on' in capsys.readouterr().err

@@ -13,11 +13,11 @@ from transformers import PreTrainedTokenizerFast
 
 import uiollms.__main__
 from uiollms import ConfigError, Memory, MemoryLM
-from uiollms.checkpoint import load_weights, save_weights
-from uiollms.cli import reporting_errors
-from uiollms.config import load_env_config
-from uiollms.library import join
-from uiollms.pretrained import load_memory_lm
+from uiollms.build import load_memory_lm
+from uiollms.cli.common import reporting_errors
+from uiollms.config.sections import load_env_config
+from uiollms.model.memory import join
+from uiollms.weights.adapters import load_weights, save_weights
 
 FOLDER = Path(__file__).parent / "fixtures" / "version_0_1"
 MEMORY = dict(num_memory=2, chunk_size=16, lora_rank=2, lora_alpha=4)

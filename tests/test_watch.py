@@ -16,16 +16,16 @@ from processes import TRAIN, signalled
 from test_commands import call
 from test_distributed import launched, run_folder  # noqa: F401  a fixture
 
-import uiollms.checks
-import uiollms.distributed
-import uiollms.evaluation
-import uiollms.pretrained
-import uiollms.run
-import uiollms.run_state
-import uiollms.step
-import uiollms.watch
-from uiollms.config import ConfigError
-from uiollms.distributed import number_of_processes
+import uiollms.build
+import uiollms.distributed.groups
+import uiollms.distributed.watch
+import uiollms.evaluation.evaluator
+import uiollms.runs.checks
+import uiollms.runs.run
+import uiollms.runs.state
+import uiollms.training.step
+from uiollms.distributed.groups import number_of_processes
+from uiollms.files.errors import ConfigError
 
 FLAGS = ("--set=train.train_iters=400", "--set=train.save=100", "--set=train.eval=100")
 LONG = 60.0  # more than a process may take to end
@@ -34,7 +34,7 @@ LONG = 60.0  # more than a process may take to end
 def quick() -> None:
     """Seconds of a test in the place of a run's; what is logged is said."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", force=True)
-    watch = uiollms.watch
+    watch = uiollms.distributed.watch
     watch.FINISH, watch.END, watch.TELLING, watch.POLL = 1.0, 12.0, 0.5, 0.1
 
 
@@ -58,14 +58,14 @@ def soon(action: Callable[[], None]) -> None:
 
 # A moment of a run: what of it takes long in which process, and the call at which the signal comes.
 MOMENTS = {
-    "before they have met": (uiollms.checks, "check_training", 1, None),
-    "while the base is loaded": (uiollms.pretrained, "load_memory_lm", 1, "both"),
-    "in the first step": (uiollms.step, "gradient_step", 1, "both"),
-    "in a step": (uiollms.step, "gradient_step", 5, "both"),
-    "in a step of the other": (uiollms.step, "gradient_step", 5, "other"),
-    "in an evaluation": (uiollms.evaluation.Evaluation, "run", 1, "first"),
-    "while a checkpoint is written": (uiollms.run, "save_state", 1, "short"),
-    "between steps": (uiollms.run.Run, "stop_if_asked", 5, None),
+    "before they have met": (uiollms.runs.checks, "check_training", 1, None),
+    "while the base is loaded": (uiollms.build, "load_memory_lm", 1, "both"),
+    "in the first step": (uiollms.training.step, "gradient_step", 1, "both"),
+    "in a step": (uiollms.training.step, "gradient_step", 5, "both"),
+    "in a step of the other": (uiollms.training.step, "gradient_step", 5, "other"),
+    "in an evaluation": (uiollms.evaluation.evaluator.Evaluation, "run", 1, "first"),
+    "while a checkpoint is written": (uiollms.runs.run, "save_state", 1, "short"),
+    "between steps": (uiollms.runs.run.Run, "stop_if_asked", 5, None),
 }
 
 
@@ -92,7 +92,7 @@ def test_a_signal_at_any_moment(run_folder, moment, victim):  # noqa: F811
 
         if slow in ("first", "short") and rank:  # the others do not come there
             if rank == victim:
-                at_call(uiollms.run.Run, "save", 1, lambda: soon(send))
+                at_call(uiollms.runs.run.Run, "save", 1, lambda: soon(send))
         else:
             at_call(module, name, number, here)
         return call(*TRAIN, *FLAGS)
@@ -122,7 +122,7 @@ def test_a_step_given_up_is_taken_again(run_folder):  # noqa: F811
 
     def child(rank: int) -> int:
         quick()
-        at_call(uiollms.step, "gradient_step", 6, lambda: (soon(signalled(signal.SIGTERM)), time.sleep(LONG)))
+        at_call(uiollms.training.step, "gradient_step", 6, lambda: (soon(signalled(signal.SIGTERM)), time.sleep(LONG)))
         return call(*TRAIN, *flags)
 
     assert launched(2, child) == [143, 143]
@@ -140,10 +140,10 @@ def test_a_process_that_does_not_end_is_ended(run_folder):  # noqa: F811
 
     def child(rank: int) -> int:
         quick()
-        uiollms.watch.END = 4.0
+        uiollms.distributed.watch.END = 4.0
         if not rank:
             store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-            at_call(uiollms.pretrained, "load_memory_lm", 1, lambda: (soon(signalled(signal.SIGINT)), store.wait(["no"])))
+            at_call(uiollms.build, "load_memory_lm", 1, lambda: (soon(signalled(signal.SIGINT)), store.wait(["no"])))
         return call(*TRAIN, *FLAGS)
 
     assert launched(2, child, said="said") == [130, 130]
@@ -156,7 +156,7 @@ def lost(run: Callable[[int], None], seconds: float = 2.0) -> tuple[list[int], s
 
     def child(rank: int) -> int:
         quick()
-        uiollms.watch.SILENCE = seconds
+        uiollms.distributed.watch.SILENCE = seconds
         run(rank)
         return call(*TRAIN, *FLAGS)
 
@@ -181,9 +181,9 @@ def test_a_lost_process_is_found_while_the_other_is_busy(run_folder, victim, num
                     time.sleep(8)
                     os.kill(child, signal.SIGKILL)
                     os._exit(0)
-            at_call(uiollms.step, "gradient_step", 5, signalled(number))
+            at_call(uiollms.training.step, "gradient_step", 5, signalled(number))
         else:
-            at_call(uiollms.step, "gradient_step", 5, lambda: time.sleep(LONG))
+            at_call(uiollms.training.step, "gradient_step", 5, lambda: time.sleep(LONG))
 
     started = time.monotonic()
     codes, said = lost(run)
@@ -201,8 +201,8 @@ def test_a_process_that_takes_its_time_is_not_lost(run_folder):  # noqa: F811
 
     def run(rank: int) -> None:
         if not rank:
-            at_call(uiollms.pretrained, "load_memory_lm", 1, lambda: time.sleep(4))
-            at_call(uiollms.evaluation.Evaluation, "run", 1, lambda: time.sleep(4))
+            at_call(uiollms.build, "load_memory_lm", 1, lambda: time.sleep(4))
+            at_call(uiollms.evaluation.evaluator.Evaluation, "run", 1, lambda: time.sleep(4))
 
     global FLAGS
     before, FLAGS = FLAGS, ("--set=train.train_iters=8",)
@@ -218,7 +218,7 @@ def test_a_process_that_never_comes(workspace, monkeypatch):
             return 0
         from datetime import timedelta
 
-        uiollms.distributed.JOINING = timedelta(seconds=2)
+        uiollms.distributed.groups.JOINING = timedelta(seconds=2)
         return call(*TRAIN, *FLAGS)
 
     assert launched(2, child, said="said")[0] == 2

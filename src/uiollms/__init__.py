@@ -3,14 +3,15 @@
 The names below are promises; the modules' docstrings say more. Reading order: tasks, attention, model, estimators, step.
 """
 
-from uiollms.config import ConfigError, MemoryConfig
-from uiollms.estimators import TBPTT, UIO, Exact, Importance, draw_window, make_estimator, window_from_draws
-from uiollms.evaluate import score
-from uiollms.library import Memory
-from uiollms.memory import MemoryState
-from uiollms.model import MemoryLM
-from uiollms.step import gradient_step
-from uiollms.tasks import Sample
+from uiollms.config.sections import MemoryConfig
+from uiollms.data.sample import Sample
+from uiollms.evaluation.scoring import score
+from uiollms.files.errors import ConfigError
+from uiollms.model.memory import Memory
+from uiollms.model.memory_lm import MemoryLM
+from uiollms.model.state import MemoryState
+from uiollms.training.estimators import TBPTT, UIO, Exact, Importance, draw_window, make_estimator, window_from_draws
+from uiollms.training.step import gradient_step
 
 __all__ = [
     "TBPTT",

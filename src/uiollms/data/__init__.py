@@ -22,12 +22,11 @@ files, hub and beacons (the readers behind them), mixture.
 
 from transformers import PreTrainedTokenizerBase
 
-from uiollms.config import ConfigError
-from uiollms.data import (  # noqa: F401  importing them registers their corpora
-    corpora_own,
-    corpora_recall,
-    corpora_tasks,
-    corpora_text,
+from uiollms.data.corpora import (  # noqa: F401  importing them registers their corpora
+    facts,
+    labelled,
+    local,
+    text,
 )
 from uiollms.data.documents import (
     Corpus,
@@ -38,6 +37,7 @@ from uiollms.data.documents import (
     find_corpus,
 )
 from uiollms.data.mixture import Mixture
+from uiollms.files.errors import ConfigError
 
 __all__ = [
     "Corpus",

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
-from uiollms.config import ConfigError
+from uiollms.files.errors import ConfigError
 
 Task = Literal[
     "language modeling",
@@ -26,7 +26,7 @@ Task = Literal[
 @dataclass(frozen=True)
 class Document:
     """One document. text: the prompt where there is a response; source: where it was read, for messages; response: the
-    answer, None for plain text; task: how it becomes a sample, see uiollms/tasks.py; train_prompt: the prompt is scored
+    answer, None for plain text; task: how it becomes a sample, see uiollms/data/sample.py; train_prompt: the prompt is scored
     like the response; kl_weight: the share of KL(teacher || student) in the loss, the rest is cross entropy (0 = plain,
     1 = distilled)."""
 

@@ -7,8 +7,8 @@ from array import array
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from uiollms.config import ConfigError
 from uiollms.data.documents import Corpus, Document
+from uiollms.files.errors import ConfigError
 
 
 class Draw(NamedTuple):

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from uiollms.devices import give_back
-from uiollms.model import MemoryLM
-from uiollms.step import gradient_step
+from uiollms.data.sample import Sample
+from uiollms.kernels.allocator import trim_heap
+from uiollms.model.memory_lm import MemoryLM
 from uiollms.study.gradients import NAMES, estimators_of
-from uiollms.tasks import Sample
+from uiollms.training.step import gradient_step
 
 
 class PeakMemory:
@@ -34,7 +34,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self.start = torch.cuda.memory_allocated(self.device)
             return self
-        give_back(self.device)
+        trim_heap(self.device)
         self.process, self.done = psutil.Process(), threading.Event()
         self.start = self.most = self.process.memory_info().rss
         self.thread = threading.Thread(target=self._watch)

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from uiollms.estimators import Estimator, Exact, make_estimator
-from uiollms.memory import Prefix, join_slots
-from uiollms.model import MemoryLM
-from uiollms.passes import decode_rows
-from uiollms.tasks import Sample
+from uiollms.data.sample import Sample
+from uiollms.model.memory_lm import MemoryLM
+from uiollms.model.passes import decode_rows
+from uiollms.model.state import Prefix, join_slots
+from uiollms.training.estimators import Estimator, Exact, make_estimator
 
 INFINITE = 10**6  # a window wider than any document
 NAMES = ("tbptt", "uio", "uio, no factor", "importance", "exact")

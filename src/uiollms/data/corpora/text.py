@@ -1,0 +1,115 @@
+"""Corpora of plain text, by the authors' names. Adding one: a function decorated with `corpus`."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from uiollms.data.documents import SIZE, Corpus, Document, Lazy, corpus, cut, picked
+from uiollms.data.readers.cleaning import article_spans, collapse_repeats
+from uiollms.data.readers.hub import HubDataset, documents_of
+from uiollms.data.readers.json_lines import Fields, RawFile, json_lines, plain_text, text_of
+
+MINIPILE = HubDataset("JeanKaddour/minipile")
+WIKITEXT = HubDataset(
+    "Salesforce/wikitext",
+    aliases=("wikitext",),
+    files={split: f"wikitext-103-raw-v1/{split}*" for split in ("train", "validation", "test")},
+)
+PG19 = HubDataset("emozilla/pg19", aliases=("deepmind/pg19", "pg19"))  # the original is a program that downloads the books
+LONGDATA = HubDataset("yuyijiong/LongData-Corpus")
+# The two RedPajamas are programs too, but lie beside the files that they read.
+ARXIV = HubDataset("togethercomputer/RedPajama-Data-1T-Sample", files={"train": "arxiv_sample.jsonl*"})
+REDPAJAMA_V2 = HubDataset("togethercomputer/RedPajama-Data-V2", files={"train": "sample/documents/**/en_*.json*"})
+PROOF_PILE = RawFile("proof-pile.json")
+CODE_PARROT = RawFile("codeparrot.json")
+BOOKS = RawFile("redpajama_book_sample.jsonl")
+
+
+SPLITS, SPLIT = "{train,validation,test}", r"\.(train|validation|test)"
+
+
+@corpus(
+    f"minipile.{SPLITS}[.SIZE]",
+    "minipile" + SPLIT + SIZE,
+    needs=[MINIPILE],
+    reads=lambda split, size: [MINIPILE.split(split)],
+)
+def minipile(split: str, size: str | None) -> Corpus:
+    return cut(MINIPILE.rows(split, ["text"], plain_text), size)
+
+
+@corpus(
+    f"wikitext103.{SPLITS}[.SIZE]",
+    "wikitext103" + SPLIT + SIZE,
+    needs=[WIKITEXT],
+    reads=lambda split, size: [WIKITEXT.split(split)],
+)
+def wikitext103(split: str, size: str | None) -> Corpus:
+    """A row of the dataset is a line, a document is the body of an article."""
+    lines = WIKITEXT.load(split, ["text"])
+    starts, ends = article_spans(line for batch in lines.iter(10_000) for line in batch["text"])
+
+    def read(i: int) -> Document:
+        text = "".join(lines[starts[i] : ends[i]]["text"])
+        return Document(text, f"hub:{WIKITEXT.name}/{split}: rows {starts[i] + 1}-{ends[i]}")
+
+    return cut(Lazy(len(starts), read), size)
+
+
+@corpus(
+    f"pg19.{SPLITS}[.SIZE]",
+    "pg19" + SPLIT + SIZE,
+    needs=[PG19],
+    reads=lambda split, size: [PG19.split(split)],
+)
+def pg19(split: str, size: str | None) -> Corpus:
+    return cut(PG19.rows(split, ["text"], plain_text), size)
+
+
+@corpus("proof-pile[.SIZE]", r"proof-pile" + SIZE, needs=[PROOF_PILE])
+def proof_pile(size: str | None) -> Corpus:
+    return cut(json_lines(PROOF_PILE.path(), plain_text), size)
+
+
+@corpus("code-parrot[.SIZE]", r"code-parrot" + SIZE, needs=[CODE_PARROT])
+def code_parrot(size: str | None) -> Corpus:
+    return cut(json_lines(CODE_PARROT.path(), plain_text), size)
+
+
+@corpus("longdata-corpus[.SIZE]", r"longdata-corpus" + SIZE, needs=[LONGDATA])
+def longdata(size: str | None) -> Corpus:
+    def make(fields: Fields, source: str) -> Document:
+        return Document(collapse_repeats(text_of(fields, "text", source)), source)
+
+    return cut(LONGDATA.rows("train", ["text"], make), size)
+
+
+@corpus("redpajama arxiv sample.train[.SIZE]", r"redpajamaarxivsample\.train" + SIZE, needs=[ARXIV])
+def redpajama_arxiv(size: str | None) -> Corpus:
+    """Only rows with an arxiv id; which these are is found out in one pass over the column `meta`."""
+    rows = ARXIV.load("train", ["text", "meta"])
+    metas = (meta for batch in rows.select_columns(["meta"]).iter(10_000) for meta in batch["meta"])
+    numbers = [i for i, meta in enumerate(metas) if has_arxiv_id(meta)]
+    texts = documents_of(rows.select_columns(["text"]), f"hub:{ARXIV.name}/train", plain_text)
+    return cut(picked(texts, numbers), size)
+
+
+def has_arxiv_id(meta: Any) -> bool:
+    """meta is an object, or an object written as text: {"arxiv_id": "2406.18173", ...}"""
+    if isinstance(meta, str):
+        return re.search(r"""["']arxiv_id["']: *["'][^"']""", meta) is not None
+    return bool(meta and meta.get("arxiv_id"))
+
+
+@corpus("redpajama book sample.train[.SIZE]", r"redpajamabooksample\.train" + SIZE, needs=[BOOKS])
+def redpajama_book(size: str | None) -> Corpus:
+    return cut(json_lines(BOOKS.path(), plain_text, limit=10_000), size)
+
+
+@corpus("redpajama v2.train[.SIZE]", r"redpajamav2\.train" + SIZE, needs=[REDPAJAMA_V2])
+def redpajama_v2(size: str | None) -> Corpus:
+    def make(fields: Fields, source: str) -> Document:
+        return Document(text_of(fields, "raw_content", source), source)
+
+    return cut(REDPAJAMA_V2.rows("train", ["raw_content"], make), size)

@@ -1,0 +1,1 @@
+"""Where documents come from: JSON lines, hub datasets, tokenised beacon samples."""

@@ -1,0 +1,180 @@
+"""Datasets of the Hugging Face hub, and parquet files: rows read from memory-mapped Arrow.
+
+A dataset's files come from $UIOLLMS_HUB_DIR/<org>/<name> if that folder exists, else from the hub's cache on this machine,
+else they are downloaded into it; then the `datasets` library turns them into Arrow files, once. No program that a dataset
+brings along is run. The token for gated datasets is read from the environment, HF_TOKEN, and from nowhere else.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from uiollms.data.documents import Corpus, Lazy
+from uiollms.data.readers.json_lines import MakeDocument, text_or_qa
+from uiollms.files.errors import ConfigError
+from uiollms.files.folders import hub_dir
+
+SPLITS = ("train", "validation", "test")
+BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}  # by file ending, .gz aside
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A dataset of the hub. name: its id; aliases: other ids that $UIOLLMS_HUB_DIR may hold it under; files: a glob of the
+    files of each split, where the dataset's own layout does not say it. Of a dataset whose file names tell the splits
+    apart, only the wanted split is downloaded (of pg19 the test books, without 6 GB of training books)."""
+
+    name: str
+    aliases: tuple[str, ...] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    def missing(self) -> str | None:
+        if self.local_folder() or self.cached_folder():
+            return None
+        return f"hub dataset {self.name} is not on this machine; it is downloaded when first used"
+
+    def split(self, name: str) -> Split:
+        """One split as a source of its own."""
+        return Split(self, name)
+
+    def local_folder(self) -> Path | None:
+        root = hub_dir()
+        folders = [root / name for name in (self.name, *self.aliases)] if root else []
+        return next((folder for folder in folders if folder.is_dir()), None)
+
+    def cached_folder(self) -> Path | None:
+        """The folder of an earlier download, of whatever splits."""
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            return self.fetch(None, local_files_only=True)
+        except LocalEntryNotFoundError:
+            return None
+
+    def has(self, split: str, folder: Path) -> bool:
+        """Whether the files of a split lie in a folder, as far as their names tell."""
+        return bool(self.paths(split, folder)) or not any(self.paths(other, folder) for other in SPLITS)
+
+    def paths(self, split: str, folder: Path) -> list[str]:
+        """The data files that a split is read from: those of its glob, else those that name it
+        (data/test-00000-of-00001.parquet); none where names do not tell splits apart."""
+        if self.files:
+            found = folder.glob(self.files[split]) if split in self.files else []
+            return sorted(str(path) for path in found if path.is_file())
+        word = re.compile(rf"(?<![a-z]){split}(?![a-z])", re.IGNORECASE)
+        found = [path for path in sorted(folder.rglob("*")) if word.search(path.relative_to(folder).as_posix())]
+        return [str(path) for path in found if path.is_file() and suffix_of(str(path)) in BUILDERS]
+
+    def download(self, split: str) -> Path:
+        """The folder with the files of a split; all of the dataset's where names do not tell them."""
+        folder = self.fetch([self.files[split]] if self.files else [f"*{split}*"])
+        return folder if self.files or self.paths(split, folder) else self.fetch(None)
+
+    def fetch(self, patterns: list[str] | None, local_files_only: bool = False) -> Path:
+        from huggingface_hub import snapshot_download
+
+        folder = snapshot_download(
+            self.name,
+            repo_type="dataset",
+            allow_patterns=patterns,
+            token=os.environ.get("HF_TOKEN") or False,  # False: not even one that a login has left on the disk
+            local_files_only=local_files_only,
+        )
+        return Path(folder)
+
+    def load(self, split: str, columns: Sequence[str]) -> Any:
+        """The rows of a split, as a datasets.Dataset of those columns. Raises ConfigError with one line."""
+        import datasets
+
+        try:
+            folder = self.local_folder() or self.download(split)
+            if paths := self.paths(split, folder):
+                # The library takes names for globs.
+                named = [glob.escape(path) for path in paths]
+                kind = builder_of(paths[0])
+                dataset = datasets.load_dataset(kind, data_files=named, split="train")
+            elif self.files:
+                raise FileNotFoundError(f"no file matches {folder / self.files[split]}")
+            else:
+                dataset = datasets.load_dataset(str(folder), split=split)
+        except Exception as error:  # network, disk and file formats fail in a dozen libraries' own ways
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise ConfigError(
+                f"hub dataset {self.name}, split {split}: cannot be had ({reason}); check the network, and HF_TOKEN if the "
+                f"dataset is gated, or set UIOLLMS_HUB_DIR to a folder that holds a copy of it as {self.name}"
+            ) from error
+        return with_columns(dataset, columns, f"hub dataset {self.name}, split {split}")
+
+    def rows(self, split: str, columns: Sequence[str], make: MakeDocument) -> Corpus:
+        """The documents of a split, one a row."""
+        return documents_of(self.load(split, columns), f"hub:{self.name}/{split}", make)
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of a hub dataset, as a source."""
+
+    dataset: HubDataset
+    split: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.dataset.name} ({self.split})"
+
+    def local_folder(self) -> Path | None:
+        return self.dataset.local_folder()
+
+    def missing(self) -> str | None:
+        local = self.local_folder()
+        folder = local or self.dataset.cached_folder()
+        if folder and self.dataset.has(self.split, folder):
+            return None
+        if local:  # which nothing is added to
+            return f"{local} holds no file of split {self.split} of the hub dataset {self.dataset.name}"
+        return f"hub dataset {self.dataset.name}, split {self.split}, is not on this machine; it is downloaded when first used"
+
+
+def suffix_of(path: str) -> str:
+    return Path(path.removesuffix(".gz")).suffix
+
+
+def builder_of(path: str) -> str:
+    suffix = suffix_of(path)
+    if suffix not in BUILDERS:
+        raise ValueError(f"{path}: expected one of {', '.join(BUILDERS)}")
+    return BUILDERS[suffix]
+
+
+def with_columns(dataset: Any, columns: Sequence[str], source: str) -> Any:
+    """Only those columns, so that reading a row reads nothing else. Raises ConfigError for one that is not there."""
+    for column in columns:
+        if column not in dataset.column_names:
+            raise ConfigError(f"{source}: column {column!r} is missing, found {sorted(dataset.column_names)}")
+    return dataset.select_columns(list(columns))
+
+
+def documents_of(dataset: Any, source: str, make: MakeDocument) -> Corpus:
+    def read(i: int) -> Any:
+        return make(dataset[i], f"{source}: row {i + 1}")
+
+    return Lazy(len(dataset), read)
+
+
+def parquet_file(path: str) -> Corpus:
+    """A parquet file with a column `text`, or columns `input` and `output`; or all, with nulls."""
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset("parquet", data_files=glob.escape(path), split="train")
+    except Exception as error:  # as above
+        raise ConfigError(f"{path}: cannot be read as parquet ({' '.join(str(error).split())[:300]})") from error
+    columns = ["input", "output"]
+    if "text" in dataset.column_names:
+        columns = ["text", *(name for name in columns if name in dataset.column_names)]
+    return documents_of(with_columns(dataset, columns, path), path, text_or_qa)

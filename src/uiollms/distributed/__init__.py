@@ -1,0 +1,1 @@
+"""Processes that train together, and where the modules of a base lie."""

@@ -1,0 +1,58 @@
+"""What the environment says of a process: its number among others, and where folders lie. Values that
+cannot be meant are refused by name before anything else reads them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from uiollms.files.errors import ConfigError, Faults, shortened
+
+SIZES = """
+    WORLD_SIZE LOCAL_WORLD_SIZE SLURM_NTASKS PMI_SIZE OMPI_COMM_WORLD_SIZE MV2_COMM_WORLD_SIZE
+    MPI_LOCALNRANKS OMPI_COMM_WORLD_LOCAL_SIZE MV2_COMM_WORLD_LOCAL_SIZE
+""".split()
+RANKS = """
+    RANK LOCAL_RANK GROUP_RANK SLURM_PROCID SLURM_LOCALID PMI_RANK OMPI_COMM_WORLD_RANK
+    OMPI_COMM_WORLD_LOCAL_RANK MPI_LOCALRANKID MV2_COMM_WORLD_RANK MV2_COMM_WORLD_LOCAL_RANK
+""".split()
+MOST_PROCESSES = 2**16
+# name -> (least, most)
+NUMBERS: dict[str, tuple[int, int]] = {
+    **dict.fromkeys(SIZES, (0, MOST_PROCESSES)),  # 0: some launchers' word for none
+    **dict.fromkeys(RANKS, (-1, MOST_PROCESSES - 1)),  # -1: likewise
+    "MASTER_PORT": (0, 2**16 - 1),
+}
+RANK_OF = {"WORLD_SIZE": "RANK", "LOCAL_WORLD_SIZE": "LOCAL_RANK"}
+FOLDERS = ("UIOLLMS_CACHE", "UIOLLMS_RAW_DATA", "UIOLLMS_HUB_DIR")
+
+
+def check_environment(given: Mapping[str, str] | None = None) -> None:
+    """Raises ConfigError, a line for each, for environment variables that are read as numbers or
+    folders and are none. given: os.environ by default."""
+    given = os.environ if given is None else given
+    faults = Faults()
+    numbers = {}
+    for name, (least, most) in NUMBERS.items():
+        if text := given.get(name):
+            with faults.noted():
+                numbers[name] = as_number(name, text, least, most)
+    for size, rank in RANK_OF.items():
+        if 0 < numbers.get(size, 0) <= numbers.get(rank, 0):
+            why = f"expected a number below {size}, which is {numbers[size]}"
+            faults.add(f"environment variable {rank}: {why}, found {numbers[rank]}")
+    for name in FOLDERS:
+        if (text := given.get(name)) and Path(text).exists() and not Path(text).is_dir():
+            faults.add(f"environment variable {name}: {shortened(text)} is not a folder; give one, or unset it")
+    faults.report()
+
+
+def as_number(name: str, text: str, least: int, most: int) -> int:
+    digits = text.strip()
+    if len(digits) <= 20 and digits.removeprefix("-").isdecimal() and digits.isascii():
+        if least <= int(digits) <= most:
+            return int(digits)
+    expected = f"a whole number from {least} to {most}"
+    found = shortened(text, 60)
+    raise ConfigError(f"environment variable {name}: expected {expected}, found {found!r}; unset it, or correct it")

@@ -1,0 +1,1 @@
+"""Scores of held-out documents, their controls and statistics, and lm-eval."""

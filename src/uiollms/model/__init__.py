@@ -1,0 +1,1 @@
+"""The memory-enhanced transformer: encoder, transfer head, decoder, and what a stream holds."""

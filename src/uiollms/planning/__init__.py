@@ -1,0 +1,1 @@
+"""What a training step takes on every device, counted on pretended ones."""

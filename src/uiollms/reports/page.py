@@ -1,0 +1,176 @@
+"""A run folder as one HTML page that needs no other file, and its pictures as PNGs beside it."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+
+from uiollms.config.corpora import Stage
+from uiollms.files.atomic import make_folder, replace_text, reporting_write_errors
+from uiollms.reports.curves import plot_steps, plot_training
+from uiollms.reports.plots import plot_attention, plot_lengths, plot_results
+from uiollms.reports.run_folder import FAULTS, Missing, RunFolder, config_text
+from uiollms.reports.tables import COLUMNS, rows_of, written_chunks
+from uiollms.runs.metrics import ITERATIONS, iterations_of
+
+
+@dataclass
+class Picture:
+    """A PNG with its heading and what it shows, in words."""
+
+    path: Path
+    title: str
+    caption: str
+
+    @property
+    def base64(self) -> str:
+        return base64.b64encode(self.path.read_bytes()).decode()
+
+
+def write_report(run: RunFolder) -> tuple[Path, list[Path]]:
+    """`plots/*.png` and `report.html` in the run folder, from what it holds; the page's path and the pictures'."""
+    template = files("uiollms.reports").joinpath("page.html").read_text(encoding="utf-8")
+    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(template)
+    target = run.path / "report.html"
+    with reporting_write_errors(target):
+        make_folder(run.path / "plots")
+        drawn, rows = list(draw(run, run.path / "plots")), list(tables(run))
+        text = page.render(
+            title=f"Run {run.path.resolve().name}",
+            facts=list(facts(run)),
+            config=run.config and config_text(run.config),
+            evaluated=f"From {run.evaluated}",
+            columns=COLUMNS,
+            rows=rows,
+            written=written_chunks(run.results),
+            pictures=drawn,
+            missing=run.missing,
+        )
+        replace_text(target, text.encode("utf-8", "backslashreplace").decode())  # half surrogates
+    return target, [picture.path for picture in drawn]
+
+
+def tables(run: RunFolder) -> Iterator[list[tuple[str, ...]]]:
+    """The cells of every result that can be shown, and a note of the others."""
+    for result in run.results:
+        try:
+            yield rows_of(result)
+        except FAULTS as error:
+            run.missing.append(Missing(f"the numbers of {result.title}", reason_of(error)))
+
+
+def draw(run: RunFolder, folder: Path) -> Iterator[Picture]:
+    """The pictures that can be drawn, and a note of the others."""
+    for name, title, said, plot in pictures(run):
+        path = folder / f"{name}.png"
+        try:
+            plot(path)
+        except OSError:
+            raise
+        except FAULTS as error:
+            run.missing.append(Missing(title, reason_of(error)))
+        else:
+            yield Picture(path, title, said)
+
+
+def reason_of(error: Exception) -> str:
+    words = " ".join(str(error).split())[:200]
+    return f"it cannot be shown ({type(error).__name__}: {words})"
+
+
+def pictures(run: RunFolder) -> Iterator[tuple[str, str, str, Callable[[Path], Path]]]:
+    """Name, title, caption of each, and what draws it into a file."""
+    if any(line.get("nll") is not None for line in run.metrics):
+        said = "Loss of every training batch and its running mean; held-out perplexities as NLL, in a panel of their own where "
+        said += "they score other tokens than the training loss. Bound, where memories are shuffled: "
+        said += "NLL with another document's memories less NLL with the own, with its 95 % interval; "
+        said += "at 0 memory is a prefix, whoever's it is."
+        loss = run.config.train.loss if run.config else "paper"
+        curve = partial(plot_training, run.metrics, loss=loss, counted=iterations_of(run.versions))
+        yield "training", "Training curve", said, curve
+        said = "Gradient norms are before clipping, of all trained tensors and of each part. Tokens are those that the decoder "
+        said += "reads, all processes together, without evaluations and checkpoints. Memory is the first process's peak so far."
+        yield "steps", "Steps", said, partial(plot_steps, run.metrics, iterations_of(run.versions))
+    text = [result for result in run.results if result.kind == "text"]
+    if text:
+        said = "Perplexity of the tokens between two powers of two. Left of the dotted line no memory is read yet."
+        yield "position", "Perplexity by position", said, partial(plot_results, text)
+    text = [result for result in run.nlls if result.kind == "text"]
+    if text:
+        said = "Perplexity of the first so many tokens together, over the documents that have so many: what shorter documents "
+        said += "would have. The last point is the longest document's length."
+        yield "length", "Perplexity by length, with and without memory", said, partial(plot_lengths, text)
+    others = [result for result in run.results if result.kind != "text"]
+    if others:
+        said = "Accuracy by the depth at which the sentence is hidden; other tasks as bars."
+        yield "tasks", "Other tasks", said, partial(plot_results, others)
+    if run.attention:
+        about = run.attention.about
+        said = f"Share of a layer's attention, averaged over heads and tokens, in one document of {about['tokens']} tokens from "
+        said += f"{about['task']} in chunks of {about['chunk_size']} with {about['num_memory']} slots each, weights: "
+        said += f"{about['weights']}. Left: what a memory of each age gets, averaged over the chunks that have one "
+        said += "so old (logarithmic colours, down to a thousandth of the largest). Right: all memories together; the rest goes "
+        said += "to the chunk's own tokens."
+        yield "attention", "Attention to memory", said, partial(plot_attention, run.attention)
+
+
+def facts(run: RunFolder) -> Iterator[tuple[str, str]]:
+    """What was run, in short: (name, value)."""
+    versions = run.versions
+    if run.config:
+        model, train = run.config.model, run.config.train
+        dtype = versions.get("dtype") or model.model_dtype
+        yield "model", f"{model.model_name} ({model.model_structure}), {dtype}"
+    yield "weights", run.weights_name
+    if run.compressor:
+        c = run.compressor
+        recent = f", the last {c.recent_tokens} tokens before a chunk read again" if c.recent_tokens else ""
+        sizes = f"chunks of {c.chunk_size} tokens into {c.num_memory} slots a layer"
+        yield "compressor", f"{sizes}, LoRA rank {c.lora_rank}{recent}"
+    steps = [line for line in run.metrics if "lr" in line]
+    if run.config and steps:
+        chosen = f"{train.estimator}, S = {train.tbptt}" if train.estimator != "exact" else "exact"
+        yield "gradient", f"{chosen}; loss: {train.loss} protocol"
+        yield "optimizer", f"AdamW, peak learning rate {train.max_lr:g}, {train.accum_grad} documents a step, seed {train.seed}"
+        shares = [f"{c.name} ({c.partition:.0%}, {c.truncation or 'all'} tokens)" for c in train.corpus]
+        yield "corpora", ", ".join(shares)
+        if train.stages:
+            yield "stages", ", ".join(stage_words(stage) for stage in train.stages)
+    if steps:
+        goal = f" of {run.config.train.train_iters}" if run.config else ""
+        took = f"in {duration(run.metrics[-1]['seconds'])}, evaluations included"
+        yield iterations_of(run.versions), f"{steps[-1]['iteration']}{goal} {took}"
+        skipped = sum("skipped" in line for line in steps)
+        if skipped:
+            yield "skipped", f"{skipped} steps, whose loss or gradient was not finite"
+    tokens = sum(line.get("tokens", 0) for line in steps)
+    if tokens:
+        yield "tokens read", f"{tokens:,}"
+    if versions:
+        names = ("platform", "device", "processes")
+        yield "machine", ", ".join(f"{name} {versions[name]}" for name in names if versions.get(name))
+        yield "git revision", versions.get("git") or "none: not a clone"
+        named = {name: value for name, value in versions.items() if name not in (*names, ITERATIONS, "git", "dtype") and value}
+        yield "versions", ", ".join(f"{name} {value}" for name, value in named.items())
+
+
+def stage_words(stage: Stage) -> str:
+    """40% of stdlib.train (auto encoding) at 64/16, 128/32"""
+    corpora = [f"{c.name} ({c.task})" if c.task else c.name for c in stage.corpus or ()]
+    sizes = [f"{chunk_size}/{num_memory}" for chunk_size, num_memory in stage.sizes or ()]
+    said = f"{stage.share:.0%}" + (f" of {' and '.join(corpora)}" if corpora else "")
+    return said + (f" at {', '.join(sizes)}" if sizes else "")
+
+
+def duration(seconds: float) -> str:
+    """4105 -> 1 h 8 min; 75 -> 1 min 15 s"""
+    minutes, rest = divmod(math.floor(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"

@@ -1,0 +1,1 @@
+"""Gradient estimators, the training step, optimizer, samples and stages."""

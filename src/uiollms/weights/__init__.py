@@ -1,0 +1,1 @@
+"""Weights on disk: base models, adapters, whole model folders."""

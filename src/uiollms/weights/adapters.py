@@ -1,0 +1,248 @@
+"""Trained weights on disk: PEFT adapter folders in safetensors, or the authors' list of tensors.
+
+<folder>/memory_config.json                 the compressor they were trained for
+         encoder/ decoder/                  PEFT adapters: adapter_config.json, adapter_model.safetensors
+                                            (no decoder/ without a transfer head)
+         tokens.safetensors                 the two token embeddings (with slot_input "last" the repeat token
+                                            alone); its header names the base's vocabulary size
+         checksums.json                     sha256 of every file, written last
+<name>.pth                                  the released program's format: a pickled list, encoder then decoder, each
+                                            its token and then, layer by layer, A and B of its two projections
+                                            (with slot_input "last" the encoder has no token)
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from peft import LoraConfig
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from uiollms.config.sections import MemoryConfig, load_memory_config
+from uiollms.files.atomic import (
+    CHECKSUMS,
+    make_folder,
+    read_whole,
+    replacing,
+    replacing_folder,
+    reporting_write_errors,
+    verify,
+    write_checksums,
+)
+from uiollms.files.errors import ConfigError
+from uiollms.files.reading import check_tree, kind_of
+from uiollms.weights.fitness import TOKEN, not_finite, other_slots
+
+if TYPE_CHECKING:
+    from uiollms.model.memory_lm import MemoryLM
+
+ROLES = ("encoder", "decoder")
+TOKENS = (TOKEN, "decoder.repeat_token")
+ADAPTERS = [f"{role}/{name}" for role in ROLES for name in ("adapter_config.json", "adapter_model.safetensors")]
+WEIGHT_FILES = ["memory_config.json", "tokens.safetensors", *ADAPTERS, CHECKSUMS]
+
+
+def save_weights(model: MemoryLM, path: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write the trained tensors, in `dtype` if given (smaller), as a whole: what was at `path` stays until they are on the
+    disk, and where the save fails, with a ConfigError. A link stays and what it leads to is replaced.
+    Raises ConfigError where anything but weights lies at `path`."""
+    named = Path(path)
+    check_target(named)
+    remedy = f"; {named} is as it was" if named.exists() else ""
+    with reporting_write_errors(named, remedy):
+        if named.suffix == ".pth":
+            listed = io.BytesIO()
+            torch.save(list(cpu_tensors(model, dtype).values()), listed)
+            make_folder(named.parent)
+            with replacing(named) as work:
+                work.write_bytes(listed.getbuffer())
+        else:
+            with replacing_folder(named) as work:
+                write_weights(model, work, dtype)
+                write_checksums(work)
+
+
+def write_weights(model: MemoryLM, work: Path, dtype: torch.dtype | None = None) -> None:
+    """The files of the folder format, but for the checksums, in an empty folder."""
+    tensors = cpu_tensors(model, dtype)
+    compressor = model.memory_config.model_dump_json(indent=4) + "\n"
+    (work / "memory_config.json").write_text(compressor, encoding="utf-8")
+    header = {"vocab_size": str(model.config.vocab_size)}  # one key: more would be written in a random order
+    tokens = {name: tensors[name] for name in TOKENS if name in tensors}
+    save_file(tokens, work / "tokens.safetensors", metadata=header)
+    for role in roles(model.memory_config):
+        adapter = {peft_name(name): t.contiguous() for name, t in tensors.items() if is_lora_of(role, name)}
+        peft_config(model, projections(adapter)).save_pretrained(str(work / role))
+        save_file(adapter, work / role / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def roles(memory: MemoryConfig) -> tuple[str, ...]:
+    """The roles that have a LoRA: without a transfer head the decoder has none."""
+    return ROLES if memory.transfer_head else ROLES[:1]
+
+
+def cpu_tensors(model: MemoryLM, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """What is written. Raises ConfigError for NaN and infinite numbers."""
+    tensors = {name: t.to(device="cpu", dtype=dtype or t.dtype) for name, t in model.memory_state_dict().items()}
+    if name := not_finite(tensors.items()):
+        kind = tensors[name].dtype
+        raise ConfigError(
+            f"weights are not saved: {name} holds NaN or infinite numbers in {kind}; go back to weights "
+            f"saved before, and lower train.max_lr, or write another dtype"
+        )
+    return tensors
+
+
+def check_target(path: Path) -> None:
+    """Raises ConfigError unless weights can go to `path` without taking anything else's place."""
+    if not (path.exists() or path.is_symlink()):
+        return
+    remedy = "move it, or choose another model.save_ckp"
+    if not path.exists() and not Path(os.path.realpath(path)).parent.is_dir():
+        lost = f"is a link to {os.path.realpath(path)}, whose folder is not there"
+        raise ConfigError(f"{path}: {lost}; {remedy}")
+    if not path.exists():
+        return
+    if path.suffix == ".pth":
+        if not holds_tensors(path):
+            what = "it is no list of tensors saved by torch"
+            raise ConfigError(f"{path}: weights would replace it, but {what}; {remedy}")
+        return
+    if path.is_symlink() and os.path.ismount(os.path.realpath(path)):
+        raise ConfigError(f"{path}: is a link to a whole disk; let it lead to a folder on it")
+    others = [p for p in path.rglob("*") if p.is_file() and p.relative_to(path).as_posix() not in WEIGHT_FILES]
+    if others or not path.is_dir():
+        what = f"holds other files ({others[0].relative_to(path)})" if others else "is not a folder"
+        raise ConfigError(f"{path}: weights would replace it, but it {what}; {remedy}")
+
+
+def holds_tensors(path: Path) -> bool:
+    """Whether a file is a list of tensors, as the .pth format is."""
+    if kind_of(path):  # a pipe would be waited for
+        return False
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # whatever another file makes the unpickler raise
+        return False
+    return isinstance(found, list) and all(isinstance(t, Tensor) for t in found)
+
+
+def load_weights(model: MemoryLM, path: str | Path) -> None:
+    """Read trained tensors into `model`. Raises ConfigError for files that are missing, broken or not those that
+    checksums.json names (where there is one), a compressor or vocabulary other than the model's, and tensors that do not fit."""
+    path = Path(path)
+    try:
+        if path.suffix == ".pth":
+            check_tree(path)
+            tensors = read_pth(model, path)
+        else:
+            tensors = read_whole(path, lambda folder: read_folder(model, folder))
+        model.load_memory_state_dict(tensors)
+    except OSError as error:
+        raise ConfigError(f"{path}: no checkpoint can be read here ({error})") from None
+    except SafetensorError as error:
+        raise ConfigError(f"{path}: the checkpoint is damaged ({error})") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def read_folder(model: MemoryLM, path: Path) -> dict[str, Tensor]:
+    check_tree(path)
+    absent = () if (path / "decoder").exists() else ("decoder",)  # no transfer head, or missed below
+    files = [name for name in WEIGHT_FILES if name != CHECKSUMS and name.split("/")[0] not in absent]
+    if other := [name for name in files if (path / name).exists() and not (path / name).is_file()]:
+        raise ValueError(f"{other[0]} is not a file")
+    if (path / CHECKSUMS).exists():
+        verify(path, files)
+    check_compressor(path, model.memory_config)
+    with safe_open(path / "tokens.safetensors", "pt") as file:
+        vocabulary = (file.metadata() or {}).get("vocab_size")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    if vocabulary not in (None, str(model.config.vocab_size)):
+        raise ValueError(f"trained with a vocabulary of {vocabulary} tokens, the model has {model.config.vocab_size}")
+    for role in roles(model.memory_config):
+        adapter = load_file(path / role / "adapter_model.safetensors")
+        tensors |= {plain_name(role, name): t for name, t in adapter.items()}
+    return tensors
+
+
+def check_compressor(path: Path, memory: MemoryConfig) -> None:
+    """Raises ValueError where the weights in a folder were trained for another compressor."""
+    saved = load_memory_config(path / "memory_config.json")
+    differing = [
+        f"{field} {getattr(saved, field)}, the config says {getattr(memory, field)}"
+        for field in ("num_memory", "chunk_size", "lora_rank", "lora_alpha", "transfer_head", "slot_input", "recent_tokens")
+        if getattr(saved, field) != getattr(memory, field)
+    ]
+    if differing:
+        raise ValueError(f"trained with another compressor: {'; '.join(differing)}")
+
+
+def read_pth(model: MemoryLM, path: Path) -> dict[str, Tensor]:
+    """The authors' list, with torch's weights-only loader: nothing in the file is executed."""
+    if path.exists() and not path.is_file():
+        raise ValueError("not a file")  # a pipe would be waited for, a device may have no end
+    try:
+        if zipfile.is_zipfile(path):  # torch does not look at the checksums in its own files
+            with zipfile.ZipFile(path) as archive:
+                if bad := archive.testzip():
+                    raise zipfile.BadZipFile(f"damaged: the checksum of {bad} is another")
+        listed = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a file that means harm can fail in any way the unpickler knows
+        raise ValueError(f"not a list of tensors saved by torch ({' '.join(str(error).split())[:120]})") from None
+    names = list(model.trainable_parameters())
+    if isinstance(listed, list) and all(isinstance(t, Tensor) for t in listed):
+        more, learned = len(listed) - len(names), TOKEN in names
+        if (more, learned) in ((1, False), (-1, True)) and (listed[0].dim() == 3) == (not learned):
+            raise ValueError(other_slots(not learned))
+    if not isinstance(listed, list) or len(listed) != len(names) or not all(isinstance(t, Tensor) for t in listed):
+        found = f"{len(listed)} entries" if isinstance(listed, list) else type(listed).__name__
+        raise ValueError(f"expected a list of {len(names)} tensors ({names[0]}, {names[1]}, ...), found {found}")
+    return dict(zip(names, listed, strict=True))
+
+
+def projections(adapter: Iterable[str]) -> list[str]:
+    """Which of a layer's projections have LoRA, by the names of its tensors."""
+    return list(dict.fromkeys(name.split(".")[6] for name in adapter))
+
+
+def peft_config(model: MemoryLM, projections: list[str]) -> LoraConfig:
+    config = model.memory_config
+    base = model.config._name_or_path
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=Path(base).name if Path(base).is_dir() else base,  # no path of this machine in a shared file
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
+        lora_dropout=config.lora_dropout,
+        target_modules=projections,
+        inference_mode=True,
+    )
+
+
+def is_lora_of(role: str, name: str) -> bool:
+    return name.startswith(f"{role}.layers.")
+
+
+def peft_name(name: str) -> str:
+    """encoder.layers.3.q_proj.lora_A -> base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight"""
+    _, _, layer, projection, half = name.split(".")
+    return f"base_model.model.model.layers.{layer}.self_attn.{projection}.{half}.weight"
+
+
+def plain_name(role: str, name: str) -> str:
+    """The inverse of `peft_name`. Raises ValueError for a name that PEFT would not have written."""
+    parts = name.split(".")
+    if len(parts) != 9 or parts[:4] != ["base_model", "model", "model", "layers"]:
+        raise ValueError(f"{role}: {name!r} is not the name of a LoRA tensor")
+    return f"{role}.layers.{parts[4]}.{parts[6]}.{parts[7]}"

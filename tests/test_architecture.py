@@ -1,0 +1,82 @@
+"""The packages of src/uiollms in their order: each imports only from those above it in this list.
+
+Imports inside functions count; those for type checkers alone do not. A package's `__main__` only
+starts its command of `cli`.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "src" / "uiollms"
+ORDER = """
+files           reading and writing files as a whole, and what is wrong with them in one line
+config          the typed sections of the JSON files
+kernels         devices, memory, and what makes the arithmetic fast
+distributed     processes, and the places of a base's modules
+data            corpora -> documents -> samples, batch by batch
+weights         base models, adapters and model folders on disk
+model           the memory-enhanced transformer
+build           a config -> a model with its tokenizer and weights
+evaluation      scores, controls, tasks and their results
+training        estimators, the training step, optimizer and stages
+runs            a run folder: checkpoints, metrics, signals, what is checked before a run
+planning        --dry_run: a step on pretended devices
+study           what estimators cost and buy
+reports         tables, plots and pages
+cli             the commands
+"""
+NAMES = [line.split()[0] for line in ORDER.strip().splitlines()]
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    """src/uiollms/data/readers/hub.py -> data.readers.hub; a package's __init__ is the package."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").strip(".")
+
+
+MODULES = {module_of(path): path for path in FILES}
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The modules of uiollms that a file imports, wherever in it, but for types alone."""
+
+    def nodes(node: ast.AST) -> Iterator[ast.AST]:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            return
+        yield node
+        for child in ast.iter_child_nodes(node):
+            yield from nodes(child)
+
+    for node in nodes(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (a.name.removeprefix("uiollms.") for a in node.names if a.name.startswith("uiollms."))
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "uiollms":
+            package = (node.module or "").removeprefix("uiollms").strip(".")
+            for name in node.names:
+                inner = f"{package}.{name.name}".strip(".")
+                yield inner if inner in MODULES else package
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m and not m.endswith("__main__")])
+def test_a_module_imports_only_from_packages_above_its_own(module):
+    own = NAMES.index(module.split(".")[0])
+    for name in imported(MODULES[module]):
+        assert NAMES.index(name.split(".")[0]) <= own, f"{module} imports {name}"
+
+
+def test_there_are_no_other_packages():
+    assert {module.split(".")[0] for module in MODULES} - {"", "__main__"} == set(NAMES)
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """A package's __init__ runs before its modules, so a module does not count as importing it."""
+    graph = {
+        module: {name for name in imported(path) if name in MODULES and not module.startswith(f"{name}.")}
+        for module, path in MODULES.items()
+    }
+    while leaves := {module for module, names in graph.items() if not names & graph.keys()}:
+        graph = {module: names for module, names in graph.items() if module not in leaves}
+    assert not graph, "a circle lies among: " + ", ".join(sorted(graph))
