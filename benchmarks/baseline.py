@@ -3,7 +3,7 @@
 For every chunk t: all memories so far are projected again, the decoder reads them, the loss goes backward through the retained
 encoder graphs of the S chunks in the reservoir; then chunk t is encoded, with its graph, and may enter the reservoir. Dense
 masks, all logits of a chunk at once, library cross-entropy. It gives the same gradients as `uiollms.gradient_step` with the
-same draws (tests/test_benchmarks.py).
+same draws (tests/benchmarks/test_benchmarks.py).
 
 Shapes: l chunk_size, m num_memory, T tokens of a chunk, L layers, D hidden size, H key/value heads, K head size.
 Source: UIO-LLMs section 3.3.

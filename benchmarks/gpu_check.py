@@ -48,7 +48,7 @@ def steps(part: str, options: argparse.Namespace) -> list[Step]:
     if part == "correctness":
         tests = ["-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short"]
         # Other test files import what only `make setup` installs.
-        files = ["tests/test_gpu.py"] + ([] if tiny else ["tests/test_flash.py"])
+        files = ["tests/test_gpu.py"] + ([] if tiny else ["tests/model/test_flash.py"])
         only = ["-k", "llama or recorded"] if tiny else []
         return [
             Step("versions", ["-c", VERSIONS], 60),

@@ -2,7 +2,7 @@
 
 Documents of a batch have equally many chunks. Everything fits in memory at once here, so plain
 autograd gives the exact gradient of all of them; `uiollms.gradient_step` gives the same, document
-by document, with bounded memory (tests/test_packed.py holds them against each other).
+by document, with bounded memory (tests/benchmarks/test_packed.py holds them against each other).
 
 Shapes: B documents, N chunks of each, l chunk_size, m num_memory, R rows of the decoder pass,
 A of them copies, L layers, H key/value heads, K head size, D hidden size.

@@ -100,7 +100,7 @@ def test_every_command_a_document_names_exists():
 
 
 def test_every_test_a_document_names_exists():
-    written = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    written = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     tests = set(re.findall(r"^def (test_\w+)", written, re.MULTILINE))
     for document in DOCUMENTS:
         named = set(re.findall(r"`(test_\w+)`", document.read_text()))

@@ -25,7 +25,7 @@ from uiollms.config.sections import load_env_config
 from uiollms.evaluation.lm_eval_model import HarnessLM
 from uiollms.weights.adapters import save_weights
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BOS, CHUNK, POSITIONS = 1, 16, 128
 CAPACITY = 57 * 16 + 14  # 56 memories of 2 slots in front of a whole chunk, 57 in front of 14 tokens
 DOCUMENT = "It was a bright cold day, and the clocks were striking. " * 3  # 168 tokens: past the base's positions

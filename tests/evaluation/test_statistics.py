@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import MEMORY, make_model, random_ids, relative_error
 from test_commands import call
-from test_evaluation import entry, scores_of
+from test_evaluator import entry, scores_of
 
 import uiollms
 from uiollms.build import check_env, load_memory_lm

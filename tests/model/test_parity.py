@@ -18,7 +18,7 @@ import uiollms
 from uiollms.training.estimators import all_pairs
 from uiollms.weights.adapters import load_weights, save_weights
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 SHARED = HERE.parent.parent / "shared" / "golden"
 CASES = {d.name: d for root in (HERE / "parity", SHARED) if root.is_dir() for d in sorted(root.iterdir()) if d.is_dir()}
 PRECISIONS = {"f64r32": (torch.float64, 1e-9), "f32": (torch.float32, 1e-4)}

@@ -16,7 +16,7 @@ from uiollms.weights.base_models import KNOWN_SHAPES, load
 from uiollms.weights.model_folder import as_dtype, load_tokenizer, public_name
 from uiollms.weights.packaged import PACKAGED, converted_folder
 
-SHIPPED = Path(__file__).parent.parent / "adapters" / "smollm2-8x"
+SHIPPED = Path(__file__).parents[2] / "adapters" / "smollm2-8x"
 MEMORY = MemoryConfig(num_memory=2, chunk_size=16, lora_rank=2, lora_alpha=4)
 
 

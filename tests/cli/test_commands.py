@@ -26,7 +26,7 @@ from uiollms.files.errors import ConfigError
 from uiollms.files.folders import run_folder
 from uiollms.training.optimizer import SampleStream
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def run(command: str, *arguments: str) -> subprocess.CompletedProcess:

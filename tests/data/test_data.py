@@ -37,7 +37,7 @@ from uiollms.data.readers.cleaning import article_spans, collapse_repeats
 from uiollms.data.readers.json_lines import RawFile, element_spans
 from uiollms.files.errors import ConfigError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "raw_data" / "examples"
 
 

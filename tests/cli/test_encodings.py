@@ -21,7 +21,7 @@ from uiollms.data import open_corpus
 from uiollms.files.errors import ConfigError
 from uiollms.model.memory import Memory
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SOURCES = [ROOT / "train.py", ROOT / "test.py", *sorted((ROOT / "examples").glob("*.py"))]
 SOURCES += sorted((ROOT / "src").rglob("*.py"))
 FOREIGN = "東京の朝 \U0001f600 naïve → "

@@ -14,13 +14,12 @@ from uiollms.cli.dry_run import dry_run, parse_memory
 from uiollms.config.sections import load_env_config
 from uiollms.distributed.device_map import CPU
 from uiollms.files.errors import ConfigError
-from uiollms.planning import planner as plan
 from uiollms.planning import step_simulation
 from uiollms.planning.planner import choose_chunk_batch, largest, largest_batch, make_plan
 from uiollms.planning.step_simulation import StepSimulation
 from uiollms.training.estimators import make_estimator
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 GPUS = [torch.device("cuda", i) for i in range(2)]
 HALVES = 'model.device_map={"model":0,"model.layers.2":1,"lm_head":1}'
 

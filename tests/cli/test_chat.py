@@ -19,7 +19,7 @@ from uiollms.config.sections import load_env_config
 from uiollms.model.memory import Memory, join
 from uiollms.weights.adapters import save_weights
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def token_ids(tokenizer, text):
@@ -226,7 +226,7 @@ EXPECTED = {
 }
 
 
-# sotu_task.py belongs to an lm-eval task: tests/test_harness.py
+# sotu_task.py belongs to an lm-eval task: tests/evaluation/test_lm_eval_model.py
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "examples").glob("*.py") if path.stem != "sotu_task"))
 def test_examples_run(trained, tiny_folder, capsys, monkeypatch, script):
     trained.save_pretrained("model", tokenizer=AutoTokenizer.from_pretrained(tiny_folder))

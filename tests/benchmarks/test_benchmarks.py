@@ -15,7 +15,7 @@ from uiollms import MemoryConfig, Sample
 from uiollms.evaluation.scoring import score
 from uiollms.training.estimators import window_from_draws
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks/ is run from the repository, not installed
+sys.path.insert(0, str(Path(__file__).parents[2]))  # benchmarks/ is run from the repository, not installed
 
 from benchmarks.baseline import Baseline
 

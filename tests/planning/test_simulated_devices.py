@@ -17,7 +17,7 @@ from uiollms.planning.simulated_devices import HOST, SimulatedDevices, Simulatio
 from uiollms.training.step import MemoryGradients
 from uiollms.weights.base_models import KNOWN_SHAPES
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 GPUS = [torch.device("cuda", i) for i in range(2)]
 TWO = dict.fromkeys([*GPUS, CPU], 2**40)
 

@@ -20,7 +20,7 @@ from uiollms.runs.checks import check_evaluation, check_folder, check_training
 from uiollms.training.optimizer import SampleStream, Stream
 from uiollms.weights.adapters import save_weights
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def faults_of(*changes: str, check=check_training) -> list[str]:

@@ -30,7 +30,7 @@ from uiollms.runs.state import NEEDED, TrainingState, load_state, read_record
 from uiollms.training.optimizer import SampleStream, make_optimizer
 from uiollms.weights.adapters import load_weights, save_weights
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 GOOD = json.loads((ROOT / "smollm2-8x.json").read_text())
 
 

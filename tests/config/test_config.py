@@ -23,7 +23,7 @@ from uiollms.distributed.device_map import normalised
 from uiollms.files.errors import ConfigError
 from uiollms.weights.base_models import KNOWN_SHAPES
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 AUTHORS = ROOT.parent / "shared" / "configs"
 
 

@@ -15,9 +15,9 @@ from uiollms.files.atomic import write_checksums
 from uiollms.files.errors import ConfigError
 from uiollms.training.schedule import Course, Schedule, rate_of_step
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TRAIN = ["train.py", "--env_conf", "env.json"]
-FIXTURE = Path(__file__).parent / "fixtures" / "counted-in-steps"
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "counted-in-steps"
 
 
 def section(**changes) -> TrainSection:
