@@ -1,4 +1,5 @@
-"""Evaluate a model with memory on the tasks of test.json (or of the file that the config's `test` names).
+"""Evaluate a model with memory on the tasks of test.json (or of the file that the config's
+`test` names).
 
 python test.py --env_conf smollm2-8x.json
 python test.py --env_conf smollm2-8x.json --use_env_conf_tasks
@@ -48,21 +49,34 @@ def main(arguments: list[str] | None = None) -> None:
     args.output.say(weights_words(weights, model))
 
     evaluation = Evaluation(model, tokenizer, tasks)
-    results = evaluation.run(lambda documents: args.output.bar(documents, desc="evaluate", leave=False))
+    results = evaluation.run(
+        lambda documents: args.output.bar(documents, desc="evaluate", leave=False)
+    )
     if args.output.has_words:
         print_results(results)
     versions = environment() | {"dtype": str(model.dtype), "device": device_name()}
-    about = {"weights": weights and str(weights), "config": config.model_dump(mode="json"), "versions": versions}
+    about = {
+        "weights": weights and str(weights),
+        "config": config.model_dump(mode="json"),
+        "versions": versions,
+    }
     summaries = about | {"results": [r.summary() for r in results]}
     args.output.line(as_json(summaries))
     text = as_json(summaries, indent=4) + "\n"
     with reporting_write_errors(folder):
-        # All are on the disk before the first gets its name: test.json, which marks the folder as a run's.
-        with replacing(folder / "test-nll.safetensors") as nlls, replacing(folder / "test.json") as work:
+        # All are on the disk before the first gets its name: test.json, which marks the folder as a
+        # run's.
+        with (
+            replacing(folder / "test-nll.safetensors") as nlls,
+            replacing(folder / "test.json") as work,
+        ):
             save_token_nlls(results, nlls, of=text)
             work.write_text(text, encoding="utf-8")
         plot_results(results, folder / "test.png")
-    args.output.say(f"written to {folder}: test.json (all numbers), test-nll.safetensors (every token's NLL), test.png")
+    args.output.say(
+        f"written to {folder}: test.json (all numbers), test-nll.safetensors (every token's NLL), "
+        "test.png"
+    )
 
 
 if __name__ == "__main__":

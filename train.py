@@ -73,7 +73,9 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
     parameters = list(model.trainable_parameters().values())
     evaluation = Evaluation(model, tokenizer, train.tasks if world.is_main_process else ())
     trained, frozen = count_parameters(model)
-    output.say(f"trained parameters {trained / 1e6:.1f} M, frozen {frozen / 1e6:.1f} M in {model.dtype}")
+    output.say(
+        f"trained parameters {trained / 1e6:.1f} M, frozen {frozen / 1e6:.1f} M in {model.dtype}"
+    )
 
     state = TrainingState(model, tokenizer, optimizer, samples)  # all that changes from here on
     run.begin(state)  # at document 0, or where a checkpoint stands; in all processes alike
@@ -83,7 +85,9 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
         try:
             if world.is_main_process:
                 results = evaluation.run(
-                    lambda documents: output.bar(run.unless_stopped(documents), desc="evaluate", leave=False)
+                    lambda documents: output.bar(
+                        run.unless_stopped(documents), desc="evaluate", leave=False
+                    )
                 )
                 run.log(iteration=state.iteration, eval=[r.summary() for r in results])
                 plot_run(run.folder, train.loss, schedule.counts)
@@ -95,14 +99,17 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
         run.exit_if_signalled()
 
     model.train()
-    shown = dict(desc="train", unit=f" {schedule.counts}", initial=state.iteration, total=train.train_iters)
+    shown = dict(
+        desc="train", unit=f" {schedule.counts}", initial=state.iteration, total=train.train_iters
+    )
     progress = run.stack.enter_context(output.bar(None, **shown, smoothing=0.1))
     if run.evaluation_missing(state.iteration):
         evaluate()
     for done in run.timed(schedule.steps(state.iteration)):  # documents, this step's included
-        # ---- the algorithm -----------------------------------------------------------------------------------------
+        # ---- the algorithm -----------------------------------------------------------------------
         nll, scored, tokens, sources = 0.0, 0, 0, []
-        # Of the step's documents this process's, cut into chunks; each is shared by the world.chunks.
+        # Of the step's documents this process's, cut into chunks; each is shared by the
+        # world.chunks.
         stage, size = schedule.stage(done), schedule.size(done)
         with model.sized(size):  # the compressor config's, or one that the stage draws
             taken = samples.take(schedule.documents, world.data, stage)
@@ -122,7 +129,10 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
                 sources += names
                 nll += float(torch.stack([result.nll for result in results]).sum())
                 scored += sum(int(result.scored.sum()) for result in results)
-                tokens += sum(document.sample.num_tokens for document in documents) * world.chunks.is_main_process
+                tokens += (
+                    sum(document.sample.num_tokens for document in documents)
+                    * world.chunks.is_main_process
+                )
         world.sum_gradients(parameters)
         nll, scored, tokens = world.sum(nll, scored, tokens)
         norms = gradient_norms(model)
@@ -137,11 +147,19 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
             if good:
                 optimizer.step()
             optimizer.zero_grad()
-            # --------------------------------------------------------------------------------------------------------
+            # --------------------------------------------------------------------------------------
             state.advance(done, good)
             part = dict(stage=stage + 1, size=size) if train.stages else {}
             if good:
-                run.log(iteration=done, nll=mean_nll, lr=lr, grad_norm=grad_norm, grad_norms=norms, tokens=int(tokens), **part)
+                run.log(
+                    iteration=done,
+                    nll=mean_nll,
+                    lr=lr,
+                    grad_norm=grad_norm,
+                    grad_norms=norms,
+                    tokens=int(tokens),
+                    **part,
+                )
             else:
                 run.log(iteration=done, skipped=sources, lr=lr, **part)
         said = step_words(mean_nll, lr, tokens, run.step_seconds)
@@ -161,10 +179,17 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
     if samples.skipped:
         output.say(f"{samples.skipped} documents that are blank or fit one chunk were skipped")
     if left := schedule.left_over(state.iteration):
-        output.say(f"the last {left} of {train.train_iters} documents fill no step and were left out")
+        output.say(
+            f"the last {left} of {train.train_iters} documents fill no step and were left out"
+        )
     if state.skipped_steps:
-        output.say(f"{state.skipped_steps} steps were skipped, their loss or gradient was not finite")
-    output.say(f"metrics and curve.png are in {run.folder}, weights in {config.model.save_ckp or 'no file (save_ckp is null)'}")
+        output.say(
+            f"{state.skipped_steps} steps were skipped, their loss or gradient was not finite"
+        )
+    output.say(
+        f"metrics and curve.png are in {run.folder}, weights in "
+        f"{config.model.save_ckp or 'no file (save_ckp is null)'}"
+    )
 
 
 if __name__ == "__main__":

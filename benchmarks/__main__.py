@@ -1,8 +1,9 @@
 """One command, one table: `python -m benchmarks`; JSON, tables and plots in `--out`.
 
-Every figure is a ratio within this run (or comes with what it is a ratio of); alternatives take turns, medians count, memory is
-that of a new process; freed memory is kept as the commands keep it, for all alike. GEMM peak: this run's, at the model's own
-shapes. FLOPs: what `uiollms/planning/flops.py` writes down.
+Every figure is a ratio within this run (or comes with what it is a ratio of); alternatives take
+turns, medians count, memory is that of a new process; freed memory is kept as the commands keep
+it, for all alike. GEMM peak: this run's, at the model's own shapes. FLOPs: what
+`uiollms/planning/flops.py` writes down.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ def measure(name: str, model: MemoryLM, options: argparse.Namespace) -> dict[str
         for kind, title in (("uio", "training"), ("score", "scoring")):
             tables[f"{title} against length"] = cases.against_length(bench, kind, lengths)
     if "S" in what:
-        tables["training against S"] = cases.against_S(bench, compared, WINDOWS[: 2 if quick else None])
+        tables["training against S"] = cases.against_S(
+            bench, compared, WINDOWS[: 2 if quick else None]
+        )
     if "chunk_batch" in what:
         sizes = BATCHES[: 2 if quick else None]
         tables["training against chunk_batch"] = cases.against_chunk_batch(bench, compared, sizes)
@@ -54,13 +57,31 @@ def measure(name: str, model: MemoryLM, options: argparse.Namespace) -> dict[str
 
 def markdown(report: dict[str, Any]) -> str:
     """The whole report as Markdown tables."""
-    lines = ["# Benchmarks", "", ", ".join(f"{key} {value}" for key, value in report["machine"].items()), ""]
+    lines = [
+        "# Benchmarks",
+        "",
+        ", ".join(f"{key} {value}" for key, value in report["machine"].items()),
+        "",
+    ]
     for name, result in report["models"].items():
-        peaks = ", ".join(f"{peak['peak'] / 1e9:.0f} with {size}" for size, peak in result["gemm"].items())
-        lines += [f"## {name}: chunk_batch {result['chunk_batch']}; GEMM peak in GFLOP/s, by chunk_batch: {peaks}", ""]
+        peaks = ", ".join(
+            f"{peak['peak'] / 1e9:.0f} with {size}" for size, peak in result["gemm"].items()
+        )
+        lines += [
+            f"## {name}: chunk_batch {result['chunk_batch']}; GEMM peak in GFLOP/s, by "
+            f"chunk_batch: {peaks}",
+            "",
+        ]
         for title, rows in result["tables"].items():
-            lines += [f"### {title}", "", "| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
-            lines += ["| " + " | ".join(shown(value) for value in row.values()) + " |" for row in rows] + [""]
+            lines += [
+                f"### {title}",
+                "",
+                "| " + " | ".join(rows[0]) + " |",
+                "|---" * len(rows[0]) + "|",
+            ]
+            lines += [
+                "| " + " | ".join(shown(value) for value in row.values()) + " |" for row in rows
+            ] + [""]
     return "\n".join(lines)
 
 
@@ -76,15 +97,27 @@ def main(arguments: list[str] | None = None) -> None:
   python -m benchmarks --model tiny --quick --repeats 1            does it run, seconds: make bench-quick
   python -m benchmarks --what length --lengths 8192 32768 --model smollm2"""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, epilog=examples, formatter_class=raw)
-    parser.add_argument("--what", nargs="+", default=WHAT, choices=WHAT, help="which comparisons; default: all")
-    parser.add_argument("--lengths", type=int, nargs="+", help="tokens of the documents of `length`")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, epilog=examples, formatter_class=raw
+    )
+    parser.add_argument(
+        "--what", nargs="+", default=WHAT, choices=WHAT, help="which comparisons; default: all"
+    )
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", help="tokens of the documents of `length`"
+    )
     parser.add_argument("--model", nargs="+", default=["midsize", "smollm2"], choices=list(MODELS))
-    parser.add_argument("--quick", action="store_true", help="short documents, few settings, memory in this process")
+    parser.add_argument(
+        "--quick", action="store_true", help="short documents, few settings, memory in this process"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="turns of every comparison")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
     parser.add_argument(
-        "--chunk-batch", type=int, nargs="+", default=[4, 2, 1], help="chunks computed at once; all but `baseline` use the first"
+        "--chunk-batch",
+        type=int,
+        nargs="+",
+        default=[4, 2, 1],
+        help="chunks computed at once; all but `baseline` use the first",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     options = parser.parse_args(arguments)

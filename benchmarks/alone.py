@@ -1,4 +1,5 @@
-"""One memory figure, in the process that `measure.in_new_process` starts: a case as JSON in, its result as JSON out."""
+"""One memory figure, in the process that `measure.in_new_process` starts: a case as JSON in, its
+result as JSON out."""
 
 from __future__ import annotations
 
@@ -17,9 +18,9 @@ from uiollms.study.cost import PeakMemory
 
 
 def run_alone(case: dict[str, Any]) -> dict[str, Any]:
-    """case: model, pass (a name of `passes.passes`), length, S, chunk_batch -> seconds and peak bytes above the
-    loaded weights, of one pass after a warm-up on three chunks; with `alive` set, of another pass also the bytes of the tensors
-    alive at once."""
+    """case: model, pass (a name of `passes.passes`), length, S, chunk_batch -> seconds and peak
+    bytes above the loaded weights, of one pass after a warm-up on three chunks; with `alive`
+    set, of another pass also the bytes of the tensors alive at once."""
     model = MODELS[case["model"]]()
     model.chunk_batch = case["chunk_batch"]
     document = random_document(model, case["length"])

@@ -1,12 +1,14 @@
-"""The straightforward algorithm, the twin to beat: three copies of the model, one chunk at a time, graphs retained.
+"""The straightforward algorithm, the twin to beat: three copies of the model, one chunk at a
+time, graphs retained.
 
-For every chunk t: all memories so far are projected again, the decoder reads them, the loss goes backward through the retained
-encoder graphs of the S chunks in the reservoir; then chunk t is encoded, with its graph, and may enter the reservoir. Dense
-masks, all logits of a chunk at once, library cross-entropy. It gives the same gradients as `uiollms.gradient_step` with the
-same draws (tests/benchmarks/test_benchmarks.py).
+For every chunk t: all memories so far are projected again, the decoder reads them, the loss goes
+backward through the retained encoder graphs of the S chunks in the reservoir; then chunk t is
+encoded, with its graph, and may enter the reservoir. Dense masks, all logits of a chunk at once,
+library cross-entropy. It gives the same gradients as `uiollms.gradient_step` with the same draws
+(tests/benchmarks/test_benchmarks.py).
 
-Shapes: l chunk_size, m num_memory, T tokens of a chunk, L layers, D hidden size, H key/value heads, K head size.
-Source: UIO-LLMs section 3.3.
+Shapes: l chunk_size, m num_memory, T tokens of a chunk, L layers, D hidden size, H key/value
+heads, K head size. Source: UIO-LLMs section 3.3.
 """
 
 from __future__ import annotations
@@ -32,45 +34,66 @@ class WithLoRA(nn.Module):
     def __init__(self, linear: nn.Linear, lora: Any) -> None:
         super().__init__()
         self.linear, self.scaling = linear, lora.scaling
-        self.lora_A, self.lora_B = nn.Parameter(lora.lora_A.detach().clone()), nn.Parameter(lora.lora_B.detach().clone())
+        self.lora_A, self.lora_B = (
+            nn.Parameter(lora.lora_A.detach().clone()),
+            nn.Parameter(lora.lora_B.detach().clone()),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x) + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scaling
 
 
 class Baseline(nn.Module):
-    """Encoder, decoder and teacher as three models, their trained weights copied from `model` (a Llama).
+    """Encoder, decoder and teacher as three models, their trained weights copied from `model` (a
+    Llama).
 
-    whole: the encoder also runs what nobody reads, its last layer and LM head, as the released program does."""
+    whole: the encoder also runs what nobody reads, its last layer and LM head, as the released
+    program does."""
 
     def __init__(self, model: MemoryLM) -> None:
         super().__init__()
         self.whole = False
         self.config = model.memory_config
         self.encoder, self.decoder, self.teacher = (copy.deepcopy(model.base) for _ in range(3))
-        self.retrieval_token = nn.Parameter(model.encoder.get_parameter("retrieval_token").detach().clone())
+        self.retrieval_token = nn.Parameter(
+            model.encoder.get_parameter("retrieval_token").detach().clone()
+        )
         self.transfer = nn.ModuleList()
-        for i, (read, write) in enumerate(zip(self.encoder.model.layers, self.decoder.model.layers, strict=True)):
+        for i, (read, write) in enumerate(
+            zip(self.encoder.model.layers, self.decoder.model.layers, strict=True)
+        ):
             for name, lora in model.encoder.layers[i].items():
                 setattr(read.self_attn, name, WithLoRA(getattr(read.self_attn, name), lora))
             pair = model.decoder.layers[i].items()
-            self.transfer.append(nn.ModuleDict({name: WithLoRA(getattr(write.self_attn, name), lora) for name, lora in pair}))
+            self.transfer.append(
+                nn.ModuleDict(
+                    {name: WithLoRA(getattr(write.self_attn, name), lora) for name, lora in pair}
+                )
+            )
 
     def gradients(self) -> dict[str, Tensor]:
         """Gradients under the names of `MemoryLM.trainable_parameters`."""
         found: dict[str, Tensor | None] = {"encoder.retrieval_token": self.retrieval_token.grad}
-        for i, (layer, pair) in enumerate(zip(self.encoder.model.layers, self.transfer, strict=True)):
+        for i, (layer, pair) in enumerate(
+            zip(self.encoder.model.layers, self.transfer, strict=True)
+        ):
             for name in ("q_proj", "v_proj"):
-                found |= {f"encoder.layers.{i}.{name}.{p}": w.grad for p, w in lora_of(getattr(layer.self_attn, name))}
+                found |= {
+                    f"encoder.layers.{i}.{name}.{p}": w.grad
+                    for p, w in lora_of(getattr(layer.self_attn, name))
+                }
             for name in ("k_proj", "v_proj"):
                 found |= {f"decoder.layers.{i}.{name}.{p}": w.grad for p, w in lora_of(pair[name])}
         return {name: grad for name, grad in found.items() if grad is not None}
 
     def encode(self, ids: Tensor) -> list[Tensor]:
-        """[l] -> L x [1, m, D]; one chunk, a dense mask, every layer in full but (unless `whole`) the last."""
+        """[l] -> L x [1, m, D]; one chunk, a dense mask, every layer in full but (unless
+        `whole`) the last."""
         l, m = self.config.chunk_size, self.config.num_memory
         model = self.encoder.model
-        hidden = torch.cat([model.embed_tokens(ids[None]), self.retrieval_token.expand(1, m, -1)], dim=1)
+        hidden = torch.cat(
+            [model.embed_tokens(ids[None]), self.retrieval_token.expand(1, m, -1)], dim=1
+        )
         ends = (torch.arange(m) + 1) * (l // m)
         positions = torch.cat([torch.arange(l), ends])[None]
         mask = torch.zeros(l + m, l + m, dtype=torch.bool)
@@ -82,7 +105,12 @@ class Baseline(nn.Module):
         for i, layer in enumerate(model.layers):
             memory.append(layer.input_layernorm(hidden)[:, l:])
             if i + 1 < len(model.layers) or self.whole:
-                hidden = layer(hidden, attention_mask=mask[None, None], position_ids=positions, position_embeddings=rotary)
+                hidden = layer(
+                    hidden,
+                    attention_mask=mask[None, None],
+                    position_ids=positions,
+                    position_embeddings=rotary,
+                )
         if self.whole:
             self.encoder.lm_head(model.norm(hidden))
         return memory
@@ -94,29 +122,39 @@ class Baseline(nn.Module):
             return cache
         slots = sum(memory[0].shape[1] for memory in memories)
         rotary = self.decoder.model.rotary_emb(memories[0][0], torch.arange(slots)[None])
-        for i, (layer, pair) in enumerate(zip(self.decoder.model.layers, self.transfer, strict=True)):
+        for i, (layer, pair) in enumerate(
+            zip(self.decoder.model.layers, self.transfer, strict=True)
+        ):
             joined = torch.cat([memory[i] for memory in memories], dim=1)
             shape = (1, slots, -1, layer.self_attn.head_dim)
-            keys, values = (pair[name](joined).view(shape).transpose(1, 2) for name in ("k_proj", "v_proj"))
+            keys, values = (
+                pair[name](joined).view(shape).transpose(1, 2) for name in ("k_proj", "v_proj")
+            )
             cache.update(apply_rotary_pos_emb(keys, keys, *rotary)[1], values, i)
         return cache
 
     def nll(self, ids: Tensor, targets: Tensor, memories: Sequence[list[Tensor]]) -> Tensor:
-        """[T] tokens behind their memories -> NLL [T], 0 where not scored; all logits [T, V] at once."""
+        """[T] tokens behind their memories -> NLL [T], 0 where not scored; all logits [T, V] at
+        once."""
         logits = self.decoder(ids[None], past_key_values=self.project(memories)).logits[0]
         wide = torch.promote_types(logits.dtype, torch.float32)
         return F.cross_entropy(logits.to(wide), targets, ignore_index=IGNORED, reduction="none")
 
     def train_step(self, sample: Sample, S: int, draws: Sequence[int]) -> float:
-        """One iteration of the `uio` estimator on a document in chunks; `draws` as in `window_from_draws`."""
+        """One iteration of the `uio` estimator on a document in chunks; `draws` as in
+        `window_from_draws`."""
         weights = window_from_draws(draws, S, True, len(sample.rows))
         memories: list[list[Tensor]] = []  # with their graphs while in the reservoir
         reservoir: list[int] = []
         total = 0.0
         for t, row in enumerate(sample.rows):
-            # The value of w * m + (1 - w) * detach(m) is m, its gradient w times as large: the compensation.
+            # The value of w * m + (1 - w) * detach(m) is m, its gradient w times as large: the
+            # compensation.
             w = weights[t].max().item()
-            read = [[w * m + (1 - w) * m.detach() if m.requires_grad else m for m in memory] for memory in memories]
+            read = [
+                [w * m + (1 - w) * m.detach() if m.requires_grad else m for m in memory]
+                for memory in memories
+            ]
             with torch.set_grad_enabled(t > 0):
                 nll = self.nll(row.input_ids, row.targets, read)
                 loss = (nll * row.token_weights.to(nll)).sum()

@@ -49,6 +49,9 @@ class Recorder:
                 function(*own)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with to_device_once(self.constants), torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+        with (
+            to_device_once(self.constants),
+            torch.cuda.graph(graph, pool=self.pool, stream=self.stream),
+        ):
             result = function(*own)
         return Recorded(graph, own, result)

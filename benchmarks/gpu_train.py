@@ -73,7 +73,9 @@ class Trainer:
         self.rng = random.Random(options.seed)
         self.parameters = list(model.trainable_parameters().values())
         fused = model.device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0, fused=fused)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=0.0, betas=(0.9, 0.98), weight_decay=0.0, fused=fused
+        )
         self.tokens = self.steps = 0
         self.recorder = Recorder() if options.cuda_graphs else None
         self.recorded: dict[tuple[str, Size], Recorded] = {}
@@ -230,12 +232,15 @@ class Data:
     ) -> None:
         self.training, self.testing, self.facts, self.device = training, testing, facts, device
         self.filler = training["code"]  # stays on the CPU, where documents are put together
-        self.on_device = {name: Corpus(c.flat.to(device), c.starts, c.lengths) for name, c in training.items()}
+        self.on_device = {
+            name: Corpus(c.flat.to(device), c.starts, c.lengths) for name, c in training.items()
+        }
 
     def describe(self) -> dict[str, Any]:
         parts = dict(training=self.training, testing=self.testing)
         return {
-            part: {name: dict(texts=len(c.lengths), tokens=len(c.flat)) for name, c in of.items()} for part, of in parts.items()
+            part: {name: dict(texts=len(c.lengths), tokens=len(c.flat)) for name, c in of.items()}
+            for part, of in parts.items()
         }
 
     def draw(self, count: int, length: int, rng: random.Random) -> Tensor:
@@ -248,7 +253,9 @@ class Data:
         ]  # fmt: skip
         return torch.cat(parts)
 
-    def draw_facts(self, count: int, length: int, last: int, rng: random.Random) -> tuple[Tensor, Tensor]:
+    def draw_facts(
+        self, count: int, length: int, last: int, rng: random.Random
+    ) -> tuple[Tensor, Tensor]:
         """Documents of `length` tokens with facts, of which the last chunk asks (its last token is
         only a target), on the device: ids [count, length], asked [count, last]."""
         ids, asked = self.facts.documents(self.filler, count, length, last, rng)
@@ -264,7 +271,8 @@ def as_size(text: str) -> Size:
 
 
 def load_model(options: argparse.Namespace, device: torch.device) -> tuple[MemoryLM, Any]:
-    """The base, in bfloat16 where the device computes in it, with untrained or given memory weights."""
+    """The base, in bfloat16 where the device computes in it, with untrained or given memory
+    weights."""
     torch.manual_seed(options.seed)
     lora = dict(lora_rank=options.rank, lora_alpha=2 * options.rank)
     memory = MemoryConfig(chunk_size=256, num_memory=32, slot_input=options.slot_input, **lora)
@@ -278,7 +286,9 @@ def load_model(options: argparse.Namespace, device: torch.device) -> tuple[Memor
         if options.weights == "tiny":
             shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3)
             heads = dict(num_attention_heads=2, num_key_value_heads=1, eos_token_id=0)
-            config = LlamaConfig(**shape, **heads, vocab_size=len(tokenizer), max_position_embeddings=8192)
+            config = LlamaConfig(
+                **shape, **heads, vocab_size=len(tokenizer), max_position_embeddings=8192
+            )
         base = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model = MemoryLM(base.to(device), memory).to(device)
     if options.start and options.start.is_dir():
@@ -295,7 +305,9 @@ def load_model(options: argparse.Namespace, device: torch.device) -> tuple[Memor
 
 def save(model: MemoryLM, path: Path) -> None:
     """All trained tensors in bfloat16, in one file, whole or not at all."""
-    tensors = {n: t.detach().to("cpu", torch.bfloat16) for n, t in model.memory_state_dict().items()}
+    tensors = {
+        n: t.detach().to("cpu", torch.bfloat16) for n, t in model.memory_state_dict().items()
+    }
     with replacing(path) as work:
         save_file({n: t.contiguous() for n, t in tensors.items()}, work)
 
@@ -311,7 +323,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--weights", choices=["base", "random", "tiny"], default="base",
         help="random: of SmolLM2's shape, for timing; tiny: for a rehearsal")  # fmt: skip
     add("--device", default="cuda")
-    add("--seconds", type=float, default=400, help="of training, both stages together; 0: only evaluate")
+    add(
+        "--seconds",
+        type=float,
+        default=400,
+        help="of training, both stages together; 0: only evaluate",
+    )
     add("--auto_encoding", type=float, default=0.15, help="share of the seconds of stage one")
     add("--max_lr", type=float, default=1e-3, help="of stage two; stage one has twice as much")
     add("--kl_weight", type=float, default=0.5, help="of the raw-context teacher in text losses")
@@ -327,7 +344,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--most_chars", type=int, help="of code to read")
     add("--cache", type=Path, help="a file that keeps the texts' tokens for the next run (.npz)")
     add("--num_facts", type=int, default=20_000)
-    add("--start", type=Path, help="weights to start from: tensors (.safetensors), or a folder of save_ckp")
+    add(
+        "--start",
+        type=Path,
+        help="weights to start from: tensors (.safetensors), or a folder of save_ckp",
+    )
     add("--save", type=int, default=100, help="steps between two times that the weights are saved")
     add("--compile", action="store_true", help="norms and MLPs under torch.compile")
     add("--measured", type=as_size, nargs="+", help="what is evaluated, as in --sizes")
@@ -363,7 +384,9 @@ def main(arguments: list[str] | None = None) -> None:
         save(model, options.out / "adapter.safetensors")
     trained = time.monotonic()
     usual = [Size(l, l // r, 8) for l, r in ((256, 8), (256, 4), (128, 8), (64, 4), (64, 8))]
-    measured = options.measured or [size for size in usual if size.chunk_size in options.chunk_sizes]
+    measured = options.measured or [
+        size for size in usual if size.chunk_size in options.chunk_sizes
+    ]
     found = []
     for result in evaluate(model, data.testing, measured, options.documents):
         found.append(result)

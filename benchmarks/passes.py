@@ -1,4 +1,5 @@
-"""The passes over a document that are measured, their useful FLOPs, and the memory they must take."""
+"""The passes over a document that are measured, their useful FLOPs, and the memory they must
+take."""
 
 from __future__ import annotations
 
@@ -18,9 +19,11 @@ from uiollms.training.estimators import Exact, draw_window, window_from_draws
 from uiollms.training.step import chunks_with_gradient, gradient_step
 
 
-def passes(model: MemoryLM, document: Tensor, S: int, only: str | None = None) -> dict[str, Callable[[], object]]:
-    """Every pass over `document` that is measured, by name; all training passes with the same draws. `only` builds the
-    baseline's model copies just for those passes that need them."""
+def passes(
+    model: MemoryLM, document: Tensor, S: int, only: str | None = None
+) -> dict[str, Callable[[], object]]:
+    """Every pass over `document` that is measured, by name; all training passes with the same
+    draws. `only` builds the baseline's model copies just for those passes that need them."""
     sample = Sample.language_modeling(document, model.memory_config.chunk_size)
     draws, weights = drawn(sample, S), windows(sample, S)
 
@@ -39,7 +42,9 @@ def passes(model: MemoryLM, document: Tensor, S: int, only: str | None = None) -
         def plain(kind: str, whole: bool) -> object:
             baseline.whole = whole
             baseline.zero_grad(set_to_none=True)
-            return baseline.score(sample) if kind == "score" else baseline.train_step(sample, S, draws)
+            return (
+                baseline.score(sample) if kind == "score" else baseline.train_step(sample, S, draws)
+            )
 
         for name, whole in (("baseline", False), ("baseline whole", True)):
             for kind in ("uio", "score"):
@@ -56,30 +61,47 @@ def drawn(sample: Sample, S: int) -> list[int]:
 def windows(sample: Sample, S: int) -> dict[str, Tensor]:
     """The weights of the training passes."""
     count = len(sample.rows)
-    return {"uio": window_from_draws(drawn(sample, S), S, True, count), "exact": draw_window(Exact(), count)}
+    return {
+        "uio": window_from_draws(drawn(sample, S), S, True, count),
+        "exact": draw_window(Exact(), count),
+    }
 
 
 def useful(model: MemoryLM, document: Tensor, S: int) -> dict[str, int]:
     """Useful FLOPs of the passes."""
-    flops, sample = Flops.of(model), Sample.language_modeling(document, model.memory_config.chunk_size)
+    flops, sample = (
+        Flops.of(model),
+        Sample.language_modeling(document, model.memory_config.chunk_size),
+    )
     counts = {
-        name: flops.training(sample, len(chunks_with_gradient(sample, weights))) for name, weights in windows(sample, S).items()
+        name: flops.training(sample, len(chunks_with_gradient(sample, weights)))
+        for name, weights in windows(sample, S).items()
     }
     return counts | {"score": flops.scoring(sample)}
 
 
 def memory_formula(model: MemoryLM, tokens: int, S: int) -> dict[str, int]:
-    """Bytes that must grow with a document: for every slot and layer its key and value, and in training the memory and the sum of
-    the key's and value's gradients; of the chunks of which the encoder needs gradients also the memory's gradient and, where
-    losses are weighted, the weighted sum; for every token its id, target and weight."""
+    """Bytes that must grow with a document: for every slot and layer its key and value, and in
+    training the memory and the sum of the key's and value's gradients; of the chunks of which
+    the encoder needs gradients also the memory's gradient and, where losses are weighted, the
+    weighted sum; for every token its id, target and weight."""
     size = model.base.model.layers[0].self_attn.head_dim
     kv = 2 * model.config.num_key_value_heads * size
-    layers, hidden, item = model.config.num_hidden_layers, model.config.hidden_size, model.dtype.itemsize
+    layers, hidden, item = (
+        model.config.num_hidden_layers,
+        model.config.hidden_size,
+        model.dtype.itemsize,
+    )
     wide = max(item, 4)
     chunks = tokens // model.memory_config.chunk_size
     each = model.memory_config.num_memory * layers  # vectors of a kind
-    sample = Sample.language_modeling(torch.zeros(tokens, dtype=torch.int64), model.memory_config.chunk_size)
-    needed = {name: len(chunks_with_gradient(sample, weights)) for name, weights in windows(sample, S).items()}
+    sample = Sample.language_modeling(
+        torch.zeros(tokens, dtype=torch.int64), model.memory_config.chunk_size
+    )
+    needed = {
+        name: len(chunks_with_gradient(sample, weights))
+        for name, weights in windows(sample, S).items()
+    }
     scoring = chunks * each * kv * item + 24 * tokens
     training = scoring + chunks * each * (hidden * item + kv * wide)
     return {

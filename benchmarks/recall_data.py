@@ -143,7 +143,9 @@ class Facts:
         rest = last - len(asked_ids)
         return parts + filler[room : room + rest] + asked_ids, [0] * rest + asked
 
-    def documents(self, corpus: Corpus, count: int, length: int, last: int, rng: random.Random) -> tuple[Tensor, Tensor]:
+    def documents(
+        self, corpus: Corpus, count: int, length: int, last: int, rng: random.Random
+    ) -> tuple[Tensor, Tensor]:
         """[count, length] token ids around filler of a corpus (on the CPU), and what of their last
         `last` tokens is asked for, [count, last] 0 or 1."""
         fillers = corpus.crops(count, length, rng).tolist()
@@ -155,7 +157,9 @@ class Facts:
 # ---- what is read --------------------------------------------------------------------------------
 
 
-def build_corpora(tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace) -> tuple[dict[str, Corpus], dict[str, Corpus]]:
+def build_corpora(
+    tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace
+) -> tuple[dict[str, Corpus], dict[str, Corpus]]:
     """Corpora to train on and to test on; kept in the file `options.cache`, if one is named."""
     if options.cache and options.cache.exists():
         kept = np.load(options.cache)
@@ -166,7 +170,10 @@ def build_corpora(tokenizer: PreTrainedTokenizerBase, options: argparse.Namespac
                 lengths = kept[f"{part}/{name}/lengths"]
                 parts[part][name] = Corpus.joined(torch.from_numpy(kept[key]), lengths)
         return parts["training"], parts["testing"]
-    training, testing = ({name: Corpus.of(tokenizer, texts) for name, texts in of.items() if texts} for of in read_texts(options))
+    training, testing = (
+        {name: Corpus.of(tokenizer, texts) for name, texts in of.items() if texts}
+        for of in read_texts(options)
+    )
     if options.cache:
         fields = {
             f"{part}/{name}/{field}": value

@@ -35,7 +35,9 @@ class Size(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(model: MemoryLM, testing: Mapping[str, Corpus], sizes: Sequence[Size], count: int) -> Iterator[dict[str, Any]]:
+def evaluate(
+    model: MemoryLM, testing: Mapping[str, Corpus], sizes: Sequence[Size], count: int
+) -> Iterator[dict[str, Any]]:
     """By corpus and size: mean NLL over the tokens of all chunks but the first, by mode; `bound`
     (shuffled - own), `below_window` and `below_recent`, with 95 % intervals over documents drawn
     with replacement; `last`, the same of the last chunk alone; and the share of tokens right when
@@ -76,7 +78,9 @@ def document_nlls(model: MemoryLM, ids: Tensor) -> dict[str, Any]:
         chunks = read[:, :l]
         found = model.logits(packed.copy_chunks(model, chunks)).argmax(-1)
         right.append((found == chunks).float().mean(1))
-    whole = {mode: torch.cat(parts).double().cpu() for mode, parts in by_mode.items()}  # [B, (N - 1) * l]
+    whole = {
+        mode: torch.cat(parts).double().cpu() for mode, parts in by_mode.items()
+    }  # [B, (N - 1) * l]
     found = compared({mode: nll.mean(1) for mode, nll in whole.items()})
     found["last"] = compared({mode: nll[:, -l:].mean(1) for mode, nll in whole.items()})
     return dict(documents=len(ids), **found, copied_right=float(torch.cat(right).mean()))
@@ -94,9 +98,9 @@ def compared(nll: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def read_recent(model: MemoryLM, ids: Tensor) -> Tensor:
-    """What the base makes of chunks 1 .. N-1 of [B, N * l] token ids when each reads, in the place of
-    memory, the raw tokens right in front of it, as many as memory has slots: hidden states
-    [B, (N - 1) * l, D]."""
+    """What the base makes of chunks 1 .. N-1 of [B, N * l] token ids when each reads, in the
+    place of memory, the raw tokens right in front of it, as many as memory has slots: hidden
+    states [B, (N - 1) * l, D]."""
     l, m = model.memory_config.chunk_size, model.memory_config.num_memory
     rows = []
     for t in range(1, ids.shape[1] // l):

@@ -23,10 +23,14 @@ INK, BASE, ENC, DEC, MEM = "#222222", "#dfe3e8", "#f2a65a", "#5a8ff2", "#f7d6a8"
 
 def box(axes, x, y, width, height, text, color, size=9):
     axes.add_patch(Rectangle((x, y), width, height, facecolor=color, edgecolor=INK, linewidth=0.8))
-    axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=size, color=INK)
+    axes.text(
+        x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=size, color=INK
+    )
 
 
-def arrow(axes, start, end, text="", color=INK, style="-|>", offset=(0, 0), dashed=False, curve=0.0):
+def arrow(
+    axes, start, end, text="", color=INK, style="-|>", offset=(0, 0), dashed=False, curve=0.0
+):
     axes.add_patch(
         FancyArrowPatch(
             start, end, arrowstyle=style, mutation_scale=10, color=color, linewidth=1.1,
@@ -61,7 +65,13 @@ def how_it_works() -> Figure:
     arrow(axes, (79, 7), (79, 23))
     box(axes, 68, 43, 22, 5, "logits, loss", "white")
     arrow(axes, (79, 33), (79, 43))
-    arrow(axes, (49, 41), (68, 30), "both read as a KV cache\nat positions 0 .. 2m-1", offset=(-1.5, -4.5))
+    arrow(
+        axes,
+        (49, 41),
+        (68, 30),
+        "both read as a KV cache\nat positions 0 .. 2m-1",
+        offset=(-1.5, -4.5),
+    )
     arrow(axes, (24, 44), (68, 32), curve=-0.25)
     arrow(
         axes,
@@ -79,7 +89,8 @@ CPU = torch.device("cpu")
 
 
 def masks(l: int = 8, m: int = 2, earlier: int = 2) -> Figure:
-    """Who sees whom in the encoder, and in a decoder behind the memories of `earlier` chunks: chunks of l tokens, m slots."""
+    """Who sees whom in the encoder, and in a decoder behind the memories of `earlier` chunks:
+    chunks of l tokens, m slots."""
     figure = Figure(figsize=(10, 4.9), layout="constrained")
     encoder, decoder = figure.subplots(1, 2, width_ratios=(l + m, m * earlier + l))
     names = [f"token {i}" for i in range(l)] + [f"slot {i}" for i in range(m)]
@@ -93,14 +104,21 @@ def masks(l: int = 8, m: int = 2, earlier: int = 2) -> Figure:
     assert mask is not None
     positions = decoder_positions([slots], l, CPU)[0].tolist()
     rows = [f"token {i}, at {position}" for i, position in enumerate(positions)]
-    columns = [f"memory {i // m}, slot {i % m}" for i in range(slots)] + [f"token {i}" for i in range(l)]
+    columns = [f"memory {i // m}, slot {i % m}" for i in range(slots)] + [
+        f"token {i}" for i in range(l)
+    ]
     show_mask(decoder, mask, rows, columns, slots=range(slots))
-    decoder.set_title(f"decoder: chunk {earlier} behind the memories of chunks 0 .. {earlier - 1}", fontsize=10)
+    decoder.set_title(
+        f"decoder: chunk {earlier} behind the memories of chunks 0 .. {earlier - 1}", fontsize=10
+    )
     return figure
 
 
-def show_mask(axes: Any, mask: torch.Tensor, rows: list[str], columns: list[str], slots: range) -> None:
-    """mask [1, 1, queries, keys]: what a row may see is coloured, by whether a token or a memory slot is seen."""
+def show_mask(
+    axes: Any, mask: torch.Tensor, rows: list[str], columns: list[str], slots: range
+) -> None:
+    """mask [1, 1, queries, keys]: what a row may see is coloured, by whether a token or a memory
+    slot is seen."""
     seen = mask[0, 0].int()
     seen[:, list(slots)] *= 2
     axes.imshow(seen.numpy(), cmap=ListedColormap(["white", DEC, ENC]), vmin=0, vmax=2)
@@ -124,9 +142,13 @@ def weights(num_chunks: int = 8, S: int = 2, draws: int = 20_000) -> Figure:
         estimator = make_estimator(name, S=S, compensate=compensate)
         rng = random.Random(3)
         drawn = [weights_of(estimator, num_chunks, rng) for _ in range(draws)]
-        for axes, matrix in zip(panels[:, column], (drawn[0], torch.stack(drawn).mean(0)), strict=True):
+        for axes, matrix in zip(
+            panels[:, column], (drawn[0], torch.stack(drawn).mean(0)), strict=True
+        ):
             show_weights(axes, matrix, "{:.2g}" if axes is panels[0, column] else "{:.1f}")
-        panels[0, column].set_title(f"{name}{'' if compensate else ', compensate: false'}", fontsize=10)
+        panels[0, column].set_title(
+            f"{name}{'' if compensate else ', compensate: false'}", fontsize=10
+        )
     panels[0, 0].set_ylabel("one draw\nloss t")
     panels[1, 0].set_ylabel(f"mean of {draws:,} draws\nloss t")
     figure.supxlabel("memory s", fontsize=10)
@@ -134,7 +156,8 @@ def weights(num_chunks: int = 8, S: int = 2, draws: int = 20_000) -> Figure:
 
 
 def weights_of(estimator: Estimator, num_chunks: int, rng: random.Random) -> torch.Tensor:
-    """[N, N]: one draw of W, for memories whose gradients are as large as the losses that read them are many."""
+    """[N, N]: one draw of W, for memories whose gradients are as large as the losses that read
+    them are many."""
     window = estimator.window(num_chunks, rng)
     factors = estimator.columns([float(num_chunks - 1 - s) for s in range(num_chunks)], rng)
     return window if factors is None else window * torch.tensor(factors, dtype=window.dtype)
@@ -144,7 +167,15 @@ def show_weights(axes: Any, matrix: torch.Tensor, form: str) -> None:
     axes.imshow(matrix.numpy(), cmap="Blues", vmin=0, vmax=4)
     for t, s in matrix.nonzero().tolist():
         value = matrix[t, s].item()
-        axes.text(s, t, form.format(value), ha="center", va="center", fontsize=7, color="white" if value > 2.5 else INK)
+        axes.text(
+            s,
+            t,
+            form.format(value),
+            ha="center",
+            va="center",
+            fontsize=7,
+            color="white" if value > 2.5 else INK,
+        )
     axes.plot([-0.5, len(matrix) - 0.5], [-0.5, len(matrix) - 0.5], color="0.7", linewidth=0.8)
     axes.set_xticks(range(len(matrix)))
     axes.set_yticks(range(len(matrix)))
@@ -155,8 +186,16 @@ PICTURES = {"how-it-works.png": how_it_works, "masks.png": masks, "weights.png":
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, metavar="FOLDER", help="where they go (docs/)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).parent,
+        metavar="FOLDER",
+        help="where they go (docs/)",
+    )
     out = parser.parse_args(arguments).out
     out.mkdir(parents=True, exist_ok=True)
     for name, draw in PICTURES.items():

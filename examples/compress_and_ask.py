@@ -9,23 +9,26 @@ from pathlib import Path
 
 import torch
 
-from uiollms import Memory, MemoryLM
+from uiollms import Memory, MemoryLM, join, load_tokenizer
 from uiollms.data.tokens import continued
-from uiollms.model.memory import join
-from uiollms.weights.model_folder import load_tokenizer
 
 folder, document = sys.argv[1:]
 model, tokenizer = MemoryLM.from_pretrained(folder), load_tokenizer(folder)
 
 
 def ask(memory: Memory, question: str) -> str:
-    ids = torch.tensor([continued(tokenizer, f"\n\nQuestion: {question}\nAnswer:")])  # no BOS behind a document
+    ids = torch.tensor(
+        [continued(tokenizer, f"\n\nQuestion: {question}\nAnswer:")]
+    )  # no BOS behind a document
     output = model.generate(ids, state=memory.state(model), do_sample=False, max_new_tokens=20)
     return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
 
 
 memory = model.compress(Path(document).read_text(encoding="utf-8"), tokenizer, source=document)
-print(f"{memory.num_tokens} tokens in {memory.num_slots} slots a layer, {len(memory.open_ids)} tokens left as they are")
+print(
+    f"{memory.num_tokens} tokens in {memory.num_slots} slots a layer, {len(memory.open_ids)} "
+    "tokens left as they are"
+)
 
 with tempfile.TemporaryDirectory() as cache:
     path = Path(cache) / "document.mem"
@@ -35,5 +38,7 @@ with tempfile.TemporaryDirectory() as cache:
 for question in ("What is this about?", "How does it begin?"):
     print(f"{question} {ask(memory, question)}")
 
-note = model.compress("The note on the fridge says that the milk is gone. ", tokenizer, source="note")
+note = model.compress(
+    "The note on the fridge says that the milk is gone. ", tokenizer, source="note"
+)
 print(f"What does the note say? {ask(join([memory, note]), 'What does the note say?')}")

@@ -1,4 +1,5 @@
-"""Your own text with memory, without, and with the raw context: one table, and the same numbers as JSON.
+"""Your own text with memory, without, and with the raw context: one table, and the same numbers
+as JSON.
 
 python examples/evaluate.py adapters/smollm2-8x README.md CONTRIBUTING.md
 """
@@ -6,11 +7,8 @@ python examples/evaluate.py adapters/smollm2-8x README.md CONTRIBUTING.md
 import json
 import sys
 
-from uiollms import MemoryLM
-from uiollms.config.sections import TaskEntry
-from uiollms.evaluation.evaluator import Evaluation
+from uiollms import Evaluation, MemoryLM, TaskEntry, load_tokenizer
 from uiollms.reports.tables import print_results
-from uiollms.weights.model_folder import load_tokenizer
 
 folder, *documents = sys.argv[1:]
 model, tokenizer = MemoryLM.from_pretrained(folder), load_tokenizer(folder)

@@ -1,4 +1,5 @@
-"""transformers' generate on a model with memory: sampling, prompts of different lengths, a stream printed as it comes.
+"""transformers' generate on a model with memory: sampling, prompts of different lengths, a
+stream printed as it comes.
 
 python examples/generate.py adapters/smollm2-8x README.md
 """
@@ -9,20 +10,24 @@ from pathlib import Path
 import torch
 from transformers import TextStreamer
 
-from uiollms import MemoryLM
-from uiollms.weights.model_folder import load_tokenizer
+from uiollms import MemoryLM, load_tokenizer
 
 folder, document = sys.argv[1:]
 model, tokenizer = MemoryLM.from_pretrained(folder), load_tokenizer(folder)
 tokenizer.padding_side = "left"
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 
-# A document of any length up to model.capacity; chunks are compressed as they fill, while generating too.
+# A document of any length up to model.capacity; chunks are compressed as they fill, while
+# generating too.
 ids = tokenizer(Path(document).read_text(encoding="utf-8"), return_tensors="pt").input_ids
-model.generate(ids, do_sample=False, max_new_tokens=20, streamer=TextStreamer(tokenizer, skip_prompt=True))
+model.generate(
+    ids, do_sample=False, max_new_tokens=20, streamer=TextStreamer(tokenizer, skip_prompt=True)
+)
 
 # A batch of prompts of different lengths.
-prompts = tokenizer(["The chair", "My fellow citizens, the state of the"], padding=True, return_tensors="pt")
+prompts = tokenizer(
+    ["The chair", "My fellow citizens, the state of the"], padding=True, return_tensors="pt"
+)
 torch.manual_seed(0)
 for row in model.generate(**prompts, do_sample=True, temperature=0.8, top_p=0.9, max_new_tokens=10):
     print(tokenizer.decode(row, skip_special_tokens=True))

@@ -1,4 +1,5 @@
-"""A training loop of your own: three steps of the exact gradient on one document, and what they did to its perplexity.
+"""A training loop of your own: three steps of the exact gradient on one document, and what they
+did to its perplexity.
 
 python examples/train.py adapters/smollm2-8x README.md
 """
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 
 import uiollms
-from uiollms.weights.model_folder import load_tokenizer
+from uiollms import load_tokenizer
 
 folder, document = sys.argv[1:]
 model, tokenizer = uiollms.MemoryLM.from_pretrained(folder), load_tokenizer(folder)
@@ -18,7 +19,9 @@ text = Path(document).read_text(encoding="utf-8")
 ids = tokenizer(text, return_tensors="pt").input_ids[0, : 4 * chunk_size]
 sample = uiollms.Sample.language_modeling(ids, chunk_size)
 
-parameters = list(model.trainable_parameters().values())  # LoRA and two embeddings; the base is frozen
+parameters = list(
+    model.trainable_parameters().values()
+)  # LoRA and two embeddings; the base is frozen
 optimizer = torch.optim.AdamW(parameters, lr=1e-3)
 print(f"{len(ids)} tokens, perplexity {uiollms.score(model, ids, 'paper').perplexity:.2f}")
 model.train()
@@ -28,6 +31,11 @@ for step in range(3):
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    print(f"step {step + 1}: loss {result.losses.sum():.4f}, encoded with a graph: chunks {list(result.reencoded)}")
+    print(
+        f"step {step + 1}: loss {result.losses.sum():.4f}, encoded with a graph: chunks "
+        f"{list(result.reencoded)}"
+    )
 model.eval()
-print(f"perplexity {uiollms.score(model, ids, 'paper').perplexity:.2f}")  # model.save_pretrained("my-model") would keep it
+print(
+    f"perplexity {uiollms.score(model, ids, 'paper').perplexity:.2f}"
+)  # model.save_pretrained("my-model") would keep it

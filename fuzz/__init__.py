@@ -1,1 +1,2 @@
-"""Attacks on every command with hostile files, options and kills: `python -m fuzz`; docs/fuzz.md."""
+"""Attacks on every command with hostile files, options and kills: `python -m fuzz`;
+docs/fuzz.md."""

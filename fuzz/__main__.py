@@ -1,4 +1,5 @@
-"""Attack every command: hostile configs, data and saved files, and kills; exit code 1 if anything went wrong.
+"""Attack every command: hostile configs, data and saved files, and kills; exit code 1 if
+anything went wrong.
 
 python -m fuzz                                # what docs/fuzz.md counts: minutes
 python -m fuzz --configs 40 --data 40 --saved 20 --kills 2
@@ -21,7 +22,9 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="Agg", OMP_WAIT_POLICY="PASSIVE")
+os.environ.update(
+    HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="Agg", OMP_WAIT_POLICY="PASSIVE"
+)
 
 import matplotlib.figure  # noqa: F401  slow imports happen here, once, for all forks
 import peft  # noqa: F401
@@ -43,10 +46,14 @@ COUNTS = {"configs": 1500, "data": 1500, "saved": 500, "kills": 80}
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m fuzz", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m fuzz",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for kind, count in COUNTS.items():
-        parser.add_argument(f"--{kind}", type=int, default=count, metavar="N", help=f"trials ({count})")
+        parser.add_argument(
+            f"--{kind}", type=int, default=count, metavar="N", help=f"trials ({count})"
+        )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is drawn (0)")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="trials at a time (2)")
     parser.add_argument("--only", metavar="KIND:NUMBER", help="one trial alone")
@@ -86,7 +93,9 @@ def make_apart(world: Path) -> None:
 def attack(args: argparse.Namespace, world: Path, room: Path) -> list[Outcome]:
     seconds = {}
     if args.kills or (args.only or "").startswith("kills"):
-        timed = [Trial(name, 0, lambda folder, name=name: (name, [time_of(name)])) for name in KILLED]
+        timed = [
+            Trial(name, 0, lambda folder, name=name: (name, [time_of(name)])) for name in KILLED
+        ]
         for outcome in run_all(timed, world, room, workers=1):
             assert not outcome.faults, outcome
             seconds[outcome.trial.kind] = outcome.seconds
@@ -120,10 +129,18 @@ def summary(outcomes: list[Outcome], seed: int, seconds: float) -> dict[str, obj
         own = [outcome for outcome in outcomes if outcome.trial.kind == kind]
         wrong = Counter(name for outcome in own for name, _ in outcome.faults)
         slowest = round(max((outcome.seconds for outcome in own), default=0.0), 1)
-        rows[kind] = dict(trials=len(own), refused=sum(o.refused for o in own), killed=sum(o.killed for o in own))
+        rows[kind] = dict(
+            trials=len(own), refused=sum(o.refused for o in own), killed=sum(o.killed for o in own)
+        )
         rows[kind] |= dict(wrong=dict(wrong), slowest_seconds=slowest)
     versions = environment()
-    about = dict(seed=seed, seconds=round(seconds), machine=device_name(), python=versions["python"], torch=versions["torch"])
+    about = dict(
+        seed=seed,
+        seconds=round(seconds),
+        machine=device_name(),
+        python=versions["python"],
+        torch=versions["torch"],
+    )
     return dict(about, **rows)
 
 

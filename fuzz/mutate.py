@@ -13,18 +13,125 @@ from random import Random
 from typing import Any
 
 SPECIAL = ["pipe", "folder", "zero", "null", "socket", "loop", "nothing", "sparse", "empty"]
-TEXTS = ["", ".", "..", "cpu", "auto", "files:[", "files:**", "**", "a\0b", "a\nb", "\ud800", "x" * 300]
-TEXTS += ["x" * 100_000, "%s{}$HOME", "ü東京 [v1]", "\u202e", "\x1b[31mred", "nan", "1e999", "pipe", "zero", "loop"]
+TEXTS = [
+    "",
+    ".",
+    "..",
+    "cpu",
+    "auto",
+    "files:[",
+    "files:**",
+    "**",
+    "a\0b",
+    "a\nb",
+    "\ud800",
+    "x" * 300,
+]
+TEXTS += [
+    "x" * 100_000,
+    "%s{}$HOME",
+    "ü東京 [v1]",
+    "\u202e",
+    "\x1b[31mred",
+    "nan",
+    "1e999",
+    "pipe",
+    "zero",
+    "loop",
+]
 NUMBERS = [-(10**30), -1, 0, 1, 2, 3, 128, 10**9, 2**31, 2**32, 2**63 - 1, 2**63, 10**30]
 NUMBERS += [0.0, -0.0, 0.5, 1.0, 1.5, 1e-320, 1e30, 1e308, float("inf"), float("nan")]
 # Values that some field takes: what passes the first check meets the model, the data and the disk.
-WORDS = ["auto", "cpu", "sdpa", "fp64", "bf16", "fp16", "uio", "tbptt", "exact", "importance", "document", "paper"]
-WORDS += ["random", "start", "full", "first", "window", "raw", "shuffled", "ccf", "base", "memory.json", "out/ckp"]
-WORDS += ["files:lines.jsonl", "files:*.txt", "files:rows.parquet", "files:**/*.gz", "minipile copy 256.train", "sotu.test"]
-WORDS += ["passkey", "needle", "auto encoding", "longdata copy", "question answering", "memory utilization", "out"]
-MILD = [1, 2, 3, 4, 5, 7, 8, 16, 24, 32, 48, 50, 60, 96, 100, 128, 0.1, 0.25, 0.9, 1e-3, 1.5, True, False, None]
-RAW = ["1" * 5000, "-" + "9" * 400, "1e999", "0x10", "1.", "[" * 1000 + "]" * 1000, "[" * 99 + "]" * 99]
-RAW += ['{"a":' * 200 + "1" + "}" * 200, "[" * 100_000, "nul", "'a'", '"\\ud800"', '"\\u0000"', "// no", ",", ""]
+WORDS = [
+    "auto",
+    "cpu",
+    "sdpa",
+    "fp64",
+    "bf16",
+    "fp16",
+    "uio",
+    "tbptt",
+    "exact",
+    "importance",
+    "document",
+    "paper",
+]
+WORDS += [
+    "random",
+    "start",
+    "full",
+    "first",
+    "window",
+    "raw",
+    "shuffled",
+    "ccf",
+    "base",
+    "memory.json",
+    "out/ckp",
+]
+WORDS += [
+    "files:lines.jsonl",
+    "files:*.txt",
+    "files:rows.parquet",
+    "files:**/*.gz",
+    "minipile copy 256.train",
+    "sotu.test",
+]
+WORDS += [
+    "passkey",
+    "needle",
+    "auto encoding",
+    "longdata copy",
+    "question answering",
+    "memory utilization",
+    "out",
+]
+MILD = [
+    1,
+    2,
+    3,
+    4,
+    5,
+    7,
+    8,
+    16,
+    24,
+    32,
+    48,
+    50,
+    60,
+    96,
+    100,
+    128,
+    0.1,
+    0.25,
+    0.9,
+    1e-3,
+    1.5,
+    True,
+    False,
+    None,
+]
+RAW = [
+    "1" * 5000,
+    "-" + "9" * 400,
+    "1e999",
+    "0x10",
+    "1.",
+    "[" * 1000 + "]" * 1000,
+    "[" * 99 + "]" * 99,
+]
+RAW += [
+    '{"a":' * 200 + "1" + "}" * 200,
+    "[" * 100_000,
+    "nul",
+    "'a'",
+    '"\\ud800"',
+    '"\\u0000"',
+    "// no",
+    ",",
+    "",
+]
 
 
 def any_value(rng: Random, depth: int = 0) -> Any:
@@ -35,7 +142,10 @@ def any_value(rng: Random, depth: int = 0) -> Any:
     if kind == "list" and depth < 3:
         return [any_value(rng, depth + 1) for _ in range(rng.randint(0, 3))]
     if kind == "object" and depth < 3:
-        return {rng.choice([*TEXTS[:10], "a"]): any_value(rng, depth + 1) for _ in range(rng.randint(0, 2))}
+        return {
+            rng.choice([*TEXTS[:10], "a"]): any_value(rng, depth + 1)
+            for _ in range(rng.randint(0, 2))
+        }
     if kind == "raw":
         return f"@raw{rng.randrange(len(RAW))}@"
     return rng.choice({"text": TEXTS, "number": NUMBERS}.get(kind, [None, True, False]))
@@ -43,13 +153,19 @@ def any_value(rng: Random, depth: int = 0) -> Any:
 
 def places(value: Any, path: tuple = ()) -> list[tuple]:
     """The path of every value within nested objects and lists."""
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    inner = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     return [found for key, v in inner for found in [(*path, key), *places(v, (*path, key))]]
 
 
 def changed_json(rng: Random, good: Any, fixed: tuple[str, ...] = ()) -> str:
-    """The text of a JSON value with one to three things in it changed; values at keys in `fixed`, which
-    say where things are written, stay."""
+    """The text of a JSON value with one to three things in it changed; values at keys in
+    `fixed`, which say where things are written, stay."""
     value = copy.deepcopy(good)
     for _ in range(rng.choice([1, 1, 1, 2])):
         free = [path for path in places(value) if not set(path) & set(fixed)]
@@ -81,7 +197,10 @@ def doubled_key(rng: Random, good: Any) -> str:
     """The text of a JSON value with one key written twice in its object."""
     text = json.dumps(good, indent=1)
     match = rng.choice(list(re.finditer(r'("[^"\n]+"): ', text)))
-    return f"{text[: match.start()]}{match[1]}: {rng.choice(['1', 'null', '[]'])}, {text[match.start() :]}"
+    return (
+        f"{text[: match.start()]}{match[1]}: {rng.choice(['1', 'null', '[]'])}, "
+        f"{text[match.start() :]}"
+    )
 
 
 def changed_bytes(rng: Random, good: bytes) -> bytes:
@@ -89,7 +208,21 @@ def changed_bytes(rng: Random, good: bytes) -> bytes:
     data = bytearray(good)
     for _ in range(rng.choice([1, 1, 2, 3])):
         start = rng.randrange(len(data) + 1)
-        how = rng.choice(["flip", "flip", "write", "cut", "end", "double", "zeros", "mark", "code", "deep", "digits"])
+        how = rng.choice(
+            [
+                "flip",
+                "flip",
+                "write",
+                "cut",
+                "end",
+                "double",
+                "zeros",
+                "mark",
+                "code",
+                "deep",
+                "digits",
+            ]
+        )
         if how == "flip" and start < len(data):
             data[start] ^= 1 << rng.randrange(8)
         elif how == "write":

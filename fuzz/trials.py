@@ -1,4 +1,5 @@
-"""Trials in forked processes, watched: what they ended with, what they said, what became of the user's files."""
+"""Trials in forked processes, watched: what they ended with, what they said, what became of the
+user's files."""
 
 from __future__ import annotations
 
@@ -28,8 +29,9 @@ LONGEST = 1200  # characters of a line that it may say
 
 @dataclass
 class Step:
-    """A command. codes: that it may end with; kill: after so many seconds; check: of what is in the
-    folder afterwards, a fault in words or None; variables: of its environment; stdin: a file in it."""
+    """A command. codes: that it may end with; kill: after so many seconds; check: of what is in
+    the folder afterwards, a fault in words or None; variables: of its environment; stdin: a file
+    in it."""
 
     command: list[str]
     codes: tuple[int, ...] = (0, 2, 3)
@@ -41,8 +43,8 @@ class Step:
 
 @dataclass
 class Trial:
-    """kind and number draw it again: `python -m fuzz --only kind:number`. prepare: what is done to a
-    copy of the world, and then to be run."""
+    """kind and number draw it again: `python -m fuzz --only kind:number`. prepare: what is done
+    to a copy of the world, and then to be run."""
 
     kind: str
     number: int
@@ -55,7 +57,8 @@ class Trial:
 
 @dataclass
 class Outcome:
-    """faults: kinds of what went wrong, each with words; refused: the first step ended with code 2."""
+    """faults: kinds of what went wrong, each with words; refused: the first step ended with code
+    2."""
 
     trial: Trial
     what: str
@@ -109,7 +112,10 @@ def follow(trial: Trial, world: Path, room: Path) -> Iterator[Outcome | None]:
         if code is None and step.kill is None:
             faults.append(("hang", f"{step.command}: {text[-200:]}"))
         elif code is not None:
-            faults += [(kind, f"{' '.join(step.command)[:120]!r}: {words}") for kind, words in judged(step, code, text)]
+            faults += [
+                (kind, f"{' '.join(step.command)[:120]!r}: {words}")
+                for kind, words in judged(step, code, text)
+            ]
         refused = refused or (number == 0 and code == 2)
         if words := step.check(folder):
             faults.append(("lost", words))

@@ -1,4 +1,5 @@
-"""A folder in which every command works within a second: a tiny model, texts, a run, weights, a memory."""
+"""A folder in which every command works within a second: a tiny model, texts, a run, weights, a
+memory."""
 
 from __future__ import annotations
 
@@ -23,7 +24,16 @@ from uiollms.cli.common import reporting_errors
 ROOT = Path(__file__).parent.parent
 TRAIN = ["train.py", "--env_conf", "env.json"]
 TEST = ["test.py", "--env_conf", "env.json"]
-ASK = ["uiollms.__main__", "ask", "book.mem", "Who?", "--env_conf", "env.json", "--max_new_tokens", "3"]
+ASK = [
+    "uiollms.__main__",
+    "ask",
+    "book.mem",
+    "Who?",
+    "--env_conf",
+    "env.json",
+    "--max_new_tokens",
+    "3",
+]
 COMPRESS = ["uiollms.__main__", "compress", "book0.txt", "-o", "book.mem", "--env_conf", "env.json"]
 DATA = ["uiollms.cli.data", "--check"]
 TEXT = "It was a bright cold day, and the clocks were striking. "
@@ -54,15 +64,22 @@ def make_world(folder: Path) -> None:
     make_base(Path("base"))
     for i in range(3):
         Path(f"book{i}.txt").write_text(f"{i}: {TEXT * 6}", encoding="utf-8")
-    rows = [{"text": f"{i}: {TEXT * 4}"} for i in range(3)] + [{"input": TEXT * 4, "output": "What?"}]
+    rows = [{"text": f"{i}: {TEXT * 4}"} for i in range(3)] + [
+        {"input": TEXT * 4, "output": "What?"}
+    ]
     lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
     Path("lines.jsonl").write_bytes(lines)
     Path("packed.jsonl.gz").write_bytes(packed(lines))
-    pyarrow.parquet.write_table(pyarrow.table({"text": [row["text"] for row in rows[:3]]}), "rows.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": [row["text"] for row in rows[:3]]}), "rows.parquet"
+    )
     Path("raw_data").mkdir()
     copies = [{"prompt": TEXT * 4, "response": TEXT * 4}] * 2
     write("raw_data/minipile_copy_256.json", {"train": copies, "test": copies})
-    write("memory.json", dict(num_memory=2, chunk_size=16, lora_rank=2, lora_alpha=4, lora_dropout=0.0))
+    write(
+        "memory.json",
+        dict(num_memory=2, chunk_size=16, lora_rank=2, lora_alpha=4, lora_dropout=0.0),
+    )
     write("env.json", env_config())
     task = dict(task_type="perplexity", task_name="files:book*.txt", num_instance=2, truncation=60)
     write("test.json", {"tasks": [task | {"compare": ["window"]}]})
@@ -71,9 +88,15 @@ def make_world(folder: Path) -> None:
 
 
 def env_config() -> dict[str, Any]:
-    task = dict(task_type="language modeling", task_name="files:book*.txt", num_instance=1, truncation=40)
-    model = dict(model_name="base", model_dtype="fp32", model_structure="llama", config="memory.json")
-    train = dict(tbptt=2, train_iters=2, max_lr=1e-2, warmup=0.3, weight_decay=0.1, beta1=0.9, beta2=0.95)
+    task = dict(
+        task_type="language modeling", task_name="files:book*.txt", num_instance=1, truncation=40
+    )
+    model = dict(
+        model_name="base", model_dtype="fp32", model_structure="llama", config="memory.json"
+    )
+    train = dict(
+        tbptt=2, train_iters=2, max_lr=1e-2, warmup=0.3, weight_decay=0.1, beta1=0.9, beta2=0.95
+    )
     train |= dict(accum_grad=1, clip_grad=1.0, save=1, eval=2, seed=0, chunk_batch=4, keep_last=2)
     return dict(
         model=model | dict(device_map="cpu", load_ckp=None, released_ckp=None, save_ckp="out/ckp"),
@@ -122,7 +145,8 @@ def copied(world: Path, folder: Path) -> Path:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """What every path of the user's in a folder is, to compare: bytes of files, targets of links."""
+    """What every path of the user's in a folder is, to compare: bytes of files, targets of
+    links."""
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()

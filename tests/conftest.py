@@ -1,15 +1,25 @@
-"""Small random models of every family, and a tiny trained-nowhere model folder that the commands can load."""
+"""Small random models of every family, and a tiny trained-nowhere model folder that the commands
+can load."""
 
 import json
 import os
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads do not spin: tests share the machine
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # idle threads do not spin: tests share the machine
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from uiollms import MemoryConfig, MemoryLM
 
@@ -30,7 +40,8 @@ SHAPE = dict(
 FAMILIES = {
     "llama": lambda: LlamaConfig(**SHAPE),
     "smollm2": lambda: LlamaConfig(
-        **SHAPE | dict(hidden_size=36, num_attention_heads=6, num_key_value_heads=3), tie_word_embeddings=True
+        **SHAPE | dict(hidden_size=36, num_attention_heads=6, num_key_value_heads=3),
+        tie_word_embeddings=True,
     ),
     "mistral": lambda: MistralConfig(**SHAPE, sliding_window=32),
     "qwen2": lambda: Qwen2Config(**SHAPE),
@@ -45,14 +56,20 @@ def make_base(family: str = "llama", dtype: torch.dtype = torch.float64, seed: i
     for name, value in changes.items():
         setattr(config, name, value)
     base = AutoModelForCausalLM.from_config(config).to(dtype)
-    for name, parameter in base.named_parameters():  # biases and norms start at 0 and 1: make them count
+    for (
+        name,
+        parameter,
+    ) in base.named_parameters():  # biases and norms start at 0 and 1: make them count
         if name.endswith("bias") or "norm" in name:
             torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.3)
     return base
 
 
 def make_model(
-    family: str = "llama", dtype: torch.dtype = torch.float64, seed: int = 0, config: MemoryConfig = MEMORY
+    family: str = "llama",
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    config: MemoryConfig = MEMORY,
 ) -> MemoryLM:
     """A small random model whose LoRA and tokens are all non-zero."""
     model = MemoryLM(make_base(family, dtype, seed), config)
@@ -67,7 +84,10 @@ def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def gradients(model: MemoryLM) -> dict[str, torch.Tensor]:
     """Gradients by name, zeros where there is none; and clears them."""
-    found = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.trainable_parameters().items()}
+    found = {
+        n: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for n, p in model.trainable_parameters().items()
+    }
     for parameter in model.trainable_parameters().values():
         parameter.grad = None
     return found
@@ -75,7 +95,10 @@ def gradients(model: MemoryLM) -> dict[str, torch.Tensor]:
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """||found - expected|| / ||expected||; 0 where both vanish."""
-    difference, size = (found.double() - expected.double()).norm().item(), expected.double().norm().item()
+    difference, size = (
+        (found.double() - expected.double()).norm().item(),
+        expected.double().norm().item(),
+    )
     return difference / size if size else difference
 
 
@@ -100,7 +123,9 @@ def tiny_folder(tmp_path_factory) -> Path:
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>", pad_token="<pad>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>", pad_token="<pad>"
+    )
     config = LlamaConfig(**SHAPE | dict(vocab_size=len(vocab), max_position_embeddings=128))
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
@@ -110,7 +135,8 @@ def tiny_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def workspace(tmp_path, monkeypatch, tiny_folder) -> Path:
-    """A working directory with a config that trains the tiny model on a few text files in a second or two."""
+    """A working directory with a config that trains the tiny model on a few text files in a
+    second or two."""
     monkeypatch.chdir(tmp_path)
     text = "It was a bright cold day, and the clocks were striking. " * 8
     for i in range(4):

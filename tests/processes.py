@@ -1,4 +1,5 @@
-"""Training in forked children, which start in milliseconds and can be killed, starved or filled up."""
+"""Training in forked children, which start in milliseconds and can be killed, starved or filled
+up."""
 
 import os
 import signal
@@ -19,9 +20,14 @@ from uiollms.runs.environment import environment
 TRAIN = ["train.py", "--env_conf", "env.json"]
 
 
-def forked(function: Callable[[], int], kill_after: float | None = None, output: str = os.devnull, wait: bool = True) -> Any:
-    """Run in a forked child, killed after some seconds if asked; its exit code, or minus the signal that ended it. Without
-    `wait`, a function that waits for it and returns that."""
+def forked(
+    function: Callable[[], int],
+    kill_after: float | None = None,
+    output: str = os.devnull,
+    wait: bool = True,
+) -> Any:
+    """Run in a forked child, killed after some seconds if asked; its exit code, or minus the
+    signal that ended it. Without `wait`, a function that waits for it and returns that."""
     environment()  # asks git, once for all children
     child = os.fork()
     if not child:
@@ -55,12 +61,15 @@ def train(*flags: str) -> Callable[[], int]:
 
 
 def train_and_at(event: int, action: Callable[[], None], *flags: str) -> Callable[[], int]:
-    """Training that does something when it opens, makes, renames or deletes its `event`-th file in ./out."""
+    """Training that does something when it opens, makes, renames or deletes its `event`-th file
+    in ./out."""
     folder, seen = os.path.join(os.getcwd(), "out"), 0
 
     def watch(name: str, arguments: tuple) -> None:
         nonlocal seen
-        if name in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir") and isinstance(arguments[0], str | os.PathLike):
+        if name in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir") and isinstance(
+            arguments[0], str | os.PathLike
+        ):
             if os.path.abspath(os.fspath(arguments[0])).startswith(folder):
                 seen += 1
                 if seen == event:

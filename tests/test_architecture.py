@@ -34,7 +34,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 def module_of(path: Path) -> str:
     """src/uiollms/data/readers/hub.py -> data.readers.hub; a package's __init__ is the package."""
-    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").strip(".")
+    return (
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        .removesuffix("__init__")
+        .strip(".")
+    )
 
 
 MODULES = {module_of(path): path for path in FILES}
@@ -52,7 +56,9 @@ def imported(path: Path) -> Iterator[str]:
 
     for node in nodes(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (a.name.removeprefix("uiollms.") for a in node.names if a.name.startswith("uiollms."))
+            yield from (
+                a.name.removeprefix("uiollms.") for a in node.names if a.name.startswith("uiollms.")
+            )
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "uiollms":
             package = (node.module or "").removeprefix("uiollms").strip(".")
             for name in node.names:
@@ -74,7 +80,9 @@ def test_there_are_no_other_packages():
 def test_no_modules_import_each_other_in_a_circle():
     """A package's __init__ runs before its modules, so a module does not count as importing it."""
     graph = {
-        module: {name for name in imported(path) if name in MODULES and not module.startswith(f"{name}.")}
+        module: {
+            name for name in imported(path) if name in MODULES and not module.startswith(f"{name}.")
+        }
         for module, path in MODULES.items()
     }
     while leaves := {module for module, names in graph.items() if not names & graph.keys()}:

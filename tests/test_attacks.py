@@ -1,4 +1,5 @@
-"""The short form of `make fuzz` (docs/fuzz.md): a few of each kind of attack, and that its watch sees what it should."""
+"""The short form of `make fuzz` (docs/fuzz.md): a few of each kind of attack, and that its watch
+sees what it should."""
 
 import json
 import os
@@ -9,7 +10,9 @@ from random import Random
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # fuzz/ is run from the repository, not installed
+sys.path.insert(
+    0, str(Path(__file__).parent.parent)
+)  # fuzz/ is run from the repository, not installed
 
 from fuzz.mutate import changed_bytes, changed_json, changed_tensors, doubled_key, make_special
 from fuzz.trials import Step, Trial, judged, run_all
@@ -20,12 +23,28 @@ GOOD = {"a": {"b": [1, 2.5, "c"]}, "d": None}
 
 def test_a_short_attack_finds_nothing(tmp_path):
     counts = ["--configs", "24", "--data", "24", "--saved", "16", "--kills", "2", "--workers", "1"]
-    command = [sys.executable, "-m", "fuzz", *counts, "--seed", "1", "--out", str(tmp_path / "counts.json")]
+    command = [
+        sys.executable,
+        "-m",
+        "fuzz",
+        *counts,
+        "--seed",
+        "1",
+        "--out",
+        str(tmp_path / "counts.json"),
+    ]
     path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, timeout=250)
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, timeout=250
+    )
     assert done.returncode == 0, done.stdout.decode()
     found = json.loads((tmp_path / "counts.json").read_text())
-    assert [found[kind]["trials"] for kind in ("configs", "data", "saved", "kills")] == [24, 24, 16, 2]
+    assert [found[kind]["trials"] for kind in ("configs", "data", "saved", "kills")] == [
+        24,
+        24,
+        16,
+        2,
+    ]
     assert found["configs"]["refused"] > 8 and found["data"]["refused"] > 8
 
 
@@ -75,5 +94,8 @@ def test_the_watch_sees_lost_bytes_and_what_hangs(tmp_path, monkeypatch):
     hanging = Trial("hangs", 0, lambda folder: ("", [Step(["hangs"])]))
     doing = {"loses": lambda: Path("mine.txt").unlink(), "hangs": lambda: os.read(os.pipe()[0], 1)}
     monkeypatch.setattr("fuzz.trials.call", lambda name: doing[name]() and 0 or 0)
-    found = {o.trial.kind: [kind for kind, _ in o.faults] for o in run_all([losing, hanging], tmp_path / "world", tmp_path, 2)}
+    found = {
+        o.trial.kind: [kind for kind, _ in o.faults]
+        for o in run_all([losing, hanging], tmp_path / "world", tmp_path, 2)
+    }
     assert found == {"loses": ["lost"], "hangs": ["hang"]}

@@ -48,7 +48,14 @@ def json_lines(*rows: dict) -> str:
 def clone(tmp_path, tiny_folder, monkeypatch) -> Path:
     """A clone called uiollms; in its 32x.json and test.json sizes, names and devices differ."""
     folder = tmp_path / "uiollms"
-    files = ("train.py", "test.py", "32x.json", "test.json", "config/32x.json", "raw_data/README.md")
+    files = (
+        "train.py",
+        "test.py",
+        "32x.json",
+        "test.json",
+        "config/32x.json",
+        "raw_data/README.md",
+    )
     for name in files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)

@@ -90,7 +90,10 @@ def test_bfloat16_stays_near_float32(family):
     wide, half = wide.to(DEVICE), half.to(DEVICE)
     losses = [uiollms.gradient_step(model, sample).losses.cpu() for model in (wide, half)]
     assert relative_error(losses[1], losses[0]) < 3e-2
-    joined = [torch.cat([gradient.flatten().double().cpu() for gradient in gradients(model).values()]) for model in (wide, half)]
+    joined = [
+        torch.cat([gradient.flatten().double().cpu() for gradient in gradients(model).values()])
+        for model in (wide, half)
+    ]
     assert torch.cosine_similarity(*joined, dim=0) > 0.99
 
 
@@ -162,7 +165,9 @@ def test_recorded_steps_give_the_gradients_of_plain_ones():
     for batch, (reported, by_name) in zip(batches, expected, strict=True):
         model.zero_grad(set_to_none=False)
         assert torch.allclose(recorded(*batch), reported, rtol=1e-4)
-        found = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()}
+        found = {
+            n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()
+        }
         assert worst_error(found, by_name) < 1e-4
 
 

@@ -73,9 +73,15 @@ def test_the_released_adapter_beats_the_window(monkeypatch):
 @pytest.mark.slow
 @torch.no_grad()
 def test_the_released_adapter_from_compress_to_chat(tmp_path, capsys):
-    """docs/using.md on the shipped folder; the commands' twin is `generate` behind the memory that they wrote."""
-    model, tokenizer = uiollms.MemoryLM.from_pretrained(RELEASED, device_map="auto"), load_tokenizer(RELEASED)
-    text = tokenizer.decode(tokenize(tokenizer, open_corpus("sotu.test")[10].text)[:1500], skip_special_tokens=True)
+    """docs/using.md on the shipped folder; the commands' twin is `generate` behind the memory
+    that they wrote."""
+    model, tokenizer = (
+        uiollms.MemoryLM.from_pretrained(RELEASED, device_map="auto"),
+        load_tokenizer(RELEASED),
+    )
+    text = tokenizer.decode(
+        tokenize(tokenizer, open_corpus("sotu.test")[10].text)[:1500], skip_special_tokens=True
+    )
     (tmp_path / "book.txt").write_text(text)
     book, num_tokens = str(tmp_path / "book.mem"), len(tokenizer(text)["input_ids"])
 
@@ -84,8 +90,13 @@ def test_the_released_adapter_from_compress_to_chat(tmp_path, capsys):
         return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
     (made,) = run("compress", str(tmp_path / "book.txt"), "-o", book)
-    assert made["held"] == dict(tokens=num_tokens // 256 * 256, slots=num_tokens // 256 * 32, open_tokens=num_tokens % 256)
-    questions, state = ("What is this text about?", "Who is speaking?"), uiollms.Memory.load(book, model).state(model)
+    assert made["held"] == dict(
+        tokens=num_tokens // 256 * 256, slots=num_tokens // 256 * 32, open_tokens=num_tokens % 256
+    )
+    questions, state = (
+        ("What is this text about?", "Who is speaking?"),
+        uiollms.Memory.load(book, model).state(model),
+    )
     answers = run("ask", book, *questions, "--max_new_tokens=8")
     assert [answer["question"] for answer in answers] == list(questions)
     for answer in answers:
@@ -98,8 +109,13 @@ def test_the_released_adapter_from_compress_to_chat(tmp_path, capsys):
 
     tokenizer.padding_side = "left"  # newer transformers do so themselves
     write = pipeline("text-generation", model=model, tokenizer=tokenizer)
-    prompts, options = ["The state of the Union is", text[:2000]], dict(do_sample=False, max_new_tokens=8)  # one past a chunk
-    assert write(prompts, batch_size=2, **options) == [write(prompt, **options) for prompt in prompts]
+    prompts, options = (
+        ["The state of the Union is", text[:2000]],
+        dict(do_sample=False, max_new_tokens=8),
+    )  # one past a chunk
+    assert write(prompts, batch_size=2, **options) == [
+        write(prompt, **options) for prompt in prompts
+    ]
 
 
 @pytest.mark.gpu

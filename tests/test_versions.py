@@ -46,7 +46,9 @@ def make_fixtures(folder: Path) -> None:
     """
     shape = dict(vocab_size=3 + len(LETTERS), hidden_size=16, intermediate_size=8)
     shape |= dict(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
-    make_base(dtype=torch.bfloat16, **shape, max_position_embeddings=128).save_pretrained(folder / "base")
+    make_base(dtype=torch.bfloat16, **shape, max_position_embeddings=128).save_pretrained(
+        folder / "base"
+    )
     letter_tokenizer().save_pretrained(folder / "base")
     for i in range(2):
         (folder / f"book{i}.txt").write_text(f"{i}: {TEXT * 2}")
@@ -220,7 +222,9 @@ def test_what_is_known_of_a_memory_is_still_checked(old):
         Memory.load("book.mem", model)
     model.base.model.norm.weight[3] /= 1.01
     new = model.compress("A book.", tokenizer, source="new")
-    with pytest.raises(ConfigError, match="'new' .* different versions of this program .* compress both"):
+    with pytest.raises(
+        ConfigError, match="'new' .* different versions of this program .* compress both"
+    ):
         join([Memory.load("book.mem"), new])
 
 
@@ -237,4 +241,6 @@ def test_a_memory_is_asked(old, capsys):
 def test_the_fixtures_are_small_and_name_no_machine():
     files = [path for path in FOLDER.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 100_000
-    assert not [path for path in files if b"/work/" in path.read_bytes() or b"/home/" in path.read_bytes()]
+    assert not [
+        path for path in files if b"/work/" in path.read_bytes() or b"/home/" in path.read_bytes()
+    ]

@@ -40,7 +40,9 @@ def main(arguments: list[str] | None = None) -> int | None:
     if name not in MODULES:
         near = difflib.get_close_matches(name, MODULES, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        print(f"uiollms: no command {name!r}; {hint}allowed are {', '.join(MODULES)}", file=sys.stderr)
+        print(
+            f"uiollms: no command {name!r}; {hint}allowed are {', '.join(MODULES)}", file=sys.stderr
+        )
         return 2
     command = import_module(f"uiollms.cli.{MODULES[name]}")
     return command.main([name, *rest] if MODULES[name] == "chat" else rest)

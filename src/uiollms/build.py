@@ -1,4 +1,5 @@
-"""The model that an environment config describes, and what can be checked of it before its weights are loaded."""
+"""The model that an environment config describes, and what can be checked of it before its
+weights are loaded."""
 
 from __future__ import annotations
 
@@ -20,33 +21,50 @@ from uiollms.model.memory_lm import MemoryLM
 from uiollms.model.positions import num_positions, rope_fault
 from uiollms.weights.adapters import load_weights
 from uiollms.weights.base_files import FAMILIES
-from uiollms.weights.base_models import base_config, load_causal_lm, load_tokenizer_for, resolve_dtype
+from uiollms.weights.base_models import (
+    base_config,
+    load_causal_lm,
+    load_tokenizer_for,
+    resolve_dtype,
+)
 from uiollms.weights.fitness import eos_fault, narrow_window, wide_rank
 
 
 def load_memory_lm(config: EnvConfig, path: str | Path) -> tuple[MemoryLM, PreTrainedTokenizerBase]:
-    """The model an environment config (read from `path`) describes, its trained tensors fresh from `train.seed`, and its
-    tokenizer. Everything that can be checked without the weights is checked before they are loaded."""
+    """The model an environment config (read from `path`) describes, its trained tensors fresh
+    from `train.seed`, and its tokenizer. Everything that can be checked without the weights is
+    checked before they are loaded."""
     memory = check_model(config, path)
     name = config.model.model_name
     first_device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer_for(base_config(name), name)
-    dtype, kernel = resolve_dtype(config.model.model_dtype, first_device), config.model.attn_implementation
+    dtype, kernel = (
+        resolve_dtype(config.model.model_dtype, first_device),
+        config.model.attn_implementation,
+    )
     kernel = "sdpa" if kernel == "auto" else kernel
-    check_request(kernel, f"{path}: model.attn_implementation", dtype, config.model.device_map, base_config(name))
+    check_request(
+        kernel,
+        f"{path}: model.attn_implementation",
+        dtype,
+        config.model.device_map,
+        base_config(name),
+    )
     base = load_causal_lm(name, dtype=dtype, attn_implementation=kernel)
     place(base, config.model.device_map, path, config.model.offload_dir)
     torch.manual_seed(config.train.seed)
     model = MemoryLM(base, memory, config.train.master_dtype)
-    if config.train.chunk_batch != "auto":  # train.py and test.py have chosen (plan.py); other tools take the default
+    if (
+        config.train.chunk_batch != "auto"
+    ):  # train.py and test.py have chosen (plan.py); other tools take the default
         model.chunk_batch = config.train.chunk_batch
     model.checkpointing = config.train.checkpointing
     return model, tokenizer
 
 
 def check_env(config: EnvConfig, path: str | Path) -> MemoryConfig:
-    """All checks of an environment config that need neither weights nor data; the compressor config it
-    names. Raises ConfigError with a line for every fault."""
+    """All checks of an environment config that need neither weights nor data; the compressor
+    config it names. Raises ConfigError with a line for every fault."""
     faults = Faults()
     memory, shape = examine_model(config, path, faults)
     examine_sources(sources_of(config), memory, shape, path, faults)
@@ -65,8 +83,11 @@ def check_model(config: EnvConfig, path: str | Path) -> MemoryConfig:
     return memory
 
 
-def examine_model(config: EnvConfig, path: str | Path, faults: Faults) -> tuple[MemoryConfig | None, Any]:
-    """The compressor config and the base's transformers config, each None where it cannot be had."""
+def examine_model(
+    config: EnvConfig, path: str | Path, faults: Faults
+) -> tuple[MemoryConfig | None, Any]:
+    """The compressor config and the base's transformers config, each None where it cannot be
+    had."""
     memory = shape = None
     with faults.noted():
         memory = load_memory_config(config.model.config)
@@ -74,7 +95,8 @@ def examine_model(config: EnvConfig, path: str | Path, faults: Faults) -> tuple[
         shape = base_config(config.model.model_name)
     if shape is not None and shape.model_type != config.model.model_structure:
         faults.add(
-            f"{path}: model.model_structure: {config.model.model_structure!r}, but {config.model.model_name} is a "
+            f"{path}: model.model_structure: {config.model.model_structure!r}, but "
+            f"{config.model.model_name} is a "
             f"{shape.model_type!r}"
         )
     if shape is not None and (fault := eos_fault(shape)):
@@ -102,7 +124,9 @@ Sources = Mapping[str, CorpusEntry | TaskEntry]  # JSON path in a file -> entry
 
 def sources_of(config: EnvConfig) -> Sources:
     """What an environment config trains on and evaluates."""
-    sources: dict[str, CorpusEntry | TaskEntry] = {f"train.corpus[{i}]": c for i, c in enumerate(config.train.corpus)}
+    sources: dict[str, CorpusEntry | TaskEntry] = {
+        f"train.corpus[{i}]": c for i, c in enumerate(config.train.corpus)
+    }
     return sources | {f"train.tasks[{i}]": t for i, t in enumerate(config.train.tasks)}
 
 
@@ -112,7 +136,9 @@ def stage_sources(config: EnvConfig, number: int) -> Sources:
     return {f"train.stages[{number}].corpus[{i}]": entry for i, entry in enumerate(own)}
 
 
-def examine_stages(config: EnvConfig, memory: MemoryConfig | None, shape: Any, path: str | Path, faults: Faults) -> None:
+def examine_stages(
+    config: EnvConfig, memory: MemoryConfig | None, shape: Any, path: str | Path, faults: Faults
+) -> None:
     """What the stages train on, at each of their sizes."""
     for number, stage in enumerate(config.train.stages):
         own = stage_sources(config, number)
@@ -120,7 +146,9 @@ def examine_stages(config: EnvConfig, memory: MemoryConfig | None, shape: Any, p
             examine_sources(own, memory, shape, path, faults)
             continue
         inherited = sources_of(config) if stage.corpus is None else {}
-        trained = own or {where: entry for where, entry in inherited.items() if isinstance(entry, CorpusEntry)}
+        trained = own or {
+            where: entry for where, entry in inherited.items() if isinstance(entry, CorpusEntry)
+        }
         for i, size in enumerate(dict.fromkeys(stage.sizes)):
             where = f"train.stages[{number}].sizes[{i}]"
             try:
@@ -141,7 +169,10 @@ def resized(memory: MemoryConfig, size: Size, shape: Any) -> MemoryConfig:
     chunk_size, num_memory = size
     recent = memory.recent_tokens
     if recent > chunk_size:
-        raise ConfigError(f"chunk_size {chunk_size} is less than the compressor's recent_tokens {recent}; use at least that")
+        raise ConfigError(
+            f"chunk_size {chunk_size} is less than the compressor's recent_tokens {recent}; use at "
+            "least that"
+        )
     if shape is not None:
         fault = narrow_window(shape, chunk_size) or rope_fault(shape, chunk_size, recent)
         if not fault and chunk_size > (positions := num_positions(shape)):
@@ -151,12 +182,15 @@ def resized(memory: MemoryConfig, size: Size, shape: Any) -> MemoryConfig:
     return memory.model_copy(update=dict(chunk_size=chunk_size, num_memory=num_memory))
 
 
-def check_truncations(wanted: list[tuple[str, int | None]], memory: MemoryConfig, positions: int, path: str | Path) -> None:
+def check_truncations(
+    wanted: list[tuple[str, int | None]], memory: MemoryConfig, positions: int, path: str | Path
+) -> None:
     """wanted: (JSON path, truncation) pairs of the file `path`."""
     capacity = memory.capacity(positions)
     recent = f", recent_tokens {memory.recent_tokens}" if memory.recent_tokens else ""
     faults = [
-        f"{path}: {where}: {length} tokens is past the capacity {capacity} (chunk_size {memory.chunk_size}, num_memory "
+        f"{path}: {where}: {length} tokens is past the capacity {capacity} (chunk_size "
+        f"{memory.chunk_size}, num_memory "
         f"{memory.num_memory}{recent}, {positions} positions); use at most {capacity}"
         for where, length in wanted
         if length is not None and length > capacity
@@ -167,12 +201,16 @@ def check_truncations(wanted: list[tuple[str, int | None]], memory: MemoryConfig
 
 def corpus_of(entry: CorpusEntry | TaskEntry) -> tuple[str, str]:
     """(field that names the corpus, its name)"""
-    return ("name", entry.name) if isinstance(entry, CorpusEntry) else ("task_name", entry.task_name)
+    return (
+        ("name", entry.name) if isinstance(entry, CorpusEntry) else ("task_name", entry.task_name)
+    )
 
 
-def examine_sources(sources: Sources, memory: MemoryConfig | None, shape: Any, path: str | Path, faults: Faults) -> None:
-    """Corpora that do not exist; truncations past the capacity, or so short that nothing reads memory;
-    texts too long for a teacher. Without `memory` or `shape` names alone."""
+def examine_sources(
+    sources: Sources, memory: MemoryConfig | None, shape: Any, path: str | Path, faults: Faults
+) -> None:
+    """Corpora that do not exist; truncations past the capacity, or so short that nothing reads
+    memory; texts too long for a teacher. Without `memory` or `shape` names alone."""
     for where, entry in sources.items():
         field, name = corpus_of(entry)
         try:
@@ -188,7 +226,8 @@ def examine_sources(sources: Sources, memory: MemoryConfig | None, shape: Any, p
             least = max(least, corpus.chunks(*arguments)[0] * own.chunk_size)
             if entry.truncation < least:
                 faults.add(
-                    f"{path}: {where}.truncation: of {entry.truncation} tokens nothing would read memory, "
+                    f"{path}: {where}.truncation: of {entry.truncation} tokens nothing would read "
+                    "memory, "
                     f"chunk_size is {own.chunk_size}; use at least {least}"
                 )
         if isinstance(entry, CorpusEntry) and (fault := raw_fault(entry, corpus.task, shape)):
@@ -201,14 +240,15 @@ def examine_sources(sources: Sources, memory: MemoryConfig | None, shape: Any, p
         taught = corpus.taught(*arguments) if shape is not None else 0
         if taught and min(taught, entry.truncation or taught) > (positions := num_positions(shape)):
             faults.add(
-                f"{path}: {where}: the teacher reads samples of up to {taught} tokens raw, the base has "
+                f"{path}: {where}: the teacher reads samples of up to {taught} tokens raw, the "
+                "base has "
                 f"{positions} positions; set truncation to {positions} or less"
             )
 
 
 def at_size(memory: MemoryConfig, entry: CorpusEntry | TaskEntry, shape: Any) -> MemoryConfig:
-    """The compressor at the size that a task asks for. Raises ConfigError as `resized`, and where the
-    size is none."""
+    """The compressor at the size that a task asks for. Raises ConfigError as `resized`, and
+    where the size is none."""
     if not isinstance(entry, TaskEntry) or (entry.chunk_size, entry.num_memory) == (None, None):
         return memory
     chunk_size = entry.chunk_size or memory.chunk_size
@@ -216,7 +256,9 @@ def at_size(memory: MemoryConfig, entry: CorpusEntry | TaskEntry, shape: Any) ->
     if chunk_size % num_memory:
         both = entry.chunk_size and entry.num_memory
         where = "" if both else "; the other of the two is the compressor config's"
-        raise ConfigError(f"chunk_size {chunk_size} must be a multiple of num_memory {num_memory}{where}")
+        raise ConfigError(
+            f"chunk_size {chunk_size} must be a multiple of num_memory {num_memory}{where}"
+        )
     return resized(memory, (chunk_size, num_memory), shape)
 
 
@@ -243,8 +285,8 @@ def shortest(entry: CorpusEntry | TaskEntry, task: str, chunk_size: int) -> int:
     whole = ("memory utilization", "news qa summation", "news qa summation v2")
     if kind in (*COPY_TASKS, *whole):
         return chunk_size  # one chunk is compressed, then asked for
-    # Training needs a loss that reads memory: the second token behind the first chunk is the first to have one, the one
-    # before it is not scored, or is predicted from the first chunk.
+    # Training needs a loss that reads memory: the second token behind the first chunk is the first
+    # to have one, the one before it is not scored, or is predicted from the first chunk.
     return chunk_size + (1 if isinstance(entry, TaskEntry) else 2)
 
 
@@ -255,8 +297,8 @@ def count_parameters(model: MemoryLM) -> tuple[int, int]:
 
 
 def weights_of(config: EnvConfig) -> str | None:
-    """The weights that a config is evaluated and used with: what it has trained (save_ckp, if it is there), else what it
-    starts from (load_ckp), else released_ckp."""
+    """The weights that a config is evaluated and used with: what it has trained (save_ckp, if it
+    is there), else what it starts from (load_ckp), else released_ckp."""
     saved = config.model.save_ckp
     if saved and whole_folder(Path(saved)).exists():
         return saved
@@ -271,12 +313,14 @@ def weights_words(weights: str | Path | None, model: MemoryLM) -> str:
 def load_trained(
     config: EnvConfig, path: str | Path, weights: str | None = None
 ) -> tuple[MemoryLM, PreTrainedTokenizerBase, str]:
-    """What an environment config describes with the weights that test.py would take, or with `weights`, its tokenizer, and
-    where the weights are from. Raises ConfigError if there are none."""
+    """What an environment config describes with the weights that test.py would take, or with
+    `weights`, its tokenizer, and where the weights are from. Raises ConfigError if there are
+    none."""
     weights = weights or weights_of(config)
     if weights is None:
         raise ConfigError(
-            f"{path}: there are no trained weights yet: neither {config.model.save_ckp}, load_ckp nor released_ckp; run train.py"
+            f"{path}: there are no trained weights yet: neither {config.model.save_ckp}, load_ckp "
+            "nor released_ckp; run train.py"
         )
     model, tokenizer = load_memory_lm(config, path)
     load_weights(model, weights)

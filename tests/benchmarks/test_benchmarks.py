@@ -1,4 +1,5 @@
-"""The benchmarks measure what they say: the FLOP count, the baseline's gradients, the whole command on a tiny model."""
+"""The benchmarks measure what they say: the FLOP count, the baseline's gradients, the whole
+command on a tiny model."""
 
 import json
 import random
@@ -15,7 +16,9 @@ from uiollms import MemoryConfig, Sample
 from uiollms.evaluation.scoring import score
 from uiollms.training.estimators import window_from_draws
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # benchmarks/ is run from the repository, not installed
+sys.path.insert(
+    0, str(Path(__file__).parents[2])
+)  # benchmarks/ is run from the repository, not installed
 
 from benchmarks.baseline import Baseline
 
@@ -25,12 +28,17 @@ MEMORY = MemoryConfig(num_memory=2, chunk_size=8, lora_rank=3, lora_alpha=6)
 
 
 def matmul_flops(call) -> int:
-    """FLOPs of the products outside attention: torch's counter does not know the CPU's attention kernel.
-    Nor is the rotary embedding counted, which older transformers write as a matrix product."""
+    """FLOPs of the products outside attention: torch's counter does not know the CPU's attention
+    kernel. Nor is the rotary embedding counted, which older transformers write as a matrix
+    product."""
     counter = FlopCounterMode(display=False)
     with counter:
         call()
-    rotary = [sum(counts.values()) for name, counts in counter.get_flop_counts().items() if "Rotary" in name]
+    rotary = [
+        sum(counts.values())
+        for name, counts in counter.get_flop_counts().items()
+        if "Rotary" in name
+    ]
     return counter.get_total_flops() - sum(rotary)
 
 
@@ -41,12 +49,17 @@ def test_baseline_gives_the_steps_gradients(length, S):
     baseline, rng = Baseline(model), random.Random(length)
     draws = [rng.randint(0, c) for c in range(S, len(sample.rows))]
     loss = baseline.train_step(sample, S, draws)
-    result = uiollms.gradient_step(model, sample, weights=window_from_draws(draws, S, True, len(sample.rows)))
+    result = uiollms.gradient_step(
+        model, sample, weights=window_from_draws(draws, S, True, len(sample.rows))
+    )
     found, expected = baseline.gradients(), gradients(model)
     found |= {name: torch.zeros_like(expected[name]) for name in expected.keys() - found.keys()}
     assert loss == pytest.approx(result.losses.sum().item(), rel=1e-10)
     assert worst_error(found, expected) < 1e-10
-    assert all(found[name].abs().max() > 0 for name in ("encoder.layers.0.q_proj.lora_A", "decoder.layers.0.k_proj.lora_A"))
+    assert all(
+        found[name].abs().max() > 0
+        for name in ("encoder.layers.0.q_proj.lora_A", "decoder.layers.0.k_proj.lora_A")
+    )
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -60,7 +73,11 @@ def test_baseline_scores_alike(whole):
 
 def test_the_whole_encoder_also_runs_its_last_layer_and_head():
     model = make_model()
-    baseline, flops, tokens = Baseline(model), Flops.of(model), MEMORY.chunk_size + MEMORY.num_memory
+    baseline, flops, tokens = (
+        Baseline(model),
+        Flops.of(model),
+        MEMORY.chunk_size + MEMORY.num_memory,
+    )
     counts = []
     for baseline.whole in (False, True):
         counts.append(matmul_flops(lambda: baseline.encode(random_ids(MEMORY.chunk_size))))
@@ -86,22 +103,29 @@ def test_flops_of_forward_passes_are_counted_by_torch(family):
         assert matmul_flops(lambda: model.encode_layers(ids)) == flops.encoder_forward()
         memory = model.encode_layers(ids)
         assert matmul_flops(lambda: model.project(memory, [0])) == flops.project_forward()
-        sample = Sample.document(random_ids(32), 8)  # of whole chunks: padding costs, and is not useful
-        assert matmul_flops(lambda: score(model, random_ids(32), "document")) == flops.scoring(sample)
+        sample = Sample.document(
+            random_ids(32), 8
+        )  # of whole chunks: padding costs, and is not useful
+        assert matmul_flops(lambda: score(model, random_ids(32), "document")) == flops.scoring(
+            sample
+        )
 
 
 @pytest.mark.parametrize("family", ["llama", "smollm2"])
 def test_flops_of_a_step_are_counted_by_torch(family):
-    """The exact step of a document of one batch, which encodes nothing twice. What torch does beyond the count: memories are
-    projected three times, the gradient of keys and values goes through LoRA's B twice (to its A, to the memories), and in the
-    encoder's layer 0 ordinary tokens get a gradient that nobody reads."""
+    """The exact step of a document of one batch, which encodes nothing twice. What torch does
+    beyond the count: memories are projected three times, the gradient of keys and values goes
+    through LoRA's B twice (to its A, to the memories), and in the encoder's layer 0 ordinary
+    tokens get a gradient that nobody reads."""
     model, sample = make_model(family), Sample.language_modeling(random_ids(24), 8)
     flops = without_attention(Flops.of(model))
     chunks = len(sample.chunks)
     unread = flops.keys_values(8) + flops.q_proj(8) + 2 * (2 * 8 * flops.rank * flops.hidden)
     twice = flops.layers * 2 * (2 * flops.slots * flops.rank * flops.kv)
     counted = matmul_flops(lambda: uiollms.gradient_step(model, sample, estimator="exact"))
-    assert counted == flops.training(sample, chunks) + chunks * (2 * flops.project_forward() + twice + unread)
+    assert counted == flops.training(sample, chunks) + chunks * (
+        2 * flops.project_forward() + twice + unread
+    )
 
 
 def test_flops_of_a_step_whose_slots_read_the_chunks_tokens():
@@ -111,12 +135,16 @@ def test_flops_of_a_step_whose_slots_read_the_chunks_tokens():
     flops, chunks = without_attention(Flops.of(model)), len(sample.chunks)
     twice = flops.layers * 2 * (2 * flops.slots * flops.rank * flops.kv)
     counted = matmul_flops(lambda: uiollms.gradient_step(model, sample, estimator="exact"))
-    assert counted == flops.training(sample, chunks) + chunks * (2 * flops.project_forward() + twice)
+    assert counted == flops.training(sample, chunks) + chunks * (
+        2 * flops.project_forward() + twice
+    )
     assert Flops.of(model).attention(flops.slot_pairs) > 0
     full, learned = Flops.of(model), Flops.of(make_model())
     (_, queries, pairs), *_ = full.encoder_layers()
     below = full.keys_values(2) + full.q_proj(2) + 2 * (2 * 2 * full.rank * full.hidden)
-    assert learned.encoder_backward() - full.encoder_backward() == below + full.attention(pairs) // 2
+    assert (
+        learned.encoder_backward() - full.encoder_backward() == below + full.attention(pairs) // 2
+    )
 
 
 def test_flops_with_recent_tokens_are_counted_by_torch():
@@ -144,8 +172,12 @@ def test_flops_by_hand():
     """One layer of everything, written out: D 4, q 4, kv 2, I 3, V 5, l 4, m 2, r 1."""
     flops = Flops(layers=2, hidden=4, q=4, kv=2, intermediate=3, vocab=5, chunk=4, slots=2, rank=1)
     assert flops.slot_pairs == 2 + 4 + 2
-    # 6 tokens' keys and values; 2 slots' queries, outputs and MLPs; LoRA of q (2 slots) and v (6 tokens); 8 pairs
-    assert flops.encoder_forward() == 6 * 2 * (2 * 4 * 2) + 2 * 2 * (2 * 4 * 4 + 3 * 4 * 3) + 2 * 2 * 8 + 6 * 2 * 6 + 4 * 8 * 4
+    # 6 tokens' keys and values; 2 slots' queries, outputs and MLPs; LoRA of q (2 slots) and v (6
+    # tokens); 8 pairs
+    assert (
+        flops.encoder_forward()
+        == 6 * 2 * (2 * 4 * 2) + 2 * 2 * (2 * 4 * 4 + 3 * 4 * 3) + 2 * 2 * 8 + 6 * 2 * 6 + 4 * 8 * 4
+    )
     # 3 tokens behind one memory: 6 + 6 pairs; the head for 2 of them
     layer = 3 * 2 * (2 * 4 * 4 + 2 * 4 * 2 + 3 * 4 * 3) + 4 * 12 * 4
     assert flops.decoder_forward(3, 1, 2) == 2 * layer + 2 * 2 * 4 * 5

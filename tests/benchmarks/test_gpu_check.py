@@ -49,7 +49,9 @@ def test_crops_lie_within_one_text():
 def test_every_value_that_is_asked_for_was_stated(tiny_folder):
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     facts, rng = Facts(tokenizer, 50, 0), random.Random(0)
-    filler = Corpus.joined(torch.full((2000,), tokenizer("z")["input_ids"][0]).int(), np.array([2000]))
+    filler = Corpus.joined(
+        torch.full((2000,), tokenizer("z")["input_ids"][0]).int(), np.array([2000])
+    )
     ids, asked = facts.documents(filler, 4, 1200, 300, rng)
     assert ids.shape == (4, 1200) and asked.shape == (4, 300)
     for document, mask in zip(ids, asked, strict=True):

@@ -58,10 +58,14 @@ def test_the_modes_are_those_of_score(family):
             start, stop = t * L - 2 * t, (t + 1) * L  # MEMORY: two slots for each chunk before
             logits = model.base(document[None, start:stop]).logits[0, -L:]
             target = document[t * L + 1 : stop + 1]
-            expected["recent"].append(torch.nn.functional.cross_entropy(logits, target, reduction="none"))
+            expected["recent"].append(
+                torch.nn.functional.cross_entropy(logits, target, reduction="none")
+            )
     for mode, parts in expected.items():
         assert found[mode] == pytest.approx(torch.cat(parts).mean().item(), rel=1e-10), mode
-        last = torch.stack(parts).view(2, -1)[:, -L:].mean().item()  # parts: by document, or by chunk of one
+        last = (
+            torch.stack(parts).view(2, -1)[:, -L:].mean().item()
+        )  # parts: by document, or by chunk of one
         assert found["last"][mode] == pytest.approx(last, rel=1e-10), mode
     assert found["bound"] == pytest.approx(found["shuffled"] - found["own"])
 

@@ -28,7 +28,8 @@ def token_ids(tokenizer, text):
 
 
 TEMPLATE = (
-    "{% for m in messages %}{% if loop.first %}[sys]{% endif %}<{{ m['role'] }}>{{ m['content'] }}</s>\n{% endfor %}"
+    "{% for m in messages %}{% if loop.first %}[sys]{% endif %}<{{ m['role'] }}>{{ m['content'] "
+    "}}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
@@ -53,22 +54,44 @@ def test_compress_then_ask(trained, capsys):
     said = run(capsys, "compress", "book0.txt", "-o", "book.mem")
     full = len(text) // 16
     weights = "weights: out/ckp, base in torch.float32\n"
-    assert said.startswith(f"{weights}book.mem: {full * 16} tokens in {full * 2} memory slots (+ {len(text) % 16} open tokens), ")
+    assert said.startswith(
+        f"{weights}book.mem: {full * 16} tokens in {full * 2} memory slots (+ {len(text) % 16} "
+        "open tokens), "
+    )
     memory = Memory.load("book.mem", trained)
     assert [(s.name, s.num_tokens) for s in memory.sources] == [("book0.txt", len(text))]
     tokenizer = AutoTokenizer.from_pretrained(trained.config._name_or_path)
     ids = token_ids(tokenizer, "\n\nQuestion: Why?\nAnswer:")
     options = dict(do_sample=False, max_new_tokens=9, stop_strings=["\n"], tokenizer=tokenizer)
-    expected = trained.generate(torch.cat([token_ids(tokenizer, text), ids], 1), **options)[0, len(text) + ids.shape[1] :]
+    expected = trained.generate(torch.cat([token_ids(tokenizer, text), ids], 1), **options)[
+        0, len(text) + ids.shape[1] :
+    ]
     lines = [
-        json.loads(line) for line in run(capsys, "ask", "book.mem", "Why?", "Who?", "--max_new_tokens=9", "--json").splitlines()
+        json.loads(line)
+        for line in run(
+            capsys, "ask", "book.mem", "Why?", "Who?", "--max_new_tokens=9", "--json"
+        ).splitlines()
     ]
     assert [line["question"] for line in lines] == ["Why?", "Who?"]
     assert lines[0]["answer"] == tokenizer.decode(expected, skip_special_tokens=True).strip()
     assert lines[0]["new_tokens"] == len(expected)
     streamed = run(capsys, "ask", "book.mem", "Why?", "--max_new_tokens=9")
-    assert streamed == weights + "Why?\n> " + tokenizer.decode(expected, skip_special_tokens=True) + "\n"
-    sampled = [run(capsys, "ask", "book.mem", "Why?", "--max_new_tokens=9", "--temperature=2", f"--seed={s}") for s in (1, 1, 2)]
+    assert (
+        streamed
+        == weights + "Why?\n> " + tokenizer.decode(expected, skip_special_tokens=True) + "\n"
+    )
+    sampled = [
+        run(
+            capsys,
+            "ask",
+            "book.mem",
+            "Why?",
+            "--max_new_tokens=9",
+            "--temperature=2",
+            f"--seed={s}",
+        )
+        for s in (1, 1, 2)
+    ]
     assert sampled[0] == sampled[1] != sampled[2]
 
 
@@ -84,7 +107,9 @@ def test_names_of_files_do_not_reach_the_terminal_as_they_are(trained, capsys):
     assert json.loads(said)["sources"][0]["name"] == EVIL == Memory.load("evil.mem").sources[0].name
     for flags in ((), ("--json",)):
         said = run(capsys, "ask", "evil.mem", "Why?", "--max_new_tokens=2", *flags)
-        said += run(capsys, "chat", "--memory", "evil.mem", "--max_new_tokens=2", *flags, stdin="Hi")
+        said += run(
+            capsys, "chat", "--memory", "evil.mem", "--max_new_tokens=2", *flags, stdin="Hi"
+        )
         assert not set(said) & set("\x1b\x9b\u202e")
 
 
@@ -112,37 +137,55 @@ def test_several_files_and_several_memories_are_joined(trained, capsys):
     for i in (0, 1):
         Path(f"book{i}.txt").write_text(f"{i}, the shorter edition. " * (3 + i))
         run(capsys, "compress", f"book{i}.txt", "-o", f"{i}.mem")
-    together = json.loads(run(capsys, "compress", "book0.txt", "book1.txt", "-o", "both.mem", "--json"))
+    together = json.loads(
+        run(capsys, "compress", "book0.txt", "book1.txt", "-o", "both.mem", "--json")
+    )
     assert [s["name"] for s in together["sources"]] == ["book0.txt", "book1.txt"]
     joined, both = join([Memory.load("0.mem"), Memory.load("1.mem")]), Memory.load("both.mem")
     assert torch.equal(joined.slots, both.slots) and torch.equal(joined.open_ids, both.open_ids)
     options = ("Why?", "--max_new_tokens=5")
-    assert run(capsys, "ask", "0.mem", "1.mem", *options) == run(capsys, "ask", "both.mem", *options)
+    assert run(capsys, "ask", "0.mem", "1.mem", *options) == run(
+        capsys, "ask", "both.mem", *options
+    )
 
 
 @pytest.mark.parametrize("template", [None, TEMPLATE])
 def test_chat_holds_every_turn(trained, tiny_folder, capsys, monkeypatch, template):
-    """Two turns must be the one stream that the whole conversation is; its twin renders it in one piece."""
+    """Two turns must be the one stream that the whole conversation is; its twin renders it in
+    one piece."""
     trained.save_pretrained("model", tokenizer=tokenizer_with(tiny_folder, template))
     tokenizer = AutoTokenizer.from_pretrained("model")
     arguments = ["chat", "--model", "model", "--max_new_tokens=6"]
     main([*arguments, "--json"], io.StringIO("Hello\n\nAnd then?\n/quit\nnever read\n"))
     turns = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [turn["question"] for turn in turns] == ["Hello", "And then?"]
-    options = dict(do_sample=False, max_new_tokens=6) | ({} if template else dict(stop_strings=["\n"], tokenizer=tokenizer))
+    options = dict(do_sample=False, max_new_tokens=6) | (
+        {} if template else dict(stop_strings=["\n"], tokenizer=tokenizer)
+    )
     model = MemoryLM.from_pretrained("model")
     opening = "[sys]<user>Hello</s>\n<assistant>" if template else "\n\nQuestion: Hello\nAnswer:"
     first = model.generate(token_ids(tokenizer, opening), **options)
-    later = token_ids(tokenizer, "</s>\n<user>And then?</s>\n<assistant>" if template else "\n\nQuestion: And then?\nAnswer:")
-    whole = torch.cat([first, later[:, 1:] if torch.equal(first[:, -1:], later[:, :1]) else later], 1)
+    later = token_ids(
+        tokenizer,
+        "</s>\n<user>And then?</s>\n<assistant>"
+        if template
+        else "\n\nQuestion: And then?\nAnswer:",
+    )
+    whole = torch.cat(
+        [first, later[:, 1:] if torch.equal(first[:, -1:], later[:, :1]) else later], 1
+    )
     second = model.generate(whole, **options)
-    assert turns[1]["answer"] == tokenizer.decode(second[0, whole.shape[1] :], skip_special_tokens=True).strip()
+    assert (
+        turns[1]["answer"]
+        == tokenizer.decode(second[0, whole.shape[1] :], skip_special_tokens=True).strip()
+    )
     seen, held = second.shape[1] - 1, turns[1]["held"]
     assert held == dict(tokens=seen // 16 * 16, slots=seen // 16 * 2, open_tokens=seen % 16)
     main(arguments, io.StringIO("Hello\n"))
     seen = first.shape[1] - 1
     assert capsys.readouterr().out.endswith(
-        f"[held: {seen // 16 * 16} tokens in {seen // 16 * 2} memory slots (+ {seen % 16} open tokens)]\n"
+        f"[held: {seen // 16 * 16} tokens in {seen // 16 * 2} memory slots (+ {seen % 16} open "
+        "tokens)]\n"
     )
 
 
@@ -154,9 +197,12 @@ def tokenizer_with(folder, template):
 
 @pytest.mark.parametrize("template", [None, "<s>" + TEMPLATE])
 def test_a_text_starts_once(trained, tiny_folder, template):
-    """A tokenizer that writes BOS: at the start of the stream, not in front of a question behind a document."""
+    """A tokenizer that writes BOS: at the start of the stream, not in front of a question behind
+    a document."""
     tokenizer = tokenizer_with(tiny_folder, template)
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
     empty, read = trained.new_state(), trained.compress("A book. ", tokenizer).state(trained)
     assert read.open_ids[0, 0] == 1 and (read.open_ids == 1).sum() == 1
     alone, behind = first_turn(tokenizer, "Hi", empty), first_turn(tokenizer, "Hi", read)
@@ -168,30 +214,45 @@ def test_a_later_turn_closes_the_answer_before_it(tiny_folder):
     tokenizer = tokenizer_with(tiny_folder, TEMPLATE)
     expected = token_ids(tokenizer, "</s>\n<user>Hi</s>\n<assistant>")
     assert torch.equal(later_turn(tokenizer, "Hi", torch.tensor([[2]])), expected)
-    assert torch.equal(later_turn(tokenizer, "Hi", torch.tensor([[9]])), torch.cat([torch.tensor([[9]]), expected], 1))
+    assert torch.equal(
+        later_turn(tokenizer, "Hi", torch.tensor([[9]])),
+        torch.cat([torch.tensor([[9]]), expected], 1),
+    )
 
 
 def test_chat_with_a_memory_in_mind(trained, capsys):
     run(capsys, "compress", "book0.txt", "-o", "book.mem")
-    (line,) = run(capsys, "chat", "--memory", "book.mem", "--max_new_tokens=3", "--json", stdin="Hi").splitlines()
+    (line,) = run(
+        capsys, "chat", "--memory", "book.mem", "--max_new_tokens=3", "--json", stdin="Hi"
+    ).splitlines()
     memory = Memory.load("book.mem")
     assert json.loads(line)["held"]["slots"] >= memory.num_slots
     said = run(capsys, "chat", "--memory", "book.mem")  # nothing asked
     left = len(memory.open_ids)
     weights = "weights: out/ckp, base in torch.float32\n"
     assert (
-        said == f"{weights}[held: {memory.num_tokens - left} tokens in {memory.num_slots} memory slots (+ {left} open tokens)]\n"
+        said
+        == f"{weights}[held: {memory.num_tokens - left} tokens in {memory.num_slots} memory slots (+ {left} open tokens)]\n"
     )
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["compress", "book0.txt", "-o", "book.txt"], "book.txt: the name of a memory ends in .mem"),
+        (
+            ["compress", "book0.txt", "-o", "book.txt"],
+            "book.txt: the name of a memory ends in .mem",
+        ),
         (["compress", "none.txt", "-o", "a.mem"], "none.txt: cannot be read"),
         (["compress", "latin.txt", "-o", "a.mem"], "latin.txt: byte 1 is not UTF-8"),
-        (["compress", "long.txt", "-o", "a.mem"], "long.txt: the document has 2000 tokens, the capacity is 926"),
-        (["compress", "book0.txt", "book1.txt", "book2.txt", "-o", "a.mem"], "the files together: the document has"),
+        (
+            ["compress", "long.txt", "-o", "a.mem"],
+            "long.txt: the document has 2000 tokens, the capacity is 926",
+        ),
+        (
+            ["compress", "book0.txt", "book1.txt", "book2.txt", "-o", "a.mem"],
+            "the files together: the document has",
+        ),
         (["ask", "none.mem", "Why?"], "none.mem: cannot be read"),
         (["ask", "Why?"], "no memory"),
         (["ask", "book.mem"], "no question"),
@@ -213,7 +274,8 @@ def test_without_a_model_or_weights(workspace, capsys):
         run(capsys, "chat", stdin="Hi")
 
 
-# What each example shows: the figures of its own model, or the words that it was given and some of its own behind them.
+# What each example shows: the figures of its own model, or the words that it was given and some of
+# its own behind them.
 NUMBER = r"\d+\.\d+"
 EXPECTED = {
     "compress_and_ask.py": r"\d+ tokens in \d+ slots a layer, \d+ tokens left as they are\n"
@@ -227,7 +289,10 @@ EXPECTED = {
 
 
 # sotu_task.py belongs to an lm-eval task: tests/evaluation/test_lm_eval_model.py
-@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "examples").glob("*.py") if path.stem != "sotu_task"))
+@pytest.mark.parametrize(
+    "script",
+    sorted(path.name for path in (ROOT / "examples").glob("*.py") if path.stem != "sotu_task"),
+)
 def test_examples_run(trained, tiny_folder, capsys, monkeypatch, script):
     trained.save_pretrained("model", tokenizer=AutoTokenizer.from_pretrained(tiny_folder))
     monkeypatch.setattr(sys, "argv", [script, "model", "book0.txt"])

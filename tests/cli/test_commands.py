@@ -32,12 +32,17 @@ ROOT = Path(__file__).parents[2]
 def run(command: str, *arguments: str) -> subprocess.CompletedProcess:
     """A command in a process of its own, as a user starts it."""
     return subprocess.run(
-        [sys.executable, str(ROOT / command), *arguments], capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL
+        [sys.executable, str(ROOT / command), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        stdin=subprocess.DEVNULL,
     )
 
 
 def call(command: str, *arguments: str) -> int:
-    """The same command in this process (importing torch again takes longer than most of these tests): its exit code."""
+    """The same command in this process (importing torch again takes longer than most of these
+    tests): its exit code."""
     return reporting_errors(lambda: loaded(command).main(list(arguments)))
 
 
@@ -73,21 +78,37 @@ def test_train_then_test(workspace, capsys):
     evaluation = lines[-1]["eval"][0]
     assert evaluation["documents"] == 2 and {"memory", "window", "raw"} <= evaluation.keys()
     assert Path("out/curve.png").stat().st_size > 1000
-    assert json.loads(Path("out/config.json").read_text())["train"]["estimator"] == "uio"  # resolved: defaults written out
+    assert (
+        json.loads(Path("out/config.json").read_text())["train"]["estimator"] == "uio"
+    )  # resolved: defaults written out
 
     tested = run("test.py", "--env_conf", "env.json")
     assert tested.returncode == 0, tested.stderr
     assert "weights: out/ckp" in tested.stdout
     result = json.loads(Path("out/test.json").read_text())["results"][0]
-    assert result["memory"] == evaluation["memory"]  # the saved weights are those that training evaluated last
-    assert call("test.py", "--env_conf", "env.json", "--use_env_conf_tasks", "--set=train.chunk_batch=auto") == 0
+    assert (
+        result["memory"] == evaluation["memory"]
+    )  # the saved weights are those that training evaluated last
+    assert (
+        call(
+            "test.py",
+            "--env_conf",
+            "env.json",
+            "--use_env_conf_tasks",
+            "--set=train.chunk_batch=auto",
+        )
+        == 0
+    )
     assert "raw context" in capsys.readouterr().out
 
 
 def test_the_same_seed_trains_the_same_weights(workspace):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         changes = (f"model.save_ckp={name}.pth", f"train.seed={seed}", "train.tasks=[]")
-        assert call("train.py", "--env_conf", "env.json", *(f"--set={change}" for change in changes)) == 0
+        assert (
+            call("train.py", "--env_conf", "env.json", *(f"--set={change}" for change in changes))
+            == 0
+        )
     a, b, c = (torch.load(f"{n}.pth", weights_only=True) for n in "abc")
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     assert not all(torch.equal(x, y) for x, y in zip(a, c, strict=True))
@@ -95,7 +116,16 @@ def test_the_same_seed_trains_the_same_weights(workspace):
 
 @pytest.mark.parametrize("estimator", ["exact", "tbptt", "importance"])
 def test_every_estimator_trains(workspace, estimator):
-    assert call("train.py", "--env_conf", "env.json", f"--set=train.estimator={estimator}", "--set=train.tasks=[]") == 0
+    assert (
+        call(
+            "train.py",
+            "--env_conf",
+            "env.json",
+            f"--set=train.estimator={estimator}",
+            "--set=train.tasks=[]",
+        )
+        == 0
+    )
     assert len(Path("out/metrics.jsonl").read_text().splitlines()) == 3
 
 
@@ -107,15 +137,24 @@ def test_every_estimator_trains(workspace, estimator):
         ("model.model_name=./no/model", "model.model_name: cannot get './no/model'"),
         ("model.model_name=package:nothing", "package 'nothing' is not known to carry a model"),
         ("model.load_ckp=nowhere", "nowhere"),
-        ("model.device_map=7", "env.json: model.device_map: GPU 7 does not exist, this machine has"),
+        (
+            "model.device_map=7",
+            "env.json: model.device_map: GPU 7 does not exist, this machine has",
+        ),
         ('model.device_map={"model":"cpu"}', "env.json: model.device_map: no key places 'lm_head'"),
         (
             'model.device_map={"model.layers.9":"cpu"}',
             "['model.layers.9']: the base has no such layer; its 3 layers are",
         ),
-        ("train.corpus.0.name=pg20", "env.json: train.corpus[0].name: corpus 'pg20' is unknown; did you mean pg19"),
+        (
+            "train.corpus.0.name=pg20",
+            "env.json: train.corpus[0].name: corpus 'pg20' is unknown; did you mean pg19",
+        ),
         ("train.corpus.0.name=files:*.md", "corpus files:*.md: no file matches"),
-        ("train.corpus.0.truncation=10000", "env.json: train.corpus[0].truncation: 10000 tokens is past the capacity 926"),
+        (
+            "train.corpus.0.truncation=10000",
+            "env.json: train.corpus[0].truncation: 10000 tokens is past the capacity 926",
+        ),
     ],
 )
 def test_what_a_user_gets_wrong_is_one_line(workspace, capsys, change, message):
@@ -145,32 +184,51 @@ def test_32x_on_a_bare_machine_is_told_all_that_it_lacks(monkeypatch, tmp_path):
 
 
 def test_a_test_file_past_the_capacity_is_refused(workspace, capsys):
-    task = dict(task_type="perplexity", task_name="files:book*.txt", num_instance=1, truncation=5000)
+    task = dict(
+        task_type="perplexity", task_name="files:book*.txt", num_instance=1, truncation=5000
+    )
     Path("test.json").write_text(json.dumps([task]))
     assert call("test.py", "--env_conf", "env.json") == 2
-    assert "test.json: tasks[0].truncation: 5000 tokens is past the capacity 926" in capsys.readouterr().err
+    assert (
+        "test.json: tasks[0].truncation: 5000 tokens is past the capacity 926"
+        in capsys.readouterr().err
+    )
 
 
 def test_documents_that_fit_one_chunk_are_skipped_and_counted(workspace):
     Path("short.txt").write_text("too short")
     Path("blank.txt").write_text(" \n")
-    config = load_env_config("env.json", ["train.corpus.0.name=files:*.txt", "train.corpus.0.crop=random"])
+    config = load_env_config(
+        "env.json", ["train.corpus.0.name=files:*.txt", "train.corpus.0.crop=random"]
+    )
     model, tokenizer = load_memory_lm(config, "env.json")
     samples = SampleStream(config, tokenizer, model)
     lengths = {sum(len(row.input_ids) for row in drawn.sample.rows) for drawn in samples.take(12)}
-    assert lengths == {80} and samples.skipped == samples.streams[0].mixture.drawn - 12 >= 4  # two epochs of six documents
+    assert (
+        lengths == {80} and samples.skipped == samples.streams[0].mixture.drawn - 12 >= 4
+    )  # two epochs of six documents
     config = load_env_config("env.json", ["train.corpus.0.name=files:short.txt"])
-    with pytest.raises(ConfigError, match="10000 documents in a row are blank or fit one chunk of 16 .* the last is short.txt"):
+    with pytest.raises(
+        ConfigError,
+        match="10000 documents in a row are blank or fit one chunk of 16 .* the last is short.txt",
+    ):
         SampleStream(config, tokenizer, model).take(1)
     assert Document("question", "", response=" ").is_empty
 
 
 def test_question_answering_trains_from_json_lines(workspace):
-    lines = [json.dumps({"input": f"{i}: What time is it? " * 4, "output": "The clocks were striking."}) for i in range(3)]
+    lines = [
+        json.dumps({"input": f"{i}: What time is it? " * 4, "output": "The clocks were striking."})
+        for i in range(3)
+    ]
     Path("qa.jsonl").write_text("\n".join(lines))
     changes = ("train.corpus.0.name=files:qa.jsonl", "train.tasks=[]", "train.chunk_batch=auto")
-    assert call("train.py", "--env_conf", "env.json", *(f"--set={change}" for change in changes)) == 0
-    assert json.loads(Path("out/config.json").read_text())["train"]["chunk_batch"] == 4  # of a document of 4 chunks in memory
+    assert (
+        call("train.py", "--env_conf", "env.json", *(f"--set={change}" for change in changes)) == 0
+    )
+    assert (
+        json.loads(Path("out/config.json").read_text())["train"]["chunk_batch"] == 4
+    )  # of a document of 4 chunks in memory
 
 
 def test_documents_become_samples_by_their_task(workspace):
@@ -187,13 +245,20 @@ def test_documents_become_samples_by_their_task(workspace):
     assert sum(len(row.input_ids) for row in answered.rows) == 80 and answered.num_scored == 10
     copied = sample(task="longdata copy")
     assert len(copied.chunks) == 5 and copied.num_scored == 80 and copied.rows[0].repeat
-    tokens = TokenDocument(text, "here:1", input_ids=tuple(range(3, 103)), labels=(-100,) * 50 + tuple(range(53, 103)))
+    tokens = TokenDocument(
+        text, "here:1", input_ids=tuple(range(3, 103)), labels=(-100,) * 50 + tuple(range(53, 103))
+    )
     beacon = maker.make(tokens, 80, rng)
     assert beacon.num_scored == 30  # 50 .. 79: the truncation cuts the rest
-    with pytest.raises(ConfigError, match="here:1: the response has .* tokens, truncation 80 leaves no room"):
+    with pytest.raises(
+        ConfigError, match="here:1: the response has .* tokens, truncation 80 leaves no room"
+    ):
         sample(response="x" * 90, task="question answering")
     long = TokenDocument(text, "here:1", kl_weight=1.0, input_ids=(5,) * 200, labels=(5,) * 200)
-    with pytest.raises(ConfigError, match="here:1: the teacher reads its context raw: 200 tokens, the base has 128 positions"):
+    with pytest.raises(
+        ConfigError,
+        match="here:1: the teacher reads its context raw: 200 tokens, the base has 128 positions",
+    ):
         maker.make(long, None, rng)
     probed = sample(task="memory utilization", kl_weight=1.0)
     assert probed.kl_weight == 1 and len(probed.chunks) == 5 and probed.num_scored == 15
@@ -203,22 +268,31 @@ def test_documents_become_samples_by_their_task(workspace):
     )  # fmt: skip
     asked = maker.make(news, 80, rng)
     said = "".join(tokenizer.decode(chunk) for chunk in asked.chunks)
-    assert len(asked.rows) == 3 and len(asked.teachers) == 3 and news.text in said and len(asked.chunks) == 5
+    assert (
+        len(asked.rows) == 3
+        and len(asked.teachers) == 3
+        and news.text in said
+        and len(asked.chunks) == 5
+    )
     answers = [tokenizer.decode(row.targets[row.scored]) for row in asked.rows]
     assert answers == [" Ada", " Bob", " They met."]
     for found in (probed, asked, beacon.distilled()):
         assert torch.isfinite(uiollms.gradient_step(model, found).losses).all()
 
 
-# Every file that can be started: a new command is tested without being named here. alone.py is started by benchmarks alone.
+# Every file that can be started: a new command is tested without being named here. alone.py is
+# started by benchmarks alone.
 FOLDERS = [
-    path for path in ROOT.iterdir() if path.is_dir() and path.name not in ("tests", "runs", "raw_data") and path.name[0] != "."
+    path
+    for path in ROOT.iterdir()
+    if path.is_dir() and path.name not in ("tests", "runs", "raw_data") and path.name[0] != "."
 ]
 FILES = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in folder.rglob("*.py"))]
 STARTED = {str(p.relative_to(ROOT)) for p in FILES if '__name__ == "__main__"' in p.read_text()}
 OWN = {f"src/uiollms/cli/{name}.py" for name in MODULES.values()}
 COMMANDS = sorted(STARTED - {"benchmarks/alone.py", "src/uiollms/__main__.py"} | OWN)
-HARNESS = "src/uiollms/cli/lm_eval.py"  # its command line is lm-eval's, its example that of the command `lm_eval`
+# its command line is lm-eval's, its example that of the command `lm_eval`
+HARNESS = "src/uiollms/cli/lm_eval.py"
 
 
 def started_as(command: str) -> str:
@@ -226,17 +300,25 @@ def started_as(command: str) -> str:
     path = Path(command)
     if path.parts[0] == "src":
         name = path.stem
-        return "python -m uiollms" + {"chat": "", "data": ".data", "study": ".study"}.get(name, f" {name}")
+        return "python -m uiollms" + {"chat": "", "data": ".data", "study": ".study"}.get(
+            name, f" {name}"
+        )
     if path.name != "__main__.py" and not path.name.startswith("gpu_"):
         return f"python {command}"
-    return "python -m " + ".".join(part for part in path.with_suffix("").parts if part != "__main__")
+    return "python -m " + ".".join(
+        part for part in path.with_suffix("").parts if part != "__main__"
+    )
 
 
 def help_of(command: str, monkeypatch, capsys, *sub: str) -> tuple[str, list[str]]:
     """What a command, or one of its subcommands, says of itself, and the subcommands it has."""
     groups, add = [], argparse.ArgumentParser.add_subparsers
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
-        patch.setattr(argparse.ArgumentParser, "add_subparsers", lambda *a, **k: groups.append(add(*a, **k)) or groups[-1])
+        patch.setattr(
+            argparse.ArgumentParser,
+            "add_subparsers",
+            lambda *a, **k: groups.append(add(*a, **k)) or groups[-1],
+        )
         patch.setattr(sys, "argv", [command, *sub, "--help"])
         if command.startswith("src/"):
             importlib.import_module(".".join(Path(command).with_suffix("").parts[1:])).main()
@@ -264,14 +346,18 @@ def test_schema_writes_what_is_committed(tmp_path, capsys):
     importlib.import_module("uiollms.cli.schema").main(["--out", str(tmp_path)])
     written = sorted(path for path in tmp_path.rglob("*") if path.is_file())
     assert len(written) == 4 and capsys.readouterr().out.split() == [str(p) for p in written]
-    assert all(path.read_text() == (ROOT / path.relative_to(tmp_path)).read_text() for path in written)
+    assert all(
+        path.read_text() == (ROOT / path.relative_to(tmp_path)).read_text() for path in written
+    )
 
 
 def test_the_bar_says_how_training_goes(workspace, capsys):
     assert call("train.py", "--env_conf", "env.json") == 0
     shown = capsys.readouterr()
     last = shown.err.split("train: ")[-1]
-    assert re.search(r"3/3 \[00:\d\d<00:00, .*nll \d+\.\d{3}, lr \d\.\de-\d\d, [\d,]+ tokens/s\]", last), last
+    assert re.search(
+        r"3/3 \[00:\d\d<00:00, .*nll \d+\.\d{3}, lr \d\.\de-\d\d, [\d,]+ tokens/s\]", last
+    ), last
     assert "with memory" in shown.out and "trained parameters" in shown.out
 
 

@@ -1,5 +1,5 @@
-"""What nobody can mean is refused at once, in one line that names it: pipes, devices, endless files,
-absurd numbers, nesting without end, zero bytes; in files, options and the environment."""
+"""What nobody can mean is refused at once, in one line that names it: pipes, devices, endless
+files, absurd numbers, nesting without end, zero bytes; in files, options and the environment."""
 
 import gzip
 import json
@@ -66,25 +66,43 @@ def make_socket(path: Path) -> None:
         opened.bind(path.name)  # a whole path may be too long for a socket's name
 
 
-NO_FILES = {"a named pipe": make_pipe, "a device": make_device, "a socket": make_socket, "a folder": Path.mkdir}
+NO_FILES = {
+    "a named pipe": make_pipe,
+    "a device": make_device,
+    "a socket": make_socket,
+    "a folder": Path.mkdir,
+}
 
 
 @pytest.mark.parametrize("kind", NO_FILES)
 def test_what_is_no_file_is_never_read(workspace, kind):
-    """Every reader of a file that others have written, on what would be waited for, or has no end."""
+    """Every reader of a file that others have written, on what would be waited for, or has no
+    end."""
     path = workspace / "odd.json"
     NO_FILES[kind](path)
     expected = f"is {kind}, expected a file"
-    readers = [read_json, load_env_config, lambda p: read_bytes(p, 9), lambda p: open_corpus(f"files:{p}")[0]]
+    readers = [
+        read_json,
+        load_env_config,
+        lambda p: read_bytes(p, 9),
+        lambda p: open_corpus(f"files:{p}")[0],
+    ]
     readers += [Memory.load, lambda p: load_weights(make_model("llama", torch.float32), p)]
     if kind != "a folder":
         readers.append(check_tree)
-    for name, read in [("odd.json", r) for r in readers[:3]] + [("odd.txt", readers[3]), ("odd.jsonl", readers[3])]:
+    for name, read in [("odd.json", r) for r in readers[:3]] + [
+        ("odd.txt", readers[3]),
+        ("odd.jsonl", readers[3]),
+    ]:
         path = path.rename(workspace / name)
         if kind != "a folder" or name == "odd.json":  # a folder is no match of a pattern
             with pytest.raises(ConfigError, match=expected):
                 read(path)
-    for name, read in [("odd.mem", readers[4]), ("odd.pth", readers[5]), ("odd.safetensors", readers[-1])]:
+    for name, read in [
+        ("odd.mem", readers[4]),
+        ("odd.pth", readers[5]),
+        ("odd.safetensors", readers[-1]),
+    ]:
         path = path.rename(workspace / name)
         if kind != "a folder":
             with pytest.raises(ConfigError, match=expected):
@@ -103,7 +121,9 @@ def test_a_model_folder_with_a_pipe_is_refused(workspace, tiny_folder, capsys, n
 def test_a_run_folder_with_a_pipe_is_refused(tmp_path):
     (tmp_path / LOCK).touch()
     os.mkfifo(tmp_path / "metrics.jsonl")
-    with pytest.raises(ConfigError, match="metrics.jsonl: is a named pipe, not written by a run, and would be lost"):
+    with pytest.raises(
+        ConfigError, match="metrics.jsonl: is a named pipe, not written by a run, and would be lost"
+    ):
         check_run_folder(tmp_path)
 
 
@@ -111,7 +131,10 @@ def test_weights_with_a_pipe_are_refused(tmp_path):
     make_model("llama", torch.float32).save_pretrained(tmp_path / "saved", include_base=True)
     (tmp_path / "saved/tokens.safetensors").unlink()
     os.mkfifo(tmp_path / "saved/tokens.safetensors")
-    for check in (lambda: check_weights(str(tmp_path / "saved"), None), lambda: MemoryLM.from_pretrained(tmp_path / "saved")):
+    for check in (
+        lambda: check_weights(str(tmp_path / "saved"), None),
+        lambda: MemoryLM.from_pretrained(tmp_path / "saved"),
+    ):
         with pytest.raises(ConfigError, match="tokens.safetensors: is a named pipe"):
             check()
 
@@ -133,9 +156,14 @@ def sparse(path: Path, size: int = 2**41) -> Path:
 def test_files_that_are_too_large_are_refused_at_once(tmp_path):
     began = time.monotonic()
     sparse(tmp_path / "a.json")
-    with pytest.raises(ConfigError, match="a.json: is larger than 64 MiB, the most that is read of such a file"):
+    with pytest.raises(
+        ConfigError, match="a.json: is larger than 64 MiB, the most that is read of such a file"
+    ):
         read_json(tmp_path / "a.json")
-    with pytest.raises(ConfigError, match="a.json: has 2,199,023,255,552 bytes, at most 67,108,864 are read of JSON"):
+    with pytest.raises(
+        ConfigError,
+        match="a.json: has 2,199,023,255,552 bytes, at most 67,108,864 are read of JSON",
+    ):
         check_tree(tmp_path)
     (tmp_path / "a.json").unlink()
     for name in ("a.safetensors", "a.mem"):
@@ -172,7 +200,9 @@ def test_a_gz_made_to_fill_the_disk_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("UIOLLMS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(data_files, "MOST_UNPACKED", 2**20)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(bytes(8 * 2**20)))
-    with pytest.raises(ConfigError, match="a.jsonl.gz: is not unpacked: it grows past 1 MiB, more than 200 times"):
+    with pytest.raises(
+        ConfigError, match="a.jsonl.gz: is not unpacked: it grows past 1 MiB, more than 200 times"
+    ):
         open_corpus(f"files:{tmp_path}/a.jsonl.gz")
     assert list((tmp_path / "cache/unpacked").iterdir()) == []
 
@@ -192,7 +222,10 @@ def test_links_that_lead_up_again_are_followed_once(tmp_path, monkeypatch):
 
 
 def test_an_endless_line_of_a_chat_is_refused():
-    with open("/dev/zero", encoding="utf-8") as zeros, pytest.raises(ConfigError, match="line 1: more than 1,048,576"):
+    with (
+        open("/dev/zero", encoding="utf-8") as zeros,
+        pytest.raises(ConfigError, match="line 1: more than 1,048,576"),
+    ):
         next(lines_of(zeros, ""))
 
 
@@ -200,10 +233,19 @@ def test_an_endless_line_of_a_chat_is_refused():
 
 DEEP = "[" * 1000 + "]" * 1000
 HOSTILE = {
-    "digits": ('{"a": {"b": [1, %s]}}' % ("9" * 5000), "x: a.b[1]: a number of 5,000 digits; at most 400 are read"),
-    "deep": ('{"a": %s}' % ("[" * 300 + "]" * 300), "x: a" + "[0]" * 99 + ": nested deeper than 100 levels"),
+    "digits": (
+        '{"a": {"b": [1, %s]}}' % ("9" * 5000),
+        "x: a.b[1]: a number of 5,000 digits; at most 400 are read",
+    ),
+    "deep": (
+        '{"a": %s}' % ("[" * 300 + "]" * 300),
+        "x: a" + "[0]" * 99 + ": nested deeper than 100 levels",
+    ),
     "deeper": ("[" * 100_000, "x: lists or objects nested deeper than 100 levels"),
-    "twice": ('[{"a": {"b": 1, "b": 2}}]', "x: [0].a.b: written twice in one object; keep one of the two"),
+    "twice": (
+        '[{"a": {"b": 1, "b": 2}}]',
+        "x: [0].a.b: written twice in one object; keep one of the two",
+    ),
 }
 
 
@@ -233,7 +275,9 @@ def test_values_that_nothing_can_mean(value, expected):
     assert unusable(value).startswith(expected)
 
 
-@pytest.mark.parametrize("key", ["a" + ".a" * 200_000, "train.corpus." + "9" * 5000, "x" * 10_000, "train.seed"])
+@pytest.mark.parametrize(
+    "key", ["a" + ".a" * 200_000, "train.corpus." + "9" * 5000, "x" * 10_000, "train.seed"]
+)
 def test_absurd_overrides_are_one_short_line(workspace, key):
     for change in (f"{key}={DEEP}", key):
         with pytest.raises(ConfigError) as refusal:
@@ -268,9 +312,14 @@ def test_more_trials_than_can_be_made_are_refused(workspace, capsys):
     assert "num_instance: at most 10000 trials at each depth" in one_line(capsys)
 
 
-@pytest.mark.parametrize("rank, expected", [(2**31, "less than or equal to 65536"), (33, "past the base's hidden_size 32")])
+@pytest.mark.parametrize(
+    "rank, expected",
+    [(2**31, "less than or equal to 65536"), (33, "past the base's hidden_size 32")],
+)
 def test_a_rank_without_a_meaning(workspace, capsys, rank, expected):
-    Path("memory.json").write_text(json.dumps(dict(num_memory=2, chunk_size=16, lora_rank=rank, lora_alpha=4)))
+    Path("memory.json").write_text(
+        json.dumps(dict(num_memory=2, chunk_size=16, lora_rank=rank, lora_alpha=4))
+    )
     assert call(*TRAIN) == 2
     said = one_line(capsys)
     assert said.startswith("memory.json: lora_rank: ") and expected in said
@@ -288,18 +337,29 @@ def test_a_rank_past_a_loaded_base(tmp_path):
 @pytest.mark.parametrize(
     "changes, expected",
     [
-        (dict(num_hidden_layers=10**9), "num_hidden_layers: Input should be less than or equal to 4096, found 1000000000"),
+        (
+            dict(num_hidden_layers=10**9),
+            "num_hidden_layers: Input should be less than or equal to 4096, found 1000000000",
+        ),
         (dict(hidden_size=-1), "hidden_size: Input should be greater than 0"),
         (dict(vocab_size="many"), "vocab_size: Input should be a valid integer"),
         (dict(max_position_embeddings=10**30), "a whole number past 64 bits"),
         (dict(rms_norm_eps=float("inf")), "rms_norm_eps: "),
         (dict(eos_token_id=["x"]), "eos_token_id"),
-        (dict(num_hidden_layers=4000, hidden_size=2**16), "parameters, the weight files beside it have"),
-        (dict(model_type="other", num_hidden_layers=10**9), "num_hidden_layers: Input should be less"),
+        (
+            dict(num_hidden_layers=4000, hidden_size=2**16),
+            "parameters, the weight files beside it have",
+        ),
+        (
+            dict(model_type="other", num_hidden_layers=10**9),
+            "num_hidden_layers: Input should be less",
+        ),
         (dict(rope_parameters=[]), "rope_parameters: Input should be a valid dictionary"),
     ],
 )
-def test_a_base_of_absurd_sizes_is_refused_before_anything_is_built(workspace, tiny_folder, capsys, changes, expected):
+def test_a_base_of_absurd_sizes_is_refused_before_anything_is_built(
+    workspace, tiny_folder, capsys, changes, expected
+):
     shutil.copytree(tiny_folder, "base")
     value = json.loads(Path("base/config.json").read_text()) | changes
     Path("base/config.json").write_text(json.dumps(value))
@@ -313,7 +373,9 @@ def test_a_base_of_absurd_sizes_is_refused_before_anything_is_built(workspace, t
 def test_a_config_written_by_hand_with_a_key_twice(workspace, tiny_folder):
     shutil.copytree(tiny_folder, "base")
     text = Path("base/config.json").read_text()
-    Path("base/config.json").write_text(text.replace('"eos_token_id": 2', '"eos_token_id": 2, "eos_token_id": 1'))
+    Path("base/config.json").write_text(
+        text.replace('"eos_token_id": 2', '"eos_token_id": 2, "eos_token_id": 1')
+    )
     with pytest.raises(ConfigError, match="eos_token_id: written twice"):
         load_config("base")
 
@@ -327,15 +389,23 @@ def test_a_generation_config_that_names_no_tokens(workspace, tiny_folder):
 
 def test_parameters_are_counted_as_a_model_has_them():
     base = make_base("qwen3")
-    counted = sum(p.numel() for name, p in base.named_parameters() if p.dim() == 2 and "lm_head" not in name)
-    fields = {name: value for name, value in base.config.to_dict().items() if name in BaseConfig.model_fields}
+    counted = sum(
+        p.numel() for name, p in base.named_parameters() if p.dim() == 2 and "lm_head" not in name
+    )
+    fields = {
+        name: value
+        for name, value in base.config.to_dict().items()
+        if name in BaseConfig.model_fields
+    }
     assert least_parameters(BaseConfig.model_construct(**fields)) == counted
 
 
 def test_a_damaged_packaged_model_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("UIOLLMS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + b"\xff" * 100)
-    with pytest.raises(ConfigError, match="model.gguf: cannot be converted .*; install the package again"):
+    with pytest.raises(
+        ConfigError, match="model.gguf: cannot be converted .*; install the package again"
+    ):
         converted(tmp_path, "model.gguf")
     assert not any((tmp_path / "cache").rglob("*.json"))
 
@@ -343,9 +413,13 @@ def test_a_damaged_packaged_model_is_one_line(tmp_path, monkeypatch):
 # ---- options and the environment -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "1.5", "abc", "", "9" * 5000, "1e3", "²", "1000000001"])
+@pytest.mark.parametrize(
+    "text", ["0", "-1", "1.5", "abc", "", "9" * 5000, "1e3", "²", "1000000001"]
+)
 def test_whole_numbers(text):
-    with pytest.raises(Exception, match="expected a whole number from 1 to 1,000,000,000, found") as refusal:
+    with pytest.raises(
+        Exception, match="expected a whole number from 1 to 1,000,000,000, found"
+    ) as refusal:
         whole()(text)
     assert len(str(refusal.value)) < 200
     assert whole()(" +7 ") == 7 and whole(0)("0") == 0
@@ -373,21 +447,32 @@ COMMANDS = [
     (ask, ["compress", "a", "-o", "a\0b.mem"], "argument -o/--output: expected a path"),
     (show_data, ["--sample", "files:a", "-n", "-1"], "argument -n: expected"),
     (study, ["recall", "--iterations=0"], "argument --iterations: expected"),
-    (study, ["recall", "--distances", "16"], "argument --distances: expected a whole number from 1 to 15"),
+    (
+        study,
+        ["recall", "--distances", "16"],
+        "argument --distances: expected a whole number from 1 to 15",
+    ),
     (study, ["gradients", "--env_conf=x", "--draws=-1"], "argument --draws: expected"),
 ]
 
 
-@pytest.mark.parametrize("main, arguments, expected", COMMANDS, ids=[f"{i}" for i in range(len(COMMANDS))])
+@pytest.mark.parametrize(
+    "main, arguments, expected", COMMANDS, ids=[f"{i}" for i in range(len(COMMANDS))]
+)
 def test_options_without_a_meaning_are_refused_by_name(capsys, main, arguments, expected):
     with pytest.raises(SystemExit) as end:
         main(arguments)
     assert end.value.code == 2 and expected in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("text", ["1e999GiB", "-1GiB", "nanGiB", "24", "0GiB", "GiB", "", "2000TiB", "1GiB," * 128 + "1GiB"])
+@pytest.mark.parametrize(
+    "text",
+    ["1e999GiB", "-1GiB", "nanGiB", "24", "0GiB", "GiB", "", "2000TiB", "1GiB," * 128 + "1GiB"],
+)
 def test_device_memories_that_no_gpu_has(text):
-    with pytest.raises(ConfigError, match="--device_memory .*: expected one size a GPU, such as 24GiB,24GiB; "):
+    with pytest.raises(
+        ConfigError, match="--device_memory .*: expected one size a GPU, such as 24GiB,24GiB; "
+    ):
         parse_memory(text)
 
 
@@ -399,12 +484,24 @@ def test_device_memories():
 @pytest.mark.parametrize(
     "given, expected",
     [
-        ({"WORLD_SIZE": "abc"}, "environment variable WORLD_SIZE: expected a whole number from 0 to 65536, found 'abc'"),
-        ({"MASTER_PORT": "99999"}, "environment variable MASTER_PORT: expected a whole number from 0 to 65535"),
+        (
+            {"WORLD_SIZE": "abc"},
+            "environment variable WORLD_SIZE: expected a whole number from 0 to 65536, found 'abc'",
+        ),
+        (
+            {"MASTER_PORT": "99999"},
+            "environment variable MASTER_PORT: expected a whole number from 0 to 65535",
+        ),
         ({"LOCAL_RANK": "-2"}, "environment variable LOCAL_RANK: "),
         ({"SLURM_NTASKS": "9" * 5000}, "environment variable SLURM_NTASKS: "),
-        ({"WORLD_SIZE": "2", "RANK": "2"}, "environment variable RANK: expected a number below WORLD_SIZE, which is 2"),
-        ({"UIOLLMS_CACHE": "/dev/null"}, "environment variable UIOLLMS_CACHE: /dev/null is not a folder"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "2"},
+            "environment variable RANK: expected a number below WORLD_SIZE, which is 2",
+        ),
+        (
+            {"UIOLLMS_CACHE": "/dev/null"},
+            "environment variable UIOLLMS_CACHE: /dev/null is not a folder",
+        ),
     ],
 )
 def test_environment_variables_that_cannot_be_meant(given, expected):
@@ -414,7 +511,15 @@ def test_environment_variables_that_cannot_be_meant(given, expected):
 
 
 def test_environments_of_launchers_are_taken():
-    check_environment({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_PORT": "29500", "UIOLLMS_CACHE": "/new"})
+    check_environment(
+        {
+            "WORLD_SIZE": "2",
+            "RANK": "1",
+            "LOCAL_RANK": "1",
+            "MASTER_PORT": "29500",
+            "UIOLLMS_CACHE": "/new",
+        }
+    )
     check_environment({"WORLD_SIZE": "", "LOCAL_RANK": "-1", "RANK": "0"})
 
 
@@ -430,7 +535,9 @@ def test_commands_look_at_the_environment_first(monkeypatch, capsys):
 def test_what_would_move_the_cursor_is_escaped(capsys):
     assert as_lines("ü \x1b[31m\r\u202e 東") == "ü \\u001b[31m\\r\\u202e 東"
     assert len(as_lines("x" * 10_000)) < 1100
-    assert as_lines("\n".join("abc"[i % 3] for i in range(70))).splitlines()[50:] == ["... and 20 more"]
+    assert as_lines("\n".join("abc"[i % 3] for i in range(70))).splitlines()[50:] == [
+        "... and 20 more"
+    ]
 
     def refuse() -> None:
         raise ConfigError("a\x1b]0;title\a: wrong")
@@ -464,4 +571,6 @@ def test_a_study_goes_on_where_it_has_written(tmp_path):
 def test_memories_are_read_by_no_wait(trained, capsys):  # noqa: F811
     os.mkfifo("odd.mem")
     assert reporting_errors(lambda: ask(["ask", "odd.mem", "Who?", "--env_conf", "env.json"])) == 2
-    assert one_line(capsys) == "odd.mem: is a named pipe, expected a file; copy what it gives into one"
+    assert (
+        one_line(capsys) == "odd.mem: is a named pipe, expected a file; copy what it gives into one"
+    )

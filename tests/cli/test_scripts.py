@@ -1,4 +1,5 @@
-"""Every command as a script calls it: --json is JSON alone on stdout, --quiet says nothing; and how an interrupt ends one."""
+"""Every command as a script calls it: --json is JSON alone on stdout, --quiet says nothing; and
+how an interrupt ends one."""
 
 import importlib
 import io
@@ -20,26 +21,65 @@ from uiollms.study.recall import VOCABULARY
 from uiollms.weights.adapters import save_weights
 
 ENV = ["--env_conf", "env.json"]
-FEW = ["--preset", "quick", "--corpus", "files:book*.txt", "--documents", "1", "--draws", "20", "--out", "study"]
+FEW = [
+    "--preset",
+    "quick",
+    "--corpus",
+    "files:book*.txt",
+    "--documents",
+    "1",
+    "--draws",
+    "20",
+    "--out",
+    "study",
+]
 
 # command -> (module or file, arguments, fields of every line)
 COMMANDS = {
-    "compress": ("uiollms", ["compress", "book0.txt", "-o", "new.mem", *ENV], "memory sources held seconds"),
-    "ask": ("uiollms", ["ask", "book.mem", "Why?", *ENV, "--max_new_tokens=5"], "question answer new_tokens held seconds"),
-    "chat": ("uiollms", ["chat", *ENV, "--max_new_tokens=5"], "question answer new_tokens held seconds"),
+    "compress": (
+        "uiollms",
+        ["compress", "book0.txt", "-o", "new.mem", *ENV],
+        "memory sources held seconds",
+    ),
+    "ask": (
+        "uiollms",
+        ["ask", "book.mem", "Why?", *ENV, "--max_new_tokens=5"],
+        "question answer new_tokens held seconds",
+    ),
+    "chat": (
+        "uiollms",
+        ["chat", *ENV, "--max_new_tokens=5"],
+        "question answer new_tokens held seconds",
+    ),
     "data": ("uiollms.data", [], "corpus documents_for ready missing"),
     "data --sample": (
         "uiollms.data",
         ["--sample", "files:book*.txt"],
         "corpus documents source task kl_weight train_prompt text",
     ),
-    "data --check": ("uiollms.data", ["--check", "files:book*.txt"], "corpus documents empty characters unreadable"),
+    "data --check": (
+        "uiollms.data",
+        ["--check", "files:book*.txt"],
+        "corpus documents empty characters unreadable",
+    ),
     "convert": ("uiollms.cli.convert", [*ENV, "out/ckp", "ckp.pth"], "source target dtype"),
     "report": ("uiollms.cli.report", ["out"], "page plots missing"),
     "study gradients": ("uiollms.study", ["gradients", *ENV, *FEW], "setting rows"),
-    "study cost": ("uiollms.study", ["cost", *ENV, *FEW, "--estimators", "exact", "uio"], "setting rows"),
-    "study learning": ("uiollms.study", ["learning", *ENV, "--seeds=1", "--set=train.eval=3", "--out=study"], "setting rows"),
-    "study recall": ("uiollms.study", ["recall", "--seeds=1", "--iterations=1", "--distances=1", "--out=study"], "setting rows"),
+    "study cost": (
+        "uiollms.study",
+        ["cost", *ENV, *FEW, "--estimators", "exact", "uio"],
+        "setting rows",
+    ),
+    "study learning": (
+        "uiollms.study",
+        ["learning", *ENV, "--seeds=1", "--set=train.eval=3", "--out=study"],
+        "setting rows",
+    ),
+    "study recall": (
+        "uiollms.study",
+        ["recall", "--seeds=1", "--iterations=1", "--distances=1", "--out=study"],
+        "setting rows",
+    ),
     "train.py --dry_run": (
         "train.py",
         [*ENV, "--dry_run"],
@@ -50,7 +90,8 @@ COMMANDS = {
 
 @pytest.fixture
 def ready(workspace, monkeypatch, capsys):
-    """The workspace with weights, an evaluation, a memory; a small base for `recall`, which trains its own for minutes."""
+    """The workspace with weights, an evaluation, a memory; a small base for `recall`, which
+    trains its own for minutes."""
     save_weights(load_memory_lm(load_env_config("env.json"), "env.json")[0], "out/ckp")
     assert call("test.py", *ENV, "--quiet") == 0
     assert started("uiollms", ["compress", "book0.txt", "-o", "book.mem", *ENV]) == 0
@@ -63,7 +104,11 @@ def ready(workspace, monkeypatch, capsys):
 def started(name: str, arguments: list[str]) -> int:
     if name.endswith(".py"):
         return call(name, *arguments)
-    names = {"uiollms": "uiollms.__main__", "uiollms.data": "uiollms.cli.data", "uiollms.study": "uiollms.cli.study"}
+    names = {
+        "uiollms": "uiollms.__main__",
+        "uiollms.data": "uiollms.cli.data",
+        "uiollms.study": "uiollms.cli.study",
+    }
     module = importlib.import_module(names.get(name, name))
     return reporting_errors(lambda: module.main(arguments))
 
@@ -91,10 +136,16 @@ def test_what_the_json_says(ready, capsys):
 
     plan, report, written = of("train.py --dry_run"), of("report"), of("convert")
     (device,) = plan["devices"]
-    assert device["device"] == "cpu" and sum(device["parts"].values()) == pytest.approx(device["need"], abs=6)
+    assert device["device"] == "cpu" and sum(device["parts"].values()) == pytest.approx(
+        device["need"], abs=6
+    )
     assert plan["fits"] is device["fits"] is (device["need"] <= device["have"])
-    assert all(Path(path).exists() for path in [report["page"], *report["plots"], written["target"]])
-    assert [part["what"] for part in report["missing"]] == ["the training curve"] and len(report["plots"]) == 3
+    assert all(
+        Path(path).exists() for path in [report["page"], *report["plots"], written["target"]]
+    )
+    assert [part["what"] for part in report["missing"]] == ["the training curve"] and len(
+        report["plots"]
+    ) == 3
     assert len(of("data --check")["unreadable"]) == 0
 
 
@@ -123,7 +174,9 @@ def test_ctrl_c_in_a_chat(ready):
     command = [sys.executable, "-m", "uiollms", "chat", *ENV, "--max_new_tokens=5"]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     # A shell that put this test into the background lets its children ignore the signal.
-    with subprocess.Popen(command, **pipes, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as chat:
+    with subprocess.Popen(
+        command, **pipes, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    ) as chat:
         chat.stdin.write("Hi\n")
         chat.stdin.flush()
         while not chat.stdout.readline().startswith("[held: "):

@@ -29,10 +29,20 @@ AUTHORS = ROOT.parent / "shared" / "configs"
 
 def kind_of(path: Path) -> str:
     value = read_json(path)
-    return "env" if "train" in value else "memory" if "num_memory" in value else "test" if "tasks" in value else "schema"
+    return (
+        "env"
+        if "train" in value
+        else "memory"
+        if "num_memory" in value
+        else "test"
+        if "tasks" in value
+        else "schema"
+    )
 
 
-COMMITTED = sorted(p for folder in (".", "config", "config/schema") for p in (ROOT / folder).glob("*.json"))
+COMMITTED = sorted(
+    p for folder in (".", "config", "config/schema") for p in (ROOT / folder).glob("*.json")
+)
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda p: str(p.relative_to(ROOT)))
@@ -45,7 +55,12 @@ def test_every_committed_json_loads(path, monkeypatch):
         memory = check_model(config, path) if study else check_env(config, path)
         assert config.model.model_name in KNOWN_SHAPES
         wanted = [(task.task_name, task.truncation) for task in load_tasks(config.test)]
-        check_truncations(wanted, memory, KNOWN_SHAPES[config.model.model_name].max_position_embeddings, config.test)
+        check_truncations(
+            wanted,
+            memory,
+            KNOWN_SHAPES[config.model.model_name].max_position_embeddings,
+            config.test,
+        )
         assert memory.chunk_size % memory.num_memory == 0
     elif kind == "memory":
         load_memory_config(path)
@@ -63,16 +78,37 @@ def test_all_kinds_were_visited():
 def test_the_page_of_all_fields_is_the_generated_one():
     page = (ROOT / "docs" / "config.md").read_text()
     assert page == config_page(), "run: make schema"
-    for field in ("model.save_ckp", "train.corpus[].crop", "train.tasks[].compare", "test", "num_memory", "tasks[]"):
+    for field in (
+        "model.save_ckp",
+        "train.corpus[].crop",
+        "train.tasks[].compare",
+        "test",
+        "num_memory",
+        "tasks[]",
+    ):
         assert f"\n| `{field}` | " in page
     assert '\n| `train.loss` | `paper`, `document` | `"paper"` | ' in page  # allowed, default
 
 
 def test_32x_is_the_papers():
-    config, memory = load_env_config(ROOT / "32x.json"), load_memory_config(ROOT / "config/32x.json")
+    config, memory = (
+        load_env_config(ROOT / "32x.json"),
+        load_memory_config(ROOT / "config/32x.json"),
+    )
     train = config.train
-    assert (memory.num_memory, memory.chunk_size, memory.lora_rank, memory.lora_alpha) == (32, 1024, 128, 512)
-    assert (train.tbptt, train.train_iters, train.max_lr, train.warmup, train.weight_decay) == (2, 10000, 1e-4, 0.01, 0.1)
+    assert (memory.num_memory, memory.chunk_size, memory.lora_rank, memory.lora_alpha) == (
+        32,
+        1024,
+        128,
+        512,
+    )
+    assert (train.tbptt, train.train_iters, train.max_lr, train.warmup, train.weight_decay) == (
+        2,
+        10000,
+        1e-4,
+        0.01,
+        0.1,
+    )
     assert (train.beta1, train.beta2, train.accum_grad, train.clip_grad) == (0.9, 0.95, 1, 1.0)
     assert (train.estimator, train.compensate, train.loss) == ("uio", True, "paper")
     assert [(c.name, c.partition, c.truncation) for c in train.corpus] == [
@@ -83,7 +119,11 @@ def test_32x_is_the_papers():
     assert [places[f"model.layers.{i}"] for i in range(32)] == [0] * 16 + [1] * 16
     assert (places["model.embed_tokens"], places["model.norm"], places["lm_head"]) == (0, 1, 1)
     tasks = [(t.task_name, t.truncation, t.num_instance) for t in load_tasks(ROOT / "test.json")]
-    lengths = {"pg19.test.128k": [4096], "pg19.test.256k": [16384, 25600, 32768], "pg19.test.1m": [99328]}
+    lengths = {
+        "pg19.test.128k": [4096],
+        "pg19.test.256k": [16384, 25600, 32768],
+        "pg19.test.1m": [99328],
+    }
     assert tasks == [(name, n, 100) for name, many in lengths.items() for n in many]
 
 
@@ -102,18 +142,29 @@ def test_the_authors_device_map_style_is_stripped():
     expected = {"model.embed_tokens": 0, "model.layers.0": 0, "lm_head": 1}
     assert normalised(AUTHORS_STYLE, "32x.json") == expected
     split = AUTHORS_STYLE | {"decoder.decoder.base_model.model.model.layers.0": 1}
-    with pytest.raises(ConfigError, match=r"layers.0'\]: device 1, but .* same module on 0: .* name one device for both"):
+    with pytest.raises(
+        ConfigError,
+        match=r"layers.0'\]: device 1, but .* same module on 0: .* name one device for both",
+    ):
         normalised(split, "32x.json")
 
 
-@pytest.mark.skipif(not AUTHORS.is_dir(), reason="the authors' configs are not part of this repository")
+@pytest.mark.skipif(
+    not AUTHORS.is_dir(), reason="the authors' configs are not part of this repository"
+)
 def test_the_authors_own_files(monkeypatch):
     monkeypatch.chdir(ROOT)
     old = load_env_config(AUTHORS / "authors-32x-2024-06.json")
     check_env(old, "old")
-    assert normalised(old.model.device_map, "old") == load_env_config(ROOT / "32x.json").model.device_map
+    assert (
+        normalised(old.model.device_map, "old")
+        == load_env_config(ROOT / "32x.json").model.device_map
+    )
     assert old.train == load_env_config(ROOT / "32x.json").train
-    with pytest.raises(ConfigError, match=r"train.corpus\[0\].truncation: 131072 tokens is past the capacity 100320"):
+    with pytest.raises(
+        ConfigError,
+        match=r"train.corpus\[0\].truncation: 131072 tokens is past the capacity 100320",
+    ):
         check_env(load_env_config(AUTHORS / "authors-32x-2025-08.json"), "authors-32x-2025-08.json")
 
 
@@ -123,7 +174,9 @@ def test_the_entry_of_the_authors_readme(monkeypatch):
     entry = "train.corpus.0.truncation={}"
     check_env(load_env_config("32x.json", [entry.format(99_382)]), "32x.json")
     check_env(load_env_config("32x.json", [entry.format(100_320)]), "32x.json")
-    with pytest.raises(ConfigError, match=r"100321 tokens is past the capacity 100320 .*at most 100320"):
+    with pytest.raises(
+        ConfigError, match=r"100321 tokens is past the capacity 100320 .*at most 100320"
+    ):
         check_env(load_env_config("32x.json", [entry.format(100_321)]), "32x.json")
 
 
@@ -146,15 +199,26 @@ TWICE = [
     ("env.json", '"warmup": 0.03', '"warmup": 0.03, "warmup": 0.5', ["train.warmup"]),
     ("env.json", '"train": {', '"train": {}, "train": {', ["train"]),
     ("env.json", '"crop": "random"', '"crop": "random", "crop": "start"', CROPPED),
-    ("env.json", '"device_map": "auto"', '"device_map": {"model.norm": 0, "model.norm": 1}', ["model.device_map.model.norm"]),
+    (
+        "env.json",
+        '"device_map": "auto"',
+        '"device_map": {"model.norm": 0, "model.norm": 1}',
+        ["model.device_map.model.norm"],
+    ),
     ("memory.json", '"lora_rank"', '"lora_rank": 3, "lora_rank"', ["lora_rank"]),
-    ("test.json", '"truncation": 99328', '"truncation": 99328, "truncation": 99328', ["tasks[4].truncation"]),
+    (
+        "test.json",
+        '"truncation": 99328',
+        '"truncation": 99328, "truncation": 99328',
+        ["tasks[4].truncation"],
+    ),
 ]
 
 
 @pytest.mark.parametrize("file, old, new, places", TWICE)
 def test_a_key_written_twice_is_refused_by_name(tmp_path, file, old, new, places):
-    """json takes the last without a word. Equal values too: whoever changes one of them believes it counts."""
+    """json takes the last without a word. Equal values too: whoever changes one of them believes
+    it counts."""
     load, source = LOADERS[file]
     text = (ROOT / source).read_text()
     assert old in text
@@ -162,16 +226,22 @@ def test_a_key_written_twice_is_refused_by_name(tmp_path, file, old, new, places
     path.write_text(text.replace(old, new))
     with pytest.raises(ConfigError) as error:
         load(path)
-    said = [f"{path}: {place}: written twice in one object; keep one of the two" for place in places]
+    said = [
+        f"{path}: {place}: written twice in one object; keep one of the two" for place in places
+    ]
     assert str(error.value).splitlines() == said
 
 
 def test_an_override_with_a_key_twice_is_refused():
-    with pytest.raises(ConfigError, match=r"--set model.device_map: a: written twice in one object; keep one"):
+    with pytest.raises(
+        ConfigError, match=r"--set model.device_map: a: written twice in one object; keep one"
+    ):
         load_env_config(ROOT / "smollm2-8x.json", ['model.device_map={"a": 0, "a": 1}'])
 
 
-@pytest.mark.parametrize("written", ["news qa summation v2", "News_QA_Summation_v2", "news qa  summation_V2"])
+@pytest.mark.parametrize(
+    "written", ["news qa summation v2", "News_QA_Summation_v2", "news qa  summation_V2"]
+)
 def test_the_second_news_task_is_known_by_its_name(written):
     fields = dict(task_type=written, task_name="newsqasumv2", num_instance=1)
     assert parse(TaskEntry, fields, "here").task_type == "news qa summation v2"
@@ -179,7 +249,10 @@ def test_the_second_news_task_is_known_by_its_name(written):
 
 def test_documents_is_for_text():
     fields = dict(task_type="needle", task_name="sotu.test", num_instance=1, documents="full")
-    with pytest.raises(ConfigError, match="documents is for perplexity and language modeling; needle takes the first"):
+    with pytest.raises(
+        ConfigError,
+        match="documents is for perplexity and language modeling; needle takes the first",
+    ):
         parse(TaskEntry, fields, "here")
 
 
@@ -201,26 +274,71 @@ def changed(path: str, value) -> dict:
     "field, value, message",
     [
         ("train.max_lrr", 1e-4, "e.json: train.max_lrr: unknown key; did you mean 'max_lr'?"),
-        ("train.corpus.0.nam", "x", "e.json: train.corpus[0].nam: unknown key; did you mean 'name'?"),
-        ("model.zzz", 1, "e.json: model.zzz: unknown key; known: attn_implementation, config, device_map"),
-        ("train.train_iters", "10", 'e.json: train.train_iters: Input should be a valid integer, found "10"'),
-        ("train.train_iters", True, "e.json: train.train_iters: Input should be a valid integer, found true"),
-        ("train.train_iters", 0, "e.json: train.train_iters: Input should be greater than 0, found 0"),
+        (
+            "train.corpus.0.nam",
+            "x",
+            "e.json: train.corpus[0].nam: unknown key; did you mean 'name'?",
+        ),
+        (
+            "model.zzz",
+            1,
+            "e.json: model.zzz: unknown key; known: attn_implementation, config, device_map",
+        ),
+        (
+            "train.train_iters",
+            "10",
+            'e.json: train.train_iters: Input should be a valid integer, found "10"',
+        ),
+        (
+            "train.train_iters",
+            True,
+            "e.json: train.train_iters: Input should be a valid integer, found true",
+        ),
+        (
+            "train.train_iters",
+            0,
+            "e.json: train.train_iters: Input should be greater than 0, found 0",
+        ),
         ("train.tbptt", ..., "e.json: train.tbptt: missing"),
-        ("train.corpus.0.partition", 0.5, "e.json: train: the corpus partitions sum to 0.5, they must sum to 1"),
+        (
+            "train.corpus.0.partition",
+            0.5,
+            "e.json: train: the corpus partitions sum to 0.5, they must sum to 1",
+        ),
         ("train.corpus", [], "e.json: train.corpus: "),
-        ("model.model_dtype", "int8", "e.json: model.model_dtype: Input should be 'bf16', 'fp16', 'fp32', 'fp64' or 'auto'"),
+        (
+            "model.model_dtype",
+            "int8",
+            "e.json: model.model_dtype: Input should be 'bf16', 'fp16', 'fp32', 'fp64' or 'auto'",
+        ),
         ("model.model_structure", "gpt2", "e.json: model.model_structure: Input should be 'llama'"),
-        ("train.estimator", "uoi", "e.json: train.estimator: Input should be 'uio', 'tbptt', 'exact' or 'importance'"),
+        (
+            "train.estimator",
+            "uoi",
+            "e.json: train.estimator: Input should be 'uio', 'tbptt', 'exact' or 'importance'",
+        ),
         ("model.device_map", {"lm_head": -1}, "e.json: model.device_map"),
         (
             "train.tasks.0.task_type",
             "Random Memory_Utilization",
-            "e.json: train.tasks[0].task_type: the release names this task but has no code for it; use 'memory util",
+            "e.json: train.tasks[0].task_type: the release names this task but has no code for it; "
+            "use 'memory util",
         ),
-        ("train.tasks.0.task_type", "perplexed", "e.json: train.tasks[0].task_type: Input should be 'perplexity', "),
-        ("train.tasks.0.depths", [0.5], "e.json: train.tasks[0]: depths is for passkey and needle; perplexity hides nothing"),
-        ("train.tasks.0.generate", True, "e.json: train.tasks[0]: generate is for question answering, found with perplexity"),
+        (
+            "train.tasks.0.task_type",
+            "perplexed",
+            "e.json: train.tasks[0].task_type: Input should be 'perplexity', ",
+        ),
+        (
+            "train.tasks.0.depths",
+            [0.5],
+            "e.json: train.tasks[0]: depths is for passkey and needle; perplexity hides nothing",
+        ),
+        (
+            "train.tasks.0.generate",
+            True,
+            "e.json: train.tasks[0]: generate is for question answering, found with perplexity",
+        ),
         (
             "train.tasks.0.protocols",
             ["release"],
@@ -242,7 +360,10 @@ def test_wrong_values_are_refused_by_name(field, value, message):
         (dict(num_memory=0), "m.json: num_memory: Input should be greater than 0, found 0"),
         (dict(num_memory=512), "m.json: chunk_size 256 must be a multiple of num_memory 512"),
         (dict(lora_dropout=1.0), "m.json: lora_dropout: Input should be less than 1"),
-        (dict(slot_input="first"), "m.json: slot_input: Input should be 'token' or 'last', found \"first\""),
+        (
+            dict(slot_input="first"),
+            "m.json: slot_input: Input should be 'token' or 'last', found \"first\"",
+        ),
     ],
 )
 def test_wrong_compressors_are_refused(sizes, message):
@@ -272,9 +393,20 @@ def test_a_structure_that_is_not_the_models(monkeypatch):
 
 def test_overrides():
     path = ROOT / "smollm2-8x.json"
-    config = load_env_config(path, ["train.max_lr=5e-5", "train.corpus.0.name=files:x.txt", "model.save_ckp=null"])
-    assert (config.train.max_lr, config.train.corpus[0].name, config.model.save_ckp) == (5e-5, "files:x.txt", None)
-    for wrong in ("train.max_lr", "train.corpus.9.name=x", "train.corpus.x=1", "train.tbptt.deep=1"):
+    config = load_env_config(
+        path, ["train.max_lr=5e-5", "train.corpus.0.name=files:x.txt", "model.save_ckp=null"]
+    )
+    assert (config.train.max_lr, config.train.corpus[0].name, config.model.save_ckp) == (
+        5e-5,
+        "files:x.txt",
+        None,
+    )
+    for wrong in (
+        "train.max_lr",
+        "train.corpus.9.name=x",
+        "train.corpus.x=1",
+        "train.tbptt.deep=1",
+    ):
         with pytest.raises(ConfigError, match="--set"):
             load_env_config(path, [wrong])
     with pytest.raises(ConfigError, match="train.maxlr: unknown key"):
@@ -289,10 +421,17 @@ def test_a_bare_list_of_tasks_is_a_test_file(tmp_path):
 
 def test_a_task_that_the_release_only_names_is_refused():
     task = dict(task_type="Random_Memory_Utilization", task_name="sotu.test", num_instance=1)
-    with pytest.raises(ConfigError, match="the release names this task but has no code for it; use 'memory utilization'"):
+    with pytest.raises(
+        ConfigError,
+        match="the release names this task but has no code for it; use 'memory utilization'",
+    ):
         parse(TestFile, {"tasks": [task]}, "t.json")
 
 
 def test_every_structure_is_a_tested_family():
-    structures = EnvConfig.model_fields["model"].annotation.model_fields["model_structure"].annotation.__args__
+    structures = (
+        EnvConfig.model_fields["model"]
+        .annotation.model_fields["model_structure"]
+        .annotation.__args__
+    )
     assert set(structures) == set(FAMILIES) - {"smollm2"}

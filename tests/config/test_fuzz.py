@@ -1,4 +1,5 @@
-"""Hostile files, made by hypothesis: every config, document and checkpoint is taken with its meaning or refused in one line.
+"""Hostile files, made by hypothesis: every config, document and checkpoint is taken with its
+meaning or refused in one line.
 
 Anything else that is raised is a traceback for a user, and fails here."""
 
@@ -35,31 +36,81 @@ GOOD = json.loads((ROOT / "smollm2-8x.json").read_text())
 
 
 def examples(count: int) -> Any:
-    """The same ones every time, so that CI does not fail by chance; FUZZ=20 searches among twenty times as many others."""
+    """The same ones every time, so that CI does not fail by chance; FUZZ=20 searches among
+    twenty times as many others."""
     more = int(os.environ.get("FUZZ", "1"))
-    allowed = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
-    return settings(max_examples=more * count, deadline=None, derandomize=more == 1, database=None, suppress_health_check=allowed)
+    allowed = [
+        HealthCheck.function_scoped_fixture,
+        HealthCheck.too_slow,
+        HealthCheck.data_too_large,
+    ]
+    return settings(
+        max_examples=more * count,
+        deadline=None,
+        derandomize=more == 1,
+        database=None,
+        suppress_health_check=allowed,
+    )
 
 
 SCALARS = st.one_of(
     st.none(),
     st.booleans(),
     st.integers(-2, 3),
-    st.sampled_from([-(2**63), 2**63, 2**64, 10**30, 0.0, -0.0, 0.5, 1.0, 1e-320, 1e308, float("inf"), float("nan")]),
+    st.sampled_from(
+        [
+            -(2**63),
+            2**63,
+            2**64,
+            10**30,
+            0.0,
+            -0.0,
+            0.5,
+            1.0,
+            1e-320,
+            1e308,
+            float("inf"),
+            float("nan"),
+        ]
+    ),
     st.floats(),
     st.sampled_from(
-        ["", ".", "..", "/", "~", "cpu", "auto", "uio", "\0", "a\nb", "\ud800", "x" * 300, "%s{}$HOME", "files:[", "**"]
+        [
+            "",
+            ".",
+            "..",
+            "/",
+            "~",
+            "cpu",
+            "auto",
+            "uio",
+            "\0",
+            "a\nb",
+            "\ud800",
+            "x" * 300,
+            "%s{}$HOME",
+            "files:[",
+            "**",
+        ]
     ),
     st.text(max_size=8),
 )
 VALUES = st.recursive(
-    SCALARS, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=5), v, max_size=3), max_leaves=5
+    SCALARS,
+    lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=5), v, max_size=3),
+    max_leaves=5,
 )
 
 
 def places(value: Any, path: tuple = ()) -> list[tuple]:
     """The path of every value within nested dicts and lists."""
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    inner = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     return [found for key, v in inner for found in [(*path, key), *places(v, (*path, key))]]
 
 
@@ -90,7 +141,8 @@ def mutations(draw: Any, good: Any) -> tuple[Any, tuple, str]:
 
 
 def same(taken: Any, given: Any) -> bool:
-    """Whether a config has a value as it was given; a whole number for a float may be too large to be kept exactly."""
+    """Whether a config has a value as it was given; a whole number for a float may be too large
+    to be kept exactly."""
     return taken == given or isinstance(taken, float) and taken == float(given)
 
 
@@ -98,12 +150,14 @@ def lines_of(error: ConfigError) -> list[str]:
     return str(error).split("\n")
 
 
-# ---- configs ---------------------------------------------------------------------------------------------------------------
+# ---- configs -------------------------------------------------------------------------------------
 
 
 @examples(400)
 @given(mutation=mutations(GOOD))
-def test_every_mutation_of_a_config_has_a_meaning_or_is_refused_by_name(tmp_path, monkeypatch, mutation):
+def test_every_mutation_of_a_config_has_a_meaning_or_is_refused_by_name(
+    tmp_path, monkeypatch, mutation
+):
     monkeypatch.chdir(ROOT)
     value, path, how = mutation
     file = tmp_path / "env.json"
@@ -118,9 +172,14 @@ def test_every_mutation_of_a_config_has_a_meaning_or_is_refused_by_name(tmp_path
             if path == ("model", "config") or path == ("model", "model_name"):
                 continue  # another file, or model, that is not there: its own message names it
             assert named == str(file) and what, line
-            listed = how == "deleted" and isinstance(path[-1], int)  # what stood behind it has moved up
+            listed = how == "deleted" and isinstance(
+                path[-1], int
+            )  # what stood behind it has moved up
             changed = json_path(path[:-1] if listed else path)
-            assert where.startswith(changed) or changed.startswith(where), (line, path)  # itself, its part, or its section
+            assert where.startswith(changed) or changed.startswith(where), (
+                line,
+                path,
+            )  # itself, its part, or its section
     else:
         dumped = json.loads(config.model_dump_json())
         if path[0] == "$schema" or how == "deleted":
@@ -164,7 +223,11 @@ def broken_bytes(draw: Any, good: bytes) -> bytes:
 
 
 @examples(200)
-@given(data=st.one_of(broken_bytes(json.dumps(GOOD).encode()), st.binary(max_size=40), st.just(b"[" * 100_000)))
+@given(
+    data=st.one_of(
+        broken_bytes(json.dumps(GOOD).encode()), st.binary(max_size=40), st.just(b"[" * 100_000)
+    )
+)
 def test_config_files_of_any_bytes(tmp_path, data):
     file = tmp_path / "env.json"
     file.write_bytes(data)
@@ -172,7 +235,9 @@ def test_config_files_of_any_bytes(tmp_path, data):
         try:
             load(file)
         except ConfigError as error:
-            assert all(line.startswith(f"{file}: ") and len(line) < 2000 for line in lines_of(error)), error
+            assert all(
+                line.startswith(f"{file}: ") and len(line) < 2000 for line in lines_of(error)
+            ), error
 
 
 @examples(100)
@@ -187,9 +252,25 @@ def test_overrides_of_any_text(change):
 
 RUNNING = [f"model.{name}" for name in ("load_ckp", "released_ckp", "save_ckp", "device_map")]
 RUNNING += [
-    f"train.{name}" for name in ("run_dir", "seed", "max_lr", "chunk_batch", "tbptt", "clip_grad", "warmup", "save", "eval")
+    f"train.{name}"
+    for name in (
+        "run_dir",
+        "seed",
+        "max_lr",
+        "chunk_batch",
+        "tbptt",
+        "clip_grad",
+        "warmup",
+        "save",
+        "eval",
+    )
 ]
-RUNNING += ["train.corpus.0.truncation", "train.corpus.0.name", "train.tasks.0.task_name", "train.tasks.0.num_instance"]
+RUNNING += [
+    "train.corpus.0.truncation",
+    "train.corpus.0.name",
+    "train.tasks.0.task_name",
+    "train.tasks.0.num_instance",
+]
 
 
 @examples(60)
@@ -199,13 +280,15 @@ def test_a_run_under_a_hostile_config_ends_in_one_line(workspace, capsys, field,
     before = {path.name: path.read_bytes() for path in workspace.iterdir() if path.is_file()}
     if isinstance(value, str) and value[:1] in "/~" and field.endswith(("run_dir", "ckp")):
         value = "x" + value  # not outside of the test's own folder
-    code = call(*TRAIN, "--restart", f"--set={field}={json.dumps(value)}", "--set=train.train_iters=1")
+    code = call(
+        *TRAIN, "--restart", f"--set={field}={json.dumps(value)}", "--set=train.train_iters=1"
+    )
     assert code in (0, 2)
     assert "Traceback" not in capsys.readouterr().err
     assert {name: (workspace / name).read_bytes() for name in before} == before
 
 
-# ---- documents -------------------------------------------------------------------------------------------------------------
+# ---- documents -----------------------------------------------------------------------------------
 
 
 def read_all(name: str, file: str) -> None:
@@ -245,7 +328,9 @@ def test_broken_gz(tmp_path, monkeypatch, data):
 
 def parquet_bytes() -> bytes:
     file = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table({"text": [f"It was day {i}." for i in range(200)]}), file)
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": [f"It was day {i}." for i in range(200)]}), file
+    )
     return file.getvalue()
 
 
@@ -261,7 +346,10 @@ def test_broken_parquet(tmp_path, monkeypatch, data, number):
 @examples(150)
 @given(
     data=st.one_of(
-        broken_bytes(json.dumps({"train": [{"prompt": "a", "response": "b"}] * 3, "test": []}).encode()), st.binary(max_size=30)
+        broken_bytes(
+            json.dumps({"train": [{"prompt": "a", "response": "b"}] * 3, "test": []}).encode()
+        ),
+        st.binary(max_size=30),
     )
 )
 def test_broken_lists_in_one_file(tmp_path, monkeypatch, data):
@@ -270,7 +358,7 @@ def test_broken_lists_in_one_file(tmp_path, monkeypatch, data):
     read_all("minipile copy 256.train", "minipile_copy_256.json")
 
 
-# ---- checkpoints -----------------------------------------------------------------------------------------------------------
+# ---- checkpoints ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -292,9 +380,15 @@ def test_any_broken_byte_of_a_checkpoint_is_found(checkpoint):
         try:
             verify(checkpoint, NEEDED)
             same = broken == whole
-            assert same or path.name == "checksums.json" and json.loads(broken) == json.loads(whole)  # another blank
+            assert (
+                same or path.name == "checksums.json" and json.loads(broken) == json.loads(whole)
+            )  # another blank
         except ConfigError as error:
-            assert path.name in str(error) or path.name == "checksums.json" and "the checkpoint is damaged" in str(error)
+            assert (
+                path.name in str(error)
+                or path.name == "checksums.json"
+                and "the checkpoint is damaged" in str(error)
+            )
         finally:
             path.write_bytes(whole)
 
@@ -302,11 +396,21 @@ def test_any_broken_byte_of_a_checkpoint_is_found(checkpoint):
 
 
 def test_checkpoints_made_to_mislead(checkpoint):
-    """Contents changed and checksums made anew: the state that is loaded is whole, or the reason why not is one line."""
+    """Contents changed and checksums made anew: the state that is loaded is whole, or the reason
+    why not is one line."""
     config = load_env_config("env.json", ["train.tasks=[]"])
     model, tokenizer = load_memory_lm(config, "env.json")
-    state = TrainingState(model, tokenizer, make_optimizer(model, config.train), SampleStream(config, tokenizer, model))
-    texts = {path.name: json.loads(path.read_text()) for path in checkpoint.glob("*.json") if path.name != "checksums.json"}
+    state = TrainingState(
+        model,
+        tokenizer,
+        make_optimizer(model, config.train),
+        SampleStream(config, tokenizer, model),
+    )
+    texts = {
+        path.name: json.loads(path.read_text())
+        for path in checkpoint.glob("*.json")
+        if path.name != "checksums.json"
+    }
     sums = json.loads((checkpoint / "checksums.json").read_text())
     tensors = sorted(path.relative_to(checkpoint) for path in checkpoint.rglob("*.safetensors"))
 
@@ -367,7 +471,10 @@ def test_broken_pth_files(tmp_path):
     @given(data=broken_bytes(whole))
     def search(data: bytes) -> None:
         if load(data):  # what was broken is not the tensors
-            assert all(torch.equal(tensor, expected[name]) for name, tensor in model.memory_state_dict().items())
+            assert all(
+                torch.equal(tensor, expected[name])
+                for name, tensor in model.memory_state_dict().items()
+            )
 
     @examples(200)
     @given(data=broken_bytes(parts[pickled]))

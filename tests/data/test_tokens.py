@@ -1,5 +1,5 @@
-"""What is tokenised is one text: no space between its pieces that it does not have, BOS at its start
-alone, EOS nowhere, whatever the tokenizer does at the ends of a text."""
+"""What is tokenised is one text: no space between its pieces that it does not have, BOS at its
+start alone, EOS nowhere, whatever the tokenizer does at the ends of a text."""
 
 import io
 import json
@@ -36,8 +36,9 @@ WORDS = ("\u2581kettle", "\u2581hides", "\u2581the")
 
 
 def subword_tokenizer(space: str | None, bos: bool = True, eos: bool = False):
-    """Letters, and three words with the space in front of them. space: how one comes in front of a
-    text: "prepend", as Llama 2's tokenizer does it, "always" or "first", as newer ones; None: not."""
+    """Letters, and three words with the space in front of them. space: how one comes in front of
+    a text: "prepend", as Llama 2's tokenizer does it, "always" or "first", as newer ones; None:
+    not."""
     characters = ["\u2581", "\n", *map(chr, range(33, 127))]
     pieces = sorted({word[:n] for word in WORDS for n in range(2, len(word) + 1)}, key=len)
     names = ["<pad>", "<s>", "</s>", "<unk>", *characters, *pieces]
@@ -45,14 +46,18 @@ def subword_tokenizer(space: str | None, bos: bool = True, eos: bool = False):
     merges = [(piece[:-1], piece[-1]) for piece in pieces]
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>"))
     if space in ("always", "first"):
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("\u2581", prepend_scheme=space, split=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
+            "\u2581", prepend_scheme=space, split=False
+        )
         tokenizer.decoder = decoders.Metaspace("\u2581", prepend_scheme=space, split=False)
     else:
         marks = [normalizers.Replace(" ", "\u2581")]
         front = [normalizers.Prepend("\u2581")] if space else []
         tokenizer.normalizer = normalizers.Sequence([*front, *marks])
         parts = [decoders.Replace("\u2581", " "), decoders.Fuse()]
-        tokenizer.decoder = decoders.Sequence([*parts, *([decoders.Strip(" ", 1, 0)] if space else [])])
+        tokenizer.decoder = decoders.Sequence(
+            [*parts, *([decoders.Strip(" ", 1, 0)] if space else [])]
+        )
     if bos or eos:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{'<s> ' * bos}$A{' </s>' * eos}", special_tokens=[("<s>", BOS), ("</s>", EOS)]
@@ -144,7 +149,13 @@ def test_hand_computed_ids():
 
 
 def test_a_pair_is_one_text_and_the_prompt_has_the_first_token(tokenizer):
-    for prompt, response in ((":", " kettle"), (": ket", "tle"), ("a", ""), ("a b ", "c"), ("\n", "\n")):
+    for prompt, response in (
+        (":", " kettle"),
+        (": ket", "tle"),
+        ("a", ""),
+        ("a b ", "c"),
+        ("\n", "\n"),
+    ):
         parts = tokenize_pair(tokenizer, prompt, response)
         assert torch.cat(parts).tolist() == document_ids(tokenizer, prompt + response)
         assert len(parts[0]) >= 1
@@ -182,7 +193,9 @@ def test_a_question_and_its_answer_are_one_text(maker, prompt, response):
 
 def test_a_generated_answer_starts_where_the_scored_one_does(maker):
     document = Document("y" * 70 + "\nAnswer: ket", "d", "tle", task="question answering")
-    fields = dict(task_type="question answering", task_name="files:x", num_instance=1, generate=True)
+    fields = dict(
+        task_type="question answering", task_name="files:x", num_instance=1, generate=True
+    )
     instance = instance_of(maker, document, TaskEntry(**fields), random.Random(0))
     assert instance.response.tolist() == ids_of(maker.tokenizer, "\u2581kettle")
     whole = document_ids(maker.tokenizer, document.text + "tle")
@@ -199,8 +212,8 @@ def test_plain_text_ends_without_eos_whole_or_cut(maker):
 
 
 def test_a_story_is_hidden_in_one_text(maker):
-    """Wherever it lies, the context is a part of distractor, story, distractor, cut to whole chunks,
-    with BOS at its start; the story is whole."""
+    """Wherever it lies, the context is a part of distractor, story, distractor, cut to whole
+    chunks, with BOS at its start; the story is whole."""
     tokenizer, story = maker.tokenizer, "It hides the kettle.\nWhere?"
     parts = "abcdefghij klmnop " * 20
     news = NewsDocument(
@@ -223,12 +236,16 @@ def test_a_story_is_hidden_in_one_text(maker):
         assert before in ("", parts) or (before[-1] == "\n" and before[:-1] in parts), before
         assert after == "" or (after[0] == "\n" and after[1:] in parts), after
         places.add(len(before))
-        asked = [read_as(tokenizer, torch.cat([torch.tensor([3]), row.input_ids])) for row in sample.rows]
+        asked = [
+            read_as(tokenizer, torch.cat([torch.tensor([3]), row.input_ids])) for row in sample.rows
+        ]
         assert [text.removeprefix("<unk>") for text in asked] == [
             "Question: What?\nAnswer: kettle",
             "Summary of the story: the kettle",
         ]
-        assert [scored_of(sample)[0], scored_of(sample)[-1]] == ids_of(tokenizer, *["\u2581kettle"] * 2)
+        assert [scored_of(sample)[0], scored_of(sample)[-1]] == ids_of(
+            tokenizer, *["\u2581kettle"] * 2
+        )
     assert len(places) > 20 and min(places) < 20 and max(places) > 100
 
 
@@ -246,7 +263,9 @@ def test_a_long_story_loses_its_end_and_a_short_context_is_refused(maker):
 
 def test_what_is_asked_stands_behind_all_memories(maker):
     """1,024 positions, chunks of 64 into 2 slots: a chunk fits behind (1,024 - 64) / 2 = 480."""
-    news = NewsDocument("s" * 99, "d", task="news qa summation", summary="s", distractor="w" * 40_000)
+    news = NewsDocument(
+        "s" * 99, "d", task="news qa summation", summary="s", distractor="w" * 40_000
+    )
     sample = maker.make(news, None, random.Random(0))
     assert sample.chunks.shape == (480, 64)
     copied = maker.make(Document("w" * 40_000, "d", task="longdata copy"), None, random.Random(0))
@@ -264,7 +283,11 @@ def test_a_trial_reads_as_one_text(maker, task_type):
         ids = rows_of(trial.sample)
         assert len(ids) == 400
         text = read_as(tokenizer, ids).removeprefix("<s>")
-        told, asked = ("\nTake note: ", "\nQuestion: ") if task_type == "passkey" else ("\nThe gar", "\nQuestion: ")
+        told, asked = (
+            ("\nTake note: ", "\nQuestion: ")
+            if task_type == "passkey"
+            else ("\nThe gar", "\nQuestion: ")
+        )
         start, end = text.index(told), text.index(asked)
         sentence = text[start : text.index(".\n", start) + 2]
         around = text[:start] + text[start + len(sentence) : end]
@@ -285,10 +308,15 @@ def test_beacons_question_and_answer_are_one_text():
     for _, (ids, labels) in tokens_of(rows, range(20), tokenizer, 8192):
         assert ids[0] == BOS and ids[-1] == EOS and {BOS, EOS}.isdisjoint(ids[1:-1])
         text = read_as(tokenizer, ids)
-        assert text.startswith("<s>" + "y" * 1300) and text.split("y")[-1].strip(" \n") == "hides the kettle</s>"
+        assert (
+            text.startswith("<s>" + "y" * 1300)
+            and text.split("y")[-1].strip(" \n") == "hides the kettle</s>"
+        )
         words = ids_of(tokenizer, "\u2581the", "\u2581kettle")
         assert list(ids[-3:-1]) == words and list(labels[-3:]) == [*words, EOS]
-    ((_, (ids, labels)),) = tokens_of(Lazy(1, lambda i: Document("z" * 9000, "d")), [0], tokenizer, 1200)
+    ((_, (ids, labels)),) = tokens_of(
+        Lazy(1, lambda i: Document("z" * 9000, "d")), [0], tokenizer, 1200
+    )
     assert ids == labels == (BOS, *document_ids(tokenizer, "z" * 9000)[1:1200])
 
 
@@ -337,8 +365,13 @@ def test_turns_go_on_from_what_was_read(folder, template):
     behind = first_turn(tokenizer, "Who?", State)[0].tolist()
     State.num_tokens = 0
     opening = first_turn(tokenizer, "Who?", State)[0].tolist()
-    assert read_as(tokenizer, [3, *behind]) == "<unk>" + ("<s>" * (bool(template) and not first_ids(tokenizer))) + text
-    assert opening.count(BOS) == bool(first_ids(tokenizer) or template) and EOS not in opening + behind
+    assert (
+        read_as(tokenizer, [3, *behind])
+        == "<unk>" + ("<s>" * (bool(template) and not first_ids(tokenizer))) + text
+    )
+    assert (
+        opening.count(BOS) == bool(first_ids(tokenizer) or template) and EOS not in opening + behind
+    )
     if template is None:
         assert opening == document_ids(tokenizer, text) and behind == continued(tokenizer, text)
         later = later_turn(tokenizer, "Who?", torch.tensor([[9]]))[0].tolist()
@@ -366,12 +399,17 @@ def test_the_harness_cuts_one_text(folder, tokenizer):
     lm = HarnessLM("env.json")
     first, word = first_ids(tokenizer), ids_of(tokenizer, "\u2581kettle")
     context = document_ids(tokenizer, "it:")
-    assert lm.tok_encode("it:") == context and lm.tok_encode("it:", add_special_tokens=False) == context[len(first) :]
+    assert (
+        lm.tok_encode("it:") == context
+        and lm.tok_encode("it:", add_special_tokens=False) == context[len(first) :]
+    )
     for text in ("it:", "it: ", "it: ket"):
         found = lm._encode_pair(text, "it: kettle"[len(text) :])
         assert found == (context, word)
     asked = lm._encode_pair("k", "ettle")
-    assert asked[0] + asked[1] == (document_ids(tokenizer, "kettle") if first else [*asked[0], *asked[1]])
+    assert asked[0] + asked[1] == (
+        document_ids(tokenizer, "kettle") if first else [*asked[0], *asked[1]]
+    )
     assert len(asked[0]) >= 1 and len(asked[1]) >= 1
 
 
@@ -380,6 +418,8 @@ def test_perplexity_of_a_whole_document_scores_no_eos(folder, tokenizer):
     from uiollms.config.sections import load_env_config
 
     model, loaded = load_memory_lm(load_env_config("env.json"), "env.json")
-    fields = dict(task_type="perplexity", task_name="files:book.txt", num_instance=1, protocols=("document",))
+    fields = dict(
+        task_type="perplexity", task_name="files:book.txt", num_instance=1, protocols=("document",)
+    )
     scores = Evaluation(model, loaded, [TaskEntry(**fields)]).run()[0].scores["memory"]
     assert len(scores[0].nll) == len(document_ids(tokenizer, Path("book.txt").read_text())) - 1

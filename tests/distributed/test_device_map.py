@@ -20,7 +20,14 @@ from uiollms.training.estimators import ESTIMATORS
 
 GPUS = [torch.device("cuda", i) for i in range(2)]
 TWO = {GPUS[0]: 2**40, GPUS[1]: 2**40, CPU: 2**40}
-SPLIT = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": 1, "model.layers.2": 1, "model.norm": 1, "lm_head": 1}
+SPLIT = {
+    "model.embed_tokens": 0,
+    "model.layers.0": 0,
+    "model.layers.1": 1,
+    "model.layers.2": 1,
+    "model.norm": 1,
+    "lm_head": 1,
+}
 NAMES = ["model.rotary_emb", *SPLIT]
 
 
@@ -36,9 +43,16 @@ def places(device_map, machine=TWO) -> list:
         (1, [1] * 7),
         ({"": 1}, [1] * 7),
         (SPLIT, [0, 0, 0, 1, 1, 1, 1]),
-        ({"model": 0, "model.layers": "cpu", "model.layers.1": "disk", "lm_head": 1}, [0, 0, "cpu", "disk", "cpu", 0, 1]),
         (
-            {"encoder.encoder.base_model.model.model": 1, "decoder.decoder.base_model.model.lm_head": 0, "teacher": "cpu"},
+            {"model": 0, "model.layers": "cpu", "model.layers.1": "disk", "lm_head": 1},
+            [0, 0, "cpu", "disk", "cpu", 0, 1],
+        ),
+        (
+            {
+                "encoder.encoder.base_model.model.model": 1,
+                "decoder.decoder.base_model.model.lm_head": 0,
+                "teacher": "cpu",
+            },
             [1] * 6 + [0],
         ),
     ],
@@ -48,7 +62,8 @@ def test_every_form_of_a_map(device_map, expected):
 
 
 def test_words_spread_over_all_gpus():
-    """By accelerate's rules: balanced evens the GPUs out, sequential fills one after the other, what is left goes to the CPU."""
+    """By accelerate's rules: balanced evens the GPUs out, sequential fills one after the other,
+    what is left goes to the CPU."""
     base = make_base(num_hidden_layers=8)
     size = sum(p.nbytes for p in base.parameters())
 
@@ -90,12 +105,19 @@ def test_what_a_map_gets_wrong(changes, message):
     wrong = {k: v for k, v in (SPLIT | changes).items() if v is not None}
     with pytest.raises(ConfigError, match=message):
         resolved(make_base(), wrong, "e.json", TWO)
-    with pytest.raises(ConfigError, match="e.json: model.device_map: GPU 5 does not exist, this machine has 2"):
+    with pytest.raises(
+        ConfigError, match="e.json: model.device_map: GPU 5 does not exist, this machine has 2"
+    ):
         resolved(make_base(), 5, "e.json", TWO)
 
 
 DISK = {
-    "half of the layers": {"model": "cpu", "model.layers.1": "disk", "model.layers.2": "disk", "lm_head": "cpu"},
+    "half of the layers": {
+        "model": "cpu",
+        "model.layers.1": "disk",
+        "model.layers.2": "disk",
+        "lm_head": "cpu",
+    },
     "ends": {"model": "cpu", "model.embed_tokens": "disk", "model.norm": "disk", "lm_head": "disk"},
 }
 
@@ -111,7 +133,12 @@ def on_disk_model(device_map, folder: Path, family: str = "llama") -> MemoryLM:
 # smollm2: tied embeddings; qwen3: norms of keys
 @pytest.mark.parametrize(
     "family, rests",
-    [("llama", "half of the layers"), ("llama", "ends"), ("smollm2", "ends"), ("qwen3", "half of the layers")],
+    [
+        ("llama", "half of the layers"),
+        ("llama", "ends"),
+        ("smollm2", "ends"),
+        ("qwen3", "half of the layers"),
+    ],
 )
 def test_a_step_with_weights_on_disk_is_the_same_step(tmp_path, family, rests):
     """Bit for bit: the same kernels on the same numbers."""
@@ -132,12 +159,15 @@ def test_a_step_with_weights_on_disk_is_the_same_step(tmp_path, family, rests):
     assert all(torch.equal(found[key], expected[key]) for key in expected), "checkpointing"
     model.checkpointing = False
     for mode in ("memory", "window", "raw"):
-        assert torch.equal(uiollms.score(model, ids, mode=mode).nll, uiollms.score(plain, ids, mode=mode).nll)
+        assert torch.equal(
+            uiollms.score(model, ids, mode=mode).nll, uiollms.score(plain, ids, mode=mode).nll
+        )
     assert torch.equal(model(ids[None]).logits, plain(ids[None]).logits)
 
 
 def test_weights_on_disk_are_not_in_memory(tmp_path, monkeypatch):
-    """Not between calls, and not in a graph either; where autograd may save them as they are, it keeps them."""
+    """Not between calls, and not in a graph either; where autograd may save them as they are, it
+    keeps them."""
     loaded: list[weakref.ref] = []
     load = OffloadedWeightsLoader.__getitem__
 
@@ -156,7 +186,11 @@ def test_weights_on_disk_are_not_in_memory(tmp_path, monkeypatch):
 
     graph = model.encode_layers(random_ids(3, 8))
     assert graph[-1].requires_grad and loaded and alive() == 0
-    assert [{p.device.type for p in layer.parameters()} for layer in layers] == [{"cpu"}, {"meta"}, {"meta"}]
+    assert [{p.device.type for p in layer.parameters()} for layer in layers] == [
+        {"cpu"},
+        {"meta"},
+        {"meta"},
+    ]
     torch.autograd.backward(graph, [torch.ones_like(layer) for layer in graph])
     assert alive() == 0
     monkeypatch.setattr(_Resting, "pack", lambda self, tensor: tensor)
@@ -181,9 +215,15 @@ def test_training_with_half_of_the_layers_on_disk_as_a_command(workspace):
     half = 'model.device_map={"model":"cpu","model.layers.1":"disk","model.layers.2":"disk","lm_head":"cpu"}'
     logs = []
     for changes in ([], [half, "model.offload_dir=resting"]):
-        assert call("train.py", "--env_conf", "env.json", *(f"--set={change}" for change in changes)) == 0
+        assert (
+            call("train.py", "--env_conf", "env.json", *(f"--set={change}" for change in changes))
+            == 0
+        )
         logs.append(
-            [json.loads(line) | {"seconds": 0, "machine": {}} for line in Path("out/metrics.jsonl").read_text().splitlines()]
+            [
+                json.loads(line) | {"seconds": 0, "machine": {}}
+                for line in Path("out/metrics.jsonl").read_text().splitlines()
+            ]
         )
     assert logs[0] == logs[1]
     gc.collect()

@@ -1,6 +1,8 @@
-"""Several processes do what one does: gradients to 1e-10 in float64, streams, checkpoints, and the end of a run.
+"""Several processes do what one does: gradients to 1e-10 in float64, streams, checkpoints, and
+the end of a run.
 
-The processes are forked children on gloo, each under an alarm, so that nothing hangs; one test goes through torchrun.
+The processes are forked children on gloo, each under an alarm, so that nothing hangs; one test
+goes through torchrun.
 """
 
 import json
@@ -41,7 +43,9 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def launched(size: int, function: Callable[[int], int], said: str = os.devnull, seconds: int = 90) -> list[int]:
+def launched(
+    size: int, function: Callable[[int], int], said: str = os.devnull, seconds: int = 90
+) -> list[int]:
     """function(rank) in `size` forked processes with a launcher's environment: their exit codes."""
     port = free_port()
 
@@ -49,17 +53,27 @@ def launched(size: int, function: Callable[[int], int], said: str = os.devnull, 
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # pytest-timeout has its own
         signal.alarm(seconds)
         names = dict(
-            RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size, MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+            RANK=rank,
+            LOCAL_RANK=rank,
+            WORLD_SIZE=size,
+            LOCAL_WORLD_SIZE=size,
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=port,
         )
         os.environ.update({name: str(value) for name, value in names.items()})
         return function(rank)
 
     output = said if said == os.devnull else f"{said}-{{}}"
-    waits = [forked(lambda rank=rank: child(rank), output=output.format(rank), wait=False) for rank in range(size)]
+    waits = [
+        forked(lambda rank=rank: child(rank), output=output.format(rank), wait=False)
+        for rank in range(size)
+    ]
     return [wait() for wait in waits]
 
 
-def in_a_world(size: int, function: Callable[[World], object], tmp_path: Path, ranks: int = 1) -> list:
+def in_a_world(
+    size: int, function: Callable[[World], object], tmp_path: Path, ranks: int = 1
+) -> list:
     """What function(world) gives in each of `size` processes."""
 
     def child(rank: int) -> int:
@@ -73,7 +87,7 @@ def in_a_world(size: int, function: Callable[[World], object], tmp_path: Path, r
     return [torch.load(tmp_path / f"result-{rank}", weights_only=False) for rank in range(size)]
 
 
-# ---- data parallelism ------------------------------------------------------------------------------------------------------
+# ---- data parallelism ----------------------------------------------------------------------------
 
 LENGTHS = (38, 17, 8, 61)  # uneven, and one that trains nothing
 
@@ -88,20 +102,29 @@ def test_gradients_summed_over_processes_are_one_processs(tmp_path, size):
         model = make_model()
         for number, sample in enumerate(documents_of()):
             if number % world.size == world.rank:
-                uiollms.gradient_step(model, sample, estimator="uio", S=1, rng=number, scale=1 / len(LENGTHS))
+                uiollms.gradient_step(
+                    model, sample, estimator="uio", S=1, rng=number, scale=1 / len(LENGTHS)
+                )
         world.sum_gradients(list(model.trainable_parameters().values()))
         return {name: p.grad for name, p in model.trainable_parameters().items()}
 
     model = make_model()
     for number, sample in enumerate(documents_of()):
-        uiollms.gradient_step(model, sample, estimator="uio", S=1, rng=number, scale=1 / len(LENGTHS))
+        uiollms.gradient_step(
+            model, sample, estimator="uio", S=1, rng=number, scale=1 / len(LENGTHS)
+        )
     nowhere = {name for name, p in model.trainable_parameters().items() if p.grad is None}
-    assert nowhere  # the last layer's encoder LoRA and the repeat token: AdamW must not decay them in any world
+    assert (
+        nowhere
+    )  # the last layer's encoder LoRA and the repeat token: AdamW must not decay them in any world
     expected = gradients(model)
     first, *others = in_a_world(size, summed, tmp_path)
     assert {name for name, grad in first.items() if grad is None} == nowhere
     assert (
-        worst_error({n: g for n, g in first.items() if n not in nowhere}, {n: expected[n] for n in first.keys() - nowhere})
+        worst_error(
+            {n: g for n, g in first.items() if n not in nowhere},
+            {n: expected[n] for n in first.keys() - nowhere},
+        )
         < PROVEN
     )
     for other in others:  # to the bit, or the weights would drift apart
@@ -118,7 +141,14 @@ def test_messages(tmp_path):
 
     found = in_a_world(3, exchange, tmp_path)
     for rank, result in enumerate(found):
-        assert result == ([3, 3], 7, [0, 1, 2], [0], [0, 0, 1, 1, 2, 2], [6.0 * 2 * rank, 6.0 * (2 * rank + 1)])
+        assert result == (
+            [3, 3],
+            7,
+            [0, 1, 2],
+            [0],
+            [0, 0, 1, 1, 2, 2],
+            [6.0 * 2 * rank, 6.0 * (2 * rank + 1)],
+        )
     assert exchange(ALONE) == ([1, 0], 7, [0], [0], [0, 0], [0, 1, 2, 3, 4, 5])
 
 
@@ -131,14 +161,20 @@ class Pretended(Group):
 
 
 def test_processes_share_one_stream(workspace, tmp_path):
-    """Three take by turns what one takes, short documents skipped, and a restored stream may be shared by another number."""
+    """Three take by turns what one takes, short documents skipped, and a restored stream may be
+    shared by another number."""
     for name in ("short", "tiny"):
         Path(f"{name}.txt").write_text(name)
-    config = load_env_config("env.json", ["train.corpus.0.name=files:*.txt", "train.corpus.0.crop=random"])
+    config = load_env_config(
+        "env.json", ["train.corpus.0.name=files:*.txt", "train.corpus.0.crop=random"]
+    )
     model, tokenizer = load_memory_lm(config, "env.json")
 
     def taken(samples: SampleStream, count: int, group: Group = ALONE) -> list[tuple]:
-        return [(d.source, d.sample.rows[0].input_ids.tolist(), d.rng.random()) for d in samples.take(count, group)]
+        return [
+            (d.source, d.sample.rows[0].input_ids.tolist(), d.rng.random())
+            for d in samples.take(count, group)
+        ]
 
     alone = SampleStream(config, tokenizer, model)
     expected = taken(alone, 6) + taken(alone, 6)
@@ -152,13 +188,19 @@ def test_processes_share_one_stream(workspace, tmp_path):
         return first, taken(resumed, 6, pair) if world.rank < 2 else [], samples.skipped
 
     found = in_a_world(3, shared, tmp_path)
-    assert [pair for row in zip(*(first for first, _, _ in found), strict=True) for pair in row] == expected[:6]
-    assert [pair for row in zip(*(then for _, then, _ in found[:2]), strict=True) for pair in row] == expected[6:]
+    assert [
+        pair for row in zip(*(first for first, _, _ in found), strict=True) for pair in row
+    ] == expected[:6]
+    assert [
+        pair for row in zip(*(then for _, then, _ in found[:2]), strict=True) for pair in row
+    ] == expected[6:]
     assert {skipped for *_, skipped in found} == {found[0][2]} and alone.skipped > found[0][2] > 0
-    assert len({number for *_, number in expected}) == 12  # every document has reservoirs of its own
+    assert (
+        len({number for *_, number in expected}) == 12
+    )  # every document has reservoirs of its own
 
 
-# ---- one document over many processes --------------------------------------------------------------------------------------
+# ---- one document over many processes ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
@@ -167,13 +209,18 @@ def test_a_division_deals_every_chunk_once(size, chunks):
     needed = [s for s in range(chunks) if s % 3]
     hands = [Division(Pretended(rank, size), chunks, needed) for rank in range(size)]
     assert sorted(s for hand in hands for s in hand.owned) == list(range(chunks))
-    assert len({len(hand.own) for hand in hands}) == 1 and all(hand.owned <= set(hand.own) for hand in hands)
+    assert len({len(hand.own) for hand in hands}) == 1 and all(
+        hand.owned <= set(hand.own) for hand in hands
+    )
     shares = [len(hand.owned & set(needed)) for hand in hands]
     assert max(shares) - min(shares) <= 1
 
 
 DROPOUT = MemoryConfig(**MEMORY.model_dump() | dict(lora_dropout=0.4))
-ESTIMATORS = [dict(estimator="exact"), *(dict(estimator=name, S=2) for name in ("tbptt", "uio", "importance"))]
+ESTIMATORS = [
+    dict(estimator="exact"),
+    *(dict(estimator=name, S=2) for name in ("tbptt", "uio", "importance")),
+]
 
 
 class Counting(Group):
@@ -197,8 +244,8 @@ def chunked_samples() -> list[Sample]:
 
 
 def every_step(group: Group) -> list[tuple]:
-    """Gradients, NLL, scored tokens of every estimator on every kind of sample, for this process. Three chunks a process come in
-    two batches, a shorter sample's keep their graphs."""
+    """Gradients, NLL, scored tokens of every estimator on every kind of sample, for this
+    process. Three chunks a process come in two batches, a shorter sample's keep their graphs."""
     found = []
     model = make_model(config=DROPOUT)
     model.chunk_batch = 2
@@ -211,13 +258,16 @@ def every_step(group: Group) -> list[tuple]:
 
 
 def test_chunks_over_processes_are_one_process(tmp_path):
-    """Every estimator, protocol and teacher, with LoRA dropout, on three processes: their gradients add up to one's."""
+    """Every estimator, protocol and teacher, with LoRA dropout, on three processes: their
+    gradients add up to one's."""
     parts = in_a_world(3, lambda world: every_step(world.chunks), tmp_path, ranks=3)
     for number, expected in enumerate(every_step(ALONE)):
         grads, nlls, scored, reencoded = zip(*(part[number] for part in parts), strict=True)
         total = {name: sum(grad[name] for grad in grads) for name in grads[0]}
         assert worst_error(total, expected[0]) < PROVEN, number
-        assert abs(sum(nlls) - expected[1]) < PROVEN * abs(expected[1]) and torch.equal(sum(scored), expected[2])
+        assert abs(sum(nlls) - expected[1]) < PROVEN * abs(expected[1]) and torch.equal(
+            sum(scored), expected[2]
+        )
         assert sorted(s for part in reencoded for s in part) == sorted(expected[3])
 
 
@@ -245,16 +295,25 @@ def test_what_a_document_over_processes_sends(tmp_path):
         found = []
         for weights in (
             None,
-            row_weights(sample, torch.rand(chunks + 1, chunks + 1, generator=torch.Generator().manual_seed(0))),
+            row_weights(
+                sample,
+                torch.rand(chunks + 1, chunks + 1, generator=torch.Generator().manual_seed(0)),
+            ),
         ):
             group = Counting(world.group)
             result = uiollms.gradient_step(model, sample, weights=weights, group=group)
             found.append((group.received, len(result.reencoded), int((result.scored > 0).sum())))
         return found
 
-    slot = 2 * heads * size * 8 * m * layers  # bytes: keys and values of float64; its gradients' sums are float64 too
+    slot = (
+        2 * heads * size * 8 * m * layers
+    )  # bytes: keys and values of float64; its gradients' sums are float64 too
     for plain, weighted in in_a_world(2, received, tmp_path, ranks=2):
-        assert plain == (2 * slot * chunks // 2, 4, plain[2]) and weighted == (3 * slot * chunks // 2, 4, weighted[2])
+        assert plain == (2 * slot * chunks // 2, 4, plain[2]) and weighted == (
+            3 * slot * chunks // 2,
+            4,
+            weighted[2],
+        )
         assert plain[2] in (4, 5)
 
 
@@ -265,26 +324,41 @@ def test_a_mesh_of_documents_and_chunks(tmp_path):
         model = make_model()
         for number, sample in enumerate(documents_of()):
             if number % world.data.size == world.data.rank:
-                uiollms.gradient_step(model, sample, estimator="uio", S=1, rng=number, scale=1 / 4, group=world.chunks)
+                uiollms.gradient_step(
+                    model, sample, estimator="uio", S=1, rng=number, scale=1 / 4, group=world.chunks
+                )
         world.sum_gradients(list(model.trainable_parameters().values()))
-        return gradients(model), (world.data.rank, world.data.size, world.chunks.rank, world.chunks.size)
+        return gradients(model), (
+            world.data.rank,
+            world.data.size,
+            world.chunks.rank,
+            world.chunks.size,
+        )
 
     model = make_model()
     for number, sample in enumerate(documents_of()):
         uiollms.gradient_step(model, sample, estimator="uio", S=1, rng=number, scale=1 / 4)
     expected = gradients(model)
     found = in_a_world(4, summed, tmp_path, ranks=2)
-    assert [places for _, places in found] == [(0, 2, 0, 2), (0, 2, 1, 2), (1, 2, 0, 2), (1, 2, 1, 2)]
+    assert [places for _, places in found] == [
+        (0, 2, 0, 2),
+        (0, 2, 1, 2),
+        (1, 2, 0, 2),
+        (1, 2, 1, 2),
+    ]
     assert all(worst_error(total, expected) < PROVEN for total, _ in found)
 
 
-# ---- whole runs ------------------------------------------------------------------------------------------------------------
+# ---- whole runs ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def run_folder(workspace) -> Path:
-    """A float64 run of 8 documents in 4 steps, with crops, reservoirs, LoRA dropout and documents too short to train."""
-    Path("memory.json").write_text(json.dumps(dict(num_memory=2, chunk_size=16, lora_rank=2, lora_alpha=4, lora_dropout=0.2)))
+    """A float64 run of 8 documents in 4 steps, with crops, reservoirs, LoRA dropout and
+    documents too short to train."""
+    Path("memory.json").write_text(
+        json.dumps(dict(num_memory=2, chunk_size=16, lora_rank=2, lora_alpha=4, lora_dropout=0.2))
+    )
     Path("bookshort.txt").write_text("short")
     env = json.loads(Path("env.json").read_text())
     env["model"]["model_dtype"] = "fp64"
@@ -301,12 +375,17 @@ def in_processes(size: int, *flags: str, said: str = os.devnull) -> list[int]:
 def outcome(folder: str) -> tuple[list[dict], dict[str, torch.Tensor]]:
     lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
     last = max(Path(folder, "checkpoints").glob("step-*"))
-    tensors = {f"{p.relative_to(last)}/{n}": t for p in sorted(last.rglob("*.safetensors")) for n, t in load_file(p).items()}
+    tensors = {
+        f"{p.relative_to(last)}/{n}": t
+        for p in sorted(last.rglob("*.safetensors"))
+        for n, t in load_file(p).items()
+    }
     return [line for line in lines if "nll" in line], tensors
 
 
 def test_runs_of_more_processes_are_the_run_of_one(run_folder):
-    """Two with accum 1, two to a document, and one that goes on alone where two had been: the same metrics and weights."""
+    """Two with accum 1, two to a document, and one that goes on alone where two had been: the
+    same metrics and weights."""
     at = "--set=train.run_dir={}".format
     assert call(*TRAIN, at("one"), "--set=train.tasks=[]") == 0
     plain = ("--set=train.tasks=[]", "--set=model.save_ckp=null")
@@ -316,12 +395,25 @@ def test_runs_of_more_processes_are_the_run_of_one(run_folder):
     for folder in ("two", "chunks"):
         found_lines, found = outcome(folder)
         for line, other in zip(lines, found_lines, strict=True):
-            assert all(abs(line[k] - other[k]) <= PROVEN * abs(line[k]) for k in ("nll", "lr", "grad_norm", "tokens")), folder
-        assert worst_error(found, expected) < 1e-8, folder  # AdamW divides by the root of small squares
-    assert call(*TRAIN, "--resume", "two/checkpoints/step-00000004", at("alone"), "--set=train.tasks=[]") == 0
+            assert all(
+                abs(line[k] - other[k]) <= PROVEN * abs(line[k])
+                for k in ("nll", "lr", "grad_norm", "tokens")
+            ), folder
+        assert worst_error(found, expected) < 1e-8, (
+            folder
+        )  # AdamW divides by the root of small squares
+    assert (
+        call(
+            *TRAIN, "--resume", "two/checkpoints/step-00000004", at("alone"), "--set=train.tasks=[]"
+        )
+        == 0
+    )
     assert worst_error(outcome("alone")[1], expected) < 1e-8
     said = Path("alone/log.txt").read_text()
-    assert "changed since: processes: 2 -> 1" in said and "changed since: train.accum_grad: 1 -> 2" in said
+    assert (
+        "changed since: processes: 2 -> 1" in said
+        and "changed since: train.accum_grad: 1 -> 2" in said
+    )
     assert json.loads(Path("two/versions.json").read_text())["processes"] == "2"
 
 
@@ -350,13 +442,20 @@ def test_a_killed_process_ends_the_run(run_folder):
     assert launched(2, child, said="said") == [2, -signal.SIGKILL]
     said = Path("said-0").read_text()
     assert "Traceback" not in said
-    assert "another process of this run has ended or cannot be reached" in said.strip().splitlines()[-1]
+    assert (
+        "another process of this run has ended or cannot be reached"
+        in said.strip().splitlines()[-1]
+    )
     newest = max(Path("out/checkpoints").glob("step-*"))
-    assert call(*TRAIN, "--resume", *LONG[1:], f"--set=train.train_iters={int(newest.name[5:]) + 2}") == 0
+    assert (
+        call(*TRAIN, "--resume", *LONG[1:], f"--set=train.train_iters={int(newest.name[5:]) + 2}")
+        == 0
+    )
 
 
 def test_a_signal_to_one_process_stops_all(run_folder):
-    """A second one, as a launcher sends it on when the terminal has told all already, does not end it at once."""
+    """A second one, as a launcher sends it on when the terminal has told all already, does not
+    end it at once."""
 
     def both() -> None:
         signalled(signal.SIGINT)()
@@ -374,18 +473,36 @@ def test_a_signal_to_one_process_stops_all(run_folder):
 
 
 def test_a_bad_step_is_skipped_by_all(run_folder):
-    """A learning rate that makes everything infinite: all processes count the same steps, and stop at the same one."""
-    flags = ("--set=train.max_lr=1e300", "--set=train.tasks=[]", "--set=train.train_iters=9", "--set=train.max_bad_steps=1")
+    """A learning rate that makes everything infinite: all processes count the same steps, and
+    stop at the same one."""
+    flags = (
+        "--set=train.max_lr=1e300",
+        "--set=train.tasks=[]",
+        "--set=train.train_iters=9",
+        "--set=train.max_bad_steps=1",
+    )
     assert in_processes(2, *flags, said="said") == [2, 2]
     lines = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
-    assert all(len(line["skipped"]) == 4 for line in lines if "nll" not in line)  # the documents of both processes
+    assert all(
+        len(line["skipped"]) == 4 for line in lines if "nll" not in line
+    )  # the documents of both processes
 
 
 TORCHRUN = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
-ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port"]
+ACCELERATE = [
+    "accelerate.commands.launch",
+    "--multi_gpu",
+    "--num_processes",
+    "2",
+    "--main_process_port",
+]
 
 
-@pytest.mark.parametrize("launcher", [TORCHRUN, pytest.param(ACCELERATE, marks=pytest.mark.slow)], ids=["torchrun", "accelerate"])
+@pytest.mark.parametrize(
+    "launcher",
+    [TORCHRUN, pytest.param(ACCELERATE, marks=pytest.mark.slow)],
+    ids=["torchrun", "accelerate"],
+)
 def test_launchers(run_folder, launcher):
     """The commands of docs/scaling.md."""
     command = [sys.executable, "-m", *launcher, str(free_port())]
@@ -399,10 +516,13 @@ def test_launchers(run_folder, launcher):
 
 
 def test_a_world_smaller_than_asked_for_warns(run_folder, monkeypatch, caplog):
-    """What `accelerate launch --cpu --num_processes 2` of accelerate 1.15 sets, and what a batch system does."""
+    """What `accelerate launch --cpu --num_processes 2` of accelerate 1.15 sets, and what a batch
+    system does."""
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     assert call(*TRAIN, "--set=train.train_iters=2", "--set=train.tasks=[]") == 0
-    assert "several processes were asked for, 1 trains here: start them with torchrun" in caplog.text
+    assert (
+        "several processes were asked for, 1 trains here: start them with torchrun" in caplog.text
+    )
     monkeypatch.setenv("SLURM_NTASKS", "4")
     assert call(*TRAIN, "--resume", "--set=train.train_iters=4", "--set=train.tasks=[]") == 0
     assert "4 processes were asked for, 1 trains here" in caplog.text
@@ -411,14 +531,18 @@ def test_a_world_smaller_than_asked_for_warns(run_folder, monkeypatch, caplog):
 def test_chunk_ranks_must_divide(run_folder):
     flags = ("--set=train.chunk_parallel=true", "--set=train.chunk_ranks=2")
     assert in_processes(3, *flags, said="said") == [2, 2, 2]
-    assert "train.chunk_ranks: 2 processes a document do not divide the 3 processes of this run" in Path("said-0").read_text()
+    assert (
+        "train.chunk_ranks: 2 processes a document do not divide the 3 processes of this run"
+        in Path("said-0").read_text()
+    )
 
 
-# ---- models that do not fit ------------------------------------------------------------------------------------------------
+# ---- models that do not fit ----------------------------------------------------------------------
 
 
 def test_a_base_sharded_by_fsdp(tmp_path):
-    """As docs/scaling.md has it: frozen linear layers sharded, documents of equal length; equal gradients."""
+    """As docs/scaling.md has it: frozen linear layers sharded, documents of equal length; equal
+    gradients."""
 
     def document(rank: int) -> Sample:
         return Sample.document(random_ids(38, seed=rank), 8)
@@ -431,10 +555,14 @@ def test_a_base_sharded_by_fsdp(tmp_path):
             for module in layer.modules():
                 if isinstance(module, torch.nn.Linear):
                     fully_shard(module, mesh=mesh)
-        uiollms.gradient_step(model, document(world.rank), estimator="tbptt", S=2, scale=1 / world.size)
+        uiollms.gradient_step(
+            model, document(world.rank), estimator="tbptt", S=2, scale=1 / world.size
+        )
         world.sum_gradients(list(model.trainable_parameters().values()))
         parts = [p for layer in model.base.model.layers for p in layer.parameters()]
-        return gradients(model), sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parts) / whole
+        return gradients(model), sum(
+            (p.to_local() if isinstance(p, DTensor) else p).numel() for p in parts
+        ) / whole
 
     model = make_model()
     for rank in range(2):

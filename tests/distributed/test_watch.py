@@ -1,5 +1,5 @@
-"""A signal to any process of a run at any moment ends all of them soon, with the last whole step saved;
-a process that is lost is found; and one that only takes its time is not taken for lost."""
+"""A signal to any process of a run at any moment ends all of them soon, with the last whole step
+saved; a process that is lost is found; and one that only takes its time is not taken for lost."""
 
 import json
 import logging
@@ -116,13 +116,19 @@ def test_a_signal_at_any_moment(run_folder, moment, victim):  # noqa: F811
 
 
 def test_a_step_given_up_is_taken_again(run_folder):  # noqa: F811
-    """The run goes on with the documents that it would have had: the same numbers as uninterrupted."""
+    """The run goes on with the documents that it would have had: the same numbers as
+    uninterrupted."""
     flags = ("--set=train.tasks=[]", "--set=train.train_iters=16", "--set=train.save=100")
     assert launched(2, lambda rank: call(*TRAIN, *flags, "--set=train.run_dir=whole")) == [0, 0]
 
     def child(rank: int) -> int:
         quick()
-        at_call(uiollms.training.step, "gradient_step", 6, lambda: (soon(signalled(signal.SIGTERM)), time.sleep(LONG)))
+        at_call(
+            uiollms.training.step,
+            "gradient_step",
+            6,
+            lambda: (soon(signalled(signal.SIGTERM)), time.sleep(LONG)),
+        )
         return call(*TRAIN, *flags)
 
     assert launched(2, child) == [143, 143]
@@ -130,7 +136,10 @@ def test_a_step_given_up_is_taken_again(run_folder):  # noqa: F811
 
     def numbers(folder: str) -> list[tuple]:
         lines = Path(folder, "metrics.jsonl").read_text().splitlines()
-        return [tuple(json.loads(line)[k] for k in ("iteration", "nll", "lr", "grad_norm")) for line in lines]
+        return [
+            tuple(json.loads(line)[k] for k in ("iteration", "nll", "lr", "grad_norm"))
+            for line in lines
+        ]
 
     assert numbers("out") == numbers("whole") and len(numbers("out")) == 4
 
@@ -143,7 +152,12 @@ def test_a_process_that_does_not_end_is_ended(run_folder):  # noqa: F811
         uiollms.distributed.watch.END = 4.0
         if not rank:
             store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-            at_call(uiollms.build, "load_memory_lm", 1, lambda: (soon(signalled(signal.SIGINT)), store.wait(["no"])))
+            at_call(
+                uiollms.build,
+                "load_memory_lm",
+                1,
+                lambda: (soon(signalled(signal.SIGINT)), store.wait(["no"])),
+            )
         return call(*TRAIN, *FLAGS)
 
     assert launched(2, child, said="said") == [130, 130]
@@ -244,4 +258,8 @@ def test_launchers_numbers(monkeypatch):
 def test_train_refuses_them_before_all_else(workspace, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "abc")
     assert call(*TRAIN) == 2
-    assert capsys.readouterr().err.strip().startswith("environment variable WORLD_SIZE: expected a whole number")
+    assert (
+        capsys.readouterr()
+        .err.strip()
+        .startswith("environment variable WORLD_SIZE: expected a whole number")
+    )

@@ -1,4 +1,5 @@
-"""Attention mass against the softmax written out by hand from queries and keys, and through the report's command."""
+"""Attention mass against the softmax written out by hand from queries and keys, and through the
+report's command."""
 
 import math
 
@@ -16,9 +17,9 @@ def into(seen: dict, key: tuple[int, str]):
 
 
 def by_hand(model, ids) -> torch.Tensor:
-    """The slow obvious twin: hooks catch what enters and leaves every layer's q_proj and k_norm or k_proj, here the weights are
-    softmax(q k^T / sqrt(K)), token by token over the memories and the chunk's tokens up to it; the keys of the memories are
-    those that a stream holds."""
+    """The slow obvious twin: hooks catch what enters and leaves every layer's q_proj and k_norm
+    or k_proj, here the weights are softmax(q k^T / sqrt(K)), token by token over the memories
+    and the chunk's tokens up to it; the keys of the memories are those that a stream holds."""
     l, m = model.memory_config.chunk_size, model.memory_config.num_memory
     layers = model.base.model.layers
     count = -(-len(ids) // l)
@@ -29,7 +30,9 @@ def by_hand(model, ids) -> torch.Tensor:
         hooks = []
         for i, layer in enumerate(layers):
             for name in ("q", "k"):
-                module = getattr(layer.self_attn, f"{name}_norm", None) or getattr(layer.self_attn, f"{name}_proj")
+                module = getattr(layer.self_attn, f"{name}_norm", None) or getattr(
+                    layer.self_attn, f"{name}_proj"
+                )
                 hooks.append(module.register_forward_hook(into(seen, (i, name))))
         row = ids[r * l : (r + 1) * l]
         prefix = state.prefix(r * m, with_local=False)
@@ -40,7 +43,10 @@ def by_hand(model, ids) -> torch.Tensor:
         cos, sin = model.base.model.rotary_emb(torch.zeros(0, dtype=model.dtype), positions)
         for i, layer in enumerate(layers):
             attention = layer.self_attn
-            q, k = (seen[i, name].reshape(1, len(row), -1, attention.head_dim).transpose(1, 2) for name in ("q", "k"))
+            q, k = (
+                seen[i, name].reshape(1, len(row), -1, attention.head_dim).transpose(1, 2)
+                for name in ("q", "k")
+            )
             half = attention.head_dim // 2
             q, k = (x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin for x in (q, k))
             keys = torch.cat([state.memory_keys[i][:, :, : r * m], k], dim=2)[0]
@@ -48,7 +54,9 @@ def by_hand(model, ids) -> torch.Tensor:
             for head in range(q.shape[1]):
                 for t in range(len(row)):
                     visible = keys[head, : r * m + t + 1]
-                    weights = torch.softmax(visible @ q[0, head, t] / math.sqrt(attention.head_dim), 0)
+                    weights = torch.softmax(
+                        visible @ q[0, head, t] / math.sqrt(attention.head_dim), 0
+                    )
                     share = 1 / (q.shape[1] * len(row))
                     shares[i, r - 1, 0] += share * weights[r * m :].sum()
                     for age in range(1, r + 1):
@@ -62,21 +70,34 @@ def test_masses_are_the_softmax_by_hand(family):
     model, ids = make_model(family), random_ids(29)
     shares = attention_shares(model, ids)
     assert shares.shape == (3, 3, 4)
-    assert torch.allclose(shares.sum(2), torch.ones(3, 3), atol=1e-6)  # own tokens and memories together
-    assert torch.allclose(shares.double(), by_hand(model, ids), atol=1e-6)  # eager's softmax is float32
-    assert [(shares[:, r, r + 2 :] == 0).all() and (shares[:, r, : r + 2] > 0).all() for r in range(3)] == [True] * 3
+    assert torch.allclose(
+        shares.sum(2), torch.ones(3, 3), atol=1e-6
+    )  # own tokens and memories together
+    assert torch.allclose(
+        shares.double(), by_hand(model, ids), atol=1e-6
+    )  # eager's softmax is float32
+    assert [
+        (shares[:, r, r + 2 :] == 0).all() and (shares[:, r, : r + 2] > 0).all() for r in range(3)
+    ] == [True] * 3
 
 
 @torch.no_grad()
 def test_recorded_attention_is_the_usual_one():
-    """Behind memories, and without a mask: plain causal. The base's own settings are not touched."""
+    """Behind memories, and without a mask: plain causal. The base's own settings are not
+    touched."""
     model, ids = make_model(), random_ids(29)
     usual, layers = model.base.config._attn_implementation, []
     for num_slots, mask in ((4, decoder_mask([4], 0, 5, model.device)), (0, None)):
-        state = model(ids[None, : num_slots * 4]).past_key_values if num_slots else model.new_state()
-        expected = model.decode(ids[None, :5], state.prefix(num_slots, with_local=False), [num_slots])
+        state = (
+            model(ids[None, : num_slots * 4]).past_key_values if num_slots else model.new_state()
+        )
+        expected = model.decode(
+            ids[None, :5], state.prefix(num_slots, with_local=False), [num_slots]
+        )
         seen = Recorded(mask, lambda layer, weights: layers.append(layer))
-        found = model.decode(ids[None, :5], state.prefix(num_slots, with_local=False), [num_slots], seen=seen)
+        found = model.decode(
+            ids[None, :5], state.prefix(num_slots, with_local=False), [num_slots], seen=seen
+        )
         assert torch.allclose(found, expected, atol=1e-5)  # eager's softmax is float32
     assert layers == [0, 1, 2, 0, 1, 2] and model.base.config._attn_implementation == usual
     with pytest.raises(ValueError, match="8 tokens fit one chunk of 8"):

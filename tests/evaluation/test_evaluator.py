@@ -1,4 +1,5 @@
-"""Evaluation tasks from config to numbers: every task type, retrieval trials, what is stored, and what is refused."""
+"""Evaluation tasks from config to numbers: every task type, retrieval trials, what is stored,
+and what is refused."""
 
 import json
 import math
@@ -32,7 +33,8 @@ TEXT = "The harbour has three walls, and on calm days their stones can be counte
 
 @pytest.fixture
 def tiny(workspace):
-    """(model, tokenizer) of the tiny folder: chunks of 16 into 2 slots, 128 positions, a token a byte."""
+    """(model, tokenizer) of the tiny folder: chunks of 16 into 2 slots, 128 positions, a token a
+    byte."""
     return load_memory_lm(load_env_config("env.json"), "env.json")
 
 
@@ -43,7 +45,12 @@ def corpora(workspace, monkeypatch):
     monkeypatch.setenv("UIOLLMS_RAW_DATA", str(ROOT / "raw_data" / "examples"))
     monkeypatch.setenv("UIOLLMS_HUB_DIR", str(workspace / "hub"))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", workspace / "arrow")
-    story = dict(story=f"Ada met Bob. {TEXT}", questions=["Who?", "Whom?"], answers=["Ada", "Bob"], summary="They met.")
+    story = dict(
+        story=f"Ada met Bob. {TEXT}",
+        questions=["Who?", "Whom?"],
+        answers=["Ada", "Bob"],
+        summary="They met.",
+    )
     for name, rows in {
         "Yukang/LongAlpaca-12k": [dict(instruction=TEXT, output="It has three.")] * 400,
         "glnmario/news-qa-summarization": [story] * 4,
@@ -57,22 +64,28 @@ def corpora(workspace, monkeypatch):
 
 def entry(task_type: str = "perplexity", **fields) -> TaskEntry:
     """A task as a config has it, through JSON."""
-    task = dict(task_type=task_type, task_name="files:book*.txt", num_instance=2, truncation=100) | fields
+    task = (
+        dict(task_type=task_type, task_name="files:book*.txt", num_instance=2, truncation=100)
+        | fields
+    )
     return parse(TaskEntry, task, "here")
 
 
-# ---- All tasks through the commands -------------------------------------------------------------------------------------
+# ---- All tasks through the commands --------------------------------------------------------------
 
 
 def shrunk() -> list[dict]:
     """config/test-tasks.json for the tiny model: fewer tokens."""
     tasks = json.loads((ROOT / "config/test-tasks.json").read_text())["tasks"]
     short = {"passkey": 230, "needle": 180}
-    return [task | dict(num_instance=2, truncation=short.get(task["task_type"], 96)) for task in tasks]
+    return [
+        task | dict(num_instance=2, truncation=short.get(task["task_type"], 96)) for task in tasks
+    ]
 
 
 def test_every_task_type_evaluates(workspace, corpora, capsys):
-    """test.py on the tiny model with every task of config/test-tasks.json, and what it leaves in the run folder."""
+    """test.py on the tiny model with every task of config/test-tasks.json, and what it leaves in
+    the run folder."""
     Path("test.json").write_text(json.dumps(dict(tasks=shrunk())))
     kinds = {task.task_type for task in load_tasks("test.json")}
     assert kinds == set(TaskType.__args__)
@@ -80,21 +93,38 @@ def test_every_task_type_evaluates(workspace, corpora, capsys):
     table = capsys.readouterr().out
     results = json.loads(Path("out/test.json").read_text())["results"]
     assert len(results) == 13  # 12 tasks, perplexity under two protocols
-    assert [r["task_type"] for r in results if "news" in r["task"]] == ["news qa summation", "news qa summation v2"]
+    assert [r["task_type"] for r in results if "news" in r["task"]] == [
+        "news qa summation",
+        "news qa summation v2",
+    ]
     for result in results:
         assert result["documents"] >= 1 and result["scored_tokens"] > 0, result["task_type"]
-        assert all(math.isfinite(result[mode]["nll"]) for mode in ("memory", "window", "raw", "shuffled") if mode in result)
+        assert all(
+            math.isfinite(result[mode]["nll"])
+            for mode in ("memory", "window", "raw", "shuffled")
+            if mode in result
+        )
         assert result["task_type"] in table
     named = {(r["task_type"], r["protocol"], r["task"]): r for r in results}
-    assert {"window", "raw", "shuffled", "memory"} <= named["perplexity", "document", "sotu.test"].keys()
+    assert {"window", "raw", "shuffled", "memory"} <= named[
+        "perplexity", "document", "sotu.test"
+    ].keys()
     distilled = named["activation beacons", None, "beacons sampled.8192.distill"]
-    assert distilled["memory"]["loss"] != pytest.approx(distilled["memory"]["nll"])  # a divergence, not an NLL
+    assert distilled["memory"]["loss"] != pytest.approx(
+        distilled["memory"]["nll"]
+    )  # a divergence, not an NLL
     answered = named["question answering", None, "longalpaca.test.false"]
-    assert 0 <= answered["memory"]["rouge_l"] <= 1 and "rouge_l" in answered["raw"] and "rouge_l" not in answered["window"]
+    assert (
+        0 <= answered["memory"]["rouge_l"] <= 1
+        and "rouge_l" in answered["raw"]
+        and "rouge_l" not in answered["window"]
+    )
     copied = named["auto encoding", None, "minipile copy 256.test"]["memory"]
     assert {"bleu4", "rouge_l", "token_accuracy"} <= copied.keys()
     hidden = named["passkey", None, "sotu.train"]
-    assert [d["depth"] for d in hidden["memory"]["by_depth"]] == [0, 0.5, 1] and hidden["documents"] == 6
+    assert [d["depth"] for d in hidden["memory"]["by_depth"]] == [0, 0.5, 1] and hidden[
+        "documents"
+    ] == 6
     assert "raw" not in hidden  # 230 tokens are past the 128 positions
     assert Path("out/test.png").stat().st_size > 10_000
 
@@ -117,7 +147,11 @@ def test_every_task_type_evaluates(workspace, corpora, capsys):
 def test_every_task_trains(workspace, corpora, capsys, corpus):
     """Three iterations on a corpus of every task's own: finite losses, and weights that move."""
     entries = json.dumps([dict(name=corpus, partition=1, truncation=96)])
-    settings = [f"--set=train.corpus={entries}", "--set=train.tasks=[]", "--set=train.chunk_batch=64"]
+    settings = [
+        f"--set=train.corpus={entries}",
+        "--set=train.tasks=[]",
+        "--set=train.chunk_batch=64",
+    ]
     assert call("train.py", "--env_conf", "env.json", *settings) == 0, capsys.readouterr().err
     logged = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
     assert len(logged) == 3 and all(math.isfinite(m["nll"]) and m["grad_norm"] > 0 for m in logged)
@@ -146,7 +180,12 @@ def test_tasks_inside_a_training_run(workspace):
     assert call("train.py", "--env_conf", "env.json", f"--set=train.tasks={dumped}") == 0
     lines = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
     logged = lines[-1]["eval"]
-    assert [r["task_type"] for r in logged] == ["perplexity", "perplexity", "auto encoding", "passkey"]
+    assert [r["task_type"] for r in logged] == [
+        "perplexity",
+        "perplexity",
+        "auto encoding",
+        "passkey",
+    ]
     # With the paper's protocol, as the training loss: one panel.
     assert plot_training(lines, Path("one.png")).stat().st_size > 1000
     Path("test.json").write_text(dumped)
@@ -157,28 +196,40 @@ def test_tasks_inside_a_training_run(workspace):
     assert plot_training(lines, Path("two.png")).stat().st_size > 1000
 
 
-# ---- Stored tokens, means, intervals ------------------------------------------------------------------------------------
+# ---- Stored tokens, means, intervals -------------------------------------------------------------
 
 
 def test_the_stored_nlls_are_the_scores(workspace, tiny):
     model, tokenizer = tiny
-    task = entry(num_instance=3, compare=["window", "raw", "shuffled"], protocols=["paper", "document"])
+    task = entry(
+        num_instance=3, compare=["window", "raw", "shuffled"], protocols=["paper", "document"]
+    )
     Path("test.json").write_text(json.dumps([task.model_dump()]))
     assert call("test.py", "--env_conf", "env.json") == 0
-    ids = [torch.tensor(tokenizer(Path(f"book{i}.txt").read_text()).input_ids[:100]) for i in range(3)]
+    ids = [
+        torch.tensor(tokenizer(Path(f"book{i}.txt").read_text()).input_ids[:100]) for i in range(3)
+    ]
     with safe_open("out/test-nll.safetensors", "pt") as file:
         assert len(file.keys()) == 2 * 3 * 4 * 2  # protocols, documents, modes, nll and positions
         assert [json.loads(file.metadata()[r])["protocol"] for r in "01"] == ["paper", "document"]
         for r, protocol in enumerate(task.protocols):
             for d, document in enumerate(ids):
                 for mode in ("memory", "window", "raw"):
-                    expected = uiollms.score(model, document, protocol) if mode == "memory" else None
-                    expected = expected or uiollms.evaluation.scoring.score(model, document, protocol, mode)
+                    expected = (
+                        uiollms.score(model, document, protocol) if mode == "memory" else None
+                    )
+                    expected = expected or uiollms.evaluation.scoring.score(
+                        model, document, protocol, mode
+                    )
                     assert torch.equal(file.get_tensor(f"{r}.{d}.{mode}.nll"), expected.nll.float())
-                    assert torch.equal(file.get_tensor(f"{r}.{d}.{mode}.positions"), expected.positions)
+                    assert torch.equal(
+                        file.get_tensor(f"{r}.{d}.{mode}.positions"), expected.positions
+                    )
                 # Document d reads the memories of document d + 1, counted round.
                 other = ids[(d + 1) % 3][:96].view(6, 16)
-                sample = {"paper": Sample.language_modeling, "document": Sample.document}[protocol](document, 16)
+                sample = {"paper": Sample.language_modeling, "document": Sample.document}[protocol](
+                    document, 16
+                )
                 shuffled = token_losses(model, sample, "shuffled", other)[1]
                 assert torch.equal(file.get_tensor(f"{r}.{d}.shuffled.nll"), shuffled.float())
 
@@ -188,28 +239,45 @@ def test_means_by_position_and_chunk_recombine_to_the_total(tiny):
     numbers = result.modes["memory"]
     for groups in (numbers["by_position"], numbers["by_chunk"]):
         tokens = sum(g["tokens"] for g in groups)
-        assert tokens == 2 * 99 and sum(g["nll"] * g["tokens"] for g in groups) / tokens == pytest.approx(numbers["nll"])
-    assert [(g["start"], g["stop"]) for g in numbers["by_position"]] == [(2**i, 2 ** (i + 1)) for i in range(7)]
-    assert [g["tokens"] for g in numbers["by_position"]] == [2 * n for n in (1, 2, 4, 8, 16, 32, 36)]
-    assert [(g["chunk"], g["tokens"]) for g in numbers["by_chunk"]] == [*((c, 32) for c in range(6)), (6, 6)]
+        assert tokens == 2 * 99 and sum(
+            g["nll"] * g["tokens"] for g in groups
+        ) / tokens == pytest.approx(numbers["nll"])
+    assert [(g["start"], g["stop"]) for g in numbers["by_position"]] == [
+        (2**i, 2 ** (i + 1)) for i in range(7)
+    ]
+    assert [g["tokens"] for g in numbers["by_position"]] == [
+        2 * n for n in (1, 2, 4, 8, 16, 32, 36)
+    ]
+    assert [(g["chunk"], g["tokens"]) for g in numbers["by_chunk"]] == [
+        *((c, 32) for c in range(6)),
+        (6, 6),
+    ]
 
 
 def scores_of(*documents: tuple[float, int], **fields) -> dict[int, DocumentScore]:
     """(NLL, tokens) -> scores of documents with that NLL at every token."""
     return {
-        i: DocumentScore(torch.full((n,), nll), torch.full((n,), nll), torch.arange(1, n + 1), **fields)
+        i: DocumentScore(
+            torch.full((n,), nll), torch.full((n,), nll), torch.arange(1, n + 1), **fields
+        )
         for i, (nll, n) in enumerate(documents)
     }
 
 
 def test_summary_numbers():
     two = scores_of((math.log(10), 30), (math.log(20), 10))
-    scores = {"memory": two, "window": scores_of((math.log(40), 40)), "raw": scores_of((math.log(5), 40))}
+    scores = {
+        "memory": two,
+        "window": scores_of((math.log(40), 40)),
+        "raw": scores_of((math.log(5), 40)),
+    }
     summary = TaskResult("x", "perplexity", 100, 8, "paper", scores=scores).summary()
     weighted = math.exp((30 * math.log(10) + 10 * math.log(20)) / 40)
     near = 1e-6  # NLLs are stored in float32
     assert summary["memory"]["perplexity"] == pytest.approx(weighted, rel=near)
-    assert (summary["mean"], summary["max"], summary["min"]) == pytest.approx((15, 20, 10), rel=near)
+    assert (summary["mean"], summary["max"], summary["min"]) == pytest.approx(
+        (15, 20, 10), rel=near
+    )
     assert summary["memory"]["document_mean"] == pytest.approx(15, rel=near)
     assert summary["scored_tokens"] == 40
     for interval in ("interval_95", "document_mean_interval_95"):
@@ -218,10 +286,13 @@ def test_summary_numbers():
 
 
 def test_bootstrap_covers_what_it_should():
-    """The mean of 100 values 0 .. 1 has a standard error of about 0.029; 95 % is 1.96 of them on either side."""
+    """The mean of 100 values 0 .. 1 has a standard error of about 0.029; 95 % is 1.96 of them on
+    either side."""
     values = [i / 99 for i in range(100)]
     low, high = bootstrap(values, lambda drawn: sum(drawn) / len(drawn))
-    assert low == pytest.approx(0.5 - 1.96 * 0.029, abs=0.015) and high == pytest.approx(0.5 + 1.96 * 0.029, abs=0.015)
+    assert low == pytest.approx(0.5 - 1.96 * 0.029, abs=0.015) and high == pytest.approx(
+        0.5 + 1.96 * 0.029, abs=0.015
+    )
     assert bootstrap([3.0], max) == (3.0, 3.0)
 
 
@@ -229,16 +300,22 @@ def test_bleu_and_rouge_of_texts():
     same = (TEXT, TEXT)
     assert bleu4([same]) == pytest.approx(100) and rouge_l([same]) == 1
     assert bleu4([(TEXT, "nothing of it")]) < 5 and rouge_l([(TEXT, "something else")]) == 0
-    assert rouge_l([("a b c d", "a x c d")]) == pytest.approx(0.75)  # the longest common subsequence is a c d
+    assert rouge_l([("a b c d", "a x c d")]) == pytest.approx(
+        0.75
+    )  # the longest common subsequence is a c d
 
 
-# ---- Documents and modes ------------------------------------------------------------------------------------------------
+# ---- Documents and modes -------------------------------------------------------------------------
 
 
 def test_the_base_is_scored_once_and_memory_every_time(tiny):
     model, tokenizer = tiny
     compared = dict(compare=["window", "raw", "shuffled"])
-    evaluation = Evaluation(model, tokenizer, [entry(**compared), entry("auto encoding", truncation=40, compare=["window"])])
+    evaluation = Evaluation(
+        model,
+        tokenizer,
+        [entry(**compared), entry("auto encoding", truncation=40, compare=["window"])],
+    )
     first = evaluation.run()
     for parameter in model.trainable_parameters().values():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -250,9 +327,14 @@ def test_the_base_is_scored_once_and_memory_every_time(tiny):
 
 
 def test_documents_do_not_leak_into_each_other(tiny):
-    """The release scores document 2 behind document 1's memories (6-faults-of-the-release.md, 2)."""
+    """The release scores document 2 behind document 1's memories (6-faults-of-the-release.md,
+    2)."""
     both = Evaluation(*tiny, [entry()]).run()[0].scores["memory"]
-    alone = Evaluation(*tiny, [entry(task_name="files:book1.txt", num_instance=1)]).run()[0].scores["memory"]
+    alone = (
+        Evaluation(*tiny, [entry(task_name="files:book1.txt", num_instance=1)])
+        .run()[0]
+        .scores["memory"]
+    )
     assert torch.equal(both[1].nll, alone[0].nll) and not torch.equal(both[0].nll, both[1].nll)
 
 
@@ -312,21 +394,32 @@ def test_a_shuffled_document_reads_the_next_that_is_long_enough(workspace, tiny)
     texts = dict(task_name="files:[bs]*.txt", num_instance=5, compare=["shuffled"])
     result = Evaluation(*tiny, [entry(**texts, truncation=90)]).run()[0]
     assert result.modes["shuffled"]["documents"] == 5
-    result = Evaluation(*tiny, [entry(task_name="files:book*.txt", compare=["shuffled"], truncation=None, num_instance=4)]).run()
+    result = Evaluation(
+        *tiny,
+        [entry(task_name="files:book*.txt", compare=["shuffled"], truncation=None, num_instance=4)],
+    ).run()
     assert result[0].modes["shuffled"]["documents"] == 4  # of one length
 
 
 def test_auto_encoding_reads_each_chunk_alone(tiny):
     """Teacher-forced NLL: `reconstruct` on the document's chunks."""
     model, tokenizer = tiny
-    document = Evaluation(model, tokenizer, [entry("auto encoding", num_instance=1, truncation=40)]).run()[0].scores["memory"][0]
+    document = (
+        Evaluation(model, tokenizer, [entry("auto encoding", num_instance=1, truncation=40)])
+        .run()[0]
+        .scores["memory"][0]
+    )
     chunks = torch.tensor(tokenizer(Path("book0.txt").read_text()).input_ids[:32]).view(2, 16)
     with torch.no_grad():
-        expected = torch.nn.functional.cross_entropy(model.reconstruct(chunks).flatten(0, 1), chunks.flatten(), reduction="none")
+        expected = torch.nn.functional.cross_entropy(
+            model.reconstruct(chunks).flatten(0, 1), chunks.flatten(), reduction="none"
+        )
     # float32: batched and single rows round differently
     torch.testing.assert_close(document.nll, expected, rtol=1e-4, atol=1e-5)
     assert document.positions.tolist() == list(range(32)) and document.hits[1] == 32
-    assert [reference for reference, _ in document.texts] == [tokenizer.decode(chunk) for chunk in chunks]
+    assert [reference for reference, _ in document.texts] == [
+        tokenizer.decode(chunk) for chunk in chunks
+    ]
 
 
 def test_a_chunk_is_written_down_and_guessed(tiny, capsys):
@@ -334,7 +427,9 @@ def test_a_chunk_is_written_down_and_guessed(tiny, capsys):
     likeliest token behind the true ones."""
     model, tokenizer = tiny
     compared = dict(truncation=40, compare=["shuffled"])
-    result = Evaluation(model, tokenizer, [entry("auto encoding", num_instance=2, **compared)]).run()[0]
+    result = Evaluation(
+        model, tokenizer, [entry("auto encoding", num_instance=2, **compared)]
+    ).run()[0]
     written = result.modes["memory"]["written"]
     chunk = torch.tensor(tokenizer(Path("book0.txt").read_text()).input_ids[:16])
     with torch.no_grad():
@@ -380,25 +475,61 @@ def shown_result(written: dict) -> TaskResult:
 
 
 def test_longdata_copy_positions_and_texts(tiny):
-    document = Evaluation(*tiny, [entry("longdata copy", num_instance=1, truncation=40)]).run()[0].scores["memory"][0]
+    document = (
+        Evaluation(*tiny, [entry("longdata copy", num_instance=1, truncation=40)])
+        .run()[0]
+        .scores["memory"][0]
+    )
     assert document.positions.tolist() == list(range(32)) and len(document.texts) == 2
 
 
 REFUSED = [
-    (dict(task_type="question answering"), "book0.txt is for language modeling, .* takes documents for question answering"),
-    (dict(task_type="news qa summation"), "book0.txt is for language modeling, .* takes documents for news qa summation"),
-    (dict(task_name="files:qa.jsonl"), "is for question answering, task_type 'perplexity' takes documents for language mod"),
+    (
+        dict(task_type="question answering"),
+        "book0.txt is for language modeling, .* takes documents for question answering",
+    ),
+    (
+        dict(task_type="news qa summation"),
+        "book0.txt is for language modeling, .* takes documents for news qa summation",
+    ),
+    (
+        dict(task_name="files:qa.jsonl"),
+        "is for question answering, task_type 'perplexity' takes documents for language mod",
+    ),
     (
         dict(task_type="passkey", task_name="files:qa.jsonl", truncation=300),
         "'passkey' takes documents for language",
     ),
-    (dict(task_type="passkey", truncation=100), "passkey: a trial of 100 tokens is too short, truncation must be at least 1"),
-    (dict(task_type="passkey", task_name="files:blank.txt", truncation=300), "the corpus has 1 documents, all of them blank"),
-    (dict(task_name="files:few.txt", documents="full"), "no document for perplexity that is long enough for memory"),
-    (dict(task_name="files:[a-b]*.txt", truncation=1), "no document for perplexity that has a token to score"),
-    (dict(task_type="auto encoding", task_name="files:few.txt"), "no document for auto encoding that is long enough"),
-    (dict(task_name="files:book0.txt", compare=["shuffled"]), "shuffled needs 2 documents, the corpus has one that fits"),
-    (dict(task_type="activation beacons", task_name="beacons sampled.8192.distill", truncation=400), "400 tokens, the base"),
+    (
+        dict(task_type="passkey", truncation=100),
+        "passkey: a trial of 100 tokens is too short, truncation must be at least 1",
+    ),
+    (
+        dict(task_type="passkey", task_name="files:blank.txt", truncation=300),
+        "the corpus has 1 documents, all of them blank",
+    ),
+    (
+        dict(task_name="files:few.txt", documents="full"),
+        "no document for perplexity that is long enough for memory",
+    ),
+    (
+        dict(task_name="files:[a-b]*.txt", truncation=1),
+        "no document for perplexity that has a token to score",
+    ),
+    (
+        dict(task_type="auto encoding", task_name="files:few.txt"),
+        "no document for auto encoding that is long enough",
+    ),
+    (
+        dict(task_name="files:book0.txt", compare=["shuffled"]),
+        "shuffled needs 2 documents, the corpus has one that fits",
+    ),
+    (
+        dict(
+            task_type="activation beacons", task_name="beacons sampled.8192.distill", truncation=400
+        ),
+        "400 tokens, the base",
+    ),
 ]
 
 
@@ -423,7 +554,10 @@ def test_what_a_task_cannot_use_is_refused_before_scoring(corpora, tiny, task, m
             dict(task_type="needle", protocols=["document"]),
             "protocols is for perplexity and language modeling",
         ),
-        (dict(task_type="passkey", depths=[1.5]), "depths.0.: Input should be less than or equal to 1"),
+        (
+            dict(task_type="passkey", depths=[1.5]),
+            "depths.0.: Input should be less than or equal to 1",
+        ),
     ],
 )
 def test_fields_that_do_not_fit_the_task_are_refused(fields, message):
@@ -434,10 +568,12 @@ def test_fields_that_do_not_fit_the_task_are_refused(fields, message):
 def test_task_types_are_spelled_without_regard_to_case():
     assert entry("News QA_Summation").task_type == "news qa summation"
     task = entry("passkey", truncation=500)
-    assert parse(TaskEntry, json.loads(task.model_dump_json()), "resolved") == task  # a run folder's config loads again
+    assert (
+        parse(TaskEntry, json.loads(task.model_dump_json()), "resolved") == task
+    )  # a run folder's config loads again
 
 
-# ---- Retrieval ----------------------------------------------------------------------------------------------------------
+# ---- Retrieval -----------------------------------------------------------------------------------
 
 
 def text_of(trial, tokenizer) -> tuple[str, str]:
@@ -447,7 +583,9 @@ def text_of(trial, tokenizer) -> tuple[str, str]:
     return tokenizer.decode(ids), tokenizer.decode(answer)
 
 
-@pytest.mark.parametrize("task_type, sentence", [("passkey", "the secret number of this text is"), ("needle", "hides a")])
+@pytest.mark.parametrize(
+    "task_type, sentence", [("passkey", "the secret number of this text is"), ("needle", "hides a")]
+)
 def test_the_sentence_stands_at_the_depth_asked(tiny, task_type, sentence):
     tokenizer = tiny[1]
     filler = [Document(f"{i}. {TEXT}", "here") for i in range(3)]
@@ -460,11 +598,17 @@ def test_the_sentence_stands_at_the_depth_asked(tiny, task_type, sentence):
         assert text.count(answer) == 2  # in the sentence and at the end
         begins = text.index("\nTake note" if task_type == "passkey" else "\nThe gardener")
         question = text.index("\nQuestion")
-        hidden = text.index(".\n", begins) + 2 if task_type == "passkey" else text.index("stairs.\n") + 8
+        hidden = (
+            text.index(".\n", begins) + 2 if task_type == "passkey" else text.index("stairs.\n") + 8
+        )
         room = question - (hidden - begins)  # one byte is one token
-        assert begins == trial.place == round(trial.depth * room) and sentence in text[begins:hidden]
+        assert (
+            begins == trial.place == round(trial.depth * room) and sentence in text[begins:hidden]
+        )
     answers = [text_of(trial, tokenizer)[1] for trial in found]
-    assert answers[:2] == answers[2:4] == answers[4:] and answers[0] != answers[1]  # trials differ, depths do not
+    assert (
+        answers[:2] == answers[2:4] == answers[4:] and answers[0] != answers[1]
+    )  # trials differ, depths do not
     again = trials(task_type, filler, tokenizer, 400, 16, 2, depths)
     assert [text_of(t, tokenizer) for t in again] == [text_of(t, tokenizer) for t in found]
 
@@ -472,14 +616,21 @@ def test_the_sentence_stands_at_the_depth_asked(tiny, task_type, sentence):
 def test_passkeys_have_five_digits_and_needles_are_words(tiny):
     filler = [Document(TEXT, "here")]
     keys = [text_of(t, tiny[1])[1] for t in trials("passkey", filler, tiny[1], 400, 16, 30, [0.5])]
-    assert all(key[0] == " " and len(key) == 6 and key[1:].isdigit() for key in keys) and len(set(keys)) == 30
-    words = [text_of(t, tiny[1])[1].strip() for t in trials("needle", filler, tiny[1], 400, 16, len(WORDS), [0.5])]
+    assert (
+        all(key[0] == " " and len(key) == 6 and key[1:].isdigit() for key in keys)
+        and len(set(keys)) == 30
+    )
+    words = [
+        text_of(t, tiny[1])[1].strip()
+        for t in trials("needle", filler, tiny[1], 400, 16, len(WORDS), [0.5])
+    ]
     assert sorted(words) == sorted(WORDS)
 
 
 @torch.no_grad()
 def test_accuracy_counts_the_answers_that_the_model_would_give(tiny):
-    """At depth 0 the trials are given the model's own greedy answers, at depth 1 keep theirs, which it cannot know."""
+    """At depth 0 the trials are given the model's own greedy answers, at depth 1 keep theirs,
+    which it cannot know."""
     model, tokenizer = tiny
     task = entry("passkey", truncation=230, depths=[0.0, 1.0], num_instance=2)
     evaluation = Evaluation(model, tokenizer, [task])
@@ -492,5 +643,8 @@ def test_accuracy_counts_the_answers_that_the_model_would_give(tiny):
         labels[:224] = -100
         instances[i] = replace(instances[i], samples=(Sample.beacon(ids, labels, 16),))
     numbers = evaluation.run()[0].modes["memory"]
-    assert [(d["depth"], d["accuracy"], d["trials"]) for d in numbers["by_depth"]] == [(0, 1, 2), (1, 0, 2)]
+    assert [(d["depth"], d["accuracy"], d["trials"]) for d in numbers["by_depth"]] == [
+        (0, 1, 2),
+        (1, 0, 2),
+    ]
     assert numbers["accuracy"] == 0.5 and numbers["accuracy_interval_95"] == (0, 1)

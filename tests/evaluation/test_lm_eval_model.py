@@ -27,25 +27,44 @@ from uiollms.weights.adapters import save_weights
 
 ROOT = Path(__file__).parents[2]
 BOS, CHUNK, POSITIONS = 1, 16, 128
-CAPACITY = 57 * 16 + 14  # 56 memories of 2 slots in front of a whole chunk, 57 in front of 14 tokens
-DOCUMENT = "It was a bright cold day, and the clocks were striking. " * 3  # 168 tokens: past the base's positions
+CAPACITY = (
+    57 * 16 + 14
+)  # 56 memories of 2 slots in front of a whole chunk, 57 in front of 14 tokens
+DOCUMENT = (
+    "It was a bright cold day, and the clocks were striking. " * 3
+)  # 168 tokens: past the base's positions
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny_folder) -> Path:
-    """A config, its trained weights, and a base that says letters only, so that what it says can be a task's text."""
+    """A config, its trained weights, and a base that says letters only, so that what it says can
+    be a task's text."""
     folder = tmp_path_factory.mktemp("harness")
-    base, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_folder), AutoTokenizer.from_pretrained(tiny_folder)
+    base, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(tiny_folder),
+        AutoTokenizer.from_pretrained(tiny_folder),
+    )
     letters = tokenizer.convert_tokens_to_ids([*"abcdefghijklmnopqrstuvwxyz"])
-    silent = torch.ones(base.config.vocab_size, dtype=torch.bool).index_fill(0, torch.tensor(letters), False)
+    silent = torch.ones(base.config.vocab_size, dtype=torch.bool).index_fill(
+        0, torch.tensor(letters), False
+    )
     with torch.no_grad():
         for parameter in base.parameters():
-            parameter *= 8 if parameter.dim() == 2 else 1  # what comes next depends on more than the last token
+            parameter *= (
+                8 if parameter.dim() == 2 else 1
+            )  # what comes next depends on more than the last token
         base.lm_head.weight[silent] *= 0.01
     base.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
-    (folder / "memory.json").write_text(json.dumps(dict(num_memory=2, chunk_size=CHUNK, lora_rank=2, lora_alpha=4)))
-    model = dict(model_name=str(folder / "base"), model_dtype="fp32", model_structure="llama", config=str(folder / "memory.json"))
+    (folder / "memory.json").write_text(
+        json.dumps(dict(num_memory=2, chunk_size=CHUNK, lora_rank=2, lora_alpha=4))
+    )
+    model = dict(
+        model_name=str(folder / "base"),
+        model_dtype="fp32",
+        model_structure="llama",
+        config=str(folder / "memory.json"),
+    )
     corpus = [dict(name="files:*.txt", partition=1)]
     train = dict(tbptt=2, train_iters=1, max_lr=1e-2, save=1, eval=1, corpus=corpus)
     env = folder / "env.json"
@@ -58,20 +77,27 @@ def folder(tmp_path_factory, tiny_folder) -> Path:
 
 
 def model_args(folder: Path) -> dict:
-    return {"env_conf": str(folder / "env.json"), "weights": str(folder / "weights"), "model.model_dtype": "fp64"}
+    return {
+        "env_conf": str(folder / "env.json"),
+        "weights": str(folder / "weights"),
+        "model.model_dtype": "fp64",
+    }
 
 
 @pytest.fixture(scope="module")
 def lm(folder) -> HarnessLM:
-    return HarnessLM(**model_args(folder), batch_size=3, device="cuda:0")  # as the command line says it without being asked
+    return HarnessLM(
+        **model_args(folder), batch_size=3, device="cuda:0"
+    )  # as the command line says it without being asked
 
 
-# ---- the slow twin ------------------------------------------------------------------------------------------------------
+# ---- the slow twin -------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def token_by_token(model: MemoryLM, ids: list[int]) -> tuple[list[float], list[bool]]:
-    """Of every token but the first: its log probability given those before it, and whether it is the likeliest."""
+    """Of every token but the first: its log probability given those before it, and whether it is
+    the likeliest."""
     state, found, likeliest = None, [], []
     for token, following in zip(ids, ids[1:], strict=False):
         output = model(torch.tensor([[token]]), state)
@@ -99,7 +125,7 @@ def asked(lm: HarnessLM, kind: str, *arguments: tuple) -> list:
     return getattr(lm, kind)([request(kind, *a) for a in arguments], disable_tqdm=True)
 
 
-# ---- through the harness ------------------------------------------------------------------------------------------------
+# ---- through the harness -------------------------------------------------------------------------
 
 
 def write_task(folder: Path, name: str, documents: list[dict], **task) -> None:
@@ -148,13 +174,20 @@ def test_three_tasks_through_the_harness(folder, lm, tmp_path):
     )
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
     results = simple_evaluate(
-        "uiollms", model_args(folder), tasks=["choose", "answer", "read"], task_manager=manager, batch_size=2, bootstrap_iters=0
+        "uiollms",
+        model_args(folder),
+        tasks=["choose", "answer", "read"],
+        task_manager=manager,
+        batch_size=2,
+        bootstrap_iters=0,
     )
 
     for sample, prompt, three in zip(results["samples"]["choose"], prompts, choices, strict=True):
         for (found, is_greedy), choice in zip(sample["filtered_resps"], three, strict=True):
             logs, likeliest = token_by_token(lm.model, encode(prompt + choice))
-            assert found == pytest.approx(sum(logs[-len(choice) :]), rel=1e-9)  # float64; batches and chunk sizes differ
+            assert found == pytest.approx(
+                sum(logs[-len(choice) :]), rel=1e-9
+            )  # float64; batches and chunk sizes differ
             assert is_greedy == all(likeliest[-len(choice) :]) == (choice == three[1])
     said = [sample["filtered_resps"][0] for sample in results["samples"]["answer"]]
     assert said == [g.split(stop)[0] for g in greedy] and 0 < len(said[0]) < 20
@@ -165,10 +198,16 @@ def test_three_tasks_through_the_harness(folder, lm, tmp_path):
         assert sample["filtered_resps"][0] == pytest.approx(sum(expected), rel=1e-9)
     bits = -sum(map(sum, logs)) / sum(map(len, logs)) / math.log(2)
     assert results["results"]["read"]["bits_per_byte,none"] == pytest.approx(bits, rel=1e-9)
-    assert results["config"]["weights"] == str(folder / "weights") and results["max_length"] == CAPACITY
+    assert (
+        results["config"]["weights"] == str(folder / "weights")
+        and results["max_length"] == CAPACITY
+    )
 
 
-PAST = "loglikelihood_rolling: 2 of 2 requests are past the capacity of 926 tokens, the longest has 17297"
+PAST = (
+    "loglikelihood_rolling: 2 of 2 requests are past the capacity of 926 tokens, the longest has "
+    "17297"
+)
 
 
 def test_the_example_task(lm):
@@ -178,15 +217,30 @@ def test_the_example_task(lm):
         simple_evaluate(lm, tasks=["sotu"], task_manager=manager, limit=2)
 
 
-# ---- the command lm_eval --------------------------------------------------------------------------------------------------
+# ---- the command lm_eval -------------------------------------------------------------------------
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:
-    """The command of that name beside the interpreter; what it would run, where an older installation left another there."""
+    """The command of that name beside the interpreter; what it would run, where an older
+    installation left another there."""
     script = Path(sys.executable).with_name("lm_eval")
     ours = script.exists() and "uiollms" in script.read_text()
-    program = [str(script)] if ours else [sys.executable, "-c", "from uiollms.cli.lm_eval import main; raise SystemExit(main())"]
-    return subprocess.run([*program, *arguments], capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL)
+    program = (
+        [str(script)]
+        if ours
+        else [
+            sys.executable,
+            "-c",
+            "from uiollms.cli.lm_eval import main; raise SystemExit(main())",
+        ]
+    )
+    return subprocess.run(
+        [*program, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        stdin=subprocess.DEVNULL,
+    )
 
 
 def test_the_commands_that_pyproject_names_exist():
@@ -204,7 +258,10 @@ def test_the_command_is_lm_evals_with_one_model_more(arguments, monkeypatch, cap
         main(arguments)
     shown = capsys.readouterr().out
     assert end.value.code == 0
-    assert "lm_eval --model uiollms --model_args env_conf=smollm2-8x.json" in shown and "lm-eval run --model hf" in shown
+    assert (
+        "lm_eval --model uiollms --model_args env_conf=smollm2-8x.json" in shown
+        and "lm-eval run --model hf" in shown
+    )
 
 
 def test_a_new_process_finds_the_model_and_lm_evals_own():
@@ -216,7 +273,9 @@ register()
 from lm_eval.api.registry import get_model, model_registry
 print("hf" in model_registry, "uiollms.evaluation.lm_eval_model" in sys.modules, get_model("uiollms").__name__)
 """
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=240
+    )
     assert found.stdout.split() == ["True", "False", "HarnessLM"], found.stderr
 
 
@@ -224,7 +283,10 @@ def test_without_lm_eval_the_command_says_how_to_get_it(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setattr(sys, "argv", ["lm_eval"])
     assert main(["--help"]) == 2
-    assert capsys.readouterr().err == "lm_eval: lm-eval is not installed; get it with: pip install -e '.[lm-eval]'\n"
+    assert (
+        capsys.readouterr().err
+        == "lm_eval: lm-eval is not installed; get it with: pip install -e '.[lm-eval]'\n"
+    )
 
 
 @pytest.mark.slow  # lm-eval lists its 14,000 tasks first
@@ -238,51 +300,82 @@ def test_the_whole_command(folder, tmp_path):
         doc_to_text="",
         doc_to_target="{{text}}",
     )
-    model = ["--model", "uiollms", "--model_args", f"env_conf={folder / 'env.json'},weights={folder / 'weights'}"]
-    ran = command(*model, "--tasks", str(tmp_path / "read.yaml"), "--output_path", str(tmp_path / "results"))
+    model = [
+        "--model",
+        "uiollms",
+        "--model_args",
+        f"env_conf={folder / 'env.json'},weights={folder / 'weights'}",
+    ]
+    ran = command(
+        *model, "--tasks", str(tmp_path / "read.yaml"), "--output_path", str(tmp_path / "results")
+    )
     assert ran.returncode == 0, ran.stderr
     (path,) = (tmp_path / "results").rglob("results*.json")
     lm = HarnessLM(str(folder / "env.json"), str(folder / "weights"))
     nats = -sum(asked(lm, "loglikelihood_rolling", *((text,) for text in texts)))
     bits = json.loads(path.read_text())["results"]["read"]["bits_per_byte,none"]
-    assert bits == pytest.approx(nats / sum(map(len, texts)) / math.log(2), rel=1e-5) and "|read |" in ran.stdout
+    assert (
+        bits == pytest.approx(nats / sum(map(len, texts)) / math.log(2), rel=1e-5)
+        and "|read |" in ran.stdout
+    )
 
     task = str(ROOT / "examples" / "sotu_task.yaml")
     ran = command(*model, "--limit", "2", "--tasks", task)
     assert ran.returncode == 2 and ran.stderr.strip().splitlines()[-1].startswith(PAST), ran.stderr
 
 
-# ---- special tokens, order, memory --------------------------------------------------------------------------------------
+# ---- special tokens, order, memory ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("writes_bos", [False, True])
 def test_the_first_token_is_predicted_from_bos_once(folder, writes_bos):
     lm = HarnessLM(**model_args(folder))
     if writes_bos:
-        lm.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+        lm.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", BOS)]
+        )
     text = lm.tokenizer.encode("Once upon a time", add_special_tokens=False)
     expected = sum(token_by_token(lm.model, [BOS, *text])[0])
-    assert asked(lm, "loglikelihood_rolling", ("Once upon a time",), ("<s>Once upon a time",)) == pytest.approx(
-        [expected, expected], rel=1e-9
+    assert asked(
+        lm, "loglikelihood_rolling", ("Once upon a time",), ("<s>Once upon a time",)
+    ) == pytest.approx([expected, expected], rel=1e-9)
+    assert asked(lm, "loglikelihood", ("", "Once upon a time"))[0][0] == pytest.approx(
+        expected, rel=1e-9
     )
-    assert asked(lm, "loglikelihood", ("", "Once upon a time"))[0][0] == pytest.approx(expected, rel=1e-9)
     for start in ("", "<s>"):  # a context that brings its own gets no second one
         ids = [BOS, *text] if start or writes_bos else text
         expected = sum(token_by_token(lm.model, ids)[0][-5:])
-        assert asked(lm, "loglikelihood", (f"{start}Once upon a", " time"))[0][0] == pytest.approx(expected, rel=1e-9)
+        assert asked(lm, "loglikelihood", (f"{start}Once upon a", " time"))[0][0] == pytest.approx(
+            expected, rel=1e-9
+        )
 
 
 def test_answers_keep_their_places_and_chunks_are_compressed_once(lm, monkeypatch):
-    pairs = [("z" * 20, "a"), (DOCUMENT + "x", "b"), (DOCUMENT + "y", "c" * 40), (DOCUMENT + "x", ""), ("z" * 20, "d"), ("z", "")]
+    pairs = [
+        ("z" * 20, "a"),
+        (DOCUMENT + "x", "b"),
+        (DOCUMENT + "y", "c" * 40),
+        (DOCUMENT + "x", ""),
+        ("z" * 20, "d"),
+        ("z", ""),
+    ]
     alone = [asked(lm, "loglikelihood", pair)[0] for pair in pairs]
     assert alone[3] == alone[5] == (0.0, True)
     encoded, encode_layers = [], lm.model.encode_layers
-    monkeypatch.setattr(lm.model, "encode_layers", lambda ids, *rest: encoded.append(len(ids)) or encode_layers(ids, *rest))
+    monkeypatch.setattr(
+        lm.model,
+        "encode_layers",
+        lambda ids, *rest: encoded.append(len(ids)) or encode_layers(ids, *rest),
+    )
     lm.seen = []
     together = asked(lm, "loglikelihood", *pairs)
-    assert [found for found, _ in together] == pytest.approx([found for found, _ in alone], rel=1e-9)
+    assert [found for found, _ in together] == pytest.approx(
+        [found for found, _ in alone], rel=1e-9
+    )
     full = (len(DOCUMENT) + 1) // CHUNK
-    assert sum(encoded) == full + 3 + 1  # the document; 39 of the 40 "c" behind 9 open tokens; the first 16 "z"
+    assert (
+        sum(encoded) == full + 3 + 1
+    )  # the document; 39 of the 40 "c" behind 9 open tokens; the first 16 "z"
 
 
 @pytest.mark.parametrize("recent", [5, CHUNK])
@@ -302,26 +395,41 @@ def test_a_prompt_goes_on_from_the_answer_before_it(lm):
     said = lm.tokenizer.decode(say(lm.model, lm.tokenizer.encode(DOCUMENT), 25))
     again = lm.tokenizer.decode(say(lm.model, lm.tokenizer.encode(DOCUMENT + said), 5))
     greedy = settings | dict(do_sample=False)
-    assert asked(lm, "generate_until", (DOCUMENT + said, greedy | dict(max_gen_toks=5)), (DOCUMENT, greedy)) == [again, said]
+    assert asked(
+        lm, "generate_until", (DOCUMENT + said, greedy | dict(max_gen_toks=5)), (DOCUMENT, greedy)
+    ) == [again, said]
     sampled = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
         sampled.append(asked(lm, "generate_until", (DOCUMENT, settings | dict(temperature=20.0))))
     assert sampled[0] == sampled[1] != sampled[2]
     beams = asked(lm, "generate_until", (DOCUMENT, greedy | dict(num_beams=2)), (DOCUMENT, greedy))
-    assert beams[1] == said and asked(lm, "generate_until", ("", greedy)) == [lm.tokenizer.decode(say(lm.model, [BOS], 25))]
+    assert beams[1] == said and asked(lm, "generate_until", ("", greedy)) == [
+        lm.tokenizer.decode(say(lm.model, [BOS], 25))
+    ]
 
 
-ORDERS = [lambda i: i, lambda i: -i, lambda i: (7 * i) % 10]  # of the requests; and how many are asked
+ORDERS = [
+    lambda i: i,
+    lambda i: -i,
+    lambda i: (7 * i) % 10,
+]  # of the requests; and how many are asked
 
 
-@pytest.mark.parametrize("settings", [dict(do_sample=False, repetition_penalty=1.7), dict(do_sample=True, temperature=9.0)])
+@pytest.mark.parametrize(
+    "settings",
+    [dict(do_sample=False, repetition_penalty=1.7), dict(do_sample=True, temperature=9.0)],
+)
 def test_an_answer_depends_on_its_own_request_alone(folder, settings, monkeypatch):
-    """Not on order or --limit: texts begin alike, so that chunks are taken over. A chunk's last bits may depend on those
-    that are encoded with it: it always has the same company."""
+    """Not on order or --limit: texts begin alike, so that chunks are taken over. A chunk's last
+    bits may depend on those that are encoded with it: it always has the same company."""
     lm = HarnessLM(**model_args(folder) | {"model.model_dtype": "fp32"})
     batches, encode_layers = set(), lm.model.encode_layers
-    monkeypatch.setattr(lm.model, "encode_layers", lambda ids, *rest: batches.add(str(ids.tolist())) or encode_layers(ids, *rest))
+    monkeypatch.setattr(
+        lm.model,
+        "encode_layers",
+        lambda ids, *rest: batches.add(str(ids.tolist())) or encode_layers(ids, *rest),
+    )
     starts = [DOCUMENT, DOCUMENT + "And then", DOCUMENT[:70], DOCUMENT * 2, "z" * 20]
     prompts = [start + end for start in starts for end in ("", "so?")]
     settings |= dict(until=[], max_gen_toks=20)
@@ -346,11 +454,19 @@ def test_an_answer_depends_on_its_own_request_alone(folder, settings, monkeypatc
 
 def test_a_request_that_is_repeated_is_drawn_anew(lm):
     """lm-eval names the same request again (`repeats`)."""
-    one, other = (request("generate_until", DOCUMENT + x, dict(until=[], max_gen_toks=20, temperature=9.0)) for x in "ab")
+    one, other = (
+        request("generate_until", DOCUMENT + x, dict(until=[], max_gen_toks=20, temperature=9.0))
+        for x in "ab"
+    )
     torch.manual_seed(1)
     found = lm.generate_until([one, one, other, one], disable_tqdm=True)
     assert len(set(found)) == 4
-    assert lm.generate_until([other, one, one, one], disable_tqdm=True) == [found[2], found[0], found[1], found[3]]
+    assert lm.generate_until([other, one, one, one], disable_tqdm=True) == [
+        found[2],
+        found[0],
+        found[1],
+        found[3],
+    ]
 
 
 def test_answers_are_kept_as_they_come(lm, tmp_path, monkeypatch):
@@ -404,5 +520,8 @@ def test_what_model_args_may_not_say(folder, settings, message):
     ],
 )
 def test_past_the_capacity(lm, kind, arguments):
-    with pytest.raises(ConfigError, match=f"{kind}.*: 1 of 2 requests are past the capacity of 926 tokens, the longest has 927"):
+    with pytest.raises(
+        ConfigError,
+        match=f"{kind}.*: 1 of 2 requests are past the capacity of 926 tokens, the longest has 927",
+    ):
         asked(lm, kind, ("a", *arguments[1:]), arguments)

@@ -9,7 +9,14 @@ from torch.nn import functional as F
 
 import uiollms
 from uiollms.data.sample import Sample
-from uiollms.evaluation.scoring import exact_match, greedy_copy, greedy_reconstruction, score, token_losses, with_raw_texts
+from uiollms.evaluation.scoring import (
+    exact_match,
+    greedy_copy,
+    greedy_reconstruction,
+    score,
+    token_losses,
+    with_raw_texts,
+)
 
 
 def nll_of(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -52,19 +59,27 @@ def test_evaluation_leaves_no_trace_in_training():
     model = make_model()
     sample = uiollms.Sample.language_modeling(random_ids(30), 8)
     uiollms.gradient_step(model, sample)
-    before = {n: p.grad.clone() for n, p in model.trainable_parameters().items() if p.grad is not None}
+    before = {
+        n: p.grad.clone() for n, p in model.trainable_parameters().items() if p.grad is not None
+    }
     score(model, random_ids(30, seed=5))
     for p in model.trainable_parameters().values():
         p.grad = None
     uiollms.gradient_step(model, sample)
-    assert all(torch.equal(p.grad, before[n]) for n, p in model.trainable_parameters().items() if n in before)
+    assert all(
+        torch.equal(p.grad, before[n])
+        for n, p in model.trainable_parameters().items()
+        if n in before
+    )
 
 
 def test_too_long_documents_are_refused():
     model = make_model()
     with pytest.raises(ValueError, match="240 tokens, the capacity is 238"):
         score(model, random_ids(240))
-    with pytest.raises(ValueError, match="reads its context raw: 65 tokens, the base has 64 positions"):
+    with pytest.raises(
+        ValueError, match="reads its context raw: 65 tokens, the base has 64 positions"
+    ):
         score(model, random_ids(65), mode="raw")
 
 
@@ -81,24 +96,38 @@ def test_shuffled_rows_read_the_other_documents_memories():
     sample = Sample.language_modeling(ids, 8)
     found = token_losses(model, sample, "shuffled", other)[1]
     rows = ids.split(8)
-    expected = [nll_of(model(rows[0][None]).logits, rows[0][None])] + [stream_nll(model, other[:t], rows[t]) for t in (1, 2, 3)]
+    expected = [nll_of(model(rows[0][None]).logits, rows[0][None])] + [
+        stream_nll(model, other[:t], rows[t]) for t in (1, 2, 3)
+    ]
     assert relative_error(found, torch.cat(expected)) < 1e-12
     own = token_losses(model, sample, "memory")[1]
-    assert torch.equal(own[:7], found[:7]) and relative_error(own[7:], found[7:]) > 1e-3  # chunk 0 reads no memory
+    assert (
+        torch.equal(own[:7], found[:7]) and relative_error(own[7:], found[7:]) > 1e-3
+    )  # chunk 0 reads no memory
     with pytest.raises(ValueError, match="3 memories are read, the other document has 2"):
         token_losses(model, sample, "shuffled", other[:2])
 
 
 @torch.no_grad()
 def test_window_and_raw_of_questions():
-    """A question behind the compressed context: alone for "window", behind the raw context for "raw"."""
+    """A question behind the compressed context: alone for "window", behind the raw context for
+    "raw"."""
     model, context = make_model(), random_ids(16, seed=1)
-    asked = [(random_ids(3, seed=2), random_ids(2, seed=3)), (random_ids(2, seed=4), random_ids(4, seed=5))]
+    asked = [
+        (random_ids(3, seed=2), random_ids(2, seed=3)),
+        (random_ids(2, seed=4), random_ids(4, seed=5)),
+    ]
     sample = Sample.questions(context, asked, 8)
     texts = [torch.cat(pair)[None] for pair in asked]
-    alone = [nll_of(model.base(text).logits, text)[len(q) - 1 :] for text, (q, _) in zip(texts, asked, strict=True)]
+    alone = [
+        nll_of(model.base(text).logits, text)[len(q) - 1 :]
+        for text, (q, _) in zip(texts, asked, strict=True)
+    ]
     behind = [torch.cat([context[None], text], 1) for text in texts]
-    raw = [nll_of(model.base(text).logits, text)[16 + len(q) - 1 :] for text, (q, _) in zip(behind, asked, strict=True)]
+    raw = [
+        nll_of(model.base(text).logits, text)[16 + len(q) - 1 :]
+        for text, (q, _) in zip(behind, asked, strict=True)
+    ]
     assert relative_error(token_losses(model, sample, "window")[1], torch.cat(alone)) < 1e-12
     assert relative_error(token_losses(model, sample, "raw")[1], torch.cat(raw)) < 1e-12
 
@@ -108,7 +137,10 @@ def test_distilled_losses_are_the_divergence_from_the_base():
     model, ids = make_model(), random_ids(24)
     sample = Sample.document(ids, 8).distilled(0.9)
     loss, nll = token_losses(model, sample)
-    teacher, student = model.base(ids[None]).logits[0].log_softmax(-1), model(ids[None]).logits[0].log_softmax(-1)
+    teacher, student = (
+        model.base(ids[None]).logits[0].log_softmax(-1),
+        model(ids[None]).logits[0].log_softmax(-1),
+    )
     kl = (teacher.exp() * (teacher - student)).sum(-1)[:-1]
     assert relative_error(nll, score(model, ids, "document").nll) < 1e-12
     assert relative_error(loss, 0.1 * nll + 0.9 * kl) < 1e-12
@@ -123,12 +155,15 @@ def test_raw_texts_example():
     asked = [(torch.tensor([9]), torch.tensor([8])), (torch.tensor([7]), torch.tensor([6]))]
     sample = with_raw_texts(Sample.questions(torch.arange(4), asked, 2))
     texts = [sample.teachers[row.teacher[0]].tolist() for row in sample.rows]
-    assert texts == [[0, 1, 2, 3, 9, 8], [0, 1, 2, 3, 7, 6]] and [row.teacher[1] for row in sample.rows] == [4, 4]
+    assert texts == [[0, 1, 2, 3, 9, 8], [0, 1, 2, 3, 7, 6]] and [
+        row.teacher[1] for row in sample.rows
+    ] == [4, 4]
 
 
 @torch.no_grad()
 def lively(family: str = "llama"):
-    """A model whose greedy text varies: with the small weights of a fresh one a token is soon repeated for ever."""
+    """A model whose greedy text varies: with the small weights of a fresh one a token is soon
+    repeated for ever."""
     model = make_model(family)
     for parameter in model.base.model.layers.parameters():
         parameter *= 8 if parameter.dim() == 2 else 1
@@ -137,12 +172,14 @@ def lively(family: str = "llama"):
 
 @torch.no_grad()
 def test_greedy_reconstruction_is_model_reconstruct_step_by_step(family):
-    """Slow twin: the whole chunk is run again for every token, which `reconstruct` shifts behind the repeat token."""
+    """Slow twin: the whole chunk is run again for every token, which `reconstruct` shifts behind
+    the repeat token."""
     model, chunks = lively(family), random_ids(3, 8)
     model.chunk_batch = 2
     memory = model.encode_layers(chunks)
     copies = torch.zeros_like(chunks)
-    # `reconstruct` compresses what it is given: hold the originals' memory in place while the copies grow
+    # `reconstruct` compresses what it is given: hold the originals' memory in place while the
+    # copies grow
     original = model.encode_layers
     model.encode_layers = lambda ids, seeds=None: memory
     for i in range(8):
@@ -154,21 +191,28 @@ def test_greedy_reconstruction_is_model_reconstruct_step_by_step(family):
 
 @torch.no_grad()
 def test_greedy_copy_goes_on_from_its_own_last_token():
-    """Slow twin: a stream that has read the document, asked anew for every token of a chunk; the first chunk, which begins
-    with the repeat token, by the training sample's row."""
+    """Slow twin: a stream that has read the document, asked anew for every token of a chunk; the
+    first chunk, which begins with the repeat token, by the training sample's row."""
     model, chunks = lively(), random_ids(3, 8, seed=8)
     found = greedy_copy(model, chunks, 3)
     state = model(chunks.flatten()[None]).past_key_values
     row = torch.zeros(8, dtype=torch.int64)
     for i in range(8):
         prefix = state.prefix(state.num_slots, with_local=False)
-        hidden = model.decode(torch.cat([row[:1], row[:-1]])[None], prefix, [state.num_slots], repeat=torch.tensor([True]))
+        hidden = model.decode(
+            torch.cat([row[:1], row[:-1]])[None],
+            prefix,
+            [state.num_slots],
+            repeat=torch.tensor([True]),
+        )
         row[i] = model.logits(hidden)[0, i].argmax()
     assert torch.equal(found[0], row)
     for t in (1, 2):
         tokens = [found[t - 1][-1]]
         for _ in range(8):
-            tokens.append(model(torch.stack(tokens)[None], state).logits[0, len(tokens) - 1].argmax())
+            tokens.append(
+                model(torch.stack(tokens)[None], state).logits[0, len(tokens) - 1].argmax()
+            )
         assert found[t].tolist() == [int(token) for token in tokens[1:]]
     alone = greedy_copy(model, chunks[:0], 2)
     assert alone.shape == (2, 8) and not torch.equal(alone, found[:2])

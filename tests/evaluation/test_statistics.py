@@ -262,8 +262,8 @@ def test_recent_is_the_base_behind_the_tokens_right_in_front(family, protocol, l
 
 @torch.no_grad()
 def test_recent_stands_in_front_of_the_recent_tokens_that_all_modes_keep():
-    """m slots a chunk and w tokens more, those of every row in one piece; another order of summation,
-    1e-12."""
+    """m slots a chunk and w tokens more, those of every row in one piece; another order of
+    summation, 1e-12."""
     w, count = 3, 4
     model = make_model(config=MEMORY.model_copy(update=dict(recent_tokens=w)))
     ids = random_ids(count * L)

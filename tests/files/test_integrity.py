@@ -92,7 +92,10 @@ def token_of(model: MemoryLM) -> float:
 WRITERS: dict[str, tuple[Callable, Callable]] = {
     "weights": (save_weights, lambda model, path: load_weights(model, path)),
     "weights.pth": (save_weights, lambda model, path: load_weights(model, path)),
-    "model": (lambda model, path: model.save_pretrained(path), lambda model, path: load_weights(model, path)),
+    "model": (
+        lambda model, path: model.save_pretrained(path),
+        lambda model, path: load_weights(model, path),
+    ),
 }
 
 
@@ -205,7 +208,7 @@ def test_a_rename_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["a"] and os.listdir(tmp_path / "a") == ["old"]
 
 
-# ---- commands after a kill -------------------------------------------------------------------------
+# ---- commands after a kill -----------------------------------------------------------------------
 
 
 def test_every_command_finds_the_weights_of_a_killed_run(workspace, monkeypatch, capsys):
@@ -293,7 +296,7 @@ def test_what_is_there_by_now_is_not_overwritten_by_what_is_put_back(tmp_path):
     assert (tmp_path / "earlier-1" / "test.json").read_text() == "old"
 
 
-# ---- on the disk -----------------------------------------------------------------------------------
+# ---- on the disk ---------------------------------------------------------------------------------
 
 
 def test_all_that_gets_its_name_is_on_the_disk(workspace, two_models, monkeypatch, tiny_folder):
@@ -314,7 +317,12 @@ def test_all_that_gets_its_name_is_on_the_disk(workspace, two_models, monkeypatc
     assert call(*TRAIN, *flags) == 0 and call("test.py", "--env_conf", "env.json", *flags) == 0
     wanted = [Path(name) for name in ("deep", "saved", "new", "out", "elsewhere")]
     wanted += [path for folder in wanted for path in folder.rglob("*")]
-    loose = ("out/log.txt", "out/lock", "out/tensorboard", "elsewhere/.ckp-lock")  # nothing rests on them
+    loose = (
+        "out/log.txt",
+        "out/lock",
+        "out/tensorboard",
+        "elsewhere/.ckp-lock",
+    )  # nothing rests on them
     unsynced = [str(path) for path in wanted if path.stat().st_ino not in synced]
     assert [path for path in unsynced if not path.startswith(loose)] == []
 
@@ -347,7 +355,15 @@ def test_parents_are_made(tmp_path):
     assert (tmp_path / "a" / "b").is_dir()
 
 
-WRITING = {"write_text", "write_bytes", "save_file", "savefig", "save_pretrained", "replace", "rename"}
+WRITING = {
+    "write_text",
+    "write_bytes",
+    "save_file",
+    "savefig",
+    "save_pretrained",
+    "replace",
+    "rename",
+}
 WRITING |= {"move", "savez", "to_csv", "to_html", "NamedTemporaryFile", "mkdtemp"}
 # Where names are changed, and what only asks whether a folder can be written in.
 ALLOWED = {
@@ -360,7 +376,8 @@ ALLOWED = {
 
 
 def test_one_writer_for_all():
-    """Whatever writes a file or a folder writes what a writer of integrity.py has named (`work`)."""
+    """Whatever writes a file or a folder writes what a writer of integrity.py has named
+    (`work`)."""
     found = []
     paths = [ROOT / "train.py", ROOT / "test.py", *(ROOT / "src").rglob("*.py")]
     paths += [*(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "docs").rglob("*.py")]
@@ -378,7 +395,7 @@ def test_one_writer_for_all():
     assert found == []
 
 
-# ---- TensorBoard -----------------------------------------------------------------------------------
+# ---- TensorBoard ---------------------------------------------------------------------------------
 
 
 def warned(caplog) -> str:
@@ -450,7 +467,7 @@ def test_going_back_is_told_to_tensorboard(tmp_path):
     assert [(event.step, event.value) for event in events] == [(1, 1.0), (2, 20.0)]
 
 
-# ---- torn metrics ----------------------------------------------------------------------------------
+# ---- torn metrics --------------------------------------------------------------------------------
 
 
 def test_a_run_goes_on_from_metrics_that_were_cut_anywhere(workspace):

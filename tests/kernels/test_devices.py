@@ -12,7 +12,9 @@ from uiollms.cli.common import reporting_errors
 from uiollms.kernels.allocator import keep_freed_memory, trim_heap
 from uiollms.kernels.devices import to_device, to_device_once
 
-glibc = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+glibc = pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc"
+)
 
 PROGRAM = """
 import sys, psutil, torch

@@ -1,6 +1,8 @@
-"""Products that oneDNN multiplies, beside the same products in float64; and which products it does not get.
+"""Products that oneDNN multiplies, beside the same products in float64; and which products it
+does not get.
 
-1e-6 of the largest entry: some ten roundings to float32 (6e-8) along sums of a few hundred terms.
+1e-6 of the largest entry: some ten roundings to float32 (6e-8) along sums of a few hundred
+terms.
 """
 
 import pytest
@@ -16,7 +18,9 @@ from uiollms.kernels.frozen_linear import fits, linear, rows_to_add, use_onednn
 from uiollms.kernels.linear_cross_entropy import linear_nll
 
 ROUNDING = 1e-6
-needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch is built without oneDNN")
+needs_onednn = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this torch is built without oneDNN"
+)
 MEMORY = MemoryConfig(num_memory=4, chunk_size=64, lora_rank=3, lora_alpha=6)
 
 
@@ -29,7 +33,9 @@ def without_onednn(monkeypatch):
 def chunked_model(dtype: torch.dtype) -> MemoryLM:
     """A small random model with chunks of 64 tokens, and the same weights in every dtype."""
     torch.manual_seed(0)
-    model = MemoryLM(make_base("llama", torch.float32, max_position_embeddings=256).to(dtype), MEMORY)
+    model = MemoryLM(
+        make_base("llama", torch.float32, max_position_embeddings=256).to(dtype), MEMORY
+    )
     torch.manual_seed(1)
     for parameter in model.trainable_parameters().values():
         parameter.data.copy_(0.3 * torch.randn(parameter.shape))
@@ -57,7 +63,9 @@ def test_values_and_gradients_are_those_of_float64(shape, bias):
     assert counted(lambda: linear(x, weight, b)) == 1
     out, wide = linear(x, weight, b), x.detach().double().requires_grad_()
     expected = F.linear(wide, weight.double(), None if b is None else b.double())
-    arriving = torch.randn_like(out).transpose(0, -1).contiguous().transpose(0, -1)  # as it may come: not contiguous
+    arriving = (
+        torch.randn_like(out).transpose(0, -1).contiguous().transpose(0, -1)
+    )  # as it may come: not contiguous
     (found_grad,) = torch.autograd.grad(out, x, arriving)
     (expected_grad,) = torch.autograd.grad(expected, wide, arriving.double())
     for found, twin in ((out, expected), (found_grad, expected_grad)):
@@ -93,7 +101,11 @@ def test_torchs_own_switch(without_onednn):
 @needs_onednn
 def test_what_fits():
     x, weight, bias = inputs(2, 40, 32, bias=True)
-    assert fits(x, weight, bias) and fits(x[:1, :1], weight) and fits(x, nn.Parameter(weight, requires_grad=False))
+    assert (
+        fits(x, weight, bias)
+        and fits(x[:1, :1], weight)
+        and fits(x, nn.Parameter(weight, requires_grad=False))
+    )
     with torch.no_grad():
         assert fits(x, nn.Parameter(weight))
 
@@ -110,17 +122,22 @@ def test_a_librarys_layers_multiply_so_only_while_asked():
 @needs_onednn
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_step_leaves_frozen_products_to_onednn_and_stays_right(checkpointing, without_onednn):
-    """Of every full row of the decoder and every chunk, and of the head; the gradients are those of a float64 model."""
+    """Of every full row of the decoder and every chunk, and of the head; the gradients are those
+    of a float64 model."""
     narrow, wide = chunked_model(torch.float32), chunked_model(torch.float64)
     narrow.checkpointing = checkpointing
     narrow.chunk_batch = 1
     sample = uiollms.Sample.language_modeling(random_ids(3 * 64 + 20), 64)
     products = counted(lambda: uiollms.gradient_step(narrow, sample, estimator="exact"))
     layers = len(narrow.base.model.layers)
-    assert products > 3 * layers * 7 * 2  # forward and backward of three full rows, and the encoder's, and the head's
+    assert (
+        products > 3 * layers * 7 * 2
+    )  # forward and backward of three full rows, and the encoder's, and the head's
     uiollms.gradient_step(wide, sample, estimator="exact")
     found, expected = gradients(narrow), gradients(wide)
-    assert worst_error(found, expected) < 1e-4  # of float32: no more than without oneDNN, which the last lines show
+    assert (
+        worst_error(found, expected) < 1e-4
+    )  # of float32: no more than without oneDNN, which the last lines show
     without_onednn()
     assert counted(lambda: uiollms.gradient_step(narrow, sample, estimator="exact")) == 0
     assert worst_error(gradients(narrow), expected) > 0.1 * worst_error(found, expected)
@@ -133,7 +150,9 @@ def test_rows_of_a_length_of_their_own_take_no_shape():
     state = model(random_ids(1, l)).past_key_values
 
     def row(length, slots):
-        return lambda: model.decode(random_ids(1, length), state.prefix(slots, with_local=False), [slots])
+        return lambda: model.decode(
+            random_ids(1, length), state.prefix(slots, with_local=False), [slots]
+        )
 
     assert counted(row(l, m)) > 0
     assert counted(row(l - 1, m)) == 0
@@ -145,7 +164,9 @@ def test_rows_of_a_length_of_their_own_take_no_shape():
 
 
 @needs_onednn
-@pytest.mark.parametrize("rows, added", [(128, 0), (127, 1), (1020, 4), (500, 12), (450, 0), (63, 0)])
+@pytest.mark.parametrize(
+    "rows, added", [(128, 0), (127, 1), (1020, 4), (500, 12), (450, 0), (63, 0)]
+)
 def test_a_head_for_nearly_so_many_rows_gets_some_of_zeros(rows, added):
     head, targets = nn.Linear(32, 50).requires_grad_(False), torch.arange(rows) % 50
     hidden = torch.randn(rows, 32, requires_grad=True)
@@ -153,7 +174,9 @@ def test_a_head_for_nearly_so_many_rows_gets_some_of_zeros(rows, added):
     given = counted(lambda: linear_nll(hidden, head, targets))
     assert given == (2 if (rows + added) % 64 == 0 else 0)
     found, wide = linear_nll(hidden, head, targets), hidden.detach().double().requires_grad_()
-    expected = F.cross_entropy(F.linear(wide, head.weight.double(), head.bias.double()), targets, reduction="none")
+    expected = F.cross_entropy(
+        F.linear(wide, head.weight.double(), head.bias.double()), targets, reduction="none"
+    )
     weights = torch.rand(rows)
     (found_grad,) = torch.autograd.grad(found @ weights, hidden)
     (expected_grad,) = torch.autograd.grad(expected @ weights.double(), wide)
@@ -192,7 +215,9 @@ def test_without_a_graph_an_mlp_writes_over_its_gate(family):
     handle = gate.register_forward_hook(lambda module, args, output: kept.append((args[0], output)))
     assert torch.equal(encoded(), in_place)
     for given, output in kept:
-        assert torch.equal(output, F.linear(given, gate.weight))  # it is still what the hook was shown
+        assert torch.equal(
+            output, F.linear(given, gate.weight)
+        )  # it is still what the hook was shown
     handle.remove()
     assert kept and overwritten(encoded)
     shown = []
@@ -227,4 +252,9 @@ def test_only_a_gate_that_nobody_else_has_is_written_over():
         assert relative_error(a, b) < ROUNDING
     with torch.no_grad():
         gate, up = first(x), second(x)
-        assert relative_error(use_onednn(lambda h: F.silu(first(h)) * second(h), first)(x), F.silu(gate) * up) < ROUNDING
+        assert (
+            relative_error(
+                use_onednn(lambda h: F.silu(first(h)) * second(h), first)(x), F.silu(gate) * up
+            )
+            < ROUNDING
+        )

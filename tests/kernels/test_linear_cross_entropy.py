@@ -39,8 +39,9 @@ def test_linear_nll_is_cross_entropy(small_slices, rows, bias):
 
 @pytest.mark.parametrize("scale", [1.0, 1e4])
 def test_logits_of_any_size(small_slices, scale):
-    """The largest may come in any slice, and by far: nothing overflows. Logits of float32 carry an error of about 1e-7 of their
-    size, so the loss 1e-7 * scale and the gradient, through exp, as much relative; at most a hundred times that is allowed."""
+    """The largest may come in any slice, and by far: nothing overflows. Logits of float32 carry
+    an error of about 1e-7 of their size, so the loss 1e-7 * scale and the gradient, through exp,
+    as much relative; at most a hundred times that is allowed."""
     torch.manual_seed(1)
     head = torch.nn.Linear(6, 11).requires_grad_(False)
     hidden = (scale * torch.randn(40, 6)).requires_grad_()
@@ -54,8 +55,8 @@ def test_logits_of_any_size(small_slices, scale):
 
 
 def test_the_gradient_of_a_nearly_certain_token_survives_half_precision(small_slices):
-    """bfloat16 has 8 bits, an error of 0.4 % for each of e, the product and the result; 2 % off the float64 gradient's direction
-    is allowed, at a target whose probability is above 0.999."""
+    """bfloat16 has 8 bits, an error of 0.4 % for each of e, the product and the result; 2 % off
+    the float64 gradient's direction is allowed, at a target whose probability is above 0.999."""
     torch.manual_seed(2)
     head = torch.nn.Linear(32, 11, bias=False).bfloat16().requires_grad_(False)
     target = torch.tensor([7])
@@ -71,7 +72,9 @@ def test_the_gradient_of_a_nearly_certain_token_survives_half_precision(small_sl
     assert F.cosine_similarity(found.double(), expected).item() > 1 - 0.02**2
 
 
-@pytest.mark.parametrize("rows, widths", [(70, [3744, 1256]), (128, [2048, 2048, 904]), (1088, [1024] * 4 + [904])])
+@pytest.mark.parametrize(
+    "rows, widths", [(70, [3744, 1256]), (128, [2048, 2048, 904]), (1088, [1024] * 4 + [904])]
+)
 def test_logits_of_one_slice_at_a_time(monkeypatch, rows, widths):
     """All rows, and as much of the vocabulary as 2**18 logits allow, but at least 1,024 tokens."""
     made = []
@@ -82,14 +85,19 @@ def test_logits_of_one_slice_at_a_time(monkeypatch, rows, widths):
 
     head = torch.nn.Linear(4, 5000, bias=False).requires_grad_(False)
     monkeypatch.setattr(loss, "linear_for", lambda rows: partial(noted, linear_for(rows)))
-    loss.linear_nll(torch.randn(rows, 4, requires_grad=True), head, torch.zeros(rows, dtype=torch.int64))
+    loss.linear_nll(
+        torch.randn(rows, 4, requires_grad=True), head, torch.zeros(rows, dtype=torch.int64)
+    )
     assert [tuple(logits.shape) for logits in made[::2]] == [(rows, width) for width in widths]
     assert all(pull.shape == (rows, 4) for pull in made[1::2])
 
 
 def test_half_precision_hidden_states_give_float32_nll():
     head = torch.nn.Linear(4, 7).bfloat16()
-    assert loss.linear_nll(torch.randn(3, 4).bfloat16(), head, torch.tensor([0, 1, 2])).dtype == torch.float32
+    assert (
+        loss.linear_nll(torch.randn(3, 4).bfloat16(), head, torch.tensor([0, 1, 2])).dtype
+        == torch.float32
+    )
 
 
 @pytest.mark.parametrize("rows", [0, loss.BLOCK + 5])
@@ -103,7 +111,12 @@ def test_linear_losses_with_a_teacher(kl_weight, rows):
     weights = torch.rand(len(hidden), dtype=torch.float64)
 
     nll = F.cross_entropy(head(hidden), targets, reduction="none")
-    kl = F.kl_div(head(hidden).log_softmax(-1), head(teacher).log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    kl = F.kl_div(
+        head(hidden).log_softmax(-1),
+        head(teacher).log_softmax(-1),
+        reduction="none",
+        log_target=True,
+    ).sum(-1)
     expected = (1 - kl_weight) * nll + kl_weight * kl
     (expected_grad,) = torch.autograd.grad((expected * weights).sum(), hidden)
     found, found_nll = loss.linear_losses(hidden, head, targets, teacher, kl_weight)

@@ -1,4 +1,5 @@
-"""Attention to a shared memory where it lies, beside one softmax over joined keys under a dense mask.
+"""Attention to a shared memory where it lies, beside one softmax over joined keys under a dense
+mask.
 
 1e-12 relative leaves room for another order of summation in float64, and for nothing else.
 """
@@ -32,16 +33,24 @@ EXACT = 1e-12
 
 def inputs(heads=4, kv_heads=2, rows=3, length=9, slots=8, size=8):
     torch.manual_seed(0)
-    shapes = [(rows, heads, length, size), *2 * [(rows, kv_heads, length, size)], *2 * [(1, kv_heads, slots, size)]]
+    shapes = [
+        (rows, heads, length, size),
+        *2 * [(rows, kv_heads, length, size)],
+        *2 * [(1, kv_heads, slots, size)],
+    ]
     return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 
 def joined(query, key, value, memory_key, memory_value, num_slots, scaling, first_slots=None):
     """The slow twin: every row its own copy of the memory, one attention over all keys, a mask."""
     rows, groups = len(query), query.shape[1] // key.shape[1]
-    last = max(first + count for first, count in zip(first_slots or [0] * rows, num_slots, strict=True))
+    last = max(
+        first + count for first, count in zip(first_slots or [0] * rows, num_slots, strict=True)
+    )
     keys, values = (
-        torch.cat([memory[:, :, :last].expand(rows, -1, -1, -1), own], dim=2).repeat_interleave(groups, dim=1)
+        torch.cat([memory[:, :, :last].expand(rows, -1, -1, -1), own], dim=2).repeat_interleave(
+            groups, dim=1
+        )
         for memory, own in ((memory_key, key), (memory_value, value))
     )
     mask = decoder_mask(num_slots, 0, query.shape[2], query.device, first_slots=first_slots)
@@ -55,28 +64,44 @@ def together(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("num_slots", [(128, 136, 144), (136, 128, 128), (130,), (0, 8), (0, 0), (100, 200), (300, 300)])
+@pytest.mark.parametrize(
+    "num_slots", [(128, 136, 144), (136, 128, 128), (130,), (0, 8), (0, 0), (100, 200), (300, 300)]
+)
 def test_every_row_reads_every_slot_that_it_sees_once(num_slots):
     parts_of_all = list(kernel_calls(num_slots, [0] * len(num_slots)))
-    seen = [[slots for rows, slots in parts_of_all if row in range(rows.start, rows.stop)] for row in range(len(num_slots))]
+    seen = [
+        [slots for rows, slots in parts_of_all if row in range(rows.start, rows.stop)]
+        for row in range(len(num_slots))
+    ]
     for count, parts in zip(num_slots, seen, strict=True):
-        assert [slot for part in parts for slot in range(part.start, part.stop)] == list(range(count))
+        assert [slot for part in parts for slot in range(part.start, part.stop)] == list(
+            range(count)
+        )
     alike = len(num_slots) > 1 and min(num_slots) >= 128
-    assert any(rows.stop - rows.start == len(num_slots) for rows, _ in parts_of_all) == (alike or num_slots == (130,))
+    assert any(rows.stop - rows.start == len(num_slots) for rows, _ in parts_of_all) == (
+        alike or num_slots == (130,)
+    )
 
 
-DOCUMENTS = [((4, 4, 2), (0, 0, 6)), ((3, 4, 4), (0, 4, 4)), ((2, 0, 3), (1, 5, 5))]  # num_slots, first_slots
+DOCUMENTS = [
+    ((4, 4, 2), (0, 0, 6)),
+    ((3, 4, 4), (0, 4, 4)),
+    ((2, 0, 3), (1, 5, 5)),
+]  # num_slots, first_slots
 
 
 def test_rows_of_several_documents_share_calls_within_their_own():
     slots, first = (128, 136, 8, 130, 130), (0, 0, 136, 144, 144)
-    found = [(rows.start, rows.stop, part.start, part.stop) for rows, part in kernel_calls(slots, first)]
+    found = [
+        (rows.start, rows.stop, part.start, part.stop) for rows, part in kernel_calls(slots, first)
+    ]
     shared = [(0, 2, 0, 128), (1, 2, 128, 136), (2, 3, 136, 144), (3, 5, 144, 274)]
     assert found == shared
 
 
 @pytest.mark.parametrize(
-    "num_slots, first_slots", [*((n, None) for n in [(8, 8, 8), (2, 5, 8), (0, 3, 6), (1, 0, 0)]), *DOCUMENTS]
+    "num_slots, first_slots",
+    [*((n, None) for n in [(8, 8, 8), (2, 5, 8), (0, 3, 6), (1, 0, 0)]), *DOCUMENTS],
 )
 @pytest.mark.parametrize("heads", [(4, 2), (3, 3), (4, 1)])
 def test_values_and_gradients_are_those_of_one_softmax(num_slots, first_slots, heads, together):
@@ -85,7 +110,9 @@ def test_values_and_gradients_are_those_of_one_softmax(num_slots, first_slots, h
     found = memory_attention(*tensors, num_slots, 0.3, first_slots=first_slots)
     assert relative_error(found, expected) < EXACT
     arriving = torch.randn_like(expected)
-    for a, b in zip(*(torch.autograd.grad(out, tensors, arriving) for out in (found, expected)), strict=True):
+    for a, b in zip(
+        *(torch.autograd.grad(out, tensors, arriving) for out in (found, expected)), strict=True
+    ):
         assert relative_error(a, b) < EXACT
 
 
@@ -106,7 +133,10 @@ class Noted:
         self.rows[row] = grads
 
 
-@pytest.mark.parametrize("num_slots, first_slots", [((2, 0, 8), None), ((3, 3, 6), None), ((8, 8, 8), None), *DOCUMENTS[:2]])
+@pytest.mark.parametrize(
+    "num_slots, first_slots",
+    [((2, 0, 8), None), ((3, 3, 6), None), ((8, 8, 8), None), *DOCUMENTS[:2]],
+)
 def test_a_receiver_gets_the_gradients_and_autograd_none(num_slots, first_slots, together):
     *own, memory_key, memory_value = inputs()
     last = first_slots[2] if first_slots else 0
@@ -114,18 +144,28 @@ def test_a_receiver_gets_the_gradients_and_autograd_none(num_slots, first_slots,
     sink = Noted((memory_key, memory_value), singled)
     out = memory_attention(*own, memory_key, memory_value, num_slots, 0.3, sink, first_slots)
     arriving = torch.randn_like(out)
-    assert torch.autograd.grad(out, [memory_key], arriving, allow_unused=True, retain_graph=True) == (None,)
+    assert torch.autograd.grad(
+        out, [memory_key], arriving, allow_unused=True, retain_graph=True
+    ) == (None,)
     assert sorted(sink.rows) == sorted(singled)
     total = [torch.zeros_like(memory_key), torch.zeros_like(memory_value)]
     for row in range(3):
         part = slice(row, row + 1)
         alone = joined(
-            *(t[part] for t in own), memory_key, memory_value, [num_slots[row]], 0.3, first_slots and [first_slots[row]]
+            *(t[part] for t in own),
+            memory_key,
+            memory_value,
+            [num_slots[row]],
+            0.3,
+            first_slots and [first_slots[row]],
         )
         for i, memory in enumerate((memory_key, memory_value)):
             (expected,) = torch.autograd.grad(alone, memory, arriving[part], retain_graph=True)
             total[i] += expected
-            assert row not in singled or relative_error(sink.rows[row][i], expected[:, :, singled[row]]) < EXACT
+            assert (
+                row not in singled
+                or relative_error(sink.rows[row][i], expected[:, :, singled[row]]) < EXACT
+            )
     for found, expected in zip(sink.total, total, strict=True):
         assert relative_error(found, expected) < EXACT
 
@@ -134,9 +174,12 @@ def test_where_only_the_memory_has_gradients_nothing_else_is_computed():
     query, key, value, memory_key, memory_value = (t.detach() for t in inputs())
     memory_key.requires_grad_()
     (found,) = torch.autograd.grad(
-        memory_attention(query, key, value, memory_key, memory_value, (2, 5, 8), 0.3).sum(), memory_key
+        memory_attention(query, key, value, memory_key, memory_value, (2, 5, 8), 0.3).sum(),
+        memory_key,
     )
-    (expected,) = torch.autograd.grad(joined(query, key, value, memory_key, memory_value, (2, 5, 8), 0.3).sum(), memory_key)
+    (expected,) = torch.autograd.grad(
+        joined(query, key, value, memory_key, memory_value, (2, 5, 8), 0.3).sum(), memory_key
+    )
     assert relative_error(found, expected) < EXACT
 
 
@@ -149,8 +192,12 @@ def test_a_step_and_a_score_are_those_of_joined_keys(family, chunk_batch, togeth
 
     def run():
         model.zero_grad()
-        uiollms.gradient_step(model, Sample.document(ids, model.memory_config.chunk_size), estimator="uio", S=2, rng=1)
-        found = [p.grad.clone() for p in model.trainable_parameters().values() if p.grad is not None]
+        uiollms.gradient_step(
+            model, Sample.document(ids, model.memory_config.chunk_size), estimator="uio", S=2, rng=1
+        )
+        found = [
+            p.grad.clone() for p in model.trainable_parameters().values() if p.grad is not None
+        ]
         return [uiollms.score(model, ids, "document").nll, *found]
 
     where_it_lies = run()
@@ -191,7 +238,11 @@ def test_no_graph_holds_the_memory_joined_to_a_rows_keys(monkeypatch):
     model = make_model()
     l, m = model.memory_config.chunk_size, model.memory_config.num_memory
     saved = []
-    monkeypatch.setattr("uiollms.model.layers._packed", lambda kept: saved.append(kept.shape) or kept)
+    monkeypatch.setattr(
+        "uiollms.model.layers._packed", lambda kept: saved.append(kept.shape) or kept
+    )
     uiollms.gradient_step(model, Sample.language_modeling(random_ids(1, 4 * l)[0], l))
     lengths = {shape[2] for shape in saved if len(shape) == 4}
-    assert l in lengths and not lengths & {l + m * count for count in range(2, 4)}  # l + m: the encoder's tokens and slots
+    assert l in lengths and not lengths & {
+        l + m * count for count in range(2, 4)
+    }  # l + m: the encoder's tokens and slots

@@ -5,7 +5,13 @@ import torch
 from conftest import make_model, random_ids, relative_error
 from torch.nn import functional as F
 
-from uiollms.model.attention import decoder_mask, decoder_positions, encoder_mask, encoder_positions, slot_mask
+from uiollms.model.attention import (
+    decoder_mask,
+    decoder_positions,
+    encoder_mask,
+    encoder_positions,
+    slot_mask,
+)
 
 CPU = torch.device("cpu")
 
@@ -25,11 +31,16 @@ def test_encoder_mask_is_the_definition(l, m):
     assert positions == [*range(l), *((i + 1) * (l // m) for i in range(m))]
 
 
-@pytest.mark.parametrize("slots, past, length", [([1, 2], 0, 2), ([0, 3], 0, 3), ([2, 2], 3, 2), ([0], 2, 3), ([4], 0, 1)])
+@pytest.mark.parametrize(
+    "slots, past, length",
+    [([1, 2], 0, 2), ([0, 3], 0, 3), ([2, 2], 3, 2), ([0], 2, 3), ([4], 0, 1)],
+)
 def test_decoder_mask_is_the_definition(slots, past, length):
     for window in (None, 1, 2, 3, 100):
         check_decoder_mask(slots, past, length, window)
-    assert decoder_positions(slots, length, CPU).tolist() == [[s + i for i in range(length)] for s in slots]
+    assert decoder_positions(slots, length, CPU).tolist() == [
+        [s + i for i in range(length)] for s in slots
+    ]
 
 
 def check_decoder_mask(slots, past, length, window):
@@ -53,8 +64,9 @@ def test_without_memory_the_kernels_own_causal_path_is_used():
 
 
 def test_decoder_behind_memory_is_dense_attention(family):
-    """One layer's attention output with a memory prefix, grouped-query heads included, against a float64 softmax written
-    out. (An attention function without a mask function of its own would be wrong here by tenths.)"""
+    """One layer's attention output with a memory prefix, grouped-query heads included, against a
+    float64 softmax written out. (An attention function without a mask function of its own would
+    be wrong here by tenths.)"""
     model = make_model(family)
     layer, attention = model.base.model.layers[0], model.base.model.layers[0].self_attn
     caught = {}
@@ -71,7 +83,11 @@ def test_decoder_behind_memory_is_dense_attention(family):
     x = caught["hidden_states"]
     shape = (*x.shape[:2], -1, attention.head_dim)
     norm_q, norm_k = (getattr(attention, n, lambda t: t) for n in ("q_norm", "k_norm"))
-    q, k, v = norm_q(attention.q_proj(x).view(shape)), norm_k(attention.k_proj(x).view(shape)), attention.v_proj(x).view(shape)
+    q, k, v = (
+        norm_q(attention.q_proj(x).view(shape)),
+        norm_k(attention.k_proj(x).view(shape)),
+        attention.v_proj(x).view(shape),
+    )
     cos, sin = caught["position_embeddings"]
 
     def rotate(t):
@@ -81,7 +97,10 @@ def test_decoder_behind_memory_is_dense_attention(family):
     k = torch.cat([state.memory_keys[0].transpose(1, 2), rotate(k)], 1)
     v = torch.cat([state.memory_values[0].transpose(1, 2), v], 1)
     groups = q.shape[2] // k.shape[2]
-    scores = torch.einsum("bqhd,bkhd->bhqk", rotate(q), k.repeat_interleave(groups, 2)) * attention.head_dim**-0.5
+    scores = (
+        torch.einsum("bqhd,bkhd->bhqk", rotate(q), k.repeat_interleave(groups, 2))
+        * attention.head_dim**-0.5
+    )
     slots, length = state.num_slots, x.shape[1]
     hidden_keys = torch.ones(length, slots + length, dtype=torch.bool).triu(slots + 1)
     weights = F.softmax(scores.masked_fill(hidden_keys, -torch.inf), -1)

@@ -1,4 +1,5 @@
-"""The flash-attn path: a float64 stand-in with flash-attn 2's signatures, shapes and alignment, against the SDPA path.
+"""The flash-attn path: a float64 stand-in with flash-attn 2's signatures, shapes and alignment,
+against the SDPA path.
 
 1e-10 relative leaves room for another order of summation in float64, and for nothing else.
 """
@@ -11,7 +12,15 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from conftest import MEMORY, gradients, make_base, make_model, random_ids, relative_error, worst_error
+from conftest import (
+    MEMORY,
+    gradients,
+    make_base,
+    make_model,
+    random_ids,
+    relative_error,
+    worst_error,
+)
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
@@ -34,7 +43,8 @@ FAMILIES = ["llama", "qwen3", "mistral"]
 
 
 class StandIn(ModuleType):
-    """`flash_attn`: one softmax a row, written out. aligned "top-left" is what flash-attn did before 2.1."""
+    """`flash_attn`: one softmax a row, written out. aligned "top-left" is what flash-attn did
+    before 2.1."""
 
     def __init__(self, aligned: str = "bottom-right") -> None:
         super().__init__("flash_attn")
@@ -54,7 +64,22 @@ class StandIn(ModuleType):
             hidden |= torch.ones(queries, keys, dtype=torch.bool).tril(behind - window[0] - 1)
         return torch.einsum("nts,snk->tnk", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
 
-    def check(self, name, dims, q, k, v, dropout_p, scale, causal, window_size, softcap, alibi, deterministic, probs):
+    def check(
+        self,
+        name,
+        dims,
+        q,
+        k,
+        v,
+        dropout_p,
+        scale,
+        causal,
+        window_size,
+        softcap,
+        alibi,
+        deterministic,
+        probs,
+    ):
         self.calls.append((name, deterministic))
         assert q.dtype == k.dtype == v.dtype == torch.float64  # bfloat16 or float16 in the real one
         assert q.dim() == k.dim() == v.dim() == dims and k.shape == v.shape
@@ -79,7 +104,16 @@ class StandIn(ModuleType):
         deterministic=False,
         return_attn_probs=False,
     ):
-        options = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+        options = (
+            dropout_p,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            alibi_slopes,
+            deterministic,
+            return_attn_probs,
+        )
         self.check("dense", 4, q, k, v, *options)
         assert q.shape[0] == k.shape[0]
         rows = zip(q, k, v, strict=True)
@@ -104,12 +138,29 @@ class StandIn(ModuleType):
         return_attn_probs=False,
         block_table=None,
     ):
-        options = dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+        options = (
+            dropout_p,
+            softmax_scale,
+            causal,
+            window_size,
+            softcap,
+            alibi_slopes,
+            deterministic,
+            return_attn_probs,
+        )
         self.check("varlen", 3, q, k, v, *options)
         lengths = []
-        for starts, longest, packed in ((cu_seqlens_q, max_seqlen_q, q), (cu_seqlens_k, max_seqlen_k, k)):
+        for starts, longest, packed in (
+            (cu_seqlens_q, max_seqlen_q, q),
+            (cu_seqlens_k, max_seqlen_k, k),
+        ):
             assert starts.dtype == torch.int32 and starts.dim() == 1 and starts.is_contiguous()
-            assert starts[0] == 0 and starts[-1] == len(packed) and type(longest) is int and longest == starts.diff().max()
+            assert (
+                starts[0] == 0
+                and starts[-1] == len(packed)
+                and type(longest) is int
+                and longest == starts.diff().max()
+            )
             lengths.append(starts.diff().tolist())
         assert len(lengths[0]) == len(lengths[1]) and block_table is None
         rows = zip(q.split(lengths[0]), k.split(lengths[1]), v.split(lengths[1]), strict=True)
@@ -130,13 +181,18 @@ def dense_mask(*size):
 
 @contextmanager
 def asking(model: MemoryLM):
-    """flash-attn asked of the base (transformers would not let a model without CUDA ask); dense masks cannot be built."""
+    """flash-attn asked of the base (transformers would not let a model without CUDA ask); dense
+    masks cannot be built."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (base, attention_patterns):
             patch.setattr(module, "decoder_mask", dense_mask)
         patch.setattr(model.base.config, "_attn_implementation", flash.ASKED)
         yield
-        assert model.base.config._attn_implementation == model.config._attn_implementation == flash.ASKED
+        assert (
+            model.base.config._attn_implementation
+            == model.config._attn_implementation
+            == flash.ASKED
+        )
 
 
 def agree(model: MemoryLM, run) -> None:
@@ -165,7 +221,10 @@ def test_a_stream(kernel, family, pieces):
     assert {name for name, _ in kernel.calls} == {"dense"}
 
 
-@pytest.mark.parametrize("family, settings", [("llama", dict(estimator=e)) for e in ("uio", "tbptt", "exact", "importance")])
+@pytest.mark.parametrize(
+    "family, settings",
+    [("llama", dict(estimator=e)) for e in ("uio", "tbptt", "exact", "importance")],
+)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_step_with_every_estimator(kernel, family, settings, checkpointing):
     step_agrees(kernel, make_model(family), settings, checkpointing)
@@ -186,7 +245,9 @@ def step_agrees(kernel, model, settings, checkpointing):
     with asking(model):
         second = uiollms.gradient_step(model, sample, rng=3, **settings)
     assert worst_error(gradients(model), expected) < PROVEN
-    assert relative_error(second.losses, first.losses) < PROVEN and second.reencoded == first.reencoded
+    assert (
+        relative_error(second.losses, first.losses) < PROVEN and second.reencoded == first.reencoded
+    )
     assert {name for name, _ in kernel.calls} == {"dense", "varlen"}
 
 
@@ -244,7 +305,13 @@ def test_generation(kernel):
     def run(model):
         mask = torch.ones(2, 13, dtype=torch.int64)
         mask[0, :5] = 0
-        options = dict(attention_mask=mask, max_new_tokens=9, output_logits=True, return_dict_in_generate=True, do_sample=False)
+        options = dict(
+            attention_mask=mask,
+            max_new_tokens=9,
+            output_logits=True,
+            return_dict_in_generate=True,
+            do_sample=False,
+        )
         greedy = model.generate(random_ids(2, 13), **options)
         beams = model.generate(random_ids(1, 13), num_beams=2, max_new_tokens=9, do_sample=False)
         return [greedy.sequences, torch.stack(greedy.logits), beams]
@@ -259,13 +326,18 @@ def test_the_encoder(kernel, num_memory):
     agree(make_model(config=config), lambda model: [model.encode(random_ids(3, 8))])
 
 
-@pytest.mark.parametrize("slots, past, length", [([1, 2], 0, 2), ([0, 3, 1], 4, 3), ([2, 2], 3, 2), ([0], 2, 3), ([4, 0], 2, 1)])
+@pytest.mark.parametrize(
+    "slots, past, length",
+    [([1, 2], 0, 2), ([0, 3, 1], 4, 3), ([2, 2], 3, 2), ([0], 2, 3), ([4, 0], 2, 1)],
+)
 @pytest.mark.parametrize("window", [None, 2, 100])
 @pytest.mark.parametrize("documents", [False, True])
 def test_rows_are_the_decoder_mask(kernel, slots, past, length, window, documents):
     """Values and gradients of one attention, 4 heads over 2 key/value heads. With a window that
     hides anything behind memory flash-attn is not asked."""
-    first = list(accumulate(slots[:-1], initial=0)) if documents else [0] * len(slots)  # one behind the other
+    first = (
+        list(accumulate(slots[:-1], initial=0)) if documents else [0] * len(slots)
+    )  # one behind the other
     rows, keys = len(slots), max(map(sum, zip(first, slots, strict=True))) + past + length
     shapes = (rows, 4, length, 8), (rows, 2, keys, 8), (rows, 2, keys, 8)
     tensors = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
@@ -283,7 +355,11 @@ def test_rows_are_the_decoder_mask(kernel, slots, past, length, window, document
     ).transpose(1, 2)
     assert relative_error(found, expected) < PROVEN
     of = torch.randn_like(found)
-    pairs = zip(torch.autograd.grad(found, tensors, of), torch.autograd.grad(expected, tensors, of), strict=True)
+    pairs = zip(
+        torch.autograd.grad(found, tensors, of),
+        torch.autograd.grad(expected, tensors, of),
+        strict=True,
+    )
     assert all(relative_error(*pair) < PROVEN for pair in pairs)
     called = ["varlen" if len(set(slots)) > 1 or any(first) else "dense"]
     assert [name for name, _ in kernel.calls] == (called if window is None or slots == [0] else [])
@@ -303,7 +379,9 @@ def test_another_alignment_would_be_seen(kernel):
 @torch.no_grad()
 def test_the_base_is_what_was_loaded_in_a_call_too(kernel, monkeypatch):
     model, inside = make_model(), []
-    monkeypatch.setattr(kernel, "row", lambda *_: inside.append(model.base.config._attn_implementation) or 1 / 0)
+    monkeypatch.setattr(
+        kernel, "row", lambda *_: inside.append(model.base.config._attn_implementation) or 1 / 0
+    )
     with asking(model):  # checks the name afterwards
         with pytest.raises(ZeroDivisionError):
             model(random_ids(1, 5))
@@ -336,7 +414,7 @@ def test_layers_that_are_not_on_cuda_compute_as_with_sdpa(monkeypatch):
     assert worst_error(gradients(model), expected) < PROVEN
 
 
-# ---- asked where it cannot run -------------------------------------------------------------------------------------------
+# ---- asked where it cannot run -------------------------------------------------------------------
 
 
 def refused(call, pattern: str, error: type = ConfigError) -> None:
@@ -347,13 +425,22 @@ def refused(call, pattern: str, error: type = ConfigError) -> None:
 
 def test_what_is_missing_is_said_in_one_line(monkeypatch, tmp_path):
     def asked(dtype=torch.bfloat16, device_map="auto", config=None):
-        flash.check_request(flash.ASKED, "env.json: model.attn_implementation", dtype, device_map, config)
+        flash.check_request(
+            flash.ASKED, "env.json: model.attn_implementation", dtype, device_map, config
+        )
 
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     flash.check_request("sdpa", "env.json: model.attn_implementation", torch.float32, "cpu")
     field = r'^env.json: model.attn_implementation: "flash_attention_2": '
-    refused(asked, field + r'the package flash-attn is not installed; run: pip install .* flash-attn; or use "sdpa"$')
-    refused(lambda: asked(torch.float32), field + "flash-attn computes in bfloat16 and float16, found float32")
+    refused(
+        asked,
+        field
+        + r'the package flash-attn is not installed; run: pip install .* flash-attn; or use "sdpa"$',
+    )
+    refused(
+        lambda: asked(torch.float32),
+        field + "flash-attn computes in bfloat16 and float16, found float32",
+    )
     wide = make_base().config
     wide.head_dim = 320
     refused(lambda: asked(config=wide), "heads of at most 256 numbers, found 320")
@@ -384,10 +471,17 @@ def test_it_may_be_asked_for_wherever_a_base_is_loaded(workspace, tiny_folder, m
 
     model.save_pretrained("saved")
     asked = dict(dtype="bf16", attn_implementation=flash.ASKED)
-    refused(lambda: MemoryLM.from_pretrained("saved", **asked), r'^saved: attn_implementation: "flash_attention_2": ')
+    refused(
+        lambda: MemoryLM.from_pretrained("saved", **asked),
+        r'^saved: attn_implementation: "flash_attention_2": ',
+    )
     own = load(AutoModelForCausalLM, str(tiny_folder), dtype=torch.float32)
     monkeypatch.setattr(own.config, "_attn_implementation", flash.ASKED)
-    refused(lambda: MemoryLM(own, MEMORY), "computes in bfloat16 and float16, found float32; load the base in", ValueError)
+    refused(
+        lambda: MemoryLM(own, MEMORY),
+        "computes in bfloat16 and float16, found float32; load the base in",
+        ValueError,
+    )
     assert "model.attn_implementation" in MAY_CHANGE
 
 
@@ -395,9 +489,13 @@ def test_it_may_be_asked_for_wherever_a_base_is_loaded(workspace, tiny_folder, m
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_real_kernels(family):
-    """bfloat16 keeps 8 bits: 3e-2 is a few roundings of each of three layers. A wrong alignment is off by tenths."""
+    """bfloat16 keeps 8 bits: 3e-2 is a few roundings of each of three layers. A wrong alignment
+    is off by tenths."""
     pytest.importorskip("flash_attn")
-    model, sample = make_model(family, torch.bfloat16).to("cuda"), Sample.document(random_ids(37), 8)
+    model, sample = (
+        make_model(family, torch.bfloat16).to("cuda"),
+        Sample.document(random_ids(37), 8),
+    )
     model.chunk_batch = 3
     first = uiollms.gradient_step(model, sample)
     expected = gradients(model)

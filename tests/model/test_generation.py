@@ -1,4 +1,5 @@
-"""generate(): the options of transformers' own that make sense, on streams that go on, stand still, or differ in length."""
+"""generate(): the options of transformers' own that make sense, on streams that go on, stand
+still, or differ in length."""
 
 import dataclasses
 import threading
@@ -20,7 +21,9 @@ from uiollms import MemoryConfig, MemoryLM
 from uiollms.model.memory import join
 from uiollms.model.request import OwnDraws
 
-GREEDY = dict(do_sample=False, max_new_tokens=11, eos_token_id=None)  # 11: every row crosses a chunk boundary (8)
+GREEDY = dict(
+    do_sample=False, max_new_tokens=11, eos_token_id=None
+)  # 11: every row crosses a chunk boundary (8)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,12 @@ def padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, torch.stack([torch.arange(width) >= width - len(row) for row in rows]).long()
 
 
-ROWS = [random_ids(5, seed=1), random_ids(21, seed=2), random_ids(8, seed=3), random_ids(21, seed=4)]
+ROWS = [
+    random_ids(5, seed=1),
+    random_ids(21, seed=2),
+    random_ids(8, seed=3),
+    random_ids(21, seed=4),
+]
 
 
 @pytest.mark.parametrize("with_mask", [True, False])
@@ -56,26 +64,46 @@ def test_beams_and_return_sequences_of_padded_rows(model):
 
 
 def test_a_beams_score_is_that_of_its_own_tokens(model):
-    """Beams change rows at every step; were a state left behind, its row would be scored as another's continuation."""
+    """Beams change rows at every step; were a state left behind, its row would be scored as
+    another's continuation."""
     prompts = random_ids(2, 6)
-    options = dict(do_sample=False, num_beams=4, num_return_sequences=4, max_new_tokens=11, eos_token_id=None, length_penalty=0.0)
+    options = dict(
+        do_sample=False,
+        num_beams=4,
+        num_return_sequences=4,
+        max_new_tokens=11,
+        eos_token_id=None,
+        length_penalty=0.0,
+    )
     found = model.generate(prompts, **options, return_dict_in_generate=True, output_scores=True)
     with torch.no_grad():
         logits = model(found.sequences[:, :-1]).logits[:, 5:].log_softmax(-1)
     scores = logits.gather(2, found.sequences[:, 6:, None]).sum((1, 2))
-    torch.testing.assert_close(found.sequences_scores.double(), scores, rtol=1e-5, atol=0)  # transformers scores in float32
+    torch.testing.assert_close(
+        found.sequences_scores.double(), scores, rtol=1e-5, atol=0
+    )  # transformers scores in float32
 
 
 @pytest.mark.parametrize("mask", [[[1, 1, 0]], [[1, 0, 1]], [[0, 0, 0]], [[1, 1]]])
 def test_padding_elsewhere_is_refused(model, mask):
     with pytest.raises(ValueError, match="zeros only in front"):
         model.generate(
-            random_ids(1, 3), attention_mask=torch.tensor(mask)[:, :3] * 1 if mask[0] != [1, 1] else torch.tensor([[0, 1]])
+            random_ids(1, 3),
+            attention_mask=torch.tensor(mask)[:, :3] * 1
+            if mask[0] != [1, 1]
+            else torch.tensor([[0, 1]]),
         )
 
 
 def test_sampling_with_its_options_repeats_under_a_seed(model):
-    options = dict(do_sample=True, temperature=0.7, top_k=20, top_p=0.9, num_return_sequences=3, max_new_tokens=6)
+    options = dict(
+        do_sample=True,
+        temperature=0.7,
+        top_k=20,
+        top_p=0.9,
+        num_return_sequences=3,
+        max_new_tokens=6,
+    )
     torch.manual_seed(0)
     found = model.generate(random_ids(1, 13), **options)
     torch.manual_seed(0)
@@ -85,15 +113,26 @@ def test_sampling_with_its_options_repeats_under_a_seed(model):
 
 
 def test_one_state_is_asked_again_and_again(model):
-    text, first, second = random_ids(1, 19, seed=1), random_ids(1, 4, seed=2), random_ids(1, 6, seed=3)
+    text, first, second = (
+        random_ids(1, 19, seed=1),
+        random_ids(1, 4, seed=2),
+        random_ids(1, 6, seed=3),
+    )
     with torch.no_grad():
         state = model(text).past_key_values
     before = [t.clone() for t in (*state.memory_keys, *state.local_values, state.open_ids)]
     for question in (first, second, first):
         expected = model.generate(torch.cat([text, question], 1), **GREEDY)[:, 19:]
         assert torch.equal(model.generate(question, state=state, **GREEDY), expected)
-        assert torch.equal(model.generate(question, state=state, num_beams=2, **GREEDY)[:, :4], question[:, :4])
-    assert all(torch.equal(a, b) for a, b in zip(before, (*state.memory_keys, *state.local_values, state.open_ids), strict=True))
+        assert torch.equal(
+            model.generate(question, state=state, num_beams=2, **GREEDY)[:, :4], question[:, :4]
+        )
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            before, (*state.memory_keys, *state.local_values, state.open_ids), strict=True
+        )
+    )
     # a batch of questions of one memory, of different lengths
     ids, mask = padded([first[0], second[0]])
     found = model.generate(ids, attention_mask=mask, state=state, **GREEDY)
@@ -103,34 +142,57 @@ def test_one_state_is_asked_again_and_again(model):
 
 @pytest.mark.parametrize("beams", [1, 2])
 def test_a_padded_batch_goes_on_each_row_from_its_own_state(model, beams):
-    """The twin: every row alone, all the way. The rows of the second call are padded differently from the first's."""
+    """The twin: every row alone, all the way. The rows of the second call are padded differently
+    from the first's."""
     ids, mask = padded(ROWS)
     start = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **GREEDY)
     questions = [random_ids(n, seed=n) for n in (7, 4, 4, 12)]
-    again, again_mask = padded([torch.cat([s[-1:], q]) for s, q in zip(start.sequences, questions, strict=True)])
+    again, again_mask = padded(
+        [torch.cat([s[-1:], q]) for s, q in zip(start.sequences, questions, strict=True)]
+    )
     for _ in range(2):  # the state is left as it was
-        found = model.generate(again, attention_mask=again_mask, state=start.past_key_values, num_beams=beams, **GREEDY)
-        for row, first, question, tokens in zip(ROWS, start.sequences, questions, found, strict=True):
+        found = model.generate(
+            again, attention_mask=again_mask, state=start.past_key_values, num_beams=beams, **GREEDY
+        )
+        for row, first, question, tokens in zip(
+            ROWS, start.sequences, questions, found, strict=True
+        ):
             whole = torch.cat([first[21 - len(row) :], question])
-            assert torch.equal(tokens[-11:], model.generate(whole[None], num_beams=beams, **GREEDY)[0, len(whole) :])
+            assert torch.equal(
+                tokens[-11:],
+                model.generate(whole[None], num_beams=beams, **GREEDY)[0, len(whole) :],
+            )
     # without a mask, a token each
-    found = model.generate(start.sequences[:, -1:], state=start.past_key_values, num_beams=beams, **GREEDY)
+    found = model.generate(
+        start.sequences[:, -1:], state=start.past_key_values, num_beams=beams, **GREEDY
+    )
     for row, first, tokens in zip(ROWS, start.sequences, found, strict=True):
         whole = first[21 - len(row) :]
-        assert torch.equal(tokens[1:], model.generate(whole[None], num_beams=beams, **GREEDY)[0, len(whole) :])
+        assert torch.equal(
+            tokens[1:], model.generate(whole[None], num_beams=beams, **GREEDY)[0, len(whole) :]
+        )
 
 
 def test_what_a_padded_batchs_state_cannot_do_is_said(model):
     ids, mask = padded(ROWS)
     start = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **GREEDY)
-    with pytest.raises(ValueError, match="state of a padded batch, whose rows .* different numbers .*give it as state="):
+    with pytest.raises(
+        ValueError,
+        match="state of a padded batch, whose rows .* different numbers .*give it as state=",
+    ):
         model.generate(start.sequences, past_key_values=start.past_key_values)
     with pytest.raises(ValueError, match="state has 4 rows, the prompts 3"):
         model.generate(random_ids(3, 2), state=start.past_key_values)
-    longest = dict(state=start.past_key_values, do_sample=False, eos_token_id=None)  # 31 tokens seen by the longest row
+    longest = dict(
+        state=start.past_key_values, do_sample=False, eos_token_id=None
+    )  # 31 tokens seen by the longest row
     room = torch.tensor([[1, 1], [0, 1], [1, 1], [0, 1]])  # which reads one more
-    assert model.generate(random_ids(4, 2), attention_mask=room, **longest, max_new_tokens=207).shape == (4, 209)
-    with pytest.raises(ValueError, match=r"come to 239 tokens \(31 of them in the state\), the capacity is 238"):
+    assert model.generate(
+        random_ids(4, 2), attention_mask=room, **longest, max_new_tokens=207
+    ).shape == (4, 209)
+    with pytest.raises(
+        ValueError, match=r"come to 239 tokens \(31 of them in the state\), the capacity is 238"
+    ):
         model.generate(random_ids(4, 2), attention_mask=room, **longest, max_new_tokens=208)
 
 
@@ -139,7 +201,12 @@ def test_past_key_values_as_transformers_means_them(model):
     start = model.generate(random_ids(2, 9), return_dict_in_generate=True, **GREEDY)
     assert start.past_key_values.num_tokens == start.sequences.shape[1] - 1
     longer = torch.cat([start.sequences, random_ids(2, 5, seed=7)], 1)
-    found = model.generate(longer, past_key_values=start.past_key_values, attention_mask=torch.ones_like(longer), **GREEDY)
+    found = model.generate(
+        longer,
+        past_key_values=start.past_key_values,
+        attention_mask=torch.ones_like(longer),
+        **GREEDY,
+    )
     assert torch.equal(found, model.generate(longer, **GREEDY))
     with pytest.raises(ValueError, match="has seen 19 tokens.*use state="):
         model.generate(random_ids(2, 5), past_key_values=start.past_key_values)
@@ -151,7 +218,10 @@ def test_past_key_values_as_transformers_means_them(model):
 
 def test_a_prompt_past_the_bases_positions_just_works(model):
     ids = random_ids(1, 120)  # 64 positions
-    assert model.generate(ids, do_sample=False, eos_token_id=None).shape == (1, 140)  # transformers' default: 20 more
+    assert model.generate(ids, do_sample=False, eos_token_id=None).shape == (
+        1,
+        140,
+    )  # transformers' default: 20 more
     assert model.generate(ids, do_sample=False, eos_token_id=None, max_length=123).shape == (1, 123)
     config = GenerationConfig(max_new_tokens=2, do_sample=False)
     assert model.generate(ids, config).shape == (1, 122)
@@ -159,8 +229,13 @@ def test_a_prompt_past_the_bases_positions_just_works(model):
 
 def test_past_the_capacity_is_refused_before_a_token_is_made(model):
     ids = random_ids(1, 220)
-    assert model.generate(ids, do_sample=False, max_new_tokens=19, eos_token_id=None).shape == (1, 239)  # the last is not fed
-    with pytest.raises(ValueError, match=r"come to 239 tokens \(0 of them in the state\), the capacity is 238"):
+    assert model.generate(ids, do_sample=False, max_new_tokens=19, eos_token_id=None).shape == (
+        1,
+        239,
+    )  # the last is not fed
+    with pytest.raises(
+        ValueError, match=r"come to 239 tokens \(0 of them in the state\), the capacity is 238"
+    ):
         model.generate(ids, max_new_tokens=20)
 
 
@@ -193,9 +268,14 @@ def test_options_without_meaning_are_refused_by_name(model, option):
 
 
 def test_continuous_batching_is_refused_by_name(model):
-    with pytest.raises(NotImplementedError, match="generate_batch .* is not supported with memory: .* left-padded"):
+    with pytest.raises(
+        NotImplementedError, match="generate_batch .* is not supported with memory: .* left-padded"
+    ):
         model.generate_batch([[3, 4, 5]], max_new_tokens=2)
-    with pytest.raises(NotImplementedError, match="generate_batch"), model.continuous_batching_context_manager():
+    with (
+        pytest.raises(NotImplementedError, match="generate_batch"),
+        model.continuous_batching_context_manager(),
+    ):
         pass
 
 
@@ -208,7 +288,10 @@ PROMPT = random_ids(1, 13, seed=5)
 PROCESSED = {
     "repetition_penalty": lambda plain: (1.8, RepetitionPenaltyLogitsProcessor(1.8)),
     "no_repeat_ngram_size": lambda plain: (2, NoRepeatNGramLogitsProcessor(2)),
-    "min_new_tokens": lambda plain: (11, MinNewTokensLengthLogitsProcessor(13, 11, torch.tensor([plain[2]]))),
+    "min_new_tokens": lambda plain: (
+        11,
+        MinNewTokensLengthLogitsProcessor(13, 11, torch.tensor([plain[2]])),
+    ),
     "bad_words_ids": lambda plain: ([[plain[1]]], NoBadWordsLogitsProcessor([[plain[1]]])),
     "logits_processor": lambda plain: (LogitsProcessorList([no_token_twice]), no_token_twice),
 }
@@ -216,10 +299,13 @@ PROCESSED = {
 
 @pytest.mark.parametrize("name", PROCESSED)
 def test_what_changes_the_scores_does_so(model, name):
-    """Two twins: every token by hand, from the whole text read anew; and the base's own generate, where no chunk fills up."""
+    """Two twins: every token by hand, from the whole text read anew; and the base's own
+    generate, where no chunk fills up."""
     plain = model.generate(PROMPT, **GREEDY)[0, 13:].tolist()
     value, processor = PROCESSED[name](plain)
-    options = GREEDY | {name: value} | (dict(eos_token_id=plain[2]) if name == "min_new_tokens" else {})
+    options = (
+        GREEDY | {name: value} | (dict(eos_token_id=plain[2]) if name == "min_new_tokens" else {})
+    )
     expected = PROMPT
     for _ in range(11):
         with torch.no_grad():
@@ -227,7 +313,9 @@ def test_what_changes_the_scores_does_so(model, name):
         expected = torch.cat([expected, scores.argmax(-1, keepdim=True)], 1)
     assert expected[0, 13:].tolist() != plain
     assert torch.equal(model.generate(PROMPT, **options), expected)
-    roomy = MemoryLM(model.base, MemoryConfig(num_memory=2, chunk_size=32, lora_rank=3, lora_alpha=6))
+    roomy = MemoryLM(
+        model.base, MemoryConfig(num_memory=2, chunk_size=32, lora_rank=3, lora_alpha=6)
+    )
     assert torch.equal(roomy.generate(PROMPT, **options), model.base.generate(PROMPT, **options))
 
 
@@ -240,7 +328,13 @@ def states(model) -> dict[str, object]:
         in_steps = model(text[:, 2:], model(text[:, :2]).past_key_values).past_key_values
     memory = model.compress(text).state(model)
     joined = join([model.compress(text[:, :8]), model.compress(text[:, 8:])]).state(model)
-    return dict(read=read, in_steps=in_steps, memory=memory, joined=joined, selected=read.select(torch.tensor([0])))
+    return dict(
+        read=read,
+        in_steps=in_steps,
+        memory=memory,
+        joined=joined,
+        selected=read.select(torch.tensor([0])),
+    )
 
 
 WAYS = ["read", "in_steps", "memory", "joined", "selected"]
@@ -257,8 +351,13 @@ def test_processors_see_the_whole_text_wherever_it_came_from(model, states, name
     expected = model.generate(PROMPT, **options)[:, 9:]
     found = model.generate(PROMPT[:, 9:], state=states[way], **options)
     assert torch.equal(found, expected)
-    again = model.generate(PROMPT[:, 9:], state=states[way], return_dict_in_generate=True, **options)
-    assert torch.equal(again.sequences, expected) and again.past_key_values.get_seq_length() == 9 + expected.shape[1] - 1
+    again = model.generate(
+        PROMPT[:, 9:], state=states[way], return_dict_in_generate=True, **options
+    )
+    assert (
+        torch.equal(again.sequences, expected)
+        and again.past_key_values.get_seq_length() == 9 + expected.shape[1] - 1
+    )
 
 
 def test_what_looks_at_the_text_is_shown_all_of_it(model, states):
@@ -276,7 +375,9 @@ def test_what_looks_at_the_text_is_shown_all_of_it(model, states):
         shown.append(ids[None])
         return list(range(61))
 
-    looking = dict(logits_processor=[look], stopping_criteria=[stop], prefix_allowed_tokens_fn=allow)
+    looking = dict(
+        logits_processor=[look], stopping_criteria=[stop], prefix_allowed_tokens_fn=allow
+    )
     found = model.generate(PROMPT[:, 9:], state=states["memory"], **looking, **GREEDY)
     whole = torch.cat([PROMPT[:, :9], found], 1)
     assert len(shown) == 33 and {ids.shape[1] for ids in shown} == set(range(13, 25))
@@ -291,9 +392,13 @@ def test_rows_of_other_lengths_and_states_do_not_reach_each_other(model, beams, 
     options = GREEDY | dict(num_beams=beams) | penalty
     for row, tokens in zip(ROWS, model.generate(ids, attention_mask=mask, **options), strict=True):
         assert torch.equal(tokens[21 - len(row) :], model.generate(row[None], **options)[0])
-    start = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **GREEDY | penalty)
+    start = model.generate(
+        ids, attention_mask=mask, return_dict_in_generate=True, **GREEDY | penalty
+    )
     questions = [random_ids(n, seed=n) for n in (7, 4, 4, 12)]
-    again, again_mask = padded([torch.cat([s[-1:], q]) for s, q in zip(start.sequences, questions, strict=True)])
+    again, again_mask = padded(
+        [torch.cat([s[-1:], q]) for s, q in zip(start.sequences, questions, strict=True)]
+    )
     found = model.generate(again, attention_mask=again_mask, state=start.past_key_values, **options)
     assert torch.equal(found[:, : again.shape[1]], again)
     for row, first, question, tokens in zip(ROWS, start.sequences, questions, found, strict=True):
@@ -308,7 +413,9 @@ def test_one_state_for_many_prompts_and_answers(model, states):
     assert found.shape == (4, 7 + 11) and torch.equal(found[:, :7], ids.repeat_interleave(2, 0))
     for i, row in enumerate((PROMPT[:, 9:], random_ids(1, 7, seed=3))):
         whole = torch.cat([PROMPT[:, :9], row], 1)
-        assert torch.equal(found[2 * i : 2 * i + 2, 7:], model.generate(whole, **options)[:, whole.shape[1] :])
+        assert torch.equal(
+            found[2 * i : 2 * i + 2, 7:], model.generate(whole, **options)[:, whole.shape[1] :]
+        )
 
 
 def test_lengths_are_those_of_the_result(model, states):
@@ -319,7 +426,9 @@ def test_lengths_are_those_of_the_result(model, states):
     assert model.generate(new, config, state=states["read"]).shape == (1, 7)
     first = model.generate(new, max_new_tokens=1, **greedy)[0, -1].item()
     assert model.generate(new, max_length=9, eos_token_id=first, **greedy).shape == (1, 5)
-    assert model.generate(new, max_length=9, min_length=8, eos_token_id=first, **greedy).shape[1] >= 8
+    assert (
+        model.generate(new, max_length=9, min_length=8, eos_token_id=first, **greedy).shape[1] >= 8
+    )
     assert model.generate(new, eos_token_id=None, **greedy).shape == (1, 24)
     with pytest.raises(ValueError, match="max_length"):
         model.generate(new, max_length=4, **greedy)
@@ -363,9 +472,13 @@ def test_a_state_that_does_not_know_its_text_says_what_cannot_be_had(model, name
     memory = dataclasses.replace(model.compress(PROMPT[:, :9]), chunk_ids=None)
     state = memory.state(model)
     assert state.text is None
-    with pytest.raises(ValueError, match=f"generate: {name} looks at the whole text, .* compress the text again"):
+    with pytest.raises(
+        ValueError, match=f"generate: {name} looks at the whole text, .* compress the text again"
+    ):
         model.generate(PROMPT[:, 9:], state=state, **{name: LOOKING_AT[name]}, **GREEDY)
-    neutral = dict(repetition_penalty=1.0, no_repeat_ngram_size=0, logits_processor=LogitsProcessorList())
+    neutral = dict(
+        repetition_penalty=1.0, no_repeat_ngram_size=0, logits_processor=LogitsProcessorList()
+    )
     found = model.generate(PROMPT[:, 9:], state=state, **neutral, **GREEDY)
     assert torch.equal(found, model.generate(PROMPT, **GREEDY)[:, 9:])
     # all tokens given, nothing is missing
@@ -377,11 +490,13 @@ def test_a_state_that_does_not_know_its_text_says_what_cannot_be_had(model, name
 def test_all_tokens_given_must_be_those_that_the_state_has_read(model, states):
     other = PROMPT.clone()
     other[0, 2] += 1  # in a chunk that is memory by now
-    with pytest.raises(ValueError, match="has seen 9 tokens, and input_ids .* do not start with them"):
+    with pytest.raises(
+        ValueError, match="has seen 9 tokens, and input_ids .* do not start with them"
+    ):
         model.generate(other, past_key_values=states["read"], **GREEDY)
 
 
-# ---- what is drawn ------------------------------------------------------------------------------------
+# ---- what is drawn -------------------------------------------------------------------------------
 
 
 SAMPLED = dict(do_sample=True, temperature=3.0, max_new_tokens=12, eos_token_id=None)
@@ -392,7 +507,9 @@ def test_a_request_draws_from_a_generator_of_its_own(model, beams):
     options = SAMPLED | dict(num_beams=beams)
 
     def sample(seed: int, **more) -> torch.Tensor:
-        return model.generate(PROMPT, generator=torch.Generator().manual_seed(seed), **options, **more)
+        return model.generate(
+            PROMPT, generator=torch.Generator().manual_seed(seed), **options, **more
+        )
 
     first = sample(1)
     before = torch.get_rng_state()
@@ -405,7 +522,9 @@ def test_a_request_draws_from_a_generator_of_its_own(model, beams):
     torch.manual_seed(0)
     found, after = model.generate(PROMPT, **options), torch.get_rng_state()
     torch.manual_seed(0)
-    assert torch.equal(model.generate(PROMPT, **options), found) and torch.equal(torch.get_rng_state(), after)
+    assert torch.equal(model.generate(PROMPT, **options), found) and torch.equal(
+        torch.get_rng_state(), after
+    )
     assert not torch.equal(model.generate(PROMPT, **options), found)
     model.generate(PROMPT, **GREEDY)
     # one generator for several requests: they differ
@@ -425,7 +544,9 @@ def test_draws_of_other_threads_are_their_own(model):
     weights, drawn = torch.ones(1000), []
 
     def draw() -> None:
-        drawn.append(torch.multinomial(weights, 1, generator=torch.Generator().manual_seed(1)).item())
+        drawn.append(
+            torch.multinomial(weights, 1, generator=torch.Generator().manual_seed(1)).item()
+        )
         drawn.append(torch.multinomial(weights, 1).item())
 
     torch.manual_seed(7)
@@ -442,7 +563,9 @@ def test_draws_of_other_threads_are_their_own(model):
 def test_use_cache_changes_nothing(model, beams):
     """Models switch it off for training with checkpointing; a stream has no other way to go on."""
     options = GREEDY | dict(num_beams=beams)
-    assert torch.equal(model.generate(PROMPT, use_cache=False, **options), model.generate(PROMPT, **options))
+    assert torch.equal(
+        model.generate(PROMPT, use_cache=False, **options), model.generate(PROMPT, **options)
+    )
 
 
 def test_transformers_is_told_that_tokens_cannot_be_taken_back(model):

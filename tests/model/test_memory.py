@@ -34,30 +34,52 @@ def test_a_memory_answers_as_the_stream_that_read_the_text(family, length):
     memory = model.compress(text, source="a book")
     state = memory.state(model)
     expected = model(text[None]).past_key_values
-    assert (state.num_tokens, state.num_slots) == (expected.num_tokens, expected.num_slots) == (length, length // 8 * 2)
+    assert (
+        (state.num_tokens, state.num_slots)
+        == (expected.num_tokens, expected.num_slots)
+        == (length, length // 8 * 2)
+    )
     assert memory.num_slots == state.num_slots and memory.num_tokens == length
-    assert relative_error(model(question, state).logits, model(question, expected).logits) < ROUNDING
+    assert (
+        relative_error(model(question, state).logits, model(question, expected).logits) < ROUNDING
+    )
 
 
 @torch.no_grad()
 def test_joined_memories_are_chunks_in_order_then_what_was_left_over(model):
-    """The slow twin encodes every full chunk anew, gives it its place by hand, and streams the left-over tokens."""
-    texts = [random_ids(length, seed=length) for length in (19, 3, 30)]  # 2 chunks + 3, 0 + 3, 3 + 6 tokens
+    """The slow twin encodes every full chunk anew, gives it its place by hand, and streams the
+    left-over tokens."""
+    texts = [
+        random_ids(length, seed=length) for length in (19, 3, 30)
+    ]  # 2 chunks + 3, 0 + 3, 3 + 6 tokens
     joined = join([model.compress(text, source=f"{len(text)}") for text in texts])
     assert [(s.name, s.num_tokens) for s in joined.sources] == [("19", 19), ("3", 3), ("30", 30)]
     state = model.new_state()
     chunks = [chunk for text in texts for chunk in text.split(8) if len(chunk) == 8]
     for number, chunk in enumerate(chunks):
         keys, values = model.project(model.encode_layers(chunk[None]), [number])
-        state.memory_keys = [torch.cat([a, join_slots(b, 1)], 2) for a, b in zip(state.memory_keys, keys, strict=True)]
-        state.memory_values = [torch.cat([a, join_slots(b, 1)], 2) for a, b in zip(state.memory_values, values, strict=True)]
+        state.memory_keys = [
+            torch.cat([a, join_slots(b, 1)], 2)
+            for a, b in zip(state.memory_keys, keys, strict=True)
+        ]
+        state.memory_values = [
+            torch.cat([a, join_slots(b, 1)], 2)
+            for a, b in zip(state.memory_values, values, strict=True)
+        ]
         state.num_tokens += 8
-    rest = torch.cat([text[len(text) // 8 * 8 :] for text in texts])  # 12 tokens: a chunk of their own, and 4
+    rest = torch.cat(
+        [text[len(text) // 8 * 8 :] for text in texts]
+    )  # 12 tokens: a chunk of their own, and 4
     expected = model(rest[None], state).past_key_values
     found = joined.state(model)
-    assert found.num_tokens == expected.num_tokens == 52 and found.num_slots == expected.num_slots == 12
+    assert (
+        found.num_tokens == expected.num_tokens == 52
+        and found.num_slots == expected.num_slots == 12
+    )
     question = random_ids(1, 9, seed=99)
-    assert relative_error(model(question, found).logits, model(question, expected).logits) < ROUNDING
+    assert (
+        relative_error(model(question, found).logits, model(question, expected).logits) < ROUNDING
+    )
     # documents of whole chunks: the same as reading one text behind the other
     whole = [random_ids(16, seed=5), random_ids(8, seed=6)]
     together = join([model.compress(text) for text in whole]).state(model)
@@ -79,7 +101,10 @@ def test_a_saved_memory_is_the_same_to_the_bit(model, tmp_path, length):
 def test_questions_do_not_change_a_memory(model):
     memory = model.compress(random_ids(30))
     before = memory.slots.clone()
-    question, options = random_ids(1, 4, seed=8), dict(do_sample=False, max_new_tokens=12, eos_token_id=None)
+    question, options = (
+        random_ids(1, 4, seed=8),
+        dict(do_sample=False, max_new_tokens=12, eos_token_id=None),
+    )
     state = memory.state(model)
     first = model.generate(question, state=state, **options)
     model.generate(random_ids(1, 7, seed=9), state=state, **options)
@@ -119,7 +144,9 @@ def test_another_dtype_of_the_same_model_is_the_same_model(model):
 def test_past_the_capacity(model):
     with pytest.raises(ValueError, match="239 tokens, the capacity is 238"):
         model.compress(random_ids(239))
-    whole = model.compress(random_ids(238)).state(model)  # 29 memories and 6 tokens: all 64 positions
+    whole = model.compress(random_ids(238)).state(
+        model
+    )  # 29 memories and 6 tokens: all 64 positions
     assert (whole.num_tokens, whole.num_slots, whole.open_ids.shape) == (238, 58, (1, 6))
     half = model.compress(random_ids(120))
     with pytest.raises(ValueError, match="240 tokens, the capacity is 238"):
@@ -131,7 +158,11 @@ def test_files_that_are_no_memories(model, tmp_path):
 
     (tmp_path / "text.mem").write_text("a book")
     save_file({"x": torch.zeros(1)}, tmp_path / "other.mem")
-    for name, message in (("none.mem", "cannot be read"), ("text.mem", "not a memory"), ("other.mem", "not a memory made by")):
+    for name, message in (
+        ("none.mem", "cannot be read"),
+        ("text.mem", "not a memory"),
+        ("other.mem", "not a memory made by"),
+    ):
         with pytest.raises(ConfigError, match=f"{name}: .*{message}"):
             Memory.load(tmp_path / name)
 
@@ -146,11 +177,12 @@ def test_what_compress_takes(model):
         assert torch.equal(model.compress(same).slots, model.compress(ids).slots)
 
 
-# ---- whose memory it is -----------------------------------------------------------------------------
+# ---- whose memory it is --------------------------------------------------------------------------
 
 
 def changed(model: MemoryLM, name: str) -> MemoryLM:
-    """A copy with one number of one tensor of the base changed by a thousandth of the tensor's largest."""
+    """A copy with one number of one tensor of the base changed by a thousandth of the tensor's
+    largest."""
     other = copy.deepcopy(model)
     with torch.no_grad():
         weight = other.base.get_parameter(name)
@@ -176,7 +208,9 @@ def test_a_base_that_differs_in_any_tensor_is_another(model, tmp_path):
 
 def test_tensors_that_change_places_are_noticed(model):
     other = copy.deepcopy(model)
-    first, second = (other.base.get_parameter(f"model.layers.{i}.mlp.up_proj.weight") for i in (0, 1))
+    first, second = (
+        other.base.get_parameter(f"model.layers.{i}.mlp.up_proj.weight") for i in (0, 1)
+    )
     with torch.no_grad():
         kept = first.clone()
         first.copy_(second)
@@ -186,7 +220,11 @@ def test_tensors_that_change_places_are_noticed(model):
 
 @pytest.mark.parametrize(
     "field, value",
-    [("rms_norm_eps", 1e-3), ("rope_parameters", dict(rope_type="default", rope_theta=500.0)), ("hidden_act", "gelu")],
+    [
+        ("rms_norm_eps", 1e-3),
+        ("rope_parameters", dict(rope_type="default", rope_theta=500.0)),
+        ("hidden_act", "gelu"),
+    ],
 )
 def test_a_base_that_computes_otherwise_is_another(field, value):
     model, other = make_model(), MemoryLM(make_base(**{field: value}), MEMORY)
@@ -209,7 +247,12 @@ def test_one_checkpoint_is_one_model_in_every_dtype(family, tmp_path):
     model = in_bfloat16(family)
     own = fingerprint(model)
     model.base.save_pretrained(tmp_path / "base")
-    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):  # float64: promoted norms
+    for dtype in (
+        torch.bfloat16,
+        torch.float16,
+        torch.float32,
+        torch.float64,
+    ):  # float64: promoted norms
         for tied in (False, True)[: 1 + (family == "smollm2")]:
             base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype)
             if tied:  # the same numbers, not tied
@@ -232,7 +275,9 @@ def test_a_base_on_disk_is_the_same(tmp_path):
     model = in_bfloat16("smollm2")
     own = fingerprint(model)
     base = copy.deepcopy(model.base)
-    place(base, {"": "cpu", "model.layers.1": "disk", "model.embed_tokens": "disk"}, "here", tmp_path)
+    place(
+        base, {"": "cpu", "model.layers.1": "disk", "model.embed_tokens": "disk"}, "here", tmp_path
+    )
     assert base.model.layers[1].mlp.up_proj.weight.device.type == "meta"
     other = MemoryLM(base, MEMORY)
     other.load_memory_state_dict(model.memory_state_dict())
@@ -244,7 +289,9 @@ def test_the_base_is_hashed_once_and_again_where_it_changes(monkeypatch):
     model = make_model()
     hashed = []
     original = fingerprints.tensor_hash
-    monkeypatch.setattr(fingerprints, "tensor_hash", lambda t: hashed.append(t.shape) or original(t))
+    monkeypatch.setattr(
+        fingerprints, "tensor_hash", lambda t: hashed.append(t.shape) or original(t)
+    )
     trained = len(model.trainable_parameters())
     memory = model.compress(random_ids(20))
     assert len(hashed) > 30
@@ -289,7 +336,7 @@ def test_a_base_loaded_in_inference_mode_has_a_fingerprint():
             memory.state(model)
 
 
-# ---- files --------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def test_a_flipped_bit_anywhere_is_refused(model, tmp_path):
@@ -414,7 +461,14 @@ def test_every_tensor_is_checked(model, tmp_path):
 
 @pytest.mark.parametrize(
     "header",
-    [b"", b"1234567", b"\xff" * 8, b"\x02" + b"\0" * 7 + b"[]", b"\x06" + b"\0" * 7 + b'{"a":1', b"\xff\xff\x00" + b"\0" * 5],
+    [
+        b"",
+        b"1234567",
+        b"\xff" * 8,
+        b"\x02" + b"\0" * 7 + b"[]",
+        b"\x06" + b"\0" * 7 + b'{"a":1',
+        b"\xff\xff\x00" + b"\0" * 5,
+    ],
 )
 def test_what_is_no_file_of_tensors_is_one_line(tmp_path, header):
     (tmp_path / "a.mem").write_bytes(header)
@@ -423,7 +477,11 @@ def test_what_is_no_file_of_tensors_is_one_line(tmp_path, header):
 
 
 def test_nested_headers_pipes_and_folders_are_one_line(model, tmp_path):
-    for nested in ("[" * 900 + "]" * 900, "[" * 100_000 + "]" * 100_000, '{"a":' * 900 + "1" + "}" * 900):
+    for nested in (
+        "[" * 900 + "]" * 900,
+        "[" * 100_000 + "]" * 100_000,
+        '{"a":' * 900 + "1" + "}" * 900,
+    ):
         data = save_bytes({"slots": torch.zeros(1)}, metadata=dict(uiollms=nested))
         (tmp_path / "a.mem").write_bytes(data)
         with pytest.raises(ConfigError, match="a.mem: "):
@@ -434,7 +492,15 @@ def test_nested_headers_pipes_and_folders_are_one_line(model, tmp_path):
             Memory.load(tmp_path / name)
 
 
-NAMES = ["\x1b[2J\x1b[31mgone", "a\nb", "\x9b31m", "[bold]x[/]", "\u202etxt.exe", "x" * 5000, "\udcff.txt"]
+NAMES = [
+    "\x1b[2J\x1b[31mgone",
+    "a\nb",
+    "\x9b31m",
+    "[bold]x[/]",
+    "\u202etxt.exe",
+    "x" * 5000,
+    "\udcff.txt",
+]
 NAMES += ["0" * 64, '"sha256":"' + "0" * 64]
 
 
@@ -451,7 +517,7 @@ def test_names_are_kept_and_shown_safely(model, tmp_path, name):
     assert str(error.value).isprintable() and len(str(error.value)) < 800
 
 
-# ---- the text -------------------------------------------------------------------------------------------
+# ---- the text ------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -4,7 +4,16 @@ import copy
 
 import pytest
 import torch
-from conftest import FAMILIES, MEMORY, gradients, make_base, make_model, random_ids, relative_error, worst_error
+from conftest import (
+    FAMILIES,
+    MEMORY,
+    gradients,
+    make_base,
+    make_model,
+    random_ids,
+    relative_error,
+    worst_error,
+)
 
 import uiollms
 from uiollms import MemoryConfig, MemoryLM, Sample
@@ -65,7 +74,8 @@ def test_a_chunk_is_encoded_without_regard_to_its_batch(family):
 
 @torch.no_grad()
 def test_a_chunk_sees_nothing_of_earlier_raw_tokens_but_memory(family):
-    """With the memories of chunk 0 replaced by those of another text, its tokens have no way left into chunk 1."""
+    """With the memories of chunk 0 replaced by those of another text, its tokens have no way
+    left into chunk 1."""
     model = make_model(family)
     a, b, tail = random_ids(1, 8, seed=1), random_ids(1, 8, seed=2), random_ids(1, 6, seed=3)
     state_a, state_b = model(a).past_key_values, model(b).past_key_values
@@ -76,7 +86,8 @@ def test_a_chunk_sees_nothing_of_earlier_raw_tokens_but_memory(family):
 
 
 def test_exact_step_is_autograd_through_everything(family):
-    """The two-pass step against one undetached graph over all chunks: forward() with grad enabled."""
+    """The two-pass step against one undetached graph over all chunks: forward() with grad
+    enabled."""
     model = make_model(family)
     ids = random_ids(1, 29)
     model(ids, labels=ids).loss.backward()
@@ -84,8 +95,15 @@ def test_exact_step_is_autograd_through_everything(family):
     result = uiollms.gradient_step(model, Sample.document(ids, 8), estimator="exact")
     found = gradients(model)
     assert worst_error(found, plain) < 1e-10
-    for role in ("encoder", "decoder"):  # both adapters learn in one step (PEFT's set_adapter would silence one)
-        names = [n for n in found if n.startswith(role) and "layers.2" not in n and n != "decoder.repeat_token"]
+    for role in (
+        "encoder",
+        "decoder",
+    ):  # both adapters learn in one step (PEFT's set_adapter would silence one)
+        names = [
+            n
+            for n in found
+            if n.startswith(role) and "layers.2" not in n and n != "decoder.repeat_token"
+        ]
         assert all(found[n].abs().max() > 0 for n in names)
     assert result.reencoded == (0, 1, 2)
 
@@ -102,7 +120,8 @@ def test_one_shared_frozen_base():
 
 
 def test_encoder_does_not_run_what_nobody_reads():
-    """The last layer's attention and MLP, the final norm and the head do no work for the encoder."""
+    """The last layer's attention and MLP, the final norm and the head do no work for the
+    encoder."""
     model = make_model()
     ran = []
     last = model.base.model.layers[-1]
@@ -118,7 +137,9 @@ def test_the_past_is_neither_encoded_nor_projected_again():
     state = model(random_ids(1, 16)).past_key_values
     keys = [k.clone() for k in state.memory_keys]
     calls = []
-    model.base.model.layers[0].self_attn.k_proj.register_forward_hook(lambda m, args, out: calls.append(args[0].shape[1]))
+    model.base.model.layers[0].self_attn.k_proj.register_forward_hook(
+        lambda m, args, out: calls.append(args[0].shape[1])
+    )
     after = model(random_ids(1, 3), state).past_key_values
     assert calls == [3]  # the three new tokens, nothing else
     assert all(torch.equal(a, b) for a, b in zip(after.memory_keys, keys, strict=True))
@@ -126,33 +147,48 @@ def test_the_past_is_neither_encoded_nor_projected_again():
 
 @torch.no_grad()
 def test_memories_keep_nothing_else_alive():
-    """The release keeps a view of all hidden states, 33 times as large (6-faults-of-the-release.md, 7)."""
+    """The release keeps a view of all hidden states, 33 times as large
+    (6-faults-of-the-release.md, 7)."""
     model = make_model()
     state = model(random_ids(1, 20)).past_key_values
     for memory in [*model.encode_layers(random_ids(2, 8)), model.encode(random_ids(2, 8))]:
         assert memory.untyped_storage().nbytes() == memory.nbytes
-    for keys in (*state.memory_keys, *state.memory_values):  # 4 slots, with room for the open chunk of 8 behind them
+    for keys in (
+        *state.memory_keys,
+        *state.memory_values,
+    ):  # 4 slots, with room for the open chunk of 8 behind them
         assert keys.untyped_storage().nbytes() <= keys.nbytes // 4 * (4 + 8)
 
 
 @torch.no_grad()
 def test_continuations_that_share_room_do_not_see_each_other():
-    """Without a graph, new tokens are written behind a state's own instead of copying all; crossing a boundary on the way."""
+    """Without a graph, new tokens are written behind a state's own instead of copying all;
+    crossing a boundary on the way."""
     model, ids, other = make_model(), random_ids(2, 27), random_ids(2, 27, seed=1)
-    expected = {name: model(torch.cat([ids[:, :11], more], dim=1)).logits[:, 11:] for name, more in (("a", ids), ("b", other))}
+    expected = {
+        name: model(torch.cat([ids[:, :11], more], dim=1)).logits[:, 11:]
+        for name, more in (("a", ids), ("b", other))
+    }
     states = dict.fromkeys(expected, model(ids[:, :11]).past_key_values)
     assert all(room.length == 5 for room in states["a"].rooms.values()) and states["a"].rooms
     for t in range(27):
         for name, more in (("a", ids), ("b", other)):
             output = model(more[:, t : t + 1], states[name])
             states[name] = output.past_key_values
-            torch.testing.assert_close(output.logits[:, 0], expected[name][:, t], rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(
+                output.logits[:, 0], expected[name][:, t], rtol=1e-9, atol=1e-9
+            )
     same, swapped = model(ids[:, :11]).past_key_values, model(ids[:, :11]).past_key_values
     swapped.memory_keys = [torch.zeros_like(k) for k in swapped.memory_keys]
-    assert relative_error(model(ids[:, 11:12], swapped).logits, model(ids[:, 11:12], same).logits) > 1e-3
+    assert (
+        relative_error(model(ids[:, 11:12], swapped).logits, model(ids[:, 11:12], same).logits)
+        > 1e-3
+    )
     same.reorder_cache(torch.tensor([1, 0]))
     expected_rows = model(ids[:, :12]).logits[[1, 0], 11:]
-    torch.testing.assert_close(model(ids[[1, 0], 11:12], same).logits, expected_rows, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        model(ids[[1, 0], 11:12], same).logits, expected_rows, rtol=1e-9, atol=1e-9
+    )
 
 
 def test_a_state_is_a_value():
@@ -177,7 +213,12 @@ def test_generation_crosses_boundaries_and_keeps_compressing(family):
     beams = model.generate(ids, num_beams=3, do_sample=False, max_new_tokens=4, eos_token_id=None)
     assert sampled.shape == beams.shape == (2, 17)
     ones = torch.ones_like(ids)  # as a tokenizer gives it
-    assert torch.equal(model.generate(ids, attention_mask=ones, do_sample=False, max_new_tokens=9, eos_token_id=None), expected)
+    assert torch.equal(
+        model.generate(
+            ids, attention_mask=ones, do_sample=False, max_new_tokens=9, eos_token_id=None
+        ),
+        expected,
+    )
 
 
 @torch.no_grad()
@@ -185,13 +226,20 @@ def test_logits_to_keep_skips_work_not_results():
     model = make_model()
     ids = random_ids(1, 27)
     decoded = []
-    model.base.model.norm.register_forward_hook(lambda m, args, out: decoded.append(args[0].shape[1]))
+    model.base.model.norm.register_forward_hook(
+        lambda m, args, out: decoded.append(args[0].shape[1])
+    )
     last = model(ids, logits_to_keep=1)
     assert decoded == [3]  # only the tail is decoded
     whole = model(ids)
     assert relative_error(last.logits, whole.logits[:, -1:]) < ROUNDING
     more = random_ids(1, 4, seed=5)
-    assert relative_error(model(more, last.past_key_values).logits, model(more, whole.past_key_values).logits) < ROUNDING
+    assert (
+        relative_error(
+            model(more, last.past_key_values).logits, model(more, whole.past_key_values).logits
+        )
+        < ROUNDING
+    )
 
 
 def test_labels_give_the_document_loss():
@@ -200,7 +248,9 @@ def test_labels_give_the_document_loss():
     labels = ids.clone()
     labels[:, :5] = -100
     output = model(ids, labels=labels)
-    nll = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    nll = torch.nn.functional.cross_entropy(
+        output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    )
     assert relative_error(output.loss, nll) < ROUNDING
 
 
@@ -226,7 +276,12 @@ def test_past_the_capacity_is_an_error_with_the_numbers():
 @pytest.mark.parametrize(
     "num_memory, chunk_size, positions, capacity",
     [
-        (32, 1024, 4096, 100_320),  # 32x.json: 97 full chunks behind up to 3,072 slots, 992 tokens behind 3,104
+        (
+            32,
+            1024,
+            4096,
+            100_320,
+        ),  # 32x.json: 97 full chunks behind up to 3,072 slots, 992 tokens behind 3,104
         (128, 1024, 4096, 26_496),  # 8x.json: 25 and 4,096 - 25 * 128 = 896
         (32, 256, 8192, 63_968),  # smollm2-8x.json: 249 and 8,192 - 249 * 32 = 224
         (2, 8, 8, 8 + 6),  # one chunk fills all positions, then 2 slots leave 6
@@ -236,7 +291,9 @@ def test_past_the_capacity_is_an_error_with_the_numbers():
 )
 def test_capacities(num_memory, chunk_size, positions, capacity):
     """Beside the definition: the first length that any of its chunks has no room for."""
-    memory = MemoryConfig(num_memory=num_memory, chunk_size=chunk_size, lora_rank=128, lora_alpha=512)
+    memory = MemoryConfig(
+        num_memory=num_memory, chunk_size=chunk_size, lora_rank=128, lora_alpha=512
+    )
     assert memory.capacity(positions) == capacity
 
     def fits(length: int) -> bool:
@@ -253,7 +310,10 @@ def test_tokens_start_as_the_eos_embedding_and_share_no_storage():
     eos = model.base.model.embed_tokens.weight[2]
     for name in ("encoder.retrieval_token", "decoder.repeat_token"):
         assert tensors[name].shape == (1, 1, 32) and torch.equal(tensors[name][0, 0], eos)
-    assert len({t.data_ptr() for t in (*tensors.values(), model.base.model.embed_tokens.weight)}) == len(tensors) + 1
+    assert (
+        len({t.data_ptr() for t in (*tensors.values(), model.base.model.embed_tokens.weight)})
+        == len(tensors) + 1
+    )
 
 
 def test_strict_loading_lists_every_fault():
@@ -294,7 +354,12 @@ def test_bfloat16_base_trains_float32_masters():
     uiollms.gradient_step(reference, Sample.language_modeling(random_ids(24), 8))
     exact = gradients(reference)
     # bfloat16 carries 8 bits; three layers of them leave a few per cent
-    assert relative_error(found["decoder.layers.0.v_proj.lora_B"], exact["decoder.layers.0.v_proj.lora_B"]) < 0.1
+    assert (
+        relative_error(
+            found["decoder.layers.0.v_proj.lora_B"], exact["decoder.layers.0.v_proj.lora_B"]
+        )
+        < 0.1
+    )
 
 
 def test_five_families_are_tested():

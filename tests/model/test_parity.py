@@ -1,7 +1,7 @@
 """The authors' program, recorded: every vector of every case, values and gradients.
 
-Tolerances: float64 1e-9 relative against `f64r32` (transformers' RoPE tables are float32, so are that recording's);
-float32 1e-4 (both sides round at every operation, in different orders).
+Tolerances: float64 1e-9 relative against `f64r32` (transformers' RoPE tables are float32, so are
+that recording's); float32 1e-4 (both sides round at every operation, in different orders).
 Cases: tests/parity/, and ../shared/golden/ where it exists.
 """
 
@@ -20,7 +20,13 @@ from uiollms.weights.adapters import load_weights, save_weights
 
 HERE = Path(__file__).parents[1]
 SHARED = HERE.parent.parent / "shared" / "golden"
-CASES = {d.name: d for root in (HERE / "parity", SHARED) if root.is_dir() for d in sorted(root.iterdir()) if d.is_dir()}
+CASES = {
+    d.name: d
+    for root in (HERE / "parity", SHARED)
+    if root.is_dir()
+    for d in sorted(root.iterdir())
+    if d.is_dir()
+}
 PRECISIONS = {"f64r32": (torch.float64, 1e-9), "f32": (torch.float32, 1e-4)}
 
 
@@ -49,9 +55,13 @@ class Case:
             )
         ).to(self.dtype)
         weights = load_file(folder / "weights.safetensors")
-        base.load_state_dict({k.removeprefix("base."): v for k, v in weights.items() if k.startswith("base.")})
+        base.load_state_dict(
+            {k.removeprefix("base."): v for k, v in weights.items() if k.startswith("base.")}
+        )
         self.model = uiollms.MemoryLM(base, uiollms.MemoryConfig(**self.meta["ccf_config"]))
-        self.model.load_memory_state_dict({k: v for k, v in weights.items() if not k.startswith("base.")})
+        self.model.load_memory_state_dict(
+            {k: v for k, v in weights.items() if not k.startswith("base.")}
+        )
         self.chunk_size = self.model.memory_config.chunk_size
 
     def check(self, found: torch.Tensor, expected: torch.Tensor, what: str) -> None:
@@ -59,10 +69,12 @@ class Case:
         assert error <= self.tolerance, f"{what}: relative error {error:.1e}"
 
     def recording(self, name: str) -> tuple[uiollms.Sample, torch.Tensor, dict[str, torch.Tensor]]:
-        """ "lm.tbptt2" -> the sample, its weights, and the gradients by name. Skips the test where this precision
-        has no such recording."""
+        """ "lm.tbptt2" -> the sample, its weights, and the gradients by name. Skips the test
+        where this precision has no such recording."""
         protocol, mode = name.split(".")
-        found = {k.removeprefix(f"{name}."): v for k, v in self.grads.items() if k.startswith(f"{name}.")}
+        found = {
+            k.removeprefix(f"{name}."): v for k, v in self.grads.items() if k.startswith(f"{name}.")
+        }
         found.pop("memory_grad", None)
         if not found:
             pytest.skip("this precision has no such recording")
@@ -89,7 +101,9 @@ def case(request) -> Case:
 def test_memories(case):
     full = case.ids.shape[1] // case.chunk_size
     memory = case.model.encode(case.ids[0, : full * case.chunk_size].view(full, -1))
-    case.check(memory.transpose(0, 1), case.forward["memory"], "memory [chunk, layer, slot, hidden]")
+    case.check(
+        memory.transpose(0, 1), case.forward["memory"], "memory [chunk, layer, slot, hidden]"
+    )
 
 
 def test_logits_of_whole_chunks_and_the_last_partial_one(case):
@@ -112,7 +126,9 @@ def test_perplexity(case):
     facts = case.facts["perplexity"]
     assert score.perplexity == pytest.approx(facts["first_instance"], rel=case.tolerance)
     second = uiollms.score(case.model, case.data["input_ids_second"], "paper")
-    assert second.perplexity == pytest.approx(facts["second_instance_with_reset"], rel=case.tolerance)
+    assert second.perplexity == pytest.approx(
+        facts["second_instance_with_reset"], rel=case.tolerance
+    )
 
 
 @pytest.mark.parametrize("kind", ["ids", "ids_eos"])
@@ -137,14 +153,28 @@ def test_generation_logits(case):
         output = case.model(new[:, i : i + 1], state)
         state = output.past_key_values
         logits.append(output.logits)
-    case.check(torch.cat(logits, 1)[:, :-1], case.forward["generate.logits"][:, 1:], "generation logits")
+    case.check(
+        torch.cat(logits, 1)[:, :-1], case.forward["generate.logits"][:, 1:], "generation logits"
+    )
 
 
 def test_auto_encoding(case):
-    case.check(case.model.reconstruct(case.ids[:, : case.chunk_size]), case.forward["ae.logits"], "auto-encoding logits")
+    case.check(
+        case.model.reconstruct(case.ids[:, : case.chunk_size]),
+        case.forward["ae.logits"],
+        "auto-encoding logits",
+    )
 
 
-RECORDED = ["lm.full", "lm.tbptt1", "lm.tbptt2", "lm.tbptt4", "lm.tbptt4_last_admitted", "beacon.full", "beacon.tbptt2"]
+RECORDED = [
+    "lm.full",
+    "lm.tbptt1",
+    "lm.tbptt2",
+    "lm.tbptt4",
+    "lm.tbptt4_last_admitted",
+    "beacon.full",
+    "beacon.tbptt2",
+]
 
 
 @pytest.mark.parametrize("chunk_batch", [1, 3, 8])
@@ -181,4 +211,6 @@ def test_the_authors_checkpoint_is_read_and_written(tmp_path):
     save_weights(model, tmp_path / "copy.pth")
     theirs = torch.load(folder / "reference_checkpoint.pth", weights_only=True)
     ours = torch.load(tmp_path / "copy.pth", weights_only=True)
-    assert len(ours) == len(theirs) and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert len(ours) == len(theirs) and all(
+        torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)
+    )

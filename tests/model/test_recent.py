@@ -316,8 +316,12 @@ def test_attention_apart_and_joined_agree(monkeypatch):
     """The memory where it lies, and a copy of it in front of every row."""
     found = []
     for apart in (True, False):
-        monkeypatch.setattr("uiollms.training.step.supports_in_place", lambda base, apart=apart: apart)
-        monkeypatch.setattr("uiollms.evaluation.scoring.supports_in_place", lambda base, apart=apart: apart)
+        monkeypatch.setattr(
+            "uiollms.training.step.supports_in_place", lambda base, apart=apart: apart
+        )
+        monkeypatch.setattr(
+            "uiollms.evaluation.scoring.supports_in_place", lambda base, apart=apart: apart
+        )
         model, sample = model_of(5), Sample.document(random_ids(45), 8)
         with torch.no_grad():
             losses = token_losses(model, sample)[1]

@@ -1,4 +1,5 @@
-"""One model used by many threads: each gets the answer that it would get alone, and nobody's base is changed."""
+"""One model used by many threads: each gets the answer that it would get alone, and nobody's
+base is changed."""
 
 from __future__ import annotations
 
@@ -53,7 +54,8 @@ def test_hashing_survives_a_fork():
 
 
 def mixed_calls(model: MemoryLM) -> list[Callable[[], Tensor]]:
-    """Scoring in every mode, generating, compressing, streams with and without a graph, the base alone."""
+    """Scoring in every mode, generating, compressing, streams with and without a graph, the base
+    alone."""
     texts = [random_ids(20 + i % 9, seed=i) for i in range(THREADS)]
 
     def encoder_gradient(ids: Tensor) -> Tensor:
@@ -77,10 +79,13 @@ def mixed_calls(model: MemoryLM) -> list[Callable[[], Tensor]]:
 
 @pytest.mark.parametrize("rests", ["in memory", "on disk"])
 def test_fifty_threads_get_their_own_answers(tmp_path: Path, rests: str) -> None:
-    """Bit for bit: the same kernels on the same numbers. On disk, weights are put into modules for the time of a call."""
+    """Bit for bit: the same kernels on the same numbers. On disk, weights are put into modules
+    for the time of a call."""
     base = make_base("qwen3")
     if rests == "on disk":
-        place(base, {"model": "cpu", "model.layers.1": "disk", "lm_head": "disk"}, "e.json", tmp_path)
+        place(
+            base, {"model": "cpu", "model.layers.1": "disk", "lm_head": "disk"}, "e.json", tmp_path
+        )
     model = MemoryLM(base, DROPPING)
     model.load_memory_state_dict(make_model("qwen3").memory_state_dict())
     model.generation_config.pad_token_id = 0
@@ -93,8 +98,13 @@ def test_fifty_threads_get_their_own_answers(tmp_path: Path, rests: str) -> None
 
 
 def test_threads_share_a_base_that_accelerate_offloads() -> None:
-    base, texts = make_base(dtype=torch.float32), [random_ids(20 + i % 9, seed=i) for i in range(THREADS)]
-    with pytest.raises(ValueError, match="a float64 base whose weights are offloaded is not supported"):
+    base, texts = (
+        make_base(dtype=torch.float32),
+        [random_ids(20 + i % 9, seed=i) for i in range(THREADS)],
+    )
+    with pytest.raises(
+        ValueError, match="a float64 base whose weights are offloaded is not supported"
+    ):
         MemoryLM(accelerate.cpu_offload(make_base()), MEMORY)
     plain = make_model(dtype=torch.float32)
     alone = [score(plain, ids).nll for ids in texts]
@@ -107,20 +117,29 @@ def test_threads_share_a_base_that_accelerate_offloads() -> None:
 
 @torch.no_grad()
 def test_many_threads_go_on_from_one_state() -> None:
-    """The keys and values of an open chunk lie in one buffer: one thread may write behind them, the others copy."""
+    """The keys and values of an open chunk lie in one buffer: one thread may write behind them,
+    the others copy."""
     model, ids = make_model(), random_ids(1, 19)
     state = model(ids).past_key_values
     state = model(ids[:, :1], state).past_key_values  # the open chunk now lies in buffers with room
     assert state.rooms
     calls = [lambda i=i: model(random_ids(1, 3, seed=i), state).logits for i in range(THREADS)]
-    fresh = [model(torch.cat([ids, ids[:, :1], random_ids(1, 3, seed=i)], 1)).logits[:, -3:] for i in range(THREADS)]
+    fresh = [
+        model(torch.cat([ids, ids[:, :1], random_ids(1, 3, seed=i)], 1)).logits[:, -3:]
+        for i in range(THREADS)
+    ]
     for found, expected in zip(together(calls), fresh, strict=True):
         assert torch.allclose(found, expected, atol=1e-12)  # float64, other splits of the same sums
 
 
 def test_one_claim_of_a_room_succeeds() -> None:
     room = KVBuffer(torch.zeros(1, 1, 9, 1), torch.zeros(1, 1, 9, 1), 4)
-    assert [room.claim(4, 2), room.claim(4, 2), room.claim(6, 1), room.length] == [True, False, True, 7]
+    assert [room.claim(4, 2), room.claim(4, 2), room.claim(6, 1), room.length] == [
+        True,
+        False,
+        True,
+        7,
+    ]
 
 
 def test_gradient_steps_of_two_models_on_one_base() -> None:
@@ -132,7 +151,13 @@ def test_gradient_steps_of_two_models_on_one_base() -> None:
         model.train()
 
     def step(i: int) -> Tensor:
-        gradient_step(models[i], Sample.language_modeling(random_ids(30, seed=i), 8), estimator="uio", S=1, rng=i)
+        gradient_step(
+            models[i],
+            Sample.language_modeling(random_ids(30, seed=i), 8),
+            estimator="uio",
+            S=1,
+            rng=i,
+        )
         return torch.cat([g.flatten() for g in gradients(models[i]).values()])
 
     calls = [lambda i=i: step(i) for i in range(len(models))]
@@ -141,7 +166,7 @@ def test_gradient_steps_of_two_models_on_one_base() -> None:
         assert torch.equal(found, expected)
 
 
-# ---- shells ---------------------------------------------------------------------------------------------------------
+# ---- shells --------------------------------------------------------------------------------------
 
 
 def test_a_skeleton_shares_the_parts_and_leaves_the_base_alone() -> None:
@@ -162,7 +187,8 @@ def test_a_skeleton_shares_the_parts_and_leaves_the_base_alone() -> None:
 
 @torch.no_grad()
 def test_what_a_library_bound_around_a_layer_is_not_bound_to_its_shell() -> None:
-    """As accelerate and torch.compile do: a `forward` in the instance, which would run the original."""
+    """As accelerate and torch.compile do: a `forward` in the instance, which would run the
+    original."""
     base = make_base()
     expected = MemoryLM(base, MEMORY)(random_ids(1, 20)).logits
     for layer in base.model.layers:
@@ -179,7 +205,9 @@ def test_a_copy_of_a_model_stands_alone() -> None:
     for parameter in other.parameters():
         parameter.zero_()
     assert torch.equal(model(ids).logits, expected) and not torch.equal(other(ids).logits, expected)
-    assert torch.equal(model.to(torch.float32)(ids).logits.isfinite(), torch.ones_like(expected, dtype=torch.bool))
+    assert torch.equal(
+        model.to(torch.float32)(ids).logits.isfinite(), torch.ones_like(expected, dtype=torch.bool)
+    )
 
 
 def test_a_sharded_base_is_refused() -> None:
@@ -189,14 +217,19 @@ def test_a_sharded_base_is_refused() -> None:
     base = make_base()
     layer = base.model.layers[0]
     layer.__class__ = type("FSDPLayer", (FSDPModule, type(layer)), {})
-    with pytest.raises(ValueError, match="whole layers of the base are sharded by FSDP; shard its linear layers only"):
+    with pytest.raises(
+        ValueError,
+        match="whole layers of the base are sharded by FSDP; shard its linear layers only",
+    ):
         MemoryLM(base, MEMORY)
 
 
 @torch.no_grad()
 def test_hooks_that_a_user_puts_on_layers_run_for_shells() -> None:
     base, seen = make_base(), []
-    base.model.layers[1].register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    base.model.layers[1].register_forward_hook(
+        lambda module, args, output: seen.append(output.shape)
+    )
     layers = skeleton(base)
     model = MemoryLM(base, MEMORY)
     model(random_ids(1, 8))

@@ -1,4 +1,5 @@
-"""What the release, or a table of the paper, has otherwise: masters in the base's dtype, no transfer head."""
+"""What the release, or a table of the paper, has otherwise: masters in the base's dtype, no
+transfer head."""
 
 import json
 from pathlib import Path
@@ -19,7 +20,7 @@ TRAIN = ["train.py", "--env_conf", "env.json"]
 WITHOUT = MemoryConfig(**MEMORY.model_dump() | dict(transfer_head=False))
 
 
-# ---- "master_dtype": "base" -----------------------------------------------------------------------------------------------
+# ---- "master_dtype": "base" ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("masters, expected", [("fp32", torch.float32), ("base", torch.bfloat16)])
@@ -31,7 +32,9 @@ def test_all_that_is_trained_has_the_masters_dtype(masters, expected):
     uiollms.gradient_step(model, Sample.document(random_ids(30), 8), estimator="uio", S=1, rng=0)
     optimizer.step()
     trained = [p for p in parameters if p.grad is not None]
-    moments = [t for state in optimizer.state.values() for name, t in state.items() if name != "step"]
+    moments = [
+        t for state in optimizer.state.values() for name, t in state.items() if name != "step"
+    ]
     assert len(trained) > 10 and len(moments) == 2 * len(trained)
     assert {t.dtype for t in (*parameters, *(p.grad for p in trained), *moments)} == {expected}
     assert MemoryLM(make_base(dtype=torch.float64), MEMORY, masters).master_dtype == torch.float64
@@ -48,18 +51,30 @@ def test_sums_of_memory_gradients_have_the_masters_dtype(monkeypatch):
     monkeypatch.setattr(uiollms.training.step.MemoryGradients, "__init__", watched)
     for masters in ("fp32", "base"):
         model = MemoryLM(make_base(dtype=torch.bfloat16), MEMORY, masters)
-        result = uiollms.gradient_step(model, Sample.document(random_ids(30), 8), estimator="uio", S=1, rng=0)
+        result = uiollms.gradient_step(
+            model, Sample.document(random_ids(30), 8), estimator="uio", S=1, rng=0
+        )
         assert result.nll.dtype == torch.float32  # a report is no sum of gradients
     assert seen == [{torch.float32}, {torch.bfloat16}]
 
 
 def test_small_steps_vanish_in_the_bases_dtype(workspace, capsys):
-    """Page 6, row 17: with weight decay alone nothing moves in bfloat16, in float32 it does. And a run resumes only under the
-    dtype it began with; its checkpoint holds that dtype."""
-    changes = ("model.model_dtype=bf16", "train.tasks=[]", "train.max_lr=1e-5", "train.warmup=0", "train.save=1")
+    """Page 6, row 17: with weight decay alone nothing moves in bfloat16, in float32 it does. And
+    a run resumes only under the dtype it began with; its checkpoint holds that dtype."""
+    changes = (
+        "model.model_dtype=bf16",
+        "train.tasks=[]",
+        "train.max_lr=1e-5",
+        "train.warmup=0",
+        "train.save=1",
+    )
     to_device = {}
     for masters in ("fp32", "base"):
-        own = (f"train.master_dtype={masters}", f"train.run_dir={masters}", f"model.save_ckp={masters}.pth")
+        own = (
+            f"train.master_dtype={masters}",
+            f"train.run_dir={masters}",
+            f"model.save_ckp={masters}.pth",
+        )
         flags = [f"--set={change}" for change in (*changes, *own)]
         assert call(*TRAIN, *flags) == 0
         saved = Path(masters) / "checkpoints" / "step-00000003"
@@ -67,10 +82,14 @@ def test_small_steps_vanish_in_the_bases_dtype(workspace, capsys):
         assert {t.dtype for t in torch.load(f"{masters}.pth", weights_only=True)} == {dtype}
         moments = load_file(saved / "optimizer.safetensors")
         assert {t.dtype for name, t in moments.items() if not name.endswith(".step")} == {dtype}
-        model, _ = uiollms.build.load_memory_lm(load_env_config("env.json", [c[6:] for c in flags]), "env.json")
+        model, _ = uiollms.build.load_memory_lm(
+            load_env_config("env.json", [c[6:] for c in flags]), "env.json"
+        )
         fresh = model.trainable_parameters()["encoder.layers.0.q_proj.lora_A"].detach().clone()
         load_weights(model, saved)
-        to_device[masters] = (model.trainable_parameters()["encoder.layers.0.q_proj.lora_A"] != fresh).float().mean()
+        to_device[masters] = (
+            (model.trainable_parameters()["encoder.layers.0.q_proj.lora_A"] != fresh).float().mean()
+        )
     assert to_device["fp32"] > 0.9 and to_device["base"] < 0.5
     other = [flag.replace("master_dtype=base", "master_dtype=fp32") for flag in flags]
     assert call(*TRAIN, "--resume", *other) == 2
@@ -88,17 +107,20 @@ def test_the_plan_knows_the_masters(workspace):
     assert needs["base"].trained < 0.6 * needs["fp32"].trained
 
 
-# ---- "transfer_head": false -----------------------------------------------------------------------------------------------
+# ---- "transfer_head": false ----------------------------------------------------------------------
 
 
 def test_without_a_transfer_head_memory_is_read_through_the_frozen_weights(family):
-    """Logits and gradients are those of a decoder LoRA that is zero; the decoder has nothing to train but its token."""
+    """Logits and gradients are those of a decoder LoRA that is zero; the decoder has nothing to
+    train but its token."""
     whole = make_model(family)
     for name, parameter in whole.trainable_parameters().items():
         if name.startswith("decoder.layers."):
             torch.nn.init.zeros_(parameter)
     bare = MemoryLM(whole.base, WITHOUT)
-    rest = {n: t for n, t in whole.memory_state_dict().items() if not n.startswith("decoder.layers.")}
+    rest = {
+        n: t for n, t in whole.memory_state_dict().items() if not n.startswith("decoder.layers.")
+    }
     bare.load_memory_state_dict(rest)
     assert set(bare.trainable_parameters()) == set(rest)
     ids = random_ids(1, 30)
@@ -121,15 +143,21 @@ def test_weights_without_a_transfer_head(tmp_path, name):
     torch.nn.init.normal_(model.encoder.get_parameter("retrieval_token"))
     save_weights(model, tmp_path / name)
     load_weights(other, tmp_path / name)
-    assert all(torch.equal(t, other.memory_state_dict()[k]) for k, t in model.memory_state_dict().items())
-    message = "transfer_head False, the config says True" if name == "folder" else "expected a list of"
+    assert all(
+        torch.equal(t, other.memory_state_dict()[k]) for k, t in model.memory_state_dict().items()
+    )
+    message = (
+        "transfer_head False, the config says True" if name == "folder" else "expected a list of"
+    )
     with pytest.raises(ConfigError, match=message):
         load_weights(MemoryLM(base, MEMORY), tmp_path / name)
 
 
 def test_a_run_without_a_transfer_head(workspace):
     """Trains, resumes, plans, and is no run with one."""
-    Path("memory.json").write_text(json.dumps(json.loads(Path("memory.json").read_text()) | dict(transfer_head=False)))
+    Path("memory.json").write_text(
+        json.dumps(json.loads(Path("memory.json").read_text()) | dict(transfer_head=False))
+    )
     assert call(*TRAIN) == 0
     line = json.loads(Path("out/metrics.jsonl").read_text().splitlines()[0])
     assert line["grad_norms"]["decoder_lora"] == 0 and line["grad_norms"]["encoder_lora"] > 0
@@ -137,5 +165,7 @@ def test_a_run_without_a_transfer_head(workspace):
     assert call(*TRAIN, "--resume", "--set=train.train_iters=4") == 0
     assert call("test.py", "--env_conf", "env.json") == 0
     assert make_plan(load_env_config("env.json"), "env.json").flops > 0
-    Path("memory.json").write_text(json.dumps(json.loads(Path("memory.json").read_text()) | dict(transfer_head=True)))
+    Path("memory.json").write_text(
+        json.dumps(json.loads(Path("memory.json").read_text()) | dict(transfer_head=True))
+    )
     assert call(*TRAIN, "--resume", "--set=train.train_iters=5") == 2

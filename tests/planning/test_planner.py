@@ -1,4 +1,5 @@
-"""--dry_run: its figures against the whole step and against measured memory, its search, its errors, the command."""
+"""--dry_run: its figures against the whole step and against measured memory, its search, its
+errors, the command."""
 
 import json
 import os
@@ -30,8 +31,9 @@ def rehearsal(*changes: str, machine=None) -> StepSimulation:
 
 @pytest.mark.parametrize("estimator", ["exact", "uio"])
 def test_the_shortened_and_extended_rehearsal_is_the_whole_step(workspace, monkeypatch, estimator):
-    """A document of 18 chunks in batches of 2, whose need is extended from 12, against every batch of the real estimator. 2 %:
-    a whole step starts from other sizes of what is freed piece by piece."""
+    """A document of 18 chunks in batches of 2, whose need is extended from 12, against every
+    batch of the real estimator. 2 %: a whole step starts from other sizes of what is freed piece
+    by piece."""
     changes = (f"train.estimator={estimator}", "train.chunk_batch=2", HALVES)
     short = rehearsal(*changes, machine=dict.fromkeys([*GPUS, CPU], 2**30)).need(17, 2)
 
@@ -53,17 +55,27 @@ def test_the_shortened_and_extended_rehearsal_is_the_whole_step(workspace, monke
 def test_the_parts_are_what_they_say(workspace):
     machine = dict.fromkeys([*GPUS, CPU], 2**30)
     need = rehearsal(HALVES, machine=machine).need(4, 2)[GPUS[1]]
-    layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32  # q, o: 32 x 32; k, v: 32 x 16; MLP; norms
+    layer = (
+        2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32
+    )  # q, o: 32 x 32; k, v: 32 x 16; MLP; norms
     assert need.weights == 4 * (layer + 259 * 32)  # and the head
-    lora = 4 * (2 * (2 * 32 + 32 * 2) - 2 * 16 + 2 * (2 * 32 + 16 * 2))  # ranks 2: encoder q, v and decoder k, v
+    lora = 4 * (
+        2 * (2 * 32 + 32 * 2) - 2 * 16 + 2 * (2 * 32 + 16 * 2)
+    )  # ranks 2: encoder q, v and decoder k, v
     assert need.trained == pytest.approx(4 * lora, rel=0.01)
     slots, weighted = 4 * 2, 3 * 2  # the reservoir's draw leaves one of the four chunks out
-    assert (need.memories, need.kv, need.kv_gradients) == (slots * 32 * 4, 2 * slots * 16 * 4, 2 * (slots + weighted) * 16 * 4)
+    assert (need.memories, need.kv, need.kv_gradients) == (
+        slots * 32 * 4,
+        2 * slots * 16 * 4,
+        2 * (slots + weighted) * 16 * 4,
+    )
 
 
 def test_checkpointing_needs_less(workspace):
     """Of the two layers' inner activations one layer's remain, and the inputs of both."""
-    kept, twice = (rehearsal(f"train.checkpointing={value}").need(4, 4)[CPU] for value in ("false", "true"))
+    kept, twice = (
+        rehearsal(f"train.checkpointing={value}").need(4, 4)[CPU] for value in ("false", "true")
+    )
     assert kept[:5] == twice[:5] and twice.activations < 0.8 * kept.activations
 
 
@@ -82,8 +94,11 @@ def test_what_fits_and_what_is_largest(workspace, monkeypatch):
 
 
 def test_chunk_batch_auto_is_what_memory_allows(workspace, monkeypatch):
-    """The largest that leaves a fifth free, nothing past the largest, and 1 where nothing fits; processes share the CPU."""
-    config = load_env_config("env.json", ["train.chunk_batch=auto"])  # a document of 80 tokens: 4 chunks in memory
+    """The largest that leaves a fifth free, nothing past the largest, and 1 where nothing fits;
+    processes share the CPU."""
+    config = load_env_config(
+        "env.json", ["train.chunk_batch=auto"]
+    )  # a document of 80 tokens: 4 chunks in memory
     needs = StepSimulation(config, "env.json", {CPU: 2**40})
 
     def chosen(free: float) -> int:
@@ -113,7 +128,9 @@ def test_largest_finds_the_last_that_fits():
 
 def test_weights_on_disk_take_the_largest_of_them(workspace):
     everything = rehearsal().need(4, 4)[CPU]
-    resting = rehearsal('model.device_map={"model":"cpu","model.layers.1":"disk","lm_head":"cpu"}').need(4, 4)[CPU]
+    resting = rehearsal(
+        'model.device_map={"model":"cpu","model.layers.1":"disk","lm_head":"cpu"}'
+    ).need(4, 4)[CPU]
     matrices = 4 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32)
     assert everything.weights - resting.weights == matrices - 4 * 32 * 48
 
@@ -121,15 +138,32 @@ def test_weights_on_disk_take_the_largest_of_them(workspace):
 def test_the_command(workspace, capsys):
     assert call("train.py", "--env_conf", "env.json", "--dry_run") == 0
     printed = capsys.readouterr().out
-    assert "a document of 80 tokens, chunk_batch 4" in printed and "longest document with chunk_batch 4: 926 tokens" in printed
+    assert (
+        "a document of 80 tokens, chunk_batch 4" in printed
+        and "longest document with chunk_batch 4: 926 tokens" in printed
+    )
     assert "s where 100 GFLOP/s are really done" in printed
     assert not Path("out").exists()  # nothing is run
-    assert call("train.py", "--env_conf", "env.json", "--dry_run", "--set", "model.device_map=0") == 3
+    assert (
+        call("train.py", "--env_conf", "env.json", "--dry_run", "--set", "model.device_map=0") == 3
+    )
     assert "not here" in capsys.readouterr().out
     here = ("--set", "model.device_map=auto", "--device_memory", "1GiB")
     assert call("train.py", "--env_conf", "env.json", "--dry_run", *here) == 0
     assert "cuda:0" in capsys.readouterr().out
-    assert call("train.py", "--env_conf", "env.json", "--dry_run", "--set", "model.device_map=1", "--device_memory", "1GiB") == 2
+    assert (
+        call(
+            "train.py",
+            "--env_conf",
+            "env.json",
+            "--dry_run",
+            "--set",
+            "model.device_map=1",
+            "--device_memory",
+            "1GiB",
+        )
+        == 2
+    )
     assert "GPU 1 does not exist, this machine has 1" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         call("train.py", "--env_conf", "env.json", "--device_memory", "1GiB")
@@ -145,7 +179,8 @@ def test_the_command(workspace, capsys):
     ],
 )
 def test_the_longest_document_of_the_corpora(monkeypatch, entries, longest):
-    """Of 32x.json: texts may fill the capacity, a sample of `beacons sampled.N` has at most N tokens."""
+    """Of 32x.json: texts may fill the capacity, a sample of `beacons sampled.N` has at most N
+    tokens."""
     monkeypatch.chdir(ROOT)
     corpora = [dict(name=name, truncation=n, partition=1 / len(entries)) for name, n in entries]
     config = load_env_config("32x.json", [f"train.corpus={json.dumps(corpora)}"])
@@ -153,7 +188,8 @@ def test_the_longest_document_of_the_corpora(monkeypatch, entries, longest):
 
 
 def test_a_document_at_the_capacity_ends_in_a_partial_chunk(workspace):
-    """128 positions, chunks of 16 into 2 slots: 57 chunks and 14 tokens, all of them behind 57 * 2 slots."""
+    """128 positions, chunks of 16 into 2 slots: 57 chunks and 14 tokens, all of them behind 57 *
+    2 slots."""
     rehearsed = rehearsal(machine={})
     ends = {chunks: len(rehearsed.document(chunks).rows[-1].input_ids) for chunks in (1, 56, 57)}
     assert ends == {1: 16, 56: 16, 57: 14}
@@ -161,7 +197,9 @@ def test_a_document_at_the_capacity_ends_in_a_partial_chunk(workspace):
 
 def test_sizes():
     assert parse_memory("24GiB, 80GB") == {GPUS[0]: 24 * 2**30, GPUS[1]: 80 * 10**9}
-    with pytest.raises(ConfigError, match="--device_memory 24,24: expected one size a GPU, such as 24GiB,24GiB"):
+    with pytest.raises(
+        ConfigError, match="--device_memory 24,24: expected one size a GPU, such as 24GiB,24GiB"
+    ):
         parse_memory("24,24")
 
 
@@ -222,9 +260,10 @@ print(json.dumps(result))
     [(8, 1536), (8, 4096), (2, 2304)],
 )
 def test_predicted_memory_is_measured_memory(key_value_heads, length):
-    """The rise of the resident set over a step, within 5 % (the goal is 15 %). glibc is told to give every freed tensor back
-    (MALLOC_MMAP_THRESHOLD_): by default it keeps freed blocks of up to 32 MiB for itself, which is no tensor's memory. Nor is
-    what oneDNN keeps for every shape of product, some 15 MiB here (docs/scaling.md), so it is off."""
+    """The rise of the resident set over a step, within 5 % (the goal is 15 %). glibc is told to
+    give every freed tensor back (MALLOC_MMAP_THRESHOLD_): by default it keeps freed blocks of up
+    to 32 MiB for itself, which is no tensor's memory. Nor is what oneDNN keeps for every shape
+    of product, some 15 MiB here (docs/scaling.md), so it is off."""
     ran = subprocess.run(
         [sys.executable, "-c", MEASURE, str(key_value_heads), str(length)],
         capture_output=True, text=True, env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"},

@@ -1,4 +1,5 @@
-"""Placement proven without a GPU: the real step and evaluation on pretended devices, 32x.json at its true shape."""
+"""Placement proven without a GPU: the real step and evaluation on pretended devices, 32x.json at
+its true shape."""
 
 from pathlib import Path
 
@@ -22,7 +23,9 @@ GPUS = [torch.device("cuda", i) for i in range(2)]
 TWO = dict.fromkeys([*GPUS, CPU], 2**40)
 
 
-def placed(world: SimulatedDevices, base, device_map, memory: MemoryConfig, path="e.json") -> MemoryLM:
+def placed(
+    world: SimulatedDevices, base, device_map, memory: MemoryConfig, path="e.json"
+) -> MemoryLM:
     send(base, resolved(base, device_map, path, TWO))
     model = MemoryLM(base, memory)
     model.chunk_batch = 2
@@ -30,7 +33,9 @@ def placed(world: SimulatedDevices, base, device_map, memory: MemoryConfig, path
     return model.train()
 
 
-def assert_everything_is_with_its_layer(world: SimulatedDevices, model: MemoryLM, sample: Sample) -> None:
+def assert_everything_is_with_its_layer(
+    world: SimulatedDevices, model: MemoryLM, sample: Sample
+) -> None:
     memory, _ = encode_all(model, sample.chunks)
     keys, values = project_all(model, memory)
     size, all_chunks = model.memory_config.num_memory, range(len(memory[0]))
@@ -39,14 +44,25 @@ def assert_everything_is_with_its_layer(world: SimulatedDevices, model: MemoryLM
     layers = len(memory)
     for i, layer in enumerate(model.base.model.layers):
         where = layer_device(layer)
-        everything = [memory[i], keys[i], values[i], sums.total[i], sums.total[layers + i], sums.weighted[i]]
+        everything = [
+            memory[i],
+            keys[i],
+            values[i],
+            sums.total[i],
+            sums.total[layers + i],
+            sums.weighted[i],
+        ]
         assert {world.device_of(t) for t in everything} == {where}
         lora = [p for role in (model.encoder, model.decoder) for p in role.layers[i].parameters()]
         assert {world.device_of(p) for p in lora} == {where}
     for name, parameter in model.trainable_parameters().items():
-        idle = f"encoder.layers.{layers - 1}." in name or name == "decoder.repeat_token"  # nothing reads what they change
+        idle = (
+            f"encoder.layers.{layers - 1}." in name or name == "decoder.repeat_token"
+        )  # nothing reads what they change
         assert (parameter.grad is None) == idle, name
-        assert parameter.grad is None or world.device_of(parameter.grad) == world.device_of(parameter), name
+        assert parameter.grad is None or world.device_of(parameter.grad) == world.device_of(
+            parameter
+        ), name
 
 
 @pytest.fixture(scope="module")
@@ -54,19 +70,31 @@ def llama():
     """32x.json on two pretended GPUs, and the world it lives in."""
     config = load_env_config(ROOT / "32x.json")
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(KNOWN_SHAPES[config.model.model_name], dtype=torch.bfloat16)
+        base = AutoModelForCausalLM.from_config(
+            KNOWN_SHAPES[config.model.model_name], dtype=torch.bfloat16
+        )
     with SimulatedDevices() as world:
-        model = placed(world, base, config.model.device_map, load_memory_config(ROOT / config.model.config), "32x.json")
+        model = placed(
+            world,
+            base,
+            config.model.device_map,
+            load_memory_config(ROOT / config.model.config),
+            "32x.json",
+        )
     return world, model
 
 
-@pytest.mark.parametrize("estimator, reads", [("exact", 0), ("tbptt", 0), ("uio", 0), ("importance", 1)])
+@pytest.mark.parametrize(
+    "estimator, reads", [("exact", 0), ("tbptt", 0), ("uio", 0), ("importance", 1)]
+)
 def test_32x_trains_on_two_gpus(llama, estimator, reads):
-    """Nothing waits for a GPU inside a document, but where `importance` reads its norms, once; it also encodes chunks twice,
-    the others keep the graph of so short a document."""
+    """Nothing waits for a GPU inside a document, but where `importance` reads its norms, once;
+    it also encodes chunks twice, the others keep the graph of so short a document."""
     world, model = llama
     with world:
-        assert [layer_device(layer) for layer in model.base.model.layers] == [GPUS[0]] * 16 + [GPUS[1]] * 16
+        assert [layer_device(layer) for layer in model.base.model.layers] == [GPUS[0]] * 16 + [
+            GPUS[1]
+        ] * 16
         model.zero_grad()
         sample = Sample.language_modeling(random_ids(2 * 1024 + 300), 1024)
         world.watch_from_here()
@@ -106,7 +134,12 @@ def tiny():
         Sample.document(random_ids(45), 8).distilled(0.5),
         Sample.copy(random_ids(24), 8),
         Sample.memory_utilization(random_ids(24), random_ids(6), 8),
-        Sample.questions(random_ids(24), [(random_ids(3), random_ids(2)), (random_ids(2), random_ids(4))], 8, kl_weight=0.9),
+        Sample.questions(
+            random_ids(24),
+            [(random_ids(3), random_ids(2)), (random_ids(2), random_ids(4))],
+            8,
+            kl_weight=0.9,
+        ),
     ],
     ids=["document", "distilled", "copy", "utilization", "questions"],
 )
@@ -133,11 +166,14 @@ def test_layers_on_the_cpu_among_gpus(tiny):
     model = placed(world, base, {"model": 0, "model.layers.1": "cpu", "lm_head": "cpu"}, MEMORY)
     sample = Sample.document(random_ids(45), 8)
     uiollms.gradient_step(model, sample, estimator="uio", S=1, rng=0)
-    assert set(world.syncs) <= {"copy from cuda:0 to cpu:0", "copy from cpu:0 to cuda:0"} and world.syncs
+    assert (
+        set(world.syncs) <= {"copy from cuda:0 to cpu:0", "copy from cpu:0 to cuda:0"}
+        and world.syncs
+    )
     assert_everything_is_with_its_layer(world, model, sample)
 
 
-# ---- what is wrong is caught ------------------------------------------------------------------------------------------
+# ---- what is wrong is caught ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -150,7 +186,8 @@ def test_layers_on_the_cpu_among_gpus(tiny):
     ],
 )
 def test_a_forgotten_move_is_caught(tiny, monkeypatch, forgotten):
-    """Masks and rotary tables (base), hidden states (model), targets (step), positions (attention) left where they were."""
+    """Masks and rotary tables (base), hidden states (model), targets (step), positions
+    (attention) left where they were."""
     _, model = tiny
     monkeypatch.setattr(forgotten, lambda tensor, device: tensor)
     with pytest.raises(SimulationError, match="mixes tensors of"):
@@ -160,7 +197,9 @@ def test_a_forgotten_move_is_caught(tiny, monkeypatch, forgotten):
 def test_a_wait_inside_a_document_is_counted(tiny, monkeypatch):
     world, model = tiny
     sample = Sample.document(random_ids(45), 8)
-    monkeypatch.setattr("uiollms.model.memory_lm.to_device", lambda tensor, device: tensor.to(device))  # blocking
+    monkeypatch.setattr(
+        "uiollms.model.memory_lm.to_device", lambda tensor, device: tensor.to(device)
+    )  # blocking
     uiollms.gradient_step(model, sample, rng=0)
     assert world.syncs["copy from cpu to cuda:0"] > 3
 
@@ -168,8 +207,15 @@ def test_a_wait_inside_a_document_is_counted(tiny, monkeypatch):
 def test_operations_that_real_devices_refuse():
     with SimulatedDevices() as world:
         a, b = (torch.ones(3, 4, device=gpu) for gpu in GPUS)
-        assert (a.device, b.to(a).device, (a * 2).device, a.to("cpu").device) == (GPUS[0], GPUS[0], GPUS[0], HOST)
-        assert (a + torch.tensor(2.0)).device == GPUS[0]  # a number may come from the CPU, as in torch
+        assert (a.device, b.to(a).device, (a * 2).device, a.to("cpu").device) == (
+            GPUS[0],
+            GPUS[0],
+            GPUS[0],
+            HOST,
+        )
+        assert (a + torch.tensor(2.0)).device == GPUS[
+            0
+        ]  # a number may come from the CPU, as in torch
         for wrong in (lambda: a + b, lambda: a @ torch.ones(4, 2), lambda: torch.cat([a, b])):
             with pytest.raises(SimulationError, match="mixes tensors of"):
                 wrong()
@@ -177,7 +223,11 @@ def test_operations_that_real_devices_refuse():
         a[torch.tensor([0, 1])]
         a.sum().item()
         a.copy_(torch.ones(3, 4))
-        assert world.syncs == {"index on cuda:0 from the CPU": 1, "item on cuda:0": 1, "copy from cpu:0 to cuda:0": 1}
+        assert world.syncs == {
+            "index on cuda:0 from the CPU": 1,
+            "item on cuda:0": 1,
+            "copy from cpu:0 to cuda:0": 1,
+        }
         with pytest.raises(SimulationError, match="would wait for the device"):
             a.nonzero()
 

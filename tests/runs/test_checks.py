@@ -1,4 +1,5 @@
-"""Whatever a config decides is decided before a model or a corpus is fetched, by what a command reads, all faults at once."""
+"""Whatever a config decides is decided before a model or a corpus is fetched, by what a command
+reads, all faults at once."""
 
 import json
 import os
@@ -14,7 +15,13 @@ from test_commands import call
 
 from uiollms import ConfigError, MemoryLM
 from uiollms.build import check_env, load_memory_lm, weights_of
-from uiollms.config.sections import EnvConfig, TrainSection, load_env_config, load_memory_config, parse
+from uiollms.config.sections import (
+    EnvConfig,
+    TrainSection,
+    load_env_config,
+    load_memory_config,
+    parse,
+)
 from uiollms.data import open_corpus
 from uiollms.runs.checks import check_evaluation, check_folder, check_training
 from uiollms.training.optimizer import SampleStream, Stream
@@ -59,14 +66,21 @@ WRONG = {
 
 
 @pytest.mark.parametrize("weights", ["book0.txt", "."])
-def test_weights_that_are_no_checkpoint_are_found_before_anything_is_loaded(workspace, nothing_is_loaded, weights):
-    expected = f"model.load_ckp: {weights}: no checkpoint: neither a .pth file nor a folder with memory_config.json"
+def test_weights_that_are_no_checkpoint_are_found_before_anything_is_loaded(
+    workspace, nothing_is_loaded, weights
+):
+    expected = (
+        f"model.load_ckp: {weights}: no checkpoint: neither a .pth file nor a folder with "
+        "memory_config.json"
+    )
     (found,) = faults_of(f"model.load_ckp={weights}")
     assert found.startswith(expected)
 
 
 @pytest.mark.parametrize("change", WRONG)
-def test_each_fault_of_a_training_is_found_before_anything_is_loaded(workspace, nothing_is_loaded, change):
+def test_each_fault_of_a_training_is_found_before_anything_is_loaded(
+    workspace, nothing_is_loaded, change
+):
     found = faults_of(change)
     assert found[0].startswith(WRONG[change]), found
     assert len(found) == (2 if change.endswith("beacons") else 1)
@@ -91,7 +105,9 @@ def test_all_faults_are_reported_together(workspace, nothing_is_loaded, capsys):
         ("train.keep_best=1.5", "train.keep_best: "),
     ],
 )
-def test_a_fault_of_one_field_hides_no_other(workspace, nothing_is_loaded, capsys, change, expected):
+def test_a_fault_of_one_field_hides_no_other(
+    workspace, nothing_is_loaded, capsys, change, expected
+):
     changes = [change, *(c for c in WRONG if c.split("=")[0] != change.split("=")[0])]
     wanted = [expected, *(WRONG[c] for c in changes[1:])]
     assert call("train.py", "--env_conf", "env.json", *(f"--set={c}" for c in changes)) == 2
@@ -101,12 +117,18 @@ def test_a_fault_of_one_field_hides_no_other(workspace, nothing_is_loaded, capsy
 
 
 def test_a_dry_run_reports_all_faults_of_what_it_reads(workspace, capsys):
-    changes = ("--set=train.max_rl=1", "--set=model.model_structure=qwen2", "--set=model.load_ckp=nowhere")
+    changes = (
+        "--set=train.max_rl=1",
+        "--set=model.model_structure=qwen2",
+        "--set=model.load_ckp=nowhere",
+    )
     assert call("train.py", "--env_conf", "env.json", "--dry_run", *changes) == 2
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(": ")[1] for line in lines] == ["train.max_rl", "model.model_structure"]
     assert call("train.py", "--env_conf", "env.json", "--dry_run", "--set=train.accum_grad=4") == 2
-    assert capsys.readouterr().err.startswith("env.json: train.train_iters: 3 documents make no step of 4")
+    assert capsys.readouterr().err.startswith(
+        "env.json: train.train_iters: 3 documents make no step of 4"
+    )
 
 
 def test_without_its_faulty_fields_a_config_may_be_nothing(workspace, capsys):
@@ -115,7 +137,9 @@ def test_without_its_faulty_fields_a_config_may_be_nothing(workspace, capsys):
 
 
 def test_fields_that_exclude_each_other_are_reported_together():
-    fields = dict(tbptt=2, train_iters=3, max_lr=1e-2, save=1, eval=1, keep_best=True, chunk_ranks=2)
+    fields = dict(
+        tbptt=2, train_iters=3, max_lr=1e-2, save=1, eval=1, keep_best=True, chunk_ranks=2
+    )
     with pytest.raises(ConfigError) as error:
         load_env_config_of(fields | dict(corpus=[dict(name="sotu.train", partition=0.5)]))
     lines = str(error.value).splitlines()
@@ -130,19 +154,29 @@ def load_env_config_of(train: dict) -> TrainSection:
 
 
 def test_a_task_that_its_corpus_has_no_documents_for(workspace, nothing_is_loaded):
-    (found,) = faults_of("train.tasks.0.task_name=longalpaca.test.true", "train.tasks.0.compare=[]")[-1:]
+    (found,) = faults_of(
+        "train.tasks.0.task_name=longalpaca.test.true", "train.tasks.0.compare=[]"
+    )[-1:]
     assert found == (
-        "train.tasks[0]: corpus 'longalpaca.test.true' has documents for question answering, task_type 'perplexity' takes "
+        "train.tasks[0]: corpus 'longalpaca.test.true' has documents for question answering, "
+        "task_type 'perplexity' takes "
         "documents for language modeling"
     )
 
 
 def test_a_teacher_that_cannot_read_its_samples(workspace, nothing_is_loaded):
     name = "train.corpus.0.name=beacons sampled.8192.distill"
-    expected = "train.corpus[0]: the teacher reads samples of up to 8192 tokens raw, the base has 128 positions; set truncation"
-    assert faults_of(name, "train.corpus.0.truncation=null", check=check_env)[0].startswith(expected)
+    expected = (
+        "train.corpus[0]: the teacher reads samples of up to 8192 tokens raw, the base has 128 "
+        "positions; set truncation"
+    )
+    assert faults_of(name, "train.corpus.0.truncation=null", check=check_env)[0].startswith(
+        expected
+    )
     assert faults_of(name, "train.corpus.0.truncation=120", check=check_env) == []
-    assert faults_of("train.corpus.0.name=beacons sampled.900")[0].endswith("no sample has fewer than 1200 tokens; ask for more")
+    assert faults_of("train.corpus.0.name=beacons sampled.900")[0].endswith(
+        "no sample has fewer than 1200 tokens; ask for more"
+    )
 
 
 @pytest.mark.parametrize("loss", ["paper", "document"])
@@ -155,7 +189,9 @@ def test_the_shortest_truncation_is_the_shortest_that_trains(workspace, loss):
     Stream.MOST_SKIPPED, most = 20, Stream.MOST_SKIPPED
     try:
         for truncation, trains in ((least, True), (least - 1, False)):
-            config = load_env_config("env.json", [*changes, f"train.corpus.0.truncation={truncation}"])
+            config = load_env_config(
+                "env.json", [*changes, f"train.corpus.0.truncation={truncation}"]
+            )
             model, tokenizer = load_memory_lm(config, "env.json")
             if trains:
                 assert len(SampleStream(config, tokenizer, model).take(2)) == 2
@@ -173,16 +209,34 @@ def test_a_copy_needs_one_whole_chunk(workspace):
 
 
 def test_a_command_checks_only_what_it_reads(workspace, capsys):
-    """A dry run needs no data, weights or folder; test.py neither the corpora nor the tasks of training; ask neither."""
-    missing = ("--set=train.corpus.0.name=redpajama book sample.train.1m", "--set=model.load_ckp=nowhere")
-    assert call("train.py", "--env_conf", "env.json", "--dry_run", *missing, "--set=train.run_dir=book0.txt") == 0
+    """A dry run needs no data, weights or folder; test.py neither the corpora nor the tasks of
+    training; ask neither."""
+    missing = (
+        "--set=train.corpus.0.name=redpajama book sample.train.1m",
+        "--set=model.load_ckp=nowhere",
+    )
+    assert (
+        call(
+            "train.py",
+            "--env_conf",
+            "env.json",
+            "--dry_run",
+            *missing,
+            "--set=train.run_dir=book0.txt",
+        )
+        == 0
+    )
     assert call("train.py", "--env_conf", "env.json") == 0
-    unknown = ("--set=train.corpus.0.name=nothing.train", "--set=train.tasks.0.task_name=nothing.test")
+    unknown = (
+        "--set=train.corpus.0.name=nothing.train",
+        "--set=train.tasks.0.task_name=nothing.test",
+    )
     capsys.readouterr()
     assert call("test.py", "--env_conf", "env.json", *unknown, "--set=train.chunk_batch=auto") == 0
     assert call("test.py", "--env_conf", "env.json", *unknown, "--use_env_conf_tasks") == 2
     assert "train.tasks[0].task_name: corpus 'nothing.test' is unknown" in capsys.readouterr().err
-    load_memory_lm(load_env_config("env.json", [change[6:] for change in unknown]), "env.json")  # as ask and chat do
+    # as ask and chat do
+    load_memory_lm(load_env_config("env.json", [change[6:] for change in unknown]), "env.json")
 
 
 def test_the_faults_of_an_evaluation(workspace, nothing_is_loaded):
@@ -191,7 +245,9 @@ def test_the_faults_of_an_evaluation(workspace, nothing_is_loaded):
         dict(task_type="perplexity", task_name="pg20.test", num_instance=1, truncation=12),
     ]
     Path("test.json").write_text(json.dumps(tasks))
-    config = load_env_config("env.json", ["train.run_dir=book0.txt", "model.save_ckp=null", "model.load_ckp=nowhere"])
+    config = load_env_config(
+        "env.json", ["train.run_dir=book0.txt", "model.save_ckp=null", "model.load_ckp=nowhere"]
+    )
     with pytest.raises(ConfigError) as error:
         check_evaluation(config, "env.json", own_tasks=False)
     lines = str(error.value).splitlines()
@@ -203,12 +259,18 @@ def test_the_faults_of_an_evaluation(workspace, nothing_is_loaded):
     with pytest.raises(ConfigError, match="test.json: cannot be read") as error:
         check_evaluation(config, "env.json", own_tasks=False)
     assert len(str(error.value).splitlines()) == 3
-    with pytest.raises(ConfigError, match="env.json: train.tasks: is empty, there is nothing to evaluate"):
-        check_evaluation(load_env_config("env.json", ["train.tasks=[]"]), "env.json", own_tasks=True)
+    with pytest.raises(
+        ConfigError, match="env.json: train.tasks: is empty, there is nothing to evaluate"
+    ):
+        check_evaluation(
+            load_env_config("env.json", ["train.tasks=[]"]), "env.json", own_tasks=True
+        )
 
 
 def test_weights_of_another_compressor_are_found_without_the_model(workspace, nothing_is_loaded):
-    save_weights(MemoryLM(make_base(dtype=torch.float32), load_memory_config("memory.json")), "trained")
+    save_weights(
+        MemoryLM(make_base(dtype=torch.float32), load_memory_config("memory.json")), "trained"
+    )
     memory = json.loads(Path("memory.json").read_text())
     Path("memory.json").write_text(json.dumps(memory | dict(num_memory=4)))
     assert faults_of("model.load_ckp=trained") == [
@@ -223,15 +285,17 @@ def test_a_folder_without_permission(tmp_path, monkeypatch):
     with pytest.raises(ConfigError) as error:
         check_folder(tmp_path / "closed" / "run", tmp_path / "closed" / "run")
     assert str(error.value) == (
-        f"{tmp_path}/closed/run: cannot be written (no permission to write in {tmp_path}/closed); choose another place"
+        f"{tmp_path}/closed/run: cannot be written (no permission to write in {tmp_path}/closed); "
+        "choose another place"
     )
 
 
-# ---- which weights --------------------------------------------------------------------------------------------------------
+# ---- which weights -------------------------------------------------------------------------------
 
 
 def test_what_a_config_trained_comes_before_what_it_started_from(workspace, capsys):
-    """Two-stage training: the second stage starts from load_ckp, and test.py, ask and chat take what it made."""
+    """Two-stage training: the second stage starts from load_ckp, and test.py, ask and chat take
+    what it made."""
     for name in ("first", "released"):
         model, _ = load_memory_lm(load_env_config("env.json"), "env.json")
         for parameter in model.trainable_parameters().values():
@@ -248,15 +312,21 @@ def test_what_a_config_trained_comes_before_what_it_started_from(workspace, caps
     assert capsys.readouterr().out.startswith("weights: out/ckp, base in torch.float32\n")
     assert json.loads(Path("out/test.json").read_text())["weights"] == "out/ckp"
     assert weights_of(load_env_config("env.json", [*changes, "model.save_ckp=null"])) == "first"
-    assert weights_of(load_env_config("env.json", ["model.save_ckp=null", "model.released_ckp=released"])) == "released"
+    assert (
+        weights_of(
+            load_env_config("env.json", ["model.save_ckp=null", "model.released_ckp=released"])
+        )
+        == "released"
+    )
 
 
-# ---- one split of a hub dataset --------------------------------------------------------------------------------------------
+# ---- one split of a hub dataset ------------------------------------------------------------------
 
 
 @pytest.fixture
 def pg19_on_the_hub(tmp_path, monkeypatch) -> list[str]:
-    """emozilla/pg19 as the hub has it, in small; its files as they are asked for, by huggingface_hub's own rule for patterns."""
+    """emozilla/pg19 as the hub has it, in small; its files as they are asked for, by
+    huggingface_hub's own rule for patterns."""
     hub, cache = tmp_path / "there", tmp_path / "here"
     for split, parts in (("train", 3), ("validation", 1), ("test", 1)):
         for part in range(parts):
@@ -270,7 +340,9 @@ def pg19_on_the_hub(tmp_path, monkeypatch) -> list[str]:
         if local_files_only and not cache.exists():
             raise huggingface_hub.errors.LocalEntryNotFoundError("not here")
         files = [path.relative_to(hub).as_posix() for path in hub.rglob("*") if path.is_file()]
-        for file in () if local_files_only else filter_repo_objects(files, allow_patterns=allow_patterns):
+        for file in (
+            () if local_files_only else filter_repo_objects(files, allow_patterns=allow_patterns)
+        ):
             (cache / file).parent.mkdir(parents=True, exist_ok=True)
             (cache / file).write_bytes((hub / file).read_bytes())
             fetched.append(file)
@@ -285,8 +357,11 @@ def pg19_on_the_hub(tmp_path, monkeypatch) -> list[str]:
 def test_the_test_books_come_without_the_training_books(workspace, pg19_on_the_hub):
     assert [document.text for document in open_corpus("pg19.test")] == ["test 0"]
     assert pg19_on_the_hub == ["data/test-00000-of-00001.parquet"]
-    (found,) = faults_of("train.corpus.0.name=pg19.train")  # what is here is another split; the hub is off in tests
-    assert found.startswith("train.corpus[0].name: hub dataset emozilla/pg19, split train, is not on this machine")
+    # what is here is another split; the hub is off in tests
+    (found,) = faults_of("train.corpus.0.name=pg19.train")
+    assert found.startswith(
+        "train.corpus[0].name: hub dataset emozilla/pg19, split train, is not on this machine"
+    )
     assert faults_of("train.corpus.0.name=pg19.test") == []
     assert len(open_corpus("pg19.train")) == 3
 
@@ -297,4 +372,7 @@ def test_a_copy_of_a_dataset_without_the_wanted_split(workspace, monkeypatch):
     Path("copies/pg19/train.jsonl").write_text(json.dumps({"text": "book"}))
     assert faults_of("train.corpus.0.name=pg19.train") == []
     (found,) = faults_of("train.corpus.0.name=pg19.test")
-    assert found == "train.corpus[0].name: copies/pg19 holds no file of split test of the hub dataset emozilla/pg19"
+    assert (
+        found
+        == "train.corpus[0].name: copies/pg19 holds no file of split test of the hub dataset emozilla/pg19"
+    )

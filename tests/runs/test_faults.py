@@ -1,4 +1,5 @@
-"""What a run meets in a week: full disks, damaged files, bad numbers, too little memory. Each ends in one line, nothing lost."""
+"""What a run meets in a week: full disks, damaged files, bad numbers, too little memory. Each
+ends in one line, nothing lost."""
 
 import json
 import re
@@ -41,10 +42,14 @@ def one_line(capsys) -> str:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
-# ---- the disk --------------------------------------------------------------------------------------------------------------
+# ---- the disk ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [5_000, 20_000])
@@ -61,7 +66,8 @@ def test_a_full_disk_while_saving(two_checkpoints, size):
     said = Path("said").read_text()
     assert "Traceback" not in said
     last = said.splitlines()[-1]
-    assert "step-00000006: cannot be written (" in last and "File too large" in last  # safetensors wraps it
+    # safetensors wraps it
+    assert "step-00000006: cannot be written (" in last and "File too large" in last
     assert "); step-00000004 is whole: make room, then go on with --resume" in last
     assert contents(two_checkpoints) == before
     assert call(*TRAIN, *RESUME) == 0
@@ -69,7 +75,8 @@ def test_a_full_disk_while_saving(two_checkpoints, size):
 
 @pytest.mark.parametrize("field", ["train.run_dir", "model.save_ckp"])
 @pytest.mark.parametrize(
-    "place, reason", [("book0.txt/run/a", "Not a directory"), ("/proc/run/a", "No such file"), ("a\\0b", "null")]
+    "place, reason",
+    [("book0.txt/run/a", "Not a directory"), ("/proc/run/a", "No such file"), ("a\\0b", "null")],
 )
 def test_a_folder_that_cannot_be_written(workspace, capsys, field, place, reason):
     assert call(*TRAIN, f'--set={field}="{place}"'.replace("\\0", "\\u0000")) == 2
@@ -84,18 +91,27 @@ def test_save_ckp_takes_the_place_of_nothing_else(workspace, capsys):
     assert Path("book0.txt").exists()
 
 
-# ---- damaged checkpoints ---------------------------------------------------------------------------------------------------
+# ---- damaged checkpoints -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["optimizer.safetensors", "encoder/adapter_model.safetensors", "rank-0.json", "state.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["optimizer.safetensors", "encoder/adapter_model.safetensors", "rank-0.json", "state.json"],
+)
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "deleted"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(two_checkpoints, capsys, name, damage):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(
+    two_checkpoints, capsys, name, damage
+):
     path = two_checkpoints / "step-00000004" / name
     whole = path.read_bytes()
     if damage == "deleted":
         path.unlink()
     else:
-        path.write_bytes(whole[:-7] if damage == "truncated" else whole[:40] + bytes([whole[40] ^ 1]) + whole[41:])
+        path.write_bytes(
+            whole[:-7]
+            if damage == "truncated"
+            else whole[:40] + bytes([whole[40] ^ 1]) + whole[41:]
+        )
     before = contents(two_checkpoints)
     assert call(*TRAIN, *RESUME) == 2
     message = one_line(capsys)
@@ -104,7 +120,17 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(two_checkpoint
     assert message.endswith(offered + "out/checkpoints/step-00000002")
     assert contents(two_checkpoints) == before
     if name == "state.json":
-        assert call("train.py", "--env_conf", "env.json", "--resume", message.split(offered)[1], *RESUME[1:]) == 0
+        assert (
+            call(
+                "train.py",
+                "--env_conf",
+                "env.json",
+                "--resume",
+                message.split(offered)[1],
+                *RESUME[1:],
+            )
+            == 0
+        )
         assert Path("out/earlier-1/step-00000004").is_dir()  # for whoever wants to look at it
         lines = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
         assert [line["iteration"] for line in lines] == [1, 2, 3, 4, 5, 6]
@@ -121,7 +147,10 @@ HOSTILE = {
     "a moment of another shape": ("optimizer.safetensors", "encoder.retrieval_token: shapes"),
     "a moment of no parameter": ("optimizer.safetensors", "nobody.exp_avg belongs to no parameter"),
     "a generator that is none": ("rank-0.json", "not the state of such a run"),
-    "a place past the generator's end": ("rank-0.json", "rank-0.json: numpy[2]: Input should be less than or equal to 624"),
+    "a place past the generator's end": (
+        "rank-0.json",
+        "rank-0.json: numpy[2]: Input should be less than or equal to 624",
+    ),
     "a place in other data": ("rank-0.json", "the run began with [9] documents, now there are [4]"),
     "an unknown field": ("state.json", "state.json: execute: unknown key"),
 }
@@ -160,12 +189,18 @@ def test_checksums_lead_nowhere_else(two_checkpoints, capsys):
     path = two_checkpoints / "step-00000004" / "checksums.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"../../../env.json": "0"}))
     assert call(*TRAIN, *RESUME) == 2
-    assert "checksums.json: '../../../env.json' is outside of the checkpoint; the one before it is whole" in one_line(capsys)
+    assert (
+        "checksums.json: '../../../env.json' is outside of the checkpoint; the one before it is "
+        "whole" in one_line(capsys)
+    )
 
 
 def test_weights_without_a_state_are_no_place_to_go_on_from(two_checkpoints, capsys):
     assert call("train.py", "--env_conf", "env.json", "--resume", "out/ckp") == 2
-    assert "out/ckp: no training state is here (state.json); weights alone can be a new run's model.load_ckp" in one_line(capsys)
+    assert (
+        "out/ckp: no training state is here (state.json); weights alone can be a new run's "
+        "model.load_ckp" in one_line(capsys)
+    )
 
 
 def test_a_tokenizer_that_has_changed(two_checkpoints, capsys):
@@ -174,7 +209,12 @@ def test_a_tokenizer_that_has_changed(two_checkpoints, capsys):
     AutoModelForCausalLM.from_pretrained(name).save_pretrained("model")
     tokenizer = AutoTokenizer.from_pretrained(name)
     tokenizer.save_pretrained("model")
-    changes = ("--set=model.model_name=model", "--set=train.tasks=[]", "--set=train.train_iters=2", "--set=train.run_dir=other")
+    changes = (
+        "--set=model.model_name=model",
+        "--set=train.tasks=[]",
+        "--set=train.train_iters=2",
+        "--set=train.run_dir=other",
+    )
     assert call(*TRAIN, *changes) == 0
     rules = json.loads(Path("model/tokenizer.json").read_text())
     vocabulary = rules["model"]["vocab"]
@@ -184,13 +224,15 @@ def test_a_tokenizer_that_has_changed(two_checkpoints, capsys):
     assert "the run's vocabulary was another one: model has changed since" in one_line(capsys)
 
 
-# ---- numbers and memory ----------------------------------------------------------------------------------------------------
+# ---- numbers and memory --------------------------------------------------------------------------
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(workspace, capsys, monkeypatch):
-    """The base's embedding of "~" is infinite (from its files it would be refused, so it becomes so once
-    loaded): only the document that has one is lost."""
-    tilde = AutoTokenizer.from_pretrained(load_env_config("env.json").model.model_name)("~").input_ids
+    """The base's embedding of "~" is infinite (from its files it would be refused, so it becomes
+    so once loaded): only the document that has one is lost."""
+    tilde = AutoTokenizer.from_pretrained(load_env_config("env.json").model.model_name)(
+        "~"
+    ).input_ids
 
     def poisoned(*arguments, **settings):
         base = load_causal_lm(*arguments, **settings)
@@ -210,13 +252,21 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(workspace, capsys, mo
 
 
 def test_a_run_that_stays_bad_stops_with_its_weights_saved(workspace, capsys):
-    changes = ("--set=train.max_lr=1e30", "--set=train.tasks=[]", "--set=train.train_iters=50", "--set=train.max_bad_steps=3")
+    changes = (
+        "--set=train.max_lr=1e30",
+        "--set=train.tasks=[]",
+        "--set=train.train_iters=50",
+        "--set=train.max_bad_steps=3",
+    )
     assert call(*TRAIN, *changes) == 2
     message = one_line(capsys)
     lines = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
     assert ["nll" in line for line in lines[-4:]] == [True, False, False, False]
     last = lines[-1]["iteration"]
-    assert f"steps in a row was not finite, the last at iteration {last} on {lines[-1]['skipped'][0]}" in message
+    assert (
+        f"steps in a row was not finite, the last at iteration {last} on {lines[-1]['skipped'][0]}"
+        in message
+    )
     record = json.loads(Path(f"out/checkpoints/step-{last:08d}/state.json").read_text())
     assert (record["skipped_steps"], record["bad_in_a_row"]) == (3, 3)
 
@@ -225,7 +275,8 @@ def test_too_little_memory_names_the_knobs(workspace):
     train_section = load_env_config("env.json").train
     for failing in (lambda: torch.empty(2**55), lambda: bytearray(2**60)):
         with pytest.raises(
-            ConfigError, match=r"book: out of memory .* train.chunk_batch \(4\).*checkpointing \(now false\).*truncation \(80\)"
+            ConfigError,
+            match=r"book: out of memory .* train.chunk_batch \(4\).*checkpointing \(now false\).*truncation \(80\)",
         ):
             with reporting_step_errors("book", train_section):
                 failing()
@@ -234,10 +285,15 @@ def test_too_little_memory_names_the_knobs(workspace):
 
 
 def test_too_little_memory_in_a_run(workspace):
-    """The address space is closed, but for 10 MB, once the run folder is being written; one activation takes 29 MB."""
-    shape = LlamaConfig(**SHAPE | dict(vocab_size=259, max_position_embeddings=128, intermediate_size=8000))
+    """The address space is closed, but for 10 MB, once the run folder is being written; one
+    activation takes 29 MB."""
+    shape = LlamaConfig(
+        **SHAPE | dict(vocab_size=259, max_position_embeddings=128, intermediate_size=8000)
+    )
     AutoModelForCausalLM.from_config(shape).save_pretrained("model")
-    AutoTokenizer.from_pretrained(load_env_config("env.json").model.model_name).save_pretrained("model")
+    AutoTokenizer.from_pretrained(load_env_config("env.json").model.model_name).save_pretrained(
+        "model"
+    )
 
     def no_more_memory() -> None:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -245,15 +301,27 @@ def test_too_little_memory_in_a_run(workspace):
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
     Path("book0.txt").write_text("It was a bright cold day. " * 40)
-    fields = ("train.chunk_batch=64", "train.corpus.0.truncation=900", "train.corpus.0.name=files:book0.txt", "train.tasks=[]")
+    fields = (
+        "train.chunk_batch=64",
+        "train.corpus.0.truncation=900",
+        "train.corpus.0.name=files:book0.txt",
+        "train.tasks=[]",
+    )
     changes = [f"--set={field}" for field in (*fields, "model.model_name=model")]
-    assert forked(train_and_at(12, no_more_memory, *changes), output="said") == 2, Path("said").read_text()
-    assert "book0.txt: out of memory in the training step; lower train.chunk_batch (64)" in Path("said").read_text()
+    assert forked(train_and_at(12, no_more_memory, *changes), output="said") == 2, Path(
+        "said"
+    ).read_text()
+    assert (
+        "book0.txt: out of memory in the training step; lower train.chunk_batch (64)"
+        in Path("said").read_text()
+    )
 
 
 @pytest.mark.parametrize("words", allocator.NO_MEMORY)
 def test_what_counts_as_too_little_memory(words):
-    assert allocator.is_out_of_memory(RuntimeError(f"[enforce fail at x.cpp:1] {words}: tried 9 bytes"))
+    assert allocator.is_out_of_memory(
+        RuntimeError(f"[enforce fail at x.cpp:1] {words}: tried 9 bytes")
+    )
     assert not allocator.is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
@@ -265,31 +333,43 @@ def test_a_document_past_the_capacity_is_named(workspace, capsys):
     )
 
 
-# ---- two at once -----------------------------------------------------------------------------------------------------------
+# ---- two at once ---------------------------------------------------------------------------------
 
 
 def test_two_processes_on_one_run_folder(workspace, capsys):
     program = (
-        "import filelock, time; lock = filelock.FileLock('out/lock'); lock.acquire(); print('held', flush=True); time.sleep(60)"
+        "import filelock, time; lock = filelock.FileLock('out/lock'); lock.acquire(); "
+        "print('held', flush=True); time.sleep(60)"
     )
     Path("out").mkdir()
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True
+    ) as other:
         assert other.stdout.readline() == "held\n"
         assert call(*TRAIN) == 2
-        assert "out: another process is training in this folder; choose another train.run_dir" in one_line(capsys)
+        assert (
+            "out: another process is training in this folder; choose another train.run_dir"
+            in one_line(capsys)
+        )
         other.kill()
     assert call(*TRAIN, "--set=train.tasks=[]") == 0  # a killed process holds nothing
 
 
-# ---- programs in data ------------------------------------------------------------------------------------------------------
+# ---- programs in data ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model_type", ["llama", "unheard of"])
 def test_a_model_folder_brings_no_program_along(workspace, capsys, model_type):
     shutil.copytree(load_env_config("env.json").model.model_name, "model")
     config = json.loads(Path("model/config.json").read_text())
-    names = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model", "AutoTokenizer": ["evil.Words", None]}
-    Path("model/config.json").write_text(json.dumps(config | {"model_type": model_type, "auto_map": names}))
+    names = {
+        "AutoConfig": "evil.Config",
+        "AutoModelForCausalLM": "evil.Model",
+        "AutoTokenizer": ["evil.Words", None],
+    }
+    Path("model/config.json").write_text(
+        json.dumps(config | {"model_type": model_type, "auto_map": names})
+    )
     Path("model/evil.py").write_text("open('executed', 'w')")
     code = call(*TRAIN, "--set=model.model_name=model", "--set=train.tasks=[]")
     assert code == (0 if model_type == "llama" else 2), capsys.readouterr().err
@@ -301,5 +381,7 @@ def test_no_remote_code_no_pickle():
     for path in [*(ROOT / "src").rglob("*.py"), ROOT / "train.py", ROOT / "test.py"]:
         text = path.read_text()
         assert text.count("trust_remote_code") == text.count("trust_remote_code=False"), path
-        assert not re.search(r"\bimport pickle|(?<![.\w])(eval|exec)\(|shell=True|os\.system|hf_[A-Za-z]{10}", text), path
+        assert not re.search(
+            r"\bimport pickle|(?<![.\w])(eval|exec)\(|shell=True|os\.system|hf_[A-Za-z]{10}", text
+        ), path
         assert text.count("torch.load(") == text.count("weights_only=True"), path

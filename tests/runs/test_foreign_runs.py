@@ -1,5 +1,5 @@
-"""The report of a run folder that somebody has edited, cut off, or filled with other things: what is
-still there is shown, and what is wrong is one line."""
+"""The report of a run folder that somebody has edited, cut off, or filled with other things:
+what is still there is shown, and what is wrong is one line."""
 
 import json
 import os
@@ -42,7 +42,9 @@ def run_folder(workspace, capsys, tmp_path_factory) -> Path:
 
 def make_run(capsys) -> None:
     tasks = json.loads(Path("env.json").read_text())["train"]["tasks"]
-    tasks.append(dict(task_type="passkey", task_name="files:book*.txt", num_instance=1, truncation=230))
+    tasks.append(
+        dict(task_type="passkey", task_name="files:book*.txt", num_instance=1, truncation=230)
+    )
     assert call(*TRAIN, f"--set=train.tasks={json.dumps(tasks)}") == 0
     Path("test.json").write_text(json.dumps(tasks))
     assert call("test.py", "--env_conf", "env.json", "--quiet") == 0
@@ -78,7 +80,9 @@ OTHER = {
     "a link to itself": lambda path: path.symlink_to(path.name),
     "nothing in it": lambda path: path.touch(),
     "binary": lambda path: path.write_bytes(bytes(range(256))),
-    "foreign JSON": lambda path: path.write_text('{"name": "left-pad", "version": "1.3.0"}\n[]\n3\n'),
+    "foreign JSON": lambda path: path.write_text(
+        '{"name": "left-pad", "version": "1.3.0"}\n[]\n3\n'
+    ),
     "deep JSON": lambda path: path.write_text('{"results":' * 5000),
     "a long number": lambda path: path.write_text('{"results": ' + "9" * 5000 + "}\n{}"),
 }
@@ -145,18 +149,34 @@ def test_edited_numbers_are_named(run_folder, undrawn, capsys):
 
 
 def test_lines_of_metrics_that_are_none(run_folder, capsys):
-    """They are left out and named; what stands in the others is shown; a run does not go on from it."""
+    """They are left out and named; what stands in the others is shown; a run does not go on from
+    it."""
     path = run_folder / "metrics.jsonl"
     lines = path.read_text().splitlines()
-    bad = ['{"iteration": 1}', '{"iteration": -1, "seconds": 1}', "[", '{"iteration": 1, "seconds": 2, "lr": "NaN"}']
+    bad = [
+        '{"iteration": 1}',
+        '{"iteration": -1, "seconds": 1}',
+        "[",
+        '{"iteration": 1, "seconds": 2, "lr": "NaN"}',
+    ]
     path.write_text("\n".join([lines[0], *bad, *lines[1:]]) + "\n")
     found = lines_of(capsys, run_folder)
-    where = [line.split("metrics.jsonl: ")[1] for line in found if "a line of the training curve" in line]
-    assert [line.partition(":")[0] for line in where] == ["line 4 is no JSON object", "line 2", "line 3", "line 5"]
+    where = [
+        line.split("metrics.jsonl: ")[1] for line in found if "a line of the training curve" in line
+    ]
+    assert [line.partition(":")[0] for line in where] == [
+        "line 4 is no JSON object",
+        "line 2",
+        "line 3",
+        "line 5",
+    ]
     assert len(read_folder(run_folder).metrics) == len(lines)
     assert call(*TRAIN, "--resume", "--set=train.train_iters=4", "--set=train.tasks=[]") == 2
     said = capsys.readouterr().err
-    assert "Traceback" not in said and "out/metrics.jsonl: line 2: seconds: Field required; remove it" in said
+    assert (
+        "Traceback" not in said
+        and "out/metrics.jsonl: line 2: seconds: Field required; remove it" in said
+    )
 
 
 def test_tokens_of_another_evaluation(run_folder, capsys):
@@ -188,8 +208,12 @@ def test_other_tensors(run_folder, capsys):
         for name in TENSORS:
             (run_folder / name).unlink(missing_ok=True)
         name = TENSORS["shares" in tensors]
-        save_file(tensors, run_folder / name, ABOUT if "shares" in tensors else {"0": json.dumps(about)})
-        found = [line.lower() for line in lines_of(capsys, run_folder) if "does not exist" not in line]
+        save_file(
+            tensors, run_folder / name, ABOUT if "shares" in tensors else {"0": json.dumps(about)}
+        )
+        found = [
+            line.lower() for line in lines_of(capsys, run_folder) if "does not exist" not in line
+        ]
         assert ("attention" if "shares" in tensors else "test-nll") in found[0], (tensors, found)
 
 

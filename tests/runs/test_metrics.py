@@ -1,4 +1,5 @@
-"""What a training step says of itself: gradient norms by part, tokens, memory, and the names in TensorBoard."""
+"""What a training step says of itself: gradient norms by part, tokens, memory, and the names in
+TensorBoard."""
 
 import json
 import math
@@ -20,9 +21,17 @@ def test_gradient_norms_by_part():
     squares = {"encoder_lora": 0.0, "decoder_lora": 0.0, "token_embeddings": 0.0}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            part = "token_embeddings" if "token" in name else "encoder_lora" if "encoder" in name else "decoder_lora"
+            part = (
+                "token_embeddings"
+                if "token" in name
+                else "encoder_lora"
+                if "encoder" in name
+                else "decoder_lora"
+            )
             squares[part] += float((parameter.grad**2).sum())
-    assert gradient_norms(model) == pytest.approx({part: math.sqrt(s) for part, s in squares.items()})
+    assert gradient_norms(model) == pytest.approx(
+        {part: math.sqrt(s) for part, s in squares.items()}
+    )
     assert min(squares.values()) > 0
     model.zero_grad()
     assert set(gradient_norms(model).values()) == {0.0}
@@ -31,28 +40,60 @@ def test_gradient_norms_by_part():
 def test_tokens_of_a_sample():
     """Of plain text the document's, under both protocols; of a copy each chunk is read again."""
     ids = random_ids(30)
-    assert [Sample.language_modeling(ids, 8).num_tokens, Sample.document(ids, 8).num_tokens] == [30, 30]
+    assert [Sample.language_modeling(ids, 8).num_tokens, Sample.document(ids, 8).num_tokens] == [
+        30,
+        30,
+    ]
     assert Sample.copy(ids[:8], 8).num_tokens == 8
 
 
 def test_what_a_step_takes_of_the_machine():
     held = torch.ones(2**26)  # 256 MiB
     use = machine_use(600, 2.0)
-    assert use["tokens_per_second"] == 300 and use["resident_gib"] * 2**30 == pytest.approx(peak_resident(), rel=0.1)
-    assert held.nbytes + 2**26 < peak_resident() < 2**40  # torch alone takes more than 64 MiB; the unit is right
+    assert use["tokens_per_second"] == 300 and use["resident_gib"] * 2**30 == pytest.approx(
+        peak_resident(), rel=0.1
+    )
+    # torch alone takes more than 64 MiB; the unit is right
+    assert held.nbytes + 2**26 < peak_resident() < 2**40
 
 
 def test_names_in_tensorboard():
-    step = dict(iteration=3, seconds=1.0, nll=2.5, lr=1e-3, grad_norm=None, grad_norms=dict(encoder_lora=0.5), tokens=9)
+    step = dict(
+        iteration=3,
+        seconds=1.0,
+        nll=2.5,
+        lr=1e-3,
+        grad_norm=None,
+        grad_norms=dict(encoder_lora=0.5),
+        tokens=9,
+    )
     assert dict(scalars(step | {"machine": {"resident_gib": 1.5}}, "document")) == {
         "train/nll/document": 2.5,
         "train/lr": 1e-3,
         "train/grad_norm/encoder_lora": 0.5,
         "train/resident_gib": 1.5,
     }
-    numbers = {"perplexity": 20.0, "interval_95": [19.0, 21.0], "by_position": [{"start": 1, "nll": 3.0}]}
-    text = dict(task="a/b c", task_type="perplexity", protocol="paper", truncation=100, memory=numbers, recovered=None)
-    copy = dict(task="d", task_type="auto encoding", protocol=None, truncation=None, window={"bleu4": 4.0}, mean=2.0)
+    numbers = {
+        "perplexity": 20.0,
+        "interval_95": [19.0, 21.0],
+        "by_position": [{"start": 1, "nll": 3.0}],
+    }
+    text = dict(
+        task="a/b c",
+        task_type="perplexity",
+        protocol="paper",
+        truncation=100,
+        memory=numbers,
+        recovered=None,
+    )
+    copy = dict(
+        task="d",
+        task_type="auto encoding",
+        protocol=None,
+        truncation=None,
+        window={"bleu4": 4.0},
+        mean=2.0,
+    )
     assert dict(scalars(dict(iteration=3, seconds=1.0, eval=[text, copy]), "document")) == {
         "eval/0.perplexity.paper.a_b_c.100/truncation": 100,
         "eval/0.perplexity.paper.a_b_c.100/memory/perplexity": 20.0,

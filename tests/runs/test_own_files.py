@@ -54,7 +54,9 @@ def test_a_run_in_the_folder_of_its_configs(workspace, capsys):
     for command in (TRAIN, ("test.py", "--env_conf", "env.json")):
         assert call(*command, "--set=train.run_dir=.") == 2
         said = capsys.readouterr().err
-        assert said.startswith("env.json: train.run_dir: test.json: was not written by a run and would be lost")
+        assert said.startswith(
+            "env.json: train.run_dir: test.json: was not written by a run and would be lost"
+        )
     assert files_in(Path()) == before
     Path("test.json").rename("tasks.json")
     assert call(*TRAIN, *QUICK, "--set=train.run_dir=.") == 0
@@ -161,7 +163,9 @@ def test_two_runs_with_one_place_for_weights(workspace, monkeypatch, capsys):
 
 def test_scoring_waits_for_a_folder(workspace, nothing_is_loaded, capsys):  # noqa: F811
     assert call(*TEST, "--set=train.run_dir=book0.txt/x") == 2
-    assert capsys.readouterr().err.startswith("env.json: train.run_dir: book0.txt/x: cannot be written (Not a directory")
+    assert capsys.readouterr().err.startswith(
+        "env.json: train.run_dir: book0.txt/x: cannot be written (Not a directory"
+    )
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):

@@ -22,13 +22,18 @@ from uiollms.training.optimizer import SampleStream
 
 @pytest.fixture
 def run_folder(workspace) -> Path:
-    """A run of 10 documents in 5 steps in which everything is random that can be: corpora, crops, reservoirs, LoRA dropout."""
-    Path("memory.json").write_text(json.dumps(dict(num_memory=2, chunk_size=16, lora_rank=2, lora_alpha=4, lora_dropout=0.2)))
+    """A run of 10 documents in 5 steps in which everything is random that can be: corpora,
+    crops, reservoirs, LoRA dropout."""
+    Path("memory.json").write_text(
+        json.dumps(dict(num_memory=2, chunk_size=16, lora_rank=2, lora_alpha=4, lora_dropout=0.2))
+    )
     env = json.loads(Path("env.json").read_text())
     corpus = dict(name="files:book[01].txt", partition=0.3, truncation=70, crop="random")
     env["train"] |= dict(train_iters=10, save=2, eval=7, accum_grad=2)
     env["train"]["corpus"] = [corpus, corpus | dict(name="files:book[23].txt", partition=0.7)]
-    env["train"]["tasks"] = [dict(task_type="perplexity", task_name="files:book*.txt", num_instance=1, truncation=60)]
+    env["train"]["tasks"] = [
+        dict(task_type="perplexity", task_name="files:book*.txt", num_instance=1, truncation=60)
+    ]
     Path("env.json").write_text(json.dumps(env))
     return workspace / "out"
 
@@ -39,9 +44,14 @@ def metrics_of(folder: Path) -> list[dict]:
 
 
 def tensors_of(folder: Path) -> dict[str, bytes]:
-    """Every byte of the last checkpoint's tensors and random generators, and of the weights in save_ckp."""
+    """Every byte of the last checkpoint's tensors and random generators, and of the weights in
+    save_ckp."""
     last = folder / "checkpoints" / "step-00000010"
-    files = [*last.rglob("*.safetensors"), last / "rank-0.json", *(folder / "ckp").rglob("*.safetensors")]
+    files = [
+        *last.rglob("*.safetensors"),
+        last / "rank-0.json",
+        *(folder / "ckp").rglob("*.safetensors"),
+    ]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
@@ -50,13 +60,15 @@ def steps_in(folder: Path) -> list[int]:
 
 
 def test_killed_fifty_times(run_folder):
-    """SIGKILL at random moments and at random file operations, those within the writing of a checkpoint included."""
+    """SIGKILL at random moments and at random file operations, those within the writing of a
+    checkpoint included."""
     started = time.time()
     assert forked(train()) == 0
     whole_run = time.time() - started
     metrics, tensors = metrics_of(run_folder), tensors_of(run_folder)
     assert [line["iteration"] for line in metrics if "nll" in line] == [2, 4, 6, 8, 10]
-    assert len(tensors) == 8  # three of weights and one of AdamW, the generators, three of weights in save_ckp
+    # three of weights and one of AdamW, the generators, three of weights in save_ckp
+    assert len(tensors) == 8
 
     chance = random.Random(0)
     kills = within_a_save = 0
@@ -66,13 +78,17 @@ def test_killed_fifty_times(run_folder):
             if chance.random() < 0.2:
                 code = forked(train(*flags), kill_after=chance.uniform(0, whole_run))
             else:
-                code = forked(train_and_at(chance.randint(1, 170), signalled(signal.SIGKILL), *flags))
+                code = forked(
+                    train_and_at(chance.randint(1, 170), signalled(signal.SIGKILL), *flags)
+                )
             assert code in (0, -signal.SIGKILL), code
             kills += code != 0
             within_a_save += any(run_folder.glob("checkpoints/.uiollms-*"))
             flags = ("--resume",)
         assert metrics_of(run_folder) == metrics
-        assert [name for name, data in tensors_of(run_folder).items() if data != tensors[name]] == []
+        assert [
+            name for name, data in tensors_of(run_folder).items() if data != tensors[name]
+        ] == []
     assert within_a_save >= 5  # twice as many on an idle machine
 
 
@@ -88,7 +104,9 @@ def test_a_signal_lets_the_step_finish_and_saves(run_folder):
 
 
 def test_a_signal_ends_an_evaluation_which_is_made_again(run_folder):
-    evaluating = [f"--set=train.{change}" for change in ("eval=2", "train_iters=2", "tasks.0.num_instance=4")]
+    evaluating = [
+        f"--set=train.{change}" for change in ("eval=2", "train_iters=2", "tasks.0.num_instance=4")
+    ]
     assert forked(train(*evaluating)) == 0
     metrics = metrics_of(run_folder)
 
@@ -105,7 +123,9 @@ def test_a_signal_ends_an_evaluation_which_is_made_again(run_folder):
         return call(*TRAIN, *evaluating)
 
     assert forked(at_the_second_document) == 143
-    assert steps_in(run_folder) == [2] and not any("eval" in line for line in metrics_of(run_folder))
+    assert steps_in(run_folder) == [2] and not any(
+        "eval" in line for line in metrics_of(run_folder)
+    )
     assert forked(train("--resume", *evaluating)) == 0
     assert metrics_of(run_folder) == metrics
 
@@ -120,7 +140,15 @@ def test_a_second_signal_ends_at_once(run_folder):
 
 def test_evaluation_does_not_disturb_training(run_folder):
     for folder, change in (("a", "train.tasks=[]"), ("b", "train.eval=4")):
-        assert call(*TRAIN, f"--set=train.run_dir={folder}", f"--set=model.save_ckp={folder}/ckp", f"--set={change}") == 0
+        assert (
+            call(
+                *TRAIN,
+                f"--set=train.run_dir={folder}",
+                f"--set=model.save_ckp={folder}/ckp",
+                f"--set={change}",
+            )
+            == 0
+        )
     assert tensors_of(Path("a")) == tensors_of(Path("b"))
 
 
@@ -129,12 +157,19 @@ def test_an_unfinished_run_is_not_lost_by_accident(run_folder, capsys):
     steps = steps_in(run_folder)
     assert call(*TRAIN) == 2
     message = capsys.readouterr().err
-    said = f"out: holds an unfinished run, {steps[-1]} of 10 documents done; go on with --resume, or begin anew"
+    said = (
+        f"out: holds an unfinished run, {steps[-1]} of 10 documents done; go on with --resume, or "
+        "begin anew"
+    )
     assert said in message
     assert len(message.splitlines()) == 1 and steps_in(run_folder) == steps
     assert call(*TRAIN, "--restart", "--set=train.train_iters=2") == 0
-    assert steps_in(run_folder / "earlier-1") == steps and (run_folder / "earlier-1" / "metrics.jsonl").exists()
-    assert call(*TRAIN) == 0  # that one was finished: a new one needs no flag, and takes nothing from it
+    assert (
+        steps_in(run_folder / "earlier-1") == steps
+        and (run_folder / "earlier-1" / "metrics.jsonl").exists()
+    )
+    # that one was finished: a new one needs no flag, and takes nothing from it
+    assert call(*TRAIN) == 0
     assert steps_in(run_folder / "earlier-2") == [2] and steps_in(run_folder) == [8, 10]
     assert call(*TRAIN, "--resume") == 0  # nothing to do
     assert steps_in(run_folder) == [8, 10]
@@ -147,14 +182,22 @@ def test_resume_begins_where_there_is_nothing_yet(run_folder):
 
 def test_what_a_run_is_cannot_change(run_folder, capsys):
     assert call(*TRAIN, "--set=train.train_iters=2") == 0
-    Path("memory.json").write_text(json.dumps(dict(num_memory=4, chunk_size=32, lora_rank=3, lora_alpha=4, lora_dropout=0.2)))
+    Path("memory.json").write_text(
+        json.dumps(dict(num_memory=4, chunk_size=32, lora_rank=3, lora_alpha=4, lora_dropout=0.2))
+    )
     capsys.readouterr()
-    assert call(*TRAIN, "--resume", "--set=train.max_lr=0.5", "--set=train.corpus.0.truncation=50") == 2
+    assert (
+        call(*TRAIN, "--resume", "--set=train.max_lr=0.5", "--set=train.corpus.0.truncation=50")
+        == 2
+    )
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(": ")[1] for line in lines] == [
         "compressor.num_memory", "compressor.lora_rank", "compressor.chunk_size", "train.max_lr", "train.corpus"
     ]  # fmt: skip
-    assert "compressor.chunk_size: 16 -> 32: the run cannot go on with another one; put it back, or start a new run" in lines[2]
+    assert (
+        "compressor.chunk_size: 16 -> 32: the run cannot go on with another one; put it back, or "
+        "start a new run" in lines[2]
+    )
     assert steps_in(run_folder) == [2]
 
 
@@ -169,21 +212,32 @@ def test_what_may_change_is_logged(run_folder):
     )
     assert call(*TRAIN, "--resume", *(f"--set={change}" for change in changes)) == 0
     said = (run_folder / "log.txt").read_text()
-    for change in ("train_iters: 4 -> 6", "save: 2 -> 3", "eval: 7 -> 5", "chunk_batch: 4 -> 1", 'device_map: "cpu" -> {"model"'):
+    for change in (
+        "train_iters: 4 -> 6",
+        "save: 2 -> 3",
+        "eval: 7 -> 5",
+        "chunk_batch: 4 -> 1",
+        'device_map: "cpu" -> {"model"',
+    ):
         assert f"changed since: {'model' if 'map' in change else 'train'}.{change}" in said
     assert [line["iteration"] for line in metrics_of(run_folder) if "nll" in line] == [2, 4, 6]
 
 
 def test_the_checkpoints_kept(run_folder, capsys):
-    """Perplexities are written into the metrics as they would come, so that the best is neither first nor last."""
+    """Perplexities are written into the metrics as they would come, so that the best is neither
+    first nor last."""
     flags = ("--set=train.keep_last=1", "--set=train.keep_best=true", "--set=train.eval=2")
     for stop in (2, 4, 6, 8):
         assert call(*TRAIN, "--resume", *flags, f"--set=train.train_iters={stop}") == 0
-        lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()
+        ]
         for line in lines:
             if "eval" in line:
                 line["eval"][0]["memory"]["perplexity"] = abs(line["iteration"] - 4.5)
-        (run_folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (run_folder / "metrics.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in lines)
+        )
     assert steps_in(run_folder) == [4, 8]
     assert call(*TRAIN, "--set=train.keep_best=true", "--set=train.tasks=[]") == 2
     assert "env.json: train: keep_best needs an evaluation" in capsys.readouterr().err
@@ -192,7 +246,15 @@ def test_the_checkpoints_kept(run_folder, capsys):
 def test_a_checkpoint_serves_as_weights(run_folder):
     assert call(*TRAIN, "--set=train.train_iters=2") == 0
     last = run_folder / "checkpoints" / "step-00000002"
-    assert call(*TRAIN, "--set=train.train_iters=2", f"--set=model.load_ckp={last}", "--set=train.run_dir=other") == 0
+    assert (
+        call(
+            *TRAIN,
+            "--set=train.train_iters=2",
+            f"--set=model.load_ckp={last}",
+            "--set=train.run_dir=other",
+        )
+        == 0
+    )
     base = AutoModelForCausalLM.from_pretrained(load_env_config("env.json").model.model_name)
     assert PeftModel.from_pretrained(base, last / "decoder").peft_config["default"].r == 2
 
@@ -211,23 +273,49 @@ def test_the_run_folder(run_folder, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     assert call(*TRAIN, "--set=train.train_iters=2") == 0
     names = {path.name for path in run_folder.iterdir()}
-    assert names >= {"config.json", "versions.json", "log.txt", "metrics.jsonl", "tensorboard", "checkpoints", "curve.png", "ckp"}
+    assert names >= {
+        "config.json",
+        "versions.json",
+        "log.txt",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "curve.png",
+        "ckp",
+    }
     versions = json.loads((run_folder / "versions.json").read_text())
     assert versions["torch"] and versions["transformers"] and versions["dtype"] == "torch.float32"
     assert not versions["git"] or len(versions["git"].rstrip("+")) == 40
-    assert not [path for path in run_folder.rglob("*") if path.is_file() and b"hf_secret" in path.read_bytes()]
+    assert not [
+        path
+        for path in run_folder.rglob("*")
+        if path.is_file() and b"hf_secret" in path.read_bytes()
+    ]
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     board = EventAccumulator(str(run_folder / "tensorboard")).Reload()
     expected = [line["nll"] for line in metrics_of(run_folder) if "nll" in line]
-    assert [event.value for event in board.Scalars("train/nll/paper")] == pytest.approx(expected, rel=1e-6)  # stored in float32
-    parts = {f"train/grad_norm/{part}" for part in ("all", "encoder_lora", "decoder_lora", "token_embeddings")}
+    # stored in float32
+    assert [event.value for event in board.Scalars("train/nll/paper")] == pytest.approx(
+        expected, rel=1e-6
+    )
+    parts = {
+        f"train/grad_norm/{part}"
+        for part in ("all", "encoder_lora", "decoder_lora", "token_embeddings")
+    }
     measured = {"train/lr", "train/tokens_per_second", "train/resident_gib", *parts}
     assert measured <= set(board.Tags()["scalars"])
     assert "eval/0.perplexity.paper.files:book*.txt.60/memory/perplexity" in board.Tags()["scalars"]
 
 
-CORPORA = ["files:book*.txt", "files:lines.jsonl", "files:lines.jsonl.gz", "files:rows.parquet", "sotu.train", "minipile.train"]
+CORPORA = [
+    "files:book*.txt",
+    "files:lines.jsonl",
+    "files:lines.jsonl.gz",
+    "files:rows.parquet",
+    "sotu.train",
+    "minipile.train",
+]
 
 
 @pytest.mark.parametrize("name", CORPORA)
@@ -248,11 +336,16 @@ def test_every_kind_of_corpus_goes_on_where_it_stopped(workspace, monkeypatch, n
         pyarrow.parquet.write_table(rows, path)
     monkeypatch.setenv("UIOLLMS_HUB_DIR", "hub")
     monkeypatch.setenv("UIOLLMS_CACHE", "cache")
-    config = load_env_config("env.json", [f"train.corpus.0.name={name}", "train.corpus.0.crop=random"])
+    config = load_env_config(
+        "env.json", [f"train.corpus.0.name={name}", "train.corpus.0.crop=random"]
+    )
     model, tokenizer = load_memory_lm(config, "env.json")
 
     def taken(samples: SampleStream, count: int) -> list[tuple]:
-        return [(drawn.source, drawn.sample.rows[0].input_ids.tolist(), drawn.rng.random()) for drawn in samples.take(count)]
+        return [
+            (drawn.source, drawn.sample.rows[0].input_ids.tolist(), drawn.rng.random())
+            for drawn in samples.take(count)
+        ]
 
     samples = SampleStream(config, tokenizer, model)
     taken(samples, 5)

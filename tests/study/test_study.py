@@ -1,4 +1,5 @@
-"""The study's shortcut (all pair gradients, one Gram matrix) against steps that are really taken."""
+"""The study's shortcut (all pair gradients, one Gram matrix) against steps that are really
+taken."""
 
 import json
 import random
@@ -13,7 +14,14 @@ from uiollms.cli.study import main as study
 from uiollms.config.sections import TrainSection
 from uiollms.files.errors import ConfigError
 from uiollms.study.cost import PeakMemory, study_cost
-from uiollms.study.gradients import draw_weights, estimators_of, gram, pair_gradients, statistics_of, study_gradients
+from uiollms.study.gradients import (
+    draw_weights,
+    estimators_of,
+    gram,
+    pair_gradients,
+    statistics_of,
+    study_gradients,
+)
 from uiollms.study.learning import compare, summarise
 from uiollms.study.recall import MEMORY, VOCABULARY, draw_documents, recall_sample, recall_samples
 from uiollms.study.tables import markdown_table
@@ -26,7 +34,9 @@ SAMPLE = uiollms.Sample.language_modeling(random_ids(38), 8)
 def encoder_gradient(model, **settings) -> torch.Tensor:
     uiollms.gradient_step(model, SAMPLE, **settings)
     found = gradients(model)
-    return torch.cat([g.flatten() for n, g in found.items() if n.startswith("encoder") and "layers.2" not in n])
+    return torch.cat(
+        [g.flatten() for n, g in found.items() if n.startswith("encoder") and "layers.2" not in n]
+    )
 
 
 def test_pair_gradients_add_up_to_the_steps(monkeypatch):
@@ -39,7 +49,10 @@ def test_pair_gradients_add_up_to_the_steps(monkeypatch):
     assert relative_error(weights[t, s] @ vectors, expected) < 1e-10
 
     seen = []
-    monkeypatch.setattr("uiollms.training.step.chunk_norms", lambda grads: seen.append(chunk_norms(grads)) or seen[0])
+    monkeypatch.setattr(
+        "uiollms.training.step.chunk_norms",
+        lambda grads: seen.append(chunk_norms(grads)) or seen[0],
+    )
     encoder_gradient(model, estimator=Importance(2), rng=0)
     assert norms == pytest.approx(seen[0], rel=1e-10)
 
@@ -48,20 +61,33 @@ def test_statistics_are_those_of_the_drawn_gradients():
     model = make_model()
     pairs, vectors, norms = pair_gradients(model, SAMPLE)
     estimator, draws = make_estimator("uio", 2), 12
-    found = statistics_of(draw_weights(estimator, pairs, 5, norms, draws, seed=3), gram(vectors, block=100), pairs)
+    found = statistics_of(
+        draw_weights(estimator, pairs, 5, norms, draws, seed=3), gram(vectors, block=100), pairs
+    )
     rng = random.Random(3)
     exact = encoder_gradient(model)
-    drawn = torch.stack([encoder_gradient(model, weights=estimator.window(5, rng)) for _ in range(draws)])
+    drawn = torch.stack(
+        [encoder_gradient(model, weights=estimator.window(5, rng)) for _ in range(draws)]
+    )
     size = exact.norm()
     assert found["norm_ratio"] == pytest.approx((drawn.norm(dim=1) / size).mean().item())
-    assert found["cosine"] == pytest.approx(torch.cosine_similarity(drawn, exact[None]).mean().item())
-    assert found["relative_error"] == pytest.approx(((drawn - exact).norm(dim=1) / size).mean().item())
+    assert found["cosine"] == pytest.approx(
+        torch.cosine_similarity(drawn, exact[None]).mean().item()
+    )
+    assert found["relative_error"] == pytest.approx(
+        ((drawn - exact).norm(dim=1) / size).mean().item()
+    )
     assert found["bias"] == pytest.approx(((drawn.mean(0) - exact).norm() / size).item())
-    assert found["variance"] == pytest.approx(((drawn - drawn.mean(0)).pow(2).sum(1).mean() / size**2).item())
+    assert found["variance"] == pytest.approx(
+        ((drawn - drawn.mean(0)).pow(2).sum(1).mean() / size**2).item()
+    )
 
 
 def test_the_table_tells_the_biased_from_the_unbiased():
-    rows = {(r["estimator"], r["S"]): r for r in study_gradients(make_model(), [random_ids(38)], [1, 9], draws=4000)}
+    rows = {
+        (r["estimator"], r["S"]): r
+        for r in study_gradients(make_model(), [random_ids(38)], [1, 9], draws=4000)
+    }
     assert rows["exact", 10**6]["relative_error"] < 1e-6 and rows["uio", 9]["relative_error"] < 1e-6
     for name in ("uio", "importance"):
         assert rows[name, 1]["bias"] < 4 * rows[name, 1]["bias_noise"], name
@@ -74,7 +100,10 @@ def test_the_table_tells_the_biased_from_the_unbiased():
 def test_cost_counts_what_is_encoded_again():
     model = make_model()
     rows = {(r["estimator"], r["S"]): r for r in study_cost(model, random_ids(38), [1])}
-    assert rows["exact", 10**6]["encoder_backwards"] == 4 and rows["importance", 1]["encoder_backwards"] <= 2
+    assert (
+        rows["exact", 10**6]["encoder_backwards"] == 4
+        and rows["importance", 1]["encoder_backwards"] <= 2
+    )
     assert all(row["seconds"] > 0 for row in rows.values()) and len(rows) == len(estimators_of([1]))
     chosen = study_cost(model, random_ids(38), [1, 2], repeats=2, names=["uio"])
     assert [(r["estimator"], r["S"]) for r in chosen] == [("uio", 1), ("uio", 2)]
@@ -102,8 +131,13 @@ def test_the_comparison_reads_curves_at_equal_iterations_and_at_equal_seconds():
         for seed in (0, 1)
     ]
     exact, tbptt = summarise(curves, {("exact", 1): 2.0, ("tbptt", 1): 1.0})
-    assert exact["equal iterations"] == "2.500 +- 6.353" and tbptt["equal iterations, to exact"] == "1.000 +- 0.000"
-    assert exact["equal seconds"].startswith("3.250") and tbptt["equal seconds, to exact"].startswith("0.250")
+    assert (
+        exact["equal iterations"] == "2.500 +- 6.353"
+        and tbptt["equal iterations, to exact"] == "1.000 +- 0.000"
+    )
+    assert exact["equal seconds"].startswith("3.250") and tbptt[
+        "equal seconds, to exact"
+    ].startswith("0.250")
     assert exact["equal iterations, to exact"] == ""
 
 
@@ -122,7 +156,8 @@ def test_recall_asks_what_was_told_that_many_chunks_ago():
 
 
 def test_a_truncated_gradient_cannot_learn_what_is_asked_later():
-    """At distance 3 the last chunk's memory is of no use: nothing of tbptt's S = 1 points the encoder to the answer."""
+    """At distance 3 the last chunk's memory is of no use: nothing of tbptt's S = 1 points the
+    encoder to the answer."""
     model, sample = make_recall_model(), next(recall_samples(3, seed=0))
     window = make_estimator("tbptt", S=1).window(16, random.Random(0))
     wanted = torch.ones(16, 16).tril(-3).triu(-3)
@@ -138,7 +173,14 @@ def make_recall_model():
 
 def test_learn_keeps_a_curve_and_the_same_seed_gives_the_same_curve():
     train = TrainSection.model_validate(
-        dict(tbptt=1, train_iters=4, max_lr=1e-2, eval=2, save=4, corpus=(dict(name="recall", partition=1),))
+        dict(
+            tbptt=1,
+            train_iters=4,
+            max_lr=1e-2,
+            eval=2,
+            save=4,
+            corpus=(dict(name="recall", partition=1),),
+        )
     )
     stream = recall_samples(1, seed=9)
     held_out = [next(stream) for _ in range(2)]
@@ -150,13 +192,21 @@ def test_learn_keeps_a_curve_and_the_same_seed_gives_the_same_curve():
     curves = []
     estimators = [e for e in estimators_of([1]) if e[0] in ("uio", "exact")]
     compare(estimators, [0], start, held_out, train, [], curves.append)
-    assert [c["estimator"] for c in curves] == ["uio", "exact"] and curves[0]["iterations"] == [0, 2, 4]
+    assert [c["estimator"] for c in curves] == ["uio", "exact"] and curves[0]["iterations"] == [
+        0,
+        2,
+        4,
+    ]
     assert curves[0]["nll"][0] == curves[1]["nll"][0] and curves[0]["nll"] != curves[1]["nll"]
     again = []
-    compare(estimators, [0], start, held_out, train, curves[:1], again.append)  # the first is done already
+    compare(
+        estimators, [0], start, held_out, train, curves[:1], again.append
+    )  # the first is done already
     assert [c["estimator"] for c in again] == ["exact"] and again[0]["nll"] == curves[1]["nll"]
     by_hand = [score_of(start(0)[0], sample) for sample in held_out]
-    assert curves[0]["nll"][0] == pytest.approx(sum(by_hand) / sum(s.num_scored for s in held_out), rel=1e-5)
+    assert curves[0]["nll"][0] == pytest.approx(
+        sum(by_hand) / sum(s.num_scored for s in held_out), rel=1e-5
+    )
 
 
 def score_of(model, sample) -> float:
@@ -165,7 +215,17 @@ def score_of(model, sample) -> float:
 
 
 def test_the_learning_study_trains_compares_and_goes_on(workspace, capsys):
-    arguments = ["learning", "--env_conf", "env.json", "--seeds", "2", "--out", "out/study", "--set", "train.eval=3"]
+    arguments = [
+        "learning",
+        "--env_conf",
+        "env.json",
+        "--seeds",
+        "2",
+        "--out",
+        "out/study",
+        "--set",
+        "train.eval=3",
+    ]
     study(arguments)
     curves = (workspace / "out/study/curves.jsonl").read_text()
     rows = json.loads((workspace / "out/study/results.json").read_text())["rows"]
@@ -173,5 +233,7 @@ def test_the_learning_study_trains_compares_and_goes_on(workspace, capsys):
     assert (workspace / "out/study/plot.png").stat().st_size > 0
     study(arguments)  # nothing left to train
     assert (workspace / "out/study/curves.jsonl").read_text() == curves
-    with pytest.raises(ConfigError, match=r"curves.jsonl: its curves were trained with other settings"):
+    with pytest.raises(
+        ConfigError, match=r"curves.jsonl: its curves were trained with other settings"
+    ):
         study([*arguments, "--set", "train.max_lr=5e-3"])

@@ -1,6 +1,8 @@
-"""The estimators as weight matrices, all outcomes enumerated: expectation, bias, and what biased ones are worth.
+"""The estimators as weight matrices, all outcomes enumerated: expectation, bias, and what biased
+ones are worth.
 
-Nothing here is sampled: every reservoir outcome of small N is visited and weighted with its probability.
+Nothing here is sampled: every reservoir outcome of small N is visited and weighted with its
+probability.
 """
 
 import itertools
@@ -25,7 +27,8 @@ from uiollms.training.estimators import (
 
 
 def reservoir_outcomes(num_chunks: int, S: int):
-    """All draws of one document with their probability: chunk c >= S draws one of 0 .. c, all alike."""
+    """All draws of one document with their probability: chunk c >= S draws one of 0 .. c, all
+    alike."""
     ranges = [range(c + 1) for c in range(S, num_chunks)]
     probability = 1.0
     for r in ranges:
@@ -35,7 +38,10 @@ def reservoir_outcomes(num_chunks: int, S: int):
 
 
 def expected_window(num_chunks: int, S: int, compensate: bool) -> torch.Tensor:
-    return sum(p * window_from_draws(d, S, compensate, num_chunks) for d, p in reservoir_outcomes(num_chunks, S))
+    return sum(
+        p * window_from_draws(d, S, compensate, num_chunks)
+        for d, p in reservoir_outcomes(num_chunks, S)
+    )
 
 
 def bias(window: torch.Tensor) -> float:
@@ -111,11 +117,13 @@ def test_draws_are_the_rngs_and_the_last_chunk_is_drawn_for():
     assert torch.equal(draw_window("uio", 9, 3), draw_window(UIO(2), 9, random.Random(3)))
 
 
-@pytest.mark.parametrize("norms", [[1.0, 2, 3, 4], [0.0, 0, 5], [1.0] * 6, [1e-9, 1, 1000, 2, 3], [0.0, 0.0]])
+@pytest.mark.parametrize(
+    "norms", [[1.0, 2, 3, 4], [0.0, 0, 5], [1.0] * 6, [1e-9, 1, 1000, 2, 3], [0.0, 0.0]]
+)
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_importance_is_unbiased(norms, size):
-    """The sample depends on one uniform number; between two breakpoints it does not change, so that the expectation is a
-    finite sum."""
+    """The sample depends on one uniform number; between two breakpoints it does not change, so
+    that the expectation is a finite sum."""
     inclusion = inclusion_probabilities(norms, size, floor=0.1)
     assert sum(inclusion) == pytest.approx(min(size, len(norms)))
     assert all(0 < p <= 1 for p in inclusion)
@@ -141,5 +149,7 @@ def test_names_and_settings():
     assert make_estimator("uio", 3, False) == UIO(3, False)
     assert make_estimator("tbptt", 3, False) == TBPTT(3)
     assert set(ESTIMATORS) == {"exact", "tbptt", "uio", "importance"}
-    with pytest.raises(ValueError, match="'magic' is unknown; known: exact, tbptt, uio, importance"):
+    with pytest.raises(
+        ValueError, match="'magic' is unknown; known: exact, tbptt, uio, importance"
+    ):
         make_estimator("magic")

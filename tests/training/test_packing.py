@@ -16,7 +16,9 @@ from uiollms.training.optimizer import TrainingSample, pack_documents
 
 def drawn(chunks: int) -> TrainingSample:
     """A document of so many compressed chunks."""
-    return TrainingSample(f"{chunks}", Sample.document(random_ids(8 * chunks + 3), 8), random.Random(0))
+    return TrainingSample(
+        f"{chunks}", Sample.document(random_ids(8 * chunks + 3), 8), random.Random(0)
+    )
 
 
 @pytest.mark.parametrize(
@@ -39,8 +41,9 @@ def test_documents_share_a_pass_while_their_chunks_fit(chunks, chunk_batch, pack
 
 
 def test_packing_changes_no_result_of_a_run(run_folder):  # noqa: F811
-    """chunk_batch decides which documents share a pass. Only the order of float32 sums differs, 1e-7 a step, which AdamW's
-    division by small second moments makes larger: 1e-5. A document lost, or weighted twice, is 0.1."""
+    """chunk_batch decides which documents share a pass. Only the order of float32 sums differs,
+    1e-7 a step, which AdamW's division by small second moments makes larger: 1e-5. A document
+    lost, or weighted twice, is 0.1."""
     found = []
     for batch in (1, 64):
         assert forked(train(f"--set=train.chunk_batch={batch}", "--restart")) == 0

@@ -1,4 +1,5 @@
-"""train_iters, save, eval and warmup count documents, as in the released program; older runs go on in steps."""
+"""train_iters, save, eval and warmup count documents, as in the released program; older runs go
+on in steps."""
 
 import json
 import shutil
@@ -46,20 +47,29 @@ def released_loop(train: TrainSection) -> list[tuple[int, float]]:
     return steps
 
 
-@pytest.mark.parametrize("changes", [{}, dict(accum_grad=8), dict(train_iters=30, accum_grad=4, warmup=0.35), dict(warmup=0.0)])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, dict(accum_grad=8), dict(train_iters=30, accum_grad=4, warmup=0.35), dict(warmup=0.0)],
+)
 def test_steps_and_rates_are_those_of_the_released_loop(changes):
     train = section(**changes)
     schedule = Schedule(train, train.accum_grad)
-    assert [(done, schedule.learning_rate(done)) for done in schedule.steps()] == released_loop(train)
+    assert [(done, schedule.learning_rate(done)) for done in schedule.steps()] == released_loop(
+        train
+    )
 
 
 def test_the_papers_run():
     schedule = Schedule(section(), 1)  # 10,000 documents, 1 % warm-up, peak 1e-4
     assert len(schedule.steps()) == 10_000 and schedule.learning_rate(1) == 0
-    assert schedule.learning_rate(51) == pytest.approx(0.5e-4) and schedule.learning_rate(101) == 1e-4
+    assert (
+        schedule.learning_rate(51) == pytest.approx(0.5e-4) and schedule.learning_rate(101) == 1e-4
+    )
     assert 0 < schedule.learning_rate(10_000) < 1e-11
     assert len(Schedule(section(accum_grad=8), 8).steps()) == 1250  # not eight times their work
-    assert Schedule(section(accum_grad=8), 8).learning_rate(8) == pytest.approx(7e-6)  # document 7's
+    assert Schedule(section(accum_grad=8), 8).learning_rate(8) == pytest.approx(
+        7e-6
+    )  # document 7's
 
 
 def test_a_warm_up_of_less_than_one_document_is_none():
@@ -71,12 +81,16 @@ def test_a_warm_up_of_less_than_one_document_is_none():
 def test_a_multiple_is_reached_by_the_first_step_that_passes_it():
     schedule = Schedule(section(train_iters=30), 4)
     assert [done for done in schedule.steps() if schedule.reaches(done, 10)] == [12, 20]
-    assert [done for done in schedule.steps() if schedule.reaches(done, 3)] == list(schedule.steps())
+    assert [done for done in schedule.steps() if schedule.reaches(done, 3)] == list(
+        schedule.steps()
+    )
     assert (schedule.steps()[-1], schedule.left_over(28), schedule.left_over(32)) == (28, 2, 0)
 
 
 def test_too_few_documents_for_one_step():
-    with pytest.raises(ConfigError, match="train.train_iters: 7 documents make no step of 8 .* use at least 8"):
+    with pytest.raises(
+        ConfigError, match="train.train_iters: 7 documents make no step of 8 .* use at least 8"
+    ):
         Schedule(section(train_iters=7, accum_grad=4), 8)
 
 
@@ -86,8 +100,12 @@ def test_a_run_counts_documents(workspace, capsys):
     steps = [line for line in lines_of() if "nll" in line]
     assert [line["iteration"] for line in steps] == [3, 6, 9]
     assert [line["tokens"] for line in steps] == [3 * 80] * 3
-    assert [line["lr"] for line in steps] == [rate for _, rate in released_loop(section(**changes, max_lr=1e-2))]
-    assert [line["iteration"] for line in lines_of() if "eval" in line] == [9]  # passes 7, and is the last
+    assert [line["lr"] for line in steps] == [
+        rate for _, rate in released_loop(section(**changes, max_lr=1e-2))
+    ]
+    assert [line["iteration"] for line in lines_of() if "eval" in line] == [
+        9
+    ]  # passes 7, and is the last
     saved = sorted(path.name for path in Path("out/checkpoints").iterdir())
     assert saved == ["step-00000006", "step-00000009"]  # 4 and 8 are passed
     shown = capsys.readouterr()
@@ -103,13 +121,23 @@ def test_a_run_that_is_too_short_is_refused_before_the_model_loads(workspace, ca
 
 
 def test_an_evaluation_that_was_missed_is_made_though_a_step_is_smaller_now(workspace):
-    """Stopped after 4 documents, behind the checkpoint: steps of 2 had passed eval = 3, steps of 1 would not."""
-    flags = ("--set=train.train_iters=8", "--set=train.eval=3", "--set=train.save=2", "--set=train.keep_last=9")
+    """Stopped after 4 documents, behind the checkpoint: steps of 2 had passed eval = 3, steps of
+    1 would not."""
+    flags = (
+        "--set=train.train_iters=8",
+        "--set=train.eval=3",
+        "--set=train.save=2",
+        "--set=train.keep_last=9",
+    )
     assert call(*TRAIN, *flags, "--set=train.accum_grad=2") == 0
     for path in Path("out/checkpoints").iterdir():
         if path.name > "step-00000004":
             shutil.rmtree(path)
-    kept = [line for line in lines_of() if line["iteration"] < 4 or "nll" in line and line["iteration"] == 4]
+    kept = [
+        line
+        for line in lines_of()
+        if line["iteration"] < 4 or "nll" in line and line["iteration"] == 4
+    ]
     Path("out/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
     assert call(*TRAIN, "--resume", *flags, "--set=train.accum_grad=1") == 0
     assert [line["iteration"] for line in lines_of() if "eval" in line] == [4, 6, 8]
@@ -117,10 +145,13 @@ def test_an_evaluation_that_was_missed_is_made_though_a_step_is_smaller_now(work
 
 
 def test_a_run_of_an_older_folder_keeps_counting_steps(workspace, tiny_folder, capsys):
-    """Its 3 steps of 2 documents are followed by 3 more, at the rates and with the losses it would have had."""
+    """Its 3 steps of 2 documents are followed by 3 more, at the rates and with the losses it
+    would have had."""
     last = Path("out/checkpoints/step-00000003")
     shutil.copytree(FIXTURE / last.name, last)
-    (last / "state.json").write_text((last / "state.json").read_text().replace("MODEL", str(tiny_folder)))
+    (last / "state.json").write_text(
+        (last / "state.json").read_text().replace("MODEL", str(tiny_folder))
+    )
     write_checksums(last)
     shutil.copy(FIXTURE / "metrics.jsonl", "out/metrics.jsonl")
     expected = lines_of()
@@ -128,25 +159,43 @@ def test_a_run_of_an_older_folder_keeps_counting_steps(workspace, tiny_folder, c
     flags = [f"--set=train.{name}={value}" for name, value in changes.items()]
 
     assert call(*TRAIN, *flags) == 2
-    assert "out: holds an unfinished run, 3 of 6 steps done; go on with --resume" in capsys.readouterr().err
+    assert (
+        "out: holds an unfinished run, 3 of 6 steps done; go on with --resume"
+        in capsys.readouterr().err
+    )
     assert call(*TRAIN, *flags, "--resume") == 0
     found = lines_of()
     for name in ("iteration", "lr", "tokens"):
         assert [line[name] for line in found] == [line[name] for line in expected]
     train = section(**changes | dict(tasks=[]))
-    assert [line["lr"] for line in found] == [rate_of_step(i, Course(train.train_iters, 1e-2, train.warmup)) for i in range(6)]
-    # Float32 products of another processor or torch: far below what another document or rate changes.
-    assert [line["nll"] for line in found] == pytest.approx([line["nll"] for line in expected], rel=1e-5)
+    assert [line["lr"] for line in found] == [
+        rate_of_step(i, Course(train.train_iters, 1e-2, train.warmup)) for i in range(6)
+    ]
+    # Float32 products of another processor or torch: far below what another document or rate
+    # changes.
+    assert [line["nll"] for line in found] == pytest.approx(
+        [line["nll"] for line in expected], rel=1e-5
+    )
     assert json.loads(Path("out/versions.json").read_text())["iterations"] == "steps"
-    assert json.loads(Path("out/checkpoints/step-00000006/state.json").read_text())["counts"] == "steps"
+    assert (
+        json.loads(Path("out/checkpoints/step-00000006/state.json").read_text())["counts"]
+        == "steps"
+    )
     assert "3 of 6 steps done" in Path("out/log.txt").read_text()
-    assert call(*TRAIN, *flags, "--resume", "--set=train.train_iters=8") == 0  # once more, from a folder of today's
+    assert (
+        call(*TRAIN, *flags, "--resume", "--set=train.train_iters=8") == 0
+    )  # once more, from a folder of today's
     assert [line["iteration"] for line in lines_of()] == list(range(1, 9))
 
 
 def test_clip_grad_null_does_not_clip(workspace):
     for folder, clip in (("a", "null"), ("b", "1e30"), ("c", "1e-3")):
-        changes = (f"train.clip_grad={clip}", f"model.save_ckp={folder}.pth", "train.tasks=[]", f"train.run_dir={folder}")
+        changes = (
+            f"train.clip_grad={clip}",
+            f"model.save_ckp={folder}.pth",
+            "train.tasks=[]",
+            f"train.run_dir={folder}",
+        )
         assert call(*TRAIN, *(f"--set={change}" for change in changes)) == 0
     a, b, c = (torch.load(f"{name}.pth", weights_only=True) for name in "abc")
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))

@@ -42,7 +42,9 @@ STAGES = [
         max_lr=5e-3,
         sizes=[[8, 1], [16, 8]],
         corpus=[
-            dict(name="files:book*.txt", partition=0.5, truncation=70, crop="random", kl_weight=0.5),
+            dict(
+                name="files:book*.txt", partition=0.5, truncation=70, crop="random", kl_weight=0.5
+            ),
             dict(name="files:book*.txt", partition=0.5, truncation=70, token_weighting="context"),
         ],
     ),
@@ -79,7 +81,12 @@ def test_borders_are_whole_steps():
 
 
 def test_every_stage_rises_and_falls_by_itself():
-    train = section(train_iters=100, max_lr=1e-3, warmup=0.1, stages=[dict(share=0.5), dict(share=0.5, max_lr=4e-3, warmup=0.2)])
+    train = section(
+        train_iters=100,
+        max_lr=1e-3,
+        warmup=0.1,
+        stages=[dict(share=0.5), dict(share=0.5, max_lr=4e-3, warmup=0.2)],
+    )
     found = [Schedule(train, 1).learning_rate(done) for done in range(1, 101)]
     expected = [rate_of_document(i, Course(50, 1e-3, 0.1)) for i in range(50)]
     expected += [rate_of_document(i, Course(50, 4e-3, 0.2)) for i in range(50)]
@@ -95,16 +102,22 @@ def test_one_stage_is_a_run_without_stages():
 
 def test_a_longer_run_lengthens_its_last_stage_alone():
     shorter = Schedule(section(train_iters=100, stages=stages(0.5, 0.5)), 1)
-    longer = Schedule(section(train_iters=300, stages=stages(0.5, 0.5)), 1, "documents", shorter.borders)
+    longer = Schedule(
+        section(train_iters=300, stages=stages(0.5, 0.5)), 1, "documents", shorter.borders
+    )
     assert longer.borders == (50,)
-    assert [longer.learning_rate(d) for d in range(1, 51)] == [shorter.learning_rate(d) for d in range(1, 51)]
+    assert [longer.learning_rate(d) for d in range(1, 51)] == [
+        shorter.learning_rate(d) for d in range(1, 51)
+    ]
     assert longer.learning_rate(300) < 1e-7 < longer.learning_rate(100)
 
 
 def test_a_stage_without_a_step_is_refused():
     with pytest.raises(ConfigError, match=r"train.stages\[1\]: of 100 documents .* no step of 8"):
         Schedule(section(train_iters=100, stages=stages(0.5, 0.02, 0.48)), 8)
-    with pytest.raises(ConfigError, match=r"train.stages\[1\]"):  # shortened to before its last stage
+    with pytest.raises(
+        ConfigError, match=r"train.stages\[1\]"
+    ):  # shortened to before its last stage
         Schedule(section(train_iters=50, stages=stages(0.5, 0.5)), 1, "documents", (50,))
 
 
@@ -126,12 +139,18 @@ def test_a_run_in_stages_goes_on_bit_for_bit_across_borders(staged):
     steps = [line for line in metrics if "nll" in line]
     assert [line["stage"] for line in steps] == [1, 1, 2, 3, 3]
     assert all(line["size"] in STAGES[0]["sizes"] for line in steps[:2])
-    assert steps[2]["size"] is None and all(line["size"] in STAGES[2]["sizes"] for line in steps[3:])
+    assert steps[2]["size"] is None and all(
+        line["size"] in STAGES[2]["sizes"] for line in steps[3:]
+    )
     assert json.loads((staged / "ckp" / "memory_config.json").read_text())["chunk_size"] == 16
     for event in (40, 70, 110):
         code, flags = None, "--restart"
         while code != 0:
-            code = forked(train_and_at(event, signalled(15), flags)) if code is None else forked(train(flags))
+            code = (
+                forked(train_and_at(event, signalled(15), flags))
+                if code is None
+                else forked(train(flags))
+            )
             flags = "--resume"
         assert metrics_of(staged) == metrics and tensors_of(staged) == tensors
 
@@ -186,30 +205,41 @@ def test_stages_draw_documents_of_their_own(staged):
     "change, message",
     [
         ("train.stages.0.share=0.3", "the shares of the stages sum to 0.9, they must sum to 1"),
-        ("train.stages.0.sizes=[[10,4]]", "sizes: chunk_size 10 must be a multiple of num_memory 4"),
+        (
+            "train.stages.0.sizes=[[10,4]]",
+            "sizes: chunk_size 10 must be a multiple of num_memory 4",
+        ),
         ("train.stages.0.sizes=[]", "train.stages[0].sizes"),
         ("train.stages.0.corpus=[]", "train.stages[0].corpus"),
         ("train.stages.2.corpus.0.partition=0.7", "partitions sum to 1.2"),
         (
             "train.stages.2.corpus.0.truncation=8",
-            "train.stages[2].corpus[0].truncation: of 8 tokens nothing would read memory, chunk_size "
+            "train.stages[2].corpus[0].truncation: of 8 tokens nothing would read memory, "
+            "chunk_size "
             "is 8; use at least 10 (under train.stages[2].sizes[0])",
         ),
         (
             "train.stages.2.corpus.1.truncation=129",
-            "train.stages[2].corpus[1].truncation: found 129 tokens; with token_weighting context the base "
+            "train.stages[2].corpus[1].truncation: found 129 tokens; with token_weighting context "
+            "the base "
             "reads documents raw and has 128 positions; set truncation to 128 or less",
         ),
         (
             "train.stages.2.corpus.0.truncation=null",
             "truncation: found none; with kl_weight 0.5 the base reads documents raw",
         ),
-        ("train.stages.0.sizes=[[256,2]]", "train.stages[0].sizes[0]: chunk_size 256 is past the base's 128"),
+        (
+            "train.stages.0.sizes=[[256,2]]",
+            "train.stages[0].sizes[0]: chunk_size 256 is past the base's 128",
+        ),
         (
             "train.corpus.0.truncation=1000",
             "train.corpus[0].truncation: 1000 tokens is past the capacity",
         ),
-        ("train.stages.2.corpus.0.name=nothing", "train.stages[2].corpus[0].name: corpus 'nothing'"),
+        (
+            "train.stages.2.corpus.0.name=nothing",
+            "train.stages[2].corpus[0].name: corpus 'nothing'",
+        ),
         ("train.stages.0.corpus.0.kl_weight=0.5", "a copy is told by memory alone"),
         ("train.stages.1.max_lr=0", "train.stages[1].max_lr"),
         ("train.stages.0.share=0", "train.stages[0].share"),
@@ -223,7 +253,9 @@ def test_what_a_stage_cannot_be_is_refused_before_a_model_is_loaded(staged, chan
 
 def test_a_plan_knows_the_longest_document_of_all_stages(staged):
     """Of auto-encoding one chunk, however long the document."""
-    named = ["train.stages.1.corpus=" + json.dumps([STAGES[0]["corpus"][0] | dict(truncation=None)])]
+    named = [
+        "train.stages.1.corpus=" + json.dumps([STAGES[0]["corpus"][0] | dict(truncation=None)])
+    ]
     for changes, longest in ((named, 70), ([*named, "train.stages.2.corpus.1.truncation=90"], 90)):
         plan = make_plan(load_env_config("env.json", changes), "env.json")
         assert plan.length == longest
@@ -231,7 +263,9 @@ def test_a_plan_knows_the_longest_document_of_all_stages(staged):
 
 def test_a_truncation_must_fit_every_size(staged):
     """64/1 has room for thousands of tokens in 128 positions, 16/8 for 16 * 15 and 8 more."""
-    change = 'train.stages.2.corpus.0={"name": "files:book*.txt", "partition": 0.5, "truncation": 249}'
+    change = (
+        'train.stages.2.corpus.0={"name": "files:book*.txt", "partition": 0.5, "truncation": 249}'
+    )
     with pytest.raises(ConfigError, match=r"249 tokens is past the capacity 248 .*sizes\[1\]"):
         checked(change)
     checked(change.replace("249", "248"))
@@ -261,7 +295,9 @@ def test_plain_text_is_trained_for_the_task_of_its_entry(maker):
         return maker.train(document, entry(truncation=5 * l, **fields), random.Random(0))
 
     assert [row.num_memories for row in sample().rows] == [0, 1, 2, 3, 4]
-    assert len(sample(task="auto encoding").rows) == 1 and sample(task="auto encoding").rows[0].repeat
+    assert (
+        len(sample(task="auto encoding").rows) == 1 and sample(task="auto encoding").rows[0].repeat
+    )
     assert [row.num_memories for row in sample(task="Longdata_Copy").rows] == [5] * 5
     utilization = sample(task="memory utilization")
     assert utilization.kl_weight == 1 and len(utilization.rows) == 1
@@ -300,7 +336,10 @@ def test_which_documents_are_for_which_task(task, kind, fine):
 def test_a_task_that_the_corpus_has_no_documents_for(workspace, maker):
     from uiollms.runs.checks import check_training
 
-    for name, task in (("longalpaca.train.true", "auto encoding"), ("sotu.train", "question answering")):
+    for name, task in (
+        ("longalpaca.train.true", "auto encoding"),
+        ("sotu.train", "question answering"),
+    ):
         changes = [f"train.corpus.0.name={name}", f"train.corpus.0.task={task}"]
         with pytest.raises(ConfigError, match=r"train.corpus\[0\].task: corpus .* has"):
             check_training(load_env_config("env.json", changes), "env.json")
@@ -309,7 +348,8 @@ def test_a_task_that_the_corpus_has_no_documents_for(workspace, maker):
 
 
 def test_weights_of_tokens_are_what_raw_context_is_worth(maker):
-    """Against the base's own logits, token by token, in float64: another order of summation, 1e-9."""
+    """Against the base's own logits, token by token, in float64: another order of summation,
+    1e-9."""
     model = maker.model
     l = model.memory_config.chunk_size
     ids = random_ids(4 * l + 3)

@@ -1,4 +1,5 @@
-"""The two-pass step against plain autograd, and every estimator's gradient averaged over all of its outcomes.
+"""The two-pass step against plain autograd, and every estimator's gradient averaged over all of
+its outcomes.
 
 float64; 1e-10 relative is what 2-gradients.md asks for (rounding leaves about 1e-14).
 """
@@ -8,7 +9,16 @@ import random
 
 import pytest
 import torch
-from conftest import FAMILIES, MEMORY, SHAPE, gradients, make_model, random_ids, relative_error, worst_error
+from conftest import (
+    FAMILIES,
+    MEMORY,
+    SHAPE,
+    gradients,
+    make_model,
+    random_ids,
+    relative_error,
+    worst_error,
+)
 from test_estimators import reservoir_outcomes
 
 import uiollms
@@ -16,7 +26,14 @@ from uiollms import MemoryConfig, Sample
 from uiollms.data.limits import check_sample
 from uiollms.data.sample import Row
 from uiollms.model import layers as base
-from uiollms.model.passes import decode_rows, empty_slots, encode_all, encode_and_project_all, project_all, teacher_hidden
+from uiollms.model.passes import (
+    decode_rows,
+    empty_slots,
+    encode_all,
+    encode_and_project_all,
+    project_all,
+    teacher_hidden,
+)
 from uiollms.model.state import Prefix, join_slots
 from uiollms.training.estimators import (
     Estimator,
@@ -31,13 +48,18 @@ from uiollms.training.step import chunk_norms, chunks_with_gradient, row_weights
 PROVEN = 1e-10
 
 
-def plain_gradients(model, sample: Sample, weights: torch.Tensor, seeds=None) -> dict[str, torch.Tensor]:
-    """The slow, obvious twin. One graph over everything, chunk by chunk; W by detaching: J_t reads the mixture
-    w * m_s + (1 - w) * detach(m_s), whose value is m_s and whose gradient is w times as large. The decoder's LoRA takes
-    its gradient from a second pass over plain memories."""
+def plain_gradients(
+    model, sample: Sample, weights: torch.Tensor, seeds=None
+) -> dict[str, torch.Tensor]:
+    """The slow, obvious twin. One graph over everything, chunk by chunk; W by detaching: J_t
+    reads the mixture w * m_s + (1 - w) * detach(m_s), whose value is m_s and whose gradient is w
+    times as large. The decoder's LoRA takes its gradient from a second pass over plain memories."""
     found = {}
     for weighted in (False, True):
-        memory = [model.encode_layers(chunk[None], seeds and [seeds[s]]) for s, chunk in enumerate(sample.chunks)]
+        memory = [
+            model.encode_layers(chunk[None], seeds and [seeds[s]])
+            for s, chunk in enumerate(sample.chunks)
+        ]
         loss = torch.zeros((), dtype=torch.float64)
         for t, row in enumerate(sample.rows):
             if not len(row.scored):
@@ -50,7 +72,9 @@ def plain_gradients(model, sample: Sample, weights: torch.Tensor, seeds=None) ->
             layers = range(len(model.base.model.layers))
             keys = [[p[0][i] for p in parts] for i in layers]
             values = [[p[1][i] for p in parts] for i in layers]
-            token_losses, _, _ = decode_rows(model, sample, [t], Prefix(keys, values), teacher_hidden(model, sample))
+            token_losses, _, _ = decode_rows(
+                model, sample, [t], Prefix(keys, values), teacher_hidden(model, sample)
+            )
             loss = loss + (token_losses * row.token_weights[row.scored]).sum()
         if loss.requires_grad:
             loss.backward()
@@ -90,7 +114,10 @@ def test_copying_is_autograd_and_trains_the_repeat_token(length):
     """Here every row reads all memories, its own chunk's too."""
     model, sample = make_model(), Sample.copy(random_ids(length), 8)
     count = len(sample.rows)
-    for weights in (torch.ones(count, count, dtype=torch.float64), torch.rand(count, count, dtype=torch.float64)):
+    for weights in (
+        torch.ones(count, count, dtype=torch.float64),
+        torch.rand(count, count, dtype=torch.float64),
+    ):
         uiollms.gradient_step(model, sample, weights=weights)
         found = gradients(model)
         assert worst_error(found, plain_gradients(model, sample, weights)) < PROVEN
@@ -98,8 +125,13 @@ def test_copying_is_autograd_and_trains_the_repeat_token(length):
     uiollms.gradient_step(model, sample, estimator="exact")
     exact = gradients(model)
     assert worst_error(exact, plain_gradients(model, sample, torch.ones(count, count))) < PROVEN
-    outcomes = [(row_weights(sample, window_from_draws(d, 1, True, count + 1)), p) for d, p in reservoir_outcomes(count + 1, 1)]
-    assert worst_error(expectation(model, sample, outcomes), exact) < PROVEN  # uio is unbiased here too
+    outcomes = [
+        (row_weights(sample, window_from_draws(d, 1, True, count + 1)), p)
+        for d, p in reservoir_outcomes(count + 1, 1)
+    ]
+    assert (
+        worst_error(expectation(model, sample, outcomes), exact) < PROVEN
+    )  # uio is unbiased here too
 
 
 def test_rows_behind_all_memories_share_one_draw():
@@ -115,7 +147,10 @@ def test_rows_behind_all_memories_share_one_draw():
 
 def taught_samples() -> dict[str, Sample]:
     ids = random_ids(27)
-    asked = [(random_ids(3, seed=1), random_ids(2, seed=2)), (random_ids(9, seed=3), random_ids(4, seed=4))]
+    asked = [
+        (random_ids(3, seed=1), random_ids(2, seed=2)),
+        (random_ids(9, seed=3), random_ids(4, seed=4)),
+    ]
     return {
         "distilled beacons": protocols(ids)["beacon"].distilled(),
         "memory utilization": Sample.memory_utilization(ids, random_ids(6, seed=5), 8),
@@ -139,15 +174,22 @@ def test_taught_losses_are_the_formula_and_their_gradient_autograds(kind):
             nll = -student.gather(1, row.targets[row.scored, None])[:, 0]
             loss = nll
             if sample.kl_weight:
-                raw = model.base(torch.cat([context, row.input_ids])[None]).logits[0, len(context) :]
+                raw = model.base(torch.cat([context, row.input_ids])[None]).logits[
+                    0, len(context) :
+                ]
                 teacher = raw.log_softmax(-1)[row.scored]
                 kl = (teacher.exp() * (teacher - student)).sum(-1)
                 loss = (1 - sample.kl_weight) * nll + sample.kl_weight * kl
-            assert relative_error(result.losses[t], (loss * row.token_weights[row.scored]).sum()) < 1e-10, t
+            assert (
+                relative_error(result.losses[t], (loss * row.token_weights[row.scored]).sum())
+                < 1e-10
+            ), t
 
 
 def test_a_teacher_past_the_positions_is_refused():
-    with pytest.raises(ValueError, match="reads its context raw: 65 tokens, the base has 64 positions"):
+    with pytest.raises(
+        ValueError, match="reads its context raw: 65 tokens, the base has 64 positions"
+    ):
         uiollms.gradient_step(make_model(), Sample.document(random_ids(65), 8).distilled())
 
 
@@ -155,16 +197,26 @@ def test_copy_losses_are_the_auto_encoders():
     model, ids = make_model(), random_ids(8)
     with torch.no_grad():
         expected = torch.nn.functional.cross_entropy(model.reconstruct(ids[None])[0], ids)
-    assert relative_error(uiollms.gradient_step(model, Sample.copy(ids, 8)).losses[0], expected) < 1e-12
+    assert (
+        relative_error(uiollms.gradient_step(model, Sample.copy(ids, 8)).losses[0], expected)
+        < 1e-12
+    )
 
 
 def test_losses_are_the_forward_passs():
     model, ids = make_model(), random_ids(29)
     result = uiollms.gradient_step(model, Sample.document(ids, 8))
-    assert relative_error(result.losses.sum(), model(ids[None], labels=ids[None]).loss.detach()) < 1e-12
+    assert (
+        relative_error(result.losses.sum(), model(ids[None], labels=ids[None]).loss.detach())
+        < 1e-12
+    )
     assert relative_error(result.nll / 28, result.losses.sum()) < 1e-12
     without = uiollms.gradient_step(model, Sample.document(ids, 8), report_all=False)
-    assert without.losses[0] == 0 and without.scored[0] == 0 and torch.equal(without.losses[1:], result.losses[1:])
+    assert (
+        without.losses[0] == 0
+        and without.scored[0] == 0
+        and torch.equal(without.losses[1:], result.losses[1:])
+    )
 
 
 def test_gradients_are_added_and_scaled():
@@ -197,7 +249,10 @@ def test_uio_averaged_over_all_reservoirs_is_the_exact_gradient(S):
     assert worst_error(expectation(model, sample, windows(True)), exact) < PROVEN
 
     def encoder_error(found):
-        flat = [torch.cat([g[n].flatten() for n in g if n.startswith("encoder")]) for g in (found, exact)]
+        flat = [
+            torch.cat([g[n].flatten() for n in g if n.startswith("encoder")])
+            for g in (found, exact)
+        ]
         return relative_error(*flat)
 
     # The same check fails for the biased ones, and says by how much.
@@ -217,7 +272,8 @@ def test_a_window_over_the_whole_document_is_exact(name):
 
 @pytest.mark.parametrize("S", [1, 2, 3])
 def test_importance_averaged_over_its_outcomes_is_the_exact_gradient(S):
-    """systematic_sample is a step function of one uniform number: visit every step once, weighted by its width."""
+    """systematic_sample is a step function of one uniform number: visit every step once,
+    weighted by its width."""
     model, sample = make_model(), Sample.language_modeling(random_ids(38), 8)
     norms: list[float] = []
 
@@ -310,18 +366,26 @@ def test_only_chunks_with_gradient_are_encoded_with_a_graph():
     """28 of the release's 32 encoder backwards at 8,192 tokens are of zeros."""
     model, sample = make_model(), Sample.language_modeling(random_ids(8 * 9), 8)
     model.chunk_batch = 1
-    weights = window_from_draws([1, 2, 3, 4, 5, 6, 7, 8], 1, True)  # everything after chunk 0 is rejected
+    weights = window_from_draws(
+        [1, 2, 3, 4, 5, 6, 7, 8], 1, True
+    )  # everything after chunk 0 is rejected
     encoded = []
     plain = model.encode_layers
-    model.encode_layers = lambda ids, seeds=None: encoded.append((len(ids), torch.is_grad_enabled())) or plain(ids, seeds)
+    model.encode_layers = lambda ids, seeds=None: (
+        encoded.append((len(ids), torch.is_grad_enabled())) or plain(ids, seeds)
+    )
     result = uiollms.gradient_step(model, sample, weights=weights)
     assert result.reencoded == (0,)
-    assert sum(n for n, grad in encoded if grad) == 1 and sum(n for n, grad in encoded if not grad) == 8
+    assert (
+        sum(n for n, grad in encoded if grad) == 1
+        and sum(n for n, grad in encoded if not grad) == 8
+    )
 
 
 def graph_bytes(model, sample, **settings) -> int:
-    """The most bytes that autograd kept for backward at any one moment of a step: every saved tensor's elements, counted while
-    the graph that holds it lives; nothing for what `recompute_silu` makes again."""
+    """The most bytes that autograd kept for backward at any one moment of a step: every saved
+    tensor's elements, counted while the graph that holds it lives; nothing for what
+    `recompute_silu` makes again."""
     alive: dict[int, int] = {}
     most = 0
 
@@ -336,7 +400,9 @@ def graph_bytes(model, sample, **settings) -> int:
             alive.pop(self.key, None)
 
     def hooks():
-        return torch.autograd.graph.saved_tensors_hooks(Held, lambda held: base._unpacked(held.kept))
+        return torch.autograd.graph.saved_tensors_hooks(
+            Held, lambda held: base._unpacked(held.kept)
+        )
 
     def counted(function, hidden):
         with hooks():
@@ -350,20 +416,25 @@ def graph_bytes(model, sample, **settings) -> int:
 
 
 def test_peak_memory_grows_neither_with_S_nor_with_the_documents_length():
-    """What graphs hold at the worst moment: with S = 1, 4 or all chunks, for 6 and for 24 chunks, at chunk_batch 2."""
+    """What graphs hold at the worst moment: with S = 1, 4 or all chunks, for 6 and for 24
+    chunks, at chunk_batch 2."""
     config = MemoryConfig(num_memory=1, chunk_size=8, lora_rank=2, lora_alpha=4)
     model = make_model(config=config)
     model.chunk_batch = 2
     short, long = (Sample.language_modeling(random_ids(8 * n), 8) for n in (6, 24))
-    by_S = [graph_bytes(model, long, estimator="uio", S=S, rng=0) for S in (1, 4, 24)] + [graph_bytes(model, long)]
+    by_S = [graph_bytes(model, long, estimator="uio", S=S, rng=0) for S in (1, 4, 24)] + [
+        graph_bytes(model, long)
+    ]
     assert max(by_S) <= 1.02 * min(by_S), by_S  # 2 %: how the last batch is filled
-    # Longer documents: attention of a decoder batch reads more memory (18 more slots of 1/8 chunk), nothing else grows
+    # Longer documents: attention of a decoder batch reads more memory (18 more slots of 1/8 chunk),
+    # nothing else grows
     assert graph_bytes(model, long) < 2 * graph_bytes(model, short)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_silu_gave_is_not_kept_and_changes_no_gradient(family, monkeypatch):
-    """Of a SwiGLU's three tensors [B, T, I] the graph keeps two, and every gradient stays what it is bit for bit."""
+    """Of a SwiGLU's three tensors [B, T, I] the graph keeps two, and every gradient stays what
+    it is bit for bit."""
     model, sample = make_model(family), Sample.language_modeling(random_ids(40), 8)
     model.chunk_batch = 2
     found, kept = [], []
@@ -384,7 +455,11 @@ def test_what_silu_gave_is_not_kept_and_changes_no_gradient(family, monkeypatch)
 
 def width(kept) -> int:
     """1 for a tensor as wide as the MLP."""
-    return int(isinstance(kept, torch.Tensor) and kept.dim() == 3 and kept.shape[-1] == SHAPE["intermediate_size"])
+    return int(
+        isinstance(kept, torch.Tensor)
+        and kept.dim() == 3
+        and kept.shape[-1] == SHAPE["intermediate_size"]
+    )
 
 
 def test_without_a_graph_more_chunks_go_at_once_and_nothing_else_changes():
@@ -406,7 +481,9 @@ def test_without_a_graph_more_chunks_go_at_once_and_nothing_else_changes():
         at_once = encode_and_project_all(model, ids.view(7, 8))
         apart = project_all(model, memory)
     assert batches[2:] == [1] * 14
-    for a, b in zip([*memory, *at_once[0], *at_once[1]], [*one_by_one, *apart[0], *apart[1]], strict=True):
+    for a, b in zip(
+        [*memory, *at_once[0], *at_once[1]], [*one_by_one, *apart[0], *apart[1]], strict=True
+    ):
         assert a.shape == b.shape and relative_error(a, b) < PROVEN
     for room in empty_slots(model, 7):
         assert join_slots(room, 1).data_ptr() == room.data_ptr()  # filled where it lies, not copied
@@ -424,8 +501,9 @@ def test_a_row_that_scores_nothing_changes_nothing():
 
 
 def test_past_the_capacity_is_refused():
-    """64 positions, chunks of 8, 2 slots. What stands behind ALL memories needs room there: a copy of 28 chunks takes
-    28 * 2 + 8 = 64 positions, one of 29 takes 66; a question of 6 tokens fits behind 29, one of 7 does not."""
+    """64 positions, chunks of 8, 2 slots. What stands behind ALL memories needs room there: a
+    copy of 28 chunks takes 28 * 2 + 8 = 64 positions, one of 29 takes 66; a question of 6 tokens
+    fits behind 29, one of 7 does not."""
     ids = random_ids(238)
     asked = [(ids[:2], ids[2:6]), (ids[:2], ids[2:7])]
     for sample, needed in (
@@ -453,34 +531,47 @@ def test_past_the_capacity_is_refused():
 def test_a_document_of_one_chunk_trains_nothing():
     model = make_model()
     for length in (1, 2, 8):
-        result = uiollms.gradient_step(model, Sample.language_modeling(random_ids(length), 8), estimator="uio", rng=0)
+        result = uiollms.gradient_step(
+            model, Sample.language_modeling(random_ids(length), 8), estimator="uio", rng=0
+        )
         assert result.reencoded == () and torch.isfinite(result.losses).all()
     assert all(p.grad is None for p in model.trainable_parameters().values())
 
 
 def test_chunks_with_gradient_are_those_that_a_scored_row_reads_with_weight():
     """Beside the loops it replaces; a copying sample's rows read later chunks too."""
-    for sample in (Sample.document(random_ids(45), 8), Sample.copy(random_ids(27), 8), protocols(random_ids(45))["beacon"]):
+    for sample in (
+        Sample.document(random_ids(45), 8),
+        Sample.copy(random_ids(27), 8),
+        protocols(random_ids(45))["beacon"],
+    ):
         weights = (torch.rand(len(sample.rows), len(sample.rows) + 4) < 0.2).double()
         slow = [
             s
             for s in range(len(sample.chunks))
-            if any(len(row.scored) and row.num_memories > s and weights[t, s] != 0 for t, row in enumerate(sample.rows))
+            if any(
+                len(row.scored) and row.num_memories > s and weights[t, s] != 0
+                for t, row in enumerate(sample.rows)
+            )
         ]
         assert chunks_with_gradient(sample, weights) == slow
 
 
 @pytest.mark.parametrize("chunk_batch, times", [(1, 3 + 3), (2, 0)])
-def test_a_step_that_must_take_the_least_gives_holes_back_before_every_backward(chunk_batch, times, monkeypatch):
+def test_a_step_that_must_take_the_least_gives_holes_back_before_every_backward(
+    chunk_batch, times, monkeypatch
+):
     """Of three rows that read memory, and of the three chunks that they read."""
     model, given = make_model(), []
     model.chunk_batch = chunk_batch
     monkeypatch.setattr("uiollms.training.step.trim_heap", given.append)
-    uiollms.gradient_step(model, Sample.language_modeling(random_ids(1, 4 * 8)[0], 8), estimator="exact")
+    uiollms.gradient_step(
+        model, Sample.language_modeling(random_ids(1, 4 * 8)[0], 8), estimator="exact"
+    )
     assert given == [model.device] * times
 
 
-# ---- several documents in one pass ----------------------------------------------------------------------------------
+# ---- several documents in one pass ---------------------------------------------------------------
 
 
 def several_samples() -> list[Sample]:
@@ -507,7 +598,9 @@ def test_several_documents_together_are_each_alone(name, chunk_batch):
     model.chunk_batch = chunk_batch
     samples = several_samples()
     options = dict(estimator=name, S=1, scale=0.5)
-    alone = [uiollms.gradient_step(model, sample, rng=i, **options) for i, sample in enumerate(samples)]
+    alone = [
+        uiollms.gradient_step(model, sample, rng=i, **options) for i, sample in enumerate(samples)
+    ]
     expected = gradients(model)
     together = uiollms.gradient_step(model, samples, rng=list(range(len(samples))), **options)
     found = gradients(model)
@@ -515,7 +608,9 @@ def test_several_documents_together_are_each_alone(name, chunk_batch):
         assert relative_error(found[key], expected[key]) < PROVEN, key
     for one, other in zip(together, alone, strict=True):
         assert one.reencoded == other.reencoded and torch.equal(one.scored, other.scored)
-        assert torch.allclose(one.losses, other.losses, rtol=1e-10) and torch.allclose(one.nll, other.nll, rtol=1e-10)
+        assert torch.allclose(one.losses, other.losses, rtol=1e-10) and torch.allclose(
+            one.nll, other.nll, rtol=1e-10
+        )
 
 
 def test_several_documents_with_weights_of_their_own():

@@ -26,12 +26,20 @@ def test_round_trip(tmp_path, name, family):
 
 
 def test_peft_loads_each_role_as_an_adapter_of_its_own(tmp_path):
-    """PEFT's decoder adapter gives the keys and values that ours gives; its encoder adapter the same queries."""
+    """PEFT's decoder adapter gives the keys and values that ours gives; its encoder adapter the
+    same queries."""
     model = make_model("llama", torch.float32)
     save_weights(model, tmp_path / "ckp")
     x = torch.randn(1, 5, 32)
-    for role, projection in (("encoder", "q_proj"), ("decoder", "k_proj"), ("encoder", "v_proj"), ("decoder", "v_proj")):
-        adapted = PeftModel.from_pretrained(make_base("llama", torch.float32), tmp_path / "ckp" / role)
+    for role, projection in (
+        ("encoder", "q_proj"),
+        ("decoder", "k_proj"),
+        ("encoder", "v_proj"),
+        ("decoder", "v_proj"),
+    ):
+        adapted = PeftModel.from_pretrained(
+            make_base("llama", torch.float32), tmp_path / "ckp" / role
+        )
         theirs = getattr(adapted.base_model.model.model.layers[1].self_attn, projection)(x)
         linear = getattr(model.base.model.layers[1].self_attn, projection)
         ours = linear(x) + getattr(model, role).layers[1][projection](x)
@@ -51,13 +59,18 @@ def test_smaller_dtype(tmp_path):
 def test_another_compressor_is_refused(tmp_path):
     save_weights(make_model(), tmp_path / "ckp")
     wider = make_model(config=MemoryConfig(**MEMORY.model_dump() | dict(num_memory=4)))
-    with pytest.raises(ConfigError, match="trained with another compressor: num_memory 2, the config says 4"):
+    with pytest.raises(
+        ConfigError, match="trained with another compressor: num_memory 2, the config says 4"
+    ):
         load_weights(wider, tmp_path / "ckp")
 
 
 def test_another_base_is_refused(tmp_path):
     save_weights(make_model("smollm2"), tmp_path / "ckp")
-    with pytest.raises(ConfigError, match=r"do not fit(.|\n)*retrieval_token: shape \[1, 1, 36\], expected \[1, 1, 32\]"):
+    with pytest.raises(
+        ConfigError,
+        match=r"do not fit(.|\n)*retrieval_token: shape \[1, 1, 36\], expected \[1, 1, 32\]",
+    ):
         load_weights(make_model("llama"), tmp_path / "ckp")
 
 
@@ -117,10 +130,14 @@ def test_every_flipped_bit_is_noticed(tmp_path):
     model = make_model("llama", torch.float32)
     save_weights(model, tmp_path / "ckp")
     save_weights(model, tmp_path / "list.pth")
-    for path in [p for p in (tmp_path / "ckp").rglob("*") if p.is_file() and p.name != "checksums.json"]:
+    for path in [
+        p for p in (tmp_path / "ckp").rglob("*") if p.is_file() and p.name != "checksums.json"
+    ]:
         whole = path.read_bytes()
         path.write_bytes(whole[:-3] + bytes([whole[-3] ^ 16]) + whole[-2:])
-        with pytest.raises(ConfigError, match=rf"ckp: the checkpoint is damaged \(.*{path.name}: its sha256 is"):
+        with pytest.raises(
+            ConfigError, match=rf"ckp: the checkpoint is damaged \(.*{path.name}: its sha256 is"
+        ):
             load_weights(model, tmp_path / "ckp")
         path.write_bytes(whole)
     load_weights(model, tmp_path / "ckp")
@@ -128,7 +145,11 @@ def test_every_flipped_bit_is_noticed(tmp_path):
     whole = (tmp_path / "list.pth").read_bytes()
     (tmp_path / "list.pth").write_bytes(whole.replace(data, data[:-1] + bytes([data[-1] ^ 1])))
     with pytest.raises(
-        ConfigError, match="list.pth: not a list of tensors saved by torch .damaged: the checksum of archive/data/0 is another"
+        ConfigError,
+        match=(
+            "list.pth: not a list of tensors saved by torch .damaged: the checksum of "
+            "archive/data/0 is another"
+        ),
     ):
         load_weights(model, tmp_path / "list.pth")
 
@@ -137,7 +158,9 @@ def test_another_vocabulary_is_refused(tmp_path):
     model = make_model("llama", torch.float32)
     save_weights(model, tmp_path / "ckp")
     wider = MemoryLM(make_base("llama", torch.float32, vocab_size=70), MEMORY)
-    with pytest.raises(ConfigError, match="ckp: trained with a vocabulary of 61 tokens, the model has 70"):
+    with pytest.raises(
+        ConfigError, match="ckp: trained with a vocabulary of 61 tokens, the model has 70"
+    ):
         load_weights(wider, tmp_path / "ckp")
 
 
@@ -145,9 +168,13 @@ def test_weights_take_the_place_of_nothing_else(tmp_path):
     model = make_model("llama", torch.float32)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "book.txt").write_text("a year of work")
-    with pytest.raises(ConfigError, match=r"data: weights would replace it, but it holds other files \(book.txt\)"):
+    with pytest.raises(
+        ConfigError, match=r"data: weights would replace it, but it holds other files \(book.txt\)"
+    ):
         save_weights(model, tmp_path / "data")
-    with pytest.raises(ConfigError, match="book.txt: weights would replace it, but it is not a folder"):
+    with pytest.raises(
+        ConfigError, match="book.txt: weights would replace it, but it is not a folder"
+    ):
         save_weights(model, tmp_path / "data" / "book.txt")
     assert (tmp_path / "data" / "book.txt").read_text() == "a year of work"
 

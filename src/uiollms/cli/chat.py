@@ -5,8 +5,9 @@ python -m uiollms ask book.mem "Who wrote the letter?" "And why?"
 python -m uiollms ask book.mem another.mem "Where do the two disagree?"
 python -m uiollms chat --memory book.mem
 
-Run where smollm2-8x.json lies (SmolLM2-135M with the shipped adapter), or say which model: --env_conf FILE for a config of
-train.py, --model FOLDER for one saved by save_pretrained. A memory can be read only by the model that made it.
+Run where smollm2-8x.json lies (SmolLM2-135M with the shipped adapter), or say which model:
+--env_conf FILE for a config of train.py, --model FOLDER for one saved by save_pretrained. A
+memory can be read only by the model that made it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ from uiollms.weights.model_folder import load_tokenizer
 
 DEFAULT_CONFIG = "smollm2-8x.json"
 LONGEST_LINE = 2**20  # characters of a turn of a chat
-ANSWER = "ANSWER"  # stands for the answer before, where the text of a later turn is cut out of the chat template
+# stands for the answer before, where the text of a later turn is cut out of the chat template
+ANSWER = "ANSWER"
 
 
 def main(arguments: list[str] | None = None, stdin: TextIO | None = None) -> None:
@@ -51,35 +53,80 @@ def main(arguments: list[str] | None = None, stdin: TextIO | None = None) -> Non
 
 def make_parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m uiollms", description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(
+        prog="python -m uiollms", description=__doc__, formatter_class=raw
+    )
     commands = parser.add_subparsers(required=True, metavar="compress | ask | chat")
 
-    def command(name: str, run: Any, help: str, example: str, shown: str, quiet: str) -> argparse.ArgumentParser:
+    def command(
+        name: str, run: Any, help: str, example: str, shown: str, quiet: str
+    ) -> argparse.ArgumentParser:
         description = f"{help[0].upper()}{help[1:]}.\n\nexample: python -m uiollms {example}"
         own = commands.add_parser(name, help=help, description=description, formatter_class=raw)
         own.set_defaults(run=run)
         which = own.add_mutually_exclusive_group()
-        which.add_argument("--env_conf", metavar="FILE", default=DEFAULT_CONFIG, help=f"environment config ({DEFAULT_CONFIG})")
+        which.add_argument(
+            "--env_conf",
+            metavar="FILE",
+            default=DEFAULT_CONFIG,
+            help=f"environment config ({DEFAULT_CONFIG})",
+        )
         which.add_argument("--model", metavar="FOLDER", help="a model saved by save_pretrained")
         output_arguments(own, shown, quiet)
         return own
 
     what, example = "compress text files into one memory", "compress book.txt -o book.mem"
     own = command(
-        "compress", run_compress, what, example, "what the memory holds, as one JSON object", "no progress bar, no words"
+        "compress",
+        run_compress,
+        what,
+        example,
+        "what the memory holds, as one JSON object",
+        "no progress bar, no words",
     )
-    own.add_argument("files", nargs="+", type=place, metavar="FILE", help="UTF-8 text; several are compressed each and joined")
-    own.add_argument("-o", "--output", required=True, type=place, metavar="NAME.mem", help="where the memory goes")
+    own.add_argument(
+        "files",
+        nargs="+",
+        type=place,
+        metavar="FILE",
+        help="UTF-8 text; several are compressed each and joined",
+    )
+    own.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        type=place,
+        metavar="NAME.mem",
+        help="where the memory goes",
+    )
 
     shown, quiet = "every answer and what is held, a JSON object each,", "the answers alone"
-    what, example = "ask memories, each question on its own", 'ask book.mem "Who wrote the letter?" "And why?"'
+    what, example = (
+        "ask memories, each question on its own",
+        'ask book.mem "Who wrote the letter?" "And why?"',
+    )
     own = command("ask", run_ask, what, example, shown, quiet)
-    own.add_argument("items", nargs="+", metavar="NAME.mem | QUESTION", help="memories (joined if several) and questions")
+    own.add_argument(
+        "items",
+        nargs="+",
+        metavar="NAME.mem | QUESTION",
+        help="memories (joined if several) and questions",
+    )
     generation_options(own)
 
-    what, example = "chat: a line in, an answer out, all of it held in memory", "chat --memory book.mem"
+    what, example = (
+        "chat: a line in, an answer out, all of it held in memory",
+        "chat --memory book.mem",
+    )
     own = command("chat", run_chat, what, example, shown, quiet)
-    own.add_argument("--memory", nargs="+", type=place, default=[], metavar="NAME.mem", help="documents to have in mind")
+    own.add_argument(
+        "--memory",
+        nargs="+",
+        type=place,
+        default=[],
+        metavar="NAME.mem",
+        help="documents to have in mind",
+    )
     generation_options(own)
     return parser
 
@@ -87,12 +134,24 @@ def make_parser() -> argparse.ArgumentParser:
 def generation_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--max_new_tokens", type=whole(), default=200, metavar="N", help="longest answer (200)")
-    add("--temperature", type=temperature, default=0.0, metavar="T", help="of sampling; 0 = greedy (0)")
-    add("--top_p", type=share, default=1.0, metavar="P", help="sample from the likeliest tokens of share P (1)")
+    add(
+        "--temperature",
+        type=temperature,
+        default=0.0,
+        metavar="T",
+        help="of sampling; 0 = greedy (0)",
+    )
+    add(
+        "--top_p",
+        type=share,
+        default=1.0,
+        metavar="P",
+        help="sample from the likeliest tokens of share P (1)",
+    )
     add("--seed", type=whole(0, SEEDS), default=0, metavar="N", help="of sampling (0)")
 
 
-# ---- commands ---------------------------------------------------------------------------------------------------------
+# ---- commands ------------------------------------------------------------------------------------
 
 
 def run_compress(args: argparse.Namespace, output: Output, stdin: TextIO) -> None:
@@ -112,7 +171,11 @@ def run_compress(args: argparse.Namespace, output: Output, stdin: TextIO) -> Non
     check_fits(model, memory.num_tokens, "the files together")
     memory.save(args.output)
     seconds = time.monotonic() - began
-    held = dict(tokens=memory.num_tokens - len(memory.open_ids), slots=memory.num_slots, open_tokens=len(memory.open_ids))
+    held = dict(
+        tokens=memory.num_tokens - len(memory.open_ids),
+        slots=memory.num_slots,
+        open_tokens=len(memory.open_ids),
+    )
     output.say(f"{args.output}: {in_words(held)}, {seconds:.1f} s")
     sources = [source.model_dump() for source in memory.sources]
     output.result(memory=str(args.output), sources=sources, held=held, seconds=round(seconds, 3))
@@ -122,7 +185,10 @@ def run_ask(args: argparse.Namespace, output: Output, stdin: TextIO) -> None:
     paths = [Path(item) for item in args.items if item.endswith(".mem")]
     questions = [item for item in args.items if not item.endswith(".mem")]
     if not paths or not questions:
-        raise ConfigError(f"ask: {'no memory (NAME.mem)' if questions else 'no question'} among: {' '.join(args.items)}")
+        raise ConfigError(
+            f"ask: {'no memory (NAME.mem)' if questions else 'no question'} among: "
+            f"{' '.join(args.items)}"
+        )
     for question in questions:
         check_text(question, "ask: the question")
     model, tokenizer, state = open_memories(args, output, paths)
@@ -139,24 +205,46 @@ def run_chat(args: argparse.Namespace, output: Output, stdin: TextIO) -> None:
         say_held(output, state)
     last = None  # the token that the model said last and has not read yet
     for line in lines_of(stdin, prompt="you> " if output.has_words and stdin.isatty() else ""):
-        ids = first_turn(tokenizer, line, state) if last is None else later_turn(tokenizer, line, last)
+        ids = (
+            first_turn(tokenizer, line, state)
+            if last is None
+            else later_turn(tokenizer, line, last)
+        )
         state, last = answer(args, output, model, tokenizer, state, ids, line)
         say_held(output, state)
 
 
-# ---- the parts they share ---------------------------------------------------------------------------------------------
+# ---- the parts they share ------------------------------------------------------------------------
 
 
 def answer(
-    args: argparse.Namespace, output: Output, model: MemoryLM, tokenizer: Any, state: MemoryState, ids: Tensor, question: str
+    args: argparse.Namespace,
+    output: Output,
+    model: MemoryLM,
+    tokenizer: Any,
+    state: MemoryState,
+    ids: Tensor,
+    question: str,
 ) -> tuple[MemoryState, Tensor]:
-    """Read `ids` [1, T] after `state`, write the answer as it comes, or as JSON when it is there; the advanced state and
-    the last token [1, 1], which it has not read."""
-    check_fits(model, state.num_tokens + ids.shape[1] + args.max_new_tokens - 1, "the question and a longest answer")
-    sampling = dict(do_sample=True, temperature=args.temperature, top_p=args.top_p) if args.temperature else dict(do_sample=False)
+    """Read `ids` [1, T] after `state`, write the answer as it comes, or as JSON when it is
+    there; the advanced state and the last token [1, 1], which it has not read."""
+    check_fits(
+        model,
+        state.num_tokens + ids.shape[1] + args.max_new_tokens - 1,
+        "the question and a longest answer",
+    )
+    sampling = (
+        dict(do_sample=True, temperature=args.temperature, top_p=args.top_p)
+        if args.temperature
+        else dict(do_sample=False)
+    )
     # Without a chat template nothing says where an answer ends: it is the rest of the line.
-    stop: dict[str, Any] = {} if tokenizer.chat_template else dict(stop_strings=["\n"], tokenizer=tokenizer)
-    streamer = None if output.json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    stop: dict[str, Any] = (
+        {} if tokenizer.chat_template else dict(stop_strings=["\n"], tokenizer=tokenizer)
+    )
+    streamer = (
+        None if output.json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    )
     began = time.monotonic()
     said = model.generate(
         ids,
@@ -169,14 +257,17 @@ def answer(
         **stop,
     )
     new, seconds = said.sequences[0, ids.shape[1] :], round(time.monotonic() - began, 3)
-    text, held = tokenizer.decode(new, skip_special_tokens=True).strip(), held_by(said.past_key_values)
+    text, held = (
+        tokenizer.decode(new, skip_special_tokens=True).strip(),
+        held_by(said.past_key_values),
+    )
     output.result(question=question, answer=text, new_tokens=len(new), held=held, seconds=seconds)
     return said.past_key_values, said.sequences[:, -1:]
 
 
 def first_turn(tokenizer: Any, question: str, state: MemoryState) -> Tensor:
-    """[1, T] token ids of a question behind `state`. What the tokenizer starts every text with (BOS, a space, for some)
-    stands at the start of the stream and nowhere else."""
+    """[1, T] token ids of a question behind `state`. What the tokenizer starts every text with
+    (BOS, a space, for some) stands at the start of the stream and nowhere else."""
     text, start = turn_text(tokenizer, [question]), first_ids(tokenizer)
     if state.num_tokens:  # a chat template may write BOS too
         text = text.removeprefix("".join(tokenizer.convert_ids_to_tokens(start)))
@@ -186,30 +277,42 @@ def first_turn(tokenizer: Any, question: str, state: MemoryState) -> Tensor:
 
 
 def later_turn(tokenizer: Any, question: str, last: Tensor) -> Tensor:
-    """[1, T] token ids of a question behind an answer whose last token [1, 1] has not been read yet."""
+    """[1, T] token ids of a question behind an answer whose last token [1, 1] has not been read
+    yet."""
     text = turn_text(tokenizer, ["-", ANSWER, question]).partition(ANSWER)[2]
     ids = torch.tensor([continued(tokenizer, text)], dtype=torch.int64)
     return ids if torch.equal(ids[:, :1], last) else torch.cat([last, ids], dim=1)
 
 
 def turn_text(tokenizer: Any, said: list[str]) -> str:
-    """The user's and the model's words in turn, up to where the model speaks: in the tokenizer's chat template, or in plain
-    words without one."""
+    """The user's and the model's words in turn, up to where the model speaks: in the tokenizer's
+    chat template, or in plain words without one."""
     if not tokenizer.chat_template:
-        return "".join(f" {s}" if i % 2 else f"\n\nQuestion: {s}\nAnswer:" for i, s in enumerate(said))
+        return "".join(
+            f" {s}" if i % 2 else f"\n\nQuestion: {s}\nAnswer:" for i, s in enumerate(said)
+        )
     turns = [{"role": ("user", "assistant")[i % 2], "content": s} for i, s in enumerate(said)]
     return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
 
 
-def open_model(args: argparse.Namespace, output: Output) -> tuple[MemoryLM, PreTrainedTokenizerBase]:
-    """The model that the arguments name, whose weights are the command's first line, and its tokenizer."""
+def open_model(
+    args: argparse.Namespace, output: Output
+) -> tuple[MemoryLM, PreTrainedTokenizerBase]:
+    """The model that the arguments name, whose weights are the command's first line, and its
+    tokenizer."""
     if args.model:
-        model, tokenizer = MemoryLM.from_pretrained(args.model, device_map="auto"), load_tokenizer(args.model)
+        model, tokenizer = (
+            MemoryLM.from_pretrained(args.model, device_map="auto"),
+            load_tokenizer(args.model),
+        )
         check_tokenizer(tokenizer, model.config, args.model)
         output.say(weights_words(args.model, model))
         return model, tokenizer
     if args.env_conf == DEFAULT_CONFIG and not Path(DEFAULT_CONFIG).exists():
-        raise ConfigError(f"there is no {DEFAULT_CONFIG} here; say which model: --env_conf FILE, or --model FOLDER")
+        raise ConfigError(
+            f"there is no {DEFAULT_CONFIG} here; say which model: --env_conf FILE, or --model "
+            "FOLDER"
+        )
     model, tokenizer, weights = load_trained(load_env_config(args.env_conf), args.env_conf)
     output.say(weights_words(weights, model))
     return model, tokenizer
@@ -218,7 +321,8 @@ def open_model(args: argparse.Namespace, output: Output) -> tuple[MemoryLM, PreT
 def open_memories(
     args: argparse.Namespace, output: Output, paths: list[Path]
 ) -> tuple[MemoryLM, PreTrainedTokenizerBase, MemoryState]:
-    """The model, its tokenizer, and a stream that holds the memories; files are read before the model is loaded."""
+    """The model, its tokenizer, and a stream that holds the memories; files are read before the
+    model is loaded."""
     memories = [Memory.load(path) for path in paths]
     model, tokenizer = open_model(args, output)
     for path, memory in zip(paths, memories, strict=True):
@@ -272,9 +376,12 @@ def lines_of(stdin: TextIO, prompt: str) -> Iterator[str]:
 
 
 def held_by(state: MemoryState) -> dict[str, int]:
-    """tokens: in memory slots; slots: of a layer; open_tokens: of the chunk that is not full yet, held as they are."""
+    """tokens: in memory slots; slots: of a layer; open_tokens: of the chunk that is not full
+    yet, held as they are."""
     open_tokens = state.open_ids.shape[1]
-    return dict(tokens=state.num_tokens - open_tokens, slots=state.num_slots, open_tokens=open_tokens)
+    return dict(
+        tokens=state.num_tokens - open_tokens, slots=state.num_slots, open_tokens=open_tokens
+    )
 
 
 def say_held(output: Output, state: MemoryState) -> None:
@@ -282,4 +389,7 @@ def say_held(output: Output, state: MemoryState) -> None:
 
 
 def in_words(held: dict[str, int]) -> str:
-    return f"{held['tokens']:,} tokens in {held['slots']:,} memory slots (+ {held['open_tokens']:,} open tokens)"
+    return (
+        f"{held['tokens']:,} tokens in {held['slots']:,} memory slots (+ {held['open_tokens']:,} "
+        "open tokens)"
+    )

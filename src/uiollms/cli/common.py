@@ -1,4 +1,5 @@
-"""What the commands share: arguments, what they show, and errors as one line instead of a traceback."""
+"""What the commands share: arguments, what they show, and errors as one line instead of a
+traceback."""
 
 from __future__ import annotations
 
@@ -28,8 +29,9 @@ log = logging.getLogger("uiollms")
 
 @dataclass(frozen=True)
 class Output:
-    """What a command shows: words and tables on stdout, progress on stderr. json: JSON alone on stdout, for scripts; quiet: no
-    words, no tables, no progress. Warnings and errors are on stderr always."""
+    """What a command shows: words and tables on stdout, progress on stderr. json: JSON alone on
+    stdout, for scripts; quiet: no words, no tables, no progress. Warnings and errors are on
+    stderr always."""
 
     quiet: bool = False
     json: bool = False
@@ -53,8 +55,8 @@ class Output:
             print(text, flush=True)
 
     def result(self, **fields: Any) -> None:
-        """One JSON object as a line, at once; its letters escaped where stdout is not UTF-8, control
-        characters always."""
+        """One JSON object as a line, at once; its letters escaped where stdout is not UTF-8,
+        control characters always."""
         encoding = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("_", "-")
         self.line(as_shown(as_json(fields, ensure_ascii=encoding not in ("utf-8", "utf8"))))
 
@@ -69,44 +71,81 @@ WORDS, SILENT = Output(), Output(quiet=True)
 
 
 def step_words(nll: float, lr: float, tokens: float, seconds: float) -> str:
-    """What the bar says of a training step of `tokens` tokens in `seconds`: loss, learning rate, tokens a second."""
+    """What the bar says of a training step of `tokens` tokens in `seconds`: loss, learning rate,
+    tokens a second."""
     return f"nll {nll:.3f}, lr {lr:.1e}, {tokens / seconds:,.0f} tokens/s"
 
 
-def output_arguments(parser: argparse.ArgumentParser, shown: str, quiet: str = "no progress bar, no words, no table") -> None:
+def output_arguments(
+    parser: argparse.ArgumentParser, shown: str, quiet: str = "no progress bar, no words, no table"
+) -> None:
     """Adds --quiet and --json, for `Output.of`. shown: what --json prints."""
     parser.add_argument("--quiet", action="store_true", help=quiet)
-    parser.add_argument("--json", action="store_true", help=f"{shown} on stdout, and nothing else there: for scripts")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help=f"{shown} on stdout, and nothing else there: for scripts",
+    )
 
 
-def parse_arguments(doc: str | None, arguments: list[str] | None, evaluation: bool = False) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--env_conf", required=True, metavar="FILE", help="environment config, such as smollm2-8x.json")
+def parse_arguments(
+    doc: str | None, arguments: list[str] | None, evaluation: bool = False
+) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--env_conf",
+        required=True,
+        metavar="FILE",
+        help="environment config, such as smollm2-8x.json",
+    )
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help="override one field of the config, value in JSON, such as train.max_lr=3e-5; may be repeated",
+        help=(
+            "override one field of the config, value in JSON, such as train.max_lr=3e-5; may be "
+            "repeated"
+        ),
     )
     results = "the results, as in test.json, as one JSON object"
-    output_arguments(parser, results if evaluation else "every line of metrics.jsonl as it is written; of --dry_run the plan")
+    output_arguments(
+        parser,
+        results
+        if evaluation
+        else "every line of metrics.jsonl as it is written; of --dry_run the plan",
+    )
     if evaluation:
-        parser.add_argument("--use_env_conf_tasks", action="store_true", help="run the config's train.tasks instead")
+        parser.add_argument(
+            "--use_env_conf_tasks", action="store_true", help="run the config's train.tasks instead"
+        )
     else:
         parser.add_argument(
             "--resume",
             nargs="?",
             const="",
             metavar="CHECKPOINT",
-            help="go on from the newest checkpoint of the run folder, or from this one; begins where there is none yet",
+            help=(
+                "go on from the newest checkpoint of the run folder, or from this one; begins "
+                "where there is none yet"
+            ),
         )
-        parser.add_argument("--restart", action="store_true", help="begin anew although the run folder holds an unfinished run")
         parser.add_argument(
-            "--dry_run", action="store_true", help="print what a step takes on every device; exit code 3: too much"
+            "--restart",
+            action="store_true",
+            help="begin anew although the run folder holds an unfinished run",
         )
         parser.add_argument(
-            "--device_memory", metavar="SIZES", help="for --dry_run: what GPU 0, 1, ... have, such as 24GiB,24GiB"
+            "--dry_run",
+            action="store_true",
+            help="print what a step takes on every device; exit code 3: too much",
+        )
+        parser.add_argument(
+            "--device_memory",
+            metavar="SIZES",
+            help="for --dry_run: what GPU 0, 1, ... have, such as 24GiB,24GiB",
         )
     args = parser.parse_args(arguments)
     if not evaluation and args.device_memory and not args.dry_run:
@@ -116,9 +155,10 @@ def parse_arguments(doc: str | None, arguments: list[str] | None, evaluation: bo
 
 
 def reporting_errors(main: Callable[[], int | None]) -> int:
-    """Run a command and return its exit code, as `errors_as_lines`; the libraries under it say no more than warnings, and the
-    process keeps the memory that its tensors give back and does without cuDNN's attention. A GPU that
-    torch cannot use is said first. Letters that the terminal or pipe cannot show are escaped."""
+    """Run a command and return its exit code, as `errors_as_lines`; the libraries under it say
+    no more than warnings, and the process keeps the memory that its tensors give back and does
+    without cuDNN's attention. A GPU that torch cannot use is said first. Letters that the
+    terminal or pipe cannot show are escaped."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -128,7 +168,10 @@ def reporting_errors(main: Callable[[], int | None]) -> int:
     avoid_cudnn_attention()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if (encoding := sys.getfilesystemencoding()) != "utf-8":
-        log.warning("file names and arguments are read as %s here, not as UTF-8; PYTHONUTF8=1 reads them so", encoding)
+        log.warning(
+            "file names and arguments are read as %s here, not as UTF-8; PYTHONUTF8=1 reads them so",
+            encoding,
+        )
     if os.environ.get("LOCAL_RANK", "0") == "0" and (unused := unused_gpu()):  # one process says it
         log.warning(unused)
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -138,8 +181,9 @@ def reporting_errors(main: Callable[[], int | None]) -> int:
 
 
 def errors_as_lines(main: Callable[[], int | None]) -> int:
-    """Run a command and return its exit code; what the user can mend is printed as it is, exit code 2, and Ctrl-C ends it with
-    a word, exit code 130 as in a shell. Anything else is a bug and raises."""
+    """Run a command and return its exit code; what the user can mend is printed as it is, exit
+    code 2, and Ctrl-C ends it with a word, exit code 130 as in a shell. Anything else is a bug
+    and raises."""
     try:
         return main() or 0
     except (ConfigError, OSError) as error:  # OSError: a disk or a network

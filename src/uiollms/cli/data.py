@@ -35,12 +35,26 @@ from uiollms.weights.base_models import load
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("python -m uiollms.data", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m uiollms.data", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--sample", metavar="NAME", help="print the first documents of a corpus")
     parser.add_argument("-n", type=whole(), default=2, help="how many (default 2)")
-    parser.add_argument("--check", metavar="NAME", help="read a whole corpus and report every document that cannot be read")
-    parser.add_argument("--tokenizer", metavar="MODEL", help="for corpora that come tokenised: a model's name or folder")
-    output_arguments(parser, "one JSON object a corpus or a sampled document, or one of a check", quiet="no words, no table")
+    parser.add_argument(
+        "--check",
+        metavar="NAME",
+        help="read a whole corpus and report every document that cannot be read",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="MODEL",
+        help="for corpora that come tokenised: a model's name or folder",
+    )
+    output_arguments(
+        parser,
+        "one JSON object a corpus or a sampled document, or one of a check",
+        quiet="no words, no table",
+    )
     args = parser.parse_args(arguments)
     output = Output.of(args)
     tokenizer = load(AutoTokenizer, args.tokenizer) if args.tokenizer else None
@@ -62,12 +76,18 @@ def print_corpora(output: Output) -> None:
     table = Table("corpus", "documents for", "on this machine", box=box.SIMPLE)
     for entry in REGISTER:
         missing = [source.name for source in entry.needs if source.missing()]
-        output.result(corpus=entry.usage, documents_for=entry.task, ready=not missing, missing=missing)
-        table.add_row(entry.usage, entry.task, f"missing: {', '.join(missing)}" if missing else "ready")
+        output.result(
+            corpus=entry.usage, documents_for=entry.task, ready=not missing, missing=missing
+        )
+        table.add_row(
+            entry.usage, entry.task, f"missing: {', '.join(missing)}" if missing else "ready"
+        )
     console.print(table)
     console.print(
-        "SIZE keeps the first characters of a text, 128k or 1m. Missing files belong in raw_data, whose README.md says how to "
-        "get them. A missing dataset org/name is downloaded from the hub when first used, with the token in HF_TOKEN, or read "
+        "SIZE keeps the first characters of a text, 128k or 1m. Missing files belong in raw_data, "
+        "whose README.md says how to "
+        "get them. A missing dataset org/name is downloaded from the hub when first used, with the "
+        "token in HF_TOKEN, or read "
         "from $UIOLLMS_HUB_DIR/org/name."
     )
 
@@ -79,7 +99,8 @@ def print_samples(corpus: str, documents: Corpus, number: int, output: Output) -
         output.result(corpus=corpus, documents=len(documents), **as_json(document))
         console.rule(document.source)
         console.print(
-            f"task: {document.task}, KL share of the loss: {document.kl_weight}, prompt scored: {document.train_prompt}"
+            f"task: {document.task}, KL share of the loss: {document.kl_weight}, prompt scored: "
+            f"{document.train_prompt}"
         )
         for name, text in texts(document):
             console.print(f"{name}: {shortened(text, 600)}")
@@ -87,8 +108,17 @@ def print_samples(corpus: str, documents: Corpus, number: int, output: Output) -
 
 def as_json(document: Document) -> dict[str, Any]:
     """What is printed of a document, its texts whole."""
-    about = dict(source=document.source, task=document.task, kl_weight=document.kl_weight, train_prompt=document.train_prompt)
-    counts = dict(tokens=len(document.input_ids), scored=scored(document)) if isinstance(document, TokenDocument) else {}
+    about = dict(
+        source=document.source,
+        task=document.task,
+        kl_weight=document.kl_weight,
+        train_prompt=document.train_prompt,
+    )
+    counts = (
+        dict(tokens=len(document.input_ids), scored=scored(document))
+        if isinstance(document, TokenDocument)
+        else {}
+    )
     return about | dict(texts(document)) | counts
 
 
@@ -113,7 +143,8 @@ def scored(document: TokenDocument) -> int:
 
 
 def check(corpus: str, documents: Corpus, output: Output, most: int = 20) -> None:
-    """Read all documents. Raises ConfigError with a line for each of the first `most` that cannot be read."""
+    """Read all documents. Raises ConfigError with a line for each of the first `most` that
+    cannot be read."""
     faults: list[str] = []
     empty = characters = 0
     for i in range(len(documents)):
@@ -124,7 +155,16 @@ def check(corpus: str, documents: Corpus, output: Output, most: int = 20) -> Non
             continue
         empty += document.is_empty
         characters += len(document.text) + len(document.response or "")
-    output.say(f"{len(documents)} documents, {empty} of them empty, {len(faults)} unreadable, {characters} characters")
-    output.result(corpus=corpus, documents=len(documents), empty=empty, characters=characters, unreadable=faults)
+    output.say(
+        f"{len(documents)} documents, {empty} of them empty, {len(faults)} unreadable, "
+        f"{characters} characters"
+    )
+    output.result(
+        corpus=corpus,
+        documents=len(documents),
+        empty=empty,
+        characters=characters,
+        unreadable=faults,
+    )
     if faults:
         raise ConfigError("\n".join(faults[:most] + ["..."] * (len(faults) > most)))

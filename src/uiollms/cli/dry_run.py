@@ -25,11 +25,17 @@ DOES_NOT_FIT = 3  # exit code
 MOST_GPUS = 128  # torch counts no further
 
 
-def dry_run(config: EnvConfig, path: str | Path, device_memory: str | None = None, output: Output = WORDS) -> int:
-    """Print the plan of a config; exit code 0 if it fits, 3 if not. device_memory: "24GiB,24GiB", what GPU 0, 1, ... have, if
-    not this machine's."""
-    logging.getLogger("accelerate.utils.modeling").setLevel(logging.ERROR)  # it warns of GPUs that are not here
-    machine = None if device_memory is None else parse_memory(device_memory) | {CPU: this_machine()[CPU]}
+def dry_run(
+    config: EnvConfig, path: str | Path, device_memory: str | None = None, output: Output = WORDS
+) -> int:
+    """Print the plan of a config; exit code 0 if it fits, 3 if not. device_memory:
+    "24GiB,24GiB", what GPU 0, 1, ... have, if not this machine's."""
+    logging.getLogger("accelerate.utils.modeling").setLevel(
+        logging.ERROR
+    )  # it warns of GPUs that are not here
+    machine = (
+        None if device_memory is None else parse_memory(device_memory) | {CPU: this_machine()[CPU]}
+    )
     plan = make_plan(config, path, machine)
     try:
         steps = len(Schedule(config.train, config.train.accum_grad).steps())
@@ -50,16 +56,28 @@ def parse_memory(text: str) -> dict[torch.device, int]:
     sizes: list[int] = []
     for part in text.split(","):
         match = SIZE.fullmatch(part.strip())
-        size = int(float(match[1]) * (1024 if match[3] else 1000) ** (1 + "KMGT".index(match[2].upper()))) if match else 0
+        size = (
+            int(
+                float(match[1])
+                * (1024 if match[3] else 1000) ** (1 + "KMGT".index(match[2].upper()))
+            )
+            if match
+            else 0
+        )
         if not 0 < size <= MOST_MEMORY or len(sizes) == MOST_GPUS:
-            what = f"found {shortened(part.strip(), 40)!r}, at most 1024TiB" if len(sizes) < MOST_GPUS else f"at most {MOST_GPUS}"
+            what = (
+                f"found {shortened(part.strip(), 40)!r}, at most 1024TiB"
+                if len(sizes) < MOST_GPUS
+                else f"at most {MOST_GPUS}"
+            )
             raise ConfigError(f"--device_memory {shortened(text, 60)}: {expected}; {what}")
         sizes.append(size)
     return {torch.device("cuda", i): size for i, size in enumerate(sizes)}
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """The table's figures in bytes, and the lines below it; have: 0 where the device is not here."""
+    """The table's figures in bytes, and the lines below it; have: 0 where the device is not
+    here."""
     devices = [
         dict(
             device=str(device),
@@ -78,20 +96,38 @@ def as_json(plan: Plan) -> dict[str, Any]:
 def print_plan(plan: Plan, documents: int, steps: int, console: Console) -> None:
     """documents: of a step of one process; steps: of a run of one."""
     table = Table(
-        title=f"one training step: a document of {plan.length:,} tokens, chunk_batch {plan.chunk_batch} (GiB)",
+        title=(
+            f"one training step: a document of {plan.length:,} tokens, chunk_batch "
+            f"{plan.chunk_batch} (GiB)"
+        ),
         title_justify="left",
     )
-    for column in ("device", "weights", "LoRA, optimizer", "memories", "keys, values", "their gradients", "activations"):
+    for column in (
+        "device",
+        "weights",
+        "LoRA, optimizer",
+        "memories",
+        "keys, values",
+        "their gradients",
+        "activations",
+    ):
         table.add_column(column, justify="left" if column == "device" else "right")
     for column in ("total", "has", "fits"):
         table.add_column(column, justify="right")
     for device, need in plan.need.items():
         have = plan.have[device]
         figures = [f"{size / 2**30:.2f}" for size in (*need, need.total)]
-        table.add_row(str(device), *figures, f"{have / 2**30:.2f}" if have else "not here", "yes" if need.total <= have else "NO")
+        table.add_row(
+            str(device),
+            *figures,
+            f"{have / 2**30:.2f}" if have else "not here",
+            "yes" if need.total <= have else "NO",
+        )
     console.print(table)
     longest = (
-        "none" if plan.longest is None else f"{plan.longest:,} tokens{' (the capacity)' if plan.longest == plan.capacity else ''}"
+        "none"
+        if plan.longest is None
+        else f"{plan.longest:,} tokens{' (the capacity)' if plan.longest == plan.capacity else ''}"
     )
     most = "none" if plan.most_chunks is None else f"{plan.most_chunks}"
     console.print(f"longest document with chunk_batch {plan.chunk_batch}: {longest}")
@@ -100,6 +136,12 @@ def print_plan(plan: Plan, documents: int, steps: int, console: Console) -> None
     each = f"{documents} document{'s' * (documents > 1)}"
     console.print(f"a step takes {each} of every process: {steps:,} steps of one process")
     work = f"useful work of a document: {plan.flops / 1e12:,.3g} TFLOP"
-    console.print(f"{work}, {plan.flops / speed:,.3g} s where 100 {unit} are really done (devices of one process take turns)")
+    console.print(
+        f"{work}, {plan.flops / speed:,.3g} s where 100 {unit} are really done (devices of one "
+        "process take turns)"
+    )
     if not all(plan.have.values()):
-        console.print("a GPU that the map names is not here; --device_memory 24GiB,24GiB asks about other machines")
+        console.print(
+            "a GPU that the map names is not here; --device_memory 24GiB,24GiB asks about other "
+            "machines"
+        )

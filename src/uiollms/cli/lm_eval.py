@@ -2,8 +2,9 @@
 
 lm_eval --model uiollms --model_args env_conf=smollm2-8x.json --tasks arc_easy --batch_size 4
 
-lm-eval 0.4 looks for models in its own package only and has no place for plugins. So this package brings a command of that
-name, which adds `uiollms` to the models and is lm-eval's own in everything else. How to get the original back: docs/using.md.
+lm-eval 0.4 looks for models in its own package only and has no place for plugins. So this
+package brings a command of that name, which adds `uiollms` to the models and is lm-eval's own in
+everything else. How to get the original back: docs/using.md.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run() -> None:
     if find_spec("lm_eval") is None:
-        raise ConfigError("lm_eval: lm-eval is not installed; get it with: pip install -e '.[lm-eval]'")
+        raise ConfigError(
+            "lm_eval: lm-eval is not installed; get it with: pip install -e '.[lm-eval]'"
+        )
     register()
     from lm_eval.__main__ import cli_evaluate
 

@@ -18,7 +18,12 @@ def whole(least: int = 1, most: int = 10**9) -> Callable[[str], int]:
 
     def read(text: str) -> int:
         number = text.strip().removeprefix("+")
-        if number.isascii() and number.isdigit() and len(number) <= digits and least <= int(number) <= most:
+        if (
+            number.isascii()
+            and number.isdigit()
+            and len(number) <= digits
+            and least <= int(number) <= most
+        ):
             return int(number)
         raise wrong(f"a whole number from {least:,} to {most:,}", text)
 

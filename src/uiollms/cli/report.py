@@ -4,8 +4,9 @@ python -m uiollms report runs/smollm2-8x
 python -m uiollms report runs/smollm2-8x --attention_tokens 8192
 python -m uiollms report runs/smollm2-8x --no_attention
 
-The attention that memory gets is measured with the run's model once and kept in the run folder as attention.safetensors; it
-is measured again when the run has other weights by then. All else is read from the folder.
+The attention that memory gets is measured with the run's model once and kept in the run folder
+as attention.safetensors; it is measured again when the run has other weights by then. All else
+is read from the folder.
 """
 
 from __future__ import annotations
@@ -28,42 +29,73 @@ from uiollms.weights.adapters import load_weights
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m uiollms report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m uiollms report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", type=place, metavar="RUN", help="run folder of train.py or test.py")
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--no_attention", action="store_true", help="do not load the model; show what was measured before")
     group.add_argument(
-        "--attention_tokens", type=whole(), metavar="N", help="measure attention anew, on N tokens of the document"
+        "--no_attention",
+        action="store_true",
+        help="do not load the model; show what was measured before",
     )
-    output_arguments(parser, "the page, its pictures and what is missing, as one JSON object", quiet="no progress bar, no words")
+    group.add_argument(
+        "--attention_tokens",
+        type=whole(),
+        metavar="N",
+        help="measure attention anew, on N tokens of the document",
+    )
+    output_arguments(
+        parser,
+        "the page, its pictures and what is missing, as one JSON object",
+        quiet="no progress bar, no words",
+    )
     args = parser.parse_args(arguments)
     output = Output.of(args)
     run = read_folder(args.run)
     add_attention(run, args.no_attention, args.attention_tokens, output)
     page, plots = write_report(run)
     for part in run.missing:
-        output.say(f"not in it: {part.what}: {part.why}" + (f"; made by: {part.command}" if part.command else ""))
+        output.say(
+            f"not in it: {part.what}: {part.why}"
+            + (f"; made by: {part.command}" if part.command else "")
+        )
     output.say(f"written: {page}, and its pictures in {page.parent / 'plots'}")
-    output.result(page=str(page), plots=[str(plot) for plot in plots], missing=[asdict(part) for part in run.missing])
+    output.result(
+        page=str(page),
+        plots=[str(plot) for plot in plots],
+        missing=[asdict(part) for part in run.missing],
+    )
     return 0
 
 
 def add_attention(run: RunFolder, skip: bool, tokens: int | None, output: Output = WORDS) -> None:
-    """The attention mass stored in the run folder; measured first where that is not of the run's weights, or `tokens` asks."""
+    """The attention mass stored in the run folder; measured first where that is not of the run's
+    weights, or `tokens` asks."""
     path = run.path / ATTENTION
     if os.path.lexists(path):
-        run.attention = run.part("attention to memory", ATTENTION, read_attention, f"python -m uiollms report {run.path}")
-    if skip or (run.attention and run.attention.about.get("weights") == run.weights_name and tokens is None):
+        run.attention = run.part(
+            "attention to memory", ATTENTION, read_attention, f"python -m uiollms report {run.path}"
+        )
+    if skip or (
+        run.attention and run.attention.about.get("weights") == run.weights_name and tokens is None
+    ):
         if run.attention is None:
-            run.missing.append(Missing("attention to memory", "--no_attention", f"python -m uiollms report {run.path}"))
+            run.missing.append(
+                Missing(
+                    "attention to memory", "--no_attention", f"python -m uiollms report {run.path}"
+                )
+            )
         return
     try:
         run.attention = measured(run, tokens, output)
     except ConfigError as error:
         if tokens is not None:
             raise
-        run.missing.append(Missing("attention to memory" + " of these weights" * bool(run.attention), str(error)))
+        run.missing.append(
+            Missing("attention to memory" + " of these weights" * bool(run.attention), str(error))
+        )
         return
     with reporting_write_errors(path):
         run.attention.save(path)

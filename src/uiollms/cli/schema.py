@@ -1,4 +1,5 @@
-"""JSON Schemas of the config files, config/schema/, and the page docs/config.md, both written from the typed models.
+"""JSON Schemas of the config files, config/schema/, and the page docs/config.md, both written
+from the typed models.
 
 python -m uiollms schema                # here: run it where this repository lies, as `make schema` does
 python -m uiollms schema --out /tmp/x   # elsewhere, to compare
@@ -20,7 +21,11 @@ from uiollms.cli.options import place
 from uiollms.config.sections import EnvConfig, MemoryConfig, TestFile
 from uiollms.files.atomic import make_folder, replace_text, reporting_write_errors
 
-SCHEMAS: dict[str, type[BaseModel]] = {"env.json": EnvConfig, "memory.json": MemoryConfig, "test.json": TestFile}
+SCHEMAS: dict[str, type[BaseModel]] = {
+    "env.json": EnvConfig,
+    "memory.json": MemoryConfig,
+    "test.json": TestFile,
+}
 BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 PAGE = """# The JSON fields
 
@@ -33,9 +38,13 @@ A wrong file is refused before any model is loaded, with the file, the JSON path
 """
 TABLES = {
     "An experiment": ("`train.py --env_conf FILE`, schema `config/schema/env.json`.", "env.json"),
-    "The compressor": ("What `model.config` names, `config/*.json`, schema `config/schema/memory.json`.", "memory.json"),
+    "The compressor": (
+        "What `model.config` names, `config/*.json`, schema `config/schema/memory.json`.",
+        "memory.json",
+    ),
     "The tasks of test.py": (
-        "What `test` names, schema `config/schema/test.json`; its fields are those of `train.tasks[]`. A bare list is taken too.",
+        "What `test` names, schema `config/schema/test.json`; its fields are those of "
+        "`train.tasks[]`. A bare list is taken too.",
         "test.json",
     ),
 }
@@ -56,15 +65,23 @@ def config_page() -> str:
     return page
 
 
-def rows(schema: Any, shown: set[str], node: Any = None, path: str = "") -> Iterator[tuple[str, str, str, str]]:
-    """(field, allowed, default, meaning) of every field below a node of a JSON Schema (its top by default), depth first; not
-    below objects whose names are in `shown`, to which those met are added."""
+def rows(
+    schema: Any, shown: set[str], node: Any = None, path: str = ""
+) -> Iterator[tuple[str, str, str, str]]:
+    """(field, allowed, default, meaning) of every field below a node of a JSON Schema (its top
+    by default), depth first; not below objects whose names are in `shown`, to which those met
+    are added."""
     node = node or schema
     for name, field in node["properties"].items():
         own = f"{path}{name}"
         items = field.get("items")
         default = "" if name in node.get("required", ()) else f"`{json.dumps(field['default'])}`"
-        yield f"`{own}{'[]' if items and '$ref' in items else ''}`", allowed(field), default, field["description"]
+        yield (
+            f"`{own}{'[]' if items and '$ref' in items else ''}`",
+            allowed(field),
+            default,
+            field["description"],
+        )
         name = (field.get("$ref") or (items or {}).get("$ref", "")).split("/")[-1]
         if name and name not in shown:
             shown.add(name)
@@ -89,16 +106,31 @@ def allowed(node: dict[str, Any]) -> str:
         return f"list{at_least}{inner}"
     if node["type"] == "object":
         return f"object of names to ({allowed(node['additionalProperties'])})"
-    return " ".join([node["type"], ", ".join(f"{sign} {node[key]}" for key, sign in BOUNDS.items() if key in node)]).strip()
+    return " ".join(
+        [
+            node["type"],
+            ", ".join(f"{sign} {node[key]}" for key, sign in BOUNDS.items() if key in node),
+        ]
+    ).strip()
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m uiollms schema", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m uiollms schema",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=place, default=Path(), metavar="FOLDER", help="where config/ and docs/ are (here)")
+    parser.add_argument(
+        "--out",
+        type=place,
+        default=Path(),
+        metavar="FOLDER",
+        help="where config/ and docs/ are (here)",
+    )
     out = parser.parse_args(arguments).out
-    texts = {f"config/schema/{name}": schema_text(name) for name in SCHEMAS} | {"docs/config.md": config_page()}
+    texts = {f"config/schema/{name}": schema_text(name) for name in SCHEMAS} | {
+        "docs/config.md": config_page()
+    }
     for name, text in texts.items():
         with reporting_write_errors(out / name):
             make_folder((out / name).parent)

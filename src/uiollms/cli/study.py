@@ -8,8 +8,8 @@
     python -m uiollms.study recall    --distances 1 4                                what is learned of long dependences
     python -m uiollms.study cost      --env_conf smollm2-8x.json --quiet --json      results.json on stdout, nothing else
 
-Results (JSON, a markdown table, a plot) go to --out. `learning` and `recall` add a line to curves.jsonl after every
-training and go on from there when they are started again.
+Results (JSON, a markdown table, a plot) go to --out. `learning` and `recall` add a line to
+curves.jsonl after every training and go on from there when they are started again.
 """
 
 from __future__ import annotations
@@ -50,10 +50,18 @@ from uiollms.weights.adapters import load_weights
 
 # documents, tokens of each, chunk_size, num_memory; None: the config's own
 PRESETS: dict[str, dict[str, Any]] = {
-    "config": dict(documents=4, tokens=2048, chunk_size=None, num_memory=None, windows=[1, 2, 4, 8, INFINITE]),
-    "quick": dict(documents=2, tokens=320, chunk_size=64, num_memory=8, windows=[1, 2, 4, INFINITE]),
-    "table4": dict(documents=8, tokens=2048, chunk_size=128, num_memory=16, windows=[1, 2, 4, 8, INFINITE]),
-    "figure7": dict(documents=1, tokens=2048, chunk_size=16, num_memory=4, windows=[1, 2, 3, 4, 5, 6]),
+    "config": dict(
+        documents=4, tokens=2048, chunk_size=None, num_memory=None, windows=[1, 2, 4, 8, INFINITE]
+    ),
+    "quick": dict(
+        documents=2, tokens=320, chunk_size=64, num_memory=8, windows=[1, 2, 4, INFINITE]
+    ),
+    "table4": dict(
+        documents=8, tokens=2048, chunk_size=128, num_memory=16, windows=[1, 2, 4, 8, INFINITE]
+    ),
+    "figure7": dict(
+        documents=1, tokens=2048, chunk_size=16, num_memory=4, windows=[1, 2, 3, 4, 5, 6]
+    ),
 }
 
 
@@ -62,8 +70,8 @@ RESULTS = ("results.json", "table.md", "plot.png")
 
 @contextmanager
 def as_preset(model: MemoryLM, preset: dict[str, Any]) -> Iterator[None]:
-    """The model with the preset's chunk size and memory: LoRA does not depend on either, so the weights stay. Of longer
-    recent tokens a whole chunk is left."""
+    """The model with the preset's chunk size and memory: LoRA does not depend on either, so the
+    weights stay. Of longer recent tokens a whole chunk is left."""
     own = model.memory_config
     changed = {k: preset[k] for k in ("chunk_size", "num_memory") if preset[k]}
     changed["recent_tokens"] = min(own.recent_tokens, preset["chunk_size"] or own.chunk_size)
@@ -76,44 +84,85 @@ def as_preset(model: MemoryLM, preset: dict[str, Any]) -> Iterator[None]:
 
 # command -> (what it does, an example of its arguments)
 COMMANDS = {
-    "gradients": ("bias and variance of every gradient estimator", "--env_conf smollm2-8x.json --preset table4"),
-    "cost": ("time and peak memory of a step, by estimator and window", "--env_conf smollm2-8x.json --preset figure7"),
-    "learning": ("what every estimator learns on text", "--env_conf config/study-learning.json --preset quick --seeds 3"),
-    "recall": ("what every estimator learns of long dependences", "--distances 4 --iterations 250 --seeds 3"),
+    "gradients": (
+        "bias and variance of every gradient estimator",
+        "--env_conf smollm2-8x.json --preset table4",
+    ),
+    "cost": (
+        "time and peak memory of a step, by estimator and window",
+        "--env_conf smollm2-8x.json --preset figure7",
+    ),
+    "learning": (
+        "what every estimator learns on text",
+        "--env_conf config/study-learning.json --preset quick --seeds 3",
+    ),
+    "recall": (
+        "what every estimator learns of long dependences",
+        "--distances 4 --iterations 250 --seeds 3",
+    ),
 }
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        "python -m uiollms.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m uiollms.study",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="what", required=True)
     for name, (what, example) in COMMANDS.items():
-        description = f"{what[0].upper()}{what[1:]}.\n\nexample: python -m uiollms.study {name} {example}"
+        description = (
+            f"{what[0].upper()}{what[1:]}.\n\nexample: python -m uiollms.study {name} {example}"
+        )
         raw = argparse.RawDescriptionHelpFormatter
         command = commands.add_parser(name, help=what, description=description, formatter_class=raw)
-        command.add_argument("--out", type=place, help="folder of the results; runs/study-... by default")
+        command.add_argument(
+            "--out", type=place, help="folder of the results; runs/study-... by default"
+        )
         output_arguments(command, "the results, as in results.json, as one JSON object")
         if name != "recall":
             command.add_argument("--env_conf", required=True, metavar="FILE")
             command.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
             command.add_argument("--preset", choices=list(PRESETS), default="config")
         if name in ("gradients", "cost"):
-            command.add_argument("--corpus", default="sotu.test", help="where the documents come from")
-            command.add_argument("--documents", type=whole(1, 10**6), help="how many, instead of the preset's")
-            command.add_argument("--draws", type=whole(1, 10**8), default=2000, help="draws of every estimator")
+            command.add_argument(
+                "--corpus", default="sotu.test", help="where the documents come from"
+            )
+            command.add_argument(
+                "--documents", type=whole(1, 10**6), help="how many, instead of the preset's"
+            )
+            command.add_argument(
+                "--draws", type=whole(1, 10**8), default=2000, help="draws of every estimator"
+            )
         if name == "cost":
-            command.add_argument("--repeats", type=whole(1, 10**4), default=1, help="turns of all steps; the median counts")
-            command.add_argument("--estimators", nargs="+", default=NAMES, choices=NAMES, help="which; default: all")
+            command.add_argument(
+                "--repeats",
+                type=whole(1, 10**4),
+                default=1,
+                help="turns of all steps; the median counts",
+            )
+            command.add_argument(
+                "--estimators", nargs="+", default=NAMES, choices=NAMES, help="which; default: all"
+            )
         if name in ("learning", "recall"):
             command.add_argument(
-                "--seeds", type=whole(1, 10), default=3, metavar="N", help="trainings of every estimator (1 to 10)"
+                "--seeds",
+                type=whole(1, 10),
+                default=3,
+                metavar="N",
+                help="trainings of every estimator (1 to 10)",
             )
         if name == "recall":
             command.add_argument(
-                "--distances", type=whole(1, MOST_CHUNKS - 1), nargs="+", default=[1, 4], help="chunks between told and asked"
+                "--distances",
+                type=whole(1, MOST_CHUNKS - 1),
+                nargs="+",
+                default=[1, 4],
+                help="chunks between told and asked",
             )
-            command.add_argument("--S", type=whole(1, 10**6), default=1, help="window of tbptt, uio and importance")
+            command.add_argument(
+                "--S", type=whole(1, 10**6), default=1, help="window of tbptt, uio and importance"
+            )
             help = "optimizer steps of eight samples each"
             command.add_argument("--iterations", type=whole(1, 10**7), default=100, help=help)
     args = parser.parse_args(arguments)
@@ -127,7 +176,9 @@ def main(arguments: list[str] | None = None) -> None:
     out = args.out or Path("runs") / ("study-" + "-".join(filter(None, [args.what, preset])))
     check_results(out)
     make_folder(out)
-    setting, rows = {"gradients": measure, "cost": measure, "learning": learning, "recall": recall}[args.what](args, out)
+    setting, rows = {"gradients": measure, "cost": measure, "learning": learning, "recall": recall}[
+        args.what
+    ](args, out)
     results = as_json({"setting": setting, "rows": rows}, indent=4) + "\n"
     replace_text(out / "results.json", results)
     replace_text(out / "table.md", markdown_table(rows))
@@ -169,24 +220,53 @@ def measure(args: argparse.Namespace, out: Path) -> Result:
     with as_preset(model, preset):
         if args.what == "gradients":
             rows = study_gradients(model, documents, preset["windows"], args.draws, args.output.bar)
-            columns = ["bias", "variance", "norm_ratio", "cosine", "relative_error", "encoder_backwards"]
+            columns = [
+                "bias",
+                "variance",
+                "norm_ratio",
+                "cosine",
+                "relative_error",
+                "encoder_backwards",
+            ]
         else:
-            rows = study_cost(model, documents[0], preset["windows"], args.repeats, args.estimators, args.output.bar)
+            rows = study_cost(
+                model,
+                documents[0],
+                preset["windows"],
+                args.repeats,
+                args.estimators,
+                args.output.bar,
+            )
             columns = ["seconds", "peak_mib", "encoder_backwards"]
-        setting: dict[str, Any] = {"chunk_size": model.memory_config.chunk_size, "num_memory": model.memory_config.num_memory}
+        setting: dict[str, Any] = {
+            "chunk_size": model.memory_config.chunk_size,
+            "num_memory": model.memory_config.num_memory,
+        }
     plot(rows, columns, out / "plot.png")
-    setting |= {"documents": len(documents), "tokens": preset["tokens"], "draws": args.draws, "weights": weights}
-    machine = {"dtype": str(model.dtype), "threads": torch.get_num_threads(), "chunk_batch": model.chunk_batch}
+    setting |= {
+        "documents": len(documents),
+        "tokens": preset["tokens"],
+        "draws": args.draws,
+        "weights": weights,
+    }
+    machine = {
+        "dtype": str(model.dtype),
+        "threads": torch.get_num_threads(),
+        "chunk_batch": model.chunk_batch,
+    }
     return setting | machine | {"corpus": args.corpus}, rows
 
 
 def learning(args: argparse.Namespace, out: Path) -> Result:
-    """Every estimator trains the config's memory, from its load_ckp if it names one, on the config's corpora; its first
-    evaluation task is held out."""
+    """Every estimator trains the config's memory, from its load_ckp if it names one, on the
+    config's corpora; its first evaluation task is held out."""
     config = load_env_config(args.env_conf, args.set)
     train = config.train
     if not train.tasks or train.tasks[0].truncation is None:
-        raise ConfigError(f"{args.env_conf}: train.tasks: expected a perplexity task with a truncation: what is held out")
+        raise ConfigError(
+            f"{args.env_conf}: train.tasks: expected a perplexity task with a truncation: what is "
+            "held out"
+        )
     model, tokenizer = load_memory_lm(config, args.env_conf)
     if config.model.load_ckp:
         load_weights(model, config.model.load_ckp)
@@ -194,8 +274,11 @@ def learning(args: argparse.Namespace, out: Path) -> Result:
         return learn_text(args, out, config, model, tokenizer)
 
 
-def learn_text(args: argparse.Namespace, out: Path, config: EnvConfig, model: MemoryLM, tokenizer: Any) -> Result:
-    """`learning` with a loaded model, whose weights every training starts from where they were loaded."""
+def learn_text(
+    args: argparse.Namespace, out: Path, config: EnvConfig, model: MemoryLM, tokenizer: Any
+) -> Result:
+    """`learning` with a loaded model, whose weights every training starts from where they were
+    loaded."""
     train = config.train
     documents = evaluation_documents(model, tokenizer, train.tasks[0])
     held_out = [Sample.language_modeling(ids, model.memory_config.chunk_size) for ids in documents]
@@ -211,10 +294,16 @@ def learn_text(args: argparse.Namespace, out: Path, config: EnvConfig, model: Me
 
     setting = describe(args, config)
     curves, record = curves_file(out, setting)
-    references = setting["references"] = {mode: mean_nll(model, documents, mode) for mode in ("window", "raw")}
+    references = setting["references"] = {
+        mode: mean_nll(model, documents, mode) for mode in ("window", "raw")
+    }
     estimators = estimators_of([train.tbptt])
     compare(estimators, range(args.seeds), start, held_out, train, curves, record, args.output.bar)
-    plot_curves({"": curves}, {"no memory": references["window"], "raw context": references["raw"]}, out / "plot.png")
+    plot_curves(
+        {"": curves},
+        {"no memory": references["window"], "raw context": references["raw"]},
+        out / "plot.png",
+    )
     return setting, summarise(curves, step_seconds(estimators, start))
 
 
@@ -255,7 +344,11 @@ def recall(args: argparse.Namespace, out: Path) -> Result:
     )
     panels: dict[str, Sequence[dict[str, Any]]] = {}
     rows: list[dict[str, Any]] = []
-    setting = {"train": train.model_dump(mode="json"), "memory": MEMORY.model_dump(), "threads": torch.get_num_threads()}
+    setting = {
+        "train": train.model_dump(mode="json"),
+        "memory": MEMORY.model_dump(),
+        "threads": torch.get_num_threads(),
+    }
     for distance in args.distances:
 
         def start(seed: int, distance: int = distance) -> tuple[MemoryLM, Iterator[Sample]]:
@@ -268,22 +361,30 @@ def recall(args: argparse.Namespace, out: Path) -> Result:
         held_out = [next(stream) for _ in range(32)]
         curves, record = curves_file(out / f"distance-{distance}", setting)
         estimators = estimators_of([args.S])
-        compare(estimators, range(args.seeds), start, held_out, train, curves, record, args.output.bar)
+        compare(
+            estimators, range(args.seeds), start, held_out, train, curves, record, args.output.bar
+        )
         panels[f"distance {distance}"] = curves
-        rows += [{"distance": distance} | row for row in summarise(curves, step_seconds(estimators, start))]
+        rows += [
+            {"distance": distance} | row
+            for row in summarise(curves, step_seconds(estimators, start))
+        ]
     plot_curves(panels, {"guessing": math.log(VALUES)}, out / "plot.png")
     return setting, rows
 
 
 def curves_file(folder: Path, setting: dict[str, Any]) -> tuple[list[dict[str, Any]], Any]:
-    """Curves of earlier calls with the same setting, and a function that adds one to that list and to curves.jsonl. Raises
-    ConfigError where the file holds curves of another setting."""
+    """Curves of earlier calls with the same setting, and a function that adds one to that list
+    and to curves.jsonl. Raises ConfigError where the file holds curves of another setting."""
     make_folder(folder)
     path = folder / "curves.jsonl"
     plain = json.loads(json.dumps(setting))
     lines = read_lines(path) if path.exists() else []
     if lines and lines[0] != plain:
-        raise ConfigError(f"{path}: its curves were trained with other settings; give another --out, or remove the folder")
+        raise ConfigError(
+            f"{path}: its curves were trained with other settings; give another --out, or remove "
+            "the folder"
+        )
     lines = lines or [plain]
     replace_text(path, "".join(as_json(line) + "\n" for line in lines))  # without a torn end
     curves = lines[1:]

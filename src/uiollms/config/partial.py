@@ -1,4 +1,5 @@
-"""What is left of a JSON object without its faulty fields, so that the rest can be looked at too."""
+"""What is left of a JSON object without its faulty fields, so that the rest can be looked at
+too."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ STAND_INS = {
 }
 
 
-def with_other_faults(error: ConfigError, model: type[Model], value: Any, check: Callable[[Model], object] | None) -> ConfigError:
+def with_other_faults(
+    error: ConfigError, model: type[Model], value: Any, check: Callable[[Model], object] | None
+) -> ConfigError:
     """The error of a JSON value that is no `model`, and behind its lines those of the faults that
     `check` finds in what can be used of the value."""
     lines = str(error).splitlines()

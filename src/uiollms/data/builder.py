@@ -35,18 +35,22 @@ from uiollms.files.errors import ConfigError
 
 @dataclass(frozen=True)
 class SampleBuilder:
-    """Documents -> samples, each by its own task. protocol: who is scored in plain text, "paper" or "document";
-    weigh: gives a sample's tokens the weights of `token_weighting` "context", where a corpus may ask for it."""
+    """Documents -> samples, each by its own task. protocol: who is scored in plain text, "paper"
+    or "document"; weigh: gives a sample's tokens the weights of `token_weighting` "context",
+    where a corpus may ask for it."""
 
     model: Limited
     tokenizer: PreTrainedTokenizerBase
     protocol: str = "paper"
     weigh: Callable[[Sample], Sample] | None = None
 
-    def make(self, document: Document, truncation: int | None, rng: random.Random, crop: str = "start") -> Sample:
-        """At most `truncation` tokens of a document (None: the capacity), plain text from its start or, with `crop` "random",
-        from a random place. `rng` draws that place, the chunk of auto encoding, the probe of memory utilization and where a
-        news story is hidden. Raises ConfigError, naming the document, where it does not fit."""
+    def make(
+        self, document: Document, truncation: int | None, rng: random.Random, crop: str = "start"
+    ) -> Sample:
+        """At most `truncation` tokens of a document (None: the capacity), plain text from its
+        start or, with `crop` "random", from a random place. `rng` draws that place, the chunk of
+        auto encoding, the probe of memory utilization and where a news story is hidden. Raises
+        ConfigError, naming the document, where it does not fit."""
         try:
             sample = self._build(document, truncation, rng, crop)
             if teaches_memory(sample):
@@ -67,11 +71,15 @@ class SampleBuilder:
             raise ValueError("token_weighting context needs the base: SampleMaker(..., weigh=...)")
         return self.weigh(sample)
 
-    def _build(self, document: Document, truncation: int | None, rng: random.Random, crop: str) -> Sample:
+    def _build(
+        self, document: Document, truncation: int | None, rng: random.Random, crop: str
+    ) -> Sample:
         most = truncation or self.model.limits.capacity
         chunk_size = self.model.limits.memory.chunk_size
         if isinstance(document, TokenDocument):
-            ids, labels = (torch.tensor(side[:most]) for side in (document.input_ids, document.labels))
+            ids, labels = (
+                torch.tensor(side[:most]) for side in (document.input_ids, document.labels)
+            )
             return taught(Sample.beacon(ids, labels, chunk_size), document)
         if isinstance(document, NewsDocument):
             return self._ask_news(document, most, rng)
@@ -84,7 +92,9 @@ class SampleBuilder:
             return taught(answered, document)
         ids = tokenize(self.tokenizer, document.text)
         if document.task == "memory utilization":
-            probe = torch.tensor([rng.randrange(self.model.limits.vocab_size) for _ in range(chunk_size)])
+            probe = torch.tensor(
+                [rng.randrange(self.model.limits.vocab_size) for _ in range(chunk_size)]
+            )
             ids = ids[: min(most, self.model.limits.positions - chunk_size)]
             context = ids[: self._most_compressed()]
             enough = len(context) >= chunk_size
@@ -98,27 +108,39 @@ class SampleBuilder:
         if document.task in ("auto encoding", "longdata copy"):
             # The copies stand behind all memories.
             ids = ids[: min(most, self._most_compressed(recent=False))]
-            return Sample.copy(ids, chunk_size) if len(ids) >= chunk_size else Sample.document(ids, chunk_size)
-        return taught(PROTOCOLS[self.protocol](self._cut(ids, truncation, rng, crop), chunk_size), document)
+            return (
+                Sample.copy(ids, chunk_size)
+                if len(ids) >= chunk_size
+                else Sample.document(ids, chunk_size)
+            )
+        return taught(
+            PROTOCOLS[self.protocol](self._cut(ids, truncation, rng, crop), chunk_size), document
+        )
 
     def _ask_news(self, document: NewsDocument, most: int, rng: random.Random) -> Sample:
-        """The story hidden in its distractor text, together a whole number of chunks within `most` tokens (and, where a
-        teacher reads them raw, within the base's positions); every question and the summary asked of it."""
+        """The story hidden in its distractor text, together a whole number of chunks within
+        `most` tokens (and, where a teacher reads them raw, within the base's positions); every
+        question and the summary asked of it."""
         chunk_size = self.model.limits.memory.chunk_size
         most = min(most, self._most_compressed())  # the questions stand behind all memories
         if document.kl_weight:
             most = min(most, self.model.limits.positions - chunk_size)
         context = self._hide(document, most, rng)
-        asked = [(f"Question: {question}\nAnswer:", answer) for question, answer in document.questions]
+        asked = [
+            (f"Question: {question}\nAnswer:", answer) for question, answer in document.questions
+        ]
         asked += [("Summary of the story:", document.summary)] if document.summary.strip() else []
-        tokens = [continued_pair(self.tokenizer, question, f" {answer}") for question, answer in asked]
+        tokens = [
+            continued_pair(self.tokenizer, question, f" {answer}") for question, answer in asked
+        ]
         fitting = [(q, a[: chunk_size - 1]) for q, a in tokens]
         return Sample.questions(context, fitting, chunk_size, document.kl_weight)
 
     def _hide(self, document: NewsDocument, most: int, rng: random.Random) -> Tensor:
-        """BOS, if the tokenizer writes one, and a part of the text that has the story on lines of its
-        own at a random place of its distractor: as many whole chunks as `most` tokens and the text
-        allow, the story at a random place of them. A story longer than they are loses its end."""
+        """BOS, if the tokenizer writes one, and a part of the text that has the story on lines
+        of its own at a random place of its distractor: as many whole chunks as `most` tokens and
+        the text allow, the story at a random place of them. A story longer than they are loses
+        its end."""
         place = rng.randint(0, len(document.distractor))
         reach = most * LONGEST_TOKEN
         before = document.distractor[max(0, place - reach) : place]
@@ -143,7 +165,8 @@ class SampleBuilder:
         return memory.most_chunks(positions, recent) * memory.chunk_size
 
     def _cut(self, ids: Tensor, truncation: int | None, rng: random.Random, crop: str) -> Tensor:
-        """At most `truncation` tokens, from the start or from a random place; without one, at most the capacity."""
+        """At most `truncation` tokens, from the start or from a random place; without one, at
+        most the capacity."""
         length = min(truncation or len(ids), self.model.limits.capacity)
         start = rng.randint(0, len(ids) - length) if crop == "random" and len(ids) > length else 0
         return ids[start : start + length]
@@ -163,7 +186,11 @@ def trained_for(document: Document, entry: CorpusEntry, rng: random.Random) -> D
         if fault := task_fault(task, "synthetic recall" if recall else document.task):
             raise ConfigError(f"{document.source}: {fault}")
         if recall:
-            return document if entry.kl_weight is None else replace(document, kl_weight=entry.kl_weight)
+            return (
+                document
+                if entry.kl_weight is None
+                else replace(document, kl_weight=entry.kl_weight)
+            )
         if task == "synthetic recall":
             document = with_facts(document, rng.choice(("facts", "keys")), rng)
         else:
@@ -186,10 +213,15 @@ def task_fault(task: str, kind: str) -> str | None:
     if kind == "language modeling":
         if task in made:
             return None
-        return f"has plain text, not for {task}, which needs an input and an output; allowed are {', '.join(made)}"
+        return (
+            f"has plain text, not for {task}, which needs an input and an output; allowed are "
+            f"{', '.join(made)}"
+        )
     return f"has documents for {kind}, task {task!r} is for plain text; leave task out"
 
 
 def teaches_memory(sample: Sample) -> bool:
     """Whether memory can matter to the sample's loss: some row with a weight reads any."""
-    return any(row.num_memories and bool(row.token_weights[row.scored].any()) for row in sample.rows)
+    return any(
+        row.num_memories and bool(row.token_weights[row.scored].any()) for row in sample.rows
+    )

@@ -25,10 +25,11 @@ Task = Literal[
 
 @dataclass(frozen=True)
 class Document:
-    """One document. text: the prompt where there is a response; source: where it was read, for messages; response: the
-    answer, None for plain text; task: how it becomes a sample, see uiollms/data/sample.py; train_prompt: the prompt is scored
-    like the response; kl_weight: the share of KL(teacher || student) in the loss, the rest is cross entropy (0 = plain,
-    1 = distilled)."""
+    """One document. text: the prompt where there is a response; source: where it was read, for
+    messages; response: the answer, None for plain text; task: how it becomes a sample, see
+    uiollms/data/sample.py; train_prompt: the prompt is scored like the response; kl_weight: the
+    share of KL(teacher || student) in the loss, the rest is cross entropy (0 = plain, 1 =
+    distilled)."""
 
     text: str
     source: str
@@ -45,7 +46,8 @@ class Document:
 
 @dataclass(frozen=True)
 class TokenDocument(Document):
-    """A document that comes tokenised. input_ids [T]; labels [T], not shifted, -100 where nothing is scored."""
+    """A document that comes tokenised. input_ids [T]; labels [T], not shifted, -100 where
+    nothing is scored."""
 
     input_ids: tuple[int, ...] = ()
     labels: tuple[int, ...] = ()
@@ -53,8 +55,8 @@ class TokenDocument(Document):
 
 @dataclass(frozen=True)
 class NewsDocument(Document):
-    """A news story (`text`) and what is asked about it. questions: pairs of question and answer; distractor: the long text
-    that the story gets hidden in."""
+    """A news story (`text`) and what is asked about it. questions: pairs of question and answer;
+    distractor: the long text that the story gets hidden in."""
 
     questions: tuple[tuple[str, str], ...] = ()
     summary: str = ""
@@ -113,7 +115,8 @@ def picked(documents: Corpus, numbers: Sequence[int]) -> Corpus:
 
 
 def altered(documents: Corpus, **changes: Any) -> Corpus:
-    """The same documents with other values in some fields: altered(stories, task="longdata copy")."""
+    """The same documents with other values in some fields: altered(stories, task="longdata
+    copy")."""
     return Lazy(len(documents), lambda i: replace(documents[i], **changes))
 
 
@@ -121,7 +124,8 @@ SIZE = r"(?:\.([1-9]\d*[km]))?"  # the optional argument of a corpus name that `
 
 
 def cut(documents: Corpus, size: str | None) -> Corpus:
-    """The first characters of every document: "128k" = 128 * 1024, "1m" = 1024 * 1024, None = all."""
+    """The first characters of every document: "128k" = 128 * 1024, "1m" = 1024 * 1024, None =
+    all."""
     if size is None:
         return documents
     length = int(size[:-1]) * {"k": 1024, "m": 1024 * 1024}[size[-1]]
@@ -145,15 +149,15 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class NamedCorpus:
-    """An entry of the register. usage: the name as people write it, {a,b} one of, [.x] optional; pattern: of the name in
-    lower case without spaces, its groups are the opener's arguments; tokenized: the opener also takes a tokenizer, and its
-    first argument is how many tokens a document has at most.
-    mixed: not all documents are of kind `task`; needs: sources of all that the name may stand for; reads: of the same
-    arguments, those that the opener reads; taught: of the same arguments, the most tokens that a teacher reads raw (0: none
-    does, or it depends on the truncation alone); chunks: of the same arguments, the fewest chunks
-    that a document needs, and how many it has without a truncation (0, 0: any); version: of the
-    same arguments, which of several states of the corpus this machine has, for results (None: there
-    is one)."""
+    """An entry of the register. usage: the name as people write it, {a,b} one of, [.x] optional;
+    pattern: of the name in lower case without spaces, its groups are the opener's arguments;
+    tokenized: the opener also takes a tokenizer, and its first argument is how many tokens a
+    document has at most. mixed: not all documents are of kind `task`; needs: sources of all that
+    the name may stand for; reads: of the same arguments, those that the opener reads; taught: of
+    the same arguments, the most tokens that a teacher reads raw (0: none does, or it depends on
+    the truncation alone); chunks: of the same arguments, the fewest chunks that a document
+    needs, and how many it has without a truncation (0, 0: any); version: of the same arguments,
+    which of several states of the corpus this machine has, for results (None: there is one)."""
 
     usage: str
     pattern: re.Pattern[str]
@@ -207,9 +211,9 @@ def corpus(
 
 
 def find_corpus(name: str) -> tuple[NamedCorpus, tuple[str | None, ...]]:
-    """The entry of that name and the arguments in it; case and spaces do not matter (in a `files:` pattern they do).
-    Opens nothing, so it also checks a config's names in no time. Raises ConfigError for an unknown name, with the nearest
-    known one.
+    """The entry of that name and the arguments in it; case and spaces do not matter (in a
+    `files:` pattern they do). Opens nothing, so it also checks a config's names in no time.
+    Raises ConfigError for an unknown name, with the nearest known one.
 
     "RedPajama book sample.train.1M" -> (entry of redpajama book sample, ("1m",))
     """

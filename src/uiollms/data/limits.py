@@ -14,8 +14,8 @@ from uiollms.data.sample import Sample
 
 
 class Limits(NamedTuple):
-    """memory: the compressor; positions: how many the base has, `positions_said` in words with where
-    they come from; vocab_size: of its embeddings."""
+    """memory: the compressor; positions: how many the base has, `positions_said` in words with
+    where they come from; vocab_size: of its embeddings."""
 
     memory: MemoryConfig
     positions: int
@@ -43,21 +43,23 @@ def check_length(num_tokens: int, limits: Limits) -> None:
         recent = f" and recent_tokens {config.recent_tokens}" if config.recent_tokens else ""
         raise ValueError(
             f"the document has {num_tokens} tokens, the capacity is {capacity}: "
-            f"{limits.positions_said}, chunk_size {config.chunk_size}{',' if recent else ' and'} num_memory "
+            f"{limits.positions_said}, chunk_size {config.chunk_size}{',' if recent else ' and'} "
+            "num_memory "
             f"{config.num_memory}{recent} allow {full} full chunks and {last} tokens behind them; "
             f"cut it with `truncation`, or compress harder (smaller num_memory)"
         )
 
 
 def check_ids(ids: Tensor, vocab_size: int) -> None:
-    """Raises ValueError where token ids of any shape hold one that the base has no embedding for: a CPU would
-    raise IndexError, CUDA stop the process."""
+    """Raises ValueError where token ids of any shape hold one that the base has no embedding
+    for: a CPU would raise IndexError, CUDA stop the process."""
     if not ids.numel():
         return
     low, high = (int(end) for end in ids.aminmax())
     if low < 0 or high >= vocab_size:
         raise ValueError(
-            f"token id {low if low < 0 else high} has no embedding, the base's are 0 .. {vocab_size - 1}; "
+            f"token id {low if low < 0 else high} has no embedding, the base's are 0 .. "
+            f"{vocab_size - 1}; "
             f"use the base's own tokenizer, or resize its embeddings"
         )
 
@@ -84,7 +86,8 @@ def check_sample(limits: Limits, sample: Sample) -> None:
 
 
 def check_teacher(limits: Limits, sample: Sample) -> None:
-    """Raises ValueError if a teacher would read past the base's positions, or a token without an embedding."""
+    """Raises ValueError if a teacher would read past the base's positions, or a token without an
+    embedding."""
     for text in sample.teachers:
         check_ids(text, limits.vocab_size)
         if len(text) > limits.positions:

@@ -1,4 +1,5 @@
-"""Documents for training: corpora mixed by their shares, endless, and able to go on where they stopped."""
+"""Documents for training: corpora mixed by their shares, endless, and able to go on where they
+stopped."""
 
 from __future__ import annotations
 
@@ -20,15 +21,20 @@ class Draw(NamedTuple):
 
 
 class Mixture(Iterator[Draw]):
-    """An endless stream of documents: corpora drawn by their shares, each corpus shuffled anew every epoch. Drawing opens
-    nothing, so every one of several processes draws all and opens its own. All of its state is `state_dict()`: a stream that is
-    restored goes on with the same documents. Costs 8 bytes a document of memory; the state costs none."""
+    """An endless stream of documents: corpora drawn by their shares, each corpus shuffled anew
+    every epoch. Drawing opens nothing, so every one of several processes draws all and opens its
+    own. All of its state is `state_dict()`: a stream that is restored goes on with the same
+    documents. Costs 8 bytes a document of memory; the state costs none."""
 
     def __init__(self, corpora: Sequence[Corpus], shares: Sequence[float], seed: int | str) -> None:
         self.corpora, self.shares = corpora, shares
         self.rng = random.Random(seed)
-        self.order = [array("q") for _ in corpora]  # what is left of each corpus's epoch, the next document last
-        self.epochs: list[Any] = [None] * len(corpora)  # the generator's state that each epoch was shuffled from
+        self.order = [
+            array("q") for _ in corpora
+        ]  # what is left of each corpus's epoch, the next document last
+        self.epochs: list[Any] = [None] * len(
+            corpora
+        )  # the generator's state that each epoch was shuffled from
         self.drawn = 0
 
     def __next__(self) -> Draw:
@@ -50,8 +56,8 @@ class Mixture(Iterator[Draw]):
         return order
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain lists and numbers (JSON), of the same size for any corpus: an epoch's order is given by the generator's
-        state it was shuffled from, and how much of it is left."""
+        """Plain lists and numbers (JSON), of the same size for any corpus: an epoch's order is
+        given by the generator's state it was shuffled from, and how much of it is left."""
         return {
             "rng": self.rng.getstate(),
             "epochs": list(self.epochs),
@@ -65,7 +71,8 @@ class Mixture(Iterator[Draw]):
         sizes = [len(documents) for documents in self.corpora]
         if sizes != list(state["sizes"]):
             raise ConfigError(
-                f"train.corpus: the run began with {list(state['sizes'])} documents, now there are {sizes}; it can only go on "
+                f"train.corpus: the run began with {list(state['sizes'])} documents, now there are "
+                f"{sizes}; it can only go on "
                 f"with the same data"
             )
         shuffler = random.Random()
@@ -80,6 +87,7 @@ class Mixture(Iterator[Draw]):
 
 
 def generator_state(state: Any) -> tuple[Any, ...]:
-    """What random.Random.setstate takes, from a state that may have been through JSON, which knows no tuples."""
+    """What random.Random.setstate takes, from a state that may have been through JSON, which
+    knows no tuples."""
     version, numbers, gauss = state
     return version, tuple(numbers), gauss

@@ -1,4 +1,5 @@
-"""Passkey and needle trials: a sentence hidden at a chosen depth of a long text, and a question about it at the end.
+"""Passkey and needle trials: a sentence hidden at a chosen depth of a long text, and a question
+about it at the end.
 
 Shapes: T tokens of a trial.
 """
@@ -23,11 +24,13 @@ from uiollms.files.errors import ConfigError
 FORMS = {
     "passkey": (
         "\nTake note: the secret number of this text is{answer}.\n",
-        "\nQuestion: What is the secret number of this text?\nAnswer: The secret number of this text is",
+        "\nQuestion: What is the secret number of this text?\nAnswer: The secret number of this "
+        "text is",
     ),
     "needle": (
         "\nThe gardener of the old mill hides a{answer} under the stairs.\n",
-        "\nQuestion: What does the gardener of the old mill hide under the stairs?\nAnswer: Under the stairs is a",
+        "\nQuestion: What does the gardener of the old mill hide under the stairs?\nAnswer: Under "
+        "the stairs is a",
     ),
 }
 WORDS = """
@@ -38,8 +41,8 @@ DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 class Trial(NamedTuple):
-    """sample: the trial in chunks, scored at the answer; depth: the share of the filler in front of the sentence; place:
-    where the sentence begins, in tokens."""
+    """sample: the trial in chunks, scored at the answer; depth: the share of the filler in front
+    of the sentence; place: where the sentence begins, in tokens."""
 
     sample: Sample
     depth: float
@@ -55,12 +58,14 @@ def trials(
     count: int,
     depths: Sequence[float] = DEPTHS,
 ) -> list[Trial]:
-    """`count` trials of `length` tokens at every depth, depth after depth, the same at every call. Trial i has the same filler
-    (from document i on) and the same answer, which no other has (while words last), at all depths: only the place differs.
-    Raises ConfigError where `length` has no room for sentence, question, answer and more than a chunk in all.
+    """`count` trials of `length` tokens at every depth, depth after depth, the same at every
+    call. Trial i has the same filler (from document i on) and the same answer, which no other
+    has (while words last), at all depths: only the place differs. Raises ConfigError where
+    `length` has no room for sentence, question, answer and more than a chunk in all.
 
-    length 12, filler a b c ..., sentence N N, question Q Q, answer A, depth 0.5 -> a b c d N N e f g Q Q A, scored at A
-    (7 tokens of filler, of which round(0.5 * 7) = 4 stand in front; a BOS stands in front of all)
+    length 12, filler a b c ..., sentence N N, question Q Q, answer A, depth 0.5 -> a b c d N N e
+    f g Q Q A, scored at A (7 tokens of filler, of which round(0.5 * 7) = 4 stand in front; a BOS
+    stands in front of all)
 
     The filler is tokenised as one text, sentence and question as they stand behind other text.
     """
@@ -78,7 +83,10 @@ def trials(
         room = length - len(first) - len(sentence) - len(question) - len(reply)
         if room < 1 or length <= chunk_size:
             needed = max(length - room + 1, chunk_size + 1)
-            raise ConfigError(f"{task_type}: a trial of {length} tokens is too short, truncation must be at least {needed}")
+            raise ConfigError(
+                f"{task_type}: a trial of {length} tokens is too short, truncation must be at "
+                f"least {needed}"
+            )
         prepared.append((filler_tokens(filler, i, tokenizer, room), sentence, question, reply))
 
     found = []
@@ -109,7 +117,10 @@ def filler_tokens(
     blank, size, enough = 0, 0, length  # size: characters; enough: how many to try with
     for i in itertools.count(start):
         if blank == len(filler):
-            raise ConfigError(f"passkey and needle need filler text, the corpus has {len(filler)} documents, all of them blank")
+            raise ConfigError(
+                f"passkey and needle need filler text, the corpus has {len(filler)} documents, all "
+                "of them blank"
+            )
         text = filler[i % len(filler)].text.strip()[: length * LONGEST_TOKEN]
         blank = 0 if text else blank + 1
         texts += [text] if text else []

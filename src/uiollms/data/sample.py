@@ -18,12 +18,14 @@ IGNORED = -100  # transformers' label for "not scored"
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One decoder call. input_ids [T] int64; targets [T] int64: the token that each position must predict, -100 where
-    nothing is scored; token_weights [T] float64: the weight of that position's NLL in the sample's loss;
-    num_memories: how many of the sample's chunks, from number `first_memory` on, it reads; start: the place of its first
-    token in the document; repeat: its first token is replaced by the `repeat_token` embedding; teacher: (which of the
-    sample's teacher texts, where in it) the row's first token stands, for losses with a teacher; recent: how many of its
-    first tokens are those of the chunk before, fed again and not scored (see `Sample.with_recent`)."""
+    """One decoder call. input_ids [T] int64; targets [T] int64: the token that each position
+    must predict, -100 where nothing is scored; token_weights [T] float64: the weight of that
+    position's NLL in the sample's loss; num_memories: how many of the sample's chunks, from
+    number `first_memory` on, it reads; start: the place of its first token in the document;
+    repeat: its first token is replaced by the `repeat_token` embedding; teacher: (which of the
+    sample's teacher texts, where in it) the row's first token stands, for losses with a teacher;
+    recent: how many of its first tokens are those of the chunk before, fed again and not scored
+    (see `Sample.with_recent`)."""
 
     input_ids: Tensor
     targets: Tensor
@@ -48,13 +50,14 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A document cut into chunks with its loss: `chunks` [C, l] are compressed, `rows` are decoded and scored. The loss
-    is the sum over all rows of token weight * NLL (nats).
+    """A document cut into chunks with its loss: `chunks` [C, l] are compressed, `rows` are
+    decoded and scored. The loss is the sum over all rows of token weight * NLL (nats).
 
     With `teachers`, token texts [T'] that the base reads raw, without memory, NLL is replaced by
     (1 - kl_weight) * NLL + kl_weight * KL(teacher || student).
 
-    documents: how many of the chunks, in order, each document has, where the sample holds several (see `joined`)."""
+    documents: how many of the chunks, in order, each document has, where the sample holds
+    several (see `joined`)."""
 
     chunks: Tensor
     rows: tuple[Row, ...]
@@ -64,10 +67,11 @@ class Sample:
 
     @classmethod
     def joined(cls, samples: Sequence[Sample]) -> Sample:
-        """Several samples with one `kl_weight` as one, whose loss is the sum of theirs: chunks, rows and teachers behind each
-        other, every row still reading its own document's memories.
+        """Several samples with one `kl_weight` as one, whose loss is the sum of theirs: chunks,
+        rows and teachers behind each other, every row still reading its own document's memories.
 
-        chunks [0 1] [2 3] and [7 8], a row each that reads all -> chunks [0 1] [2 3] [7 8], rows reading chunks 0, 1 and 2
+        chunks [0 1] [2 3] and [7 8], a row each that reads all -> chunks [0 1] [2 3] [7 8], rows
+        reading chunks 0, 1 and 2
         """
         chunks = texts = 0
         rows: list[Row] = []
@@ -75,7 +79,11 @@ class Sample:
             assert sample.kl_weight == samples[0].kl_weight
             for row in sample.rows:
                 first = chunks + row.first_memory if row.num_memories else 0
-                rows.append(replace(row, first_memory=first, teacher=(texts + row.teacher[0], row.teacher[1])))
+                rows.append(
+                    replace(
+                        row, first_memory=first, teacher=(texts + row.teacher[0], row.teacher[1])
+                    )
+                )
             chunks, texts = chunks + len(sample.chunks), texts + len(sample.teachers)
         return cls(
             torch.cat([sample.chunks for sample in samples]),
@@ -88,7 +96,9 @@ class Sample:
     @property
     def chunk_numbers(self) -> list[int]:
         """The place of every chunk in its document."""
-        return [number for count in self.documents or (len(self.chunks),) for number in range(count)]
+        return [
+            number for count in self.documents or (len(self.chunks),) for number in range(count)
+        ]
 
     @property
     def num_scored(self) -> int:
@@ -100,11 +110,13 @@ class Sample:
         return sum(len(row.input_ids) - row.recent for row in self.rows)
 
     def with_recent(self, count: int) -> Sample:
-        """With the last `count` tokens of the chunks that it reads (at most a chunk of them) in front
-        of every row that goes on where these end: a document's rows but the first, questions and
-        probes, but no copies. They are not scored, and the teacher's text stays as it is.
+        """With the last `count` tokens of the chunks that it reads (at most a chunk of them) in
+        front of every row that goes on where these end: a document's rows but the first,
+        questions and probes, but no copies. They are not scored, and the teacher's text stays as
+        it is.
 
-        chunks [0 1 2 3], rows [0 1 2 3] and [4 5] scored at 5, count 2 -> the second is [2 3 4 5]
+        chunks [0 1 2 3], rows [0 1 2 3] and [4 5] scored at 5, count 2 -> the second is [2 3 4
+        5]
         """
         rows = [self._with_recent(row, count) for row in self.rows] if count else self.rows
         return replace(self, rows=tuple(rows))
@@ -125,7 +137,8 @@ class Sample:
 
     @classmethod
     def language_modeling(cls, input_ids: Tensor, chunk_size: int) -> Sample:
-        """The paper's protocol: per chunk the mean NLL of all tokens but its first; the means are summed.
+        """The paper's protocol: per chunk the mean NLL of all tokens but its first; the means
+        are summed.
 
         ids 0..9, chunk_size 4 -> reads [0 1 2 3] scores 1 2 3 (1/3 each) | reads [4 5 6 7] scores 5 6 7 (1/3 each)
                                   | reads [8 9] scores 9 (weight 1)
@@ -136,12 +149,15 @@ class Sample:
         targets[:-1] = ids[1:]
         targets[chunk_size - 1 :: chunk_size] = IGNORED
         counts = [max(1, len(part) - 1) for part in ids.split(chunk_size)]
-        weights = torch.tensor([1 / n for n in counts], dtype=torch.float64).repeat_interleave(chunk_size)[: len(ids)]
+        weights = torch.tensor([1 / n for n in counts], dtype=torch.float64).repeat_interleave(
+            chunk_size
+        )[: len(ids)]
         return cls._cut(ids, targets, weights, chunk_size)
 
     @classmethod
     def document(cls, input_ids: Tensor, chunk_size: int) -> Sample:
-        """Our protocol: every token but the document's first is scored exactly once; the loss is their mean NLL.
+        """Our protocol: every token but the document's first is scored exactly once; the loss is
+        their mean NLL.
 
         ids 0..9, chunk_size 4 -> reads [0 1 2 3] scores 1 2 3 4 | reads [4 5 6 7] scores 5 6 7 8 | reads [8 9] scores 9,
                                   1/9 each; 4 is predicted from chunk 0, whose last token is 3.
@@ -150,8 +166,8 @@ class Sample:
 
     @classmethod
     def later(cls, input_ids: Tensor, chunk_size: int) -> Sample:
-        """As `document`, without the tokens that no memory is read for: those of the first chunk, and
-        the one behind it, which its last token predicts.
+        """As `document`, without the tokens that no memory is read for: those of the first
+        chunk, and the one behind it, which its last token predicts.
 
         ids 0..9, chunk_size 4 -> reads [0 1 2 3] | reads [4 5 6 7] scores 5 6 7 8
                                   | reads [8 9] scores 9, 1/5 each
@@ -162,14 +178,19 @@ class Sample:
 
     @classmethod
     def beacon(cls, input_ids: Tensor, labels: Tensor, chunk_size: int) -> Sample:
-        """Pre-tokenised with labels (Activation Beacon, Zhang et al. 2024): labels [T], not shifted, -100 where not
-        scored, are shifted over the whole document; the loss is the mean NLL over the document's scored tokens.
+        """Pre-tokenised with labels (Activation Beacon, Zhang et al. 2024): labels [T], not
+        shifted, -100 where not scored, are shifted over the whole document; the loss is the mean
+        NLL over the document's scored tokens.
 
-        ids 0..5, labels -100 -100 -100 -100 4 5, chunk_size 4 -> reads [0 1 2 3] scores 4 | reads [4 5] scores 5, 1/2 each
+        ids 0..5, labels -100 -100 -100 -100 4 5, chunk_size 4 -> reads [0 1 2 3] scores 4 |
+        reads [4 5] scores 5, 1/2 each
         """
         ids, labels = flat(input_ids), flat(labels)
         if len(ids) != len(labels):
-            raise ValueError(f"a sample needs one label a token, found {len(ids)} tokens and {len(labels)} labels")
+            raise ValueError(
+                f"a sample needs one label a token, found {len(ids)} tokens and {len(labels)} "
+                "labels"
+            )
         targets = torch.full_like(ids, IGNORED)
         targets[:-1] = labels[1:]
         count = max(1, int((targets != IGNORED).sum()))
@@ -178,20 +199,30 @@ class Sample:
 
     @classmethod
     def question_answering(
-        cls, prompt: Tensor, response: Tensor, chunk_size: int, train_prompt: bool = False, truncation: int | None = None
+        cls,
+        prompt: Tensor,
+        response: Tensor,
+        chunk_size: int,
+        train_prompt: bool = False,
+        truncation: int | None = None,
     ) -> Sample:
-        """Prompt, then response; the response is scored (with `train_prompt` the prompt too), but nothing in chunk 0, which
-        reads no memory. The loss is the mean NLL of the scored tokens. A prompt that makes the sample longer than
-        `truncation` tokens keeps its two ends.
+        """Prompt, then response; the response is scored (with `train_prompt` the prompt too),
+        but nothing in chunk 0, which reads no memory. The loss is the mean NLL of the scored
+        tokens. A prompt that makes the sample longer than `truncation` tokens keeps its two
+        ends.
 
-        prompt 0 1 2 3 4, response 5 6, chunk_size 4 -> reads [0 1 2 3] | reads [4 5 6] scores 5 6, 1/2 each
-        truncation 5 -> prompt 0 3 4: its first 5 - 2 = 3 tokens' room split into 1 and 2
+        prompt 0 1 2 3 4, response 5 6, chunk_size 4 -> reads [0 1 2 3] | reads [4 5 6] scores 5
+        6, 1/2 each truncation 5 -> prompt 0 3 4: its first 5 - 2 = 3 tokens' room split into 1
+        and 2
         """
         prompt, response = (torch.as_tensor(side).cpu().flatten() for side in (prompt, response))
         if truncation is not None and len(prompt) + len(response) > truncation:
             room = truncation - len(response)
             if room < 1:
-                raise ValueError(f"the response has {len(response)} tokens, truncation {truncation} leaves no room for a prompt")
+                raise ValueError(
+                    f"the response has {len(response)} tokens, truncation {truncation} leaves no "
+                    "room for a prompt"
+                )
             prompt = torch.cat([prompt[: room // 2], prompt[len(prompt) - (room - room // 2) :]])
         ids = torch.cat([prompt, response])
         labels = ids.clone()
@@ -201,68 +232,97 @@ class Sample:
         return cls.beacon(ids, labels, chunk_size)
 
     def distilled(self, kl_weight: float = 1.0) -> Sample:
-        """The same document and scored tokens, taught by the base reading all of it raw: row t's token i has the teacher's
-        prediction at the same place of the document."""
+        """The same document and scored tokens, taught by the base reading all of it raw: row t's
+        token i has the teacher's prediction at the same place of the document."""
         text = torch.cat([row.input_ids for row in self.rows])
         rows = tuple(replace(row, teacher=(0, row.start)) for row in self.rows)
         return replace(self, rows=rows, teachers=(text,), kl_weight=kl_weight)
 
     @classmethod
     def memory_utilization(cls, context: Tensor, probe: Tensor, chunk_size: int) -> Sample:
-        """The context's complete chunks are compressed; a probe of random tokens (at most a chunk) then shows whether memory
-        moves the predictions as the raw context does: mean KL(teacher || student) over the probe, whose teacher reads the
-        same chunks raw in front of it. Raises ValueError without a complete chunk or with a longer probe.
+        """The context's complete chunks are compressed; a probe of random tokens (at most a
+        chunk) then shows whether memory moves the predictions as the raw context does: mean
+        KL(teacher || student) over the probe, whose teacher reads the same chunks raw in front
+        of it. Raises ValueError without a complete chunk or with a longer probe.
 
-        context 0..9, probe 60 61 62, chunk_size 4 -> compresses [0 1 2 3] [4 5 6 7] | reads [60 61 62] scored at 60 and 61
-        against a teacher reading 0 .. 7 60 61 62
+        context 0..9, probe 60 61 62, chunk_size 4 -> compresses [0 1 2 3] [4 5 6 7] | reads [60
+        61 62] scored at 60 and 61 against a teacher reading 0 .. 7 60 61 62
         """
         context, probe = flat(context), flat(probe)
         chunks = context[: len(context) // chunk_size * chunk_size].view(-1, chunk_size)
         if not len(chunks) or len(probe) > chunk_size:
             raise ValueError(
-                f"memory utilization needs a complete chunk of {chunk_size} tokens and a probe of at most as many, found "
+                f"memory utilization needs a complete chunk of {chunk_size} tokens and a probe of "
+                "at most as many, found "
                 f"{len(context)} and {len(probe)}"
             )
         targets = torch.full_like(probe, IGNORED)
         targets[:-1] = probe[1:]
         weights = torch.full((len(probe),), 1 / max(1, len(probe) - 1), dtype=torch.float64)
-        row = Row(probe, targets, weights, len(chunks), start=chunks.numel(), teacher=(0, chunks.numel()))
+        row = Row(
+            probe, targets, weights, len(chunks), start=chunks.numel(), teacher=(0, chunks.numel())
+        )
         return cls(chunks, (row,), (torch.cat([chunks.flatten(), probe]),), kl_weight=1.0)
 
     @classmethod
     def questions(
-        cls, context: Tensor, asked: Sequence[tuple[Tensor, Tensor]], chunk_size: int, kl_weight: float = 0.0
+        cls,
+        context: Tensor,
+        asked: Sequence[tuple[Tensor, Tensor]],
+        chunk_size: int,
+        kl_weight: float = 0.0,
     ) -> Sample:
-        """News question answering: the context's complete chunks are compressed once; each (question, answer) is then asked of
-        a copy of that memory, none seeing the others; the answers are scored, every one's mean loss, summed. A question
-        that does not fit a chunk with its answer loses its start. With kl_weight the teacher reads the same context raw.
+        """News question answering: the context's complete chunks are compressed once; each
+        (question, answer) is then asked of a copy of that memory, none seeing the others; the
+        answers are scored, every one's mean loss, summed. A question that does not fit a chunk
+        with its answer loses its start. With kl_weight the teacher reads the same context raw.
         Raises ValueError without a complete chunk, or for an answer that fills a chunk.
 
-        context 0..7, asked (20 21, 22 23), chunk_size 4 -> compresses [0 1 2 3] [4 5 6 7] | reads [20 21 22 23] scores 22 23
+        context 0..7, asked (20 21, 22 23), chunk_size 4 -> compresses [0 1 2 3] [4 5 6 7] |
+        reads [20 21 22 23] scores 22 23
         """
         chunks = flat(context)[: len(flat(context)) // chunk_size * chunk_size].view(-1, chunk_size)
         if not len(chunks):
-            raise ValueError(f"news question answering needs a complete chunk of {chunk_size} tokens, found {len(flat(context))}")
+            raise ValueError(
+                f"news question answering needs a complete chunk of {chunk_size} tokens, found "
+                f"{len(flat(context))}"
+            )
         rows: list[Row] = []
         teachers: list[Tensor] = []
         for question, answer in asked:
             if len(answer) >= chunk_size or not len(answer):
-                raise ValueError(f"an answer must have 1 to {chunk_size - 1} tokens, to fit a chunk; found {len(answer)}")
+                raise ValueError(
+                    f"an answer must have 1 to {chunk_size - 1} tokens, to fit a chunk; found "
+                    f"{len(answer)}"
+                )
             question = question[max(0, len(question) + len(answer) - chunk_size) :]
             ids = torch.cat([question, answer])
             targets = torch.full_like(ids, IGNORED)
             targets[:-1] = ids[1:]
             targets[: max(0, len(question) - 1)] = IGNORED
-            weights = torch.full((len(ids),), 1 / max(1, int((targets != IGNORED).sum())), dtype=torch.float64)
-            rows.append(Row(ids, targets, weights, len(chunks), chunks.numel(), teacher=(len(teachers), chunks.numel())))
+            weights = torch.full(
+                (len(ids),), 1 / max(1, int((targets != IGNORED).sum())), dtype=torch.float64
+            )
+            rows.append(
+                Row(
+                    ids,
+                    targets,
+                    weights,
+                    len(chunks),
+                    chunks.numel(),
+                    teacher=(len(teachers), chunks.numel()),
+                )
+            )
             teachers.append(torch.cat([chunks.flatten(), ids]))
         return cls(chunks, tuple(rows), tuple(teachers) if kl_weight else (), kl_weight)
 
     @classmethod
     def copy(cls, input_ids: Tensor, chunk_size: int) -> Sample:
-        """Auto-encoding (paper Table 1) and longdata copy: all complete chunks are compressed, then each is reproduced from
-        all memories, given its true tokens so far. The first chunk starts with the `repeat_token` embedding, a later one with
-        the last token of the chunk before. The loss is every chunk's mean NLL, summed. Raises ValueError if no chunk is full.
+        """Auto-encoding (paper Table 1) and longdata copy: all complete chunks are compressed,
+        then each is reproduced from all memories, given its true tokens so far. The first chunk
+        starts with the `repeat_token` embedding, a later one with the last token of the chunk
+        before. The loss is every chunk's mean NLL, summed. Raises ValueError if no chunk is
+        full.
 
         ids 0..9, chunk_size 4 -> compresses [0 1 2 3] [4 5 6 7] | reads [repeat 0 1 2] scores 0 1 2 3, 1/4 each
                                   | reads [3 4 5 6] scores 4 5 6 7, 1/4 each
@@ -270,29 +330,46 @@ class Sample:
         ids = flat(input_ids)
         chunks = ids[: len(ids) // chunk_size * chunk_size].view(-1, chunk_size)
         if not len(chunks):
-            raise ValueError(f"copying needs a complete chunk of {chunk_size} tokens, found {len(ids)} tokens")
+            raise ValueError(
+                f"copying needs a complete chunk of {chunk_size} tokens, found {len(ids)} tokens"
+            )
         weights = torch.full((chunk_size,), 1 / chunk_size, dtype=torch.float64)
         fed = torch.cat([ids[:1], ids])  # its first token only holds the place of the repeat token
         rows = tuple(
-            Row(fed[start : start + chunk_size], ids[start : start + chunk_size], weights, len(chunks), start, repeat=start == 0)
+            Row(
+                fed[start : start + chunk_size],
+                ids[start : start + chunk_size],
+                weights,
+                len(chunks),
+                start,
+                repeat=start == 0,
+            )
             for start in range(0, chunks.numel(), chunk_size)
         )
         return cls(chunks, rows)
 
     @classmethod
     def _cut(cls, ids: Tensor, targets: Tensor, weights: Tensor, chunk_size: int) -> Sample:
-        """Row t reads the memories of chunks 0 .. t-1; the last chunk's memory would have no reader."""
-        parts = zip(ids.split(chunk_size), targets.split(chunk_size), weights.split(chunk_size), strict=True)
-        rows = tuple(Row(*part, num_memories=t, start=t * chunk_size) for t, part in enumerate(parts))
+        """Row t reads the memories of chunks 0 .. t-1; the last chunk's memory would have no
+        reader."""
+        parts = zip(
+            ids.split(chunk_size), targets.split(chunk_size), weights.split(chunk_size), strict=True
+        )
+        rows = tuple(
+            Row(*part, num_memories=t, start=t * chunk_size) for t, part in enumerate(parts)
+        )
         return cls(ids[: (len(rows) - 1) * chunk_size].view(-1, chunk_size), rows)
 
 
 def flat(ids: Tensor) -> Tensor:
-    """[T] or [1, T] -> [T], on the CPU. Raises ValueError for anything else, and for an empty document."""
+    """[T] or [1, T] -> [T], on the CPU. Raises ValueError for anything else, and for an empty
+    document."""
     ids = torch.as_tensor(ids).cpu()
     ids = ids[0] if ids.dim() == 2 and len(ids) == 1 else ids
     if ids.dim() != 1 or len(ids) == 0:
-        raise ValueError(f"a sample is one document, [T] or [1, T] with T >= 1; found shape {list(ids.shape)}")
+        raise ValueError(
+            f"a sample is one document, [T] or [1, T] with T >= 1; found shape {list(ids.shape)}"
+        )
     return ids
 
 

@@ -1,10 +1,10 @@
 """Text -> token ids, the same everywhere: whole texts are read as one and cut afterwards.
 
-Many tokenizers do something at the ends of whatever they are given: Llama 2's puts a space in front,
-most begin with BOS, some end with EOS. All that belongs to a document, not to a piece of one. So a
-document starts with what the tokenizer writes in front of a text; nothing ends with EOS unless its
-task says so; a prompt and its response are tokenised as one text; and what goes on from other text is
-tokenised as it stands there.
+Many tokenizers do something at the ends of whatever they are given: Llama 2's puts a space in
+front, most begin with BOS, some end with EOS. All that belongs to a document, not to a piece of
+one. So a document starts with what the tokenizer writes in front of a text; nothing ends with
+EOS unless its task says so; a prompt and its response are tokenised as one text; and what goes
+on from other text is tokenised as it stands there.
 
 Shapes: T tokens of a text.
 """

@@ -1,7 +1,8 @@
 """The manual pipeline: which module of the base lives on which device, or on disk.
 
-Encoder, decoder and teacher share one base, so a map in the authors' style, which names a layer once for each of them,
-must name the same device each time. A word ("auto", "balanced", "sequential") becomes a map by accelerate's rules.
+Encoder, decoder and teacher share one base, so a map in the authors' style, which names a layer
+once for each of them, must name the same device each time. A word ("auto", "balanced",
+"sequential") becomes a map by accelerate's rules.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ from torch import nn
 from uiollms.distributed.offload import put_on_disk
 from uiollms.files.errors import ConfigError
 
-# encoder.encoder.base_model.model.model.layers.3 -> model.layers.3; decoder.decoder.base_model.model.lm_head -> lm_head
+# encoder.encoder.base_model.model.model.layers.3 -> model.layers.3;
+# decoder.decoder.base_model.model.lm_head -> lm_head
 _AUTHORS = re.compile(r"^(encoder\.encoder|decoder\.decoder)\.base_model\.model\.")
 # Tokens follow the embedding they stand in for; the teacher is the shared base itself.
 _FOLLOWERS = {"encoder.retrieval_token", "decoder.repeat_token", "teacher"}
 CPU = torch.device("cpu")
-SHARE = 0.9  # of a GPU's free memory that a word may fill with weights, as transformers does: the rest is for the work
+# of a GPU's free memory that a word may fill with weights, as transformers does: the rest is for
+# the work
+SHARE = 0.9
 
 Machine = Mapping[torch.device, int]  # device -> bytes free on it
 
@@ -36,11 +40,14 @@ Machine = Mapping[torch.device, int]  # device -> bytes free on it
 def this_machine() -> dict[torch.device, int]:
     """Bytes that are free on every GPU and on the CPU."""
     gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-    return {gpu: torch.cuda.mem_get_info(gpu)[0] for gpu in gpus} | {CPU: psutil.virtual_memory().available}
+    return {gpu: torch.cuda.mem_get_info(gpu)[0] for gpu in gpus} | {
+        CPU: psutil.virtual_memory().available
+    }
 
 
 def normalised(device_map: dict[str, Any], path: str | Path) -> dict[str, Any]:
-    """Base module -> device, prefixes of the authors' style stripped. Raises ConfigError where two roles disagree."""
+    """Base module -> device, prefixes of the authors' style stripped. Raises ConfigError where
+    two roles disagree."""
     result: dict[str, Any] = {}
     named_by: dict[str, str] = {}
     for key, device in device_map.items():
@@ -49,36 +56,46 @@ def normalised(device_map: dict[str, Any], path: str | Path) -> dict[str, Any]:
         name = _AUTHORS.sub("", key)
         if result.setdefault(name, device) != device:
             raise ConfigError(
-                f"{path}: model.device_map[{key!r}]: device {device}, but {named_by[name]!r} puts the same module on "
+                f"{path}: model.device_map[{key!r}]: device {device}, but {named_by[name]!r} puts "
+                "the same module on "
                 f"{result[name]}: encoder and decoder share one base here; name one device for both"
             )
         named_by.setdefault(name, key)
     return result
 
 
-def place(base: nn.Module, device_map: Any, path: str | Path, offload_dir: str | Path | None = None) -> None:
-    """Move the modules of `base` to their devices on this machine, in place; what the map puts on "disk" goes to a folder of
-    its own in `offload_dir` (default: the cache) that is removed with the base. Raises ConfigError as `resolved` does."""
+def place(
+    base: nn.Module, device_map: Any, path: str | Path, offload_dir: str | Path | None = None
+) -> None:
+    """Move the modules of `base` to their devices on this machine, in place; what the map puts
+    on "disk" goes to a folder of its own in `offload_dir` (default: the cache) that is removed
+    with the base. Raises ConfigError as `resolved` does."""
     wanted = resolved(base, device_map, path, this_machine())
     send(base, wanted)
     if resting := on_disk(base, wanted):
         put_on_disk(base, resting, as_device(worker(wanted)), offload_dir)
 
 
-def resolved(base: nn.Module, device_map: Any, path: str | Path, machine: Machine) -> dict[str, Any]:
-    """Any accepted form of a map -> module -> GPU number, "cpu" or "disk", which together cover the base. Raises ConfigError
-    for a device or module that does not exist, and for a module that no key covers."""
+def resolved(
+    base: nn.Module, device_map: Any, path: str | Path, machine: Machine
+) -> dict[str, Any]:
+    """Any accepted form of a map -> module -> GPU number, "cpu" or "disk", which together cover
+    the base. Raises ConfigError for a device or module that does not exist, and for a module
+    that no key covers."""
     wanted = as_map(base, device_map, path, machine)
     modules = dict(base.named_modules())
     for name, place in wanted.items():
-        where = f"model.device_map[{name!r}]" if isinstance(device_map, dict) else "model.device_map"
+        where = (
+            f"model.device_map[{name!r}]" if isinstance(device_map, dict) else "model.device_map"
+        )
         if name not in modules:
             raise ConfigError(f"{path}: {where}: {no_such_module(name, modules)}")
         check_device(place, where, path, machine)
     for name, _ in base.named_parameters():
         if place_of(name, wanted) is None:
             raise ConfigError(
-                f"{path}: model.device_map: no key places {name.rsplit('.', 1)[0]!r}; name it, or a prefix of it such as 'model'"
+                f"{path}: model.device_map: no key places {name.rsplit('.', 1)[0]!r}; name it, or "
+                "a prefix of it such as 'model'"
             )
     # The rotary table is a buffer that maps do not name; it is asked where the tokens are.
     first = place_of("model.embed_tokens", wanted)
@@ -96,7 +113,11 @@ def send(base: nn.Module, wanted: Mapping[str, Any]) -> None:
 def on_disk(base: nn.Module, wanted: Mapping[str, Any]) -> list[str]:
     """The modules, each with parameters of its own, that a resolved map puts on disk."""
     owners = {name.rpartition(".")[0] for name, _ in base.named_parameters(remove_duplicate=False)}
-    return [name for name, _ in base.named_modules() if name in owners and place_of(name, wanted) == "disk"]
+    return [
+        name
+        for name, _ in base.named_modules()
+        if name in owners and place_of(name, wanted) == "disk"
+    ]
 
 
 def worker(wanted: Mapping[str, Any]) -> int | str:
@@ -105,14 +126,17 @@ def worker(wanted: Mapping[str, Any]) -> int | str:
 
 
 def as_map(base: nn.Module, device_map: Any, path: str | Path, machine: Machine) -> dict[str, Any]:
-    """Any accepted form -> base module (or a prefix; "" is all of it) -> place. A word spreads the weights over all GPUs
-    of the machine, then the CPU, then disk: "sequential" fills one after the other, "auto" and "balanced" evenly."""
+    """Any accepted form -> base module (or a prefix; "" is all of it) -> place. A word spreads
+    the weights over all GPUs of the machine, then the CPU, then disk: "sequential" fills one
+    after the other, "auto" and "balanced" evenly."""
     if isinstance(device_map, dict):
         return normalised(device_map, path)
     gpus = [device for device in machine if device.type == "cuda"]
     if isinstance(device_map, int) or device_map == "cpu" or not gpus:
         return {"": device_map if isinstance(device_map, int) else "cpu"}
-    limits: dict[Any, Any] = {gpu.index: int(SHARE * machine[gpu]) for gpu in gpus} | {"cpu": machine[CPU]}
+    limits: dict[Any, Any] = {gpu.index: int(SHARE * machine[gpu]) for gpu in gpus} | {
+        "cpu": machine[CPU]
+    }
     whole: Any = base._no_split_modules
     whole = list(whole) if whole else None
     if device_map != "sequential":
@@ -131,17 +155,27 @@ def as_device(place: int | str) -> torch.device:
 
 
 def no_such_module(name: str, modules: Mapping[str, nn.Module]) -> str:
-    layers = [int(key.rsplit(".", 1)[1]) for key in modules if re.fullmatch(r"model\.layers\.\d+", key)]
+    layers = [
+        int(key.rsplit(".", 1)[1]) for key in modules if re.fullmatch(r"model\.layers\.\d+", key)
+    ]
     if re.fullmatch(r"model\.layers\.\d+", name):
-        return f"the base has no such layer; its {len(layers)} layers are model.layers.0 .. model.layers.{max(layers)}"
+        return (
+            f"the base has no such layer; its {len(layers)} layers are model.layers.0 .. "
+            f"model.layers.{max(layers)}"
+        )
     near = difflib.get_close_matches(name, list(modules), n=1)
-    hint = f"did you mean {near[0]!r}?" if near else "known: model.embed_tokens, model.layers.<i>, model.norm, lm_head"
+    hint = (
+        f"did you mean {near[0]!r}?"
+        if near
+        else "known: model.embed_tokens, model.layers.<i>, model.norm, lm_head"
+    )
     return f"the base has no module of that name; {hint}"
 
 
 def check_device(place: Any, where: str, path: str | Path, machine: Machine) -> None:
     if isinstance(place, int) and as_device(place) not in machine:
         raise ConfigError(
-            f"{path}: {where}: GPU {place} does not exist, this machine has {len(machine) - (CPU in machine)}; "
+            f"{path}: {where}: GPU {place} does not exist, this machine has "
+            f"{len(machine) - (CPU in machine)}; "
             f'use "cpu", or --set model.device_map=auto'
         )

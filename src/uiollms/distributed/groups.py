@@ -1,7 +1,8 @@
 """Processes that train together: who they are, and all that they tell each other.
 
-A process alone is a `Group` of one: every call gives back what it was given, and there is no process group behind it.
-Start-up (backend, launcher's environment) is Hugging Face Accelerate's, messages are torch.distributed's.
+A process alone is a `Group` of one: every call gives back what it was given, and there is no
+process group behind it. Start-up (backend, launcher's environment) is Hugging Face Accelerate's,
+messages are torch.distributed's.
 
 What is sent, counting what one process receives, for W processes:
     once an optimizer step      gradients of the trained parameters: 2 (W - 1) / W of their size, and a few numbers
@@ -41,10 +42,16 @@ log = logging.getLogger("uiollms")
 # first one saves and evaluates while the others wait. That one is gone shows sooner: watch.py.
 JOINING = timedelta(minutes=5)
 PATIENCE = timedelta(hours=12)
-# torch before 2.12 has these two collectives under their older names only, which newer ones warn of.
+# torch before 2.12 has these two collectives under their older names only, which newer ones warn
+# of.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-SIZES = ("WORLD_SIZE", "SLURM_NTASKS", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")  # what launchers call the number of processes
+SIZES = (
+    "WORLD_SIZE",
+    "SLURM_NTASKS",
+    "PMI_SIZE",
+    "OMPI_COMM_WORLD_SIZE",
+)  # what launchers call the number of processes
 Value = TypeVar("Value")
 
 
@@ -58,9 +65,12 @@ def talking() -> Iterator[None]:
 
 
 class Group:
-    """Some processes in their order, this one number `rank` of `size`; all of them must make the same calls."""
+    """Some processes in their order, this one number `rank` of `size`; all of them must make the
+    same calls."""
 
-    def __init__(self, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu"
+    ) -> None:
         self.group, self.device = group, torch.device(device)  # the device of messages
         self.rank = dist.get_rank(group) if group else 0
         self.size = dist.get_world_size(group) if group else 1
@@ -70,18 +80,23 @@ class Group:
         return self.rank == 0
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Make every `.grad` the sum over the group, in one message; it stays None where no process has one, so that the
-        optimizer leaves the same parameters alone as it would in one process."""
+        """Make every `.grad` the sum over the group, in one message; it stays None where no
+        process has one, so that the optimizer leaves the same parameters alone as it would in
+        one process."""
         if self.size == 1:
             return
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         held = torch.tensor([p.grad is not None for p in parameters])
-        flat = torch.cat([part.flatten().to(self.device, grads[0].dtype) for part in (*grads, held)])
+        flat = torch.cat(
+            [part.flatten().to(self.device, grads[0].dtype) for part in (*grads, held)]
+        )
         with talking():
             dist.all_reduce(flat, group=self.group)
         *sums, holders = flat.split([*(p.numel() for p in parameters), len(parameters)])
         for parameter, total, count in zip(parameters, sums, holders.tolist(), strict=True):
-            parameter.grad = total.view_as(parameter).to(parameter.device, parameter.dtype) if count else None
+            parameter.grad = (
+                total.view_as(parameter).to(parameter.device, parameter.dtype) if count else None
+            )
 
     def sum(self, *numbers: float) -> list[float]:
         """The sum of each number over the group, in float64."""
@@ -141,10 +156,15 @@ ALONE = Group()
 
 
 class World(Group):
-    """All processes of a run. chunks: those that share a document with this one; data: those that each have another document (of
-    every document's processes the one at the same place)."""
+    """All processes of a run. chunks: those that share a document with this one; data: those
+    that each have another document (of every document's processes the one at the same place)."""
 
-    def __init__(self, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu", ranks: int = 1) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        device: torch.device | str = "cpu",
+        ranks: int = 1,
+    ) -> None:
         """ranks: processes of one document. They are neighbours: the others are as far apart."""
         super().__init__(group, device)
         self.data = self.chunks = ALONE
@@ -157,14 +177,16 @@ class World(Group):
     def part(self, parts: Sequence[Sequence[int]]) -> Group:
         """Of several groups that share out all processes the one that this process is in."""
         groups = [dist.new_group(part, timeout=PATIENCE) for part in parts]  # all make all of them
-        return next(Group(g, self.device) for g, p in zip(groups, parts, strict=True) if self.rank in p)
+        return next(
+            Group(g, self.device) for g, p in zip(groups, parts, strict=True) if self.rank in p
+        )
 
 
 @contextmanager
 def open_world(config: EnvConfig, watch: Watch) -> Iterator[World]:
-    """Join the processes that a launcher has started with this one (accelerate launch, torchrun, srun, mpirun); without any,
-    a world of one. Raises ConfigError if train.chunk_ranks does not divide their number, LostProcess where not all come
-    within JOINING."""
+    """Join the processes that a launcher has started with this one (accelerate launch, torchrun,
+    srun, mpirun); without any, a world of one. Raises ConfigError if train.chunk_ranks does not
+    divide their number, LostProcess where not all come within JOINING."""
     cpu = config.model.device_map == "cpu" or not torch.cuda.is_available()
     with talking():
         state = PartialState(cpu=cpu, timeout=JOINING)
@@ -173,7 +195,10 @@ def open_world(config: EnvConfig, watch: Watch) -> Iterator[World]:
         warn_if_fewer(size)
         ranks = (config.train.chunk_ranks or size) if config.train.chunk_parallel else 1
         if size % ranks:
-            raise ConfigError(f"train.chunk_ranks: {ranks} processes a document do not divide the {size} processes of this run")
+            raise ConfigError(
+                f"train.chunk_ranks: {ranks} processes a document do not divide the {size} "
+                "processes of this run"
+            )
         if state.process_index:
             log.setLevel(logging.WARNING)
         world = World()
@@ -224,13 +249,16 @@ def number_of_processes() -> int:
 
 
 def warn_if_fewer(size: int) -> None:
-    """Some ways to ask for several processes start one, which then trains alone (`accelerate launch --cpu --num_processes 2`
-    leaves nothing but the address for the others to meet at)."""
+    """Some ways to ask for several processes start one, which then trains alone (`accelerate
+    launch --cpu --num_processes 2` leaves nothing but the address for the others to meet at)."""
     asked = number_of_processes()
-    if size < asked or (size == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ):
+    if size < asked or (
+        size == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ
+    ):
         several = str(asked) if asked > size else "several"
         log.warning(
-            "%s processes were asked for, %d trains here: start them with torchrun --nproc_per_node N, or on CPUs with "
+            "%s processes were asked for, %d trains here: start them with torchrun "
+            "--nproc_per_node N, or on CPUs with "
             "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N",
             several,
             size,
@@ -238,28 +266,40 @@ def warn_if_fewer(size: int) -> None:
 
 
 class Division:
-    """One document over a group. Every process encodes n chunks, `own`; chunks of which the encoder needs gradients are dealt
-    out first, so that those too are shared evenly. Where the group does not divide C, some chunks are encoded by two processes
-    and only the first one, which `owns` it, counts: the others would only wait."""
+    """One document over a group. Every process encodes n chunks, `own`; chunks of which the
+    encoder needs gradients are dealt out first, so that those too are shared evenly. Where the
+    group does not divide C, some chunks are encoded by two processes and only the first one,
+    which `owns` it, counts: the others would only wait."""
 
     def __init__(self, group: Group, num_chunks: int, needed: Sequence[int]) -> None:
         self.group = group
         wanted = set(needed)
         order = [*needed, *(s for s in range(num_chunks) if s not in wanted)]
         each = -(-num_chunks // group.size)
-        hands = [sorted(order[i % num_chunks] for i in range(r, each * group.size, group.size)) for r in range(group.size)]
+        hands = [
+            sorted(order[i % num_chunks] for i in range(r, each * group.size, group.size))
+            for r in range(group.size)
+        ]
         owner = {s: i % group.size for i, s in enumerate(order)}
         self.own = hands[group.rank]
         self.owned = {s for s in self.own if owner[s] == group.rank}
         # Where chunk s stands among all hands, one behind the other.
-        self.place = torch.tensor([owner[s] * each + hands[owner[s]].index(s) for s in range(num_chunks)], dtype=torch.int64)
+        self.place = torch.tensor(
+            [owner[s] * each + hands[owner[s]].index(s) for s in range(num_chunks)],
+            dtype=torch.int64,
+        )
 
     def gather(self, own: Tensor) -> Tensor:
         """[n, ...], one entry for each of `own` -> [C, ...]"""
-        return own if self.group.size == 1 else self.group.gather(own)[to_device(self.place, own.device)]
+        return (
+            own
+            if self.group.size == 1
+            else self.group.gather(own)[to_device(self.place, own.device)]
+        )
 
     def reduce_scatter(self, whole: Tensor) -> Tensor:
-        """[C, ...] -> its sum over the group at `own`, [n, ...], zeros at chunks that another process owns"""
+        """[C, ...] -> its sum over the group at `own`, [n, ...], zeros at chunks that another
+        process owns"""
         if self.group.size == 1:
             return whole
         dealt = whole.new_zeros(self.group.size * len(self.own), *whole.shape[1:])

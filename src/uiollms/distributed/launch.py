@@ -1,5 +1,5 @@
-"""What the environment says of a process: its number among others, and where folders lie. Values that
-cannot be meant are refused by name before anything else reads them."""
+"""What the environment says of a process: its number among others, and where folders lie. Values
+that cannot be meant are refused by name before anything else reads them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,10 @@ def check_environment(given: Mapping[str, str] | None = None) -> None:
             faults.add(f"environment variable {rank}: {why}, found {numbers[rank]}")
     for name in FOLDERS:
         if (text := given.get(name)) and Path(text).exists() and not Path(text).is_dir():
-            faults.add(f"environment variable {name}: {shortened(text)} is not a folder; give one, or unset it")
+            faults.add(
+                f"environment variable {name}: {shortened(text)} is not a folder; give one, or "
+                "unset it"
+            )
     faults.report()
 
 
@@ -55,4 +58,7 @@ def as_number(name: str, text: str, least: int, most: int) -> int:
             return int(digits)
     expected = f"a whole number from {least} to {most}"
     found = shortened(text, 60)
-    raise ConfigError(f"environment variable {name}: expected {expected}, found {found!r}; unset it, or correct it")
+    raise ConfigError(
+        f"environment variable {name}: expected {expected}, found {found!r}; unset it, or correct "
+        "it"
+    )

@@ -23,9 +23,12 @@ from uiollms.kernels.devices import one_at_a_time
 from uiollms.kernels.norms import promote_norms
 
 
-def put_on_disk(base: nn.Module, names: list[str], working: torch.device, offload_dir: str | Path | None) -> None:
-    """Write the weights of the modules `names` (each with parameters of its own) to disk and free them. Each is loaded for
-    the time of its own call only, on the device `working`; a graph remembers where they rest, not the weights."""
+def put_on_disk(
+    base: nn.Module, names: list[str], working: torch.device, offload_dir: str | Path | None
+) -> None:
+    """Write the weights of the modules `names` (each with parameters of its own) to disk and
+    free them. Each is loaded for the time of its own call only, on the device `working`; a graph
+    remembers where they rest, not the weights."""
     if getattr(base, "dtype", None) == torch.float64:
         promote_norms(base)  # replaces modules: before the hooks
     root = Path(offload_dir) if offload_dir else cache_dir() / "offload"
@@ -35,26 +38,38 @@ def put_on_disk(base: nn.Module, names: list[str], working: torch.device, offloa
     folder.mkdir(mode=0o700)
     weakref.finalize(base, shutil.rmtree, folder, ignore_errors=True)
     modules = {name: base.get_submodule(name) for name in names}
-    weights = {f"{n}.{key}": p.detach() for n, m in modules.items() for key, p in m.named_parameters(recurse=False)}
+    weights = {
+        f"{n}.{key}": p.detach()
+        for n, m in modules.items()
+        for key, p in m.named_parameters(recurse=False)
+    }
     offload_state_dict(folder, weights)
     del weights
     loader = OffloadedWeightsLoader(save_folder=folder)
     for name, module in modules.items():
-        hook = AlignDevicesHook(working, offload=True, weights_map=PrefixedDataset(loader, f"{name}."))
+        hook = AlignDevicesHook(
+            working, offload=True, weights_map=PrefixedDataset(loader, f"{name}.")
+        )
         add_hook_to_module(module, hook)
-        module.forward = _Resting(module, hook)  # in place of the library's wrapper, under which graphs keep the weights
+        module.forward = _Resting(
+            module, hook
+        )  # in place of the library's wrapper, under which graphs keep the weights
 
 
 class _Resting:
-    """The forward of a module whose weights rest on disk. A weight that autograd would save for the backward is saved by name
-    and loaded again there, so that a graph through many such modules holds none of their weights."""
+    """The forward of a module whose weights rest on disk. A weight that autograd would save for
+    the backward is saved by name and loaded again there, so that a graph through many such
+    modules holds none of their weights."""
 
     def __init__(self, module: Any, hook: AlignDevicesHook) -> None:
         self.module, self.hook, self.forward = module, hook, module._old_forward
 
     @one_at_a_time  # all threads load into the one module, those that call the base itself too
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with align_module_device(self.module), torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack):
+        with (
+            align_module_device(self.module),
+            torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack),
+        ):
             return self.forward(*args, **kwargs)
 
     def pack(self, tensor: Tensor) -> Any:

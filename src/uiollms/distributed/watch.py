@@ -1,5 +1,5 @@
-"""Signals to a training run, and what its processes must know of each other whatever each of them is
-doing: that one was asked to stop, and that one is gone.
+"""Signals to a training run, and what its processes must know of each other whatever each of
+them is doing: that one was asked to stop, and that one is gone.
 
 A process alone has handlers of SIGINT and SIGTERM and nothing else. Of several processes each has
 two threads, because the main thread may sit in a collective, which no Python code interrupts:
@@ -34,7 +34,9 @@ log = logging.getLogger("uiollms")
 FINISH = 15.0  # that a step, or an evaluation's document, has to end by itself
 END = 45.0  # after which a process ends whatever it does, but for writing a checkpoint
 WRITING = 600.0  # after which it ends then too
-TELLING = 3.0  # between telling the others of a request to stop and the end of a process that has nothing to finish
+# between telling the others of a request to stop and the end of a process that has nothing to
+# finish
+TELLING = 3.0
 REPEATED = 5.0  # in which a launcher sends its processes what the terminal has sent them already
 POLL = 0.5
 SILENCE = 300.0  # after which a process of which nothing was heard counts as lost
@@ -48,7 +50,8 @@ class LostProcess(ConfigError):
 
     def __init__(self, reason: str) -> None:
         super().__init__(
-            f"another process of this run has ended or cannot be reached, its own last lines say why; "
+            "another process of this run has ended or cannot be reached, its own last lines say "
+            "why; "
             f"this one stops, the last checkpoint is whole: go on with --resume ({reason[:160]})"
         )
 
@@ -64,7 +67,9 @@ class Watch:
         self.asked: signal.Signals | None = None
         self.lost: str | None = None
         self.since = 0.0  # when either appeared, in seconds of time.monotonic
-        self.told: float | None = None  # when the others could first know that this process was asked
+        self.told: float | None = (
+            None  # when the others could first know that this process was asked
+        )
         self.begun = False  # there is something to finish and to save
         self.writing = 0  # depth of `undisturbed`
         self.leaving = False  # the main thread is on its way out
@@ -150,8 +155,8 @@ class Watch:
             self.stack.callback(at_the_end)
 
     def restore(self, number: int, before: Any) -> None:
-        """A handler as it was; but a process that stops because it was asked to is on its way out, and
-        what a launcher sends once more must not change its exit code."""
+        """A handler as it was; but a process that stops because it was asked to is on its way
+        out, and what a launcher sends once more must not change its exit code."""
         signal.signal(number, signal.SIG_IGN if self.asked and number in ASKED else before)
 
     def ignore(self, number: int, frame: Any) -> None:
@@ -207,7 +212,9 @@ class Watch:
         """End the process from a thread, the main one does not come back."""
         seconds = time.monotonic() - self.since
         said = f"stopped by {self.asked.name}" if self.asked else str(LostProcess(str(self.lost)))
-        self.say(f"{said}: ended after {seconds:.0f} s in which it did not come to an end by itself")
+        self.say(
+            f"{said}: ended after {seconds:.0f} s in which it did not come to an end by itself"
+        )
         os._exit(128 + self.asked if self.asked else 2)
 
     # ---- the store -------------------------------------------------------------------------------
@@ -226,7 +233,9 @@ class Watch:
         self.start(self.talk)
 
     def talk(self) -> None:
-        beats = {rank: (0, time.monotonic()) for rank in range(1, self.size)} if not self.rank else {}
+        beats = (
+            {rank: (0, time.monotonic()) for rank in range(1, self.size)} if not self.rank else {}
+        )
         heard = False
         try:
             while not self.closed.wait(POLL):
@@ -254,13 +263,15 @@ class Watch:
                 self.lose(f"process 0: {error}")
 
     def hear_why(self) -> None:
-        """Once a message has failed: whether the other process was asked to stop may be heard a moment later."""
+        """Once a message has failed: whether the other process was asked to stop may be heard a
+        moment later."""
         until = time.monotonic() + TELLING
         while self.asked is None and self.lost is None and time.monotonic() < until:
             time.sleep(POLL / 10)
 
     def let_others_hear(self) -> None:
-        """In the first process, before its store goes: until all have heard why, or no longer are."""
+        """In the first process, before its store goes: until all have heard why, or no longer
+        are."""
         until = time.monotonic() + TELLING
         while (self.asked or self.lost) and time.monotonic() < until:
             if self.store.add("heard", 0) >= self.size:
@@ -270,8 +281,8 @@ class Watch:
 
 @contextmanager
 def watching(several: bool) -> Iterator[Watch]:
-    """A watch over this process, and over the run's others where there are `several`, from the first
-    moment: a signal before they have met is passed on as soon as they have."""
+    """A watch over this process, and over the run's others where there are `several`, from the
+    first moment: a signal before they have met is passed on as soon as they have."""
     watch = Watch()
     with watch.stack:
         if several and threading.current_thread() is threading.main_thread():

@@ -1,9 +1,11 @@
-"""lm-eval's tasks on a model with memory; as a program, the command `lm_eval` (uiollms/cli/lm_eval.py).
+"""lm-eval's tasks on a model with memory; as a program, the command `lm_eval`
+(uiollms/cli/lm_eval.py).
 
 python -m uiollms eval --model uiollms --model_args env_conf=smollm2-8x.json --tasks arc_easy
 
-In a program, import this module, then lm_eval.simple_evaluate(model="uiollms", model_args="env_conf=smollm2-8x.json", tasks=...).
-Shapes: T tokens, B continuations of one context, V vocabulary, l chunk_size, m num_memory.
+In a program, import this module, then lm_eval.simple_evaluate(model="uiollms",
+model_args="env_conf=smollm2-8x.json", tasks=...). Shapes: T tokens, B continuations of one
+context, V vocabulary, l chunk_size, m num_memory.
 """
 
 from __future__ import annotations
@@ -18,7 +20,12 @@ from typing import Any
 import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    has_bos_prefix,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
 from lm_eval.models.utils_hf import stop_sequences_criteria
 from torch import Tensor
 from torch.nn import functional as F
@@ -40,19 +47,22 @@ DEFAULT_NEW_TOKENS = 256  # of generate_until, as in lm-eval's Hugging Face mode
 
 @register_model("uiollms")
 class HarnessLM(TemplateLM):
-    """What lm-eval asks of a model, answered by the one of an environment config, with the weights that test.py would take.
+    """What lm-eval asks of a model, answered by the one of an environment config, with the
+    weights that test.py would take.
 
-    env_conf: the config; weights: a checkpoint in place of test.py's choice; batch_size: continuations of one context in one
-    call; device: of no effect, the config's model.device_map places the model (lm-eval's command line says cuda:0 everywhere);
-    settings: fields of the config, as in --set of train.py, such as model.model_dtype=fp32.
+    env_conf: the config; weights: a checkpoint in place of test.py's choice; batch_size:
+    continuations of one context in one call; device: of no effect, the config's model.device_map
+    places the model (lm-eval's command line says cuda:0 everywhere); settings: fields of the
+    config, as in --set of train.py, such as model.model_dtype=fp32.
 
-    Texts of any length up to the capacity are read as they are, never cut or moved into windows: full chunks become memory.
-    One past the capacity is a ConfigError before anything is computed. Requests are answered in the order of their tokens, and
-    chunks with which a text begins as the one before it did are not compressed again. An answer depends on
-    its own request alone: not on the order of tasks, on --limit, or on what else is asked (with batch_size 1
-    to the last bit; continuations that are scored in one batch differ by rounding).
-    Special tokens are those of lm-eval's Hugging Face model: what the tokenizer writes in front of a text, and BOS (without
-    one, EOS) in front of an empty context and of a document.
+    Texts of any length up to the capacity are read as they are, never cut or moved into windows:
+    full chunks become memory. One past the capacity is a ConfigError before anything is
+    computed. Requests are answered in the order of their tokens, and chunks with which a text
+    begins as the one before it did are not compressed again. An answer depends on its own
+    request alone: not on the order of tasks, on --limit, or on what else is asked (with
+    batch_size 1 to the last bit; continuations that are scored in one batch differ by rounding).
+    Special tokens are those of lm-eval's Hugging Face model: what the tokenizer writes in front
+    of a text, and BOS (without one, EOS) in front of an empty context and of a document.
     """
 
     def __init__(
@@ -65,10 +75,17 @@ class HarnessLM(TemplateLM):
     ) -> None:
         super().__init__()
         digits = str(batch_size)
-        if not digits.isdecimal() or len(digits) > 9 or int(digits) < 1:  # longer ones overflow, or are refused by Python
-            raise ConfigError(f"--batch_size {shortened(digits)}: give a number, at least 1; there is no automatic choice")
+        if (
+            not digits.isdecimal() or len(digits) > 9 or int(digits) < 1
+        ):  # longer ones overflow, or are refused by Python
+            raise ConfigError(
+                f"--batch_size {shortened(digits)}: give a number, at least 1; there is no "
+                "automatic choice"
+            )
         self.batch_size = int(batch_size)
-        config = load_env_config(env_conf, [f"{field}={json.dumps(value)}" for field, value in settings.items()])
+        config = load_env_config(
+            env_conf, [f"{field}={json.dumps(value)}" for field, value in settings.items()]
+        )
         self.tokenizer: Any
         self.model, self.tokenizer, self.weights = load_trained(config, env_conf, weights)
         self.model.eval()
@@ -76,7 +93,7 @@ class HarnessLM(TemplateLM):
         self.seen: list[int] = []
         self.state = self.model.new_state()
 
-    # ---- tokens ---------------------------------------------------------------------------------------------------
+    # ---- tokens ----------------------------------------------------------------------------------
 
     @property
     def eot_token_id(self) -> int:
@@ -85,20 +102,28 @@ class HarnessLM(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """What the first token of a text is predicted from."""
-        return self.tokenizer.eos_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
+        return (
+            self.tokenizer.eos_token_id
+            if self.tokenizer.bos_token_id is None
+            else self.tokenizer.bos_token_id
+        )
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """[T]; without a word on special tokens, what the tokenizer writes in front of a text unless the text brings it
-        itself. Nothing is written behind it."""
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        """[T]; without a word on special tokens, what the tokenizer writes in front of a text
+        unless the text brings it itself. Nothing is written behind it."""
         if add_special_tokens is None:
-            add_special_tokens = not has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id))
+            add_special_tokens = not has_bos_prefix(
+                string, self.tokenizer.decode(self.prefix_token_id)
+            )
         return (document_ids if add_special_tokens else plain_ids)(self.tokenizer, string)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Context and continuation, tokenised as one text -> the tokens of each, as lm-eval cuts them
-        (spaces at the context's end go to the continuation), but for a token that holds characters of
-        both: it is the continuation's, where lm-eval's own rule keeps the context as it would be alone
-        and loses that token."""
+        """Context and continuation, tokenised as one text -> the tokens of each, as lm-eval cuts
+        them (spaces at the context's end go to the continuation), but for a token that holds
+        characters of both: it is the continuation's, where lm-eval's own rule keeps the context
+        as it would be alone and loses that token."""
         stripped = context.rstrip()
         whole = self.tok_encode(context + continuation)
         count = common(self.tok_encode(stripped), whole)
@@ -108,8 +133,11 @@ class HarnessLM(TemplateLM):
     def tokenizer_name(self) -> str:
         return self.tokenizer.name_or_path.replace("/", "__")
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The turns in the tokenizer's chat template; without a generation prompt the last turn is left open."""
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The turns in the tokenizer's chat template; without a generation prompt the last turn
+        is left open."""
         return self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
@@ -126,37 +154,54 @@ class HarnessLM(TemplateLM):
         """Tokens of the longest text, memory included."""
         return self.model.capacity
 
-    # ---- what lm-eval asks ----------------------------------------------------------------------------------------
+    # ---- what lm-eval asks -----------------------------------------------------------------------
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+        self,
+        requests: Sequence[tuple[Any, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **kwargs: Any,
     ) -> list[tuple[float, bool]]:
-        """(texts, context, continuation) each -> (log probability of the continuation in nats, whether it is the greedy one).
-        A context is compressed once for all of its continuations."""
-        self.check_fits([len(context) + len(continuation) for _, context, continuation in requests], "loglikelihood")
+        """(texts, context, continuation) each -> (log probability of the continuation in nats,
+        whether it is the greedy one). A context is compressed once for all of its continuations."""
+        self.check_fits(
+            [len(context) + len(continuation) for _, context, continuation in requests],
+            "loglikelihood",
+        )
         answers: dict[int, tuple[float, bool]] = {}
         order = sorted(range(len(requests)), key=lambda i: requests[i][1])
         with tqdm(total=len(requests), desc="loglikelihood", disable=disable_tqdm) as progress:
             for context, group in groupby(order, key=lambda i: requests[i][1]):
                 logits, state = self.read(context)
                 for batch in batched(list(group), self.batch_size):
-                    found = self.score_continuations(logits, state, [torch.tensor(requests[i][2]) for i in batch])
+                    found = self.score_continuations(
+                        logits, state, [torch.tensor(requests[i][2]) for i in batch]
+                    )
                     for i, answer in zip(batch, found, strict=True):
                         answers[i] = answer
                         self.cache_hook.add_partial("loglikelihood", requests[i][0], answer)
                     progress.update(len(batch))
         return [answers[i] for i in range(len(requests))]
 
-    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log probability of whole documents in nats, each in one pass: the document protocol behind one prefix token, so
-        every token of the document is scored once, given all before it. A BOS that the tokenizer would write is that prefix
-        token, and is not scored itself (lm-eval's Hugging Face model scores it behind a second one)."""
-        documents = [self.tok_encode(request.args[0], add_special_tokens=False) for request in requests]
+    def loglikelihood_rolling(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Log probability of whole documents in nats, each in one pass: the document protocol
+        behind one prefix token, so every token of the document is scored once, given all before
+        it. A BOS that the tokenizer would write is that prefix token, and is not scored itself
+        (lm-eval's Hugging Face model scores it behind a second one)."""
+        documents = [
+            self.tok_encode(request.args[0], add_special_tokens=False) for request in requests
+        ]
         prefix = [self.prefix_token_id]
         documents = [ids if ids[:1] == prefix else prefix + ids for ids in documents]
         self.check_fits([len(ids) for ids in documents], "loglikelihood_rolling")
         answers = []
-        for request, ids in zip(tqdm(requests, desc="loglikelihood_rolling", disable=disable_tqdm), documents, strict=True):
+        for request, ids in zip(
+            tqdm(requests, desc="loglikelihood_rolling", disable=disable_tqdm),
+            documents,
+            strict=True,
+        ):
             sample = Sample.document(torch.tensor(ids), self.model.memory_config.chunk_size)
             answers.append(-token_losses(self.model, sample)[1].double().sum().item())
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, answers[-1])
@@ -164,11 +209,19 @@ class HarnessLM(TemplateLM):
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """The text that follows each prompt, up to the first of its stop strings."""
-        prompts = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
-        settings = [normalize_gen_kwargs(request.args[1], DEFAULT_NEW_TOKENS) for request in requests]
-        lengths = [len(ids) + own["max_gen_toks"] for ids, own in zip(prompts, settings, strict=True)]
+        prompts = [
+            self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests
+        ]
+        settings = [
+            normalize_gen_kwargs(request.args[1], DEFAULT_NEW_TOKENS) for request in requests
+        ]
+        lengths = [
+            len(ids) + own["max_gen_toks"] for ids, own in zip(prompts, settings, strict=True)
+        ]
         self.check_fits(lengths, "generate_until (prompt and max_gen_toks)")
-        seeds = [seed_of(*asked) for asked in zip(prompts, settings, times_before(requests), strict=True)]
+        seeds = [
+            seed_of(*asked) for asked in zip(prompts, settings, times_before(requests), strict=True)
+        ]
         answers: dict[int, str] = {}
         order = sorted(range(len(requests)), key=lambda i: prompts[i])
         for i in tqdm(order, desc="generate_until", disable=disable_tqdm):
@@ -181,28 +234,36 @@ class HarnessLM(TemplateLM):
         past = [n for n in lengths if n > self.model.capacity]
         if past:
             raise ConfigError(
-                f"{kind}: {len(past)} of {len(lengths)} requests are past the capacity of {self.model.capacity} tokens, the "
-                f"longest has {max(past)} (number {lengths.index(max(past))}); choose others (lm-eval's --samples), or a config "
+                f"{kind}: {len(past)} of {len(lengths)} requests are past the capacity of "
+                f"{self.model.capacity} tokens, the "
+                f"longest has {max(past)} (number {lengths.index(max(past))}); choose others "
+                "(lm-eval's --samples), or a config "
                 f"that compresses harder (smaller num_memory)"
             )
 
-    # ---- how it is answered ---------------------------------------------------------------------------------------
+    # ---- how it is answered ----------------------------------------------------------------------
 
     @torch.no_grad()
     def resume(self, ids: list[int]) -> tuple[MemoryState, Tensor]:
-        """The stream behind whole chunks that `ids` and the text read last both begin with, and the tokens [1, T'] of
-        `ids` after them, T' >= 1. Chunks are encoded several at once, and in other company they would be
-        others in their last bits: taken over are those that would be encoded in the same company anew."""
+        """The stream behind whole chunks that `ids` and the text read last both begin with, and
+        the tokens [1, T'] of `ids` after them, T' >= 1. Chunks are encoded several at once, and
+        in other company they would be others in their last bits: taken over are those that would
+        be encoded in the same company anew."""
         l, m = self.model.memory_config.chunk_size, self.model.memory_config.num_memory
         limit = min(len(ids) - 1, len(self.seen)) // l
-        chunks = next((c for c in range(limit) if ids[c * l : (c + 1) * l] != self.seen[c * l : (c + 1) * l]), limit)
+        chunks = next(
+            (c for c in range(limit) if ids[c * l : (c + 1) * l] != self.seen[c * l : (c + 1) * l]),
+            limit,
+        )
         if not chunks == len(ids) // l == len(self.seen) // l:
             chunks -= chunks % self.model.chunks_at_once
         state = self.model.new_state()
         state.memory_keys = [keys[:, :, : chunks * m] for keys in self.state.memory_keys]
         state.memory_values = [values[:, :, : chunks * m] for values in self.state.memory_values]
         state.num_tokens = chunks * l
-        state.text = torch.tensor([ids[: chunks * l]], dtype=torch.int64, device=state.open_ids.device)
+        state.text = torch.tensor(
+            [ids[: chunks * l]], dtype=torch.int64, device=state.open_ids.device
+        )
         if chunks:
             state.recent_ids = recent_of(state.text, self.model.memory_config)
         return state, torch.tensor([ids[chunks * l :]])
@@ -219,21 +280,34 @@ class HarnessLM(TemplateLM):
     def score_continuations(
         self, logits: Tensor, state: MemoryState, continuations: Sequence[Tensor]
     ) -> Iterator[tuple[float, bool]]:
-        """`logits` and `state` of `read`, B continuations [T] of any lengths -> for each its log probability, and whether
-        each of its tokens is the likeliest. Shorter ones are padded on the right, where none of their own tokens looks."""
-        targets = pad_sequence(list(continuations), batch_first=True, padding_value=IGNORED)  # [B, T]
-        total, greedy = torch.zeros(len(targets), dtype=torch.float64), torch.ones(len(targets), dtype=torch.bool)
+        """`logits` and `state` of `read`, B continuations [T] of any lengths -> for each its log
+        probability, and whether each of its tokens is the likeliest. Shorter ones are padded on
+        the right, where none of their own tokens looks."""
+        targets = pad_sequence(
+            list(continuations), batch_first=True, padding_value=IGNORED
+        )  # [B, T]
+        total, greedy = (
+            torch.zeros(len(targets), dtype=torch.float64),
+            torch.ones(len(targets), dtype=torch.bool),
+        )
         start = 0
         for predicted in self.predictions(logits, state, targets.clamp(min=0)):
             wanted = to_device(targets[:, start : start + predicted.shape[1]], predicted.device)
             start += predicted.shape[1]
-            precise = predicted.to(torch.promote_types(predicted.dtype, torch.float32)).transpose(1, 2)  # [B, V, T']
-            total -= F.cross_entropy(precise, wanted, ignore_index=IGNORED, reduction="none").sum(1).cpu()
+            precise = predicted.to(torch.promote_types(predicted.dtype, torch.float32)).transpose(
+                1, 2
+            )  # [B, V, T']
+            total -= (
+                F.cross_entropy(precise, wanted, ignore_index=IGNORED, reduction="none")
+                .sum(1)
+                .cpu()
+            )
             greedy &= ((predicted.argmax(-1) == wanted) | (wanted == IGNORED)).all(1).cpu()
         return zip(total.tolist(), greedy.tolist(), strict=True)
 
     def predictions(self, logits: Tensor, state: MemoryState, ids: Tensor) -> Iterator[Tensor]:
-        """[B, T] tokens behind `state` -> the logits that predict them, [B, T', V] at a time: no more than a chunk."""
+        """[B, T] tokens behind `state` -> the logits that predict them, [B, T', V] at a time: no
+        more than a chunk."""
         if ids.shape[1]:
             yield logits.expand(len(ids), -1, -1)
         state = state.select(torch.zeros(len(ids), dtype=torch.int64))
@@ -243,9 +317,11 @@ class HarnessLM(TemplateLM):
             state = output.past_key_values
             yield output.logits
 
-    def answer(self, ids: list[int], until: list[str], max_gen_toks: int, seed: int, **options: Any) -> str:
-        """What is generated behind the prompt `ids` [T], as transformers' `generate` does it with lm-eval's stop strings.
-        seed: of sampling."""
+    def answer(
+        self, ids: list[int], until: list[str], max_gen_toks: int, seed: int, **options: Any
+    ) -> str:
+        """What is generated behind the prompt `ids` [T], as transformers' `generate` does it
+        with lm-eval's stop strings. seed: of sampling."""
         if not options["do_sample"]:
             options.pop("temperature", None)
         until = handle_stop_sequences(until, eos=self.tokenizer.decode(self.eot_token_id))
@@ -263,11 +339,14 @@ class HarnessLM(TemplateLM):
         new = output.sequences[0, rest.shape[1] :].tolist()
         if output.past_key_values.batch_size == 1:  # not of beams
             self.seen, self.state = ids, output.past_key_values
-        return postprocess_generated_text(self.tokenizer.decode(new, skip_special_tokens=True), until, None)
+        return postprocess_generated_text(
+            self.tokenizer.decode(new, skip_special_tokens=True), until, None
+        )
 
 
 def times_before(requests: Sequence[Any]) -> list[int]:
-    """How often each request stands in front of itself in the list: lm-eval repeats one by naming it again."""
+    """How often each request stands in front of itself in the list: lm-eval repeats one by
+    naming it again."""
     seen: Counter[int] = Counter()
     found = []
     for request in requests:
@@ -277,7 +356,7 @@ def times_before(requests: Sequence[Any]) -> list[int]:
 
 
 def seed_of(ids: list[int], settings: dict[str, Any], time: int) -> int:
-    """The seed of a request's sampling, from what is asked, how often it was asked before, and torch's seed (lm-eval's
-    --seed) alone: not from the requests around it."""
+    """The seed of a request's sampling, from what is asked, how often it was asked before, and
+    torch's seed (lm-eval's --seed) alone: not from the requests around it."""
     asked = json.dumps([torch.initial_seed(), ids, settings, time], sort_keys=True, default=str)
     return int.from_bytes(hashlib.sha256(asked.encode()).digest()[:8], "little") >> 1

@@ -33,9 +33,10 @@ ESTIMATES = ("bound", "below_window", "below_recent", "recovered")
 
 @dataclass(frozen=True, eq=False)
 class DocumentScore:
-    """One document in one mode. nll, loss [T'] float32 in nats, without and with the teacher's share; positions [T'] int64;
-    texts: (reference, generated) pairs; written: the first chunk's, see summaries.py; hits: of how
-    many (right, all) tokens generated freely; correct, depth: of a retrieval trial."""
+    """One document in one mode. nll, loss [T'] float32 in nats, without and with the teacher's
+    share; positions [T'] int64; texts: (reference, generated) pairs; written: the first chunk's,
+    see summaries.py; hits: of how many (right, all) tokens generated freely; correct, depth: of
+    a retrieval trial."""
 
     nll: Tensor
     loss: Tensor
@@ -57,10 +58,10 @@ class DocumentScore:
 
 @dataclass(eq=False)
 class TaskResult:
-    """One task, and for text one protocol. scores: mode -> the number of a document within the task -> its score; a mode may
-    lack documents ("shuffled", where no other document is long enough). num_memory: slots of its
-    chunks, None where an older file does not say; corpus_version: which of several states of its
-    corpus was read."""
+    """One task, and for text one protocol. scores: mode -> the number of a document within the
+    task -> its score; a mode may lack documents ("shuffled", where no other document is long
+    enough). num_memory: slots of its chunks, None where an older file does not say;
+    corpus_version: which of several states of its corpus was read."""
 
     name: str
     task_type: str
@@ -75,7 +76,13 @@ class TaskResult:
     def kind(self) -> str:
         if self.task_type in TEXT_TASKS:
             return "text"
-        return "copy" if self.task_type in COPY_TASKS else "retrieval" if self.task_type in RETRIEVAL_TASKS else "loss"
+        return (
+            "copy"
+            if self.task_type in COPY_TASKS
+            else "retrieval"
+            if self.task_type in RETRIEVAL_TASKS
+            else "loss"
+        )
 
     @property
     def about(self) -> tuple[str | int | None, ...]:
@@ -85,7 +92,8 @@ class TaskResult:
 
     @property
     def main(self) -> tuple[str, str, str]:
-        """The number that stands for the task: its key in a mode's numbers, its interval's, its name."""
+        """The number that stands for the task: its key in a mode's numbers, its interval's, its
+        name."""
         if self.task_type == "perplexity":
             return "perplexity", "interval_95", "perplexity"
         key, name = {
@@ -110,9 +118,14 @@ class TaskResult:
 
     @cached_property
     def modes(self) -> dict[str, dict[str, Any]]:
-        """Mode -> its numbers: plain values for JSON. Losses are in nats per scored token, intervals are 95 % and come from
-        resampled documents (BLEU-4 has none), shares are 0 to 1, BLEU-4 is 0 to 100."""
-        return {mode: self.measure(list(scores.values())) for mode, scores in self.scores.items() if scores}
+        """Mode -> its numbers: plain values for JSON. Losses are in nats per scored token,
+        intervals are 95 % and come from resampled documents (BLEU-4 has none), shares are 0 to
+        1, BLEU-4 is 0 to 100."""
+        return {
+            mode: self.measure(list(scores.values()))
+            for mode, scores in self.scores.items()
+            if scores
+        }
 
     def measure(self, documents: Sequence[DocumentScore]) -> dict[str, Any]:
         weighted = [(d.mean_nll, len(d.nll)) for d in documents]
@@ -134,20 +147,35 @@ class TaskResult:
             measured["loss"] = token_weighted(losses)
             measured["loss_interval_95"] = bootstrap(losses, token_weighted)
             measured["document_mean_loss"] = mean([loss for loss, _ in losses])
-            measured["document_mean_loss_interval_95"] = bootstrap([loss for loss, _ in losses], mean)
+            measured["document_mean_loss_interval_95"] = bootstrap(
+                [loss for loss, _ in losses], mean
+            )
         if self.kind == "retrieval":
             right = [float(d.correct) for d in documents]
-            measured["accuracy"], measured["accuracy_interval_95"] = mean(right), bootstrap(right, mean)
-            depths = {depth: [float(d.correct) for d in documents if d.depth == depth] for depth in [d.depth for d in documents]}
-            measured["by_depth"] = [{"depth": d, "trials": len(r), "accuracy": mean(r)} for d, r in depths.items()]
+            measured["accuracy"], measured["accuracy_interval_95"] = (
+                mean(right),
+                bootstrap(right, mean),
+            )
+            depths = {
+                depth: [float(d.correct) for d in documents if d.depth == depth]
+                for depth in [d.depth for d in documents]
+            }
+            measured["by_depth"] = [
+                {"depth": d, "trials": len(r), "accuracy": mean(r)} for d, r in depths.items()
+            ]
         if self.kind == "copy":
             hits = [d.hits for d in documents]
-            measured["token_accuracy"] = sum(right for right, _ in hits) / sum(count for _, count in hits)
+            measured["token_accuracy"] = sum(right for right, _ in hits) / sum(
+                count for _, count in hits
+            )
             measured["written"] = documents[0].written
             measured["bleu4"] = bleu4([pair for d in documents for pair in d.texts])
         if any(d.texts for d in documents):
             rouge = [rouge_l(d.texts) for d in documents]
-            measured["rouge_l"], measured["rouge_l_interval_95"] = mean(rouge), bootstrap(rouge, mean)
+            measured["rouge_l"], measured["rouge_l_interval_95"] = (
+                mean(rouge),
+                bootstrap(rouge, mean),
+            )
         return measured
 
     @cached_property
@@ -182,8 +210,8 @@ class TaskResult:
 
     @classmethod
     def from_summary(cls, summary: dict[str, Any]) -> TaskResult:
-        """A result with the numbers that `summary` wrote, and without its documents. Raises KeyError, ValueError for other
-        JSON."""
+        """A result with the numbers that `summary` wrote, and without its documents. Raises
+        KeyError, ValueError for other JSON."""
         result = cls(*checked_about(summary))
         for name in ESTIMATES:
             setattr(result, name, checked_estimate(summary, name))
@@ -192,7 +220,8 @@ class TaskResult:
         return result
 
     def summary(self) -> dict[str, Any]:
-        """Plain numbers for JSON; mean, max and min of the documents' perplexities as the released program reports them."""
+        """Plain numbers for JSON; mean, max and min of the documents' perplexities as the
+        released program reports them."""
         perplexities = [exp(d.mean_nll) for d in self.scores["memory"].values()]
         return {
             "task": self.name,
@@ -208,7 +237,11 @@ class TaskResult:
             "max": max(perplexities),
             "min": min(perplexities),
             **self.modes,
-        } | {key: value for name in ESTIMATES for key, value in written(name, getattr(self, name)).items()}
+        } | {
+            key: value
+            for name in ESTIMATES
+            for key, value in written(name, getattr(self, name)).items()
+        }
 
 
 def written(name: str, found: Estimate | None) -> dict[str, Any]:
@@ -218,8 +251,8 @@ def written(name: str, found: Estimate | None) -> dict[str, Any]:
 
 
 def exp(nll: float) -> float:
-    """The perplexity of a mean NLL; past 709.78 nats, where a float ends, infinite (null in JSON, which has the
-    NLL beside it)."""
+    """The perplexity of a mean NLL; past 709.78 nats, where a float ends, infinite (null in
+    JSON, which has the NLL beside it)."""
     try:
         return math.exp(nll)
     except OverflowError:
@@ -237,7 +270,10 @@ def token_weighted(documents: Sequence[tuple[float, int]]) -> float:
 
 
 def bootstrap(
-    items: Sequence[Item], statistic: Callable[[Sequence[Item]], float], level: float = 0.95, draws: int = 1000
+    items: Sequence[Item],
+    statistic: Callable[[Sequence[Item]], float],
+    level: float = 0.95,
+    draws: int = 1000,
 ) -> tuple[float, float]:
     """Percentile interval of a statistic of the documents, resampled with replacement (seed 0)."""
     rng = random.Random(0)
@@ -247,35 +283,52 @@ def bootstrap(
 
 
 def by_position(documents: Sequence[DocumentScore]) -> list[dict[str, Any]]:
-    """Tokens of all documents in buckets between powers of two: position 1, 2-3, 4-7, 8-15 ... Empty buckets are left out."""
-    groups = torch.cat([d.positions for d in documents]).double().log2().floor().long()  # exact: powers of two are
-    return [{"start": 2**g, "stop": 2 ** (g + 1), **numbers} for g, numbers in grouped(groups, documents)]
+    """Tokens of all documents in buckets between powers of two: position 1, 2-3, 4-7, 8-15 ...
+    Empty buckets are left out."""
+    groups = (
+        torch.cat([d.positions for d in documents]).double().log2().floor().long()
+    )  # exact: powers of two are
+    return [
+        {"start": 2**g, "stop": 2 ** (g + 1), **numbers}
+        for g, numbers in grouped(groups, documents)
+    ]
 
 
 def by_chunk(documents: Sequence[DocumentScore], chunk_size: int) -> list[dict[str, Any]]:
-    """By the chunk that a token is predicted from, which is also the number of memories read (with the document protocol a
-    chunk's first token is predicted from the chunk before it)."""
+    """By the chunk that a token is predicted from, which is also the number of memories read
+    (with the document protocol a chunk's first token is predicted from the chunk before it)."""
     groups = (torch.cat([d.positions for d in documents]) - 1) // chunk_size
     return [{"chunk": g, **numbers} for g, numbers in grouped(groups, documents)]
 
 
 def by_length(documents: Sequence[DocumentScore]) -> list[dict[str, Any]]:
-    """What documents of only their first L tokens would have: for powers of two L, and for the longest document's length, over
-    the documents that are so long."""
+    """What documents of only their first L tokens would have: for powers of two L, and for the
+    longest document's length, over the documents that are so long."""
     lengths = [int(d.positions.max()) + 1 for d in documents]
     found = []
-    for length in [*(2**g for g in range(1, max(lengths).bit_length()) if 2**g < max(lengths)), max(lengths)]:
+    for length in [
+        *(2**g for g in range(1, max(lengths).bit_length()) if 2**g < max(lengths)),
+        max(lengths),
+    ]:
         long_enough = [d for d, own in zip(documents, lengths, strict=True) if own >= length]
         nll = torch.cat([d.nll[d.positions < length] for d in long_enough]).double()
         if len(nll):
             average = nll.mean().item()
-            numbers = {"documents": len(long_enough), "tokens": len(nll), "nll": average, "perplexity": exp(average)}
+            numbers = {
+                "documents": len(long_enough),
+                "tokens": len(nll),
+                "nll": average,
+                "perplexity": exp(average),
+            }
             found.append({"length": length, **numbers})
     return found
 
 
-def grouped(groups: Tensor, documents: Sequence[DocumentScore]) -> Iterable[tuple[int, dict[str, Any]]]:
-    """groups [all scored tokens]: the group of each -> (group, its token count, mean NLL and perplexity)."""
+def grouped(
+    groups: Tensor, documents: Sequence[DocumentScore]
+) -> Iterable[tuple[int, dict[str, Any]]]:
+    """groups [all scored tokens]: the group of each -> (group, its token count, mean NLL and
+    perplexity)."""
     nll = torch.cat([d.nll for d in documents]).double()
     counts = torch.bincount(groups)
     sums = torch.bincount(groups, weights=nll)
@@ -285,15 +338,21 @@ def grouped(groups: Tensor, documents: Sequence[DocumentScore]) -> Iterable[tupl
 
 
 def bleu4(texts: Sequence[tuple[str, str]]) -> float:
-    """Corpus BLEU-4 (sacrebleu's own tokeniser and smoothing), 0 to 100, of (reference, generated) pairs."""
+    """Corpus BLEU-4 (sacrebleu's own tokeniser and smoothing), 0 to 100, of (reference,
+    generated) pairs."""
     from sacrebleu import corpus_bleu  # with nltk below, half a second that only these tasks need
 
-    return corpus_bleu([generated for _, generated in texts], [[reference for reference, _ in texts]]).score
+    return corpus_bleu(
+        [generated for _, generated in texts], [[reference for reference, _ in texts]]
+    ).score
 
 
 def rouge_l(texts: Sequence[tuple[str, str]]) -> float:
-    """Mean F-measure of ROUGE-L (rouge-score, without stemming), 0 to 1, of (reference, generated) pairs."""
+    """Mean F-measure of ROUGE-L (rouge-score, without stemming), 0 to 1, of (reference,
+    generated) pairs."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"])
-    return mean([scorer.score(reference, generated)["rougeL"].fmeasure for reference, generated in texts])
+    return mean(
+        [scorer.score(reference, generated)["rougeL"].fmeasure for reference, generated in texts]
+    )

@@ -22,9 +22,10 @@ OF = "of"
 
 
 def save_token_nlls(results: Sequence[TaskResult], path: Path, of: str = "") -> None:
-    """Every scored token's NLL in a safetensors file: `<r>.<d>.<mode>.nll` [T'] float32, nats, of result r (0-based, in the
-    order of test.json's results) and document d in a mode; beside each `.positions` [T'] int64; with a teacher also `.loss`.
-    The file's metadata describes the results: {"0": '{"task": ..., "task_type": ..., "truncation": ..., "chunk_size": ...,
+    """Every scored token's NLL in a safetensors file: `<r>.<d>.<mode>.nll` [T'] float32, nats,
+    of result r (0-based, in the order of test.json's results) and document d in a mode; beside
+    each `.positions` [T'] int64; with a teacher also `.loss`. The file's metadata describes the
+    results: {"0": '{"task": ..., "task_type": ..., "truncation": ..., "chunk_size": ...,
     "protocol": ...}'}, and holds the sha256 of test.json's text, `of`, as "of"."""
     tensors = {}
     for r, result in enumerate(results):
@@ -35,15 +36,18 @@ def save_token_nlls(results: Sequence[TaskResult], path: Path, of: str = "") -> 
                 tensors[f"{key}.positions"] = document.positions.clone()  # shared by the modes
                 if not torch.equal(document.loss, document.nll):
                     tensors[f"{key}.loss"] = document.loss.contiguous()
-    about = {str(r): json.dumps(dict(zip(ABOUT, x.about, strict=True))) for r, x in enumerate(results)}
+    about = {
+        str(r): json.dumps(dict(zip(ABOUT, x.about, strict=True))) for r, x in enumerate(results)
+    }
     with replacing(path) as work:
         save_file(tensors, work, about | {OF: digest(of.encode())})
 
 
 def load_token_nlls(path: Path, of: bytes | None = None) -> list[TaskResult]:
-    """The results of which `save_token_nlls` wrote the file, with all its numbers (texts and right answers are not among them).
-    of: the bytes of test.json, or None. Raises KeyError for another file's metadata, ValueError for what is not such a file or
-    belongs to another test.json."""
+    """The results of which `save_token_nlls` wrote the file, with all its numbers (texts and
+    right answers are not among them). of: the bytes of test.json, or None. Raises KeyError for
+    another file's metadata, ValueError for what is not such a file or belongs to another
+    test.json."""
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         if of is not None and metadata.pop(OF, digest(of)) != digest(of):
@@ -54,10 +58,20 @@ def load_token_nlls(path: Path, of: bytes | None = None) -> list[TaskResult]:
             r, d, mode, _ = key.split(".")
             nll, positions = file.get_tensor(key), file.get_tensor(f"{r}.{d}.{mode}.positions")
             loss = f"{r}.{d}.{mode}.loss"
-            score = DocumentScore(nll, file.get_tensor(loss) if loss in file.keys() else nll, positions)
-            if not nll.is_floating_point() or nll.dim() != 1 or not len(nll) or positions.shape != nll.shape:
+            score = DocumentScore(
+                nll, file.get_tensor(loss) if loss in file.keys() else nll, positions
+            )
+            if (
+                not nll.is_floating_point()
+                or nll.dim() != 1
+                or not len(nll)
+                or positions.shape != nll.shape
+            ):
                 raise ValueError(f"{key} and its positions are no numbers of the same tokens")
-            if positions.dtype != torch.int64 or not 0 < positions.min() <= positions.max() < MOST_POSITIONS:
+            if (
+                positions.dtype != torch.int64
+                or not 0 < positions.min() <= positions.max() < MOST_POSITIONS
+            ):
                 raise ValueError(f"{key}: its positions are none of a document")
             results[int(r)].scores.setdefault(mode, {})[int(d)] = score
     return results

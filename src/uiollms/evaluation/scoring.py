@@ -1,4 +1,5 @@
-"""Scores of one sample: what the model says of every scored token, with memory and beside what it is to be compared with.
+"""Scores of one sample: what the model says of every scored token, with memory and beside what
+it is to be compared with.
 
     memory    rows read the memories of the chunks before them: the model
     window    every row on its own (with its recent tokens), no memory: what the frozen base does
@@ -8,8 +9,8 @@
     recent    the base with as many raw tokens right in front of a row as its memories have slots:
               what the same room is worth without any training
 
-Shapes: T tokens of a document, T' scored tokens, C chunks, l chunk_size, B rows, D hidden size, H key/value heads, M memory
-slots in front, m num_memory, K head size.
+Shapes: T tokens of a document, T' scored tokens, C chunks, l chunk_size, B rows, D hidden size,
+H key/value heads, M memory slots in front, m num_memory, K head size.
 """
 
 from __future__ import annotations
@@ -29,12 +30,19 @@ from uiollms.kernels.indexing import batched
 from uiollms.kernels.linear_cross_entropy import linear_losses
 from uiollms.model.layers import KVPrefix
 from uiollms.model.memory_lm import MemoryLM
-from uiollms.model.passes import decode_scored, empty_prefix, encode_and_project_all, teacher_hidden, teacher_hidden_at
+from uiollms.model.passes import (
+    decode_scored,
+    empty_prefix,
+    encode_and_project_all,
+    teacher_hidden,
+    teacher_hidden_at,
+)
 from uiollms.model.state import Prefix, SharedPrefix, supports_in_place
 
 
 class Score(NamedTuple):
-    """nll [T'] float: nats of every scored token; positions [T'] int64: its place in the document."""
+    """nll [T'] float: nats of every scored token; positions [T'] int64: its place in the
+    document."""
 
     nll: Tensor
     positions: Tensor
@@ -55,11 +63,11 @@ def score(
     mode: str = "memory",
     other: Tensor | None = None,
 ) -> Score:
-    """Per-token NLL of one document [T] or [1, T]. protocol: "paper" leaves the first token of every
-    chunk unscored, "document" only the document's first; mode: one of MODES, see the top of this
-    file; other: for "shuffled" the document [T] or [1, T] whose memories are read, with at least as
-    many complete chunks as are read of this one. Raises ValueError past the capacity, for "raw" past
-    the base's positions, and for an unknown protocol or mode."""
+    """Per-token NLL of one document [T] or [1, T]. protocol: "paper" leaves the first token of
+    every chunk unscored, "document" only the document's first; mode: one of MODES, see the top
+    of this file; other: for "shuffled" the document [T] or [1, T] whose memories are read, with
+    at least as many complete chunks as are read of this one. Raises ValueError past the
+    capacity, for "raw" past the base's positions, and for an unknown protocol or mode."""
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol {protocol!r} is unknown; allowed are {', '.join(PROTOCOLS)}")
     if (other is not None) != (mode == "shuffled"):
@@ -74,16 +82,19 @@ def score(
 
 
 def positions(sample: Sample) -> Tensor:
-    """[T'] int64: where in its document each scored token of a sample stands. A row's token predicts the next one; in a copy,
-    whose rows begin one token early, its own place."""
+    """[T'] int64: where in its document each scored token of a sample stands. A row's token
+    predicts the next one; in a copy, whose rows begin one token early, its own place."""
     ahead = 0 if any(row.repeat for row in sample.rows) else 1
     return torch.cat([row.start + row.scored + ahead for row in sample.rows])
 
 
 @torch.no_grad()
-def token_losses(model: MemoryLM, sample: Sample, mode: str = "memory", other: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Loss and NLL, [T'] each, of the sample's scored tokens: what training takes the weighted sum of, so with a teacher the
-    loss holds KL(teacher || student) and without one it is the NLL. other: another document's chunks, for "shuffled"."""
+def token_losses(
+    model: MemoryLM, sample: Sample, mode: str = "memory", other: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Loss and NLL, [T'] each, of the sample's scored tokens: what training takes the weighted
+    sum of, so with a teacher the loss holds KL(teacher || student) and without one it is the
+    NLL. other: another document's chunks, for "shuffled"."""
     if not sample.num_scored:
         return torch.empty(0), torch.empty(0)
     teachers = teacher_hidden(model, sample)
@@ -92,22 +103,30 @@ def token_losses(model: MemoryLM, sample: Sample, mode: str = "memory", other: T
         teacher = teacher_hidden_at(model, teachers, rows) if teachers else None
         losses = linear_losses(hidden, model.base.lm_head, targets, teacher, sample.kl_weight)
         parts.append(losses)
-    loss, nll = torch.stack([torch.cat(column) for column in zip(*parts, strict=True)]).cpu()  # the only wait for the device
+    loss, nll = torch.stack(
+        [torch.cat(column) for column in zip(*parts, strict=True)]
+    ).cpu()  # the only wait for the device
     return loss, nll
 
 
 @torch.no_grad()
-def exact_match(model: MemoryLM, sample: Sample, mode: str = "memory", other: Tensor | None = None) -> bool:
-    """Whether each scored token is the likeliest one: then, and only then, greedy decoding gives just these tokens."""
+def exact_match(
+    model: MemoryLM, sample: Sample, mode: str = "memory", other: Tensor | None = None
+) -> bool:
+    """Whether each scored token is the likeliest one: then, and only then, greedy decoding gives
+    just these tokens."""
     found = scored_hidden(model, sample, mode, other)
-    return all(bool((model.logits(hidden).argmax(-1) == targets).all()) for _, hidden, targets in found)
+    return all(
+        bool((model.logits(hidden).argmax(-1) == targets).all()) for _, hidden, targets in found
+    )
 
 
 def scored_hidden(
     model: MemoryLM, sample: Sample, mode: str, other: Tensor | None = None
 ) -> Iterator[tuple[Sequence[Row], Tensor, Tensor]]:
-    """Batches of rows that score anything, the normed hidden states [N, D] of their scored positions, and their targets [N].
-    Raises ValueError past the capacity, and where another document has too few chunks."""
+    """Batches of rows that score anything, the normed hidden states [N, D] of their scored
+    positions, and their targets [N]. Raises ValueError past the capacity, and where another
+    document has too few chunks."""
     if mode not in MODES:
         raise ValueError(f"mode {mode!r} is unknown; allowed are {', '.join(MODES)}")
     if mode == "raw":
@@ -119,28 +138,36 @@ def scored_hidden(
         return
     sample = sample.with_recent(model.memory_config.recent_tokens)  # its own, in every mode
     if mode == "window":
-        sample = replace(sample, chunks=sample.chunks[:0], rows=tuple(replace(r, num_memories=0) for r in sample.rows))
+        sample = replace(
+            sample,
+            chunks=sample.chunks[:0],
+            rows=tuple(replace(r, num_memories=0) for r in sample.rows),
+        )
     elif mode == "recent":
         sample = with_recent_tokens(sample, model.memory_config)
     elif mode == "shuffled":
         if other is None or len(other) < len(sample.chunks):
             raise ValueError(
-                f"{len(sample.chunks)} memories are read, the other document has {0 if other is None else len(other)}"
+                f"{len(sample.chunks)} memories are read, the other document has "
+                f"{0 if other is None else len(other)}"
             )
         sample = replace(sample, chunks=other[: len(sample.chunks)])
     check_sample(model.limits, sample)
     keys, values = encode_and_project_all(model, sample.chunks)
-    for batch in batched([t for t, row in enumerate(sample.rows) if len(row.scored)], model.chunks_at_once):
+    for batch in batched(
+        [t for t, row in enumerate(sample.rows) if len(row.scored)], model.chunks_at_once
+    ):
         rows = [sample.rows[t] for t in batch]
         prefix = shared_prefix(model, rows, keys, values)
         yield rows, *decode_scored(model, sample, batch, prefix)[:2]
 
 
 def with_raw_texts(sample: Sample) -> Sample:
-    """The sample with, as its teacher texts, what each row reads when its memories are the raw chunks; a text that begins
-    another is not repeated.
+    """The sample with, as its teacher texts, what each row reads when its memories are the raw
+    chunks; a text that begins another is not repeated.
 
-    chunks [0 1] [2 3], rows [0 1] [2 3] [4] reading 0, 1, 2 of them -> one text 0 1 2 3 4, in which they stand at 0, 2, 4
+    chunks [0 1] [2 3], rows [0 1] [2 3] [4] reading 0, 1, 2 of them -> one text 0 1 2 3 4, in
+    which they stand at 0, 2, 4
     """
     if sample.teachers:
         return sample
@@ -194,33 +221,44 @@ def longest_text(sample: Sample) -> int:
     return max(len(text) for text in with_raw_texts(sample).teachers)
 
 
-def shared_prefix(model: MemoryLM, rows: Sequence[Row], keys: Sequence[Tensor], values: Sequence[Tensor]) -> KVPrefix:
+def shared_prefix(
+    model: MemoryLM, rows: Sequence[Row], keys: Sequence[Tensor], values: Sequence[Tensor]
+) -> KVPrefix:
     """One document's memory, [1, H, M, K] per layer, in front of all of its rows."""
     slots = max(row.num_memories for row in rows) * model.memory_config.num_memory
     if slots == 0:
         return empty_prefix(model)
-    return SharedPrefix([k[:, :, :slots] for k in keys], [v[:, :, :slots] for v in values], supports_in_place(model.base))
+    return SharedPrefix(
+        [k[:, :, :slots] for k in keys],
+        [v[:, :, :slots] for v in values],
+        supports_in_place(model.base),
+    )
 
 
-# ---- Free-running copies ------------------------------------------------------------------------------------------------
+# ---- Free-running copies -------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def greedy_reconstruction(model: MemoryLM, chunks: Tensor) -> Tensor:
-    """Auto encoding, free-running: each of the chunks [C, l] from its own memory alone, every token the likeliest behind
-    those chosen before it, the first behind the `repeat_token` embedding -> [C, l]."""
+    """Auto encoding, free-running: each of the chunks [C, l] from its own memory alone, every
+    token the likeliest behind those chosen before it, the first behind the `repeat_token`
+    embedding -> [C, l]."""
     parts = []
     for batch in chunks.split(model.chunks_at_once):
         keys, values = model.project(model.encode_layers(batch), [0] * len(batch))
-        parts.append(greedy(model, Prefix([[k] for k in keys], [[v] for v in values]), batch[:, 0], repeat=True))
+        parts.append(
+            greedy(
+                model, Prefix([[k] for k in keys], [[v] for v in values]), batch[:, 0], repeat=True
+            )
+        )
     return torch.cat(parts)
 
 
 @torch.no_grad()
 def greedy_copy(model: MemoryLM, chunks: Tensor, count: int) -> Tensor:
-    """Longdata copy, free-running: from the memories of all chunks [C, l] (none: C = 0) the document's first `count` chunks
-    one by one, the first behind the `repeat_token` embedding, a later one behind the last token of its predecessor
-    -> [count, l]."""
+    """Longdata copy, free-running: from the memories of all chunks [C, l] (none: C = 0) the
+    document's first `count` chunks one by one, the first behind the `repeat_token` embedding, a
+    later one behind the last token of its predecessor -> [count, l]."""
     keys, values = encode_and_project_all(model, chunks)
     memory = Prefix([[k] for k in keys], [[v] for v in values]) if keys else empty_prefix(model)
     copies: list[Tensor] = []
@@ -231,8 +269,9 @@ def greedy_copy(model: MemoryLM, chunks: Tensor, count: int) -> Tensor:
 
 
 def greedy(model: MemoryLM, memory: Prefix, first: Tensor, repeat: bool) -> Tensor:
-    """A chunk of tokens [B, l] for every row of `memory`, each the likeliest behind those before it; the row starts with its
-    token of `first` [B] or, with `repeat`, with the `repeat_token` embedding in its place."""
+    """A chunk of tokens [B, l] for every row of `memory`, each the likeliest behind those before
+    it; the row starts with its token of `first` [B] or, with `repeat`, with the `repeat_token`
+    embedding in its place."""
     layers = range(len(memory.keys))
     num_slots = [memory.keys[0][0].shape[2] if memory.keys[0] else 0] * len(first)
     tokens = [first.cpu()]

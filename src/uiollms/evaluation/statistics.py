@@ -47,7 +47,9 @@ def share_recovered(window: Nlls, own: Nlls, raw: Nlls) -> Estimate | None:
     return estimate([window, own, raw], lambda s: (s[..., 0] - s[..., 1], s[..., 0] - s[..., 2]))
 
 
-def estimate(modes: Sequence[Nlls], ratio: Callable[[Array], tuple[Array, Array]]) -> Estimate | None:
+def estimate(
+    modes: Sequence[Nlls], ratio: Callable[[Array], tuple[Array, Array]]
+) -> Estimate | None:
     """A ratio of sums over the documents that all modes have. `ratio`: from sums [..., K + 1], the
     modes' NLL and then the tokens, to numerator and denominator [...]."""
     shared = sorted(set.intersection(*(set(nlls) for nlls in modes)))

@@ -58,16 +58,17 @@ class AtDepth(BaseModel):
 
 
 class Copy(BaseModel):
-    """pieces: a text piece by piece, true for one whose tokens are right; right: how many tokens are."""
+    """pieces: a text piece by piece, true for one whose tokens are right; right: how many tokens
+    are."""
 
     pieces: list[tuple[str, bool]]
     right: int
 
 
 class Written(BaseModel):
-    """A chunk of so many tokens, told by memory alone. alone: what the model writes down of it, whose
-    tokens are right where the original has them in the same order; guided: its guess of every token
-    behind the true ones before it."""
+    """A chunk of so many tokens, told by memory alone. alone: what the model writes down of it,
+    whose tokens are right where the original has them in the same order; guided: its guess of
+    every token behind the true ones before it."""
 
     original: str
     tokens: int
@@ -100,7 +101,8 @@ class Numbers(BaseModel):
 
 
 def checked_numbers(numbers: dict[str, Any], mode: str) -> dict[str, Any]:
-    """A mode's numbers as they are. Raises ValueError that names one of another type than it has."""
+    """A mode's numbers as they are. Raises ValueError that names one of another type than it
+    has."""
     try:
         Numbers.model_validate_json(json.dumps(numbers), strict=True)
     except ValidationError as error:

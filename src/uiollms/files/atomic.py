@@ -43,7 +43,7 @@ def write_checksums(folder: Path) -> None:
     (folder / CHECKSUMS).write_text(json.dumps(sums, indent=4) + "\n", encoding="utf-8")
 
 
-# ---- the one way to write --------------------------------------------------------------------------
+# ---- the one way to write ------------------------------------------------------------------------
 
 
 @contextmanager
@@ -186,7 +186,7 @@ def make_folder(folder: Path) -> None:
         sync(place.parent)
 
 
-# ---- names of unfinished work ----------------------------------------------------------------------
+# ---- names of unfinished work --------------------------------------------------------------------
 
 WORK = ".uiollms-"  # then the machine, the process and a number
 _numbers = itertools.count()
@@ -209,15 +209,18 @@ def clear_leftovers(folder: Path) -> None:
     for name in names:
         process = name.removeprefix(mine).partition("-")[0]
         if process.isdecimal() and not psutil.pid_exists(int(process)):
-            with suppress(OSError):  # not ours, or another process was faster: it is in nobody's way
+            with suppress(
+                OSError
+            ):  # not ours, or another process was faster: it is in nobody's way
                 remove(folder / name)
 
 
-# ---- what is read ----------------------------------------------------------------------------------
+# ---- what is read --------------------------------------------------------------------------------
 
 
 def verify(folder: Path, needed: Iterable[str] = ()) -> None:
-    """Raises ConfigError, naming the file, where a file differs from checksums.json or one of `needed` is not in it."""
+    """Raises ConfigError, naming the file, where a file differs from checksums.json or one of
+    `needed` is not in it."""
     check_tree(folder)
     sums = read_json(folder / CHECKSUMS)
     if not isinstance(sums, dict) or not all(isinstance(value, str) for value in sums.values()):
@@ -227,11 +230,15 @@ def verify(folder: Path, needed: Iterable[str] = ()) -> None:
         if inside.is_absolute() or ".." in inside.parts:
             raise ConfigError(f"{folder / CHECKSUMS}: {name!r} is outside of the checkpoint")
         if name not in sums:
-            raise ConfigError(f"{folder}: the checkpoint is damaged ({name} is missing in {CHECKSUMS})")
+            raise ConfigError(
+                f"{folder}: the checkpoint is damaged ({name} is missing in {CHECKSUMS})"
+            )
         try:
             found = sha256(folder / name)
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{folder}: the checkpoint is damaged ({name!r} cannot be read: {error})") from None
+            raise ConfigError(
+                f"{folder}: the checkpoint is damaged ({name!r} cannot be read: {error})"
+            ) from None
         if found != sums[name]:
             both = f"its sha256 is {found[:12]}.., {CHECKSUMS} says {sums[name][:12]!r}.."
             raise ConfigError(f"{folder}: the checkpoint is damaged ({name}: {both})")
@@ -255,11 +262,16 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def reporting_write_errors(path: str | Path, remedy: str = "") -> Iterator[None]:
-    """Around whatever writes at `path`: a full disk, a folder without permission, a name that no file can have."""
+    """Around whatever writes at `path`: a full disk, a folder without permission, a name that no
+    file can have."""
     try:
         yield
     except ConfigError:
         raise
-    except (OSError, SafetensorError, ValueError) as error:  # ValueError: a name with a zero byte or half a surrogate pair
+    except (
+        OSError,
+        SafetensorError,
+        ValueError,
+    ) as error:  # ValueError: a name with a zero byte or half a surrogate pair
         reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
         raise ConfigError(f"{path}: cannot be written ({reason}){remedy}") from None

@@ -1,4 +1,5 @@
-"""What is wrong with what a command reads: one line for every fault, with the file and the path in it."""
+"""What is wrong with what a command reads: one line for every fault, with the file and the path
+in it."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ MOST_LINES, LONGEST_LINE = 50, 1000  # of what a command says of wrong input
 
 
 class ConfigError(ValueError):
-    """A config that cannot be run; the message is one line a fault: file, JSON path, what was found, what is allowed."""
+    """A config that cannot be run; the message is one line a fault: file, JSON path, what was
+    found, what is allowed."""
 
 
 class Faults:
@@ -32,8 +34,8 @@ class Faults:
 
     @contextmanager
     def noted(self, where: str = "") -> Iterator[None]:
-        """Around a check that raises ConfigError: what it found is kept for later, behind `where`, the
-        file and the field that the check does not know."""
+        """Around a check that raises ConfigError: what it found is kept for later, behind
+        `where`, the file and the field that the check does not know."""
         try:
             yield
         except ConfigError as error:
@@ -50,7 +52,8 @@ _FORGIVING: ContextVar[bool] = ContextVar("forgiving", default=False)
 
 @contextmanager
 def forgiving() -> Iterator[None]:
-    """Inside, `all_right` lets everything pass: for a second look at a config whose faults are known."""
+    """Inside, `all_right` lets everything pass: for a second look at a config whose faults are
+    known."""
     token = _FORGIVING.set(True)
     try:
         yield
@@ -59,8 +62,8 @@ def forgiving() -> Iterator[None]:
 
 
 def all_right(value: Value, faults: list[str]) -> Value:
-    """For validators that look at several fields: the value, if there are no faults. Raises ValueError
-    with a line for each."""
+    """For validators that look at several fields: the value, if there are no faults. Raises
+    ValueError with a line for each."""
     if faults and not _FORGIVING.get():
         raise ValueError("\n".join(faults))
     return value
@@ -78,7 +81,11 @@ def describe(fault: Any, model: type[BaseModel], path: str | Path) -> str:
         return f"{path}: {where}: missing"
     message = fault["msg"].removeprefix("Value error, ")
     found = fault["input"]
-    shown = "" if isinstance(found, dict | list) else f", found {shortened(json.dumps(found, default=str))}"
+    shown = (
+        ""
+        if isinstance(found, dict | list)
+        else f", found {shortened(json.dumps(found, default=str))}"
+    )
     start = f"{path}: {where}: " if where else f"{path}: "
     return "\n".join(f"{start}{line}{shown}" for line in message.split("\n"))
 
@@ -91,8 +98,8 @@ def shortened(text: str, length: int = 120) -> str:
 
 
 def as_lines(text: str) -> str:
-    """Lines for a terminal: what would move its cursor or change its colours is escaped, a long line
-    shortened, and of very many lines the first 50 kept."""
+    """Lines for a terminal: what would move its cursor or change its colours is escaped, a long
+    line shortened, and of very many lines the first 50 kept."""
     lines = text.split("\n")
     if len(lines) > MOST_LINES:
         lines[MOST_LINES:] = [f"... and {len(lines) - MOST_LINES:,} more"]
@@ -100,7 +107,8 @@ def as_lines(text: str) -> str:
 
 
 def as_shown(line: str) -> str:
-    """One line for a terminal: what it would act upon is escaped as in JSON, so that JSON stays the same."""
+    """One line for a terminal: what it would act upon is escaped as in JSON, so that JSON stays
+    the same."""
     if line.isprintable():
         return line
     hidden = {"Cc", "Cf", "Zl", "Zp"}
@@ -108,7 +116,8 @@ def as_shown(line: str) -> str:
 
 
 def json_path(location: tuple[str | int, ...]) -> str:
-    """("train", "corpus", 0, "name") -> train.corpus[0].name; pydantic's labels of union members are left out."""
+    """("train", "corpus", 0, "name") -> train.corpus[0].name; pydantic's labels of union members
+    are left out."""
     text = ""
     for part in location:
         if isinstance(part, int):
@@ -127,5 +136,7 @@ def fields_at(model: type[BaseModel], location: tuple[str | int, ...]) -> list[s
         if isinstance(part, str) and part in current.model_fields:
             annotation = current.model_fields[part].annotation
             candidates = [annotation, *getattr(annotation, "__args__", ())]
-            current = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), current)
+            current = next(
+                (c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), current
+            )
     return [field.alias or name for name, field in current.model_fields.items()]

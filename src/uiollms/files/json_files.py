@@ -19,8 +19,8 @@ Location = tuple[str | int, ...]
 
 
 def read_json(path: str | Path) -> Any:
-    """The JSON value in a file. Raises ConfigError for what is no file or too large a one, bytes that
-    are not UTF-8, broken JSON, and what `loads` refuses."""
+    """The JSON value in a file. Raises ConfigError for what is no file or too large a one, bytes
+    that are not UTF-8, broken JSON, and what `loads` refuses."""
     try:
         # Some editors write a byte order mark.
         text = read_bytes(path, MOST_JSON).decode("utf-8-sig")
@@ -52,7 +52,9 @@ def loads(text: str | bytes, source: str) -> Any:
     try:
         value = json.loads(text, object_pairs_hook=Pairs, parse_int=whole_number)
     except RecursionError:
-        raise ConfigError(f"{source}: lists or objects nested deeper than {DEEPEST} levels") from None
+        raise ConfigError(
+            f"{source}: lists or objects nested deeper than {DEEPEST} levels"
+        ) from None
     faults: dict[str, None] = {}
     for location, part in parts_of(value):
         if len(location) == DEEPEST and isinstance(part, dict | list):
@@ -61,7 +63,9 @@ def loads(text: str | bytes, source: str) -> Any:
             wrong = f"a number of {part.digits:,} digits; at most {LONGEST_NUMBER} are read"
         elif isinstance(part, Pairs) and part.twice:
             wrong = "written twice in one object; keep one of the two"
-            faults |= {f"{source}: {json_path((*location, key))}: {wrong}": None for key in part.twice}
+            faults |= {
+                f"{source}: {json_path((*location, key))}: {wrong}": None for key in part.twice
+            }
             continue
         else:
             continue
@@ -97,8 +101,8 @@ def whole_number(text: str) -> int | TooLong:
 
 
 def parts_of(value: Any) -> Iterator[tuple[Location, Any]]:
-    """A JSON value, then all within it down to level 100, each with its place; an object's keys come
-    as what they are the keys of."""
+    """A JSON value, then all within it down to level 100, each with its place; an object's keys
+    come as what they are the keys of."""
     todo: list[tuple[Location, Any]] = [((), value)]
     while todo:
         place, value = todo.pop()
@@ -110,8 +114,9 @@ def parts_of(value: Any) -> Iterator[tuple[Location, Any]]:
 
 
 def unusable(value: Any) -> str | None:
-    """What no config can mean, with its place: a text that no file can hold, a zero byte, which no
-    name can hold, a whole number past 64 bits, endless nesting. None where there is nothing such."""
+    """What no config can mean, with its place: a text that no file can hold, a zero byte, which
+    no name can hold, a whole number past 64 bits, endless nesting. None where there is nothing
+    such."""
     for location, part in parts_of(value):
         wrong = None
         if len(location) == DEEPEST and isinstance(part, dict | list):

@@ -1,4 +1,5 @@
-"""Opening what others have written: a file that is there and is one, and no more of it than is asked for."""
+"""Opening what others have written: a file that is there and is one, and no more of it than is
+asked for."""
 
 from __future__ import annotations
 
@@ -35,20 +36,23 @@ def kind_of(path: str | Path) -> str | None:
 
 
 def check_file(path: str | Path) -> None:
-    """Raises ConfigError unless a path is a regular file: reading a pipe or a device may wait, or go
-    on, for ever."""
+    """Raises ConfigError unless a path is a regular file: reading a pipe or a device may wait,
+    or go on, for ever."""
     if kind := kind_of(path):
         raise ConfigError(f"{path}: is {kind}, expected a file; copy what it gives into one")
 
 
 def check_tree(path: str | Path) -> None:
-    """Raises ConfigError unless a path, if it is there, is a file, or a folder of files and folders,
-    none of which is so large that it cannot be what its name says: summing it would take for ever."""
+    """Raises ConfigError unless a path, if it is there, is a file, or a folder of files and
+    folders, none of which is so large that it cannot be what its name says: summing it would
+    take for ever."""
     if not os.path.exists(path):
         return
     inside = [str(path)]
     if os.path.isdir(path):
-        inside = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
+        inside = [
+            os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names
+        ]
     for name in inside:
         if os.path.exists(name):  # else a link to nothing
             check_file(name)
@@ -76,15 +80,25 @@ def said_length(path: str) -> int | None:
             return None
         try:
             header = json.loads(file.read(length))
-            ends = [part["data_offsets"][1] for name, part in header.items() if name != "__metadata__"]
+            ends = [
+                part["data_offsets"][1] for name, part in header.items() if name != "__metadata__"
+            ]
             return 8 + length + int(max(ends, default=0))
-        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RecursionError,
+            TypeError,
+            ValueError,
+        ):
             return None  # the loader says what is wrong
 
 
 @contextmanager
 def opened(path: str | Path) -> Iterator[BinaryIO]:
-    """A regular file for reading bytes. Raises ConfigError where there is none or it cannot be read."""
+    """A regular file for reading bytes. Raises ConfigError where there is none or it cannot be
+    read."""
     check_file(path)
     try:
         with open(path, "rb") as file:
@@ -100,7 +114,9 @@ def read_bytes(path: str | Path, most: int) -> bytes:
         while len(data) <= most and (part := file.read(1 << 20)):
             data += part
     if len(data) > most:
-        raise ConfigError(f"{path}: is larger than {most >> 20:,} MiB, the most that is read of such a file")
+        raise ConfigError(
+            f"{path}: is larger than {most >> 20:,} MiB, the most that is read of such a file"
+        )
     return bytes(data)
 
 

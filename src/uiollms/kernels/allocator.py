@@ -1,4 +1,5 @@
-"""What becomes of a CPU's memory that tensors give back, and how one notices that there is none left."""
+"""What becomes of a CPU's memory that tensors give back, and how one notices that there is none
+left."""
 
 from __future__ import annotations
 
@@ -9,8 +10,9 @@ import torch
 
 
 def trim_heap(device: torch.device) -> None:
-    """Give the system back what lies free between tensors on a CPU, where the C library is glibc. Its holes are not always of
-    use: a tensor's place, aligned, does not fit the next tensor of its size once a small object has taken a splinter of it."""
+    """Give the system back what lies free between tensors on a CPU, where the C library is
+    glibc. Its holes are not always of use: a tensor's place, aligned, does not fit the next
+    tensor of its size once a small object has taken a splinter of it."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if device.type == "cpu" and trim:
         trim(0)
@@ -23,12 +25,16 @@ _ALWAYS = 2**30
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep, for the tensors to come, what tensors give back. By itself it returns much to the system after
-    every batch, and has it again page by page, zeroed: some 10 % of a step, 20 % of scoring. For processes that are all ours,
-    as the commands are; a program that imports uiollms decides for itself, and so does a user who sets a threshold in the
+    """Let the C library keep, for the tensors to come, what tensors give back. By itself it
+    returns much to the system after every batch, and has it again page by page, zeroed: some 10
+    % of a step, 20 % of scoring. For processes that are all ours, as the commands are; a program
+    that imports uiollms decides for itself, and so does a user who sets a threshold in the
     environment."""
     tunables = os.environ.get("GLIBC_TUNABLES", "")
-    chosen = "_threshold" in tunables or os.environ.keys() & {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"}
+    chosen = "_threshold" in tunables or os.environ.keys() & {
+        "MALLOC_MMAP_THRESHOLD_",
+        "MALLOC_TRIM_THRESHOLD_",
+    }
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt and not chosen:
         mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)

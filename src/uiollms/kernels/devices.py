@@ -1,4 +1,5 @@
-"""Where a module computes, how tensors get there without waiting, and what becomes of a CPU's memory that tensors give back."""
+"""Where a module computes, how tensors get there without waiting, and what becomes of a CPU's
+memory that tensors give back."""
 
 from __future__ import annotations
 
@@ -14,22 +15,26 @@ from torch import Tensor, nn
 
 
 def device_of(module: Any) -> torch.device:
-    """Where a module with a `weight` computes: where the weight is, or, if it rests on disk, where it will be loaded."""
+    """Where a module with a `weight` computes: where the weight is, or, if it rests on disk,
+    where it will be loaded."""
     hook = getattr(module, "_hf_hook", None)
     return module.weight.device if hook is None else torch.device(hook.execution_device)
 
 
 def offloaded(base: nn.Module) -> bool:
-    """Whether weights of the base are loaded for the time of a call only, into the module that all threads share."""
-    return any(getattr(getattr(module, "_hf_hook", None), "offload", False) for module in base.modules())
+    """Whether weights of the base are loaded for the time of a call only, into the module that
+    all threads share."""
+    return any(
+        getattr(getattr(module, "_hf_hook", None), "offload", False) for module in base.modules()
+    )
 
 
 _LOADING = threading.RLock()
 
 
 def loading(module: Any) -> AbstractContextManager[Any]:
-    """While open, no other thread loads weights that are offloaded, if those of `module` are: they are put into the one
-    module that all threads share, for the time of a call."""
+    """While open, no other thread loads weights that are offloaded, if those of `module` are:
+    they are put into the one module that all threads share, for the time of a call."""
     hook = getattr(module, "_hf_hook", None)
     return _LOADING if getattr(hook, "offload", False) else nullcontext()
 
@@ -57,8 +62,9 @@ def takes_turns(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` on `device`. A copy from the CPU to a GPU does not wait for the GPU's queue (torch stages pageable memory at
-    once, so the original may change or go); every other copy is torch's default. See `to_device_once`."""
+    """`tensor` on `device`. A copy from the CPU to a GPU does not wait for the GPU's queue
+    (torch stages pageable memory at once, so the original may change or go); every other copy is
+    torch's default. See `to_device_once`."""
     kept = _kept.get()
     if kept is not None and tensor.device.type == "cpu" and device.type != "cpu":
         numbers = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -74,10 +80,10 @@ _kept: ContextVar[dict[Any, Tensor] | None] = ContextVar("what was moved once", 
 
 @contextmanager
 def to_device_once(kept: dict[Any, Tensor]) -> Iterator[None]:
-    """Inside, `to_device` keeps in `kept` what it copies from the CPU, and hands the same tensor out
-    where the same numbers are to be moved again. A CUDA graph needs this: it cannot hold a copy
-    from pageable memory, and reads its constants again whenever it is replayed, so `kept` must
-    live as long as the graph, and nobody may write into what is handed out."""
+    """Inside, `to_device` keeps in `kept` what it copies from the CPU, and hands the same tensor
+    out where the same numbers are to be moved again. A CUDA graph needs this: it cannot hold a
+    copy from pageable memory, and reads its constants again whenever it is replayed, so `kept`
+    must live as long as the graph, and nobody may write into what is handed out."""
     token = _kept.set(kept)
     try:
         yield

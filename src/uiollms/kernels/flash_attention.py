@@ -26,13 +26,21 @@ def asked(base: Any) -> bool:
 
 
 def unfit(dtype: torch.dtype, config: Any = None) -> str | None:
-    """Why flash-attn cannot compute in `dtype` (a base of this transformers config, if given); None if it can."""
+    """Why flash-attn cannot compute in `dtype` (a base of this transformers config, if given);
+    None if it can."""
     if dtype not in DTYPES:
-        return f"flash-attn computes in bfloat16 and float16, found {str(dtype).removeprefix('torch.')}"
+        return (
+            "flash-attn computes in bfloat16 and float16, found "
+            f"{str(dtype).removeprefix('torch.')}"
+        )
     if config is None:
         return None
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return f"flash-attn takes heads of at most {LARGEST_HEAD} numbers, found {head}" if head > LARGEST_HEAD else None
+    return (
+        f"flash-attn takes heads of at most {LARGEST_HEAD} numbers, found {head}"
+        if head > LARGEST_HEAD
+        else None
+    )
 
 
 def missing() -> str | None:
@@ -40,17 +48,30 @@ def missing() -> str | None:
     try:
         importlib.import_module("flash_attn")
     except ModuleNotFoundError:
-        return "the package flash-attn is not installed; run: pip install --no-build-isolation flash-attn"
+        return (
+            "the package flash-attn is not installed; run: pip install --no-build-isolation "
+            "flash-attn"
+        )
     except ImportError as error:  # built against another torch
-        return f"the package flash-attn cannot be imported ({' '.join(str(error).split())}); install it again for this torch"
+        return (
+            f"the package flash-attn cannot be imported ({' '.join(str(error).split())}); install "
+            "it again for this torch"
+        )
     if not torch.cuda.is_available():
         return "flash-attn needs a CUDA device, this machine has none"
-    return None if is_flash_attn_2_available() else "flash-attn is too old or not version 2; install flash-attn>=2.3.3,<3"
+    return (
+        None
+        if is_flash_attn_2_available()
+        else "flash-attn is too old or not version 2; install flash-attn>=2.3.3,<3"
+    )
 
 
-def check_request(implementation: str | None, where: str, dtype: torch.dtype, device_map: Any, config: Any = None) -> None:
-    """Raises ConfigError, one line, if flash-attn is asked for in the field `where` and cannot be used for a base in `dtype` (of
-    this transformers config, if it is known). Without the package transformers would raise ImportError or ask the hub."""
+def check_request(
+    implementation: str | None, where: str, dtype: torch.dtype, device_map: Any, config: Any = None
+) -> None:
+    """Raises ConfigError, one line, if flash-attn is asked for in the field `where` and cannot
+    be used for a base in `dtype` (of this transformers config, if it is known). Without the
+    package transformers would raise ImportError or ask the hub."""
     if implementation != ASKED:
         return
     fault = unfit(dtype, config) or missing()

@@ -1,11 +1,14 @@
-"""Products with frozen float32 weights on a CPU: oneDNN multiplies them, where torch's own linear layer asks MKL.
+"""Products with frozen float32 weights on a CPU: oneDNN multiplies them, where torch's own
+linear layer asks MKL.
 
-The same numbers but for rounding. For the rows of a chunk or a few, and for the one row of a new token, oneDNN is faster
-where it was measured (docs/benchmarks.md); torch asks it by itself in half precision only. For every shape of a product it
-keeps half a MiB as long as the process lives, so only shapes that come again and again are for it. Torch's own switch,
+The same numbers but for rounding. For the rows of a chunk or a few, and for the one row of a new
+token, oneDNN is faster where it was measured (docs/benchmarks.md); torch asks it by itself in
+half precision only. For every shape of a product it keeps half a MiB as long as the process
+lives, so only shapes that come again and again are for it. Torch's own switch,
 `torch.backends.mkldnn.enabled = False`, leaves everything to MKL.
 
-While layers run so, and keep no graph, an MLP's product is also written over its gate: see `use_onednn`.
+While layers run so, and keep no graph, an MLP's product is also written over its gate: see
+`use_onednn`.
 
 Shapes: N rows, I inputs, O outputs.
 """
@@ -24,9 +27,12 @@ from torch.overrides import TorchFunctionMode
 FEWEST = 64  # rows worth a shape of their own, unless it is one new token
 
 
-def use_onednn(function: Callable[[Tensor], Tensor], module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The same function of a tensor, which runs `module`; every linear layer inside, the base's own among them, multiplies by
-    `linear`. Without a graph an MLP's `silu(gate) * up` is written over `gate`, unless hooks might have kept what that was."""
+def use_onednn(
+    function: Callable[[Tensor], Tensor], module: nn.Module
+) -> Callable[[Tensor], Tensor]:
+    """The same function of a tensor, which runs `module`; every linear layer inside, the base's
+    own among them, multiplies by `linear`. Without a graph an MLP's `silu(gate) * up` is written
+    over `gate`, unless hooks might have kept what that was."""
 
     def run(hidden: Tensor) -> Tensor:
         in_place = not torch.is_grad_enabled() and not watched(module)
@@ -37,22 +43,31 @@ def use_onednn(function: Callable[[Tensor], Tensor], module: nn.Module) -> Calla
 
 
 def watched(module: nn.Module) -> bool:
-    """Whether the module has an MLP whose parts, or all modules, have forward hooks, behind or before."""
+    """Whether the module has an MLP whose parts, or all modules, have forward hooks, behind or
+    before."""
     if _global_forward_hooks or _global_forward_pre_hooks:
         return True
     mlp = getattr(module, "mlp", None)
-    return mlp is not None and any(part._forward_hooks or part._forward_pre_hooks for part in mlp.modules())
+    return mlp is not None and any(
+        part._forward_hooks or part._forward_pre_hooks for part in mlp.modules()
+    )
 
 
 class _FrozenProducts(TorchFunctionMode):
     def __init__(self, in_place: bool) -> None:
         super().__init__()
         self.in_place = in_place
-        self.product: Tensor | None = None  # in place: the last one, which nobody has but who asked for it
+        self.product: Tensor | None = (
+            None  # in place: the last one, which nobody has but who asked for it
+        )
         self.gate: Tensor | None = None
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if func is F.linear:
             product = linear(*args, **(kwargs or {}))
@@ -62,7 +77,12 @@ class _FrozenProducts(TorchFunctionMode):
             if func is F.silu and args[0] is self.product:
                 self.gate, self.product = F.silu(self.product, inplace=True), None
                 return self.gate
-            if func is Tensor.mul and self.gate is not None and args[0] is self.gate and args[1] is self.product:
+            if (
+                func is Tensor.mul
+                and self.gate is not None
+                and args[0] is self.gate
+                and args[1] is self.product
+            ):
                 gate, self.gate = self.gate, None
                 return gate.mul_(self.product)
         return func(*args, **(kwargs or {}))
@@ -78,10 +98,14 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def fits(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether oneDNN may have it: plain float32 tensors on a CPU, one row or many, nothing to learn in weight or bias."""
-    learned = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    """Whether oneDNN may have it: plain float32 tensors on a CPU, one row or many, nothing to
+    learn in weight or bias."""
+    learned = torch.is_grad_enabled() and (
+        weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
     plain = all(
-        t.dtype == torch.float32 and t.device.type == "cpu" and type(t) in (Tensor, nn.Parameter) for t in (input, weight)
+        t.dtype == torch.float32 and t.device.type == "cpu" and type(t) in (Tensor, nn.Parameter)
+        for t in (input, weight)
     )
     onednn = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
     rows = input.shape[-2:-1] == (1,) or input.shape[:-1].numel() >= FEWEST
@@ -89,13 +113,15 @@ def fits(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
 
 
 def linear_for(rows: int) -> Callable[..., Tensor]:
-    """What multiplies a number of rows that depends on the text: `linear` for one in `FEWEST` of all numbers, else `F.linear`."""
+    """What multiplies a number of rows that depends on the text: `linear` for one in `FEWEST` of
+    all numbers, else `F.linear`."""
     return F.linear if rows % FEWEST else linear
 
 
 def rows_to_add(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> int:
-    """How many rows of zeros behind a number of rows that depends on the text, [N, I], make it one that `linear_for` leaves to
-    `linear`; none where they would be more than an eighth of all, or oneDNN may not have the product."""
+    """How many rows of zeros behind a number of rows that depends on the text, [N, I], make it
+    one that `linear_for` leaves to `linear`; none where they would be more than an eighth of
+    all, or oneDNN may not have the product."""
     spare = -len(input) % FEWEST
     return spare if 8 * spare <= len(input) and fits(input, weight, bias) else 0
 

@@ -1,8 +1,9 @@
 """The loss head: losses of tokens from hidden states, never holding all logits at once.
 
-Shapes: N scored tokens, D hidden size, V vocabulary, w tokens of a slice of it, b rows of a block.
-Source of walking along the vocabulary: Wijmans et al. 2024 (Cut Cross-Entropy, arXiv 2411.09009), without its filter; of the
-running maximum: Milakov and Gimelshein 2018 (arXiv 1805.02867).
+Shapes: N scored tokens, D hidden size, V vocabulary, w tokens of a slice of it, b rows of a
+block. Source of walking along the vocabulary: Wijmans et al. 2024 (Cut Cross-Entropy, arXiv
+2411.09009), without its filter; of the running maximum: Milakov and Gimelshein 2018 (arXiv
+1805.02867).
 """
 
 from typing import Any
@@ -15,8 +16,9 @@ from torch.nn import functional as F
 from uiollms.kernels.devices import loading
 from uiollms.kernels.frozen_linear import linear_for, rows_to_add
 
-# Logits alive at once: on a CPU what stays in a core's cache, elsewhere what keeps a GPU busy (not measured). But always SLICE
-# tokens of the vocabulary, so that a product with all N rows is large enough for full speed.
+# Logits alive at once: on a CPU what stays in a core's cache, elsewhere what keeps a GPU busy (not
+# measured). But always SLICE tokens of the vocabulary, so that a product with all N rows is large
+# enough for full speed.
 LOGITS_CPU, LOGITS = 2**18, 2**25
 SLICE = 1024
 BLOCK = 128  # rows of logits alive at once where there is a teacher, on a GPU more if LOGITS allow
@@ -36,13 +38,19 @@ def shifted_nll(hidden: Tensor, labels: Tensor, head: nn.Linear) -> Tensor:
 
 
 def linear_losses(
-    hidden: Tensor, head: nn.Linear, targets: Tensor, teacher: Tensor | None = None, kl_weight: float = 0.0
+    hidden: Tensor,
+    head: nn.Linear,
+    targets: Tensor,
+    teacher: Tensor | None = None,
+    kl_weight: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """As `linear_nll`, with a teacher's hidden states [N, D] under the same head:
-    loss [N] = (1 - kl_weight) * NLL + kl_weight * KL(teacher || student), and the NLL [N] itself, without a gradient.
+    """As `linear_nll`, with a teacher's hidden states [N, D] under the same head: loss [N] = (1
+    - kl_weight) * NLL + kl_weight * KL(teacher || student), and the NLL [N] itself, without a
+    gradient.
 
-    The head is frozen, so the only gradient is the hidden states'. It is known as soon as the logits are, and is kept
-    ([N, D]) in place of them ([N, V]): the logits of a slice or a block die with it.
+    The head is frozen, so the only gradient is the hidden states'. It is known as soon as the
+    logits are, and is kept ([N, D]) in place of them ([N, V]): the logits of a slice or a block
+    die with it.
     """
     with loading(head), align_module_device(head):  # it may rest on disk
         return _LinearLosses.apply(hidden, head.weight, head.bias, targets, teacher, kl_weight)
@@ -56,14 +64,30 @@ class _LinearLosses(torch.autograd.Function):
         grad: Any
         if teacher is None:
             count, spare = len(hidden), rows_to_add(hidden, weight, bias)
-            rows, aims = (F.pad(hidden, (0, 0, 0, spare)), F.pad(targets, (0, spare))) if spare else (hidden, targets)
+            rows, aims = (
+                (F.pad(hidden, (0, 0, 0, spare)), F.pad(targets, (0, spare)))
+                if spare
+                else (hidden, targets)
+            )
             loss, grad = streaming_nll(rows, weight, bias, aims, with_grad)
-            loss, nll, grad = loss[:count], loss[:count].clone(), None if grad is None else grad[:count]
+            loss, nll, grad = (
+                loss[:count],
+                loss[:count].clone(),
+                None if grad is None else grad[:count],
+            )
         else:
             size = BLOCK if hidden.device.type == "cpu" else max(BLOCK, LOGITS // len(weight))
             blocks = [slice(start, start + size) for start in range(0, max(1, len(hidden)), size)]
-            parts = [distillation_block(hidden[b], weight, bias, targets[b], teacher[b], kl_weight, with_grad) for b in blocks]
-            loss, nll, grad = (None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True))
+            parts = [
+                distillation_block(
+                    hidden[b], weight, bias, targets[b], teacher[b], kl_weight, with_grad
+                )
+                for b in blocks
+            ]
+            loss, nll, grad = (
+                None if column[0] is None else torch.cat(column)
+                for column in zip(*parts, strict=True)
+            )
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(nll)
         return loss, nll
@@ -77,16 +101,20 @@ class _LinearLosses(torch.autograd.Function):
 def streaming_nll(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, with_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """NLL [N] and the hidden states' gradient [N, D], slice by slice of the vocabulary, for all rows at once, so that the head is
-    read once. With l the logits, m their maximum so far and e = exp(l - m), kept are `rest`, the sum of e over all tokens but the
-    target, and `pull`, the sum of e times the token's row of the head; both shrink where m grows. At the end
+    """NLL [N] and the hidden states' gradient [N, D], slice by slice of the vocabulary, for all
+    rows at once, so that the head is read once. With l the logits, m their maximum so far and e
+    = exp(l - m), kept are `rest`, the sum of e over all tokens but the target, and `pull`, the
+    sum of e times the token's row of the head; both shrink where m grows. At the end
 
         NLL = log(rest + e[target]) + m - l[target]        gradient = (pull - rest * head[target]) / (rest + e[target])
 
-    The target stays out of the sums: its e, rounded to half precision, would not cancel against the 1 of a nearly certain token.
+    The target stays out of the sums: its e, rounded to half precision, would not cancel against
+    the 1 of a nearly certain token.
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    width = max(SLICE, (LOGITS_CPU if hidden.device.type == "cpu" else LOGITS) // max(1, len(hidden)))
+    width = max(
+        SLICE, (LOGITS_CPU if hidden.device.type == "cpu" else LOGITS) // max(1, len(hidden))
+    )
     target = targets[:, None]
     most = hidden.new_full((len(hidden), 1), -torch.inf, dtype=wide)
     rest, at_target = torch.zeros_like(most), torch.zeros_like(most)
@@ -111,7 +139,9 @@ def streaming_nll(
     at_target -= most
     total = rest + at_target.exp()
     nll = (total.log() - at_target).squeeze(-1)
-    return nll, None if pull is None else pull.addcmul_(rest, weight[targets], value=-1).div_(total).to(hidden.dtype)
+    return nll, None if pull is None else pull.addcmul_(rest, weight[targets], value=-1).div_(
+        total
+    ).to(hidden.dtype)
 
 
 def distillation_block(
@@ -123,8 +153,9 @@ def distillation_block(
     kl_weight: float,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Loss [b], NLL [b] and the hidden states' gradient [b, D] of a block of rows, with all their logits: where student and
-    teacher agree, their difference must be taken before it is multiplied with the head."""
+    """Loss [b], NLL [b] and the hidden states' gradient [b, D] of a block of rows, with all
+    their logits: where student and teacher agree, their difference must be taken before it is
+    multiplied with the head."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     target = targets[:, None]
     multiply = linear_for(len(hidden))

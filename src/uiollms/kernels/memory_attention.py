@@ -1,14 +1,17 @@
-"""Attention to a document's memory where it lies: not copied for every row that reads it, nor joined to the rows' own keys.
+"""Attention to a document's memory where it lies: not copied for every row that reads it, nor
+joined to the rows' own keys.
 
-The memory of a document is one set of keys and values for all rows of a batch. On a CPU each row attends to its own tokens,
-causal, and to the slots that it sees, all of them, by calls of torch's flash kernel of their own. Their results are joined by
-their log-sum-exp, and the kernel's backward, given the joined result, yields each part's gradients. No pair that a mask would
-hide is computed, and no graph holds a copy of the memory. Slots that all rows see are read by all queries in one call, as if the
-rows stood behind each other: of more queries the kernel takes larger blocks.
+The memory of a document is one set of keys and values for all rows of a batch. On a CPU each row
+attends to its own tokens, causal, and to the slots that it sees, all of them, by calls of
+torch's flash kernel of their own. Their results are joined by their log-sum-exp, and the
+kernel's backward, given the joined result, yields each part's gradients. No pair that a mask
+would hide is computed, and no graph holds a copy of the memory. Slots that all rows see are read
+by all queries in one call, as if the rows stood behind each other: of more queries the kernel
+takes larger blocks.
 
-Shapes: B rows, T tokens of a row, M slots of the document, n of them that a row sees, N attention heads, H key/value heads,
-K head size.
-Source of the joining: Dao et al. 2022 (FlashAttention, arXiv 2205.14135), section 3.1.
+Shapes: B rows, T tokens of a row, M slots of the document, n of them that a row sees, N
+attention heads, H key/value heads, K head size. Source of the joining: Dao et al. 2022
+(FlashAttention, arXiv 2205.14135), section 3.1.
 """
 
 from __future__ import annotations
@@ -49,9 +52,9 @@ def memory_attention(
     sink: GradientSink | None = None,
     first_slots: Sequence[int] | None = None,
 ) -> Tensor:
-    """Queries [B, N, T, K] on their own keys and values [B, H, T, K], causal, and on `num_slots[b]` of the memory's
-    [1, H, M, K] from number `first_slots[b]` on (by default 0) -> [B, N, T, K]. With a `sink` the memory's
-    gradients go to it, and nowhere else."""
+    """Queries [B, N, T, K] on their own keys and values [B, H, T, K], causal, and on
+    `num_slots[b]` of the memory's [1, H, M, K] from number `first_slots[b]` on (by default 0) ->
+    [B, N, T, K]. With a `sink` the memory's gradients go to it, and nowhere else."""
     parts = list(kernel_calls(num_slots, first_slots or [0] * len(num_slots)))
     return _MemoryAttention.apply(query, key, value, memory_key, memory_value, parts, scaling, sink)
 
@@ -61,10 +64,20 @@ class _MemoryAttention(torch.autograd.Function):
     def forward(ctx, query, key, value, memory_key, memory_value, parts, scaling, sink):  # type: ignore[no-untyped-def]
         out, lse = _kernel(query, key, value, 0.0, True, scale=scaling)
         for rows, slots in parts:
-            read = _kernel(fold_rows(query[rows]), memory_key[:, :, slots], memory_value[:, :, slots], scale=scaling)
+            read = _kernel(
+                fold_rows(query[rows]),
+                memory_key[:, :, slots],
+                memory_value[:, :, slots],
+                scale=scaling,
+            )
             count = rows.stop - rows.start
-            read_out, read_lse = unfold_rows(read[0], count), unfold_rows(read[1][..., None], count)[..., 0]
-            share = torch.sigmoid(read_lse - lse[rows])  # of the softmax so far that falls to these slots
+            read_out, read_lse = (
+                unfold_rows(read[0], count),
+                unfold_rows(read[1][..., None], count)[..., 0],
+            )
+            share = torch.sigmoid(
+                read_lse - lse[rows]
+            )  # of the softmax so far that falls to these slots
             out[rows].lerp_(read_out, share[..., None].to(out.dtype))
             torch.logaddexp(lse[rows], read_lse, out=lse[rows])
         ctx.save_for_backward(query, key, value, memory_key, memory_value, out, lse)
@@ -84,7 +97,9 @@ class _MemoryAttention(torch.autograd.Function):
 
         own: list[Tensor | None] = [None, None, None]
         if any(ctx.needs_input_grad[:3]):  # not in a layer below which nothing is trained
-            own = list(_kernel_backward(grad, query, key, value, out, lse, 0.0, True, scale=scaling))
+            own = list(
+                _kernel_backward(grad, query, key, value, out, lse, 0.0, True, scale=scaling)
+            )
         wanted = [sink and sink.slots_wanted(row) for row in range(len(query))]
         total = [] if sink else [torch.zeros_like(memory_key), torch.zeros_like(memory_value)]
         for rows, slots in parts:
@@ -105,11 +120,15 @@ class _MemoryAttention(torch.autograd.Function):
         return *own, *(total or (None, None)), None, None, None
 
 
-def kernel_calls(num_slots: Sequence[int], first_slots: Sequence[int]) -> Iterator[tuple[slice, slice]]:
-    """Which rows read which slots in one call of the kernel: neighbours that begin at the same slot, as the rows of a document
-    do, together those that they all see, if these are many, and each row the others that it sees.
+def kernel_calls(
+    num_slots: Sequence[int], first_slots: Sequence[int]
+) -> Iterator[tuple[slice, slice]]:
+    """Which rows read which slots in one call of the kernel: neighbours that begin at the same
+    slot, as the rows of a document do, together those that they all see, if these are many, and
+    each row the others that it sees.
 
-    num_slots 128 136 8, first_slots 0 0 136 -> rows 0, 1 slots 0 .. 127 | row 1 slots 128 .. 135 | row 2 slots 136 .. 143
+    num_slots 128 136 8, first_slots 0 0 136 -> rows 0, 1 slots 0 .. 127 | row 1 slots 128 .. 135
+    | row 2 slots 136 .. 143
     """
     start = 0
     for first, group in groupby(first_slots):
@@ -124,7 +143,8 @@ def kernel_calls(num_slots: Sequence[int], first_slots: Sequence[int]) -> Iterat
 
 
 def fold_rows(rows: Tensor) -> Tensor:
-    """[B, N, T, K] -> [1, N, B * T, K], a view where a token's heads lie beside each other, as projections leave them."""
+    """[B, N, T, K] -> [1, N, B * T, K], a view where a token's heads lie beside each other, as
+    projections leave them."""
     B, N, T, K = rows.shape
     return rows.transpose(1, 2).reshape(1, B * T, N, K).transpose(1, 2)
 

@@ -11,8 +11,9 @@ from uiollms.kernels.devices import offloaded
 
 
 class FullPrecisionNorm(nn.Module):
-    """RMS norm in the dtype of its input, for float64 bases: transformers' norms round to float32 inside, which would
-    hide a wrong gradient behind 1e-7 of noise. Holds the same weight under the same name."""
+    """RMS norm in the dtype of its input, for float64 bases: transformers' norms round to
+    float32 inside, which would hide a wrong gradient behind 1e-7 of noise. Holds the same weight
+    under the same name."""
 
     def __init__(self, norm: Any) -> None:
         super().__init__()
@@ -26,13 +27,14 @@ class FullPrecisionNorm(nn.Module):
 
 
 def promote_norms(base: nn.Module) -> None:
-    """Replace, in place, every RMS norm of a float64 `base` by its full-precision twin. Raises ValueError where weights are
-    offloaded already."""
+    """Replace, in place, every RMS norm of a float64 `base` by its full-precision twin. Raises
+    ValueError where weights are offloaded already."""
     for parent in list(base.modules()):
         for name, child in parent.named_children():
             if type(child).__name__.endswith("RMSNorm"):
                 if offloaded(child):
                     raise ValueError(
-                        "a float64 base whose weights are offloaded is not supported; load it in float32 or bfloat16"
+                        "a float64 base whose weights are offloaded is not supported; load it in "
+                        "float32 or bfloat16"
                     )
                 setattr(parent, name, FullPrecisionNorm(child))

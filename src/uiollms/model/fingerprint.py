@@ -1,7 +1,7 @@
 """Which model made a memory: hashes of all that its encoder and decoder compute with.
 
-Numbers are compared in bfloat16, so that a checkpoint is the same model in whatever dtype, on whatever
-device it was loaded.
+Numbers are compared in bfloat16, so that a checkpoint is the same model in whatever dtype, on
+whatever device it was loaded.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from uiollms.config.corpora import Checked
 from uiollms.config.sections import MemoryConfig
 
 SLICE = 2**24  # numbers of a tensor that are converted at once
-# Below this float16 does not hold every bfloat16 number: such numbers count as 0, or a base would be
-# another one in float16.
+# Below this float16 does not hold every bfloat16 number: such numbers count as 0, or a base would
+# be another one in float16.
 LEAST = 2.0**-16
 
 Hash = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
@@ -49,7 +49,9 @@ class Fingerprint(Checked):
     def differing(self, model: Any) -> list[str]:
         """What differs from `model`, a phrase each."""
         own = fingerprint(model, self.covers)
-        fields = [name for name in Fingerprint.model_fields if name != "base" or self.covers == "samples"]
+        fields = [
+            name for name in Fingerprint.model_fields if name != "base" or self.covers == "samples"
+        ]
         return [
             f"{name} {getattr(self, name)}, this model's is {getattr(own, name)}"
             for name in fields
@@ -58,9 +60,9 @@ class Fingerprint(Checked):
 
 
 def fingerprint(model: Any, covers: Literal["all", "samples"] = "all") -> Fingerprint:
-    """The fingerprint of a MemoryLM as it is now. The base's part is computed once and kept until one
-    of its tensors is replaced or changes in place (a change through `.data` is not seen); the
-    trained part is computed at every call."""
+    """The fingerprint of a MemoryLM as it is now. The base's part is computed once and kept
+    until one of its tensors is replaced or changes in place (a change through `.data` is not
+    seen); the trained part is computed at every call."""
     trained = dict(sorted(model.memory_state_dict().items()))
     # Dropout is a matter of training, the schema one of editors.
     compressor = model.memory_config.model_copy(update={"lora_dropout": 0.0, "schema_": None})
@@ -96,13 +98,15 @@ def base_hash(base: nn.Module) -> str:
 
 
 def tensors_hash(tensors: Mapping[str, Tensor], base: nn.Module | None = None) -> str:
-    """Of names, shapes and numbers of tensors, on several cores; those of `base` may rest on disk."""
+    """Of names, shapes and numbers of tensors, on several cores; those of `base` may rest on
+    disk."""
 
     def hashed(name: str) -> str:
         return tensor_hash(tensors[name] if base is None else at_hand(base, name, tensors[name]))
 
     first = {id(tensor): name for name, tensor in tensors.items()}  # tied tensors are read once
-    # A forked process makes torch's own pool anew at first use, which two threads must not do at once.
+    # A forked process makes torch's own pool anew at first use, which two threads must not do at
+    # once.
     torch.set_num_threads(torch.get_num_threads())
     with ThreadPoolExecutor() as pool:
         hashes = dict(zip(first, pool.map(hashed, first.values()), strict=True))
@@ -121,7 +125,13 @@ def config_hash(base: Any) -> str:
     """Of what the layers compute beside their weights, as far as it can reach a memory: the
     activation, heads, the norms' epsilon, sliding windows, and the rotation of positions."""
     config = base.config
-    names = ("model_type", "hidden_act", "num_attention_heads", "num_key_value_heads", "sliding_window")
+    names = (
+        "model_type",
+        "hidden_act",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "sliding_window",
+    )
     facts = {name: getattr(config, name, None) for name in names}
     if facts["sliding_window"] is not None:
         facts["layer_types"] = getattr(config, "layer_types", None)
@@ -142,7 +152,7 @@ def tensor_hash(tensor: Tensor) -> str:
     return hashed.hexdigest()
 
 
-# ---- as version 0.1 had it --------------------------------------------------------------------------
+# ---- as version 0.1 had it -----------------------------------------------------------------------
 
 
 def samples_hash(base: Any) -> str:

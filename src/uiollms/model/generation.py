@@ -1,4 +1,5 @@
-"""transformers' generate() on a stream: what may be asked of it, what it goes on from, prompts of different lengths.
+"""transformers' generate() on a stream: what may be asked of it, what it goes on from, prompts
+of different lengths.
 
 Shapes: B rows, T tokens of the prompts as given (padding included), V vocabulary.
 """
@@ -27,7 +28,8 @@ from uiollms.model.request import (
 )
 from uiollms.model.state import MemoryState
 
-# Options of generate() that have no meaning on a compressed stream or need what it does not keep -> why.
+# Options of generate() that have no meaning on a compressed stream or need what it does not keep ->
+# why.
 _ONE_STEP = "a stream cannot take tokens back"
 _NO_RECORD = "layers are run for their result only"
 REFUSED = {
@@ -53,11 +55,12 @@ DEFAULT_NEW_TOKENS = 20  # transformers' own
 
 
 class RaggedState(Cache):
-    """Streams of different lengths side by side, for left-padded prompts: rows of equal length share one state.
+    """Streams of different lengths side by side, for left-padded prompts: rows of equal length
+    share one state.
 
-    groups: (rows [B'] int64, how many leading tokens of the next call are padding, their state). Chunk boundaries of
-    rows of different lengths never meet, so each group is one call of its own: right for any lengths, and as fast as
-    the number of different lengths allows.
+    groups: (rows [B'] int64, how many leading tokens of the next call are padding, their state).
+    Chunk boundaries of rows of different lengths never meet, so each group is one call of its
+    own: right for any lengths, and as fast as the number of different lengths allows.
     """
 
     is_croppable = False
@@ -68,10 +71,15 @@ class RaggedState(Cache):
 
     @classmethod
     def start(cls, mask: Tensor, state: MemoryState | RaggedState) -> RaggedState:
-        """mask [B, T] bool, false where a prompt is padded, on its left; state: what its B rows go on from."""
+        """mask [B, T] bool, false where a prompt is padded, on its left; state: what its B rows
+        go on from."""
         padding = (~mask).sum(1).cpu()
         groups = []
-        for rows, _, own in state.groups if isinstance(state, RaggedState) else [(torch.arange(len(mask)), 0, state)]:
+        for rows, _, own in (
+            state.groups
+            if isinstance(state, RaggedState)
+            else [(torch.arange(len(mask)), 0, state)]
+        ):
             for skip in padding[rows].unique().tolist():
                 places = (padding[rows] == skip).nonzero().squeeze(1)
                 groups.append((rows[places], skip, own.select(places)))
@@ -106,7 +114,9 @@ class RaggedState(Cache):
             groups.append((rows, 0, output.past_key_values))
         order = torch.cat([rows for rows, _, _ in groups]).argsort()
         joined = torch.cat(logits)
-        return CausalLMOutputWithPast(logits=joined[order.to(joined.device)], past_key_values=RaggedState(groups))
+        return CausalLMOutputWithPast(
+            logits=joined[order.to(joined.device)], past_key_values=RaggedState(groups)
+        )
 
     def select(self, rows: Tensor) -> RaggedState:
         """A new state of the rows [B'] int64, in that order; a row may be taken several times."""
@@ -137,44 +147,55 @@ class Generation:
         generator: torch.Generator | None = None,
         **options: Any,
     ) -> Any:
-        """transformers' generate: greedy, sampling, beams, stop strings, streamers; prompts [B, T], left-padded if an
-        `attention_mask` says so (each row is then what it would be alone).
+        """transformers' generate: greedy, sampling, beams, stop strings, streamers; prompts [B,
+        T], left-padded if an `attention_mask` says so (each row is then what it would be alone).
 
-        state: goes on from there; `inputs` are the tokens after it. A state of one row serves a batch of prompts. The state
-        that a padded batch left goes on too, each row from its own.
-        past_key_values: the same in transformers' terms: `inputs` hold all tokens from the start, those that the state has
-        seen included. Either is left as it was: ask it as often as you like.
-        generator: what `do_sample` draws from: one draw, which seeds a generator of the request's own;
-        None takes that draw from torch's global one. So a request neither sees nor changes what others
-        draw while it runs.
-        Processors, penalties and stopping criteria see the whole text, that which a state has read
-        included; lengths (`max_length`, `min_length`) and the result are without it. Raises ValueError
-        where they need it and the state does not know it (a `.mem` of version 0.1).
-        With `return_dict_in_generate=True` the result's `.past_key_values` has seen every token but the last.
-        Without any length, 20 new tokens, also behind prompts past the base's positions. Raises ValueError for
-        options that a stream cannot serve (`REFUSED`), for padding that is not on the left, and where the tokens that may
-        be generated would pass the capacity.
+        state: goes on from there; `inputs` are the tokens after it. A state of one row serves a
+        batch of prompts. The state that a padded batch left goes on too, each row from its own.
+        past_key_values: the same in transformers' terms: `inputs` hold all tokens from the
+        start, those that the state has seen included. Either is left as it was: ask it as often
+        as you like. generator: what `do_sample` draws from: one draw, which seeds a generator of
+        the request's own; None takes that draw from torch's global one. So a request neither
+        sees nor changes what others draw while it runs. Processors, penalties and stopping
+        criteria see the whole text, that which a state has read included; lengths (`max_length`,
+        `min_length`) and the result are without it. Raises ValueError where they need it and the
+        state does not know it (a `.mem` of version 0.1). With `return_dict_in_generate=True` the
+        result's `.past_key_values` has seen every token but the last. Without any length, 20 new
+        tokens, also behind prompts past the base's positions. Raises ValueError for options that
+        a stream cannot serve (`REFUSED`), for padding that is not on the left, and where the
+        tokens that may be generated would pass the capacity.
         """
         refuse(options, generation_config, self.generation_config)
         check_segments(options.pop("token_type_ids", None))
         ids = options.pop("input_ids", None) if inputs is None else inputs
         if state is not None and past_key_values is not None:
-            raise ValueError("give `state` (inputs are the new tokens) or `past_key_values` (inputs hold all tokens), not both")
+            raise ValueError(
+                "give `state` (inputs are the new tokens) or `past_key_values` (inputs hold all "
+                "tokens), not both"
+            )
         for name, given in (("state", state), ("past_key_values", past_key_values)):
             if given is not None:
                 check_start(name, given, ids)
         if attention_mask is None and ids is not None:
             attention_mask = leading_padding(
-                ids, {**self.generation_config.to_dict(), **set_fields(generation_config), **options}
+                ids,
+                {**self.generation_config.to_dict(), **set_fields(generation_config), **options},
             )
         if attention_mask is not None:
             mask = left_padded(attention_mask, ids, past_key_values)
             if mask is not None:
                 options["attention_mask"] = mask
-                start: Any = self.new_state(len(mask)) if state is None else expanded(state, len(mask))
+                start: Any = (
+                    self.new_state(len(mask)) if state is None else expanded(state, len(mask))
+                )
                 state = RaggedState.start(mask.bool(), start)
-        if not wants_length(generation_config, options) and self.generation_config.max_new_tokens is None:
-            total = self.generation_config.max_length  # Llama 2's names its positions: no limit for a stream
+        if (
+            not wants_length(generation_config, options)
+            and self.generation_config.max_new_tokens is None
+        ):
+            total = (
+                self.generation_config.max_length
+            )  # Llama 2's names its positions: no limit for a stream
             if total is None or (ids is not None and ids.shape[1] >= total):
                 options["max_new_tokens"] = DEFAULT_NEW_TOKENS
         places = options, generation_config, self.generation_config
@@ -191,9 +212,11 @@ class Generation:
             result = super().generate(ids, generation_config, **options)  # type: ignore[misc]
         return result if state is None else with_prompts(result, prompts, options["num_earlier"])
 
-    def _with_text(self: Any, ids: Tensor, state: Any, options: dict[str, Any], places: Any) -> Tensor:
-        """ids [B, T] that go on from a state -> the whole texts [B, W]; `options` are changed to fit.
-        Where the state does not know its text, the same ids."""
+    def _with_text(
+        self: Any, ids: Tensor, state: Any, options: dict[str, Any], places: Any
+    ) -> Tensor:
+        """ids [B, T] that go on from a state -> the whole texts [B, W]; `options` are changed to
+        fit. Where the state does not know its text, the same ids."""
         options["num_earlier"] = 0
         if state.get_seq_length() == 0:
             return ids
@@ -201,7 +224,8 @@ class Generation:
         if any(own.text is None for _, _, own in groups):
             if name := looks_at_text(*places):
                 raise ValueError(
-                    f"generate: {name} looks at the whole text, which this state does not know (of a memory of "
+                    f"generate: {name} looks at the whole text, which this state does not know (of "
+                    "a memory of "
                     f"version 0.1); compress the text again, or switch {name} off"
                 )
             return ids
@@ -209,7 +233,10 @@ class Generation:
         whole, mask = whole_text(ids, *texts_of(groups, len(ids)), pad=0 if pad is None else pad)
         earlier = options["num_earlier"] = whole.shape[1] - ids.shape[1]
         options["attention_mask"] = mask
-        for name in ("max_length", "min_length"):  # of the result, which is without the state's text
+        for name in (
+            "max_length",
+            "min_length",
+        ):  # of the result, which is without the state's text
             if length := setting(name, *places):
                 options[name] = length + earlier
         if options.get("streamer") is not None:
@@ -223,9 +250,11 @@ class Generation:
         return processors if mask is None or mask.all() else without_padding(processors, mask)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused, and with it `generate_batch` and `continuous_batching_context_manager`, which begin here."""
+        """Refused, and with it `generate_batch` and `continuous_batching_context_manager`, which
+        begin here."""
         raise NotImplementedError(
-            "generate_batch (continuous batching) is not supported with memory: it keeps a paged cache of its own; give "
+            "generate_batch (continuous batching) is not supported with memory: it keeps a paged "
+            "cache of its own; give "
             "generate a left-padded batch"
         )
 
@@ -251,18 +280,31 @@ class Generation:
         return {"input_ids": input_ids, "state": state, "logits_to_keep": 1}
 
     def _prepare_cache_for_generation(
-        self: Any, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, num_fed: int
+        self: Any,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        mode: Any,
+        batch_size: int,
+        num_fed: int,
     ) -> None:
-        """transformers would build its own cache here; a stream starts in `prepare_inputs_for_generation`. num_fed: tokens
-        of the longest row when all that may be generated is, less the last, which is never fed."""
+        """transformers would build its own cache here; a stream starts in
+        `prepare_inputs_for_generation`. num_fed: tokens of the longest row when all that may be
+        generated is, less the last, which is never fed."""
         num_fed -= model_kwargs.get("num_earlier", 0)
         state = model_kwargs.get("state")
-        groups = state.groups if isinstance(state, RaggedState) else [(None, 0, state)] if state is not None else []
+        groups = (
+            state.groups
+            if isinstance(state, RaggedState)
+            else [(None, 0, state)]
+            if state is not None
+            else []
+        )
         ends = [(own.num_tokens + num_fed - skip, own.num_tokens) for _, skip, own in groups]
         total, seen = max(ends, default=(num_fed, 0))
         if total > self.capacity:
             raise ValueError(
-                f"prompt and new tokens come to {total} tokens ({seen} of them in the state), the capacity is "
+                f"prompt and new tokens come to {total} tokens ({seen} of them in the state), the "
+                "capacity is "
                 f"{self.capacity}; lower max_new_tokens or max_length, or shorten the prompt"
             )
 
@@ -272,14 +314,18 @@ def refuse(options: Mapping[str, Any], *configs: GenerationConfig | None) -> Non
     for name, reason in REFUSED.items():
         for value in (options.get(name), *(getattr(config, name, None) for config in configs)):
             if isinstance(value, Tensor) or value not in (None, False, NEUTRAL.get(name)):
-                raise ValueError(f"generate: {name} is not supported with memory: {reason}; leave it out")
+                raise ValueError(
+                    f"generate: {name} is not supported with memory: {reason}; leave it out"
+                )
 
 
 def check_start(name: str, state: Any, ids: Tensor | None) -> None:
-    """Raises ValueError if `ids` [B, T] cannot go on from the state given as the argument `name`."""
+    """Raises ValueError if `ids` [B, T] cannot go on from the state given as the argument
+    `name`."""
     if name == "past_key_values" and isinstance(state, RaggedState):
         raise ValueError(
-            "generate: past_key_values is the state of a padded batch, whose rows have seen different numbers of tokens; "
+            "generate: past_key_values is the state of a padded batch, whose rows have seen "
+            "different numbers of tokens; "
             "give it as state=..., and only the tokens after it as input_ids"
         )
     if not isinstance(state, MemoryState | RaggedState):
@@ -293,7 +339,8 @@ def check_start(name: str, state: Any, ids: Tensor | None) -> None:
         known = (state.open_ids if state.text is None else state.text).to(ids.device)
         if ids.shape[1] <= seen or not (ids[:, seen - known.shape[1] : seen] == known).all():
             raise ValueError(
-                f"generate: past_key_values has seen {seen} tokens, and input_ids [{ids.shape[0]}, {ids.shape[1]}] do not "
+                f"generate: past_key_values has seen {seen} tokens, and input_ids [{ids.shape[0]}, "
+                f"{ids.shape[1]}] do not "
                 f"start with them and go on; to give only the tokens after them, use state=..."
             )
 
@@ -301,37 +348,58 @@ def check_start(name: str, state: Any, ids: Tensor | None) -> None:
 def expanded(state: MemoryState | RaggedState, num_rows: int) -> MemoryState | RaggedState:
     """One state for many prompts, or beams: every row as often as `num_rows` asks."""
     times = num_rows // state.batch_size
-    return state if times == 1 else state.select(torch.arange(state.batch_size).repeat_interleave(times))
+    return (
+        state
+        if times == 1
+        else state.select(torch.arange(state.batch_size).repeat_interleave(times))
+    )
 
 
 def leading_padding(ids: Tensor, settings: Mapping[str, Any]) -> Tensor | None:
-    """[B, T] -> mask of a batch that was padded on the left and given without one, as transformers infers it: never where
-    padding and end of sequence are one token."""
+    """[B, T] -> mask of a batch that was padded on the left and given without one, as
+    transformers infers it: never where padding and end of sequence are one token."""
     pad, eos = settings.get("pad_token_id"), settings.get("eos_token_id")
     if pad is None or pad in (eos if isinstance(eos, list | tuple) else [eos]):
         return None
     return (ids != pad).cumsum(1) > 0
 
 
-def left_padded(mask: Tensor, ids: Tensor | None, past_key_values: MemoryState | None) -> Tensor | None:
-    """The mask, or None where nothing is padded. Raises ValueError for zeros that are not on the left."""
+def left_padded(
+    mask: Tensor, ids: Tensor | None, past_key_values: MemoryState | None
+) -> Tensor | None:
+    """The mask, or None where nothing is padded. Raises ValueError for zeros that are not on the
+    left."""
     if mask.all():
         return None
     if past_key_values is not None:
-        raise ValueError("generate: padded prompts cannot be combined with past_key_values; use state=...")
-    if ids is None or mask.shape != ids.shape or not mask[:, -1].all() or (mask[:, 1:].bool() < mask[:, :-1].bool()).any():
         raise ValueError(
-            "generate: attention_mask must have the prompts' shape, with zeros only in front of a prompt "
+            "generate: padded prompts cannot be combined with past_key_values; use state=..."
+        )
+    if (
+        ids is None
+        or mask.shape != ids.shape
+        or not mask[:, -1].all()
+        or (mask[:, 1:].bool() < mask[:, :-1].bool()).any()
+    ):
+        raise ValueError(
+            "generate: attention_mask must have the prompts' shape, with zeros only in front of a "
+            "prompt "
             "(tokenizer.padding_side = 'left')"
         )
     return mask
 
 
 def set_fields(config: GenerationConfig | None) -> dict[str, Any]:
-    return {} if config is None else {name: value for name, value in config.to_dict().items() if value is not None}
+    return (
+        {}
+        if config is None
+        else {name: value for name, value in config.to_dict().items() if value is not None}
+    )
 
 
 def wants_length(config: GenerationConfig | None, options: Mapping[str, Any]) -> bool:
     """Whether the caller said how long the result may be."""
-    given = set_fields(config) | {name: value for name, value in options.items() if value is not None}
+    given = set_fields(config) | {
+        name: value for name, value in options.items() if value is not None
+    }
     return bool(given.keys() & {"max_length", "max_new_tokens"})

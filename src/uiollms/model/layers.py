@@ -1,7 +1,9 @@
-"""What is asked of the frozen base: that it fits, one of its layers run, its keys rotated; and the LoRA of a role on it.
+"""What is asked of the frozen base: that it fits, one of its layers run, its keys rotated; and
+the LoRA of a role on it.
 
-Nothing of a model's own code is copied: layers, norms, rotary functions and attention are the library's.
-Shapes: B rows, T tokens, D hidden size, H key/value heads, m memory slots, K head size.
+Nothing of a model's own code is copied: layers, norms, rotary functions and attention are the
+library's. Shapes: B rows, T tokens, D hidden size, H key/value heads, m memory slots, K head
+size.
 """
 
 from __future__ import annotations
@@ -18,10 +20,22 @@ from torch.utils.checkpoint import checkpoint
 from uiollms.config.sections import MemoryConfig
 from uiollms.kernels import flash_attention
 from uiollms.kernels.devices import device_of, to_device
-from uiollms.model.attention import AttentionPattern, Masked, decoder_mask, decoder_positions, encoder_positions
+from uiollms.model.attention import (
+    AttentionPattern,
+    Masked,
+    decoder_mask,
+    decoder_positions,
+    encoder_positions,
+)
 from uiollms.model.attention_patterns import EncoderPattern, PackedRowsPattern, SharedMemoryPattern
 from uiollms.model.lora import LoRA, dropout_seeds
-from uiollms.model.positions import far_rows, num_positions, positions_said, rope_fault, rotary_tables
+from uiollms.model.positions import (
+    far_rows,
+    num_positions,
+    positions_said,
+    rope_fault,
+    rotary_tables,
+)
 from uiollms.model.skeleton import sharded
 from uiollms.model.state import Prefix, SharedPrefix
 from uiollms.weights.base_files import FAMILIES
@@ -32,11 +46,13 @@ PROJECTIONS = {"encoder": ("q_proj", "v_proj"), "decoder": ("k_proj", "v_proj")}
 
 
 class Role(nn.Module):
-    """The trained tensors of one role: a LoRA pair for two projections of every layer (for none, where
-    the decoder has no transfer head), and one token embedding, where `token_name` names it; all
-    in the dtype of `token`."""
+    """The trained tensors of one role: a LoRA pair for two projections of every layer (for none,
+    where the decoder has no transfer head), and one token embedding, where `token_name` names
+    it; all in the dtype of `token`."""
 
-    def __init__(self, name: str, base: Any, config: MemoryConfig, token_name: str | None, token: Tensor) -> None:
+    def __init__(
+        self, name: str, base: Any, config: MemoryConfig, token_name: str | None, token: Tensor
+    ) -> None:
         super().__init__()
         salts = iter(range(2 * len(base.model.layers)))
         offset = 0 if name == "encoder" else 2 * len(base.model.layers)
@@ -65,9 +81,14 @@ def check_base(base: Any, config: MemoryConfig) -> None:
     """Raises ValueError if `base` cannot carry memory with `config`."""
     family = base.config.model_type
     if family not in FAMILIES:
-        raise ValueError(f"model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
+        raise ValueError(
+            f"model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}"
+        )
     if sharded(base):
-        raise ValueError("whole layers of the base are sharded by FSDP; shard its linear layers only, or give a device_map")
+        raise ValueError(
+            "whole layers of the base are sharded by FSDP; shard its linear layers only, or give a "
+            "device_map"
+        )
     faults = (
         narrow_window(base.config, config.chunk_size),
         rope_fault(base.config, config.chunk_size, config.recent_tokens),
@@ -80,7 +101,9 @@ def check_base(base: Any, config: MemoryConfig) -> None:
         said = positions_said(base.config)
         raise ValueError(f"chunk_size {config.chunk_size} is past the base's {said}")
     if flash_attention.asked(base) and (fault := flash_attention.unfit(base.dtype, base.config)):
-        raise ValueError(f'{fault}; load the base in another dtype, or with attn_implementation="sdpa"')
+        raise ValueError(
+            f'{fault}; load the base in another dtype, or with attn_implementation="sdpa"'
+        )
 
 
 def layer_device(layer: Any) -> torch.device:
@@ -88,8 +111,9 @@ def layer_device(layer: Any) -> torch.device:
 
 
 class LayerInputs(NamedTuple):
-    """What all layers read beside their hidden states; it travels with them, copied once where the device changes.
-    seen: who sees whom; sliding: the same in layers with a sliding window, where it differs."""
+    """What all layers read beside their hidden states; it travels with them, copied once where
+    the device changes. seen: who sees whom; sliding: the same in layers with a sliding window,
+    where it differs."""
 
     positions: Tensor
     rotary: tuple[Tensor, ...]
@@ -126,8 +150,9 @@ def decoder_inputs(
     first_slots: Sequence[int] | None = None,
     seen: AttentionPattern | None = None,
 ) -> LayerInputs:
-    """For decoder layers on [B, T, D] behind `num_slots` slots, from number `first_slots` on (by default 0), and `local_past`
-    tokens of the same chunk, in `prefix`. seen: in place of the usual one."""
+    """For decoder layers on [B, T, D] behind `num_slots` slots, from number `first_slots` on (by
+    default 0), and `local_past` tokens of the same chunk, in `prefix`. seen: in place of the
+    usual one."""
     first_slots = first_slots or [0] * len(num_slots)
     length, device = hidden.shape[1], hidden.device
     positions = decoder_positions(num_slots, length, device) + local_past
@@ -138,7 +163,9 @@ def decoder_inputs(
         if flash_attention.asked(base):
             return PackedRowsPattern.of(num_slots, first_slots, local_past, length, device, window)
         if isinstance(prefix, SharedPrefix) and prefix.apart:
-            return SharedMemoryPattern(prefix, tuple(num_slots), tuple(first_slots), length, device, window)
+            return SharedMemoryPattern(
+                prefix, tuple(num_slots), tuple(first_slots), length, device, window
+            )
         return Masked(decoder_mask(num_slots, local_past, length, device, window, first_slots))
 
     if seen is not None:
@@ -148,7 +175,9 @@ def decoder_inputs(
     return LayerInputs(positions, rotary, usual(None), sliding)
 
 
-def run_layer(layer: Any, hidden: Tensor, beside: LayerInputs, prefix: KVPrefix | None = None) -> Tensor:
+def run_layer(
+    layer: Any, hidden: Tensor, beside: LayerInputs, prefix: KVPrefix | None = None
+) -> Tensor:
     """One layer of a skeleton on [B, T, D]; all inputs are where it lives."""
     return layer(
         hidden,
@@ -161,8 +190,9 @@ def run_layer(layer: Any, hidden: Tensor, beside: LayerInputs, prefix: KVPrefix 
 
 
 def run_last_rows(layer: Any, hidden: Tensor, rows: int, beside: LayerInputs) -> Tensor:
-    """As `run_layer` on [B, T, D], but only the last `rows` positions go through it, [B, rows, D]: the others are no more
-    than keys and values in front of them. beside: of all positions, for encoder layers."""
+    """As `run_layer` on [B, T, D], but only the last `rows` positions go through it, [B, rows,
+    D]: the others are no more than keys and values in front of them. beside: of all positions,
+    for encoder layers."""
     positions, rotary, seen, _ = beside
     attention = layer.self_attn
     front = slice(0, hidden.shape[1] - rows)
@@ -180,38 +210,62 @@ def run_last_rows(layer: Any, hidden: Tensor, rows: int, beside: LayerInputs) ->
 
 
 def run_encoder_layer(
-    layer: Any, hidden: Tensor, seeds: Sequence[int] | None, beside: LayerInputs, rows: int | None = None
+    layer: Any,
+    hidden: Tensor,
+    seeds: Sequence[int] | None,
+    beside: LayerInputs,
+    rows: int | None = None,
 ) -> Tensor:
-    """As `run_layer`, or with `rows` as `run_last_rows`; `seeds`, one a row of [B, T, D], switch the LoRA's dropout on."""
+    """As `run_layer`, or with `rows` as `run_last_rows`; `seeds`, one a row of [B, T, D], switch
+    the LoRA's dropout on."""
     with dropout_seeds(seeds):
-        return run_layer(layer, hidden, beside) if rows is None else run_last_rows(layer, hidden, rows, beside)
+        return (
+            run_layer(layer, hidden, beside)
+            if rows is None
+            else run_last_rows(layer, hidden, rows, beside)
+        )
 
 
 def checkpointed(function: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-    """A layer's function of [B, T, D] whose inner activations are not kept but computed again in the backward. It draws nothing
-    (dropout has seeds of its own), and is not stopped early there: hooks that load weights from disk must see the layer's end."""
-    return checkpoint(function, hidden, use_reentrant=False, preserve_rng_state=False, early_stop=False, determinism_check="none")
+    """A layer's function of [B, T, D] whose inner activations are not kept but computed again in
+    the backward. It draws nothing (dropout has seeds of its own), and is not stopped early
+    there: hooks that load weights from disk must see the layer's end."""
+    return checkpoint(
+        function,
+        hidden,
+        use_reentrant=False,
+        preserve_rng_state=False,
+        early_stop=False,
+        determinism_check="none",
+    )
 
 
 def recompute_silu(function: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-    """A layer's function of [B, T, D] whose graph does not keep what SiLU gives, [B, T, I], to multiply by: its backward has it
-    again from SiLU's own input, which the graph keeps anyway."""
+    """A layer's function of [B, T, D] whose graph does not keep what SiLU gives, [B, T, I], to
+    multiply by: its backward has it again from SiLU's own input, which the graph keeps anyway."""
     with torch.autograd.graph.saved_tensors_hooks(_packed, _unpacked):
         return function(hidden)
 
 
 def _packed(kept: Tensor) -> Tensor | tuple[Tensor]:
     made_by: Any = kept.grad_fn
-    return (made_by._saved_self,) if made_by is not None and made_by.name() == "SiluBackward0" else kept
+    return (
+        (made_by._saved_self,)
+        if made_by is not None and made_by.name() == "SiluBackward0"
+        else kept
+    )
 
 
 def _unpacked(kept: Tensor | tuple[Tensor]) -> Tensor:
     return F.silu(kept[0].detach()) if isinstance(kept, tuple) else kept
 
 
-def keys_and_values(attention: Any, pair: Any, slots: Tensor, seeds: Sequence[int] | None) -> tuple[Tensor, Tensor]:
-    """A layer's memory [C, m, D] -> keys, not rotated yet, and values [C, m, H, K]: the frozen projections, plus the
-    decoder's LoRA (`pair`, empty without a transfer head), and the family's key norm if it has one."""
+def keys_and_values(
+    attention: Any, pair: Any, slots: Tensor, seeds: Sequence[int] | None
+) -> tuple[Tensor, Tensor]:
+    """A layer's memory [C, m, D] -> keys, not rotated yet, and values [C, m, H, K]: the frozen
+    projections, plus the decoder's LoRA (`pair`, empty without a transfer head), and the
+    family's key norm if it has one."""
     k, v = attention.k_proj(slots), attention.v_proj(slots)
     if pair:
         k, v = k + pair["k_proj"](slots, seeds), v + pair["v_proj"](slots, seeds)

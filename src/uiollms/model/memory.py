@@ -1,8 +1,10 @@
-"""Documents compressed once and kept: a Memory is made by a model, saved, loaded, joined with others, and asked.
+"""Documents compressed once and kept: a Memory is made by a model, saved, loaded, joined with
+others, and asked.
 
-What is kept is what the encoder leaves behind, before the decoder's projection gives it positions. So memories of several
-documents can stand one behind the other in any order, without being encoded again.
-Shapes: L layers, C chunks, m num_memory, D hidden size, p tokens that do not fill a chunk.
+What is kept is what the encoder leaves behind, before the decoder's projection gives it
+positions. So memories of several documents can stand one behind the other in any order, without
+being encoded again. Shapes: L layers, C chunks, m num_memory, D hidden size, p tokens that do
+not fill a chunk.
 """
 
 from __future__ import annotations
@@ -45,12 +47,14 @@ class Source(Checked):
 
     @property
     def shown(self) -> str:
-        """The name as a terminal may have it: quoted, what is not printable escaped, not too long."""
+        """The name as a terminal may have it: quoted, what is not printable escaped, not too
+        long."""
         return repr(self.name if len(self.name) <= LONGEST else f"{self.name[:LONGEST]}..")
 
 
 class Header(Checked):
-    """What stands in the file beside the tensors. sha256: of the whole file, with zeros in its place."""
+    """What stands in the file beside the tensors. sha256: of the whole file, with zeros in its
+    place."""
 
     format: Literal["uiollms memory 1", "uiollms memory 2"]
     made_by: Fingerprint
@@ -73,10 +77,11 @@ class Memory:
     """Compressed documents.
 
     slots [L, C, m, D]: every chunk's memory, in the dtype of the model that made it, on the CPU;
-    open_ids [p] int64: the tokens behind each document's last full chunk, which stay as they are: a state reads them last;
-    sources: the documents, in order; made_by: the model that can read it; chunk_ids [C, l] int64: the
-    tokens of the chunks, for what looks at the text while an answer is generated, the last of them to be fed
-    again in front of the next chunk (recent_tokens); None in files of version 0.1, which do not keep them.
+    open_ids [p] int64: the tokens behind each document's last full chunk, which stay as they
+    are: a state reads them last; sources: the documents, in order; made_by: the model that can
+    read it; chunk_ids [C, l] int64: the tokens of the chunks, for what looks at the text while
+    an answer is generated, the last of them to be fed again in front of the next chunk
+    (recent_tokens); None in files of version 0.1, which do not keep them.
     """
 
     slots: Tensor
@@ -101,9 +106,15 @@ class Memory:
         size = len(self.slots), self.slots.shape[-1]
         own = model.config.num_hidden_layers, model.config.hidden_size
         if not differing and size != own:
-            differing = [f"slots of {size[0]} layers of {size[1]} numbers, this model's are {own[0]} of {own[1]}"]
+            differing = [
+                f"slots of {size[0]} layers of {size[1]} numbers, this model's are {own[0]} of "
+                f"{own[1]}"
+            ]
         if differing:
-            raise ConfigError(f"{name}: made by another model: {'; '.join(differing)}; compress the text again with this one")
+            raise ConfigError(
+                f"{name}: made by another model: {'; '.join(differing)}; compress the text again "
+                "with this one"
+            )
         recent = model.memory_config.recent_tokens
         if recent and self.chunk_ids is None and self.num_slots:
             lacks = f"holds no chunk_ids, whose last {recent} are fed again (recent_tokens)"
@@ -117,32 +128,46 @@ class Memory:
 
     @torch.no_grad()
     def state(self, model: Any) -> MemoryState:
-        """A stream of one row that has read the documents, for `model.generate(ids, state=...)` and `model(ids, state)`.
-        Raises ConfigError for another model's memory, ValueError where the documents together are past the capacity."""
+        """A stream of one row that has read the documents, for `model.generate(ids, state=...)`
+        and `model(ids, state)`. Raises ConfigError for another model's memory, ValueError where
+        the documents together are past the capacity."""
         self.check(model)
         model.check_length(self.num_tokens)
         state = model.new_state()
         chunks = self.slots.shape[1]
         if chunks:
-            layers = [slots.to(empty) for slots, empty in zip(self.slots, state.memory_keys, strict=True)]
+            layers = [
+                slots.to(empty) for slots, empty in zip(self.slots, state.memory_keys, strict=True)
+            ]
             keys, values = model.project(layers, range(chunks))
-            state.memory_keys, state.memory_values = [join_slots(k, 1) for k in keys], [join_slots(v, 1) for v in values]
+            state.memory_keys, state.memory_values = (
+                [join_slots(k, 1) for k in keys],
+                [join_slots(v, 1) for v in values],
+            )
             state.num_tokens = chunks * model.memory_config.chunk_size
             if self.chunk_ids is not None:
                 state.text = self.chunk_ids.reshape(1, -1).to(state.open_ids.device)
                 state.recent_ids = recent_of(state.text, model.memory_config)
             else:
                 state.text = None
-        return model(self.open_ids[None], state, logits_to_keep=1).past_key_values if len(self.open_ids) else state
+        return (
+            model(self.open_ids[None], state, logits_to_keep=1).past_key_values
+            if len(self.open_ids)
+            else state
+        )
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file with a checksum of all of it; a save that fails leaves what was at
-        `path`. Raises ConfigError for slots that hold NaN or infinite numbers."""
+        """Write a safetensors file with a checksum of all of it; a save that fails leaves what
+        was at `path`. Raises ConfigError for slots that hold NaN or infinite numbers."""
         path = Path(path)
         if not_finite([("slots", self.slots)]):
-            raise ConfigError(f"{path}: not saved: the memory holds NaN or infinite numbers; {OVERFLOW}")
+            raise ConfigError(
+                f"{path}: not saved: the memory holds NaN or infinite numbers; {OVERFLOW}"
+            )
         make_folder(path.parent)
-        header = Header(format="uiollms memory 2", made_by=self.made_by, sources=self.sources, sha256=UNKNOWN)
+        header = Header(
+            format="uiollms memory 2", made_by=self.made_by, sources=self.sources, sha256=UNKNOWN
+        )
         tensors = {"slots": self.slots.contiguous(), "open_ids": self.open_ids.contiguous()}
         if self.chunk_ids is not None:
             tensors["chunk_ids"] = self.chunk_ids.contiguous()
@@ -158,19 +183,27 @@ class Memory:
 
     @classmethod
     def load(cls, path: str | Path, model: Any = None) -> Memory:
-        """Read a file of `save`, and check that `model`, if given, made it. Warns of files of version 0.1,
-        of which less can be checked. Raises ConfigError naming the file: where a byte has changed, a
-        field or tensor is not what `save` writes, or another model made it."""
+        """Read a file of `save`, and check that `model`, if given, made it. Warns of files of
+        version 0.1, of which less can be checked. Raises ConfigError naming the file: where a
+        byte has changed, a field or tensor is not what `save` writes, or another model made it."""
         header, tensors = read(Path(path))
-        memory = cls(tensors["slots"], tensors["open_ids"], header.sources, header.made_by, tensors.get("chunk_ids"))
+        memory = cls(
+            tensors["slots"],
+            tensors["open_ids"],
+            header.sources,
+            header.made_by,
+            tensors.get("chunk_ids"),
+        )
         if fault := memory.fault():
             raise ConfigError(f"{path}: {fault}; compress the text again")
         if model is not None:
             memory.check(model, path)
         if header.format == OLD:
             log.warning(
-                "%s: written by version 0.1, without a checksum and without its text: a damaged file or another "
-                "base may pass unnoticed, and answers cannot be kept from repeating the text; compress it again",
+                "%s: written by version 0.1, without a checksum and without its text: a damaged "
+                "file or another "
+                "base may pass unnoticed, and answers cannot be kept from repeating the text; "
+                "compress it again",
                 path,
             )
         return memory
@@ -181,7 +214,10 @@ class Memory:
         if self.slots.dtype not in FLOATS or len(shape) != 4 or not shape[0] or not shape[3]:
             return f"slots: {self.slots.dtype} {list(shape)} are no memory slots"
         if shape[2] != compressor.num_memory:
-            return f"slots: {shape[2]} a chunk, but made_by.compressor.num_memory is {compressor.num_memory}"
+            return (
+                f"slots: {shape[2]} a chunk, but made_by.compressor.num_memory is "
+                f"{compressor.num_memory}"
+            )
         size = compressor.chunk_size
         full = sum(source.num_tokens // size for source in self.sources)
         left = sum(source.num_tokens % size for source in self.sources)
@@ -192,7 +228,10 @@ class Memory:
             if ids is None:
                 continue
             if ids.dtype != torch.int64 or tuple(ids.shape) != expected:
-                return f"{name}: {ids.dtype} {list(ids.shape)}, but the sources make it int64 {list(expected)}"
+                return (
+                    f"{name}: {ids.dtype} {list(ids.shape)}, but the sources make it int64 "
+                    f"{list(expected)}"
+                )
             if ids.numel() and ids.min() < 0:
                 return f"{name}: {int(ids.min())} is no token id"
         return None
@@ -216,7 +255,9 @@ def read(path: Path) -> tuple[Header, dict[str, Tensor]]:
     except Exception as error:  # another's file fails in any way that the library knows
         raise ConfigError(f"{path}: not a memory, or damaged ({words_of(error)})") from None
     if not_finite((name, t) for name, t in tensors.items() if t.dtype in FLOATS):
-        raise ConfigError(f"{path}: the memory holds NaN or infinite numbers; compress the text again")
+        raise ConfigError(
+            f"{path}: the memory holds NaN or infinite numbers; compress the text again"
+        )
     if header.format == FORMAT and found != header.sha256:
         raise ConfigError(f"{path}: {DAMAGED}")
     if tensors.keys() - {"chunk_ids"} != {"slots", "open_ids"}:
@@ -243,7 +284,8 @@ def read_start(file: BinaryIO, path: Path) -> tuple[bytes, str]:
 
 
 def read_header(written: str, path: Path, damaged: bool) -> Header:
-    """damaged: the file has another checksum, which says more than what is wrong with the header."""
+    """damaged: the file has another checksum, which says more than what is wrong with the
+    header."""
     try:
         header = parse(Header, loads(written, f"{path}: header"), path)
     except (ValueError, RecursionError) as error:
@@ -281,18 +323,31 @@ def words_of(error: Exception) -> str:
 
 
 @torch.no_grad()
-def compress(model: Any, ids: Tensor, source: str, progress: Callable[[Sequence[Any]], Iterable[Any]] = iter) -> Memory:
-    """[T] or [1, T] token ids -> Memory. progress: wraps the batches of chunks, to show how far it is. Raises ValueError past
-    the capacity, and for more than one document."""
+def compress(
+    model: Any, ids: Tensor, source: str, progress: Callable[[Sequence[Any]], Iterable[Any]] = iter
+) -> Memory:
+    """[T] or [1, T] token ids -> Memory. progress: wraps the batches of chunks, to show how far
+    it is. Raises ValueError past the capacity, and for more than one document."""
     if ids.dim() == 2 and len(ids) == 1:
         ids = ids[0]
     if ids.dim() != 1:
-        raise ValueError(f"compress takes one document [T], found {list(ids.shape)}; compress each, then join them")
+        raise ValueError(
+            f"compress takes one document [T], found {list(ids.shape)}; compress each, then join "
+            "them"
+        )
     model.check_length(len(ids))
     check_ids(ids, model.config.vocab_size)
     config = model.memory_config
     full = len(ids) // config.chunk_size * config.chunk_size
-    parts = [torch.empty(model.config.num_hidden_layers, 0, config.num_memory, model.config.hidden_size, dtype=model.dtype)]
+    parts = [
+        torch.empty(
+            model.config.num_hidden_layers,
+            0,
+            config.num_memory,
+            model.config.hidden_size,
+            dtype=model.dtype,
+        )
+    ]
     ids = ids.cpu()
     chunks = ids[:full].view(-1, config.chunk_size)
     for batch in progress(chunks.split(model.chunk_batch) if len(chunks) else ()):
@@ -305,8 +360,8 @@ def compress(model: Any, ids: Tensor, source: str, progress: Callable[[Sequence[
 
 
 def join(memories: Sequence[Memory]) -> Memory:
-    """Documents one behind the other, nothing encoded again: all full chunks in order, then, raw, what was left over of
-    each. Raises ConfigError for memories of different models."""
+    """Documents one behind the other, nothing encoded again: all full chunks in order, then,
+    raw, what was left over of each. Raises ConfigError for memories of different models."""
     first, *others = memories
     for other in others:
         if other.made_by != first.made_by:

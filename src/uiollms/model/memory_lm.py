@@ -5,9 +5,9 @@
     decode   chunk + keys and values    -> hidden states
     forward  a stream of tokens         -> logits, compressing every chunk that fills up
 
-Shapes: B documents, T tokens, C chunks, l chunk_size, m num_memory, L layers, D hidden size, H key/value heads,
-K head size, M memory slots in front, V vocabulary.
-Source: UIO-LLMs (arXiv 2406.18173) sections 3.1 and 3.2.
+Shapes: B documents, T tokens, C chunks, l chunk_size, m num_memory, L layers, D hidden size, H
+key/value heads, K head size, M memory slots in front, V vocabulary. Source: UIO-LLMs (arXiv
+2406.18173) sections 3.1 and 3.2.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ LayerMemory = list[Tensor]  # L tensors [C, m, D], each on its layer's device
 class MemoryLM(PretrainedMixin, Streaming, Generation, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """A Hugging Face causal LM with learned memory.
 
-    base: a loaded model of a supported family (Llama, SmolLM2, Mistral, Qwen2, Qwen3). It is frozen and shared, not
-    copied; a float64 base also gets float64 norms (see `promote_norms`). masters: "fp32" or "base", see
-    `lora.master_dtype`. Raises ValueError, naming what was found and what is allowed, for another family
-    or for a sliding window narrower than a chunk.
+    base: a loaded model of a supported family (Llama, SmolLM2, Mistral, Qwen2, Qwen3). It is
+    frozen and shared, not copied; a float64 base also gets float64 norms (see `promote_norms`).
+    masters: "fp32" or "base", see `lora.master_dtype`. Raises ValueError, naming what was found
+    and what is allowed, for another family or for a sliding window narrower than a chunk.
     """
 
     main_input_name = "input_ids"
@@ -80,27 +80,35 @@ class MemoryLM(PretrainedMixin, Streaming, Generation, PreTrainedModel, Generati
         self.generation_config = base.generation_config
         # Chunks encoded or decoded in one batch with a graph: memory against speed, never results.
         self.chunk_batch = 4
-        # A backward runs a layer's forward again instead of keeping what happened inside it: memory against time.
+        # A backward runs a layer's forward again instead of keeping what happened inside it: memory
+        # against time.
         self.checkpointing = False
         embedding = base.model.embed_tokens
         with align_module_device(embedding):  # it may rest on disk
-            token = embedding.weight.detach()[eos_of(base.config)].to(master_dtype(base.dtype, masters))[None, None]
-        self.masters, self.master_dtype = masters, token.dtype  # of what is trained, and of gradients' sums
+            token = embedding.weight.detach()[eos_of(base.config)].to(
+                master_dtype(base.dtype, masters)
+            )[None, None]
+        self.masters, self.master_dtype = (
+            masters,
+            token.dtype,
+        )  # of what is trained, and of gradients' sums
         learned = config.slot_input == "token"
         self.encoder = Role("encoder", base, config, "retrieval_token" if learned else None, token)
         self.decoder = Role("decoder", base, config, "repeat_token", token)
         # What runs, beside the module tree (see skeleton.py).
         self.encoder_layers = skeleton(base, list(self.encoder.layers))  # type: ignore[arg-type]
         self.decoder_layers = skeleton(base)
-        self.offloaded = offloaded(base)  # weights are loaded into modules for the time of a call: one thread at a time
+        self.offloaded = offloaded(
+            base
+        )  # weights are loaded into modules for the time of a call: one thread at a time
 
-    # ---- what is trained ------------------------------------------------------------------------------------------
+    # ---- what is trained -------------------------------------------------------------------------
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """Name -> parameter, as in `memory_state_dict`; gradients arrive in their `.grad`.
 
-        The last layer's encoder LoRA is listed (the authors' checkpoints hold it) and never gets a gradient: nothing
-        reads what it would change.
+        The last layer's encoder LoRA is listed (the authors' checkpoints hold it) and never gets
+        a gradient: nothing reads what it would change.
         """
         return {name: p for name, p in self.named_parameters() if not name.startswith("base.")}
 
@@ -111,9 +119,10 @@ class MemoryLM(PretrainedMixin, Streaming, Generation, PreTrainedModel, Generati
         return {name: p.detach() for name, p in self.trainable_parameters().items()}
 
     def load_memory_state_dict(self, tensors: Mapping[str, Tensor], strict: bool = True) -> None:
-        """Copy `tensors` into the trained parameters, converting dtype. With `strict`, a missing, unknown or misshapen
-        tensor raises ValueError that lists them all; without, missing and unknown ones are left alone. A tensor that
-        holds NaN or infinite numbers raises ValueError and nothing is copied."""
+        """Copy `tensors` into the trained parameters, converting dtype. With `strict`, a
+        missing, unknown or misshapen tensor raises ValueError that lists them all; without,
+        missing and unknown ones are left alone. A tensor that holds NaN or infinite numbers
+        raises ValueError and nothing is copied."""
         own = self.trainable_parameters()
         check_tensors(tensors, own, strict)
         # In the model's own dtype: float16 has no numbers past 65504.
@@ -125,13 +134,13 @@ class MemoryLM(PretrainedMixin, Streaming, Generation, PreTrainedModel, Generati
                 own[name].copy_(tensor)
 
     def train(self, mode: bool = True) -> MemoryLM:
-        """As nn.Module's, except that the frozen base stays in evaluation mode: a base with dropout of its own would
-        make the re-run of a chunk differ from its first run."""
+        """As nn.Module's, except that the frozen base stays in evaluation mode: a base with
+        dropout of its own would make the re-run of a chunk differ from its first run."""
         super().train(mode)
         self.base.eval()
         return self
 
-    # ---- sizes ----------------------------------------------------------------------------------------------------
+    # ---- sizes -----------------------------------------------------------------------------------
 
     @property
     def device(self) -> torch.device:
@@ -156,32 +165,40 @@ class MemoryLM(PretrainedMixin, Streaming, Generation, PreTrainedModel, Generati
 
     @property
     def chunks_at_once(self) -> int:
-        """`chunk_batch`; without a graph, which keeps of every layer what is otherwise held of one, twice as many if up to 4."""
-        return max(self.chunk_batch, 0 if torch.is_grad_enabled() or self.checkpointing else min(4, 2 * self.chunk_batch))
+        """`chunk_batch`; without a graph, which keeps of every layer what is otherwise held of
+        one, twice as many if up to 4."""
+        return max(
+            self.chunk_batch,
+            0 if torch.is_grad_enabled() or self.checkpointing else min(4, 2 * self.chunk_batch),
+        )
 
     def check_length(self, num_tokens: int) -> None:
         """Raises ValueError for a document of `num_tokens` tokens that is past the capacity."""
         check_length(num_tokens, self.limits)
 
-    # ---- encoder and transfer head --------------------------------------------------------------------------------
+    # ---- encoder and transfer head ---------------------------------------------------------------
 
     def encode(self, input_ids: Tensor) -> Tensor:
-        """[C, l] token ids -> memory [L, C, m, D], on the first layer's device. No graph unless grad is enabled."""
+        """[C, l] token ids -> memory [L, C, m, D], on the first layer's device. No graph unless
+        grad is enabled."""
         memory = self.encode_layers(input_ids)
         return torch.stack([layer.to(memory[0].device) for layer in memory])
 
     @takes_turns
     def encode_layers(self, input_ids: Tensor, seeds: Sequence[int] | None = None) -> LayerMemory:
-        """As `encode`, layer by layer, every layer's memory on that layer's device; `seeds`, one a chunk, switch LoRA
-        dropout on. Chunks do not see each other.
+        """As `encode`, layer by layer, every layer's memory on that layer's device; `seeds`, one
+        a chunk, switch LoRA dropout on. Chunks do not see each other.
 
-        The memory of a layer is what its attention would receive at the memory positions, so the last layer runs only
-        its input norm: its attention and MLP, the final norm and the LM head have no reader. Of the layer before it only
-        the slots are read: there the chunk's tokens become keys and values, and nothing more.
+        The memory of a layer is what its attention would receive at the memory positions, so the
+        last layer runs only its input norm: its attention and MLP, the final norm and the LM
+        head have no reader. Of the layer before it only the slots are read: there the chunk's
+        tokens become keys and values, and nothing more.
         """
         l, m = self.memory_config.chunk_size, self.memory_config.num_memory
         if input_ids.shape[1] != l:
-            raise ValueError(f"encode takes chunks of chunk_size {l} tokens, found {list(input_ids.shape)}")
+            raise ValueError(
+                f"encode takes chunks of chunk_size {l} tokens, found {list(input_ids.shape)}"
+            )
         tokens = self.base.model.embed_tokens(to_device(input_ids, self.device))
         if self.memory_config.slot_input == "last":
             slots = tokens[:, l // m - 1 :: l // m]  # l 8, m 2 -> tokens 3 and 7
@@ -200,12 +217,20 @@ class MemoryLM(PretrainedMixin, Streaming, Generation, PreTrainedModel, Generati
                 hidden = self._run(layer, run, hidden)
         return memory
 
-    def _run(self, module: Any, function: Callable[[Tensor], Tensor], hidden: Tensor, as_base: bool = False) -> Tensor:
-        """A module's function on [B, T, D]; with a graph where grad is enabled. as_base: by the kernels that the base itself
-        takes, to the bit."""
+    def _run(
+        self,
+        module: Any,
+        function: Callable[[Tensor], Tensor],
+        hidden: Tensor,
+        as_base: bool = False,
+    ) -> Tensor:
+        """A module's function on [B, T, D]; with a graph where grad is enabled. as_base: by the
+        kernels that the base itself takes, to the bit."""
         config, l = self.memory_config, self.memory_config.chunk_size
         shared_lengths = (1, l, l + config.recent_tokens, l + config.num_memory)
-        if hidden.device.type == "cpu" and hidden.shape[1] in shared_lengths and not as_base:  # see products.py
+        if (
+            hidden.device.type == "cpu" and hidden.shape[1] in shared_lengths and not as_base
+        ):  # see products.py
             function = use_onednn(function, module)
         if self.offloaded:  # here too: a backward may run the function again
             function = one_at_a_time(function)
@@ -216,13 +241,15 @@ class MemoryLM(PretrainedMixin, Streaming, Generation, PreTrainedModel, Generati
     def project(
         self, memory: LayerMemory, chunks: Sequence[int], seeds: Sequence[int] | None = None
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Memory (L tensors [C, m, D]) of the document's chunks number `chunks` -> keys and values, L tensors
-        [C, H, m, K] each: frozen projection + decoder LoRA (unless transfer_head is off), the family's
-        key norm if it has one, RoPE at the slots' positions `chunk * m .. chunk * m + m - 1`. A slot's
-        position never changes, so this is done once."""
+        """Memory (L tensors [C, m, D]) of the document's chunks number `chunks` -> keys and
+        values, L tensors [C, H, m, K] each: frozen projection + decoder LoRA (unless
+        transfer_head is off), the family's key norm if it has one, RoPE at the slots' positions
+        `chunk * m .. chunk * m + m - 1`. A slot's position never changes, so this is done once."""
         m = self.memory_config.num_memory
         positions = torch.tensor(chunks)[:, None] * m + torch.arange(m)
-        like = torch.empty(0, dtype=memory[0].dtype, device=self.device)  # the table is where the tokens are
+        like = torch.empty(
+            0, dtype=memory[0].dtype, device=self.device
+        )  # the table is where the tokens are
         far = far_rows(self.config, [m], 0)  # whoever reads slots
         rotary = rotary_tables(self.base, like, to_device(positions, self.device), far)
         keys, values = [], []
@@ -234,7 +261,7 @@ class MemoryLM(PretrainedMixin, Streaming, Generation, PreTrainedModel, Generati
             values.append(v.transpose(1, 2))
         return keys, values
 
-    # ---- decoder --------------------------------------------------------------------------------------------------
+    # ---- decoder ---------------------------------------------------------------------------------
 
     @takes_turns
     def decode(
@@ -247,21 +274,25 @@ class MemoryLM(PretrainedMixin, Streaming, Generation, PreTrainedModel, Generati
         first_slots: Sequence[int] | None = None,
         seen: AttentionPattern | None = None,
     ) -> Tensor:
-        """[B, T] tokens behind `prefix` -> normed hidden states [B, T, D], ready for the LM head.
+        """[B, T] tokens behind `prefix` -> normed hidden states [B, T, D], ready for the LM
+        head.
 
         num_slots: how many of the prefix's slots each row sees, also the position where the row
-        begins, with its recent tokens, if it has any; local_past: tokens of the same row already in
-        the prefix; repeat: [B] bool, rows whose first token is replaced by the `repeat_token`
-        embedding; first_slots: the number of the first slot that each row sees, where it is not 0,
-        as for the later ones of several documents whose memories stand behind each other; seen: what
-        attends, in place of what is chosen for `prefix` and base.
-        Ordinary tokens go through the frozen weights only; a text without memory is to the bit what the base makes of it.
+        begins, with its recent tokens, if it has any; local_past: tokens of the same row already
+        in the prefix; repeat: [B] bool, rows whose first token is replaced by the `repeat_token`
+        embedding; first_slots: the number of the first slot that each row sees, where it is not
+        0, as for the later ones of several documents whose memories stand behind each other;
+        seen: what attends, in place of what is chosen for `prefix` and base. Ordinary tokens go
+        through the frozen weights only; a text without memory is to the bit what the base makes
+        of it.
         """
         as_base = not any(num_slots) and local_past == 0
         hidden = self.base.model.embed_tokens(to_device(input_ids, self.device))
         if repeat is not None:
             start = torch.where(
-                to_device(repeat, self.device)[:, None], self.decoder.get_parameter("repeat_token")[0].to(hidden), hidden[:, 0]
+                to_device(repeat, self.device)[:, None],
+                self.decoder.get_parameter("repeat_token")[0].to(hidden),
+                hidden[:, 0],
             )
             hidden = torch.cat([start[:, None], hidden[:, 1:]], dim=1)
         beside = decoder_inputs(self.base, hidden, num_slots, local_past, prefix, first_slots, seen)
@@ -283,17 +314,23 @@ class MemoryLM(PretrainedMixin, Streaming, Generation, PreTrainedModel, Generati
         which the weights know nothing; None: the same."""
         own = self.memory_config
         if size is not None:
-            self.memory_config = own.model_copy(update=dict(zip(("chunk_size", "num_memory"), size, strict=True)))
+            self.memory_config = own.model_copy(
+                update=dict(zip(("chunk_size", "num_memory"), size, strict=True))
+            )
         try:
             yield
         finally:
             self.memory_config = own
 
     def reconstruct(self, input_ids: Tensor) -> Tensor:
-        """Auto-encoding logits (paper Table 1): every chunk of [C, l] is compressed, then the decoder, started by the
-        `repeat_token` embedding, predicts it from its own memory alone and the true tokens before: [C, l, V]."""
+        """Auto-encoding logits (paper Table 1): every chunk of [C, l] is compressed, then the
+        decoder, started by the `repeat_token` embedding, predicts it from its own memory alone
+        and the true tokens before: [C, l, V]."""
         keys, values = self.project(self.encode_layers(input_ids), [0] * len(input_ids))
         shifted = F.pad(input_ids[:, :-1], (1, 0))
         prefix = Prefix([[k] for k in keys], [[v] for v in values])
-        repeat, rows = torch.ones(len(input_ids), dtype=torch.bool), [self.memory_config.num_memory] * len(input_ids)
+        repeat, rows = (
+            torch.ones(len(input_ids), dtype=torch.bool),
+            [self.memory_config.num_memory] * len(input_ids),
+        )
         return self.logits(self.decode(shifted, prefix, rows, repeat=repeat))

@@ -1,7 +1,8 @@
-"""The passes of encoder and decoder over all chunks and rows of a sample, batch by batch, and the teacher's.
+"""The passes of encoder and decoder over all chunks and rows of a sample, batch by batch, and
+the teacher's.
 
-Shapes: N rows, C chunks, B rows of a batch, n chunks of this process, T tokens, m num_memory, M = C * m slots, L layers,
-H key/value heads, K head size, D hidden size.
+Shapes: N rows, C chunks, B rows of a batch, n chunks of this process, T tokens, m num_memory, M
+= C * m slots, L layers, H key/value heads, K head size, D hidden size.
 """
 
 from __future__ import annotations
@@ -29,17 +30,24 @@ def empty_prefix(model: MemoryLM) -> Prefix:
 
 
 def encode_all(
-    model: MemoryLM, chunks: Tensor, with_graph: Sequence[int] = (), seeds: Sequence[int] | None = None
+    model: MemoryLM,
+    chunks: Tensor,
+    with_graph: Sequence[int] = (),
+    seeds: Sequence[int] | None = None,
 ) -> tuple[LayerMemory, LayerMemory]:
-    """All chunks [C, l] of a document -> their memories, L detached tensors [C, m, D] (none for C = 0), and those of the
-    chunks `with_graph` once more, with their graph."""
+    """All chunks [C, l] of a document -> their memories, L detached tensors [C, m, D] (none for
+    C = 0), and those of the chunks `with_graph` once more, with their graph."""
     graph: LayerMemory = []
     if not len(chunks):
         return [], graph
     m, size = model.memory_config.num_memory, model.config.hidden_size
-    # Made first and filled in place: what a document keeps does not lie scattered among what its batches give back.
+    # Made first and filled in place: what a document keeps does not lie scattered among what its
+    # batches give back.
     layers = model.base.model.layers
-    whole = [torch.empty(len(chunks), m, size, dtype=model.dtype, device=layer_device(layer)) for layer in layers]
+    whole = [
+        torch.empty(len(chunks), m, size, dtype=model.dtype, device=layer_device(layer))
+        for layer in layers
+    ]
     if with_graph:
         with torch.enable_grad():
             graph = model.encode_layers(chunks[list(with_graph)], select_seeds(seeds, with_graph))
@@ -47,13 +55,16 @@ def encode_all(
     rest = [c for c in range(len(chunks)) if c not in set(with_graph)]
     with torch.no_grad():
         for batch in batched(rest, model.chunks_at_once):
-            write_rows(whole, batch, model.encode_layers(chunks[list(batch)], select_seeds(seeds, batch)))
+            write_rows(
+                whole, batch, model.encode_layers(chunks[list(batch)], select_seeds(seeds, batch))
+            )
     return whole, graph
 
 
 def projected_at_once(model: MemoryLM) -> int:
-    """Chunks whose memories are projected in one batch: a quarter as many slots as `chunk_batch` chunks have tokens, which is
-    little beside what the other passes hold. The slots of a chunk alone would make narrow, slow products."""
+    """Chunks whose memories are projected in one batch: a quarter as many slots as `chunk_batch`
+    chunks have tokens, which is little beside what the other passes hold. The slots of a chunk
+    alone would make narrow, slow products."""
     config = model.memory_config
     return model.chunk_batch * max(1, config.chunk_size // (4 * config.num_memory))
 
@@ -66,17 +77,23 @@ def project_all(
     seeds: Sequence[int] | None = None,
     chunk_numbers: Sequence[int] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Memories of this process's chunks (without a `division` all), L x [n, m, D] -> keys and values of all chunks', as they
-    stand in front of any later chunk, L x [1, H, M, K]. chunk_numbers: the place of every chunk in its document, for
-    several documents."""
+    """Memories of this process's chunks (without a `division` all), L x [n, m, D] -> keys and
+    values of all chunks', as they stand in front of any later chunk, L x [1, H, M, K].
+    chunk_numbers: the place of every chunk in its document, for several documents."""
     if not memory:
         return [], []
     division = division or Division(ALONE, len(memory[0]), ())
     own = empty_slots(model, len(division.own))
-    for batch in batched(range(len(division.own)), max(model.chunks_at_once, projected_at_once(model))):
+    for batch in batched(
+        range(len(division.own)), max(model.chunks_at_once, projected_at_once(model))
+    ):
         own_numbers = [division.own[i] for i in batch]
         numbers = own_numbers if chunk_numbers is None else [chunk_numbers[c] for c in own_numbers]
-        keys, values = model.project([layer[batch[0] : batch[-1] + 1] for layer in memory], numbers, select_seeds(seeds, batch))
+        keys, values = model.project(
+            [layer[batch[0] : batch[-1] + 1] for layer in memory],
+            numbers,
+            select_seeds(seeds, batch),
+        )
         write_rows(own, batch, [*keys, *values])
     joined = [join_slots(division.gather(part), 1) for part in own]
     return joined[: len(memory)], joined[len(memory) :]
@@ -84,8 +101,8 @@ def project_all(
 
 @torch.no_grad()
 def encode_and_project_all(model: MemoryLM, chunks: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """All chunks [C, l] of a document -> the keys and values of their memories, L x [1, H, M, K] (none for C = 0), where the
-    memories themselves are not needed any more."""
+    """All chunks [C, l] of a document -> the keys and values of their memories, L x [1, H, M, K]
+    (none for C = 0), where the memories themselves are not needed any more."""
     if not len(chunks):
         return [], []
     whole = empty_slots(model, len(chunks))
@@ -97,23 +114,31 @@ def encode_and_project_all(model: MemoryLM, chunks: Tensor) -> tuple[list[Tensor
 
 
 def empty_slots(model: MemoryLM, count: int) -> list[Tensor]:
-    """Room for the keys, then the values, of `count` chunks: 2L x [count, H, m, K], which `join_slots` need not copy."""
+    """Room for the keys, then the values, of `count` chunks: 2L x [count, H, m, K], which
+    `join_slots` need not copy."""
     layers, heads = model.base.model.layers, model.config.num_key_value_heads
     shape = heads, count, model.memory_config.num_memory, layers[0].self_attn.head_dim
-    return [torch.empty(shape, dtype=model.dtype, device=layer_device(layer)).transpose(0, 1) for layer in [*layers, *layers]]
+    return [
+        torch.empty(shape, dtype=model.dtype, device=layer_device(layer)).transpose(0, 1)
+        for layer in [*layers, *layers]
+    ]
 
 
 @torch.no_grad()
 def teacher_hidden(model: MemoryLM, sample: Sample) -> list[Tensor]:
-    """The base's normed hidden states [T', D] over every raw teacher text. Raises ValueError past the base's positions."""
+    """The base's normed hidden states [T', D] over every raw teacher text. Raises ValueError
+    past the base's positions."""
     check_teacher(model.limits, sample)
     return [model.decode(text[None], empty_prefix(model), [0])[0] for text in sample.teachers]
 
 
-def decode_scored(model: MemoryLM, sample: Sample, batch: Sequence[int], prefix: KVPrefix) -> tuple[Tensor, Tensor, Tensor]:
-    """A batch of the sample's rows behind `prefix` -> normed hidden states [N', D] of their scored positions, row after row,
-    their targets [N'], both on the LM head's device, and the number within the batch of the row that each belongs to [N'].
-    Shorter rows are padded at their end, where causality hides it."""
+def decode_scored(
+    model: MemoryLM, sample: Sample, batch: Sequence[int], prefix: KVPrefix
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A batch of the sample's rows behind `prefix` -> normed hidden states [N', D] of their
+    scored positions, row after row, their targets [N'], both on the LM head's device, and the
+    number within the batch of the row that each belongs to [N']. Shorter rows are padded at
+    their end, where causality hides it."""
     rows = [sample.rows[t] for t in batch]
     ids = pad_sequence([row.input_ids for row in rows], batch_first=True)
     targets = pad_sequence([row.targets for row in rows], batch_first=True, padding_value=IGNORED)
@@ -128,16 +153,26 @@ def decode_scored(model: MemoryLM, sample: Sample, batch: Sequence[int], prefix:
 
 
 def teacher_hidden_at(model: MemoryLM, teachers: Sequence[Tensor], rows: Sequence[Row]) -> Tensor:
-    """The teacher's hidden states [N', D] at the rows' scored positions, on the LM head's device."""
-    parts = [teachers[row.teacher[0]][to_device(row.scored + row.teacher[1], teachers[0].device)] for row in rows]
+    """The teacher's hidden states [N', D] at the rows' scored positions, on the LM head's
+    device."""
+    parts = [
+        teachers[row.teacher[0]][to_device(row.scored + row.teacher[1], teachers[0].device)]
+        for row in rows
+    ]
     return to_device(torch.cat(parts), device_of(model.base.lm_head))
 
 
 def decode_rows(
-    model: MemoryLM, sample: Sample, batch: Sequence[int], prefix: KVPrefix, teachers: Sequence[Tensor] = ()
+    model: MemoryLM,
+    sample: Sample,
+    batch: Sequence[int],
+    prefix: KVPrefix,
+    teachers: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A batch of the sample's rows behind `prefix` -> loss and NLL of their scored tokens [N'], row after row, and the number
-    within the batch of the row that each belongs to [N']."""
+    """A batch of the sample's rows behind `prefix` -> loss and NLL of their scored tokens [N'],
+    row after row, and the number within the batch of the row that each belongs to [N']."""
     hidden, targets, row_of = decode_scored(model, sample, batch, prefix)
-    teacher = teacher_hidden_at(model, teachers, [sample.rows[t] for t in batch]) if teachers else None
+    teacher = (
+        teacher_hidden_at(model, teachers, [sample.rows[t] for t in batch]) if teachers else None
+    )
     return *linear_losses(hidden, model.base.lm_head, targets, teacher, sample.kl_weight), row_of

@@ -1,7 +1,8 @@
-"""What a request to `generate` has of its own: the whole text that processors look at, and its random draws.
+"""What a request to `generate` has of its own: the whole text that processors look at, and its
+random draws.
 
-Shapes: B prompts, R rows that are generated (beams and several answers included), T tokens of the
-prompts as given, W of the whole texts, V vocabulary.
+Shapes: B prompts, R rows that are generated (beams and several answers included), T tokens of
+the prompts as given, W of the whole texts, V vocabulary.
 """
 
 from __future__ import annotations
@@ -54,13 +55,18 @@ def looks_at_text(*places: Any) -> str | None:
     return None
 
 
-def whole_text(ids: Tensor, texts: Sequence[Tensor], skips: Sequence[int], pad: int) -> tuple[Tensor, Tensor]:
+def whole_text(
+    ids: Tensor, texts: Sequence[Tensor], skips: Sequence[int], pad: int
+) -> tuple[Tensor, Tensor]:
     """ids [B, T], whose rows go on from `texts`, B tensors [S], behind `skips` leading tokens of
     padding -> each row's whole text, padded on its left, and its mask, [B, W] int64 each; W >= T.
 
     ids [[7 8] [0 9]], texts [1 2] [3 4 5], skips 0 1 -> [[1 2 7 8] [3 4 5 9]], all of it text
     """
-    rows = [torch.cat([text.to(ids.device), row[skip:]]) for row, text, skip in zip(ids, texts, skips, strict=True)]
+    rows = [
+        torch.cat([text.to(ids.device), row[skip:]])
+        for row, text, skip in zip(ids, texts, skips, strict=True)
+    ]
     width = max(ids.shape[1], *(len(row) for row in rows))
     whole, mask = ids.new_full((len(ids), width), pad), ids.new_zeros(len(ids), width)
     for i, row in enumerate(rows):
@@ -70,8 +76,9 @@ def whole_text(ids: Tensor, texts: Sequence[Tensor], skips: Sequence[int], pad: 
 
 
 def texts_of(groups: Any, num_rows: int) -> tuple[list[Tensor], list[int]]:
-    """The text [S] that each of B = `num_rows` prompts goes on from, and how many of its leading tokens
-    are padding. groups: of a RaggedState; the rows None are all, of one state for all or one for each."""
+    """The text [S] that each of B = `num_rows` prompts goes on from, and how many of its leading
+    tokens are padding. groups: of a RaggedState; the rows None are all, of one state for all or
+    one for each."""
     texts: dict[int, Tensor] = {}
     skips: dict[int, int] = {}
     for rows, skip, own in groups:
@@ -82,7 +89,8 @@ def texts_of(groups: Any, num_rows: int) -> tuple[list[Tensor], list[int]]:
 
 
 def with_prompts(result: Any, ids: Tensor, num_earlier: int) -> Any:
-    """What transformers has generated behind the whole texts, as if behind the prompts [B, T] alone."""
+    """What transformers has generated behind the whole texts, as if behind the prompts [B, T]
+    alone."""
     if not num_earlier:
         return result
     sequences = result if isinstance(result, Tensor) else result.sequences
@@ -96,8 +104,8 @@ def with_prompts(result: Any, ids: Tensor, num_earlier: int) -> Any:
 
 
 class PromptStreamer(BaseStreamer):
-    """Hands on what is streamed, but shows `prompt` [B, T] in place of the whole text in front of the
-    new tokens."""
+    """Hands on what is streamed, but shows `prompt` [B, T] in place of the whole text in front
+    of the new tokens."""
 
     def __init__(self, streamer: BaseStreamer, prompt: Tensor) -> None:
         self.streamer = streamer

@@ -1,6 +1,8 @@
-"""A stream of tokens through a MemoryLM: any split of a text into calls, every chunk compressed once it is full.
+"""A stream of tokens through a MemoryLM: any split of a text into calls, every chunk compressed
+once it is full.
 
-Shapes: B documents, T tokens, C chunks, l chunk_size, m num_memory, w recent_tokens, D hidden size, V vocabulary.
+Shapes: B documents, T tokens, C chunks, l chunk_size, m num_memory, w recent_tokens, D hidden
+size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -29,7 +31,14 @@ class Streaming:
 
         def empty() -> list[Tensor]:
             return [
-                torch.empty(batch_size, heads, 0, attention.head_dim, dtype=self.dtype, device=layer_device(layer))
+                torch.empty(
+                    batch_size,
+                    heads,
+                    0,
+                    attention.head_dim,
+                    dtype=self.dtype,
+                    device=layer_device(layer),
+                )
                 for layer in self.base.model.layers
             ]
 
@@ -46,17 +55,19 @@ class Streaming:
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
     ) -> Any:
-        """Feed [B, T] tokens, any T, to a stream: `.logits` [B, T, V], `.past_key_values` the advanced state, `.loss`
-        where labels are given.
+        """Feed [B, T] tokens, any T, to a stream: `.logits` [B, T, V], `.past_key_values` the
+        advanced state, `.loss` where labels are given.
 
-        The input is cut at chunk boundaries; a chunk that fills up is encoded and its local keys and values dropped, so
-        any split of a text into calls gives the same logits. Differentiable through the memories when grad is enabled.
-        labels [B, T]: as in transformers (shifted inside, -100 = not scored); `.loss` is the mean NLL over the scored
-        tokens, which is the document protocol: a chunk's first token is predicted from the chunk before it.
-        logits_to_keep: only the last so many positions' logits (0 = all); chunks that only feed memory are then encoded
-        and not decoded. Raises ValueError past the capacity.
-        attention_mask [B, T]: where rows are padded on their right, see `padding.forward_padded`;
-        ones change nothing, nor do token_type_ids of zeros. Raises ValueError for others.
+        The input is cut at chunk boundaries; a chunk that fills up is encoded and its local keys
+        and values dropped, so any split of a text into calls gives the same logits.
+        Differentiable through the memories when grad is enabled. labels [B, T]: as in
+        transformers (shifted inside, -100 = not scored); `.loss` is the mean NLL over the scored
+        tokens, which is the document protocol: a chunk's first token is predicted from the chunk
+        before it. logits_to_keep: only the last so many positions' logits (0 = all); chunks that
+        only feed memory are then encoded and not decoded. Raises ValueError past the capacity.
+        attention_mask [B, T]: where rows are padded on their right, see
+        `padding.forward_padded`; ones change nothing, nor do token_type_ids of zeros. Raises
+        ValueError for others.
         """
         check_segments(token_type_ids)
         if isinstance(state, RaggedState):
@@ -121,10 +132,21 @@ class Streaming:
         for start in range(0, count, per_call):
             chunks = range(start, min(start + per_call, count))
             rows = ids[:, start * l : chunks.stop * l].reshape(-1, l)  # document-major: [B * C, l]
-            new_keys, new_values = self.project(self.encode_layers(rows), [first + c for c in chunks] * batch)
+            new_keys, new_values = self.project(
+                self.encode_layers(rows), [first + c for c in chunks] * batch
+            )
             for parts, new in zip((*keys, *values), (*new_keys, *new_values), strict=True):
                 parts.append(join_slots(new, batch))
-        all_keys, all_values = ([torch.cat(p, dim=2) if count else p[0] for p in parts] for parts in (keys, values))
-        after = MemoryState(all_keys, all_values, state.local_keys, state.local_values, state.open_ids, state.num_tokens)
+        all_keys, all_values = (
+            [torch.cat(p, dim=2) if count else p[0] for p in parts] for parts in (keys, values)
+        )
+        after = MemoryState(
+            all_keys,
+            all_values,
+            state.local_keys,
+            state.local_values,
+            state.open_ids,
+            state.num_tokens,
+        )
         after.rooms = state.rooms
         return after

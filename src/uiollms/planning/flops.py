@@ -1,16 +1,20 @@
-"""Useful FLOPs: what the mathematics of a pass needs, the same for every implementation, fast or slow.
+"""Useful FLOPs: what the mathematics of a pass needs, the same for every implementation, fast or
+slow.
 
-Counted are products of matrices, a multiply-add as 2: of the base's linear layers, LoRA, the LM head, and attention over the
-pairs that may see each other (a causal triangle counts as a triangle). Not counted: norms, softmax, rotary embedding,
-activations, the optimizer, and whatever is computed twice (chunks encoded again, attention recomputed in a backward); so
-utilisation = useful FLOPs / (seconds * GEMM peak) can only be too low. What has no reader does not count either:
+Counted are products of matrices, a multiply-add as 2: of the base's linear layers, LoRA, the LM
+head, and attention over the pairs that may see each other (a causal triangle counts as a
+triangle). Not counted: norms, softmax, rotary embedding, activations, the optimizer, and
+whatever is computed twice (chunks encoded again, attention recomputed in a backward); so
+utilisation = useful FLOPs / (seconds * GEMM peak) can only be too low. What has no reader does
+not count either:
 
     encoder   the last layer is only a norm; of the last layer that runs, ordinary tokens need keys and values only
     backward  weights are frozen, so a linear layer costs its input's gradient alone (as many FLOPs as forward), and that not
               where nothing trained lies below: in layer 0 of the decoder, and for layer 0's ordinary tokens in the encoder
               (with slot_input "last" for its slots too: their input is the frozen embedding)
 
-With t tokens, q = heads * head size, kv = key/value heads * head size, D hidden, I intermediate, r rank:
+With t tokens, q = heads * head size, kv = key/value heads * head size, D hidden, I intermediate,
+r rank:
 
     queries(t)        2 t (2 D q + 3 D I)               q_proj, o_proj, gate, up, down
     keys_values(t)    2 t (2 D kv)
@@ -70,7 +74,7 @@ class Flops:
             recent=memory.recent_tokens,
         )
 
-    # ---- parts ----------------------------------------------------------------------------------------------------
+    # ---- parts -----------------------------------------------------------------------------------
 
     def q_proj(self, tokens: int) -> int:
         return 2 * tokens * self.hidden * self.q
@@ -93,7 +97,7 @@ class Flops:
     def head(self, tokens: int) -> int:
         return 2 * tokens * self.hidden * self.vocab
 
-    # ---- the encoder, one chunk -----------------------------------------------------------------------------------
+    # ---- the encoder, one chunk ------------------------------------------------------------------
 
     @property
     def slot_pairs(self) -> int:
@@ -120,17 +124,26 @@ class Flops:
         total = 0
         for i, (tokens, queries, pairs) in enumerate(self.encoder_layers()):
             learned = self.slots * self.learned_slots
-            below = (learned, learned) if i == 0 else (tokens, queries)  # where a gradient goes further down
+            below = (
+                (learned, learned) if i == 0 else (tokens, queries)
+            )  # where a gradient goes further down
             total += self.o_proj_mlp(queries) + self.keys_values(below[0]) + self.q_proj(below[1])
-            total += 2 * self.attention(pairs) if any(below) else self.attention(pairs) * 3 // 2  # no dK
-            total += self.lora_backward(queries, self.q, below[1]) + self.lora_backward(tokens, self.kv, below[0])
+            total += (
+                2 * self.attention(pairs) if any(below) else self.attention(pairs) * 3 // 2
+            )  # no dK
+            total += self.lora_backward(queries, self.q, below[1]) + self.lora_backward(
+                tokens, self.kv, below[0]
+            )
         return total
 
     def lora_backward(self, tokens: int, out: int, below: int) -> int:
-        """B's and A's gradients and the product between for `tokens`, the input's for `below` of them."""
-        return 2 * tokens * self.rank * (self.hidden + 2 * out) + 2 * below * self.rank * self.hidden
+        """B's and A's gradients and the product between for `tokens`, the input's for `below` of
+        them."""
+        return (
+            2 * tokens * self.rank * (self.hidden + 2 * out) + 2 * below * self.rank * self.hidden
+        )
 
-    # ---- the transfer head, one chunk's memory --------------------------------------------------------------------
+    # ---- the transfer head, one chunk's memory ---------------------------------------------------
 
     def project_forward(self) -> int:
         head = self.transfer_head * 2 * self.lora(self.slots, self.kv)
@@ -141,27 +154,37 @@ class Flops:
         head = self.transfer_head * 2 * self.lora_backward(self.slots, self.kv, self.slots)
         return self.layers * (self.keys_values(self.slots) + head)
 
-    # ---- the decoder, one row -------------------------------------------------------------------------------------
+    # ---- the decoder, one row --------------------------------------------------------------------
 
     def decoder_forward(self, tokens: int, memories: int, scored: int, recent: int = 0) -> int:
         """recent: how many of the tokens are fed again; in the last layer nobody reads more of them
         than keys and values."""
-        layer = self.queries(tokens) + self.keys_values(tokens) + self.attention(self.row_pairs(tokens, memories))
+        layer = (
+            self.queries(tokens)
+            + self.keys_values(tokens)
+            + self.attention(self.row_pairs(tokens, memories))
+        )
         unread = self.queries(recent) + self.attention(self.row_pairs(recent, memories))
         return self.layers * layer - unread + self.head(scored)
 
     def decoder_backward(self, tokens: int, memories: int, scored: int, recent: int = 0) -> int:
         """To the memories' keys and values in every layer."""
         unread = self.queries(recent) + 2 * self.attention(self.row_pairs(recent, memories))
-        upper = self.queries(tokens) + self.keys_values(tokens) + 2 * self.attention(self.row_pairs(tokens, memories))
-        lowest = self.o_proj_mlp(tokens) + self.attention(tokens * memories * self.slots) * 3 // 2  # dP, dV, dK of the slots
+        upper = (
+            self.queries(tokens)
+            + self.keys_values(tokens)
+            + 2 * self.attention(self.row_pairs(tokens, memories))
+        )
+        lowest = (
+            self.o_proj_mlp(tokens) + self.attention(tokens * memories * self.slots) * 3 // 2
+        )  # dP, dV, dK of the slots
         above = (self.layers - 1) * upper - unread if self.layers > 1 else 0
         return above + lowest + self.head(scored)
 
     def row_pairs(self, tokens: int, memories: int) -> int:
         return tokens * (tokens + 1) // 2 + tokens * memories * self.slots
 
-    # ---- whole passes ---------------------------------------------------------------------------------------------
+    # ---- whole passes ----------------------------------------------------------------------------
 
     def scoring(self, sample: Sample) -> int:
         """All chunks encoded and projected, all rows decoded."""
@@ -174,14 +197,21 @@ class Flops:
         rows = sample.with_recent(self.recent).rows
         backward = sum(self.decoder_backward(*sizes(row)) for row in rows if row.num_memories)
         projections = len(sample.chunks) * self.project_backward()
-        return self.scoring(sample) + backward + projections + encoder_backwards * self.encoder_backward()
+        return (
+            self.scoring(sample)
+            + backward
+            + projections
+            + encoder_backwards * self.encoder_backward()
+        )
 
     def generation(self, slots: int) -> int:
-        """One new token in the middle of a chunk behind `slots` memory slots, its share of the chunk's encoding, and of the
-        recent tokens in front of the chunk, included."""
+        """One new token in the middle of a chunk behind `slots` memory slots, its share of the
+        chunk's encoding, and of the recent tokens in front of the chunk, included."""
         recent = self.recent if slots else 0
         pairs = slots + recent + self.chunk // 2
-        row = self.layers * (self.queries(1) + self.keys_values(1) + self.attention(pairs)) + self.head(1)
+        row = self.layers * (
+            self.queries(1) + self.keys_values(1) + self.attention(pairs)
+        ) + self.head(1)
         again = self.decoder_forward(recent, slots // self.slots, 0, recent)
         return row + (self.encoder_forward() + self.project_forward() + again) // self.chunk
 
@@ -192,7 +222,8 @@ def sizes(row: Row) -> tuple[int, int, int, int]:
 
 
 def gemm_shapes(flops: Flops, rows: int) -> Sequence[tuple[tuple[int, int, int], int]]:
-    """The (rows, in, out) of a layer's and the head's products for `rows` tokens, and how often each occurs in the model."""
+    """The (rows, in, out) of a layer's and the head's products for `rows` tokens, and how often
+    each occurs in the model."""
     D, n = flops.hidden, flops.layers
     return [
         ((rows, D, flops.q), n),

@@ -1,4 +1,5 @@
-"""Pretended devices: real code on meta tensors that know where they would live, counting bytes and synchronisations.
+"""Pretended devices: real code on meta tensors that know where they would live, counting bytes
+and synchronisations.
 
     with Pretend() as world:                         # 7B parameters take no memory here
         send(base, {"model": 0, "lm_head": 1})       # placement.py
@@ -6,11 +7,13 @@
         world.peak[torch.device("cuda", 1)]          # bytes alive at most on GPU 1, graphs included
         world.syncs                                  # operations that would have made the CPU wait for a GPU
 
-Two library hooks carry it. A TorchFunctionMode sees every Python call: there `.device` answers the pretended device, and
-`.to(device)` or `device=...` make a tensor that belongs to it. A TorchDispatchMode sees every kernel, those of backward
-included: there all inputs must belong to one device (CPU numbers of no dimension may join any, as in torch), the outputs
-belong to it too, and every new storage is counted until it is freed. Tensors made without a device, such as token ids, stay
-real tensors on the real CPU; a pretended CPU is "cpu:0". What kernels allocate inside themselves is not seen.
+Two library hooks carry it. A TorchFunctionMode sees every Python call: there `.device` answers
+the pretended device, and `.to(device)` or `device=...` make a tensor that belongs to it. A
+TorchDispatchMode sees every kernel, those of backward included: there all inputs must belong to
+one device (CPU numbers of no dimension may join any, as in torch), the outputs belong to it too,
+and every new storage is counted until it is freed. Tensors made without a device, such as token
+ids, stay real tensors on the real CPU; a pretended CPU is "cpu:0". What kernels allocate inside
+themselves is not seen.
 """
 
 from __future__ import annotations
@@ -33,14 +36,29 @@ from uiollms.planning.simulated_kernels import META, Shapes, attend
 
 aten = torch.ops.aten
 HOST = torch.device("cpu", 0)  # the pretended CPU
-_READS = {Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__bool__, Tensor.__float__, Tensor.__int__}
-_DEVICE, _IS_CUDA, _IS_CPU = (getattr(Tensor, name).__get__ for name in ("device", "is_cuda", "is_cpu"))
+_READS = {
+    Tensor.item,
+    Tensor.tolist,
+    Tensor.numpy,
+    Tensor.__bool__,
+    Tensor.__float__,
+    Tensor.__int__,
+}
+_DEVICE, _IS_CUDA, _IS_CPU = (
+    getattr(Tensor, name).__get__ for name in ("device", "is_cuda", "is_cpu")
+)
 _FOREACH = {getattr(aten, name) for name in dir(aten) if name.startswith("_foreach")}
-_INDEXED = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default)
+_INDEXED = (
+    aten.index.Tensor,
+    aten.index_put_.default,
+    aten.index_put.default,
+    aten._index_put_impl_.default,
+)
 
 
 class SimulationError(RuntimeError):
-    """An operation that real devices would refuse, or whose result depends on data that is not there."""
+    """An operation that real devices would refuse, or whose result depends on data that is not
+    there."""
 
 
 def simulated(device: Any) -> torch.device:
@@ -50,8 +68,9 @@ def simulated(device: Any) -> torch.device:
 
 
 class SimulatedDevices:
-    """A world of pretended devices, entered with `with`. live, peak: device -> bytes; syncs: what was done -> how often
-    (copies from a GPU to the CPU, copies to it that wait for its queue, reads of values)."""
+    """A world of pretended devices, entered with `with`. live, peak: device -> bytes; syncs:
+    what was done -> how often (copies from a GPU to the CPU, copies to it that wait for its
+    queue, reads of values)."""
 
     def __init__(self) -> None:
         self.live: Counter[torch.device] = Counter()
@@ -63,7 +82,9 @@ class SimulatedDevices:
             _Calls(self),
             mock.patch.object(torch, "Generator", generator),
             mock.patch.object(torch.autograd, "_engine_run_backward", self.run_backward),
-            mock.patch.object(torch._C, "_group_tensors_by_device_and_dtype", self.grouped),  # the optimizer's; it asks no mode
+            mock.patch.object(
+                torch._C, "_group_tensors_by_device_and_dtype", self.grouped
+            ),  # the optimizer's; it asks no mode
         )
 
     def __enter__(self) -> SimulatedDevices:
@@ -77,14 +98,17 @@ class SimulatedDevices:
             context.__exit__(*error)
         forget_tables()
 
-    def run_backward(self, *args: Any, run: Any = torch.autograd.graph._engine_run_backward, **kwargs: Any) -> Any:
-        """Calls inside a backward, such as a checkpointed layer's, are seen too: torch hands `backward` to a mode with the mode
-        itself switched off."""
+    def run_backward(
+        self, *args: Any, run: Any = torch.autograd.graph._engine_run_backward, **kwargs: Any
+    ) -> Any:
+        """Calls inside a backward, such as a checkpointed layer's, are seen too: torch hands
+        `backward` to a mode with the mode itself switched off."""
         with _Calls(self):
             return run(*args, **kwargs)
 
     def device_of(self, tensor: Tensor) -> torch.device:
-        """Where a tensor lives. A meta tensor from before this world was loaded, as weights are, to the CPU."""
+        """Where a tensor lives. A meta tensor from before this world was loaded, as weights are,
+        to the CPU."""
         if not tensor.is_meta:
             return tensor.device
         key = tensor.untyped_storage()._cdata
@@ -113,7 +137,13 @@ class SimulatedDevices:
         self.peak[device] = max(self.peak[device], self.live[device])
         return tensor
 
-    def move(self, tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None, non_blocking: bool = False) -> Tensor:
+    def move(
+        self,
+        tensor: Tensor,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        non_blocking: bool = False,
+    ) -> Tensor:
         """`tensor.to(device, dtype)`, differentiable."""
         source = self.device_of(tensor)
         self.note_copy(source, device, non_blocking)
@@ -124,13 +154,18 @@ class SimulatedDevices:
 
     def copied(self, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
         with torch._C._DisableTorchDispatch():
-            return self.claim(torch.empty_like(tensor, device=META, dtype=dtype, requires_grad=False), device)
+            return self.claim(
+                torch.empty_like(tensor, device=META, dtype=dtype, requires_grad=False), device
+            )
 
     def grouped(self, lists: Sequence[Sequence[Any]], with_indices: bool = False) -> dict[Any, Any]:
-        """Lists of tensors that belong together -> (device, dtype) of the first list's -> their parts of the lists, indices."""
+        """Lists of tensors that belong together -> (device, dtype) of the first list's -> their
+        parts of the lists, indices."""
         groups: dict[Any, Any] = {}
         for i, tensor in enumerate(lists[0]):
-            parts, indices = groups.setdefault((self.device_of(tensor), tensor.dtype), ([[] for _ in lists], []))
+            parts, indices = groups.setdefault(
+                (self.device_of(tensor), tensor.dtype), ([[] for _ in lists], [])
+            )
             for part, whole in zip(parts, lists, strict=True):
                 if whole:
                     part.append(whole[i])
@@ -139,13 +174,15 @@ class SimulatedDevices:
         return groups
 
     def note_copy(self, source: torch.device, target: torch.device, non_blocking: bool) -> None:
-        """A copy from a GPU to the CPU waits for the GPU; one from pageable CPU memory does unless it is non_blocking."""
+        """A copy from a GPU to the CPU waits for the GPU; one from pageable CPU memory does
+        unless it is non_blocking."""
         if source.type != target.type and not (non_blocking and source.type == "cpu"):
             self.syncs[f"copy from {source} to {target}"] += 1
 
 
 def generator(device: Any = "cpu", real: Any = torch.Generator) -> torch.Generator:
-    """A random generator for `device`; what it draws on a pretended device has no values, so any will do there."""
+    """A random generator for `device`; what it draws on a pretended device has no values, so any
+    will do there."""
     return real("cpu")
 
 
@@ -166,7 +203,9 @@ class _Move(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         world, source, device, dtype = ctx.route
         if world.device_of(grad) != device:
-            raise SimulationError(f"the gradient of a tensor on {device} arrived on {world.device_of(grad)}")
+            raise SimulationError(
+                f"the gradient of a tensor on {device} arrived on {world.device_of(grad)}"
+            )
         world.note_copy(device, source, non_blocking=False)
         return world.copied(grad, source, dtype), None, None, None, None
 
@@ -194,7 +233,11 @@ class _Calls(TorchFunctionMode):
         if func is F.scaled_dot_product_attention and args[0].is_meta:
             return attend(world.device_of(args[0]), *args, **kwargs)
         device = kwargs.get("device")
-        if device is None or simulated(device).type == "meta" or torch.device(device) == torch.device("cpu"):
+        if (
+            device is None
+            or simulated(device).type == "meta"
+            or torch.device(device) == torch.device("cpu")
+        ):
             return func(*args, **kwargs)
         kwargs = kwargs | {"device": None}
         if func is torch.tensor:  # from Python numbers: made on the CPU, then copied
@@ -208,11 +251,19 @@ class _Calls(TorchFunctionMode):
         kwargs = {k: v for k, v in kwargs.items() if k != "copy"}
         other = args[0] if args else kwargs.get("other")
         if isinstance(other, Tensor):
-            device, dtype, non_blocking = self.world.device_of(other), other.dtype, kwargs.get("non_blocking", False)
+            device, dtype, non_blocking = (
+                self.world.device_of(other),
+                other.dtype,
+                kwargs.get("non_blocking", False),
+            )
         else:
             device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
         here = self.world.device_of(tensor)
-        if device is None or device == here or (device.type == "cpu" and not tensor.is_meta and device.index is None):
+        if (
+            device is None
+            or device == here
+            or (device.type == "cpu" and not tensor.is_meta and device.index is None)
+        ):
             return func(tensor, dtype or tensor.dtype)
         if simulated(device) == here:
             return func(tensor, dtype or tensor.dtype)
@@ -249,25 +300,33 @@ class _Kernels(TorchDispatchMode):
         try:
             result = self.shapes.of(func, args, kwargs)
         except NotImplementedError as error:
-            raise SimulationError(f"{func} depends on values of a tensor on {device}: it would wait for the device") from error
+            raise SimulationError(
+                f"{func} depends on values of a tensor on {device}: it would wait for the device"
+            ) from error
         for output in tensors_in(result):
             self.world.claim(output, device)
         return result
 
-    def common_device(self, func: Any, inputs: Iterable[Tensor], args: Any, kwargs: Any) -> torch.device:
+    def common_device(
+        self, func: Any, inputs: Iterable[Tensor], args: Any, kwargs: Any
+    ) -> torch.device:
         found: list[torch.device] = []
         for tensor in inputs:
             device = simulated(self.world.device_of(tensor))
             if device not in found and not (tensor.dim() == 0 and device.type == "cpu"):
                 found.append(device)
-        if len(found) > 1 and func in _INDEXED:  # indices may come from the CPU: torch copies them, and waits
+        if (
+            len(found) > 1 and func in _INDEXED
+        ):  # indices may come from the CPU: torch copies them, and waits
             device = simulated(self.world.device_of(args[0]))
             if set(found) <= {device, HOST}:
                 self.world.syncs[f"index on {device} from the CPU"] += 1
                 return device
         if len(found) > 1 and func is aten.copy_.default:
             target, source = (simulated(self.world.device_of(t)) for t in args[:2])
-            self.world.note_copy(source, target, kwargs.get("non_blocking", len(args) > 2 and args[2]))
+            self.world.note_copy(
+                source, target, kwargs.get("non_blocking", len(args) > 2 and args[2])
+            )
             return target
         if len(found) > 1:
             raise SimulationError(f"{func} mixes tensors of {', '.join(map(str, found))}")

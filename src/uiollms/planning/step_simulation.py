@@ -1,8 +1,8 @@
 """One training step on simulated devices, at the configured shapes, and what it takes on each.
 
-To save time only the last two batches of rows, which read the most memory, are decoded, and one full batch of
-chunks is encoded with a graph (which chunks need gradients: one draw of the estimator); past MEASURED batches the peaks of
-both phases, linear in the length, are extended.
+To save time only the last two batches of rows, which read the most memory, are decoded, and one
+full batch of chunks is encoded with a graph (which chunks need gradients: one draw of the
+estimator); past MEASURED batches the peaks of both phases, linear in the length, are extended.
 
 Shapes: C chunks in memory, m num_memory, D hidden size, H key/value heads, K head size.
 """
@@ -26,7 +26,15 @@ from uiollms.config.corpora import CorpusEntry
 from uiollms.config.sections import EnvConfig
 from uiollms.data import find_corpus
 from uiollms.data.sample import PROTOCOLS, Sample
-from uiollms.distributed.device_map import CPU, as_device, on_disk, resolved, send, this_machine, worker
+from uiollms.distributed.device_map import (
+    CPU,
+    as_device,
+    on_disk,
+    resolved,
+    send,
+    this_machine,
+    worker,
+)
 from uiollms.files.errors import ConfigError
 from uiollms.model.layers import layer_device
 from uiollms.model.lora import master_dtype
@@ -43,8 +51,9 @@ MEASURED = 6  # batches of chunks; longer documents are extended from this many 
 
 
 class Need(NamedTuple):
-    """Bytes on one device at the peak of a step. trained: LoRA and tokens, their gradients and optimizer state; memories: of
-    all chunks; kv: their keys and values; kv_gradients: the sums of step 2; activations: the rest, graphs above all."""
+    """Bytes on one device at the peak of a step. trained: LoRA and tokens, their gradients and
+    optimizer state; memories: of all chunks; kv: their keys and values; kv_gradients: the sums
+    of step 2; activations: the rest, graphs above all."""
 
     weights: float
     trained: float
@@ -62,9 +71,12 @@ Needs = dict[torch.device, Need]
 
 
 class StepSimulation:
-    """A config's training step on pretended devices, for any number of chunks in memory and any chunk batch."""
+    """A config's training step on pretended devices, for any number of chunks in memory and any
+    chunk batch."""
 
-    def __init__(self, config: EnvConfig, path: str | Path, machine: dict[torch.device, int] | None = None) -> None:
+    def __init__(
+        self, config: EnvConfig, path: str | Path, machine: dict[torch.device, int] | None = None
+    ) -> None:
         self.config, self.path = config, path
         self.memory = check_model(config, path)
         self.shape = base_config(config.model.model_name)
@@ -73,9 +85,15 @@ class StepSimulation:
         named = places.values() if isinstance(places, dict) else [places]
         absent = {as_device(place): 0 for place in named if isinstance(place, int)}
         self.machine = absent | this_machine() if machine is None else machine
-        word_means_gpu = not isinstance(places, dict | int) and places != "cpu" and any(d.type == "cuda" for d in self.machine)
+        word_means_gpu = (
+            not isinstance(places, dict | int)
+            and places != "cpu"
+            and any(d.type == "cuda" for d in self.machine)
+        )
         on_cpu = not absent and not word_means_gpu
-        name = config.model.model_dtype  # `auto` on a GPU is taken for bfloat16: the GPU may not be here to be asked
+        name = (
+            config.model.model_dtype
+        )  # `auto` on a GPU is taken for bfloat16: the GPU may not be here to be asked
         auto = torch.float32 if on_cpu and not computes_bf16(CPU) else torch.bfloat16
         self.dtype = DTYPES.get(name, auto)
         self.measured: dict[tuple[int, int], dict[torch.device, Measured]] = {}
@@ -83,7 +101,9 @@ class StepSimulation:
     def longest_document(self) -> int:
         """Tokens; a corpus of texts without truncation may fill the capacity."""
         sizes = self.capacity, self.memory.chunk_size
-        return max(tokens_at_most(entry, *sizes) for of in self.config.train.corpora for entry in of)
+        return max(
+            tokens_at_most(entry, *sizes) for of in self.config.train.corpora for entry in of
+        )
 
     def need(self, chunks: int, batch: int) -> Needs:
         """Bytes on every device of the map, for a document with so many chunks in memory."""
@@ -91,19 +111,32 @@ class StepSimulation:
         if chunks <= far:
             measured = self.measure(chunks, batch)
         else:
-            a, b, further = self.measure(near, batch), self.measure(far, batch), (chunks - far) / (far - near)
-            measured = {d: Measured(*(y + (y - x) * further for x, y in zip(a[d], b[d], strict=True))) for d in a}
-        # How many chunks have a second sum grows less than linearly, by chance: of the length itself, not extended.
+            a, b, further = (
+                self.measure(near, batch),
+                self.measure(far, batch),
+                (chunks - far) / (far - near),
+            )
+            measured = {
+                d: Measured(*(y + (y - x) * further for x, y in zip(a[d], b[d], strict=True)))
+                for d in a
+            }
+        # How many chunks have a second sum grows less than linearly, by chance: of the length
+        # itself, not extended.
         wide = master_dtype(self.dtype, self.config.train.master_dtype).itemsize
         sums = (1 + self.weighted(chunks) / chunks) * wide / self.dtype.itemsize
-        return {device: m.need()._replace(kv_gradients=m.kv * sums) for device, m in measured.items()}
+        return {
+            device: m.need()._replace(kv_gradients=m.kv * sums) for device, m in measured.items()
+        }
 
     def draw(self, chunks: int) -> tuple[list[int], bool]:
-        """The chunks that need gradients in one draw of the estimator, and whether all weights are one."""
+        """The chunks that need gradients in one draw of the estimator, and whether all weights
+        are one."""
         train = self.config.train
         estimator = make_estimator(train.estimator, S=train.tbptt, compensate=train.compensate)
         window = estimator.window(chunks + 1, random.Random(0))
-        return chunks_with_gradient(self.document(chunks), window), torch.equal(window, all_pairs(chunks + 1))
+        return chunks_with_gradient(self.document(chunks), window), torch.equal(
+            window, all_pairs(chunks + 1)
+        )
 
     def weighted(self, chunks: int) -> int:
         """Chunks that have a sum of weighted gradients beside the sum of all."""
@@ -123,7 +156,10 @@ class StepSimulation:
         places = resolved(base, self.config.model.device_map, self.path, self.machine)
         resting, working = on_disk(base, places), worker(places)
         with SimulatedDevices() as world:
-            send(base, {name: working if place == "disk" else place for name, place in places.items()})
+            send(
+                base,
+                {name: working if place == "disk" else place for name, place in places.items()},
+            )
             weights = Counter(world.live)
             model = MemoryLM(base, self.memory, train.master_dtype)
             model.chunk_batch, model.checkpointing = batch, train.checkpointing
@@ -140,22 +176,36 @@ class StepSimulation:
             estimator = make_estimator(train.estimator, S=train.tbptt, compensate=train.compensate)
             stand_in = FixedBatchEstimator(world, batch, *self.draw(chunks))
             world.watch_from_here()
-            # A document of one batch is short enough for the estimator itself, which may keep that batch's graph.
-            gradient_step(model, sample, estimator=stand_in if chunks > batch else estimator, rng=0, report_all=False)
+            # A document of one batch is short enough for the estimator itself, which may keep that
+            # batch's graph.
+            gradient_step(
+                model,
+                sample,
+                estimator=stand_in if chunks > batch else estimator,
+                rng=0,
+                report_all=False,
+            )
             torch.nn.utils.clip_grad_norm_(parameters, train.clip_grad or math.inf)
             optimizer.step()
             before, after = stand_in.peak or world.peak, world.peak
 
             # Weights on disk are in memory one module at a time.
-            sizes = [sum(p.nbytes for p in base.get_submodule(name).parameters(recurse=False)) for name in resting]
+            sizes = [
+                sum(p.nbytes for p in base.get_submodule(name).parameters(recurse=False))
+                for name in resting
+            ]
             saved = Counter({as_device(working): sum(sizes) - max(sizes)} if sizes else {})
             memory = self.memory_bytes(model, chunks, self.weighted(chunks))
-            devices = {as_device(working if place == "disk" else place) for place in places.values()}
+            devices = {
+                as_device(working if place == "disk" else place) for place in places.values()
+            }
             result = {}
             for device in sorted(devices, key=str):
                 d, less = simulated(device), saved[device]
                 kept = memory.get(d, (0, 0, 0))
-                result[device] = Measured(weights[d] - less, trained[d], *kept, before[d] - less, after[d] - less)
+                result[device] = Measured(
+                    weights[d] - less, trained[d], *kept, before[d] - less, after[d] - less
+                )
             return result
 
     def document(self, chunks: int) -> Sample:
@@ -177,8 +227,11 @@ class StepSimulation:
         backwards = min(train.tbptt, chunks) if estimator.reads_norms else len(self.draw(chunks)[0])
         return Flops.of_shape(self.shape, self.memory).training(sample, backwards)
 
-    def memory_bytes(self, model: MemoryLM, chunks: int, weighted: int) -> dict[torch.device, tuple[int, int, int]]:
-        """Memories, their keys and values, and the sums of those' gradients (two of `weighted` chunks), by device."""
+    def memory_bytes(
+        self, model: MemoryLM, chunks: int, weighted: int
+    ) -> dict[torch.device, tuple[int, int, int]]:
+        """Memories, their keys and values, and the sums of those' gradients (two of `weighted`
+        chunks), by device."""
         width, each = model.dtype.itemsize, self.memory.num_memory
         memory = chunks * each * self.shape.hidden_size * width
         sums = (chunks + weighted) * model.master_dtype.itemsize
@@ -193,10 +246,12 @@ class StepSimulation:
 
 
 class FixedBatchEstimator(Estimator):
-    """Stands in for any estimator that gives the chunks `needed` weights that are not zero: of them one full batch is encoded
-    again. Notes the peak when it is asked which."""
+    """Stands in for any estimator that gives the chunks `needed` weights that are not zero: of
+    them one full batch is encoded again. Notes the peak when it is asked which."""
 
-    def __init__(self, world: SimulatedDevices, batch: int, needed: Sequence[int], all_ones: bool) -> None:
+    def __init__(
+        self, world: SimulatedDevices, batch: int, needed: Sequence[int], all_ones: bool
+    ) -> None:
         self.world, self.all_ones = world, all_ones
         self.needed, self.chosen = list(needed), set(needed[:batch])
         self.peak: Counter[torch.device] = Counter()
@@ -215,7 +270,8 @@ class FixedBatchEstimator(Estimator):
 
 
 class Measured(NamedTuple):
-    """Bytes on one device; `before` and `after`: peaks until the memories' gradients are known, and from there on."""
+    """Bytes on one device; `before` and `after`: peaks until the memories' gradients are known,
+    and from there on."""
 
     weights: float
     trained: float

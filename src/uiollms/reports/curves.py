@@ -15,15 +15,19 @@ from uiollms.runs.metrics import read_metrics
 
 
 def plot_run(run: Path, loss: str, counted: str) -> None:
-    """Draw a run folder's curve.png; see `plot_training`. Raises ConfigError where it cannot be written."""
+    """Draw a run folder's curve.png; see `plot_training`. Raises ConfigError where it cannot be
+    written."""
     with reporting_write_errors(run / "curve.png"):
         plot_training(read_metrics(run), run / "curve.png", loss, counted)
 
 
-def plot_training(metrics: Sequence[dict[str, Any]], path: Path, loss: str = "paper", counted: str = "documents") -> Path:
-    """Training NLL per token, and an evaluation, against iterations, which are `counted` documents or steps; in a panel of its
-    own where it scores other tokens than the training loss, `loss`: paper or document. Below, where
-    evaluations shuffle memories, what the own are worth."""
+def plot_training(
+    metrics: Sequence[dict[str, Any]], path: Path, loss: str = "paper", counted: str = "documents"
+) -> Path:
+    """Training NLL per token, and an evaluation, against iterations, which are `counted`
+    documents or steps; in a panel of its own where it scores other tokens than the training
+    loss, `loss`: paper or document. Below, where evaluations shuffle memories, what the own are
+    worth."""
     from matplotlib.figure import Figure  # slow to import, and only runs that plot need it
 
     steps = [m for m in metrics if m.get("nll") is not None]
@@ -39,11 +43,20 @@ def plot_training(metrics: Sequence[dict[str, Any]], path: Path, loss: str = "pa
     x, y = [m["iteration"] for m in steps], [m["nll"] for m in steps]
     panels[0].plot(x, y, ".", color="0.75", markersize=4, label="training batch")
     width = max(1, len(y) // 20)
-    panels[0].plot(x, smoothed(y, width), color="0.3", label=f"mean of the last {width}" if width > 1 else "training")
+    panels[0].plot(
+        x,
+        smoothed(y, width),
+        color="0.3",
+        label=f"mean of the last {width}" if width > 1 else "training",
+    )
     for mode, color in COLORS.items():
-        points = [(iteration, nll_of(task[mode])) for iteration, task in evaluations if mode in task]
+        points = [
+            (iteration, nll_of(task[mode])) for iteration, task in evaluations if mode in task
+        ]
         if points:
-            panels[-1].plot(*zip(*points, strict=True), "o-", color=color, label=f"held out, {NAMES[mode]}")
+            panels[-1].plot(
+                *zip(*points, strict=True), "o-", color=color, label=f"held out, {NAMES[mode]}"
+            )
     for axes in panels:
         axes.set_ylabel("NLL, nats per scored token")
     for axes in all_panels:
@@ -62,7 +75,13 @@ def mark_stages(axes: Any, metrics: Sequence[dict[str, Any]]) -> None:
     """A line where a stage of the run begins, with its number."""
     for stage, start in stage_starts(metrics).items():
         axes.axvline(start, color="0.6", linewidth=0.8, linestyle="--")
-        axes.annotate(f" stage {stage}", (start, 0.01), xycoords=("data", "axes fraction"), fontsize=8, color="0.4")
+        axes.annotate(
+            f" stage {stage}",
+            (start, 0.01),
+            xycoords=("data", "axes fraction"),
+            fontsize=8,
+            color="0.4",
+        )
 
 
 def stage_starts(metrics: Sequence[dict[str, Any]]) -> dict[int, int]:
@@ -100,15 +119,20 @@ def plot_bounds(lines: dict[str, list[Bound]], axes: Any) -> None:
 
 
 def nll_of(numbers: dict[str, Any]) -> float:
-    """A mode's mean NLL, which older metrics hold as a perplexity alone; NaN, which no line shows, where
-    it was no number."""
-    nll = numbers["nll"] if "nll" in numbers else numbers["perplexity"] and math.log(numbers["perplexity"])
+    """A mode's mean NLL, which older metrics hold as a perplexity alone; NaN, which no line
+    shows, where it was no number."""
+    nll = (
+        numbers["nll"]
+        if "nll" in numbers
+        else numbers["perplexity"] and math.log(numbers["perplexity"])
+    )
     return math.nan if nll is None else nll
 
 
 def curve_task(loss: str, tasks: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of an evaluation's tasks the one that the curve shows: the first that scores the same tokens as the training loss, else
-    the first. (Metrics that name no protocol are perplexities under the paper's.)"""
+    """Of an evaluation's tasks the one that the curve shows: the first that scores the same
+    tokens as the training loss, else the first. (Metrics that name no protocol are perplexities
+    under the paper's.)"""
     return next((task for task in tasks if task.get("protocol", "paper") == loss), tasks[0])
 
 
@@ -117,17 +141,26 @@ def smoothed(y: Sequence[float], width: int) -> list[float]:
     return [sum(y[max(0, i - width + 1) : i + 1]) / min(i + 1, width) for i in range(len(y))]
 
 
-GRADIENTS = {"encoder_lora": "encoder LoRA", "decoder_lora": "decoder LoRA", "token_embeddings": "token embeddings"}
+GRADIENTS = {
+    "encoder_lora": "encoder LoRA",
+    "decoder_lora": "decoder LoRA",
+    "token_embeddings": "token embeddings",
+}
 
 
 def plot_steps(metrics: Sequence[dict[str, Any]], counted: str, path: Path) -> Path:
-    """Panels against iterations, which are `counted` documents or steps: learning rate, gradient norms
-    before clipping, tokens a second, peak memory; each where the metrics have it."""
+    """Panels against iterations, which are `counted` documents or steps: learning rate, gradient
+    norms before clipping, tokens a second, peak memory; each where the metrics have it."""
     from matplotlib.figure import Figure
 
     steps = [m for m in metrics if "lr" in m]
-    norms = {"all": column(steps, "grad_norm")} | {GRADIENTS[part]: column(steps, "grad_norms", part) for part in GRADIENTS}
-    memory = {"resident": column(steps, "machine", "resident_gib"), "on the GPU": column(steps, "machine", "gpu_gib")}
+    norms = {"all": column(steps, "grad_norm")} | {
+        GRADIENTS[part]: column(steps, "grad_norms", part) for part in GRADIENTS
+    }
+    memory = {
+        "resident": column(steps, "machine", "resident_gib"),
+        "on the GPU": column(steps, "machine", "gpu_gib"),
+    }
     panels = {
         "learning rate": {"": column(steps, "lr")},
         "gradient norm before clipping": norms,
@@ -148,7 +181,9 @@ def plot_steps(metrics: Sequence[dict[str, Any]], counted: str, path: Path) -> P
         if "norm" in label:
             axes.set_yscale("log")
         else:
-            axes.set_ylim(0, 1.1 * max(number for points in lines.values() for _, number in points) or 1)
+            axes.set_ylim(
+                0, 1.1 * max(number for points in lines.values() for _, number in points) or 1
+            )
         if len([points for points in lines.values() if points]) > 1:
             axes.legend(fontsize=8)
         axes.set_xlabel(counted)

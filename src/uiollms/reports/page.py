@@ -35,7 +35,8 @@ class Picture:
 
 
 def write_report(run: RunFolder) -> tuple[Path, list[Path]]:
-    """`plots/*.png` and `report.html` in the run folder, from what it holds; the page's path and the pictures'."""
+    """`plots/*.png` and `report.html` in the run folder, from what it holds; the page's path and
+    the pictures'."""
     template = files("uiollms.reports").joinpath("page.html").read_text(encoding="utf-8")
     page = Environment(autoescape=True, undefined=StrictUndefined).from_string(template)
     target = run.path / "report.html"
@@ -88,32 +89,56 @@ def reason_of(error: Exception) -> str:
 def pictures(run: RunFolder) -> Iterator[tuple[str, str, str, Callable[[Path], Path]]]:
     """Name, title, caption of each, and what draws it into a file."""
     if any(line.get("nll") is not None for line in run.metrics):
-        said = "Loss of every training batch and its running mean; held-out perplexities as NLL, in a panel of their own where "
-        said += "they score other tokens than the training loss. Bound, where memories are shuffled: "
-        said += "NLL with another document's memories less NLL with the own, with its 95 % interval; "
+        said = (
+            "Loss of every training batch and its running mean; held-out perplexities as NLL, in a "
+            "panel of their own where "
+        )
+        said += (
+            "they score other tokens than the training loss. Bound, where memories are shuffled: "
+        )
+        said += (
+            "NLL with another document's memories less NLL with the own, with its 95 % interval; "
+        )
         said += "at 0 memory is a prefix, whoever's it is."
         loss = run.config.train.loss if run.config else "paper"
         curve = partial(plot_training, run.metrics, loss=loss, counted=iterations_of(run.versions))
         yield "training", "Training curve", said, curve
-        said = "Gradient norms are before clipping, of all trained tensors and of each part. Tokens are those that the decoder "
+        said = (
+            "Gradient norms are before clipping, of all trained tensors and of each part. Tokens "
+            "are those that the decoder "
+        )
         said += "reads, all processes together, without evaluations and checkpoints. Memory is the first process's peak so far."
         yield "steps", "Steps", said, partial(plot_steps, run.metrics, iterations_of(run.versions))
     text = [result for result in run.results if result.kind == "text"]
     if text:
-        said = "Perplexity of the tokens between two powers of two. Left of the dotted line no memory is read yet."
+        said = (
+            "Perplexity of the tokens between two powers of two. Left of the dotted line no memory "
+            "is read yet."
+        )
         yield "position", "Perplexity by position", said, partial(plot_results, text)
     text = [result for result in run.nlls if result.kind == "text"]
     if text:
-        said = "Perplexity of the first so many tokens together, over the documents that have so many: what shorter documents "
+        said = (
+            "Perplexity of the first so many tokens together, over the documents that have so "
+            "many: what shorter documents "
+        )
         said += "would have. The last point is the longest document's length."
-        yield "length", "Perplexity by length, with and without memory", said, partial(plot_lengths, text)
+        yield (
+            "length",
+            "Perplexity by length, with and without memory",
+            said,
+            partial(plot_lengths, text),
+        )
     others = [result for result in run.results if result.kind != "text"]
     if others:
         said = "Accuracy by the depth at which the sentence is hidden; other tasks as bars."
         yield "tasks", "Other tasks", said, partial(plot_results, others)
     if run.attention:
         about = run.attention.about
-        said = f"Share of a layer's attention, averaged over heads and tokens, in one document of {about['tokens']} tokens from "
+        said = (
+            "Share of a layer's attention, averaged over heads and tokens, in one document of "
+            f"{about['tokens']} tokens from "
+        )
         said += f"{about['task']} in chunks of {about['chunk_size']} with {about['num_memory']} slots each, weights: "
         said += f"{about['weights']}. Left: what a memory of each age gets, averaged over the chunks that have one "
         said += "so old (logarithmic colours, down to a thousandth of the largest). Right: all memories together; the rest goes "
@@ -131,15 +156,25 @@ def facts(run: RunFolder) -> Iterator[tuple[str, str]]:
     yield "weights", run.weights_name
     if run.compressor:
         c = run.compressor
-        recent = f", the last {c.recent_tokens} tokens before a chunk read again" if c.recent_tokens else ""
+        recent = (
+            f", the last {c.recent_tokens} tokens before a chunk read again"
+            if c.recent_tokens
+            else ""
+        )
         sizes = f"chunks of {c.chunk_size} tokens into {c.num_memory} slots a layer"
         yield "compressor", f"{sizes}, LoRA rank {c.lora_rank}{recent}"
     steps = [line for line in run.metrics if "lr" in line]
     if run.config and steps:
         chosen = f"{train.estimator}, S = {train.tbptt}" if train.estimator != "exact" else "exact"
         yield "gradient", f"{chosen}; loss: {train.loss} protocol"
-        yield "optimizer", f"AdamW, peak learning rate {train.max_lr:g}, {train.accum_grad} documents a step, seed {train.seed}"
-        shares = [f"{c.name} ({c.partition:.0%}, {c.truncation or 'all'} tokens)" for c in train.corpus]
+        yield (
+            "optimizer",
+            f"AdamW, peak learning rate {train.max_lr:g}, {train.accum_grad} documents a step, "
+            f"seed {train.seed}",
+        )
+        shares = [
+            f"{c.name} ({c.partition:.0%}, {c.truncation or 'all'} tokens)" for c in train.corpus
+        ]
         yield "corpora", ", ".join(shares)
         if train.stages:
             yield "stages", ", ".join(stage_words(stage) for stage in train.stages)
@@ -155,9 +190,16 @@ def facts(run: RunFolder) -> Iterator[tuple[str, str]]:
         yield "tokens read", f"{tokens:,}"
     if versions:
         names = ("platform", "device", "processes")
-        yield "machine", ", ".join(f"{name} {versions[name]}" for name in names if versions.get(name))
+        yield (
+            "machine",
+            ", ".join(f"{name} {versions[name]}" for name in names if versions.get(name)),
+        )
         yield "git revision", versions.get("git") or "none: not a clone"
-        named = {name: value for name, value in versions.items() if name not in (*names, ITERATIONS, "git", "dtype") and value}
+        named = {
+            name: value
+            for name, value in versions.items()
+            if name not in (*names, ITERATIONS, "git", "dtype") and value
+        }
         yield "versions", ", ".join(f"{name} {value}" for name, value in named.items())
 
 
@@ -173,4 +215,10 @@ def duration(seconds: float) -> str:
     """4105 -> 1 h 8 min; 75 -> 1 min 15 s"""
     minutes, rest = divmod(math.floor(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+    return (
+        f"{hours} h {minutes} min"
+        if hours
+        else f"{minutes} min {rest} s"
+        if minutes
+        else f"{seconds:.1f} s"
+    )

@@ -1,4 +1,5 @@
-"""Pictures of an evaluation: by position, by length, by depth, bars; and of the attention that memory gets."""
+"""Pictures of an evaluation: by position, by length, by depth, bars; and of the attention that
+memory gets."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ COLORS = {
 
 
 def plot_results(results: Sequence[TaskResult], path: Path) -> Path:
-    """One panel a result: perplexity by position, accuracy by depth, else bars of the main number; a line or bar a mode."""
+    """One panel a result: perplexity by position, accuracy by depth, else bars of the main
+    number; a line or bar a mode."""
 
     def draw(result: TaskResult, axes: Any) -> None:
         {"text": plot_positions, "retrieval": plot_depths}.get(result.kind, plot_bars)(result, axes)
@@ -32,11 +34,14 @@ def plot_results(results: Sequence[TaskResult], path: Path) -> Path:
 
 
 def plot_lengths(results: Sequence[TaskResult], path: Path) -> Path:
-    """One panel a text result (with its documents' scores): perplexity of the first so many tokens; a line a mode."""
+    """One panel a text result (with its documents' scores): perplexity of the first so many
+    tokens; a line a mode."""
     return plot_each(results, plot_length, path)
 
 
-def plot_each(results: Sequence[TaskResult], draw: Callable[[TaskResult, Any], None], path: Path) -> Path:
+def plot_each(
+    results: Sequence[TaskResult], draw: Callable[[TaskResult, Any], None], path: Path
+) -> Path:
     """A panel a result, three beside each other."""
     from matplotlib.figure import Figure  # slow to import, and only runs that plot need it
 
@@ -77,7 +82,8 @@ def plot_positions(result: TaskResult, axes: Any) -> None:
         wanted = [b for b in buckets if b["stop"] > result.chunk_size // 4]
         shown += [value for value in numbers_of(wanted) if math.isfinite(value)]
         first = min([first, *(b["start"] for b in wanted)])
-    # A document's first tokens, a bucket of one or two each, would press everything else flat: they are outside the panel.
+    # A document's first tokens, a bucket of one or two each, would press everything else flat: they
+    # are outside the panel.
     if shown:
         margin = 0.1 * (max(shown) - min(shown)) or 1
         axes.set_ylim(min(shown) - margin, max(shown) + margin)
@@ -91,12 +97,19 @@ def plot_positions(result: TaskResult, axes: Any) -> None:
 
 def numbers_of(buckets: Sequence[dict[str, Any]]) -> list[float]:
     """Their perplexities, NaN (which leaves a gap in a line) for those that no float holds."""
-    return [b["perplexity"] if b["perplexity"] is not None and math.isfinite(b["perplexity"]) else math.nan for b in buckets]
+    return [
+        b["perplexity"]
+        if b["perplexity"] is not None and math.isfinite(b["perplexity"])
+        else math.nan
+        for b in buckets
+    ]
 
 
 def plot_length(result: TaskResult, axes: Any) -> None:
     for mode in (mode for mode in NAMES if result.scores.get(mode)):
-        points = [(p["length"], p["perplexity"]) for p in by_length(list(result.scores[mode].values()))]
+        points = [
+            (p["length"], p["perplexity"]) for p in by_length(list(result.scores[mode].values()))
+        ]
         # The first few tokens are the same in all modes, and so high that the rest would be flat.
         points = [point for point in points if point[0] >= result.chunk_size // 4] or points
         axes.plot(*zip(*points, strict=True), markersize=4, **style(mode))
@@ -131,21 +144,36 @@ def plot_bars(result: TaskResult, axes: Any) -> None:
 
 
 def plot_attention(mass: AttentionMass, path: Path) -> Path:
-    """A heat map, layers x age of memory in chunks, its colours logarithmic because layers differ by orders of magnitude; beside
-    it what all memories get together, by how many a chunk reads."""
+    """A heat map, layers x age of memory in chunks, its colours logarithmic because layers
+    differ by orders of magnitude; beside it what all memories get together, by how many a chunk
+    reads."""
     from matplotlib.colors import LogNorm, Normalize
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 5.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     most = 100 * mass.by_age.max().item()
-    by_age = ("to a memory, by its age", "age in chunks (1 = the chunk before)", LogNorm(most / 1000, most, clip=True))
+    by_age = (
+        "to a memory, by its age",
+        "age in chunks (1 = the chunk before)",
+        LogNorm(most / 1000, most, clip=True),
+    )
     together = ("to all memories together", "memories that the chunk reads", Normalize(vmin=0))
-    for axes, values, (title, label, norm) in ((left, mass.by_age, by_age), (right, mass.on_memory, together)):
+    for axes, values, (title, label, norm) in (
+        (left, mass.by_age, by_age),
+        (right, mass.on_memory, together),
+    ):
         layers, columns = values.shape
         extent = (0.5, columns + 0.5, -0.5, layers - 0.5)
         percent = (100 * values).numpy()
-        image = axes.imshow(percent, origin="lower", aspect="auto", extent=extent, norm=norm, interpolation="nearest")
+        image = axes.imshow(
+            percent,
+            origin="lower",
+            aspect="auto",
+            extent=extent,
+            norm=norm,
+            interpolation="nearest",
+        )
         figure.colorbar(image, ax=axes, label="% of the layer's attention")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.yaxis.get_major_locator().set_params(integer=True)

@@ -30,7 +30,8 @@ ATTENTION = "attention.safetensors"
 
 @dataclass
 class Missing:
-    """Something that the report does not show: why, and the command that would change it ("" if none does)."""
+    """Something that the report does not show: why, and the command that would change it ("" if
+    none does)."""
 
     what: str
     why: str
@@ -39,9 +40,10 @@ class Missing:
 
 @dataclass
 class RunFolder:
-    """A run folder's files as values. config, versions: of the training if there was one, else of the evaluation; results: of
-    test.py, else training's last evaluation (`evaluated` says which); nlls: results with every token; weights: what test.py, a
-    report and a reader would take for the trained ones."""
+    """A run folder's files as values. config, versions: of the training if there was one, else
+    of the evaluation; results: of test.py, else training's last evaluation (`evaluated` says
+    which); nlls: results with every token; weights: what test.py, a report and a reader would
+    take for the trained ones."""
 
     path: Path
     config: EnvConfig | None = None
@@ -65,14 +67,22 @@ class RunFolder:
     def test_command(self) -> str:
         """What evaluates this run's weights into this folder."""
         conf = self.path / "config.json"
-        words = ["python", "test.py", "--env_conf", str(conf if conf.exists() else "FILE"), "--set", f"train.run_dir={self.path}"]
+        words = [
+            "python",
+            "test.py",
+            "--env_conf",
+            str(conf if conf.exists() else "FILE"),
+            "--set",
+            f"train.run_dir={self.path}",
+        ]
         newest = newest_checkpoint(self.path)
         if newest:  # not what another run may have left at save_ckp since
             words += ["--set", "model.save_ckp=null", "--set", f"model.load_ckp={newest}"]
         return shlex.join(words)
 
     def part(self, what: str, name: str, read: Callable[[Path], Part], command: str) -> Part | None:
-        """What `read` makes of a file; None with a note where it is not there or not what this version writes."""
+        """What `read` makes of a file; None with a note where it is not there or not what this
+        version writes."""
         path = self.path / name
         if not os.path.lexists(path):
             self.missing.append(Missing(what, f"{path} does not exist", command))
@@ -89,14 +99,27 @@ class RunFolder:
             # Of what is wrong with a config there is a line for each, with the file in it.
             lines = str(error).splitlines() or [type(error).__name__]
             self.missing += [Missing(what, line, command) for line in lines[:-1]]
-            reason = lines[-1] if lines[-1].startswith(str(path)) else f"{path} cannot be read: {lines[-1]}"
+            reason = (
+                lines[-1]
+                if lines[-1].startswith(str(path))
+                else f"{path} cannot be read: {lines[-1]}"
+            )
         self.missing.append(Missing(what, reason, command))
         return None
 
 
-# What a file that somebody has edited, or that is none of a run's, can make of what reads and shows it.
-# A ConfigError is a ValueError.
-FAULTS = (ArithmeticError, AttributeError, LookupError, OSError, RecursionError, SafetensorError, TypeError, ValueError)
+# What a file that somebody has edited, or that is none of a run's, can make of what reads and shows
+# it. A ConfigError is a ValueError.
+FAULTS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RecursionError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+)
 MOST_RESULTS = 100  # panels in a picture
 
 
@@ -104,22 +127,35 @@ def read_folder(path: Path) -> RunFolder:
     """Raises ConfigError for a folder that holds neither metrics.jsonl nor test.json."""
     if not any(os.path.lexists(path / name) for name in ("metrics.jsonl", "test.json")):
         what = "holds neither metrics.jsonl nor test.json" if path.is_dir() else "is not a folder"
-        raise ConfigError(f"{path}: {what}; a run folder is what train.py or test.py made, see train.run_dir")
+        raise ConfigError(
+            f"{path}: {what}; a run folder is what train.py or test.py made, see train.run_dir"
+        )
     run = RunFolder(path)
     train = "python train.py --env_conf FILE"
     tested = read_tested(run)
     if os.path.lexists(path / "config.json") or "config" not in tested:
-        run.config = run.part("what was run", "config.json", lambda p: parse(EnvConfig, read_json(p), p), train)
+        run.config = run.part(
+            "what was run", "config.json", lambda p: parse(EnvConfig, read_json(p), p), train
+        )
     else:
-        run.config = run.part("what was run", "test.json", lambda p: parse(EnvConfig, tested["config"], p), run.test_command)
+        run.config = run.part(
+            "what was run",
+            "test.json",
+            lambda p: parse(EnvConfig, tested["config"], p),
+            run.test_command,
+        )
     run.versions = tested.get("versions", {})
     if os.path.lexists(path / "versions.json"):
         run.versions = run.part("machine and versions", "versions.json", read_versions, train) or {}
-    run.metrics = run.part("the training curve", "metrics.jsonl", partial(read_lines, run), train) or []
+    run.metrics = (
+        run.part("the training curve", "metrics.jsonl", partial(read_lines, run), train) or []
+    )
     read_results(run, tested)
     of = (path / "test.json").read_bytes() if tested else None
     read = partial(load_token_nlls, of=of)
-    run.nlls = run.part("perplexity by length", "test-nll.safetensors", read, run.test_command) or []
+    run.nlls = (
+        run.part("perplexity by length", "test-nll.safetensors", read, run.test_command) or []
+    )
     newest = newest_checkpoint(path)
     run.weights = str(newest) if newest else find_weights(run.config, tested)
     run.compressor = find_compressor(run, newest)
@@ -131,11 +167,18 @@ def read_tested(run: RunFolder) -> dict[str, Any]:
     what = "the evaluation by test.py"
     found = run.part(what, "test.json", read_object, run.test_command) or {}
     tested: dict[str, Any] = {}
-    kinds = {"weights": (str, type(None)), "config": (dict,), "versions": (dict,), "results": (list,)}
+    kinds = {
+        "weights": (str, type(None)),
+        "config": (dict,),
+        "versions": (dict,),
+        "results": (list,),
+    }
     for name, kind in kinds.items():
         if name not in found:
             continue
-        if not isinstance(found[name], kind) or (name == "results" and not all(isinstance(r, dict) for r in found[name])):
+        if not isinstance(found[name], kind) or (
+            name == "results" and not all(isinstance(r, dict) for r in found[name])
+        ):
             why = f"{run.path / 'test.json'}: {name}: is none that test.py writes"
             run.missing.append(Missing(what, why, run.test_command))
         else:
@@ -151,7 +194,9 @@ def read_lines(run: RunFolder, path: Path) -> list[dict[str, Any]]:
     for fault in faults[:5]:
         run.missing.append(Missing("a line of the training curve", f"{path}: {fault}"))
     if faults[5:]:
-        run.missing.append(Missing("lines of the training curve", f"{path}: {len(faults) - 5} more that are none"))
+        run.missing.append(
+            Missing("lines of the training curve", f"{path}: {len(faults) - 5} more that are none")
+        )
     if not lines:
         raise ValueError("no line of it is one of a run")
     return [line for _, line in lines]
@@ -188,9 +233,17 @@ def read_results(run: RunFolder, tested: dict[str, Any]) -> None:
             found = run.part(what, name, lambda _: results_of(summaries), run.test_command)
             run.results, run.evaluated = found or [], said
 
-    take("test.json", tested.get("results", []), f"test.py, weights: {tested.get('weights') or 'untrained'}")
+    take(
+        "test.json",
+        tested.get("results", []),
+        f"test.py, weights: {tested.get('weights') or 'untrained'}",
+    )
     for line in [line for line in run.metrics if line.get("eval")][-1:]:
-        take("metrics.jsonl", line["eval"], f"training's last evaluation, at iteration {line['iteration']}")
+        take(
+            "metrics.jsonl",
+            line["eval"],
+            f"training's last evaluation, at iteration {line['iteration']}",
+        )
 
 
 def results_of(summaries: list[dict[str, Any]]) -> list[TaskResult]:

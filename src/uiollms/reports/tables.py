@@ -49,8 +49,8 @@ class Chunk(NamedTuple):
 
 
 def written_chunks(results: Sequence[TaskResult]) -> list[Chunk]:
-    """Of every task of copies the first chunk, from its own memory and, where that was compared, from
-    another document's."""
+    """Of every task of copies the first chunk, from its own memory and, where that was compared,
+    from another document's."""
     found = []
     for result in results:
         for mode in ("memory", "shuffled"):
@@ -73,23 +73,32 @@ def print_written(results: Sequence[TaskResult], console: Console) -> None:
     for i, chunk in enumerate(chunks):
         if i == 0 or chunk.original != chunks[i - 1].original:
             console.print(
-                f"\n{chunk.title}: the first chunk; below, \u27e6 \u27e7 hold what is right", style="bold", markup=False
+                f"\n{chunk.title}: the first chunk; below, \u27e6 \u27e7 hold what is right",
+                style="bold",
+                markup=False,
             )
             console.print(chunk.original, markup=False, highlight=False, soft_wrap=True)
         console.print(f"\n{chunk.said}", style="bold")
         text = Text()
         for piece, right in chunk.pieces:
-            text.append(f"\u27e6{piece}\u27e7" if right else piece, style="green" if right else "dim")
+            text.append(
+                f"\u27e6{piece}\u27e7" if right else piece, style="green" if right else "dim"
+            )
         console.print(text, soft_wrap=True)
 
 
 def rows_of(result: TaskResult) -> list[tuple[str, ...]]:
-    """A task's cells under `COLUMNS`, a row a mode: its main number with its 95 % interval, and what else says something."""
+    """A task's cells under `COLUMNS`, a row a mode: its main number with its 95 % interval, and
+    what else says something."""
     key, interval, name = result.main
     rows: list[tuple[str, ...]] = []
     for i, mode in enumerate(mode for mode in NAMES if mode in result.modes):
         numbers = result.modes[mode]
-        main = f"{name} {perplexity_words(numbers)}" if key == "perplexity" else f"{name} {short(numbers[key])}"
+        main = (
+            f"{name} {perplexity_words(numbers)}"
+            if key == "perplexity"
+            else f"{name} {short(numbers[key])}"
+        )
         main += between(numbers.get(interval))
         tokens = str(result.truncation or "all")
         title = result.title if i == 0 else ""
@@ -106,7 +115,8 @@ def perplexity_words(numbers: dict[str, Any]) -> str:
 
 
 def short(value: float | None) -> str:
-    """Two decimals, three for what is below 10; "-" for what is no number, or was none when it was written."""
+    """Two decimals, three for what is below 10; "-" for what is no number, or was none when it
+    was written."""
     if value is None or not math.isfinite(value):
         return "-"
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}"
@@ -121,9 +131,15 @@ def also(result: TaskResult, mode: str) -> str:
     numbers = result.modes[mode]
     parts = []
     if result.task_type == "perplexity":
-        parts.append(f"document mean {short(numbers['document_mean'])}{between(numbers['document_mean_interval_95'])}")
+        parts.append(
+            "document mean "
+            f"{short(numbers['document_mean'])}{between(numbers['document_mean_interval_95'])}"
+        )
     if result.kind == "retrieval":
-        parts.append("by depth " + ", ".join(f"{d['depth']:g}: {d['accuracy']:.0%}" for d in numbers["by_depth"]))
+        parts.append(
+            "by depth "
+            + ", ".join(f"{d['depth']:g}: {d['accuracy']:.0%}" for d in numbers["by_depth"])
+        )
     if "rouge_l" in numbers:
         parts.append(f"ROUGE-L {numbers['rouge_l']:.3f}")
     if result.kind == "copy":

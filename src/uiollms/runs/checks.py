@@ -1,5 +1,5 @@
-"""What a config decides, decided before a model or a corpus is fetched: each command looks at what it will read and write, and
-reports all faults together, one line each.
+"""What a config decides, decided before a model or a corpus is fetched: each command looks at
+what it will read and write, and reports all faults together, one line each.
 
 The base's own config may be asked of the hub for this (a few kilobytes), its weights are not.
 """
@@ -16,36 +16,40 @@ import torch
 from huggingface_hub import constants
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from uiollms.weights.adapters import check_compressor, check_target
-from uiollms.config.sections import (EnvConfig, MemoryConfig, load_tasks)
-from uiollms.files.errors import (ConfigError)
-from uiollms.data import find_corpus
-from uiollms.data.readers.hub import HubDataset, Split
+from uiollms.build import (
+    Sources,
+    corpus_of,
+    examine_model,
+    examine_sources,
+    examine_stages,
+    sources_of,
+    stage_sources,
+    weights_of,
+)
 from uiollms.config.corpora import CorpusEntry, TaskEntry
-from uiollms.evaluation.evaluator import ACCEPTED
-from uiollms.files.atomic import (reporting_write_errors)
-from uiollms.kernels.flash_attention import (check_request)
-from uiollms.files.atomic import make_folder, read_whole, recover
-from uiollms.weights.base_models import hub_reachable, load
-from uiollms.runs.own_files import FILES, RESULTS, check_run_folder, check_save_place, held
-from uiollms.weights.packaged import package_folder
-from uiollms.files.folders import run_folder
-from uiollms.distributed.device_map import resolved, this_machine
-from uiollms.build import (Sources, corpus_of, examine_model, examine_sources, examine_stages, sources_of, stage_sources)
-from uiollms.weights.base_models import (resolve_dtype)
-from uiollms.weights.base_models import (KNOWN_SHAPES)
-from uiollms.files.reading import check_tree
-from uiollms.files.errors import Faults
+from uiollms.config.sections import EnvConfig, MemoryConfig, load_tasks
+from uiollms.data import find_corpus
 from uiollms.data.builder import task_fault
-from uiollms.build import (weights_of)
+from uiollms.data.readers.hub import HubDataset, Split
+from uiollms.distributed.device_map import resolved, this_machine
+from uiollms.evaluation.evaluator import ACCEPTED
+from uiollms.files.atomic import make_folder, read_whole, recover, reporting_write_errors
+from uiollms.files.errors import ConfigError, Faults
+from uiollms.files.folders import run_folder
+from uiollms.files.reading import check_tree
+from uiollms.kernels.flash_attention import check_request
+from uiollms.runs.own_files import FILES, RESULTS, check_run_folder, check_save_place, held
 from uiollms.training.schedule import Schedule
+from uiollms.weights.adapters import check_compressor, check_target
+from uiollms.weights.base_models import KNOWN_SHAPES, hub_reachable, load, resolve_dtype
+from uiollms.weights.packaged import package_folder
 
 ENDING = 10.0  # seconds that a run which was told to stop may still need for its last save
 
 
 def check_training(config: EnvConfig, path: str | Path, going_on: bool = False) -> MemoryConfig:
-    """Everything that train.py reads and writes; the compressor config. going_on: a checkpoint says what an iteration is.
-    Raises ConfigError with a line for every fault."""
+    """Everything that train.py reads and writes; the compressor config. going_on: a checkpoint
+    says what an iteration is. Raises ConfigError with a line for every fault."""
     faults = Faults()
     memory, shape = examine_model(config, path, faults)
     sources = sources_of(config)
@@ -77,8 +81,8 @@ def check_training(config: EnvConfig, path: str | Path, going_on: bool = False) 
 
 
 def check_evaluation(config: EnvConfig, path: str | Path, own_tasks: bool) -> tuple[TaskEntry, ...]:
-    """Everything that test.py reads and writes; the tasks, of the config if `own_tasks`, else of the file that its `test`
-    names. Raises ConfigError with a line for every fault."""
+    """Everything that test.py reads and writes; the tasks, of the config if `own_tasks`, else of
+    the file that its `test` names. Raises ConfigError with a line for every fault."""
     faults = Faults()
     memory, shape = examine_model(config, path, faults)
     tasks, file, prefix = config.train.tasks, path, "train.tasks"
@@ -93,7 +97,11 @@ def check_evaluation(config: EnvConfig, path: str | Path, own_tasks: bool) -> tu
     examine_data(sources, file, faults)
     examine_base(config, shape, path, faults)
     weights = weights_of(config)
-    fields = (field for field in ("save_ckp", "load_ckp", "released_ckp") if getattr(config.model, field) == weights)
+    fields = (
+        field
+        for field in ("save_ckp", "load_ckp", "released_ckp")
+        if getattr(config.model, field) == weights
+    )
     with faults.noted(f"{path}: model.{next(fields)}: "):
         check_weights(weights, memory)
     folder = run_folder(config.train.run_dir, config.model.save_ckp, path)
@@ -103,7 +111,8 @@ def check_evaluation(config: EnvConfig, path: str | Path, own_tasks: bool) -> tu
 
 
 def examine_data(sources: Sources, path: str | Path, faults: Faults) -> None:
-    """Files and packages that are not here, datasets that cannot be had, tasks that a corpus has no documents for."""
+    """Files and packages that are not here, datasets that cannot be had, tasks that a corpus has
+    no documents for."""
     for where, entry in sources.items():
         field, name = corpus_of(entry)
         try:
@@ -115,7 +124,11 @@ def examine_data(sources: Sources, path: str | Path, faults: Faults) -> None:
         for source in needed:
             message = source.missing()
             if isinstance(source, HubDataset | Split) and source.local_folder() is None:
-                message = message and (None if hub_reachable() else f"{message}, and {constants.ENDPOINT} cannot be reached")
+                message = message and (
+                    None
+                    if hub_reachable()
+                    else f"{message}, and {constants.ENDPOINT} cannot be reached"
+                )
             if message:
                 faults.add(f"{path}: {where}.{field}: {message}")
         if isinstance(entry, CorpusEntry) and entry.task and not corpus.mixed:
@@ -132,7 +145,8 @@ def examine_data(sources: Sources, path: str | Path, faults: Faults) -> None:
 
 
 def examine_base(config: EnvConfig, shape: Any, path: str | Path, faults: Faults) -> None:
-    """Whether the base can be had, as far as that costs nothing, and computed where and as the config says."""
+    """Whether the base can be had, as far as that costs nothing, and computed where and as the
+    config says."""
     model = config.model
     if model.model_name.startswith("package:"):
         with faults.noted():
@@ -143,9 +157,17 @@ def examine_base(config: EnvConfig, shape: Any, path: str | Path, faults: Faults
     if model.offload_dir is not None:
         with faults.noted(f"{path}: model.offload_dir: "):
             check_folder(Path(model.offload_dir), Path(model.offload_dir))
-    dtype = resolve_dtype(model.model_dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = resolve_dtype(
+        model.model_dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    )
     with faults.noted():
-        check_request(model.attn_implementation, f"{path}: model.attn_implementation", dtype, model.device_map, shape)
+        check_request(
+            model.attn_implementation,
+            f"{path}: model.attn_implementation",
+            dtype,
+            model.device_map,
+            shape,
+        )
     if shape is not None and isinstance(model.device_map, dict | int):
         with torch.device("meta"):
             base = AutoModelForCausalLM.from_config(shape, dtype=dtype)
@@ -154,7 +176,8 @@ def examine_base(config: EnvConfig, shape: Any, path: str | Path, faults: Faults
 
 
 def check_weights(weights: str | None, memory: MemoryConfig | None) -> None:
-    """Raises ConfigError for weights that are to be loaded and are not there, or not of this compressor."""
+    """Raises ConfigError for weights that are to be loaded and are not there, or not of this
+    compressor."""
     if weights is not None:
         read_whole(Path(weights), lambda path: examine_weights(path, memory))
 
@@ -163,7 +186,8 @@ def examine_weights(path: Path, memory: MemoryConfig | None) -> None:
     """As `check_weights`, of a file or folder as it lies."""
     if not path.exists():
         raise ConfigError(
-            f"{path}: no checkpoint can be read here: there is no such file or folder; give the path of one, or null"
+            f"{path}: no checkpoint can be read here: there is no such file or folder; give the "
+            "path of one, or null"
         )
     check_tree(path)
     if path.suffix == ".pth":
@@ -182,7 +206,9 @@ def examine_weights(path: Path, memory: MemoryConfig | None) -> None:
             raise ConfigError(f"{path}: {error}") from None
 
 
-def examine_run_folder(folder: Path, names: tuple[str, ...], path: str | Path, faults: Faults) -> bool:
+def examine_run_folder(
+    folder: Path, names: tuple[str, ...], path: str | Path, faults: Faults
+) -> bool:
     """Whether a run can keep its files `names` in a folder, and nothing but a run's lies there;
     whether the folder can be at all. path: of the config."""
     before = len(faults.lines)
@@ -196,14 +222,18 @@ def examine_run_folder(folder: Path, names: tuple[str, ...], path: str | Path, f
 
 
 def check_folder(folder: Path, shown: Path) -> None:
-    """Raises ConfigError for a folder that cannot be written in, or made, without making it. shown: its
-    name in the message."""
+    """Raises ConfigError for a folder that cannot be written in, or made, without making it.
+    shown: its name in the message."""
     with reporting_write_errors(shown):
         there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not there.is_dir():
-        raise ConfigError(f"{shown}: cannot be written (Not a directory: {there}); choose another place")
+        raise ConfigError(
+            f"{shown}: cannot be written (Not a directory: {there}); choose another place"
+        )
     if not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"{shown}: cannot be written (no permission to write in {there}); choose another place")
+        raise ConfigError(
+            f"{shown}: cannot be written (no permission to write in {there}); choose another place"
+        )
 
 
 def check_can_save(save_ckp: str | None, stack: ExitStack) -> None:

@@ -19,7 +19,10 @@ PACKAGES = ("uiollms", "torch", "transformers", "peft", "safetensors", "numpy", 
 @cache
 def environment() -> dict[str, str | None]:
     """What ran: versions, and the git revision of this program where it is a clone."""
-    found: dict[str, str | None] = {"python": platform.python_version(), "git": git_revision(Path(__file__).parents[2])}
+    found: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "git": git_revision(Path(__file__).parents[2]),
+    }
     for package in PACKAGES:
         try:
             found[package] = version(package)
@@ -29,7 +32,8 @@ def environment() -> dict[str, str | None]:
 
 
 def git_revision(root: Path) -> str | None:
-    """The commit of a clone, with "+" behind it where tracked files have changed since; None outside of one."""
+    """The commit of a clone, with "+" behind it where tracked files have changed since; None
+    outside of one."""
     if not (root / ".git").exists():
         return None
 
@@ -37,7 +41,9 @@ def git_revision(root: Path) -> str | None:
         return output_of(["git", "-C", str(root), *arguments])
 
     try:
-        return git("rev-parse", "HEAD").strip() + ("+" if git("status", "--porcelain", "--untracked-files=no").strip() else "")
+        return git("rev-parse", "HEAD").strip() + (
+            "+" if git("status", "--porcelain", "--untracked-files=no").strip() else ""
+        )
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -49,12 +55,16 @@ def output_of(command: list[str]) -> str:
 
 
 def device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor() or platform.machine()
+    )
 
 
 def unused_gpu() -> str | None:
-    """A line for whoever has an NVIDIA GPU that the installed torch cannot use. None where torch can, where there is no such
-    GPU, and where CUDA_VISIBLE_DEVICES hides it."""
+    """A line for whoever has an NVIDIA GPU that the installed torch cannot use. None where torch
+    can, where there is no such GPU, and where CUDA_VISIBLE_DEVICES hides it."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return None
     with warnings.catch_warnings():
@@ -66,13 +76,16 @@ def unused_gpu() -> str | None:
         return None
     build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
     return (
-        f"{gpu} is here, but torch {torch.__version__} ({build}) cannot use it, and the CPU computes: install a build of "
-        f"torch that fits the driver, such as `make setup TORCH=torch==2.10.0` for CUDA 12 (Set-up in README.md)"
+        f"{gpu} is here, but torch {torch.__version__} ({build}) cannot use it, and the CPU "
+        "computes: install a build of "
+        "torch that fits the driver, such as `make setup TORCH=torch==2.10.0` for CUDA 12 (Set-up "
+        "in README.md)"
     )
 
 
 def nvidia_gpu() -> str | None:
-    """The first NVIDIA GPU and its driver, from `nvidia-smi` or from the kernel, which does not name the GPU."""
+    """The first NVIDIA GPU and its driver, from `nvidia-smi` or from the kernel, which does not
+    name the GPU."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
         shown = output_of(query)

@@ -1,4 +1,5 @@
-"""The lines of metrics.jsonl: what a step takes of the machine, and what its numbers are called in TensorBoard."""
+"""The lines of metrics.jsonl: what a step takes of the machine, and what its numbers are called
+in TensorBoard."""
 
 from __future__ import annotations
 
@@ -13,25 +14,30 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from uiollms.files.atomic import replace_text
+from uiollms.files.errors import ConfigError, json_path
 from uiollms.files.json_files import as_json, finite
 from uiollms.files.reading import read_bytes
-from uiollms.files.errors import ConfigError, json_path
 
 MOST_METRICS = 2**30  # bytes: millions of steps
 ITERATIONS = "iterations"  # in versions.json: what `iteration` counts, "documents" or "steps"
 
 
 def iterations_of(versions: dict[str, Any]) -> str:
-    """What a run's metrics count: run folders that do not say it were written when steps were counted."""
+    """What a run's metrics count: run folders that do not say it were written when steps were
+    counted."""
     return versions.get(ITERATIONS, "steps")
 
 
 def machine_use(tokens: int, seconds: float) -> dict[str, float]:
-    """What varies from machine to machine, and from run to run: tokens read in a step a second (all processes'), and the most
-    memory that this process has held so far, in GiB: resident, and allocated by torch on the GPU where that is most."""
+    """What varies from machine to machine, and from run to run: tokens read in a step a second
+    (all processes'), and the most memory that this process has held so far, in GiB: resident,
+    and allocated by torch on the GPU where that is most."""
     use = {"tokens_per_second": tokens / seconds, "resident_gib": peak_resident() / 2**30}
     if torch.cuda.is_initialized():
-        use["gpu_gib"] = max(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())) / 2**30
+        use["gpu_gib"] = (
+            max(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+            / 2**30
+        )
     return use
 
 
@@ -59,9 +65,9 @@ class Line(BaseModel):
 
 
 def examine_lines(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[str]]:
-    """The JSON objects in the lines of a file, with their numbers, but for a last one that a killed process
-    or a full disk left without its end; numbers that JSON does not know are None. And a sentence, with its
-    number, for every other line that is no JSON object."""
+    """The JSON objects in the lines of a file, with their numbers, but for a last one that a
+    killed process or a full disk left without its end; numbers that JSON does not know are None.
+    And a sentence, with its number, for every other line that is no JSON object."""
     found, faults = [], []
     lines = read_bytes(path, MOST_METRICS).split(b"\n")
     for number, line in enumerate(lines, start=1):
@@ -79,12 +85,14 @@ def examine_lines(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[st
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects in the lines of a file, as `examine_lines`. Raises ConfigError for another line."""
+    """The JSON objects in the lines of a file, as `examine_lines`. Raises ConfigError for
+    another line."""
     return refused(path, *examine_lines(path))
 
 
 def examine_metrics(run: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[str]]:
-    """The lines of a run's metrics.jsonl that are such, as `examine_lines`, and what is wrong with others."""
+    """The lines of a run's metrics.jsonl that are such, as `examine_lines`, and what is wrong
+    with others."""
     found, faults = examine_lines(run / "metrics.jsonl")
     right = []
     for number, line in found:
@@ -103,14 +111,19 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return refused(run / "metrics.jsonl", *examine_metrics(run))
 
 
-def refused(path: Path, found: list[tuple[int, dict[str, Any]]], faults: list[str]) -> list[dict[str, Any]]:
+def refused(
+    path: Path, found: list[tuple[int, dict[str, Any]]], faults: list[str]
+) -> list[dict[str, Any]]:
     if faults:
-        raise ConfigError("\n".join(f"{path}: {f}; remove it, or move the file away" for f in faults))
+        raise ConfigError(
+            "\n".join(f"{path}: {f}; remove it, or move the file away" for f in faults)
+        )
     return [line for _, line in found]
 
 
 def cut_metrics(run: Path, iteration: int) -> float:
-    """Leave the lines of metrics.jsonl up to an iteration, so that none stands twice; the seconds of the last."""
+    """Leave the lines of metrics.jsonl up to an iteration, so that none stands twice; the
+    seconds of the last."""
     path, kept = run / "metrics.jsonl", []
     if path.exists():
         kept = [line for line in read_metrics(run) if line["iteration"] <= iteration]
@@ -135,13 +148,27 @@ def scalars(line: dict[str, Any], protocol: str) -> Iterator[tuple[str, float]]:
     a step          train/nll/paper, train/lr, train/grad_norm/all, train/grad_norm/encoder_lora, train/tokens_per_second ...
     an evaluation   eval/0.perplexity.paper.sotu.test.2048/memory/perplexity ...: the task's number and name, mode, measure
     """
-    named = {f"nll/{protocol}": line.get("nll"), "lr": line.get("lr"), "grad_norm/all": line.get("grad_norm")}
+    named = {
+        f"nll/{protocol}": line.get("nll"),
+        "lr": line.get("lr"),
+        "grad_norm/all": line.get("grad_norm"),
+    }
     named |= {f"grad_norm/{part}": norm for part, norm in line.get("grad_norms", {}).items()}
     named |= line.get("machine", {})
     yield from ((f"train/{name}", number) for name, number in named.items() if number is not None)
     for i, result in enumerate(line.get("eval", [])):
         words = (i, result["task_type"], result["protocol"], result["task"], result["truncation"])
-        task = ".".join(str(word).replace("/", "_").replace(" ", "_") for word in words if word is not None)
+        task = ".".join(
+            str(word).replace("/", "_").replace(" ", "_") for word in words if word is not None
+        )
         for key, value in result.items():
-            numbers = {f"{key}/{name}": v for name, v in value.items()} if isinstance(value, dict) else {key: value}
-            yield from ((f"eval/{task}/{name}", v) for name, v in numbers.items() if isinstance(v, int | float))
+            numbers = (
+                {f"{key}/{name}": v for name, v in value.items()}
+                if isinstance(value, dict)
+                else {key: value}
+            )
+            yield from (
+                (f"eval/{task}/{name}", v)
+                for name, v in numbers.items()
+                if isinstance(v, int | float)
+            )

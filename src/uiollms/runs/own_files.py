@@ -15,9 +15,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from uiollms.files.atomic import sync
+from uiollms.files.errors import ConfigError, Faults
 from uiollms.files.json_files import read_json
 from uiollms.files.reading import kind_of
-from uiollms.files.errors import ConfigError, Faults
 
 RESULTS = ("test.json", "test-nll.safetensors", "test.png")  # of test.py
 FILES = (
@@ -89,8 +89,8 @@ def check_save_place(save_ckp: Path, folder: Path) -> None:
 
 @contextmanager
 def held(path: Path, said: str, seconds: float = 0.0) -> Iterator[None]:
-    """A lock while the block runs. Raises ConfigError that says `said` where another still has it after
-    so many seconds."""
+    """A lock while the block runs. Raises ConfigError that says `said` where another still has
+    it after so many seconds."""
     lock = FileLock(path, timeout=seconds)
     try:
         lock.acquire()

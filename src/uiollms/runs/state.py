@@ -8,8 +8,9 @@
     rank-0.json                 place in the data, and the first process's global random generators
     checksums.json              sha256 of every file
 
-The learning rate follows from the iteration, and what is random about a document from the seed and its number in the data: no
-other process has anything of its own, so a run may go on with more or fewer of them. Nothing is pickled.
+The learning rate follows from the iteration, and what is random about a document from the seed
+and its number in the data: no other process has anything of its own, so a run may go on with
+more or fewer of them. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -30,30 +31,53 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from uiollms.weights.adapters import load_weights, write_weights
-from uiollms.config.sections import (EnvConfig, MemoryConfig, parse, read_json)
-from uiollms.files.errors import (ConfigError)
-from uiollms.data.readers.beacons import fingerprint
-from uiollms.data.mixture import generator_state
-from uiollms.distributed.groups import Group
 from uiollms.config.corpora import Checked
-from uiollms.files.atomic import (reporting_write_errors)
-from uiollms.weights.fitness import not_finite
-from uiollms.files.atomic import replacing_folder, write_checksums, verify
+from uiollms.config.sections import EnvConfig, MemoryConfig, parse, read_json
+from uiollms.data.mixture import generator_state
+from uiollms.data.readers.beacons import fingerprint
+from uiollms.distributed.groups import Group
+from uiollms.files.atomic import replacing_folder, reporting_write_errors, verify, write_checksums
+from uiollms.files.errors import ConfigError
 from uiollms.model.memory_lm import MemoryLM
-from uiollms.training.schedule import Counts, Schedule
 from uiollms.training.optimizer import SampleStream
+from uiollms.training.schedule import Counts, Schedule
+from uiollms.weights.adapters import load_weights, write_weights
+from uiollms.weights.fitness import not_finite
 
 STEP = re.compile(r"step-(\d{8,})")
-NEEDED = ("state.json", "rank-0.json", "optimizer.safetensors", "tokens.safetensors", "memory_config.json")
+NEEDED = (
+    "state.json",
+    "rank-0.json",
+    "optimizer.safetensors",
+    "tokens.safetensors",
+    "memory_config.json",
+)
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
-# Fields that may differ when a run goes on: they move, measure, share out or end it. Every change is logged.
+# Fields that may differ when a run goes on: they move, measure, share out or end it. Every change
+# is logged.
 MAY_CHANGE = {
-    *(f"model.{name}" for name in ("config", "model_method", "save_ckp", "load_ckp", "released_ckp", "device_map")),
+    *(
+        f"model.{name}"
+        for name in ("config", "model_method", "save_ckp", "load_ckp", "released_ckp", "device_map")
+    ),
     "model.attn_implementation",
-    *(f"train.{name}" for name in ("train_iters", "save", "eval", "tasks", "run_dir", "chunk_batch", "checkpointing")),
-    *(f"train.{name}" for name in ("keep_last", "keep_best", "max_bad_steps", "chunk_parallel", "chunk_ranks")),
+    *(
+        f"train.{name}"
+        for name in (
+            "train_iters",
+            "save",
+            "eval",
+            "tasks",
+            "run_dir",
+            "chunk_batch",
+            "checkpointing",
+        )
+    ),
+    *(
+        f"train.{name}"
+        for name in ("keep_last", "keep_best", "max_bad_steps", "chunk_parallel", "chunk_ranks")
+    ),
     "train.accum_grad",  # with it, another number of processes takes as many documents a step
     "test",
 }
@@ -63,9 +87,10 @@ Generator = tuple[int, tuple[int, ...], float | None]  # what random.Random.gets
 
 
 class CheckpointInfo(Checked):
-    """state.json. config and compressor: all fields written out; tokenizer: a hash of what it does; environment: versions,
-    dtype and device, for the log. counts, documents: of the run's schedule; a folder that names neither was written before
-    documents were counted. borders: between the run's stages, in iterations."""
+    """state.json. config and compressor: all fields written out; tokenizer: a hash of what it
+    does; environment: versions, dtype and device, for the log. counts, documents: of the run's
+    schedule; a folder that names neither was written before documents were counted. borders:
+    between the run's stages, in iterations."""
 
     format: Literal[1] = 1
     iteration: Count
@@ -86,7 +111,8 @@ class CheckpointInfo(Checked):
 
 
 class ResumePoint(Checked):
-    """rank-0.json. python, numpy, torch, cuda: the global generators (torch's in hex); samples: place in the data."""
+    """rank-0.json. python, numpy, torch, cuda: the global generators (torch's in hex); samples:
+    place in the data."""
 
     python: Generator
     numpy: tuple[str, tuple[int, ...], Annotated[int, Field(ge=0, le=624)], int, float]
@@ -108,8 +134,9 @@ class Mark:
 
 @dataclass
 class TrainingState:
-    """All that a run changes as it goes on. iteration: documents (or steps: schedule.py) done, those of skipped steps included;
-    skipped_steps: steps whose loss or gradient was not finite; bad_in_a_row: those since the last good one."""
+    """All that a run changes as it goes on. iteration: documents (or steps: schedule.py) done,
+    those of skipped steps included; skipped_steps: steps whose loss or gradient was not finite;
+    bad_in_a_row: those since the last good one."""
 
     model: MemoryLM
     tokenizer: PreTrainedTokenizerBase
@@ -121,8 +148,9 @@ class TrainingState:
     mark: Mark | None = None  # of the last whole step
 
     def advance(self, iteration: int, good: bool) -> None:
-        """Count a step, taken (`good`) or skipped, after which so many iterations are done. From here to
-        the next call this step can be saved, whatever the one that follows has drawn by then."""
+        """Count a step, taken (`good`) or skipped, after which so many iterations are done. From
+        here to the next call this step can be saved, whatever the one that follows has drawn by
+        then."""
         self.iteration = iteration
         self.skipped_steps += not good
         self.bad_in_a_row = 0 if good else self.bad_in_a_row + 1
@@ -131,33 +159,53 @@ class TrainingState:
     def set_mark(self) -> None:
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         place = self.samples.state_dict()
-        self.mark = Mark(random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda, place)
+        self.mark = Mark(
+            random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda, place
+        )
 
 
-# ---- what may change -----------------------------------------------------------------------------------------------------
+# ---- what may change -----------------------------------------------------------------------------
 
 
 def fields_of(config: EnvConfig, compressor: MemoryConfig) -> dict[str, Any]:
     """ "train.max_lr" -> its value, for every field of both files."""
-    found: dict[str, Any] = {f"compressor.{name}": value for name, value in compressor.model_dump().items()}
+    found: dict[str, Any] = {
+        f"compressor.{name}": value for name, value in compressor.model_dump().items()
+    }
     for section, value in config.model_dump().items():
-        found |= {f"{section}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {section: value}
+        found |= (
+            {f"{section}.{name}": v for name, v in value.items()}
+            if isinstance(value, dict)
+            else {section: value}
+        )
     return found
 
 
 def config_hash(config: EnvConfig, compressor: MemoryConfig) -> str:
-    """Of the fields that make a run what it is; equal hashes may go on with each other's checkpoints."""
-    fixed = {name: value for name, value in sorted(fields_of(config, compressor).items()) if name not in MAY_CHANGE}
+    """Of the fields that make a run what it is; equal hashes may go on with each other's
+    checkpoints."""
+    fixed = {
+        name: value
+        for name, value in sorted(fields_of(config, compressor).items())
+        if name not in MAY_CHANGE
+    }
     return hashlib.sha256(json.dumps(fixed).encode()).hexdigest()
 
 
-def check_same_run(record: CheckpointInfo, config: EnvConfig, compressor: MemoryConfig, path: Path) -> list[str]:
-    """The fields that have changed since the checkpoint and may, one line each. Raises ConfigError with a line for each of
-    those that may not."""
+def check_same_run(
+    record: CheckpointInfo, config: EnvConfig, compressor: MemoryConfig, path: Path
+) -> list[str]:
+    """The fields that have changed since the checkpoint and may, one line each. Raises
+    ConfigError with a line for each of those that may not."""
     old, new = fields_of(record.config, record.compressor), fields_of(config, compressor)
-    changes = {name: f"{name}: {shown(old[name])} -> {shown(new[name])}" for name in new if old[name] != new[name]}
+    changes = {
+        name: f"{name}: {shown(old[name])} -> {shown(new[name])}"
+        for name in new
+        if old[name] != new[name]
+    }
     faults = [
-        f"{path}: {line}: the run cannot go on with another one; put it back, or start a new run with model.load_ckp = {path}"
+        f"{path}: {line}: the run cannot go on with another one; put it back, or start a new run "
+        f"with model.load_ckp = {path}"
         for name, line in changes.items()
         if name not in MAY_CHANGE
     ]
@@ -171,7 +219,7 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:60]}.."
 
 
-# ---- save ----------------------------------------------------------------------------------------------------------------
+# ---- save ----------------------------------------------------------------------------------------
 
 
 def save_state(
@@ -182,8 +230,9 @@ def save_state(
     compressor: MemoryConfig,
     environment: dict[str, str | None],
 ) -> Path:
-    """Write checkpoints/step-<iteration>; it has that name only once all of it is on the disk. Raises ConfigError if it cannot
-    be written; nothing of it stays then, and what was there before is untouched."""
+    """Write checkpoints/step-<iteration>; it has that name only once all of it is on the disk.
+    Raises ConfigError if it cannot be written; nothing of it stays then, and what was there
+    before is untouched."""
     record = CheckpointInfo(
         iteration=state.iteration,
         counts=schedule.counts,
@@ -213,7 +262,11 @@ def save_state(
 def optimizer_tensors(state: TrainingState) -> dict[str, Tensor]:
     names = list(state.model.trainable_parameters())
     saved = state.optimizer.state_dict()["state"]
-    return {f"{names[i]}.{key}": t.cpu().contiguous() for i, entry in saved.items() for key, t in entry.items()}
+    return {
+        f"{names[i]}.{key}": t.cpu().contiguous()
+        for i, entry in saved.items()
+        for key, t in entry.items()
+    }
 
 
 def position_of(state: TrainingState) -> ResumePoint:
@@ -242,12 +295,15 @@ def seed_generators(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-# ---- load ----------------------------------------------------------------------------------------------------------------
+# ---- load ----------------------------------------------------------------------------------------
 
 
 def saved_steps(folder: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first; one that is being written, or deleted, has another name."""
-    found = [path for path in folder.iterdir() if STEP.fullmatch(path.name)] if folder.is_dir() else []
+    """The checkpoints of a run, oldest first; one that is being written, or deleted, has another
+    name."""
+    found = (
+        [path for path in folder.iterdir() if STEP.fullmatch(path.name)] if folder.is_dir() else []
+    )
     return sorted(found, key=step_of)
 
 
@@ -257,31 +313,48 @@ def step_of(path: Path) -> int:
 
 
 def read_record(path: Path) -> CheckpointInfo:
-    """state.json of a checkpoint, all of whose files are checked first. Raises ConfigError naming what is wrong."""
+    """state.json of a checkpoint, all of whose files are checked first. Raises ConfigError
+    naming what is wrong."""
     if not (path / "state.json").exists():
-        raise ConfigError(f"{path}: no training state is here (state.json); weights alone can be a new run's model.load_ckp")
+        raise ConfigError(
+            f"{path}: no training state is here (state.json); weights alone can be a new run's "
+            "model.load_ckp"
+        )
     verify(path, NEEDED)
     return parse(CheckpointInfo, read_json(path / "state.json"), path / "state.json")
 
 
 def load_state(state: TrainingState, path: Path, record: CheckpointInfo) -> None:
-    """Put everything of a checkpoint back. Raises ConfigError if it does not fit the model, the tokenizer or the data."""
+    """Put everything of a checkpoint back. Raises ConfigError if it does not fit the model, the
+    tokenizer or the data."""
     position = parse(ResumePoint, read_json(path / "rank-0.json"), path / "rank-0.json")
     if record.tokenizer != fingerprint(state.tokenizer):
-        raise ConfigError(f"{path}: the run's vocabulary was another one: {record.config.model.model_name} has changed since")
+        raise ConfigError(
+            f"{path}: the run's vocabulary was another one: {record.config.model.model_name} has "
+            "changed since"
+        )
     load_weights(state.model, path)
     try:
         load_optimizer(state, load_file(path / "optimizer.safetensors"))
         state.samples.load_state_dict(position.samples)
         random.setstate(generator_state(position.python))
         algorithm, numbers, place, has_gauss, gauss = position.numpy
-        np.random.set_state((algorithm, np.array(numbers, dtype=np.uint32), place, has_gauss, gauss))
+        np.random.set_state(
+            (algorithm, np.array(numbers, dtype=np.uint32), place, has_gauss, gauss)
+        )
         torch.set_rng_state(generator_of(position.torch))
         for device, generator in enumerate(position.cuda[: torch.cuda.device_count()]):
             torch.cuda.set_rng_state(generator_of(generator), device)
     except ConfigError:
         raise
-    except (ArithmeticError, LookupError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+    except (
+        ArithmeticError,
+        LookupError,
+        RuntimeError,
+        SafetensorError,
+        TypeError,
+        ValueError,
+    ) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConfigError(f"{path}: not the state of such a run ({reason})") from None
     state.iteration, state.skipped_steps = record.iteration, record.skipped_steps
@@ -312,13 +385,18 @@ def load_optimizer(state: TrainingState, tensors: dict[str, Tensor]) -> None:
             continue
         shapes = [list(entry[key].shape) if key in entry else None for key in MOMENTS]
         if shapes != [[], list(parameter.shape), list(parameter.shape)]:
-            raise ValueError(f"optimizer.safetensors: {name}: shapes {shapes}, expected those of {list(parameter.shape)}")
+            raise ValueError(
+                f"optimizer.safetensors: {name}: shapes {shapes}, expected those of "
+                f"{list(parameter.shape)}"
+            )
         if key := not_finite(entry.items()):
             raise ValueError(f"optimizer.safetensors: {name}.{key} holds NaN or infinite numbers")
         entries[i] = entry
     if tensors:
         raise ValueError(f"optimizer.safetensors: {sorted(tensors)[0]} belongs to no parameter")
-    state.optimizer.load_state_dict({"state": entries, "param_groups": state.optimizer.state_dict()["param_groups"]})
+    state.optimizer.load_state_dict(
+        {"state": entries, "param_groups": state.optimizer.state_dict()["param_groups"]}
+    )
 
 
 def generator_of(text: str) -> Tensor:

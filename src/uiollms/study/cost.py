@@ -22,8 +22,9 @@ from uiollms.training.step import gradient_step
 
 
 class PeakMemory:
-    """`with PeakMemory(device) as peak: ...`; then `peak.bytes`: how far memory rose above where it was. On a CPU the
-    resident set is sampled every millisecond, after freed pages were given back."""
+    """`with PeakMemory(device) as peak: ...`; then `peak.bytes`: how far memory rose above where
+    it was. On a CPU the resident set is sampled every millisecond, after freed pages were given
+    back."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.bytes = device, 0
@@ -62,20 +63,27 @@ def study_cost(
     names: Sequence[str] = NAMES,
     bar: Callable[..., Iterable[Any]] = tqdm,
 ) -> list[dict[str, Any]]:
-    """Seconds (median) and peak memory of one training step for every estimator and S, and the chunks re-encoded. All take turns,
-    `repeats` times, so that a busy machine slows all alike; `bar` shows how far they are."""
+    """Seconds (median) and peak memory of one training step for every estimator and S, and the
+    chunks re-encoded. All take turns, `repeats` times, so that a busy machine slows all alike;
+    `bar` shows how far they are."""
     sample = Sample.language_modeling(ids, model.memory_config.chunk_size)
     gradient_step(model, sample, estimator="tbptt", S=1)  # warm up
-    measured = [(name, S, estimator) for name, S, estimator in estimators_of(windows) if name in names]
+    measured = [
+        (name, S, estimator) for name, S, estimator in estimators_of(windows) if name in names
+    ]
     seconds: list[list[float]] = [[] for _ in measured]
     backwards: list[list[int]] = [[] for _ in measured]
     peaks: list[list[int]] = [[] for _ in measured]
     for seed in range(repeats):
-        for i, (*_, estimator) in enumerate(bar(measured, desc=f"steps, turn {seed + 1} of {repeats}")):
+        for i, (*_, estimator) in enumerate(
+            bar(measured, desc=f"steps, turn {seed + 1} of {repeats}")
+        ):
             model.zero_grad(set_to_none=True)
             with PeakMemory(model.device) as peak:
                 start = time.perf_counter()
-                result = gradient_step(model, sample, estimator=estimator, rng=seed, report_all=False)
+                result = gradient_step(
+                    model, sample, estimator=estimator, rng=seed, report_all=False
+                )
                 seconds[i].append(time.perf_counter() - start)
             peaks[i].append(peak.bytes)
             backwards[i].append(len(result.reencoded))

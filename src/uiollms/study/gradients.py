@@ -1,8 +1,10 @@
-"""Bias, variance and angle of every estimator against the exact encoder gradient, on a real model and real documents.
+"""Bias, variance and angle of every estimator against the exact encoder gradient, on a real
+model and real documents.
 
-The encoder's gradient is linear in the weights W: it is the sum over pairs s < t of W[t, s] * g[t, s], where g[t, s] is what
-loss t sends to the encoder through memory s. So all g[t, s] of a document are computed once, and their Gram matrix gives
-norm, angle and error of any estimator under any number of draws without another backward.
+The encoder's gradient is linear in the weights W: it is the sum over pairs s < t of W[t, s] *
+g[t, s], where g[t, s] is what loss t sends to the encoder through memory s. So all g[t, s] of a
+document are computed once, and their Gram matrix gives norm, angle and error of any estimator
+under any number of draws without another backward.
 
 Shapes: N rows, C chunks, n pairs (t, s) with s < t, P encoder parameters, R draws.
 """
@@ -31,7 +33,13 @@ NAMES = ("tbptt", "uio", "uio, no factor", "importance", "exact")
 def estimators_of(windows: Sequence[int]) -> list[tuple[str, int, Estimator]]:
     """(name, S, estimator) of every row of the table; the exact one has no window."""
     rows = [
-        (name, S, make_estimator("uio" if name.startswith("uio") else name, S, compensate=name != "uio, no factor"))
+        (
+            name,
+            S,
+            make_estimator(
+                "uio" if name.startswith("uio") else name, S, compensate=name != "uio, no factor"
+            ),
+        )
         for S in windows
         for name in NAMES
         if name != "exact"
@@ -39,24 +47,36 @@ def estimators_of(windows: Sequence[int]) -> list[tuple[str, int, Estimator]]:
     return [*rows, ("exact", INFINITE, Exact())]
 
 
-def pair_gradients(model: MemoryLM, sample: Sample) -> tuple[list[tuple[int, int]], Tensor, list[float]]:
-    """All pairs (t, s), their encoder gradients g[t, s] [n, P], and the norm of every memory's summed gradient [C]
-    (what the importance estimator sees)."""
+def pair_gradients(
+    model: MemoryLM, sample: Sample
+) -> tuple[list[tuple[int, int]], Tensor, list[float]]:
+    """All pairs (t, s), their encoder gradients g[t, s] [n, P], and the norm of every memory's
+    summed gradient [C] (what the importance estimator sees)."""
     count = len(sample.chunks)
     with torch.no_grad():
-        memory = [[layer.detach() for layer in model.encode_layers(chunk[None])] for chunk in sample.chunks]
+        memory = [
+            [layer.detach() for layer in model.encode_layers(chunk[None])]
+            for chunk in sample.chunks
+        ]
     arrived: dict[tuple[int, int], list[Tensor]] = {}
     for t, row in enumerate(sample.rows):
         if t == 0 or not len(row.scored):
             continue
-        leaves = [torch.cat([memory[s][i] for s in range(t)]).requires_grad_() for i in range(len(memory[0]))]
+        leaves = [
+            torch.cat([memory[s][i] for s in range(t)]).requires_grad_()
+            for i in range(len(memory[0]))
+        ]
         keys, values = model.project(leaves, range(t))
         prefix = Prefix([[join_slots(k, 1)] for k in keys], [[join_slots(v, 1)] for v in values])
         loss, _, _ = decode_rows(model, sample, [t], prefix)
         grads = torch.autograd.grad((loss * row.token_weights[row.scored].to(loss)).sum(), leaves)
         for s in range(t):
             arrived[t, s] = [g[s : s + 1] for g in grads]
-    parameters = [p for name, p in model.encoder.named_parameters() if f"layers.{len(memory[0]) - 1}." not in name]
+    parameters = [
+        p
+        for name, p in model.encoder.named_parameters()
+        if f"layers.{len(memory[0]) - 1}." not in name
+    ]
     pairs, rows = [], []
     for s in range(count):
         graph = model.encode_layers(sample.chunks[s : s + 1])
@@ -67,7 +87,11 @@ def pair_gradients(model: MemoryLM, sample: Sample) -> tuple[list[tuple[int, int
     squares = [0.0] * count
     for s in range(count):
         for layer in range(len(memory[0])):
-            total = sum(arrived[t, s][layer].double() for t in range(s + 1, len(sample.rows)) if (t, s) in arrived)
+            total = sum(
+                arrived[t, s][layer].double()
+                for t in range(s + 1, len(sample.rows))
+                if (t, s) in arrived
+            )
             squares[s] += total.pow(2).sum().item() if isinstance(total, Tensor) else 0.0
     return pairs, torch.stack(rows), [square**0.5 for square in squares]
 
@@ -82,7 +106,12 @@ def gram(vectors: Tensor, block: int = 1 << 18) -> Tensor:
 
 
 def draw_weights(
-    estimator: Estimator, pairs: Sequence[tuple[int, int]], num_rows: int, norms: Sequence[float], draws: int, seed: int
+    estimator: Estimator,
+    pairs: Sequence[tuple[int, int]],
+    num_rows: int,
+    norms: Sequence[float],
+    draws: int,
+    seed: int,
 ) -> Tensor:
     """Weights of every pair in every draw, [R, n]."""
     rng = random.Random(seed)
@@ -91,13 +120,18 @@ def draw_weights(
     for _ in range(draws):
         weights = estimator.window(num_rows, rng)[t, s]
         columns = estimator.columns(norms, rng)
-        rows.append(weights if columns is None else weights * torch.tensor(columns, dtype=torch.float64)[s])
+        rows.append(
+            weights if columns is None else weights * torch.tensor(columns, dtype=torch.float64)[s]
+        )
     return torch.stack(rows)
 
 
-def statistics_of(weights: Tensor, products: Tensor, pairs: Sequence[tuple[int, int]]) -> dict[str, float]:
-    """weights [R, n], products [n, n] -> how the R estimates relate to the exact gradient g. `bias` is the relative error
-    of the draws' mean, `bias_noise` what it would be by chance alone; `variance` is E||est - mean||^2 / ||g||^2."""
+def statistics_of(
+    weights: Tensor, products: Tensor, pairs: Sequence[tuple[int, int]]
+) -> dict[str, float]:
+    """weights [R, n], products [n, n] -> how the R estimates relate to the exact gradient g.
+    `bias` is the relative error of the draws' mean, `bias_noise` what it would be by chance
+    alone; `variance` is E||est - mean||^2 / ||g||^2."""
     exact = products.sum().item()
     with_exact = weights @ products.sum(1)  # <est, g>
     squares = ((weights @ products) * weights).sum(1).clamp(min=0)
@@ -106,7 +140,10 @@ def statistics_of(weights: Tensor, products: Tensor, pairs: Sequence[tuple[int, 
     variance = (squares.mean() - mean @ products @ mean).clamp(min=0).item() / exact
     ratio = (squares / exact).sqrt()
     errors = ((squares - 2 * with_exact + exact).clamp(min=0) / exact).sqrt()
-    backwards = [len({s for (_, s), w in zip(pairs, row, strict=True) if w}) for row in weights[:200].tolist()]
+    backwards = [
+        len({s for (_, s), w in zip(pairs, row, strict=True) if w})
+        for row in weights[:200].tolist()
+    ]
     return {
         "bias": bias**0.5,
         "bias_noise": (variance / len(weights)) ** 0.5,
@@ -126,8 +163,9 @@ def study_gradients(
     draws: int,
     bar: Callable[..., Iterable[Any]] = tqdm,
 ) -> list[dict[str, Any]]:
-    """One row of statistics for every estimator and S, averaged over documents; `norm_ratio_variance` over draws and documents
-    (the paper's Table 4 draws once for each input), so with the variance of the documents' means added."""
+    """One row of statistics for every estimator and S, averaged over documents;
+    `norm_ratio_variance` over draws and documents (the paper's Table 4 draws once for each
+    input), so with the variance of the documents' means added."""
     per_document: dict[tuple[str, int], list[dict[str, float]]] = {}
     for number, ids in enumerate(bar(documents, desc="documents")):
         sample = Sample.language_modeling(ids, model.memory_config.chunk_size)

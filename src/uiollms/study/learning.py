@@ -1,8 +1,9 @@
-"""Does the estimator matter for what is learned? The same start, the same documents, another estimator.
+"""Does the estimator matter for what is learned? The same start, the same documents, another
+estimator.
 
-All runs of one seed start from the same memory, fresh or loaded, and see the same documents in the same order; only the encoder's
-gradient differs. The learning rate stays constant after its warm-up, so that a curve may be read at any iteration, and
-after any number of seconds.
+All runs of one seed start from the same memory, fresh or loaded, and see the same documents in
+the same order; only the encoder's gradient differs. The learning rate stays constant after its
+warm-up, so that a curve may be read at any iteration, and after any number of seconds.
 """
 
 from __future__ import annotations
@@ -34,14 +35,23 @@ STUDENT_T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
 
 def held_out_nll(model: MemoryLM, samples: Sequence[Sample]) -> float:
     """Mean NLL, in nats, of all scored tokens of `samples`, with memory."""
-    return torch.cat([token_losses(model, sample, "memory")[1] for sample in samples]).double().mean().item()
+    return (
+        torch.cat([token_losses(model, sample, "memory")[1] for sample in samples])
+        .double()
+        .mean()
+        .item()
+    )
 
 
 def learn(
-    model: MemoryLM, samples: Iterator[Sample], held_out: Sequence[Sample], estimator: Estimator, train: TrainSection
+    model: MemoryLM,
+    samples: Iterator[Sample],
+    held_out: Sequence[Sample],
+    estimator: Estimator,
+    train: TrainSection,
 ) -> dict[str, Any]:
-    """Train `model` on `train.train_iters` documents -> held-out NLL (nats) every `train.eval` of them,
-    against iterations, which are optimizer steps here."""
+    """Train `model` on `train.train_iters` documents -> held-out NLL (nats) every `train.eval`
+    of them, against iterations, which are optimizer steps here."""
     optimizer = make_optimizer(model, train)
     parameters = list(model.trainable_parameters().values())
     schedule = Schedule(train, train.accum_grad)
@@ -52,7 +62,14 @@ def learn(
     iterations, nll = [0], [held_out_nll(model, held_out)]
     for iteration, done in enumerate(steps, start=1):
         for _ in range(train.accum_grad):
-            gradient_step(model, next(samples), estimator=estimator, rng=rng, scale=1 / train.accum_grad, report_all=False)
+            gradient_step(
+                model,
+                next(samples),
+                estimator=estimator,
+                rng=rng,
+                scale=1 / train.accum_grad,
+                report_all=False,
+            )
         torch.nn.utils.clip_grad_norm_(parameters, train.clip_grad or math.inf)
         for group in optimizer.param_groups:
             group["lr"] = train.max_lr * min(1, iteration / warmup)
@@ -65,10 +82,12 @@ def learn(
 
 
 def step_seconds(
-    estimators: Sequence[tuple[str, int, Estimator]], start: Callable[[int], tuple[MemoryLM, Iterator[Sample]]], rounds: int = 7
+    estimators: Sequence[tuple[str, int, Estimator]],
+    start: Callable[[int], tuple[MemoryLM, Iterator[Sample]]],
+    rounds: int = 7,
 ) -> dict[tuple[str, int], float]:
-    """Median seconds of a gradient step under every estimator (name, S), taken in turns on the same documents, so that
-    whatever else the machine does slows all of them alike."""
+    """Median seconds of a gradient step under every estimator (name, S), taken in turns on the
+    same documents, so that whatever else the machine does slows all of them alike."""
     model, samples = start(0)
     model.train()
     gradient_step(model, next(samples), estimator="exact", report_all=False)  # warm up
@@ -92,20 +111,25 @@ def compare(
     record: Callable[[dict[str, Any]], None],
     bar: Callable[..., Iterable[Any]] = tqdm,
 ) -> None:
-    """Run every estimator (name, S, object) with every seed that is not in `done`, seed by seed, and `record` each curve.
-    start: a seed -> an untrained model and its stream of documents."""
+    """Run every estimator (name, S, object) with every seed that is not in `done`, seed by seed,
+    and `record` each curve. start: a seed -> an untrained model and its stream of documents."""
     runs = [(seed, *estimator) for seed in seeds for estimator in estimators]
     known = {(curve["seed"], curve["estimator"], curve["S"]) for curve in done}
-    for seed, name, S, estimator in bar([run for run in runs if run[:3] not in known], desc="trainings"):
+    for seed, name, S, estimator in bar(
+        [run for run in runs if run[:3] not in known], desc="trainings"
+    ):
         model, samples = start(seed)
         curve = learn(model, samples, held_out, estimator, train.model_copy(update={"seed": seed}))
         record({"estimator": name, "S": S, "seed": seed} | curve)
 
 
-def summarise(curves: Sequence[dict[str, Any]], seconds: dict[tuple[str, int], float]) -> list[dict[str, Any]]:
-    """One row an estimator: held-out NLL after all iterations, and after as many as it has time for while the fastest
-    estimator takes all of its own. seconds: of a step, by (estimator, S). Means over seeds, +- the half width of a 95 %
-    Student interval; "to exact": the same of the differences to the exact estimator's run of that seed."""
+def summarise(
+    curves: Sequence[dict[str, Any]], seconds: dict[tuple[str, int], float]
+) -> list[dict[str, Any]]:
+    """One row an estimator: held-out NLL after all iterations, and after as many as it has time
+    for while the fastest estimator takes all of its own. seconds: of a step, by (estimator, S).
+    Means over seeds, +- the half width of a 95 % Student interval; "to exact": the same of the
+    differences to the exact estimator's run of that seed."""
     names = list(dict.fromkeys((curve["estimator"], curve["S"]) for curve in curves))
     last = curves[0]["iterations"][-1]
     affordable = {name: last * min(seconds[n] for n in names) / seconds[name] for name in names}
@@ -114,18 +138,27 @@ def summarise(curves: Sequence[dict[str, Any]], seconds: dict[tuple[str, int], f
         return interpolated(curve["iterations"], curve["nll"], iteration)
 
     exact = {curve["seed"]: curve for curve in curves if curve["estimator"] == "exact"}
-    exact_affordable = next((count for (name, _), count in affordable.items() if name == "exact"), last)
+    exact_affordable = next(
+        (count for (name, _), count in affordable.items() if name == "exact"), last
+    )
     rows = []
     for name in names:
         own = [curve for curve in curves if (curve["estimator"], curve["S"]) == name]
-        row: dict[str, Any] = {"estimator": name[0], "S": name[1], "seeds": len(own), "step_seconds": seconds[name]}
+        row: dict[str, Any] = {
+            "estimator": name[0],
+            "S": name[1],
+            "seeds": len(own),
+            "step_seconds": seconds[name],
+        }
         paired = [curve for curve in own if curve["seed"] in exact]
         for label, mine, reference in (
             ("equal iterations", last, last),
             ("equal seconds", affordable[name], exact_affordable),
         ):
             row[label] = interval([at(curve, mine) for curve in own])
-            differences = [at(curve, mine) - at(exact[curve["seed"]], reference) for curve in paired]
+            differences = [
+                at(curve, mine) - at(exact[curve["seed"]], reference) for curve in paired
+            ]
             row[f"{label}, to exact"] = "" if name[0] == "exact" else interval(differences)
         rows.append(row)
     return rows
@@ -133,7 +166,9 @@ def summarise(curves: Sequence[dict[str, Any]], seconds: dict[tuple[str, int], f
 
 def interpolated(x: Sequence[float], y: Sequence[float], at: float) -> float:
     """The value at `at` of straight lines through the points; the last value past them."""
-    for (x0, y0), (x1, y1) in zip(zip(x, y, strict=True), zip(x[1:], y[1:], strict=True), strict=False):
+    for (x0, y0), (x1, y1) in zip(
+        zip(x, y, strict=True), zip(x[1:], y[1:], strict=True), strict=False
+    ):
         if x0 <= at <= x1:
             return y0 + (y1 - y0) * (at - x0) / (x1 - x0)
     return y[-1]
@@ -150,20 +185,34 @@ def interval(values: Sequence[float]) -> str:
     return f"{mean} +- {half:.3f}"
 
 
-def plot_curves(panels: dict[str, Sequence[dict[str, Any]]], references: dict[str, float], path: Any) -> None:
-    """Held-out NLL against iterations, one panel a title, one line an estimator (mean over seeds, range shaded).
-    references: horizontal lines by name, such as the NLL without memory."""
+def plot_curves(
+    panels: dict[str, Sequence[dict[str, Any]]], references: dict[str, float], path: Any
+) -> None:
+    """Held-out NLL against iterations, one panel a title, one line an estimator (mean over
+    seeds, range shaded). references: horizontal lines by name, such as the NLL without memory."""
     from matplotlib.figure import Figure  # slow to import
 
     figure = Figure(figsize=(4.6 * len(panels), 3.8), layout="constrained")
-    for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels.items(), strict=True):
+    for axes, (title, curves) in zip(
+        figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels.items(), strict=True
+    ):
         for i, (name, S) in enumerate(dict.fromkeys((c["estimator"], c["S"]) for c in curves)):
             own = [c for c in curves if (c["estimator"], c["S"]) == (name, S)]
             columns = list(zip(*(c["nll"] for c in own), strict=True))
             label = name if S == INFINITE else f"{name}, S = {S}"
-            axes.plot(own[0]["iterations"], [statistics.mean(c) for c in columns], color=f"C{i}", label=label)
+            axes.plot(
+                own[0]["iterations"],
+                [statistics.mean(c) for c in columns],
+                color=f"C{i}",
+                label=label,
+            )
             axes.fill_between(
-                own[0]["iterations"], [min(c) for c in columns], [max(c) for c in columns], color=f"C{i}", alpha=0.15, lw=0
+                own[0]["iterations"],
+                [min(c) for c in columns],
+                [max(c) for c in columns],
+                color=f"C{i}",
+                alpha=0.15,
+                lw=0,
             )
         for name, value in references.items():
             axes.axhline(value, color="0.4", linestyle=":", label=name)

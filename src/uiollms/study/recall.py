@@ -1,11 +1,13 @@
-"""A recall task with distance as the dial: what was told in one chunk is asked `distance` chunks later, and only there.
+"""A recall task with distance as the dial: what was told in one chunk is asked `distance` chunks
+later, and only there.
 
     a chunk of 8 tokens    pair pair pair pair | query answer | query answer
     pair (k, v)            one token a combination; no key comes twice in a document
     query k                asks for a key told `distance` chunks ago; the answer v is scored
 
-The base is a small Llama trained here to answer from the raw text, at every distance; then it is frozen and memory is
-trained. A gradient cut off S chunks back never tells the encoder what a question further on will need.
+The base is a small Llama trained here to answer from the raw text, at every distance; then it is
+frozen and memory is trained. A gradient cut off S chunks back never tells the encoder what a
+question further on will need.
 
 Shapes: B documents, N chunks, P pairs and Q queries of a chunk.
 """
@@ -29,28 +31,47 @@ from uiollms.weights.base_models import load_causal_lm
 
 KEYS, VALUES, PAIRS, QUERIES = 64, 8, 4, 2
 CHUNK = PAIRS + 2 * QUERIES
-QUERY, ANSWER = KEYS * VALUES, KEYS * VALUES + KEYS  # the first ids of queries and of answers, after those of pairs
+QUERY, ANSWER = (
+    KEYS * VALUES,
+    KEYS * VALUES + KEYS,
+)  # the first ids of queries and of answers, after those of pairs
 VOCABULARY = ANSWER + VALUES
 MOST_CHUNKS = KEYS // PAIRS
-MEMORY = MemoryConfig.model_validate(dict(num_memory=4, chunk_size=CHUNK, lora_rank=16, lora_alpha=32))
+MEMORY = MemoryConfig.model_validate(
+    dict(num_memory=4, chunk_size=CHUNK, lora_rank=16, lora_alpha=32)
+)
 
 
-def draw_documents(generator: torch.Generator, distances: Tensor, num_chunks: int = MOST_CHUNKS) -> tuple[Tensor, Tensor]:
-    """One document for every distance [B] -> token ids [B, N * 8] int64, and which of them are answers, [B, N * 8] bool.
-    A chunk with nothing so far behind it asks for its own pairs."""
+def draw_documents(
+    generator: torch.Generator, distances: Tensor, num_chunks: int = MOST_CHUNKS
+) -> tuple[Tensor, Tensor]:
+    """One document for every distance [B] -> token ids [B, N * 8] int64, and which of them are
+    answers, [B, N * 8] bool. A chunk with nothing so far behind it asks for its own pairs."""
     batch, rows = len(distances), torch.arange(len(distances))[:, None, None]
-    keys = torch.rand(batch, KEYS, generator=generator).argsort(1)[:, : PAIRS * num_chunks].view(batch, num_chunks, PAIRS)
+    keys = (
+        torch.rand(batch, KEYS, generator=generator)
+        .argsort(1)[:, : PAIRS * num_chunks]
+        .view(batch, num_chunks, PAIRS)
+    )
     values = torch.randint(VALUES, keys.shape, generator=generator)
     chunk = torch.arange(num_chunks)[None]
-    source = torch.where(chunk >= distances[:, None], chunk - distances[:, None], chunk)[:, :, None]  # [B, N, 1]
+    source = torch.where(chunk >= distances[:, None], chunk - distances[:, None], chunk)[
+        :, :, None
+    ]  # [B, N, 1]
     asked = torch.randint(PAIRS, (batch, num_chunks, QUERIES), generator=generator)
-    queries, answers = QUERY + keys[rows, source, asked], ANSWER + values[rows, source, asked]  # [B, N, Q]
-    ids = torch.cat([keys * VALUES + values, torch.stack([queries, answers], dim=-1).flatten(2)], dim=2)
+    queries, answers = (
+        QUERY + keys[rows, source, asked],
+        ANSWER + values[rows, source, asked],
+    )  # [B, N, Q]
+    ids = torch.cat(
+        [keys * VALUES + values, torch.stack([queries, answers], dim=-1).flatten(2)], dim=2
+    )
     return ids.flatten(1), (ids >= ANSWER).flatten(1)
 
 
 def recall_sample(ids: Tensor, answers: Tensor, distance: int) -> Sample:
-    """A document [T] whose answers `distance` chunks on are scored, those of the first chunks (about themselves) not."""
+    """A document [T] whose answers `distance` chunks on are scored, those of the first chunks
+    (about themselves) not."""
     labels = torch.where(answers, ids, IGNORED)
     labels[: distance * CHUNK] = IGNORED
     return Sample.beacon(ids, labels, CHUNK)
@@ -64,9 +85,12 @@ def recall_samples(distance: int, seed: int) -> Iterator[Sample]:
         yield recall_sample(ids, answers, distance)
 
 
-def train_base(folder: Path, seed: int = 0, enough: float = 0.98, bar: Callable[..., Iterable[Any]] = tqdm) -> Any:
-    """The small Llama (4 layers of 128) that answers from raw text at every distance with `enough` accuracy, from `folder`
-    if it was trained before. Documents grow from 2 to 16 chunks as it learns. Raises RuntimeError if it does not."""
+def train_base(
+    folder: Path, seed: int = 0, enough: float = 0.98, bar: Callable[..., Iterable[Any]] = tqdm
+) -> Any:
+    """The small Llama (4 layers of 128) that answers from raw text at every distance with
+    `enough` accuracy, from `folder` if it was trained before. Documents grow from 2 to 16 chunks
+    as it learns. Raises RuntimeError if it does not."""
     if folder.exists():
         return load_causal_lm(str(folder))
     torch.manual_seed(seed)
@@ -98,7 +122,10 @@ def train_base(folder: Path, seed: int = 0, enough: float = 0.98, bar: Callable[
             if accuracy > enough:
                 break
         else:
-            raise RuntimeError(f"the base answers {accuracy:.0%} of the questions in {num_chunks} chunks, expected {enough:.0%}")
+            raise RuntimeError(
+                f"the base answers {accuracy:.0%} of the questions in {num_chunks} chunks, "
+                f"expected {enough:.0%}"
+            )
     with replacing_folder(folder) as work:
         base.save_pretrained(work)
     return base

@@ -31,13 +31,17 @@ def plot(rows: Sequence[dict[str, Any]], columns: Sequence[str], path: Path) -> 
 
     figure = Figure(figsize=(4.2 * len(columns), 3.6), layout="constrained")
     windows = sorted({row["S"] for row in rows if row["estimator"] != "exact"})
-    for axes, column in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns, strict=True):
+    for axes, column in zip(
+        figure.subplots(1, len(columns), squeeze=False)[0], columns, strict=True
+    ):
         for name in dict.fromkeys(row["estimator"] for row in rows):
             found = {row["S"]: row[column] for row in rows if row["estimator"] == name}
             if name == "exact":
                 axes.axhline(next(iter(found.values())), color="0.5", linestyle=":", label=name)
             else:
-                axes.plot(range(len(windows)), [found[S] for S in windows], "o-", label=name, alpha=0.8)
+                axes.plot(
+                    range(len(windows)), [found[S] for S in windows], "o-", label=name, alpha=0.8
+                )
         axes.set_xticks(range(len(windows)), ["inf" if S == INFINITE else str(S) for S in windows])
         axes.set_xlabel("S")
         axes.set_title(column)

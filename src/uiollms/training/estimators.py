@@ -1,11 +1,13 @@
 """Gradient estimators: which memory gradients reach the encoder, and with what weight.
 
-Loss t reads memories 0 .. t-1. An estimator replaces the exact encoder gradient, the sum over t > s of dJ_t/dm_s, by
-the sum of W[t, s] * dJ_t/dm_s. It is unbiased if E[W[t, s]] = 1 for every s < t. Every estimator here is one small class
-with two methods; a new one is a class and a line in `ESTIMATORS` (see CONTRIBUTING.md).
+Loss t reads memories 0 .. t-1. An estimator replaces the exact encoder gradient, the sum over t
+> s of dJ_t/dm_s, by the sum of W[t, s] * dJ_t/dm_s. It is unbiased if E[W[t, s]] = 1 for every s
+< t. Every estimator here is one small class with two methods; a new one is a class and a line in
+`ESTIMATORS` (see CONTRIBUTING.md).
 
 Shapes: N chunks, W [N, N] float64, row = loss, column = memory, zero on and above the diagonal.
-Source: UIO-LLMs section 3.3; reservoir: Vitter 1985, algorithm R; systematic sampling: Madow 1949.
+Source: UIO-LLMs section 3.3; reservoir: Vitter 1985, algorithm R; systematic sampling: Madow
+1949.
 """
 
 from __future__ import annotations
@@ -20,16 +22,18 @@ from torch import Tensor
 
 
 class Estimator:
-    """Base class. `window` is drawn before anything is computed; `columns` may look at the gradients' norms after the
-    decoder pass and scale whole columns (a column of zeros saves that chunk's encoder backward)."""
+    """Base class. `window` is drawn before anything is computed; `columns` may look at the
+    gradients' norms after the decoder pass and scale whole columns (a column of zeros saves that
+    chunk's encoder backward)."""
 
     def window(self, num_chunks: int, rng: random.Random) -> Tensor:
         """W [N, N] for one document of N chunks."""
         raise NotImplementedError
 
     def columns(self, norms: Sequence[float], rng: random.Random) -> list[float] | None:
-        """norms [N]: size of every memory's summed gradient -> factor of every column, or None: leave all as they are.
-        Estimators that do not override this spare the host synchronisation that reading norms costs."""
+        """norms [N]: size of every memory's summed gradient -> factor of every column, or None:
+        leave all as they are. Estimators that do not override this spare the host
+        synchronisation that reading norms costs."""
         return None
 
     @property
@@ -47,7 +51,8 @@ class Exact(Estimator):
 
 @dataclass(frozen=True)
 class TBPTT(Estimator):
-    """Truncated backpropagation through time: loss t reaches the last S memories. Biased: it never sees further."""
+    """Truncated backpropagation through time: loss t reaches the last S memories. Biased: it
+    never sees further."""
 
     S: int
 
@@ -57,9 +62,9 @@ class TBPTT(Estimator):
 
 @dataclass(frozen=True)
 class UIO(Estimator):
-    """The paper's: loss t reaches the memories in a reservoir of S, a uniform sample of chunks 0 .. t-1. `compensate`
-    multiplies by max(1, t / S), the inverse of the probability of being in it; the released program leaves that out and
-    is then biased towards zero by min(1, S / t)."""
+    """The paper's: loss t reaches the memories in a reservoir of S, a uniform sample of chunks 0
+    .. t-1. `compensate` multiplies by max(1, t / S), the inverse of the probability of being in
+    it; the released program leaves that out and is then biased towards zero by min(1, S / t)."""
 
     S: int
     compensate: bool = True
@@ -71,9 +76,10 @@ class UIO(Estimator):
 
 @dataclass(frozen=True)
 class Importance(Estimator):
-    """S chunks chosen after the decoder pass, with inclusion probability growing with the norm of their summed memory
-    gradient; all of a chosen chunk's gradients count, times the inverse of that probability. Unbiased; on the released adapter
-    it had half the variance of `UIO` at four encoder backwards, and more at equal S (docs/results.md).
+    """S chunks chosen after the decoder pass, with inclusion probability growing with the norm
+    of their summed memory gradient; all of a chosen chunk's gradients count, times the inverse
+    of that probability. Unbiased; on the released adapter it had half the variance of `UIO` at
+    four encoder backwards, and more at equal S (docs/results.md).
 
     floor: share of the probability that is spread evenly, so that no chunk has probability 0.
     """
@@ -91,8 +97,8 @@ class Importance(Estimator):
 
 
 def inclusion_probabilities(norms: Sequence[float], size: int, floor: float) -> list[float]:
-    """pi [N], summing to min(size, N), each in (0, 1]: proportional to (1 - floor) * norm share + floor / N, with
-    what would exceed 1 set to 1 and the rest scaled up again."""
+    """pi [N], summing to min(size, N), each in (0, 1]: proportional to (1 - floor) * norm share
+    + floor / N, with what would exceed 1 set to 1 and the rest scaled up again."""
     count, total = len(norms), sum(norms)
     share = [(1 - floor) * (n / total if total else 1 / count) + floor / count for n in norms]
     certain: set[int] = set()
@@ -108,9 +114,9 @@ def inclusion_probabilities(norms: Sequence[float], size: int, floor: float) -> 
 
 
 def systematic_sample(inclusion: Sequence[float], u: float) -> list[bool]:
-    """One number u in [0, 1) decides: item i, owning the stretch of length pi_i of a line, is chosen if one of the
-    points u, u + 1, u + 2, ... falls on it, which happens with probability pi_i. The sample's size is the sum of the
-    pi_i, up to the rounding of that sum."""
+    """One number u in [0, 1) decides: item i, owning the stretch of length pi_i of a line, is
+    chosen if one of the points u, u + 1, u + 2, ... falls on it, which happens with probability
+    pi_i. The sample's size is the sum of the pi_i, up to the rounding of that sum."""
     chosen, end = [], 0.0
     for p in inclusion:
         start, end = end, end + p
@@ -124,9 +130,12 @@ def all_pairs(num_chunks: int) -> Tensor:
     return torch.ones(num_chunks, num_chunks, dtype=torch.float64).tril(-1)
 
 
-def window_from_draws(draws: Sequence[int], S: int, compensate: bool, num_chunks: int | None = None) -> Tensor:
-    """The reservoir estimator's W [N, N] from its random integers: `draws` holds randint(0, c), ends included, for every
-    chunk c >= S in order, so N = S + len(draws) unless the document has fewer than S chunks (then say `num_chunks`).
+def window_from_draws(
+    draws: Sequence[int], S: int, compensate: bool, num_chunks: int | None = None
+) -> Tensor:
+    """The reservoir estimator's W [N, N] from its random integers: `draws` holds randint(0, c),
+    ends included, for every chunk c >= S in order, so N = S + len(draws) unless the document has
+    fewer than S chunks (then say `num_chunks`).
 
     Chunk c enters after its own loss: into slot c while c < S, then into slot j = draw if j < S. As in the released
     program the last chunk is drawn for too, though no loss can read it.
@@ -150,7 +159,8 @@ ESTIMATORS: dict[str, Any] = {"exact": Exact, "tbptt": TBPTT, "uio": UIO, "impor
 
 
 def make_estimator(name: str, S: int = 2, compensate: bool = True) -> Estimator:
-    """The estimator called `name` in a config's `train.estimator`, with `train.tbptt` = S and `train.compensate`."""
+    """The estimator called `name` in a config's `train.estimator`, with `train.tbptt` = S and
+    `train.compensate`."""
     if name not in ESTIMATORS:
         raise ValueError(f"estimator {name!r} is unknown; known: {', '.join(ESTIMATORS)}")
     given = {"S": S, "compensate": compensate}
@@ -159,9 +169,15 @@ def make_estimator(name: str, S: int = 2, compensate: bool = True) -> Estimator:
 
 
 def draw_window(
-    estimator: Estimator | str, num_chunks: int, rng: random.Random | int | None = None, **settings: int | bool
+    estimator: Estimator | str,
+    num_chunks: int,
+    rng: random.Random | int | None = None,
+    **settings: int | bool,
 ) -> Tensor:
-    """The weight matrix W [N, N] float64 of one draw. estimator: an object of this module, or a name with `S` and
-    `compensate` as settings (S = 2 and compensated by default); rng: a `random.Random`, or a seed for a fresh one."""
+    """The weight matrix W [N, N] float64 of one draw. estimator: an object of this module, or a
+    name with `S` and `compensate` as settings (S = 2 and compensated by default); rng: a
+    `random.Random`, or a seed for a fresh one."""
     estimator = make_estimator(estimator, **settings) if isinstance(estimator, str) else estimator  # type: ignore[arg-type]
-    return estimator.window(num_chunks, rng if isinstance(rng, random.Random) else random.Random(rng))
+    return estimator.window(
+        num_chunks, rng if isinstance(rng, random.Random) else random.Random(rng)
+    )

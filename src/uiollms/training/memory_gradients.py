@@ -1,8 +1,10 @@
-"""Where the decoder pass of a training step ends: gradients summed at the keys and values of a document's memories.
+"""Where the decoder pass of a training step ends: gradients summed at the keys and values of a
+document's memories.
 
-Shapes: N rows, C chunks, B rows of a batch, n chunks of this process, m num_memory, M = C * m slots, M' of them that a batch
-reads, s of those that one row reads with a weight, L layers, H key/value heads, K head size.
-Source: UIO-LLMs section 3.3; the two passes: GradCache (Gao et al. 2021, arXiv 2101.06983).
+Shapes: N rows, C chunks, B rows of a batch, n chunks of this process, m num_memory, M = C * m
+slots, M' of them that a batch reads, s of those that one row reads with a weight, L layers, H
+key/value heads, K head size. Source: UIO-LLMs section 3.3; the two passes: GradCache (Gao et al.
+2021, arXiv 2101.06983).
 """
 
 from __future__ import annotations
@@ -25,9 +27,9 @@ from uiollms.model.state import SharedPrefix
 
 
 class MemoryGradients:
-    """The leaves of the decoder pass, and the gradients that arrive there: of every loss alike (`total`) and of loss t times
-    W[t, s] at memory s, of the chunks `needed` alone (`weighted`; the same tensors as `total` where W is all ones). Sums are
-    kept in float32 or wider.
+    """The leaves of the decoder pass, and the gradients that arrive there: of every loss alike
+    (`total`) and of loss t times W[t, s] at memory s, of the chunks `needed` alone (`weighted`;
+    the same tensors as `total` where W is all ones). Sums are kept in float32 or wider.
 
     needed: the chunks, ascending, at which some weight is not zero.
     """
@@ -48,29 +50,45 @@ class MemoryGradients:
         self.weights = weights  # [N, at least C]
         self.needed = list(needed)
         self.chunk_numbers = sample.chunk_numbers
-        all_ones = all(bool((weights[t, row.memories.start : row.memories.stop] == 1).all()) for t, row in enumerate(sample.rows))
-        self.total = [torch.zeros_like(kv, dtype=self.dtype, requires_grad=False) for kv in self.leaves]
+        all_ones = all(
+            bool((weights[t, row.memories.start : row.memories.stop] == 1).all())
+            for t, row in enumerate(sample.rows)
+        )
+        self.total = [
+            torch.zeros_like(kv, dtype=self.dtype, requires_grad=False) for kv in self.leaves
+        ]
         self.weighted = self.total
         if not all_ones:
             slots = len(self.needed) * num_memory
             self.weighted = [kv.new_zeros(1, kv.shape[1], slots, kv.shape[3]) for kv in self.total]
 
     def prefix(self, batch: Sequence[int], rows: Sequence[Row], apart: bool) -> MemoryLeaves:
-        """What a batch of rows reads: the slots that any of them sees, one set for all (who sees which is said elsewhere)."""
+        """What a batch of rows reads: the slots that any of them sees, one set for all (who sees
+        which is said elsewhere)."""
         return MemoryLeaves(self, batch, [row.memories for row in rows], apart)
 
     def backward_projection(
-        self, model: MemoryLM, memory: LayerMemory, division: Division, wanted: Sequence[int], seeds: Sequence[int] | None
+        self,
+        model: MemoryLM,
+        memory: LayerMemory,
+        division: Division,
+        wanted: Sequence[int],
+        seeds: Sequence[int] | None,
     ) -> LayerMemory:
-        """Step 3: `total` to the decoder's LoRA, `weighted` to the memories. wanted: which of this process's chunks are needed
-        here; the gradients of their memories are returned, L x [len(wanted), m, D]."""
+        """Step 3: `total` to the decoder's LoRA, `weighted` to the memories. wanted: which of
+        this process's chunks are needed here; the gradients of their memories are returned, L x
+        [len(wanted), m, D]."""
         if not memory:
             return []
         lora = [p for name, p in model.decoder.named_parameters() if "lora" in name]
-        total = [division.reduce_scatter(self._by_chunk(g)) for g in self.total]  # 2L x [n, H, m, K]
+        total = [
+            division.reduce_scatter(self._by_chunk(g)) for g in self.total
+        ]  # 2L x [n, H, m, K]
         for batch in batched(range(len(division.own) if lora else 0), projected_at_once(model)):
             part = slice(batch[0], batch[-1] + 1)
-            outputs = self._projected(model, [layer[part] for layer in memory], division, batch, seeds)
+            outputs = self._projected(
+                model, [layer[part] for layer in memory], division, batch, seeds
+            )
             arrived = [g[part].to(out) for g, out in zip(total, outputs, strict=True)]
             torch.autograd.backward(outputs, arrived, inputs=lora)
         if self.weighted is self.total:
@@ -90,7 +108,12 @@ class MemoryGradients:
         return grads
 
     def _projected(
-        self, model: MemoryLM, memory: LayerMemory, division: Division, batch: Sequence[int], seeds: Sequence[int] | None
+        self,
+        model: MemoryLM,
+        memory: LayerMemory,
+        division: Division,
+        batch: Sequence[int],
+        seeds: Sequence[int] | None,
     ) -> list[Tensor]:
         """The keys, then the values, of some of this process's chunks, with their graph."""
         with torch.enable_grad():
@@ -99,7 +122,8 @@ class MemoryGradients:
         return [*keys, *values]
 
     def _to_owner(self, grad: Tensor, division: Division, wanted: Sequence[int]) -> Tensor:
-        """A sum at all needed chunks, [len(needed), H, m, K] -> over the group, at those of this process."""
+        """A sum at all needed chunks, [len(needed), H, m, K] -> over the group, at those of this
+        process."""
         if division.group.size == 1:
             return grad
         whole = grad.new_zeros(len(division.place), *grad.shape[1:])
@@ -113,24 +137,35 @@ class MemoryGradients:
 
 
 class RowWeights(NamedTuple):
-    """The slots that one row reads with a weight that is not zero: where they stand among all slots and among the weighted sums,
-    [s] int64 each, and their weights, [s, 1]."""
+    """The slots that one row reads with a weight that is not zero: where they stand among all
+    slots and among the weighted sums, [s] int64 each, and their weights, [s, 1]."""
 
     slots: Tensor
     places: Tensor
     weights: Tensor
 
     def to(self, device: torch.device) -> RowWeights:
-        return RowWeights(to_device(self.slots, device), to_device(self.places, device), to_device(self.weights, device))
+        return RowWeights(
+            to_device(self.slots, device),
+            to_device(self.places, device),
+            to_device(self.weights, device),
+        )
 
 
 class MemoryLeaves(SharedPrefix):
-    """The leaves in front of a batch of rows whose gradients go to the sums. memories: which chunks' each row reads."""
+    """The leaves in front of a batch of rows whose gradients go to the sums. memories: which
+    chunks' each row reads."""
 
-    def __init__(self, sums: MemoryGradients, batch: Sequence[int], memories: Sequence[range], apart: bool) -> None:
+    def __init__(
+        self, sums: MemoryGradients, batch: Sequence[int], memories: Sequence[range], apart: bool
+    ) -> None:
         half = len(sums.leaves) // 2
         super().__init__(sums.leaves[:half], sums.leaves[half:], apart)
-        self.sums, self.rows, self.slots = sums, len(batch), max(read.stop for read in memories) * sums.num_memory
+        self.sums, self.rows, self.slots = (
+            sums,
+            len(batch),
+            max(read.stop for read in memories) * sums.num_memory,
+        )
         self.shares: dict[torch.device, list[RowWeights | None]] = {}
         if sums.weighted is not sums.total:
             shares = [self._share(row, read) for row, read in zip(batch, memories, strict=True)]
@@ -140,12 +175,20 @@ class MemoryLeaves(SharedPrefix):
     def _share(self, row: int, memories: range) -> RowWeights | None:
         """Of the sample's row number `row`, which reads these chunks' memories."""
         m, weights = self.sums.num_memory, self.sums.weights[row].tolist()
-        read = [(place, chunk) for place, chunk in enumerate(self.sums.needed) if chunk in memories and weights[chunk]]
+        read = [
+            (place, chunk)
+            for place, chunk in enumerate(self.sums.needed)
+            if chunk in memories and weights[chunk]
+        ]
         if not read:
             return None
         places, chunks = torch.tensor(read).T
-        each = torch.tensor([weights[chunk] for _, chunk in read], dtype=self.sums.dtype).repeat_interleave(m)
-        at_slots, at_places = ((numbers[:, None] * m + torch.arange(m)).flatten() for numbers in (chunks, places))
+        each = torch.tensor(
+            [weights[chunk] for _, chunk in read], dtype=self.sums.dtype
+        ).repeat_interleave(m)
+        at_slots, at_places = (
+            (numbers[:, None] * m + torch.arange(m)).flatten() for numbers in (chunks, places)
+        )
         return RowWeights(at_slots, at_places, each[:, None])
 
     def places(self, layer: int) -> tuple[int, int]:
@@ -196,8 +239,9 @@ class _Layer:
 
 
 class _FanOut(torch.autograd.Function):
-    """Leaf number i, [1, H, M, K], handed to B rows, [B, H, M', K] with M' <= M; backward adds the rows' gradients to the sums
-    and returns nothing, so that no row's gradient outlives the layer."""
+    """Leaf number i, [1, H, M, K], handed to B rows, [B, H, M', K] with M' <= M; backward adds
+    the rows' gradients to the sums and returns nothing, so that no row's gradient outlives the
+    layer."""
 
     @staticmethod
     def forward(ctx, leaf, leaves, i):  # type: ignore[no-untyped-def]

@@ -34,8 +34,13 @@ def make_optimizer(model: MemoryLM, config: TrainSection) -> torch.optim.AdamW:
 
 
 def gradient_norms(model: MemoryLM) -> dict[str, float]:
-    """Euclidean norms of the gradients, by what is trained: encoder_lora, decoder_lora, token_embeddings (both together)."""
-    parts: dict[str, list[torch.Tensor]] = {"encoder_lora": [], "decoder_lora": [], "token_embeddings": []}
+    """Euclidean norms of the gradients, by what is trained: encoder_lora, decoder_lora,
+    token_embeddings (both together)."""
+    parts: dict[str, list[torch.Tensor]] = {
+        "encoder_lora": [],
+        "decoder_lora": [],
+        "token_embeddings": [],
+    }
     for name, parameter in model.trainable_parameters().items():
         role, kind = name.split(".")[:2]
         if parameter.grad is not None:
@@ -45,16 +50,19 @@ def gradient_norms(model: MemoryLM) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class TrainingSample:
-    """A document for the training step. rng: of its reservoirs and LoRA dropout, as much its own as its text, so that neither the
-    number of processes nor a restart changes them."""
+    """A document for the training step. rng: of its reservoirs and LoRA dropout, as much its own
+    as its text, so that neither the number of processes nor a restart changes them."""
 
     source: str
     sample: Sample
     rng: random.Random
 
 
-def pack_documents(documents: Sequence[TrainingSample], chunk_batch: int) -> Iterator[list[TrainingSample]]:
-    """Documents in their order, those together whose chunks fit one batch: they go through encoder and decoder at once."""
+def pack_documents(
+    documents: Sequence[TrainingSample], chunk_batch: int
+) -> Iterator[list[TrainingSample]]:
+    """Documents in their order, those together whose chunks fit one batch: they go through
+    encoder and decoder at once."""
     together: list[TrainingSample] = []
     chunks = 0
     for document in documents:
@@ -69,11 +77,13 @@ def pack_documents(documents: Sequence[TrainingSample], chunk_batch: int) -> Ite
 
 
 class SampleStream:
-    """The endless streams of training samples, one for every stage of the run, the same in every process. A document that no
-    memory can help with (blank, plain text that fits one chunk, an answer within the first) trains nothing: it is skipped and
-    counted."""
+    """The endless streams of training samples, one for every stage of the run, the same in every
+    process. A document that no memory can help with (blank, plain text that fits one chunk, an
+    answer within the first) trains nothing: it is skipped and counted."""
 
-    def __init__(self, config: EnvConfig, tokenizer: PreTrainedTokenizerBase, model: MemoryLM) -> None:
+    def __init__(
+        self, config: EnvConfig, tokenizer: PreTrainedTokenizerBase, model: MemoryLM
+    ) -> None:
         train = config.train
         maker = SampleBuilder(model, tokenizer, train.loss, partial(weigh_tokens, model))
         self.streams = [Stream(maker, of, train.seed, i) for i, of in enumerate(train.corpora)]
@@ -87,8 +97,8 @@ class SampleStream:
         return sum(stream.skipped for stream in self.streams)
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the data, in plain lists and numbers (JSON): of the first stage, and of those
-        behind it, if there are any."""
+        """The place in the data, in plain lists and numbers (JSON): of the first stage, and of
+        those behind it, if there are any."""
         first, *later = [stream.state_dict() for stream in self.streams]
         return first | ({"later": later} if later else {})
 
@@ -103,7 +113,9 @@ class Stream:
 
     MOST_SKIPPED = 10_000  # in a row, before the corpora count as unusable
 
-    def __init__(self, maker: SampleBuilder, entries: Sequence[CorpusEntry], seed: int, number: int = 0) -> None:
+    def __init__(
+        self, maker: SampleBuilder, entries: Sequence[CorpusEntry], seed: int, number: int = 0
+    ) -> None:
         self.maker, self.entries = maker, entries
         corpora = [open_corpus(entry.name, maker.tokenizer) for entry in entries]
         self.seed = f"{seed} stage {number}" if number else str(seed)
@@ -112,8 +124,9 @@ class Stream:
         self.skipped = 0
 
     def take(self, count: int, group: Group = ALONE) -> list[TrainingSample]:
-        """The next `count` samples, or of those every `group.size`-th from number `group.rank`. Each process opens its
-        own, and they tell each other which are skipped, so all go on from the same place. Raises ConfigError if all are."""
+        """The next `count` samples, or of those every `group.size`-th from number `group.rank`.
+        Each process opens its own, and they tell each other which are skipped, so all go on from
+        the same place. Raises ConfigError if all are."""
         taken: list[Draw] = []
         opened: dict[int, TrainingSample | None] = {}
         in_a_row = 0
@@ -128,15 +141,20 @@ class Stream:
                 self.skipped += not used
                 if in_a_row == self.MOST_SKIPPED:
                     raise ConfigError(
-                        f"train.corpus: {in_a_row} documents in a row are blank or fit one chunk of "
-                        f"{self.maker.model.limits.memory.chunk_size} tokens; memory needs longer ones; the last is "
+                        f"train.corpus: {in_a_row} documents in a row are blank or fit one chunk "
+                        "of "
+                        f"{self.maker.model.limits.memory.chunk_size} tokens; memory needs longer "
+                        "ones; the last is "
                         f"{self.mixture.open(draw).source}"
                     )
-        mine = [opened.get(draw.number) or self.open(draw) for draw in taken[group.rank :: group.size]]
+        mine = [
+            opened.get(draw.number) or self.open(draw) for draw in taken[group.rank :: group.size]
+        ]
         return [drawn for drawn in mine if drawn]
 
     def open(self, draw: Draw) -> TrainingSample | None:
-        """The sample of a draw, None where it trains nothing; the same in every process and at any time."""
+        """The sample of a draw, None where it trains nothing; the same in every process and at
+        any time."""
         document = self.mixture.open(draw)
         if document.is_empty:
             return None

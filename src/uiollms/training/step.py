@@ -1,4 +1,5 @@
-"""One training step for every estimator, whose graphs hold at most one batch of chunks of either role, whatever S is.
+"""One training step for every estimator, whose graphs hold at most one batch of chunks of either
+role, whatever S is.
 
     1  encode all chunks without a graph; turn their memories into keys and values
     2  decode the rows in batches; each backward ends at the keys and values, where two sums are kept: all gradients (for
@@ -7,13 +8,13 @@
     4  encode again, with a graph, only the chunks whose weighted gradient is not zero, and go backward from their memories
        (where a whole document fits one batch of chunks, the graph of those chunks is kept in 1 and they are not encoded again)
 
-With a group of several processes each does 1, 3 and 4 for its own chunks and 2 for its own rows; keys and values are
-gathered before 2, their gradients summed at the chunks' owners after it (distributed/groups.py). Gradients of the group
-add up to the document's.
+With a group of several processes each does 1, 3 and 4 for its own chunks and 2 for its own rows;
+keys and values are gathered before 2, their gradients summed at the chunks' owners after it
+(distributed/groups.py). Gradients of the group add up to the document's.
 
-Shapes: N rows, C chunks, B rows of a batch, T tokens, m num_memory, M = C * m slots, L layers, H key/value heads,
-K head size, D hidden size.
-Source: UIO-LLMs section 3.3; the two passes: GradCache (Gao et al. 2021, arXiv 2101.06983).
+Shapes: N rows, C chunks, B rows of a batch, T tokens, m num_memory, M = C * m slots, L layers, H
+key/value heads, K head size, D hidden size. Source: UIO-LLMs section 3.3; the two passes:
+GradCache (Gao et al. 2021, arXiv 2101.06983).
 """
 
 from __future__ import annotations
@@ -84,17 +85,19 @@ def gradient_step(
     group: Group = ALONE,
     **settings: int | bool,
 ) -> StepResult | list[StepResult]:
-    """Run the two-pass step on one sample and ADD the gradients of `scale` * loss into `.grad` of the trained
-    parameters. The decoder's gradient is exact; the encoder's is weighted by `weights` [N, N] (row: the sample's row, column:
-    memory) if given, else by a draw of `estimator` (an object, or a name with settings `S` and `compensate`; by default the
-    exact gradient) with `rng`. Raises ValueError past the capacity.
+    """Run the two-pass step on one sample and ADD the gradients of `scale` * loss into `.grad`
+    of the trained parameters. The decoder's gradient is exact; the encoder's is weighted by
+    `weights` [N, N] (row: the sample's row, column: memory) if given, else by a draw of
+    `estimator` (an object, or a name with settings `S` and `compensate`; by default the exact
+    gradient) with `rng`. Raises ValueError past the capacity.
 
-    Several samples, with a list of weights or of rngs, go through encoder and decoder together, in batches of
-    `chunk_batch` chunks or rows of any of them: the same gradients as one after the other, and a result for each.
+    Several samples, with a list of weights or of rngs, go through encoder and decoder together,
+    in batches of `chunk_batch` chunks or rows of any of them: the same gradients as one after
+    the other, and a result for each.
 
-    report_all: also compute the losses that nothing trained can change (rows that read no memory), for the report; without,
-    they count as 0 losses of 0 tokens.
-    group: the processes that share the samples, with equal weights and an `rng` in the same state.
+    report_all: also compute the losses that nothing trained can change (rows that read no
+    memory), for the report; without, they count as 0 losses of 0 tokens. group: the processes
+    that share the samples, with equal weights and an `rng` in the same state.
     """
     if isinstance(estimator, str):
         estimator = make_estimator(estimator, **settings)  # type: ignore[arg-type]
@@ -105,11 +108,15 @@ def gradient_step(
         return _steps(model, [sample], alone, estimator, seed, scale, report_all, group)[0]
     rngs: Any = [None] * len(sample) if rng is None else rng
     results: dict[int, StepResult] = {}
-    for kl_weight in dict.fromkeys(one.kl_weight for one in sample):  # a batch of rows has one kind of loss
+    for kl_weight in dict.fromkeys(
+        one.kl_weight for one in sample
+    ):  # a batch of rows has one kind of loss
         chosen = [i for i, one in enumerate(sample) if one.kl_weight == kl_weight]
         given = None if weights is None else [weights[i] for i in chosen]
         own = [rngs[i] for i in chosen]
-        found = _steps(model, [sample[i] for i in chosen], given, estimator, own, scale, report_all, group)
+        found = _steps(
+            model, [sample[i] for i in chosen], given, estimator, own, scale, report_all, group
+        )
         results |= zip(chosen, found, strict=True)
     return [results[i] for i in range(len(sample))]
 
@@ -124,15 +131,17 @@ def _steps(
     report_all: bool,
     group: Group,
 ) -> list[StepResult]:
-    """The step on samples with one `kl_weight`: what is drawn, then the four stages of this module's
-    docstring."""
+    """The step on samples with one `kl_weight`: what is drawn, then the four stages of this
+    module's docstring."""
     for each in samples:
         check_sample(model.limits, each)
     samples = [each.with_recent(model.memory_config.recent_tokens) for each in samples]
     step = draw_weights(model, samples, weights, estimator, rngs, group)
     gradients = encode_and_project(step)
     tally = decode_losses(step, gradients, scale, report_all)
-    memory_grads = gradients.backward_projection(model, step.memory, step.division, step.local_with_gradient, step.local_seeds)
+    memory_grads = gradients.backward_projection(
+        model, step.memory, step.division, step.local_with_gradient, step.local_seeds
+    )
     reencoded = backward_encoder(step, memory_grads)
     return tally.results(samples, reencoded)
 
@@ -160,7 +169,9 @@ class Step:
     local_seeds: list[int] | None
     local_with_gradient: list[int]
     memory: LayerMemory = field(default_factory=list)  # L x [n, m, D]
-    graph: LayerMemory = field(default_factory=list)  # L x [len(local_with_gradient), m, D], if kept
+    graph: LayerMemory = field(
+        default_factory=list
+    )  # L x [len(local_with_gradient), m, D], if kept
 
 
 def draw_weights(
@@ -178,7 +189,11 @@ def draw_weights(
     seeds: list[int] | None = [] if model.training and model.memory_config.lora_dropout else None
     for i, (each, generator) in enumerate(zip(samples, generators, strict=True)):
         count = len(each.chunks)
-        window = None if weights is not None else row_weights(each, estimator.window(count + 1, generator))
+        window = (
+            None
+            if weights is not None
+            else row_weights(each, estimator.window(count + 1, generator))
+        )
         drawn.append((weights[i] if window is None else window)[:, :count])  # type: ignore[index]
         if seeds is not None:
             seeds += [generator.getrandbits(62) for _ in range(count)]
@@ -215,9 +230,11 @@ def encode_and_project(step: Step) -> MemoryGradients:
     return MemoryGradients(keys, values, step.weights, sample, m, step.with_gradient, dtype)
 
 
-def decode_losses(step: Step, gradients: MemoryGradients, scale: float, report_all: bool) -> LossTally:
-    """Stage 2: the losses of this process's rows, batch by batch, and backward to the memories' keys
-    and values, where `gradients` adds up what arrives."""
+def decode_losses(
+    step: Step, gradients: MemoryGradients, scale: float, report_all: bool
+) -> LossTally:
+    """Stage 2: the losses of this process's rows, batch by batch, and backward to the memories'
+    keys and values, where `gradients` adds up what arrives."""
     model, sample = step.model, step.sample
     teachers = teacher_hidden(model, sample)
     exact = torch.promote_types(model.dtype, torch.float32)
@@ -228,8 +245,13 @@ def decode_losses(step: Step, gradients: MemoryGradients, scale: float, report_a
                 tally.add(batch, *decode_rows(model, sample, batch, empty_prefix(model), teachers))
     for batch in row_batches(sample, step.group, model.chunk_batch, with_memory=True):
         with torch.enable_grad():
-            prefix = gradients.prefix(batch, [sample.rows[t] for t in batch], supports_in_place(model.base))
-            backward(model, scale * tally.add(batch, *decode_rows(model, sample, batch, prefix, teachers)))
+            prefix = gradients.prefix(
+                batch, [sample.rows[t] for t in batch], supports_in_place(model.base)
+            )
+            backward(
+                model,
+                scale * tally.add(batch, *decode_rows(model, sample, batch, prefix, teachers)),
+            )
     return tally
 
 
@@ -251,7 +273,9 @@ def backward_encoder(step: Step, memory_grads: LayerMemory) -> list[int]:
         if not graph:
             encoded = [local[j] for j in batch]
             with torch.enable_grad():
-                graph = model.encode_layers(step.local_chunks[encoded], select_seeds(step.local_seeds, encoded))
+                graph = model.encode_layers(
+                    step.local_chunks[encoded], select_seeds(step.local_seeds, encoded)
+                )
         # Under slot_input "last" layer 0's memory has no graph: nothing trained lies below it.
         pairs = zip(graph, memory_grads, strict=True)
         outputs = [(layer, take_rows(grad, batch)) for layer, grad in pairs if layer.requires_grad]
@@ -261,7 +285,8 @@ def backward_encoder(step: Step, memory_grads: LayerMemory) -> list[int]:
 
 
 def drawn_columns(step: Step, norms: Sequence[float]) -> list[float]:
-    """A factor for every chunk, drawn document by document from the norms of the chunks' memory gradients."""
+    """A factor for every chunk, drawn document by document from the norms of the chunks' memory
+    gradients."""
     columns: list[float] = []
     for count, rng in zip(step.sample.documents, step.generators, strict=True):
         own = range(len(columns), len(columns) + count)
@@ -271,43 +296,62 @@ def drawn_columns(step: Step, norms: Sequence[float]) -> list[float]:
     return columns
 
 
-def backward(model: MemoryLM, outputs: Tensor | Sequence[Tensor], gradients: Sequence[Tensor] | None = None) -> None:
-    """Backward from a graph that is whole, when memory is at its peak: where the least is asked for, what lies free between
-    tensors goes first."""
+def backward(
+    model: MemoryLM, outputs: Tensor | Sequence[Tensor], gradients: Sequence[Tensor] | None = None
+) -> None:
+    """Backward from a graph that is whole, when memory is at its peak: where the least is asked
+    for, what lies free between tensors goes first."""
     if model.chunk_batch == 1:
         trim_heap(model.device)
     torch.autograd.backward(outputs, gradients)
 
 
 def row_weights(sample: Sample, window: Tensor) -> Tensor:
-    """An estimator's window [C + 1, C + 1], whose row n is for a loss that reads the first n memories, handed to the
-    sample's rows: [N, C + 1]. For a document in chunks row t reads t memories, and this is the window itself."""
+    """An estimator's window [C + 1, C + 1], whose row n is for a loss that reads the first n
+    memories, handed to the sample's rows: [N, C + 1]. For a document in chunks row t reads t
+    memories, and this is the window itself."""
     return window[[row.num_memories for row in sample.rows]]
 
 
 def chunks_with_gradient(sample: Sample, weights: Tensor) -> list[int]:
     """The chunks whose memory some scored row reads with a weight that is not zero."""
-    spans = [(row.memories.start, row.memories.stop) if len(row.scored) else (0, 0) for row in sample.rows]
+    spans = [
+        (row.memories.start, row.memories.stop) if len(row.scored) else (0, 0)
+        for row in sample.rows
+    ]
     first, stop = torch.tensor(spans).T[..., None]
     numbers = torch.arange(len(sample.chunks))
     read = (first <= numbers) & (numbers < stop)  # [N, C]
-    return (read & (weights[:, : len(sample.chunks)].cpu() != 0)).any(0).nonzero().flatten().tolist()
+    return (
+        (read & (weights[:, : len(sample.chunks)].cpu() != 0)).any(0).nonzero().flatten().tolist()
+    )
 
 
-def row_batches(sample: Sample, group: Group, size: int, with_memory: bool) -> Iterator[Sequence[int]]:
-    """Numbers of this process's rows that score anything and that do, or do not, read memory, in batches. Rows go round the
-    group one by one, because later rows read more."""
-    numbers = [t for t, row in enumerate(sample.rows) if len(row.scored) and (row.num_memories > 0) == with_memory]
+def row_batches(
+    sample: Sample, group: Group, size: int, with_memory: bool
+) -> Iterator[Sequence[int]]:
+    """Numbers of this process's rows that score anything and that do, or do not, read memory, in
+    batches. Rows go round the group one by one, because later rows read more."""
+    numbers = [
+        t
+        for t, row in enumerate(sample.rows)
+        if len(row.scored) and (row.num_memories > 0) == with_memory
+    ]
     return batched(numbers[group.rank :: group.size], size)
 
 
 def chunk_norms(memory_grads: LayerMemory) -> Tensor:
-    """The Euclidean norm of every chunk's memory gradient over all layers, [n] float64, on the last layer's device: a step
-    waits for the devices only where these are read."""
-    squares = [to_device(layer.double().pow(2).sum((1, 2)), memory_grads[-1].device) for layer in memory_grads]
+    """The Euclidean norm of every chunk's memory gradient over all layers, [n] float64, on the
+    last layer's device: a step waits for the devices only where these are read."""
+    squares = [
+        to_device(layer.double().pow(2).sum((1, 2)), memory_grads[-1].device)
+        for layer in memory_grads
+    ]
     return torch.stack(squares).sum(0).sqrt()
 
 
 def scale_chunks(layer: Tensor, factors: Sequence[float]) -> Tensor:
     """[C, m, D] times a factor for every chunk."""
-    return layer * torch.tensor(factors, dtype=torch.float64)[:, None, None].to(layer, non_blocking=True)
+    return layer * torch.tensor(factors, dtype=torch.float64)[:, None, None].to(
+        layer, non_blocking=True
+    )

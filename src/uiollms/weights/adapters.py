@@ -46,14 +46,19 @@ if TYPE_CHECKING:
 
 ROLES = ("encoder", "decoder")
 TOKENS = (TOKEN, "decoder.repeat_token")
-ADAPTERS = [f"{role}/{name}" for role in ROLES for name in ("adapter_config.json", "adapter_model.safetensors")]
+ADAPTERS = [
+    f"{role}/{name}"
+    for role in ROLES
+    for name in ("adapter_config.json", "adapter_model.safetensors")
+]
 WEIGHT_FILES = ["memory_config.json", "tokens.safetensors", *ADAPTERS, CHECKSUMS]
 
 
 def save_weights(model: MemoryLM, path: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write the trained tensors, in `dtype` if given (smaller), as a whole: what was at `path` stays until they are on the
-    disk, and where the save fails, with a ConfigError. A link stays and what it leads to is replaced.
-    Raises ConfigError where anything but weights lies at `path`."""
+    """Write the trained tensors, in `dtype` if given (smaller), as a whole: what was at `path`
+    stays until they are on the disk, and where the save fails, with a ConfigError. A link stays
+    and what it leads to is replaced. Raises ConfigError where anything but weights lies at
+    `path`."""
     named = Path(path)
     check_target(named)
     remedy = f"; {named} is as it was" if named.exists() else ""
@@ -75,11 +80,15 @@ def write_weights(model: MemoryLM, work: Path, dtype: torch.dtype | None = None)
     tensors = cpu_tensors(model, dtype)
     compressor = model.memory_config.model_dump_json(indent=4) + "\n"
     (work / "memory_config.json").write_text(compressor, encoding="utf-8")
-    header = {"vocab_size": str(model.config.vocab_size)}  # one key: more would be written in a random order
+    header = {
+        "vocab_size": str(model.config.vocab_size)
+    }  # one key: more would be written in a random order
     tokens = {name: tensors[name] for name in TOKENS if name in tensors}
     save_file(tokens, work / "tokens.safetensors", metadata=header)
     for role in roles(model.memory_config):
-        adapter = {peft_name(name): t.contiguous() for name, t in tensors.items() if is_lora_of(role, name)}
+        adapter = {
+            peft_name(name): t.contiguous() for name, t in tensors.items() if is_lora_of(role, name)
+        }
         peft_config(model, projections(adapter)).save_pretrained(str(work / role))
         save_file(adapter, work / role / "adapter_model.safetensors", metadata={"format": "pt"})
 
@@ -91,11 +100,15 @@ def roles(memory: MemoryConfig) -> tuple[str, ...]:
 
 def cpu_tensors(model: MemoryLM, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """What is written. Raises ConfigError for NaN and infinite numbers."""
-    tensors = {name: t.to(device="cpu", dtype=dtype or t.dtype) for name, t in model.memory_state_dict().items()}
+    tensors = {
+        name: t.to(device="cpu", dtype=dtype or t.dtype)
+        for name, t in model.memory_state_dict().items()
+    }
     if name := not_finite(tensors.items()):
         kind = tensors[name].dtype
         raise ConfigError(
-            f"weights are not saved: {name} holds NaN or infinite numbers in {kind}; go back to weights "
+            f"weights are not saved: {name} holds NaN or infinite numbers in {kind}; go back to "
+            "weights "
             f"saved before, and lower train.max_lr, or write another dtype"
         )
     return tensors
@@ -118,7 +131,11 @@ def check_target(path: Path) -> None:
         return
     if path.is_symlink() and os.path.ismount(os.path.realpath(path)):
         raise ConfigError(f"{path}: is a link to a whole disk; let it lead to a folder on it")
-    others = [p for p in path.rglob("*") if p.is_file() and p.relative_to(path).as_posix() not in WEIGHT_FILES]
+    others = [
+        p
+        for p in path.rglob("*")
+        if p.is_file() and p.relative_to(path).as_posix() not in WEIGHT_FILES
+    ]
     if others or not path.is_dir():
         what = f"holds other files ({others[0].relative_to(path)})" if others else "is not a folder"
         raise ConfigError(f"{path}: weights would replace it, but it {what}; {remedy}")
@@ -136,8 +153,9 @@ def holds_tensors(path: Path) -> bool:
 
 
 def load_weights(model: MemoryLM, path: str | Path) -> None:
-    """Read trained tensors into `model`. Raises ConfigError for files that are missing, broken or not those that
-    checksums.json names (where there is one), a compressor or vocabulary other than the model's, and tensors that do not fit."""
+    """Read trained tensors into `model`. Raises ConfigError for files that are missing, broken
+    or not those that checksums.json names (where there is one), a compressor or vocabulary other
+    than the model's, and tensors that do not fit."""
     path = Path(path)
     try:
         if path.suffix == ".pth":
@@ -156,8 +174,12 @@ def load_weights(model: MemoryLM, path: str | Path) -> None:
 
 def read_folder(model: MemoryLM, path: Path) -> dict[str, Tensor]:
     check_tree(path)
-    absent = () if (path / "decoder").exists() else ("decoder",)  # no transfer head, or missed below
-    files = [name for name in WEIGHT_FILES if name != CHECKSUMS and name.split("/")[0] not in absent]
+    absent = (
+        () if (path / "decoder").exists() else ("decoder",)
+    )  # no transfer head, or missed below
+    files = [
+        name for name in WEIGHT_FILES if name != CHECKSUMS and name.split("/")[0] not in absent
+    ]
     if other := [name for name in files if (path / name).exists() and not (path / name).is_file()]:
         raise ValueError(f"{other[0]} is not a file")
     if (path / CHECKSUMS).exists():
@@ -167,7 +189,10 @@ def read_folder(model: MemoryLM, path: Path) -> dict[str, Tensor]:
         vocabulary = (file.metadata() or {}).get("vocab_size")
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     if vocabulary not in (None, str(model.config.vocab_size)):
-        raise ValueError(f"trained with a vocabulary of {vocabulary} tokens, the model has {model.config.vocab_size}")
+        raise ValueError(
+            f"trained with a vocabulary of {vocabulary} tokens, the model has "
+            f"{model.config.vocab_size}"
+        )
     for role in roles(model.memory_config):
         adapter = load_file(path / role / "adapter_model.safetensors")
         tensors |= {plain_name(role, name): t for name, t in adapter.items()}
@@ -179,7 +204,15 @@ def check_compressor(path: Path, memory: MemoryConfig) -> None:
     saved = load_memory_config(path / "memory_config.json")
     differing = [
         f"{field} {getattr(saved, field)}, the config says {getattr(memory, field)}"
-        for field in ("num_memory", "chunk_size", "lora_rank", "lora_alpha", "transfer_head", "slot_input", "recent_tokens")
+        for field in (
+            "num_memory",
+            "chunk_size",
+            "lora_rank",
+            "lora_alpha",
+            "transfer_head",
+            "slot_input",
+            "recent_tokens",
+        )
         if getattr(saved, field) != getattr(memory, field)
     ]
     if differing:
@@ -199,15 +232,23 @@ def read_pth(model: MemoryLM, path: Path) -> dict[str, Tensor]:
     except OSError:
         raise
     except Exception as error:  # a file that means harm can fail in any way the unpickler knows
-        raise ValueError(f"not a list of tensors saved by torch ({' '.join(str(error).split())[:120]})") from None
+        raise ValueError(
+            f"not a list of tensors saved by torch ({' '.join(str(error).split())[:120]})"
+        ) from None
     names = list(model.trainable_parameters())
     if isinstance(listed, list) and all(isinstance(t, Tensor) for t in listed):
         more, learned = len(listed) - len(names), TOKEN in names
         if (more, learned) in ((1, False), (-1, True)) and (listed[0].dim() == 3) == (not learned):
             raise ValueError(other_slots(not learned))
-    if not isinstance(listed, list) or len(listed) != len(names) or not all(isinstance(t, Tensor) for t in listed):
+    if (
+        not isinstance(listed, list)
+        or len(listed) != len(names)
+        or not all(isinstance(t, Tensor) for t in listed)
+    ):
         found = f"{len(listed)} entries" if isinstance(listed, list) else type(listed).__name__
-        raise ValueError(f"expected a list of {len(names)} tensors ({names[0]}, {names[1]}, ...), found {found}")
+        raise ValueError(
+            f"expected a list of {len(names)} tensors ({names[0]}, {names[1]}, ...), found {found}"
+        )
     return dict(zip(names, listed, strict=True))
 
 
@@ -221,7 +262,9 @@ def peft_config(model: MemoryLM, projections: list[str]) -> LoraConfig:
     base = model.config._name_or_path
     return LoraConfig(
         task_type="CAUSAL_LM",
-        base_model_name_or_path=Path(base).name if Path(base).is_dir() else base,  # no path of this machine in a shared file
+        base_model_name_or_path=Path(base).name
+        if Path(base).is_dir()
+        else base,  # no path of this machine in a shared file
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
         lora_dropout=config.lora_dropout,
@@ -235,7 +278,8 @@ def is_lora_of(role: str, name: str) -> bool:
 
 
 def peft_name(name: str) -> str:
-    """encoder.layers.3.q_proj.lora_A -> base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight"""
+    """encoder.layers.3.q_proj.lora_A ->
+    base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight"""
     _, _, layer, projection, half = name.split(".")
     return f"base_model.model.model.layers.{layer}.self_attn.{projection}.{half}.weight"
 

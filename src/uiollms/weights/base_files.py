@@ -1,5 +1,5 @@
-"""The folder of a base model before anything is built of it: files only, and a config.json whose sizes
-some model has, and its weight files have room for."""
+"""The folder of a base model before anything is built of it: files only, and a config.json whose
+sizes some model has, and its weight files have room for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from uiollms.files.reading import check_file
 
 MOST_LAYERS = 2**12
 MOST_WORDS = 2**30  # bytes of a tokenizer's file, or a config
-FEW = 2**24  # parameters that take no time to build: what is wrong is said by the loader, tensor by tensor
+FEW = (
+    2**24
+)  # parameters that take no time to build: what is wrong is said by the loader, tensor by tensor
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 
@@ -25,10 +27,12 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class BaseConfig(BaseModel):
-    """What is read of a llama's, mistral's or qwen's config.json, within ten times the largest there
-    are. Fields that are not there have the library's defaults."""
+    """What is read of a llama's, mistral's or qwen's config.json, within ten times the largest
+    there are. Fields that are not there have the library's defaults."""
 
-    model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="ignore", strict=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
     vocab_size: Annotated[int, Field(gt=0, le=2**24)] = 1
     hidden_size: Annotated[int, Field(gt=0, le=2**17)] = 1
@@ -71,31 +75,47 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # that can carry memory; Smol
 
 
 def check_folder_files(folder: Path) -> None:
-    """Raises ConfigError for anything in a model's folder that is neither file nor folder, and for a
-    file of words (not of weights) that is absurdly large."""
+    """Raises ConfigError for anything in a model's folder that is neither file nor folder, and
+    for a file of words (not of weights) that is absurdly large."""
     for path in sorted(folder.iterdir()):
         if not path.exists() or path.is_dir():  # a link to nothing
             continue
         check_file(path)
-        if path.suffix in (".json", ".txt", ".model", ".jinja") and path.stat().st_size > MOST_WORDS:
-            raise ConfigError(f"{path}: is larger than {MOST_WORDS >> 20:,} MiB; copy or download it again")
+        if (
+            path.suffix in (".json", ".txt", ".model", ".jinja")
+            and path.stat().st_size > MOST_WORDS
+        ):
+            raise ConfigError(
+                f"{path}: is larger than {MOST_WORDS >> 20:,} MiB; copy or download it again"
+            )
 
 
 def check_base_config(path: Path) -> None:
-    """Raises ConfigError, a line for each, for fields of a config.json that no model can have, and for
-    sizes together that the weight files beside it are too small for."""
+    """Raises ConfigError, a line for each, for fields of a config.json that no model can have,
+    and for sizes together that the weight files beside it are too small for."""
     value = read_object(path)
     if value.get("model_type") not in FAMILIES:  # refused by whoever knows what it is for
         layers = value.get("num_hidden_layers")
         value = {"num_hidden_layers": layers} if isinstance(layers, int) else {}
     config = checked(BaseConfig, value, path)
-    held = sum(file.stat().st_size for file in path.parent.iterdir() if file.suffix in WEIGHTS and file.exists())
+    held = sum(
+        file.stat().st_size
+        for file in path.parent.iterdir()
+        if file.suffix in WEIGHTS and file.exists()
+    )
     parameters = least_parameters(config)
     if held and parameters > max(FEW, 2 * held):
-        names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+        names = (
+            "num_hidden_layers",
+            "hidden_size",
+            "intermediate_size",
+            "num_attention_heads",
+            "vocab_size",
+        )
         sizes = ", ".join(f"{name} {getattr(config, name)}" for name in names)
         raise ConfigError(
-            f"{path}: a model of these sizes ({sizes}) has {parameters:,} parameters, the weight files "
+            f"{path}: a model of these sizes ({sizes}) has {parameters:,} parameters, the weight "
+            "files "
             f"beside it have {held:,} bytes; copy the config.json that belongs to them"
         )
 

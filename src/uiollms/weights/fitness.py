@@ -1,5 +1,5 @@
-"""Whether what others have saved can be used at all: tensors that are not there, do not fit or are no
-numbers; a config that names no such tokens or attends to too few."""
+"""Whether what others have saved can be used at all: tensors that are not there, do not fit or
+are no numbers; a config that names no such tokens or attends to too few."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def unfilled(info: Mapping[str, Any]) -> str | None:
     missing or misshapen at random and leaves out what the model has no place for. None: nothing.
     Tied tensors are not missing."""
     misshapen = [
-        f"{name} {list(found)} where the config has {list(wanted)}" for name, found, wanted in sorted(info["mismatched_keys"])
+        f"{name} {list(found)} where the config has {list(wanted)}"
+        for name, found, wanted in sorted(info["mismatched_keys"])
     ]
     unknown = sorted(info["unexpected_keys"])
     missing = sorted(info["missing_keys"])
@@ -84,7 +85,8 @@ def narrow_window(config: Any, chunk_size: int) -> str | None:
     if window is None or window >= chunk_size:
         return None
     return (
-        f"the base attends to {window} tokens (sliding_window), fewer than chunk_size {chunk_size}; "
+        f"the base attends to {window} tokens (sliding_window), fewer than chunk_size "
+        f"{chunk_size}; "
         f"use chunks of at most {window} tokens, or another base"
     )
 
@@ -101,9 +103,15 @@ def eos_fault(config: Any) -> str | None:
     """Why there is no embedding of the end of a text; None if there is."""
     eos = eos_of(config)
     if eos is None:
-        return "the base's config names no eos_token_id, from whose embedding the memory token starts; set it in config.json"
+        return (
+            "the base's config names no eos_token_id, from whose embedding the memory token "
+            "starts; set it in config.json"
+        )
     if not 0 <= eos < config.vocab_size:
-        return f"eos_token_id {eos} is outside of the base's {config.vocab_size} embeddings; correct it in config.json"
+        return (
+            f"eos_token_id {eos} is outside of the base's {config.vocab_size} embeddings; correct "
+            "it in config.json"
+        )
     return None
 
 
@@ -128,8 +136,9 @@ def other_slots(learned: bool) -> str:
 
 
 def check_tensors(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], strict: bool) -> None:
-    """Raises ValueError that lists the tensors whose shapes are not those of the model's `own` and, with
-    `strict`, those that are missing or unknown; it is one line where the memory token alone is."""
+    """Raises ValueError that lists the tensors whose shapes are not those of the model's `own`
+    and, with `strict`, those that are missing or unknown; it is one line where the memory token
+    alone is."""
     if strict and own.keys() ^ tensors.keys() == {TOKEN}:
         raise ValueError(other_slots(TOKEN in tensors))
     faults = [
@@ -141,4 +150,6 @@ def check_tensors(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], stri
         faults += [f"{name}: missing" for name in own.keys() - tensors.keys()]
         faults += [f"{name}: unknown" for name in tensors.keys() - own.keys()]
     if faults:
-        raise ValueError("these memory weights do not fit the model:\n  " + "\n  ".join(sorted(faults)))
+        raise ValueError(
+            "these memory weights do not fit the model:\n  " + "\n  ".join(sorted(faults))
+        )

@@ -1,4 +1,5 @@
-"""A whole model in a folder: the trained weights as `checkpoint` writes them, and which base they belong to.
+"""A whole model in a folder: the trained weights as `checkpoint` writes them, and which base
+they belong to.
 
 <folder>/memory_config.json encoder/ decoder/ tokens.safetensors     see checkpoint.py; PEFT loads encoder/ and decoder/
          base.json                                                   {"model_name": hub id, folder or package:...}
@@ -19,7 +20,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from uiollms.config.corpora import Checked
 from uiollms.config.sections import load_memory_config, parse, read_json
 from uiollms.distributed.device_map import place
-from uiollms.files.atomic import replacing_folder, reporting_write_errors, whole_folder, write_checksums
+from uiollms.files.atomic import (
+    replacing_folder,
+    reporting_write_errors,
+    whole_folder,
+    write_checksums,
+)
 from uiollms.files.errors import ConfigError
 from uiollms.kernels.flash_attention import check_request
 from uiollms.weights.adapters import ROLES, WEIGHT_FILES, load_weights, write_weights
@@ -30,11 +36,28 @@ if TYPE_CHECKING:
     from uiollms.model.memory_lm import MemoryLM
 
 INCLUDED = "base"  # the base's folder inside a model's folder, and its name in base.json
-# All that `save` may have written, the files of transformers' tokenizers included: nothing else is ever replaced.
+# All that `save` may have written, the files of transformers' tokenizers included: nothing else is
+# ever replaced.
 OWN = [*WEIGHT_FILES, *ROLES, "base.json", INCLUDED]
-OWN += [f"{INCLUDED}/{name}" for name in ("config.json", "generation_config.json", "model*.safetensors", "model*.index.json")]
-OWN += ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"]
-OWN += ["vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"]
+OWN += [
+    f"{INCLUDED}/{name}"
+    for name in ("config.json", "generation_config.json", "model*.safetensors", "model*.index.json")
+]
+OWN += [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+]
+OWN += [
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+]
 OWN += ["additional_chat_templates", "additional_chat_templates/*.jinja"]
 
 
@@ -44,18 +67,24 @@ class BaseFile(Checked):
     model_name: str
 
 
-def save(model: MemoryLM, folder: str | Path, include_base: bool = False, tokenizer: Any = None) -> None:
-    """Write `model` for `MemoryLM.from_pretrained`: what is trained, and the base's name or, with `include_base`, the base
-    itself; the tokenizer too, if given. A model's folder is replaced as a whole, another one only if it is empty; a save that
-    fails leaves what was there, and nothing beside it. A base that was loaded from inside the folder stays in it. Raises
-    ConfigError where other files would be lost or nothing can be written, ValueError for a base without a name that is not
-    included."""
+def save(
+    model: MemoryLM, folder: str | Path, include_base: bool = False, tokenizer: Any = None
+) -> None:
+    """Write `model` for `MemoryLM.from_pretrained`: what is trained, and the base's name or,
+    with `include_base`, the base itself; the tokenizer too, if given. A model's folder is
+    replaced as a whole, another one only if it is empty; a save that fails leaves what was
+    there, and nothing beside it. A base that was loaded from inside the folder stays in it.
+    Raises ConfigError where other files would be lost or nothing can be written, ValueError for
+    a base without a name that is not included."""
     folder = Path(folder)
     name = model.config._name_or_path
     inside = [(place / INCLUDED).resolve() for place in (folder, whole_folder(folder))]
     include_base = include_base or bool(name) and Path(name).resolve() in inside
     if not (include_base or name):
-        raise ValueError("save_pretrained: the base was not loaded from anywhere, so it has no name; give include_base=True")
+        raise ValueError(
+            "save_pretrained: the base was not loaded from anywhere, so it has no name; give "
+            "include_base=True"
+        )
     check_replaceable(folder)
     named = {"model_name": INCLUDED if include_base else public_name(name)}
     remedy = f"; {folder} is as it was" if folder.exists() else ""
@@ -70,22 +99,29 @@ def save(model: MemoryLM, folder: str | Path, include_base: bool = False, tokeni
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raises ConfigError unless `folder` is free, empty, or a model's folder that holds nothing but what `save` writes."""
+    """Raises ConfigError unless `folder` is free, empty, or a model's folder that holds nothing
+    but what `save` writes."""
     if not (folder.exists() or folder.is_symlink()):
         return
     found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
     others = [path for path in found if not any(fnmatchcase(path, own) for own in OWN)]
     if folder.is_dir() and not others and (not found or "memory_config.json" in found):
         return
-    what = f"holds other files ({others[0]})" if others else "holds no memory_config.json, so it is no saved model"
+    what = (
+        f"holds other files ({others[0]})"
+        if others
+        else "holds no memory_config.json, so it is no saved model"
+    )
     raise ConfigError(
-        f"{folder}: save_pretrained would replace it, but it {what if folder.is_dir() else 'is not a folder'}; move it, or "
+        f"{folder}: save_pretrained would replace it, but it "
+        f"{what if folder.is_dir() else 'is not a folder'}; move it, or "
         f"choose another folder"
     )
 
 
 def public_name(name: str) -> str:
-    """What another program can load the base by: package:... for a converted package's model, no relative folder."""
+    """What another program can load the base by: package:... for a converted package's model, no
+    relative folder."""
     for package, gguf in PACKAGED.items():
         if Path(name) == converted_folder(gguf):
             return f"package:{package}"
@@ -103,21 +139,31 @@ def load_model(
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> MemoryLM:
-    """A model of the class `cls`, MemoryLM, from a folder of `save_pretrained`, or of train.py with a base.json beside it.
+    """A model of the class `cls`, MemoryLM, from a folder of `save_pretrained`, or of train.py
+    with a base.json beside it.
 
-    base: a loaded causal LM, or the name of one, in place of the one in base.json;
-    dtype: of the base: a torch dtype, its name, or "auto": bfloat16 where the device computes in it natively, else float32;
-    device_map: "auto", "cpu", a GPU number, a torch device, or module -> device; None leaves the base on the CPU, or where
-    a loaded one is; attn_implementation, revision, token: handed on to the base's own from_pretrained.
-    Other settings of transformers (quantization_config, state_dict, ...) are not supported: load the base yourself with
-    them and give it as `base`. Raises ConfigError for a folder that holds no such model and a base that cannot be had.
+    base: a loaded causal LM, or the name of one, in place of the one in base.json; dtype: of the
+    base: a torch dtype, its name, or "auto": bfloat16 where the device computes in it natively,
+    else float32; device_map: "auto", "cpu", a GPU number, a torch device, or module -> device;
+    None leaves the base on the CPU, or where a loaded one is; attn_implementation, revision,
+    token: handed on to the base's own from_pretrained. Other settings of transformers
+    (quantization_config, state_dict, ...) are not supported: load the base yourself with them
+    and give it as `base`. Raises ConfigError for a folder that holds no such model and a base
+    that cannot be had.
     """
     folder = whole_folder(Path(folder))
     if not (folder / "memory_config.json").is_file():
-        raise ConfigError(f"{folder}: no memory_config.json in it: not a folder of save_pretrained (hub ids are not looked up)")
+        raise ConfigError(
+            f"{folder}: no memory_config.json in it: not a folder of save_pretrained (hub ids are "
+            "not looked up)"
+        )
     memory = load_memory_config(folder / "memory_config.json")
     if base is None or isinstance(base, str):
-        settings = {"attn_implementation": attn_implementation, "revision": revision, "token": token}
+        settings = {
+            "attn_implementation": attn_implementation,
+            "revision": revision,
+            "token": token,
+        }
         given = {name: value for name, value in settings.items() if value is not None}
         cuda = torch.cuda.is_available() and device_map not in (None, "cpu")
         dtype = as_dtype(dtype, torch.device("cuda" if cuda else "cpu"))
@@ -138,7 +184,8 @@ def load_base(folder: Path, name: str | None, **settings: Any) -> Any:
         return load_causal_lm(name, **settings)
     except ConfigError as error:
         raise ConfigError(
-            f"{folder}: its base {name!r} cannot be had ({error}); give base=<folder, hub id or loaded model>, or save the "
+            f"{folder}: its base {name!r} cannot be had ({error}); give base=<folder, hub id or "
+            "loaded model>, or save the "
             f"model with include_base=True"
         ) from None
 
@@ -169,7 +216,9 @@ def as_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
         return resolve_dtype(dtype, device)
     found = getattr(torch, dtype, None)
     if not isinstance(found, torch.dtype):
-        raise ValueError(f"dtype {dtype!r} is not known; use a torch dtype, its name, auto, {', '.join(DTYPES)}")
+        raise ValueError(
+            f"dtype {dtype!r} is not known; use a torch dtype, its name, auto, {', '.join(DTYPES)}"
+        )
     return found
 
 
@@ -180,7 +229,9 @@ def put(base: Any, device_map: Any, where: str | Path) -> None:
     if isinstance(device_map, dict) and device_map.keys() == {""}:
         device_map = device_map[""]
     words = ("auto", "balanced", "sequential", "cpu")
-    if isinstance(device_map, torch.device) or (isinstance(device_map, str) and device_map not in words):
+    if isinstance(device_map, torch.device) or (
+        isinstance(device_map, str) and device_map not in words
+    ):
         base.to(device_map)
     else:
         place(base, device_map, where)

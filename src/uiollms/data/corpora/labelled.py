@@ -1,4 +1,5 @@
-"""Corpora that are more than plain text, by the authors' names: questions, tokenised samples, copies, news."""
+"""Corpora that are more than plain text, by the authors' names: questions, tokenised samples,
+copies, news."""
 
 from __future__ import annotations
 
@@ -8,10 +9,28 @@ from collections.abc import Callable
 from transformers import PreTrainedTokenizerBase
 
 from uiollms.data.corpora.text import LONGDATA, PG19, longdata, pg19
-from uiollms.data.documents import SIZE, Corpus, Document, Lazy, NewsDocument, altered, corpus, joined, picked
+from uiollms.data.documents import (
+    SIZE,
+    Corpus,
+    Document,
+    Lazy,
+    NewsDocument,
+    altered,
+    corpus,
+    joined,
+    picked,
+)
 from uiollms.data.readers.beacons import SHORTEST, sampled
 from uiollms.data.readers.hub import HubDataset, Split
-from uiollms.data.readers.json_lines import Fields, RawFile, input_output, json_lines, json_list, plain_text, text_of
+from uiollms.data.readers.json_lines import (
+    Fields,
+    RawFile,
+    input_output,
+    json_lines,
+    json_list,
+    plain_text,
+    text_of,
+)
 from uiollms.files.errors import ConfigError
 
 LONG_ALPACA = HubDataset("Yukang/LongAlpaca-12k")
@@ -33,21 +52,37 @@ def longalpaca(split: str, train_prompt: str) -> Corpus:
     def make(fields: Fields, source: str) -> Document:
         response = text_of(fields, "output", source)
         prompt = text_of(fields, "instruction", source)
-        return Document(prompt, source, response, "question answering", train_prompt=train_prompt == "true")
+        return Document(
+            prompt, source, response, "question answering", train_prompt=train_prompt == "true"
+        )
 
     rows = LONG_ALPACA.rows("train", ["instruction", "output"], make)
     return picked(rows, [i for i in range(len(rows)) if (i % 100 == 99) == (split == "test")])
 
 
-@corpus("beacons", r"beacons", task="language modeling + QA", mixed=True, needs=[REDPAJAMA_SAMPLE, LONG_ALPACA_FILE])
+@corpus(
+    "beacons",
+    r"beacons",
+    task="language modeling + QA",
+    mixed=True,
+    needs=[REDPAJAMA_SAMPLE, LONG_ALPACA_FILE],
+)
 def beacons() -> Corpus:
-    return joined([json_lines(REDPAJAMA_SAMPLE.path(), plain_text), json_lines(LONG_ALPACA_FILE.path(), input_output)])
+    return joined(
+        [
+            json_lines(REDPAJAMA_SAMPLE.path(), plain_text),
+            json_lines(LONG_ALPACA_FILE.path(), input_output),
+        ]
+    )
 
 
 def beacon_files(max_length: str, no_alpaca: str | None, distill: str | None) -> list[RawFile]:
     """Raises ConfigError where no sample can be so short."""
     if int(max_length) < SHORTEST:
-        raise ConfigError(f"corpus beacons sampled.{max_length}: no sample has fewer than {SHORTEST} tokens; ask for more")
+        raise ConfigError(
+            f"corpus beacons sampled.{max_length}: no sample has fewer than {SHORTEST} tokens; ask "
+            "for more"
+        )
     return [REDPAJAMA_SAMPLE] if no_alpaca else [REDPAJAMA_SAMPLE, LONG_ALPACA_FILE]
 
 
@@ -60,13 +95,26 @@ def beacon_files(max_length: str, no_alpaca: str | None, distill: str | None) ->
     reads=beacon_files,
     taught=lambda max_length, no_alpaca, distill: int(max_length) if distill else 0,
 )
-def beacons_sampled(max_length: str, no_alpaca: str | None, distill: str | None, *, tokenizer: PreTrainedTokenizerBase) -> Corpus:
-    readers = zip(beacon_files(max_length, no_alpaca, distill), (plain_text, input_output), strict=False)
+def beacons_sampled(
+    max_length: str,
+    no_alpaca: str | None,
+    distill: str | None,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Corpus:
+    readers = zip(
+        beacon_files(max_length, no_alpaca, distill), (plain_text, input_output), strict=False
+    )
     length, kl_weight = int(max_length), 1.0 if distill else 0.0
-    return joined([sampled(json_lines(file.path(), make), file.path(), tokenizer, length, kl_weight) for file, make in readers])
+    return joined(
+        [
+            sampled(json_lines(file.path(), make), file.path(), tokenizer, length, kl_weight)
+            for file, make in readers
+        ]
+    )
 
 
-# ---- Copying and memory -----------------------------------------------------------------------------------------------
+# ---- Copying and memory --------------------------------------------------------------------------
 
 COPIES = {size: RawFile(f"minipile_copy_{size}.json") for size in ("256", "2k", "4k")}
 
@@ -87,17 +135,29 @@ def minipile_copy(size: str, split: str) -> Corpus:
     return json_list(COPIES[size].path(), split, prompt_response)
 
 
-@corpus("longdata-corpus copy[.SIZE]", r"longdata-corpuscopy" + SIZE, task="longdata copy", needs=[LONGDATA])
+@corpus(
+    "longdata-corpus copy[.SIZE]",
+    r"longdata-corpuscopy" + SIZE,
+    task="longdata copy",
+    needs=[LONGDATA],
+)
 def longdata_copy(size: str | None) -> Corpus:
     return altered(longdata(size), task="longdata copy")
 
 
-@corpus("memory util 2k.{train,test}", r"memoryutil2k\.(train|test)", task="memory utilization", needs=[COPIES["2k"]])
+@corpus(
+    "memory util 2k.{train,test}",
+    r"memoryutil2k\.(train|test)",
+    task="memory utilization",
+    needs=[COPIES["2k"]],
+)
 def memory_util(split: str) -> Corpus:
-    return altered(minipile_copy("2k", split), response=None, task="memory utilization", kl_weight=1.0)
+    return altered(
+        minipile_copy("2k", split), response=None, task="memory utilization", kl_weight=1.0
+    )
 
 
-# ---- News -------------------------------------------------------------------------------------------------------------
+# ---- News ----------------------------------------------------------------------------------------
 
 
 def news_sources(*arguments: str) -> list[Split]:
@@ -115,7 +175,9 @@ def newsqasum(kind: str) -> Corpus:
     return news(kl_weight=1.0 if kind == "distill" else 0.0)
 
 
-@corpus("newsqasumv2", r"newsqasumv2", task="news qa summation", needs=[NEWS, PG19], reads=news_sources)
+@corpus(
+    "newsqasumv2", r"newsqasumv2", task="news qa summation", needs=[NEWS, PG19], reads=news_sources
+)
 def newsqasum_v2() -> Corpus:
     return news(kl_weight=0.9, distractor=long_book)
 
@@ -143,7 +205,10 @@ def news(kl_weight: float, distractor: Callable[[Corpus, int], str] = numbered_b
 
     def read(i: int) -> Document:
         fields, source = rows[i], f"hub:{NEWS.name}/train: row {i + 1}"
-        questions, answers = texts_of(fields, "questions", source), texts_of(fields, "answers", source)
+        questions, answers = (
+            texts_of(fields, "questions", source),
+            texts_of(fields, "answers", source),
+        )
         if len(questions) != len(answers):
             raise ConfigError(f"{source}: {len(questions)} questions but {len(answers)} answers")
         return NewsDocument(
@@ -163,5 +228,7 @@ def texts_of(fields: Fields, name: str, source: str) -> list[str]:
     """A field that is a list of texts."""
     values = fields.get(name)
     if not isinstance(values, list):
-        raise ConfigError(f"{source}: field {name!r} is {type(values).__name__}, expected a list of texts")
+        raise ConfigError(
+            f"{source}: field {name!r} is {type(values).__name__}, expected a list of texts"
+        )
     return [text_of({name: value}, name, source) for value in values]

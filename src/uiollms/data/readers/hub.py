@@ -1,8 +1,9 @@
 """Datasets of the Hugging Face hub, and parquet files: rows read from memory-mapped Arrow.
 
-A dataset's files come from $UIOLLMS_HUB_DIR/<org>/<name> if that folder exists, else from the hub's cache on this machine,
-else they are downloaded into it; then the `datasets` library turns them into Arrow files, once. No program that a dataset
-brings along is run. The token for gated datasets is read from the environment, HF_TOKEN, and from nowhere else.
+A dataset's files come from $UIOLLMS_HUB_DIR/<org>/<name> if that folder exists, else from the
+hub's cache on this machine, else they are downloaded into it; then the `datasets` library turns
+them into Arrow files, once. No program that a dataset brings along is run. The token for gated
+datasets is read from the environment, HF_TOKEN, and from nowhere else.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}  # by file
 
 @dataclass(frozen=True)
 class HubDataset:
-    """A dataset of the hub. name: its id; aliases: other ids that $UIOLLMS_HUB_DIR may hold it under; files: a glob of the
-    files of each split, where the dataset's own layout does not say it. Of a dataset whose file names tell the splits
-    apart, only the wanted split is downloaded (of pg19 the test books, without 6 GB of training books)."""
+    """A dataset of the hub. name: its id; aliases: other ids that $UIOLLMS_HUB_DIR may hold it
+    under; files: a glob of the files of each split, where the dataset's own layout does not say
+    it. Of a dataset whose file names tell the splits apart, only the wanted split is downloaded
+    (of pg19 the test books, without 6 GB of training books)."""
 
     name: str
     aliases: tuple[str, ...] = ()
@@ -59,7 +61,9 @@ class HubDataset:
 
     def has(self, split: str, folder: Path) -> bool:
         """Whether the files of a split lie in a folder, as far as their names tell."""
-        return bool(self.paths(split, folder)) or not any(self.paths(other, folder) for other in SPLITS)
+        return bool(self.paths(split, folder)) or not any(
+            self.paths(other, folder) for other in SPLITS
+        )
 
     def paths(self, split: str, folder: Path) -> list[str]:
         """The data files that a split is read from: those of its glob, else those that name it
@@ -68,11 +72,16 @@ class HubDataset:
             found = folder.glob(self.files[split]) if split in self.files else []
             return sorted(str(path) for path in found if path.is_file())
         word = re.compile(rf"(?<![a-z]){split}(?![a-z])", re.IGNORECASE)
-        found = [path for path in sorted(folder.rglob("*")) if word.search(path.relative_to(folder).as_posix())]
+        found = [
+            path
+            for path in sorted(folder.rglob("*"))
+            if word.search(path.relative_to(folder).as_posix())
+        ]
         return [str(path) for path in found if path.is_file() and suffix_of(str(path)) in BUILDERS]
 
     def download(self, split: str) -> Path:
-        """The folder with the files of a split; all of the dataset's where names do not tell them."""
+        """The folder with the files of a split; all of the dataset's where names do not tell
+        them."""
         folder = self.fetch([self.files[split]] if self.files else [f"*{split}*"])
         return folder if self.files or self.paths(split, folder) else self.fetch(None)
 
@@ -83,13 +92,15 @@ class HubDataset:
             self.name,
             repo_type="dataset",
             allow_patterns=patterns,
-            token=os.environ.get("HF_TOKEN") or False,  # False: not even one that a login has left on the disk
+            token=os.environ.get("HF_TOKEN")
+            or False,  # False: not even one that a login has left on the disk
             local_files_only=local_files_only,
         )
         return Path(folder)
 
     def load(self, split: str, columns: Sequence[str]) -> Any:
-        """The rows of a split, as a datasets.Dataset of those columns. Raises ConfigError with one line."""
+        """The rows of a split, as a datasets.Dataset of those columns. Raises ConfigError with
+        one line."""
         import datasets
 
         try:
@@ -103,11 +114,15 @@ class HubDataset:
                 raise FileNotFoundError(f"no file matches {folder / self.files[split]}")
             else:
                 dataset = datasets.load_dataset(str(folder), split=split)
-        except Exception as error:  # network, disk and file formats fail in a dozen libraries' own ways
+        except (
+            Exception
+        ) as error:  # network, disk and file formats fail in a dozen libraries' own ways
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise ConfigError(
-                f"hub dataset {self.name}, split {split}: cannot be had ({reason}); check the network, and HF_TOKEN if the "
-                f"dataset is gated, or set UIOLLMS_HUB_DIR to a folder that holds a copy of it as {self.name}"
+                f"hub dataset {self.name}, split {split}: cannot be had ({reason}); check the "
+                "network, and HF_TOKEN if the "
+                "dataset is gated, or set UIOLLMS_HUB_DIR to a folder that holds a copy of it as "
+                f"{self.name}"
             ) from error
         return with_columns(dataset, columns, f"hub dataset {self.name}, split {split}")
 
@@ -136,8 +151,14 @@ class Split:
         if folder and self.dataset.has(self.split, folder):
             return None
         if local:  # which nothing is added to
-            return f"{local} holds no file of split {self.split} of the hub dataset {self.dataset.name}"
-        return f"hub dataset {self.dataset.name}, split {self.split}, is not on this machine; it is downloaded when first used"
+            return (
+                f"{local} holds no file of split {self.split} of the hub dataset "
+                f"{self.dataset.name}"
+            )
+        return (
+            f"hub dataset {self.dataset.name}, split {self.split}, is not on this machine; it is "
+            "downloaded when first used"
+        )
 
 
 def suffix_of(path: str) -> str:
@@ -152,10 +173,13 @@ def builder_of(path: str) -> str:
 
 
 def with_columns(dataset: Any, columns: Sequence[str], source: str) -> Any:
-    """Only those columns, so that reading a row reads nothing else. Raises ConfigError for one that is not there."""
+    """Only those columns, so that reading a row reads nothing else. Raises ConfigError for one
+    that is not there."""
     for column in columns:
         if column not in dataset.column_names:
-            raise ConfigError(f"{source}: column {column!r} is missing, found {sorted(dataset.column_names)}")
+            raise ConfigError(
+                f"{source}: column {column!r} is missing, found {sorted(dataset.column_names)}"
+            )
     return dataset.select_columns(list(columns))
 
 
@@ -173,7 +197,9 @@ def parquet_file(path: str) -> Corpus:
     try:
         dataset = datasets.load_dataset("parquet", data_files=glob.escape(path), split="train")
     except Exception as error:  # as above
-        raise ConfigError(f"{path}: cannot be read as parquet ({' '.join(str(error).split())[:300]})") from error
+        raise ConfigError(
+            f"{path}: cannot be read as parquet ({' '.join(str(error).split())[:300]})"
+        ) from error
     columns = ["input", "output"]
     if "text" in dataset.column_names:
         columns = ["text", *(name for name in columns if name in dataset.column_names)]

@@ -1,8 +1,10 @@
-"""Files -> documents, lazily: JSON lines, JSON lines in .gz, lists inside one big JSON file, plain text.
+"""Files -> documents, lazily: JSON lines, JSON lines in .gz, lists inside one big JSON file,
+plain text.
 
-Memory: 12 bytes a document (16 in a big JSON file) and the document that is being read. Time: opening reads a file once
-from end to end; after that every document costs one seek. A .gz cannot be entered in the middle, so it is unpacked once
-into the cache (see paths.py), which costs disk space of three to five times its size.
+Memory: 12 bytes a document (16 in a big JSON file) and the document that is being read. Time:
+opening reads a file once from end to end; after that every document costs one seek. A .gz cannot
+be entered in the middle, so it is unpacked once into the cache (see paths.py), which costs disk
+space of three to five times its size.
 """
 
 from __future__ import annotations
@@ -29,11 +31,13 @@ from uiollms.files.json_files import loads
 from uiollms.files.reading import check_file, opened, read_bytes
 
 MOST_TEXT = 2**30  # bytes of a text, or of a line of JSON: some 250 million tokens
-# Bytes that a .gz may unpack to however small it is, and how often its own size: text hardly shrinks
-# to a fifth, and what shrinks to a thousandth was made to fill disks.
+# Bytes that a .gz may unpack to however small it is, and how often its own size: text hardly
+# shrinks to a fifth, and what shrinks to a thousandth was made to fill disks.
 MOST_UNPACKED, MOST_GROWTH = 2**30, 200
 Fields = dict[str, Any]
-MakeDocument = Callable[[Fields, str], Document]  # (fields, source) -> document; raises ConfigError naming the source
+MakeDocument = Callable[
+    [Fields, str], Document
+]  # (fields, source) -> document; raises ConfigError naming the source
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,9 @@ class RawFile:
 
     def missing(self) -> str | None:
         path = raw_dir() / self.name
-        return None if path.is_file() else f"{path} is missing; raw_data/README.md says how to get it"
+        return (
+            None if path.is_file() else f"{path} is missing; raw_data/README.md says how to get it"
+        )
 
     def path(self) -> Path:
         if message := self.missing():
@@ -53,9 +59,12 @@ class RawFile:
 
 
 def text_of(fields: Fields, name: str, source: str) -> str:
-    """The text in a field. Raises ConfigError if there is none, or if it is not text that a tokenizer can read."""
+    """The text in a field. Raises ConfigError if there is none, or if it is not text that a
+    tokenizer can read."""
     if name not in fields:
-        raise ConfigError(f"{source}: field {name!r} is missing, found {shortened(str(sorted(fields)))}")
+        raise ConfigError(
+            f"{source}: field {name!r} is missing, found {shortened(str(sorted(fields)))}"
+        )
     value = fields[name]
     if not isinstance(value, str):
         kind = "null" if value is None else type(value).__name__
@@ -100,10 +109,15 @@ def text_or_qa(fields: Fields, source: str) -> Document:
     raise ConfigError(f"{source}: {wanted}; found {found}")
 
 
-def json_lines(path: str | Path, make: MakeDocument = text_or_qa, limit: int | None = None, shown: str = "") -> Corpus:
-    """A JSON-lines file, its first `limit` documents, through an index of where its lines start. shown: the name of the
-    file in messages, if not its path."""
-    starts, numbers = array("q"), array("I")  # byte offsets; line numbers, which count blank lines too
+def json_lines(
+    path: str | Path, make: MakeDocument = text_or_qa, limit: int | None = None, shown: str = ""
+) -> Corpus:
+    """A JSON-lines file, its first `limit` documents, through an index of where its lines start.
+    shown: the name of the file in messages, if not its path."""
+    starts, numbers = (
+        array("q"),
+        array("I"),
+    )  # byte offsets; line numbers, which count blank lines too
     with opened(path) as file:
         position = 0
         for number, line in enumerate(iter(lambda: file.readline(MOST_TEXT + 1), b""), start=1):
@@ -141,7 +155,11 @@ def json_object(data: bytes, source: str) -> Fields:
     except ConfigError as error:
         raise ConfigError(str(error).split("\n")[0]) from None  # a document's faults are one line
     except json.JSONDecodeError as error:
-        hint = "; this file is one JSON list, make it lines: jq -c '.[]' FILE" if data.lstrip()[:1] == b"[" else ""
+        hint = (
+            "; this file is one JSON list, make it lines: jq -c '.[]' FILE"
+            if data.lstrip()[:1] == b"["
+            else ""
+        )
         raise ConfigError(f"{source}: not JSON: {error}{hint}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{source}: expected a JSON object, found {type(value).__name__}")
@@ -164,12 +182,16 @@ def read_text(path: str | Path) -> str:
 
 
 def unpacked(path: str | Path) -> Path:
-    """The unpacked copy of a .gz in the cache, made on the first call; a changed file gets a new copy.
-    Raises ConfigError for a damaged one, and one that does not end in sensible time."""
+    """The unpacked copy of a .gz in the cache, made on the first call; a changed file gets a new
+    copy. Raises ConfigError for a damaged one, and one that does not end in sensible time."""
     check_file(path)
     state = state_of(path)
     most = max(MOST_UNPACKED, MOST_GROWTH * os.path.getsize(path))
-    copy = cache_dir() / "unpacked" / f"{Path(path).stem}-{hashlib.sha256(state.encode()).hexdigest()[:16]}"
+    copy = (
+        cache_dir()
+        / "unpacked"
+        / f"{Path(path).stem}-{hashlib.sha256(state.encode()).hexdigest()[:16]}"
+    )
     if not copy.exists():
         try:
             make_folder(copy.parent)
@@ -177,7 +199,10 @@ def unpacked(path: str | Path) -> Path:
                 while data := packed.read(1 << 20):
                     part.write(data)
                     if part.tell() > most:
-                        grows = f"it grows past {most >> 20:,} MiB, more than {MOST_GROWTH} times its size"
+                        grows = (
+                            f"it grows past {most >> 20:,} MiB, more than {MOST_GROWTH} times its "
+                            "size"
+                        )
                         raise ConfigError(f"{path}: is not unpacked: {grows}")
         except (OSError, EOFError, zlib.error) as error:
             raise ConfigError(f"{path}: cannot be unpacked: {error}") from None
@@ -185,7 +210,8 @@ def unpacked(path: str | Path) -> Path:
 
 
 def state_of(path: str | Path) -> str:
-    """Which file in which state: place, size, time of its last change. Raises ConfigError if there is none."""
+    """Which file in which state: place, size, time of its last change. Raises ConfigError if
+    there is none."""
     try:
         stat = os.stat(path)
     except OSError as error:
@@ -194,14 +220,17 @@ def state_of(path: str | Path) -> str:
 
 
 def json_list(path: str | Path, key: str, make: MakeDocument) -> Corpus:
-    """The list of objects under a key of one big JSON object, {"train": [{...}, ...], "test": [...]}, through an index of
-    where its elements start and end."""
+    """The list of objects under a key of one big JSON object, {"train": [{...}, ...], "test":
+    [...]}, through an index of where its elements start and end."""
     starts, ends = element_spans(path, key)
 
     def read(i: int) -> Document:
         source = f"{path}: {key}[{i}]"
         if ends[i] - starts[i] > MOST_TEXT:
-            raise ConfigError(f"{source}: longer than {MOST_TEXT >> 20:,} MiB, the most that is read of a document")
+            raise ConfigError(
+                f"{source}: longer than {MOST_TEXT >> 20:,} MiB, the most that is read of a "
+                "document"
+            )
         with opened(path) as file:
             file.seek(starts[i])
             return make(json_object(file.read(ends[i] - starts[i]), source), source)
@@ -209,7 +238,9 @@ def json_list(path: str | Path, key: str, make: MakeDocument) -> Corpus:
     return Lazy(len(starts), read)
 
 
-_MARK = re.compile(rb'"(?:[^"\\]++|\\.)*+"|["{}\[\]]', re.DOTALL)  # a whole string, or a quote without end, or a bracket
+_MARK = re.compile(
+    rb'"(?:[^"\\]++|\\.)*+"|["{}\[\]]', re.DOTALL
+)  # a whole string, or a quote without end, or a bracket
 
 
 def element_spans(path: str | Path, key: str) -> tuple[array[int], array[int]]:
@@ -221,12 +252,19 @@ def element_spans(path: str | Path, key: str) -> tuple[array[int], array[int]]:
     depth, name, names = 0, "", set()
     for mark, position in marks(path):
         if len(mark) > 1:
-            if depth == 1:  # a key of the whole object, or a text value, which the next key replaces
+            if (
+                depth == 1
+            ):  # a key of the whole object, or a text value, which the next key replaces
                 name = mark[1:-1].decode("utf-8", "replace")
             elif depth == 2 and name == key:
-                raise ConfigError(f"{path}: {key}: byte {position}: expected a list of objects, found a text in it")
+                raise ConfigError(
+                    f"{path}: {key}: byte {position}: expected a list of objects, found a text in "
+                    "it"
+                )
         elif mark == b'"':
-            raise ConfigError(f"{path}: not JSON: the text that starts at byte {position} has no end")
+            raise ConfigError(
+                f"{path}: not JSON: the text that starts at byte {position} has no end"
+            )
         elif mark in b"{[":
             depth += 1
             if depth == 2 and mark == b"[":
@@ -238,15 +276,19 @@ def element_spans(path: str | Path, key: str) -> tuple[array[int], array[int]]:
                 ends.append(position + 1)
             depth -= 1
     if depth != 0:
-        raise ConfigError(f"{path}: not JSON: {depth} brackets are not closed, the file may be cut off")
+        raise ConfigError(
+            f"{path}: not JSON: {depth} brackets are not closed, the file may be cut off"
+        )
     if key not in names:
-        raise ConfigError(f"{path}: there is no list {key!r}, found {shortened(str(sorted(names)))}")
+        raise ConfigError(
+            f"{path}: there is no list {key!r}, found {shortened(str(sorted(names)))}"
+        )
     return starts, ends
 
 
 def marks(path: str | Path) -> Iterator[tuple[bytes, int]]:
-    """What gives a JSON file its structure, each with its place: brackets, and texts (only the short ones that can be
-    keys are copied, the others are b"..")."""
+    """What gives a JSON file its structure, each with its place: brackets, and texts (only the
+    short ones that can be keys are copied, the others are b"..")."""
     with opened(path) as file:
         if os.fstat(file.fileno()).st_size == 0:
             raise ConfigError(f"{path}: is empty")
