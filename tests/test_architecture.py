@@ -73,6 +73,11 @@ def test_a_module_imports_only_from_packages_above_its_own(module):
         assert NAMES.index(name.split(".")[0]) <= own, f"{module} imports {name}"
 
 
+def test_every_folder_is_a_package():
+    """One without `__init__` is found from a checkout and missing from an installation."""
+    assert {path.parent for path in FILES} == {p.parent for p in FILES if p.name == "__init__.py"}
+
+
 def test_there_are_no_other_packages():
     assert {module.split(".")[0] for module in MODULES} - {"", "__main__"} == set(NAMES)
 

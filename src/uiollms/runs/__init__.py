@@ -1,0 +1,1 @@
+"""A run folder: checkpoints, metrics, signals, and what is checked before a run begins."""
