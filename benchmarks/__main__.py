@@ -94,7 +94,7 @@ def shown(value: object) -> str:
 def main(arguments: list[str] | None = None) -> None:
     examples = """examples:
   python -m benchmarks                                             everything, hours: make bench
-  python -m benchmarks --model tiny --quick --repeats 1            does it run, seconds: make bench-quick
+  python -m benchmarks --model tiny --quick --repeats 1            does it run? make bench-quick
   python -m benchmarks --what length --lengths 8192 32768 --model smollm2"""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(

@@ -336,7 +336,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--slot_input", choices=["token", "last"], default="token", help="of the compressor config")
     add("--step_tokens", type=int, default=24576, help="tokens of text in an optimizer step")
     add("--chunk_sizes", type=int, nargs="+", default=[64, 128, 256])
-    add("--sizes", type=as_size, nargs="+", help="drawn instead, each as likely as the others (name "
+    add("--sizes", type=as_size, nargs="+", help="drawn instead, each as likely as others (name "
         "one twice): chunk_size/num_memory/chunks of a document")  # fmt: skip
     add("--most_slots", type=int, default=512, help="memory in front of a document's last chunk")
     add("--most_tokens", type=int, default=8192, help="of a document")

@@ -1,7 +1,7 @@
 """Steps of a random model in one process and in two, each pinned to a core of its own: what a
 second process brings.
 
-python benchmarks/scaling.py                                     # minutes, on a machine whose cores have nothing else to do
+python benchmarks/scaling.py   # minutes, on a machine whose cores have nothing else to do
 python benchmarks/scaling.py --hidden 64 --layers 2 --chunks 4   # seconds, to see that it runs
 """
 

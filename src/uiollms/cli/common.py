@@ -169,7 +169,8 @@ def reporting_errors(main: Callable[[], int | None]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if (encoding := sys.getfilesystemencoding()) != "utf-8":
         log.warning(
-            "file names and arguments are read as %s here, not as UTF-8; PYTHONUTF8=1 reads them so",
+            "file names and arguments are read as %s here, not as UTF-8; "
+            "PYTHONUTF8=1 reads them so",
             encoding,
         )
     if os.environ.get("LOCAL_RANK", "0") == "0" and (unused := unused_gpu()):  # one process says it

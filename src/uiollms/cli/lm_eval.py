@@ -40,7 +40,8 @@ def run() -> None:
 
 def register() -> None:
     """Make the model known by its name; what it needs is imported when lm-eval asks for it."""
-    import lm_eval.models  # noqa: F401  # first: lm-eval fills its registry only while that is empty
+    # First, because lm-eval fills its registry only while that is empty.
+    import lm_eval.models  # noqa: F401
     from lm_eval.api.registry import model_registry
 
     if MODEL not in model_registry:

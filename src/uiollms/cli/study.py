@@ -1,12 +1,15 @@
 """What a gradient estimator costs and buys, measured on a real model and real documents.
 
-    python -m uiollms.study gradients --env_conf smollm2-8x.json                     bias and variance, as the config trains
-    python -m uiollms.study gradients --env_conf smollm2-8x.json --preset quick      the same in a minute
-    python -m uiollms.study gradients --env_conf smollm2-8x.json --preset table4     the paper's Table 4 set-up
-    python -m uiollms.study cost      --env_conf smollm2-8x.json --preset figure7    time and memory, the paper's Figure 7 set-up
-    python -m uiollms.study learning  --env_conf config/study-learning.json --preset quick       what is learned, on real text
-    python -m uiollms.study recall    --distances 1 4                                what is learned of long dependences
-    python -m uiollms.study cost      --env_conf smollm2-8x.json --quiet --json      results.json on stdout, nothing else
+Bias and variance as the config trains, in a minute, and in the paper's Table 4 set-up:
+    python -m uiollms.study gradients --env_conf smollm2-8x.json
+    python -m uiollms.study gradients --env_conf smollm2-8x.json --preset quick
+    python -m uiollms.study gradients --env_conf smollm2-8x.json --preset table4
+Time and memory in the paper's Figure 7 set-up; results.json on stdout and nothing else:
+    python -m uiollms.study cost      --env_conf smollm2-8x.json --preset figure7
+    python -m uiollms.study cost      --env_conf smollm2-8x.json --quiet --json
+What is learned on real text, and of long dependences:
+    python -m uiollms.study learning  --env_conf config/study-learning.json --preset quick
+    python -m uiollms.study recall    --distances 1 4
 
 Results (JSON, a markdown table, a plot) go to --out. `learning` and `recall` add a line to
 curves.jsonl after every training and go on from there when they are started again.

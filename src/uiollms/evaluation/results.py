@@ -1,8 +1,10 @@
 """What was measured on a task: numbers with intervals, in one form for all kinds of tasks.
 
     text       perplexity and language modeling: perplexity, also by position and by chunk
-    loss       question answering, beacons, news, memory utilization: mean loss over scored tokens (KL where training has it)
-    copy       auto encoding, longdata copy: BLEU-4, ROUGE-L and token accuracy of the free-running copy
+    loss       question answering, beacons, news, memory utilization: mean loss over scored tokens
+               (KL where training has it)
+    copy       auto encoding, longdata copy: BLEU-4, ROUGE-L and token accuracy of the free-running
+               copy
     retrieval  passkey, needle: share of right answers, also by depth
 
 Shapes: T' scored tokens of a document.

@@ -4,8 +4,10 @@ it is to be compared with.
     memory    rows read the memories of the chunks before them: the model
     window    every row on its own (with its recent tokens), no memory: what the frozen base does
               with the same window
-    raw       the base with the whole raw context, where its positions allow: what memory would be if it lost nothing
-    shuffled  rows read as many memories, but of another document: what memory is worth for its content
+    raw       the base with the whole raw context, where its positions allow: what memory would be
+              if it lost nothing
+    shuffled  rows read as many memories, but of another document: what memory is worth for its
+              content
     recent    the base with as many raw tokens right in front of a row as its memories have slots:
               what the same room is worth without any training
 

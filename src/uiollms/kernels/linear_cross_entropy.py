@@ -58,7 +58,9 @@ def linear_losses(
 
 class _LinearLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, teacher, kl_weight):  # type: ignore[no-untyped-def]
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, hidden, weight, bias, targets, teacher, kl_weight
+    ):
         with_grad = ctx.needs_input_grad[0]
         loss: Any
         grad: Any
@@ -106,7 +108,8 @@ def streaming_nll(
     = exp(l - m), kept are `rest`, the sum of e over all tokens but the target, and `pull`, the
     sum of e times the token's row of the head; both shrink where m grows. At the end
 
-        NLL = log(rest + e[target]) + m - l[target]        gradient = (pull - rest * head[target]) / (rest + e[target])
+        NLL = log(rest + e[target]) + m - l[target]
+        gradient = (pull - rest * head[target]) / (rest + e[target])
 
     The target stays out of the sums: its e, rounded to half precision, would not cancel against
     the 1 of a nearly certain token.

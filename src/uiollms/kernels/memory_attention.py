@@ -61,7 +61,9 @@ def memory_attention(
 
 class _MemoryAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, memory_key, memory_value, parts, scaling, sink):  # type: ignore[no-untyped-def]
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, query, key, value, memory_key, memory_value, parts, scaling, sink
+    ):
         out, lse = _kernel(query, key, value, 0.0, True, scale=scaling)
         for rows, slots in parts:
             read = _kernel(

@@ -1,7 +1,8 @@
 """The memory-enhanced transformer: one frozen base, an encoder role and a decoder role.
 
     encode   chunk token ids            -> memory, for every layer the vectors a chunk leaves behind
-    project  memory                     -> keys and values in front of later chunks, through the decoder's own LoRA
+    project  memory                     -> keys and values in front of later chunks, through the
+                                           decoder's own LoRA
     decode   chunk + keys and values    -> hidden states
     forward  a stream of tokens         -> logits, compressing every chunk that fills up
 
@@ -55,7 +56,9 @@ from uiollms.weights.fitness import check_tensors, eos_of, not_finite
 LayerMemory = list[Tensor]  # L tensors [C, m, D], each on its layer's device
 
 
-class MemoryLM(PretrainedMixin, Streaming, Generation, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class MemoryLM(  # type: ignore[misc]
+    PretrainedMixin, Streaming, Generation, PreTrainedModel, GenerationMixin
+):
     """A Hugging Face causal LM with learned memory.
 
     base: a loaded model of a supported family (Llama, SmolLM2, Mistral, Qwen2, Qwen3). It is

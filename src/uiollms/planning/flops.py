@@ -8,19 +8,22 @@ whatever is computed twice (chunks encoded again, attention recomputed in a back
 utilisation = useful FLOPs / (seconds * GEMM peak) can only be too low. What has no reader does
 not count either:
 
-    encoder   the last layer is only a norm; of the last layer that runs, ordinary tokens need keys and values only
-    backward  weights are frozen, so a linear layer costs its input's gradient alone (as many FLOPs as forward), and that not
-              where nothing trained lies below: in layer 0 of the decoder, and for layer 0's ordinary tokens in the encoder
-              (with slot_input "last" for its slots too: their input is the frozen embedding)
+    encoder   the last layer is only a norm; of the last layer that runs, ordinary tokens need keys
+              and values only
+    backward  weights are frozen, so a linear layer costs its input's gradient alone (as many FLOPs
+              as forward), and that not where nothing trained lies below: in layer 0 of the decoder,
+              and for layer 0's ordinary tokens in the encoder (with slot_input "last" for its slots
+              too: their input is the frozen embedding)
 
 With t tokens, q = heads * head size, kv = key/value heads * head size, D hidden, I intermediate,
 r rank:
 
-    queries(t)        2 t (2 D q + 3 D I)               q_proj, o_proj, gate, up, down
+    queries(t)        2 t (2 D q + 3 D I)  q_proj, o_proj, gate, up, down
     keys_values(t)    2 t (2 D kv)
-    lora(t, out)      2 t r (D + out)                   backward: A, B, the product between, and the input: twice as much
-    attention(pairs)  4 pairs q                         backward: dQ, dK, dV and dP: twice as much
-    head(t)           2 t D V                           backward: the same again
+    lora(t, out)      2 t r (D + out)      backward: A, B, the product between, and the input, twice
+                                           as much
+    attention(pairs)  4 pairs q            backward: dQ, dK, dV and dP, twice as much
+    head(t)           2 t D V              backward: the same again
 """
 
 from __future__ import annotations

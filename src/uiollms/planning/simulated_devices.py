@@ -3,9 +3,9 @@ and synchronisations.
 
     with Pretend() as world:                         # 7B parameters take no memory here
         send(base, {"model": 0, "lm_head": 1})       # placement.py
-        gradient_step(model, sample)                 # raises PretendError where an operation mixes devices
+        gradient_step(model, sample)  # raises SimulationError where an operation mixes devices
         world.peak[torch.device("cuda", 1)]          # bytes alive at most on GPU 1, graphs included
-        world.syncs                                  # operations that would have made the CPU wait for a GPU
+        world.syncs                   # operations that would have made the CPU wait for a GPU
 
 Two library hooks carry it. A TorchFunctionMode sees every Python call: there `.device` answers
 the pretended device, and `.to(device)` or `device=...` make a tensor that belongs to it. A

@@ -105,9 +105,9 @@ def pictures(run: RunFolder) -> Iterator[tuple[str, str, str, Callable[[Path], P
         yield "training", "Training curve", said, curve
         said = (
             "Gradient norms are before clipping, of all trained tensors and of each part. Tokens "
-            "are those that the decoder "
+            "are those that the decoder reads, all processes together, without evaluations and "
+            "checkpoints. Memory is the first process's peak so far."
         )
-        said += "reads, all processes together, without evaluations and checkpoints. Memory is the first process's peak so far."
         yield "steps", "Steps", said, partial(plot_steps, run.metrics, iterations_of(run.versions))
     text = [result for result in run.results if result.kind == "text"]
     if text:
@@ -137,12 +137,12 @@ def pictures(run: RunFolder) -> Iterator[tuple[str, str, str, Callable[[Path], P
         about = run.attention.about
         said = (
             "Share of a layer's attention, averaged over heads and tokens, in one document of "
-            f"{about['tokens']} tokens from "
+            f"{about['tokens']} tokens from {about['task']} in chunks of "
+            f"{about['chunk_size']} with {about['num_memory']} slots each, weights: "
+            f"{about['weights']}. Left: what a memory of each age gets, averaged over the chunks "
+            "that have one so old (logarithmic colours, down to a thousandth of the largest). "
+            "Right: all memories together; the rest goes to the chunk's own tokens."
         )
-        said += f"{about['task']} in chunks of {about['chunk_size']} with {about['num_memory']} slots each, weights: "
-        said += f"{about['weights']}. Left: what a memory of each age gets, averaged over the chunks that have one "
-        said += "so old (logarithmic colours, down to a thousandth of the largest). Right: all memories together; the rest goes "
-        said += "to the chunk's own tokens."
         yield "attention", "Attention to memory", said, partial(plot_attention, run.attention)
 
 

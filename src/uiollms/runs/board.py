@@ -28,7 +28,8 @@ class Board:
     def __init__(self, folder: Path, purge: int | None = None) -> None:
         self.folder, self.works = folder, True
         began = time.time()
-        name = f"events.out.tfevents.{int(began)}.{socket.gethostname()}.{os.getpid()}.{time.time_ns() % 10**9}"
+        place = f"{socket.gethostname()}.{os.getpid()}.{time.time_ns() % 10**9}"
+        name = f"events.out.tfevents.{int(began)}.{place}"
         self.path = folder / name
         with self.trying():
             from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # slow to import

@@ -145,8 +145,10 @@ def perplexities(run: Path) -> dict[int, float]:
 def scalars(line: dict[str, Any], protocol: str) -> Iterator[tuple[str, float]]:
     """The numbers of a line by their names in TensorBoard; protocol: of the training loss.
 
-    a step          train/nll/paper, train/lr, train/grad_norm/all, train/grad_norm/encoder_lora, train/tokens_per_second ...
-    an evaluation   eval/0.perplexity.paper.sotu.test.2048/memory/perplexity ...: the task's number and name, mode, measure
+    a step          train/nll/paper, train/lr, train/grad_norm/all, train/grad_norm/encoder_lora,
+                    train/tokens_per_second ...
+    an evaluation   eval/0.perplexity.paper.sotu.test.2048/memory/perplexity ...: the task's number
+                    and name, mode, measure
     """
     named = {
         f"nll/{protocol}": line.get("nll"),

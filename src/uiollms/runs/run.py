@@ -1,11 +1,13 @@
 """The run folder: one run at a time, through its first process, writes metrics, log and
 checkpoints; one that stops can go on.
 
-<run folder>/config.json, versions.json      the config with all defaults written out; versions, git revision, machine
-             log.txt, metrics.jsonl          what happened; a line for every step and for every evaluation
-             tensorboard/, curve.png         the same to look at
-             checkpoints/step-00000120/      see run_state.py
-             earlier-1/ ...                  whatever lay here when a new run began, or beyond the checkpoint one went on from
+<run folder>/config.json, versions.json   the config with all defaults written out; versions, git
+                                          revision, machine
+             log.txt, metrics.jsonl       what happened; a line for every step and every evaluation
+             tensorboard/, curve.png      the same to look at
+             checkpoints/step-00000120/   see state.py
+             earlier-1/ ...               whatever lay here when a new run began, or beyond the
+                                          checkpoint one went on from
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """The whole state of a training run, on disk, so that a stopped run goes on bit for bit.
 
 <run folder>/checkpoints/step-00000120/
-    memory_config.json, tokens.safetensors, encoder/, decoder/    the weights, as in checkpoint.py: load_ckp and PEFT read them
+    memory_config.json, tokens.safetensors, encoder/, decoder/    the weights, as in
+                                weights/adapters.py: load_ckp and PEFT read them
     optimizer.safetensors       AdamW's "<parameter>.step", ".exp_avg", ".exp_avg_sq"
-    state.json                  iteration (documents, the number in the folder's name), counters, the resolved
-                                configs and their hash, versions
+    state.json                  iteration (documents, the number in the folder's name), counters,
+                                the resolved configs and their hash, versions
     rank-0.json                 place in the data, and the first process's global random generators
     checksums.json              sha256 of every file
 

@@ -137,11 +137,12 @@ def window_from_draws(
     ends included, for every chunk c >= S in order, so N = S + len(draws) unless the document has
     fewer than S chunks (then say `num_chunks`).
 
-    Chunk c enters after its own loss: into slot c while c < S, then into slot j = draw if j < S. As in the released
-    program the last chunk is drawn for too, though no loss can read it.
-    S 1, draws [1, 0], compensate -> reservoir before loss 1: {0}, before loss 2: {0} (1 was rejected); W = 0 0 0
-                                                                                                          1 0 0
-                                                                                                          2 0 0
+    Chunk c enters after its own loss: into slot c while c < S, then into slot j = draw if j < S. As
+    in the released program the last chunk is drawn for too, though no loss can read it.
+    S 1, draws [1, 0], compensate -> reservoir before loss 1: {0}, before loss 2: {0} (1 was
+    rejected); W = 0 0 0
+                   1 0 0
+                   2 0 0
     """
     count = S + len(draws) if num_chunks is None else num_chunks
     weights = torch.zeros(count, count, dtype=torch.float64)
@@ -177,7 +178,8 @@ def draw_window(
     """The weight matrix W [N, N] float64 of one draw. estimator: an object of this module, or a
     name with `S` and `compensate` as settings (S = 2 and compensated by default); rng: a
     `random.Random`, or a seed for a fresh one."""
-    estimator = make_estimator(estimator, **settings) if isinstance(estimator, str) else estimator  # type: ignore[arg-type]
+    if isinstance(estimator, str):
+        estimator = make_estimator(estimator, **settings)  # type: ignore[arg-type]
     return estimator.window(
         num_chunks, rng if isinstance(rng, random.Random) else random.Random(rng)
     )

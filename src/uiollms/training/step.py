@@ -2,11 +2,14 @@
 role, whatever S is.
 
     1  encode all chunks without a graph; turn their memories into keys and values
-    2  decode the rows in batches; each backward ends at the keys and values, where two sums are kept: all gradients (for
-       the decoder's LoRA) and the W-weighted ones (for the encoder, at chunks whose weights are not all zero)
-    3  backward through the projections: the first sum to the decoder's LoRA, the second to the memories
-    4  encode again, with a graph, only the chunks whose weighted gradient is not zero, and go backward from their memories
-       (where a whole document fits one batch of chunks, the graph of those chunks is kept in 1 and they are not encoded again)
+    2  decode the rows in batches; each backward ends at the keys and values, where two sums are
+       kept: all gradients (for the decoder's LoRA) and the W-weighted ones (for the encoder, at
+       chunks whose weights are not all zero)
+    3  backward through the projections: the first sum to the decoder's LoRA, the second to the
+       memories
+    4  encode again, with a graph, only the chunks whose weighted gradient is not zero, and go
+       backward from their memories (where a whole document fits one batch of chunks, the graph of
+       those chunks is kept in 1 and they are not encoded again)
 
 With a group of several processes each does 1, 3 and 4 for its own chunks and 2 for its own rows;
 keys and values are gathered before 2, their gradients summed at the chunks' owners after it

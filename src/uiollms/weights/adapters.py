@@ -1,14 +1,14 @@
 """Trained weights on disk: PEFT adapter folders in safetensors, or the authors' list of tensors.
 
-<folder>/memory_config.json                 the compressor they were trained for
-         encoder/ decoder/                  PEFT adapters: adapter_config.json, adapter_model.safetensors
-                                            (no decoder/ without a transfer head)
-         tokens.safetensors                 the two token embeddings (with slot_input "last" the repeat token
-                                            alone); its header names the base's vocabulary size
-         checksums.json                     sha256 of every file, written last
-<name>.pth                                  the released program's format: a pickled list, encoder then decoder, each
-                                            its token and then, layer by layer, A and B of its two projections
-                                            (with slot_input "last" the encoder has no token)
+<folder>/memory_config.json   the compressor they were trained for
+         encoder/ decoder/    PEFT adapters: adapter_config.json, adapter_model.safetensors (no
+                              decoder/ without a transfer head)
+         tokens.safetensors   the two token embeddings (with slot_input "last" the repeat token
+                              alone); its header names the base's vocabulary size
+         checksums.json       sha256 of every file, written last
+<name>.pth                    the released program's format: a pickled list, encoder then decoder,
+                              each its token and then, layer by layer, A and B of its two
+                              projections (with slot_input "last" the encoder has no token)
 """
 
 from __future__ import annotations

@@ -131,7 +131,8 @@ def other_slots(learned: bool) -> str:
     found, wanted = ("token", "last") if learned else ("last", "token")
     return (
         f'slot_input: the config has "{wanted}", these weights were trained with "{found}" '
-        f'({"a" if learned else "no"} tensor {TOKEN}); set slot_input to "{found}" in the compressor config'
+        f"({'a' if learned else 'no'} tensor {TOKEN}); set slot_input to "
+        f'"{found}" in the compressor config'
     )
 
 

@@ -1,10 +1,11 @@
-"""A whole model in a folder: the trained weights as `checkpoint` writes them, and which base
-they belong to.
+"""A whole model in a folder: the trained weights as adapters.py writes them, and which base they
+belong to.
 
-<folder>/memory_config.json encoder/ decoder/ tokens.safetensors     see checkpoint.py; PEFT loads encoder/ and decoder/
-         base.json                                                   {"model_name": hub id, folder or package:...}
-         base/                                                       the base's own weights, if they were included
-         tokenizer.json ...                                          the tokenizer, if it was given
+<folder>/memory_config.json encoder/ decoder/ tokens.safetensors    see adapters.py; PEFT loads
+                              encoder/ and decoder/
+         base.json            {"model_name": hub id, folder or package:...}
+         base/                the base's own weights, if they were included
+         tokenizer.json ...   the tokenizer, if it was given
 """
 
 from __future__ import annotations
