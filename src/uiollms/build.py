@@ -56,7 +56,7 @@ def load_memory_lm(config: EnvConfig, path: str | Path) -> tuple[MemoryLM, PreTr
     model = MemoryLM(base, memory, config.train.master_dtype)
     if (
         config.train.chunk_batch != "auto"
-    ):  # train.py and test.py have chosen (plan.py); other tools take the default
+    ):  # train.py and test.py have chosen (planning/planner.py); other tools take the default
         model.chunk_batch = config.train.chunk_batch
     model.checkpointing = config.train.checkpointing
     return model, tokenizer

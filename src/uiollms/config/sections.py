@@ -2,7 +2,7 @@
 and the JSON path.
 
 Units: lengths in tokens; `train_iters`, `save` and `eval` in documents of all processes together
-(schedule.py); learning rates per AdamW step. The descriptions are what editors and
+(training/schedule.py); learning rates per AdamW step. The descriptions are what editors and
 docs/config.md show: `make schema` after changing one.
 """
 

@@ -98,7 +98,7 @@ class MemoryLM(  # type: ignore[misc]
         learned = config.slot_input == "token"
         self.encoder = Role("encoder", base, config, "retrieval_token" if learned else None, token)
         self.decoder = Role("decoder", base, config, "repeat_token", token)
-        # What runs, beside the module tree (see skeleton.py).
+        # What runs, beside the module tree (see model/skeleton.py).
         self.encoder_layers = skeleton(base, list(self.encoder.layers))  # type: ignore[arg-type]
         self.decoder_layers = skeleton(base)
         self.offloaded = offloaded(
@@ -233,7 +233,7 @@ class MemoryLM(  # type: ignore[misc]
         shared_lengths = (1, l, l + config.recent_tokens, l + config.num_memory)
         if (
             hidden.device.type == "cpu" and hidden.shape[1] in shared_lengths and not as_base
-        ):  # see products.py
+        ):  # see kernels/frozen_linear.py
             function = use_onednn(function, module)
         if self.offloaded:  # here too: a backward may run the function again
             function = one_at_a_time(function)
