@@ -40,9 +40,7 @@ def kind_of(path: Path) -> str:
     )
 
 
-COMMITTED = sorted(
-    p for folder in (".", "config", "config/schema") for p in (ROOT / folder).glob("*.json")
-)
+COMMITTED = sorted([*ROOT.glob("*.json"), *(ROOT / "config").rglob("*.json")])
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda p: str(p.relative_to(ROOT)))
@@ -51,7 +49,7 @@ def test_every_committed_json_loads(path, monkeypatch):
     kind = kind_of(path)
     if kind == "env":
         config = load_env_config(path)
-        study = path.name.startswith("study-")  # in smaller chunks than its compressor's
+        study = path.parent.name == "experiments"  # in smaller chunks than its compressor's
         memory = check_model(config, path) if study else check_env(config, path)
         assert config.model.model_name in KNOWN_SHAPES
         wanted = [(task.task_name, task.truncation) for task in load_tasks(config.test)]
@@ -68,6 +66,16 @@ def test_every_committed_json_loads(path, monkeypatch):
         load_tasks(path)
     else:
         assert path.read_text() == schema_text(path.name), "run: make schema"
+
+
+def test_editors_find_the_schema_that_a_config_names():
+    named = [
+        path.parent / schema
+        for path in COMMITTED
+        if (schema := json.loads(path.read_text()).get("$schema", "")).endswith(".json")
+    ]
+    assert len(named) > 5
+    assert [path for path in named if not path.exists()] == []
 
 
 def test_all_kinds_were_visited():

@@ -75,8 +75,8 @@ def entry(task_type: str = "perplexity", **fields) -> TaskEntry:
 
 
 def shrunk() -> list[dict]:
-    """config/test-tasks.json for the tiny model: fewer tokens."""
-    tasks = json.loads((ROOT / "config/test-tasks.json").read_text())["tasks"]
+    """config/tasks/every-task.json for the tiny model: fewer tokens."""
+    tasks = json.loads((ROOT / "config/tasks/every-task.json").read_text())["tasks"]
     short = {"passkey": 230, "needle": 180}
     return [
         task | dict(num_instance=2, truncation=short.get(task["task_type"], 96)) for task in tasks
@@ -84,7 +84,7 @@ def shrunk() -> list[dict]:
 
 
 def test_every_task_type_evaluates(workspace, corpora, capsys):
-    """test.py on the tiny model with every task of config/test-tasks.json, and what it leaves in
+    """test.py on the tiny model with every task of config/tasks/every-task.json, and what it leaves in
     the run folder."""
     Path("test.json").write_text(json.dumps(dict(tasks=shrunk())))
     kinds = {task.task_type for task in load_tasks("test.json")}

@@ -8,7 +8,7 @@ Time and memory in the paper's Figure 7 set-up; results.json on stdout and nothi
     python -m uiollms.study cost      --env_conf smollm2-8x.json --preset figure7
     python -m uiollms.study cost      --env_conf smollm2-8x.json --quiet --json
 What is learned on real text, and of long dependences:
-    python -m uiollms.study learning  --env_conf config/study-learning.json --preset quick
+    python -m uiollms.study learning  --env_conf config/experiments/learning.json --preset quick
     python -m uiollms.study recall    --distances 1 4
 
 Results (JSON, a markdown table, a plot) go to --out. `learning` and `recall` add a line to
@@ -97,7 +97,7 @@ COMMANDS = {
     ),
     "learning": (
         "what every estimator learns on text",
-        "--env_conf config/study-learning.json --preset quick --seeds 3",
+        "--env_conf config/experiments/learning.json --preset quick --seeds 3",
     ),
     "recall": (
         "what every estimator learns of long dependences",
