@@ -27,6 +27,7 @@ from uiollms.build import check_env, count_parameters, load_memory_lm
 from uiollms.cli.common import SILENT, Output, parse_arguments, reporting_errors, step_words
 from uiollms.cli.dry_run import dry_run
 from uiollms.config.sections import EnvConfig, load_env_config
+from uiollms.data.stream import SampleStream, pack_documents
 from uiollms.distributed.groups import World, number_of_processes, open_world
 from uiollms.distributed.watch import watching
 from uiollms.evaluation.evaluator import Evaluation
@@ -38,8 +39,9 @@ from uiollms.runs.run import Run, open_run
 from uiollms.runs.state import TrainingState
 from uiollms.training.estimators import make_estimator
 from uiollms.training.failures import reporting_step_errors
-from uiollms.training.optimizer import SampleStream, gradient_norms, make_optimizer, pack_documents
+from uiollms.training.optimizer import gradient_norms, make_optimizer
 from uiollms.training.step import gradient_step
+from uiollms.training.weighting import weigh_tokens
 from uiollms.weights.adapters import load_weights
 
 
@@ -67,7 +69,7 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
     model, tokenizer = load_memory_lm(config, env_conf)
     if config.model.load_ckp:
         load_weights(model, config.model.load_ckp)
-    samples = SampleStream(config, tokenizer, model)
+    samples = SampleStream(config, tokenizer, model, partial(weigh_tokens, model))
     estimator = make_estimator(train.estimator, S=train.tbptt, compensate=train.compensate)
     optimizer = make_optimizer(model, train)
     parameters = list(model.trainable_parameters().values())

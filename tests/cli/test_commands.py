@@ -22,9 +22,9 @@ from uiollms.cli.common import reporting_errors
 from uiollms.config.sections import load_env_config
 from uiollms.data import Document, NewsDocument, TokenDocument
 from uiollms.data.builder import SampleBuilder
+from uiollms.data.stream import SampleStream
 from uiollms.files.errors import ConfigError
 from uiollms.files.folders import run_folder
-from uiollms.training.optimizer import SampleStream
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,12 @@ from test_commands import call
 from uiollms.build import check_env, load_memory_lm
 from uiollms.config.sections import EnvConfig, load_env_config, load_memory_config, load_tasks
 from uiollms.data import open_corpus
+from uiollms.data.stream import SampleStream
 from uiollms.files.atomic import sha256, verify
 from uiollms.files.errors import ConfigError, json_path
 from uiollms.runs.state import NEEDED, TrainingState, load_state, read_record
-from uiollms.training.optimizer import SampleStream, make_optimizer
+from uiollms.training.optimizer import make_optimizer
+from uiollms.training.weighting import weigh_tokens
 from uiollms.weights.adapters import load_weights, save_weights
 
 ROOT = Path(__file__).parents[2]
@@ -404,7 +407,7 @@ def test_checkpoints_made_to_mislead(checkpoint):
         model,
         tokenizer,
         make_optimizer(model, config.train),
-        SampleStream(config, tokenizer, model),
+        SampleStream(config, tokenizer, model, partial(weigh_tokens, model)),
     )
     texts = {
         path.name: json.loads(path.read_text())

@@ -32,8 +32,8 @@ import uiollms
 from uiollms import MemoryConfig, Sample
 from uiollms.build import load_memory_lm
 from uiollms.config.sections import load_env_config
+from uiollms.data.stream import SampleStream
 from uiollms.distributed.groups import ALONE, Division, Group, World
-from uiollms.training.optimizer import SampleStream
 from uiollms.training.step import row_weights
 
 

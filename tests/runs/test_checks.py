@@ -23,8 +23,8 @@ from uiollms.config.sections import (
     parse,
 )
 from uiollms.data import open_corpus
+from uiollms.data.stream import SampleStream, Stream
 from uiollms.runs.checks import check_evaluation, check_folder, check_training
-from uiollms.training.optimizer import SampleStream, Stream
 from uiollms.weights.adapters import save_weights
 
 ROOT = Path(__file__).parents[2]

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from uiollms.build import load_memory_lm
 from uiollms.config.sections import load_env_config
+from uiollms.data.stream import SampleStream
 from uiollms.runs.run import Run
-from uiollms.training.optimizer import SampleStream
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from processes import forked, train
 from test_resume import metrics_of, run_folder  # noqa: F401  # run_folder: a fixture
 
 from uiollms import Sample
-from uiollms.training.optimizer import TrainingSample, pack_documents
+from uiollms.data.stream import TrainingSample, pack_documents
 
 
 def drawn(chunks: int) -> TrainingSample:

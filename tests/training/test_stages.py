@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,12 +21,12 @@ from uiollms.config.corpora import CorpusEntry
 from uiollms.config.sections import load_env_config
 from uiollms.data import Document
 from uiollms.data.builder import SampleBuilder, task_fault, teaches_memory
+from uiollms.data.stream import SampleStream
 from uiollms.evaluation.scoring import token_losses
 from uiollms.files.errors import ConfigError
 from uiollms.planning.planner import make_plan
 from uiollms.reports.curves import stage_starts
 from uiollms.reports.page import stage_words
-from uiollms.training.optimizer import SampleStream
 from uiollms.training.schedule import Course, Schedule, rate_of_document
 from uiollms.training.weighting import multiplied, relative, weigh_tokens
 
@@ -182,7 +183,7 @@ def test_what_a_run_says_of_its_stages():
 def test_stages_draw_documents_of_their_own(staged):
     config = load_env_config("env.json")
     model, tokenizer = load_memory_lm(config, "env.json")
-    samples = SampleStream(config, tokenizer, model)
+    samples = SampleStream(config, tokenizer, model, partial(weigh_tokens, model))
     with model.sized((8, 2)):
         first = samples.take(4)
     assert {drawn.source.split("book")[1][0] for drawn in first} <= {"0", "1"}
@@ -194,7 +195,7 @@ def test_stages_draw_documents_of_their_own(staged):
 
     state = json.loads(json.dumps(samples.state_dict()))
     expected = samples.take(3, stage=2)
-    again = SampleStream(config, tokenizer, model)
+    again = SampleStream(config, tokenizer, model, partial(weigh_tokens, model))
     again.load_state_dict(state)
     found = again.take(3, stage=2)
     assert [d.source for d in found] == [d.source for d in expected]

@@ -23,6 +23,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from uiollms.cli.options import place, whole
 from uiollms.config.corpora import TaskEntry
 from uiollms.config.sections import EnvConfig, MemoryConfig, TrainSection, load_env_config
 from uiollms.data.sample import Sample
+from uiollms.data.stream import SampleStream
 from uiollms.evaluation.evaluator import evaluation_documents
 from uiollms.evaluation.scoring import score
 from uiollms.files.atomic import make_folder, replace_text
@@ -48,7 +50,7 @@ from uiollms.study.gradients import INFINITE, NAMES, estimators_of, study_gradie
 from uiollms.study.learning import compare, plot_curves, step_seconds, summarise
 from uiollms.study.recall import MEMORY, MOST_CHUNKS, VALUES, recall_samples, train_base
 from uiollms.study.tables import markdown_table, plot
-from uiollms.training.optimizer import SampleStream
+from uiollms.training.weighting import weigh_tokens
 from uiollms.weights.adapters import load_weights
 
 # documents, tokens of each, chunk_size, num_memory; None: the config's own
@@ -293,7 +295,8 @@ def learn_text(
         if config.model.load_ckp:
             fresh.load_memory_state_dict(model.memory_state_dict())
         seeded = config.model_copy(update={"train": train.model_copy(update={"seed": seed})})
-        return fresh, one_by_one(SampleStream(seeded, tokenizer, fresh))
+        samples = SampleStream(seeded, tokenizer, fresh, partial(weigh_tokens, fresh))
+        return fresh, one_by_one(samples)
 
     setting = describe(args, config)
     curves, record = curves_file(out, setting)

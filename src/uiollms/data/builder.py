@@ -68,7 +68,9 @@ class SampleBuilder:
         if entry.token_weighting != "context" or not teaches_memory(sample):
             return sample
         if self.weigh is None:
-            raise ValueError("token_weighting context needs the base: SampleMaker(..., weigh=...)")
+            raise ValueError(
+                "token_weighting context needs the base: SampleBuilder(..., weigh=...)"
+            )
         return self.weigh(sample)
 
     def _build(
