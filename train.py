@@ -88,7 +88,7 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
             if world.is_main_process:
                 results = evaluation.run(
                     lambda documents: output.bar(
-                        run.unless_stopped(documents), desc="evaluate", leave=False
+                        run.until_signal(documents), desc="evaluate", leave=False
                     )
                 )
                 run.log(iteration=state.iteration, eval=[r.summary() for r in results])
@@ -97,7 +97,7 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
                 if output.has_words:
                     print_results(results)
         finally:
-            run.agree_to_stop()  # here the other processes wait for the first
+            run.agree_on_signals()  # here the other processes wait for the first
         run.exit_if_signalled()
 
     model.train()
@@ -168,7 +168,7 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
         progress.set_postfix_str(said, refresh=False)
         progress.update(schedule.stride)
 
-        run.agree_to_stop()
+        run.agree_on_signals()
         if run.saves(state):
             run.save(state)
         run.stop_if_asked(state, sources)

@@ -106,7 +106,7 @@ def against_baseline(bench: Bench, length: int) -> Table:
         )
         model.chunk_batch = size
         with torch.set_grad_enabled(kind != "score"):
-            at_once = model.chunks_at_once
+            at_once = model.chunks_per_batch
         peak = bench.peak(at_once if at_once in bench.sizes else size)
         median = statistics.median(turns)
         memory = bench.alone(kind, length, chunk_batch=size, alive=True)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from uiollms.kernels.devices import to_device_once
+from uiollms.kernels.devices import cache_transfers
 
 
 class Recorded(NamedTuple):
@@ -44,13 +44,13 @@ class Recorder:
         then; gradients that it adds to must be zeroed afterwards."""
         own = [tensor.clone() for tensor in inputs]
         self.stream.wait_stream(torch.cuda.current_stream())
-        with to_device_once(self.constants), torch.cuda.stream(self.stream):
+        with cache_transfers(self.constants), torch.cuda.stream(self.stream):
             for _ in range(2):
                 function(*own)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with (
-            to_device_once(self.constants),
+            cache_transfers(self.constants),
             torch.cuda.graph(graph, pool=self.pool, stream=self.stream),
         ):
             result = function(*own)

@@ -25,7 +25,7 @@ from uiollms import MemoryConfig, MemoryLM
 from uiollms.data.sample import Sample
 from uiollms.evaluation.scoring import score
 from uiollms.files.json_files import as_json
-from uiollms.kernels.devices import avoid_cudnn_attention
+from uiollms.kernels.devices import disable_cudnn_attention
 from uiollms.kernels.linear_cross_entropy import linear_nll
 from uiollms.planning.flops import Flops
 from uiollms.training.step import chunks_with_gradient, gradient_step
@@ -66,7 +66,7 @@ def prepare(model: MemoryLM, kind: str, ids: Tensor, S: int) -> tuple[Callable[[
     from uiollms.training.estimators import Exact, make_estimator
 
     estimator = Exact() if kind == "exact" else make_estimator(kind, S=S)
-    window = estimator.window(len(sample.rows), random.Random(0))
+    window = estimator.weight_matrix(len(sample.rows), random.Random(0))
     needed = len(chunks_with_gradient(sample, window))
 
     def step() -> None:
@@ -131,7 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=1e9, help="no case begins after so many")
     options = parser.parse_args(arguments)
     device, started = torch.device(options.device), time.monotonic()
-    avoid_cudnn_attention()
+    disable_cudnn_attention()
     size = 8192 if device.type == "cuda" else 256
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     peak = gemm_rate(device, size, dtype)

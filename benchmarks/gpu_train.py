@@ -35,7 +35,7 @@ from benchmarks.recall_evaluation import Size, evaluate
 from uiollms import MemoryConfig, MemoryLM
 from uiollms.files.atomic import replace_text, replacing
 from uiollms.files.json_files import as_json
-from uiollms.kernels.devices import avoid_cudnn_attention
+from uiollms.kernels.devices import disable_cudnn_attention
 from uiollms.weights.adapters import load_weights
 from uiollms.weights.base_models import KNOWN_SHAPES, load_causal_lm, resolve_dtype
 from uiollms.weights.packaged import local_path
@@ -366,7 +366,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     started, device = time.monotonic(), torch.device(options.device)
-    avoid_cudnn_attention()
+    disable_cudnn_attention()
     model, tokenizer = load_model(options, device)
     facts = Facts(tokenizer, options.num_facts, options.seed)
     data = Data(*build_corpora(tokenizer, options), facts, device)

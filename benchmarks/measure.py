@@ -72,10 +72,12 @@ def in_new_process(case: dict[str, Any]) -> dict[str, Any]:
 def most_alive(call: Callable[[], object]) -> int:
     """The most bytes that the tensors alive at once take during a call, above those alive
     before: what torch's allocator reports, not what the C library keeps between them."""
-    with profile(profile_memory=True) as watched:
+    with profile(profile_memory=True) as has_forward_hooks:
         call()
     reports = [
-        event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"
+        event
+        for event in has_forward_hooks.profiler.kineto_results.events()
+        if event.name() == "[memory]"
     ]
     alive = most = 0
     for report in sorted(reports, key=lambda event: event.start_ns()):

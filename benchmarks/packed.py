@@ -22,7 +22,7 @@ from uiollms.kernels.devices import device_of, to_device
 from uiollms.kernels.linear_cross_entropy import linear_losses
 from uiollms.model.memory_lm import LayerMemory, MemoryLM
 from uiollms.model.passes import empty_prefix
-from uiollms.model.state import Prefix, join_slots
+from uiollms.model.state import KVPrefix, join_slots
 
 
 class Memories(NamedTuple):
@@ -76,7 +76,7 @@ def decode_documents(
             ]
             for of, by_layer in zip((keys, values), own, strict=True)
         )
-    prefix = Prefix([[k] for k in keys], [[v] for v in values])
+    prefix = KVPrefix([[k] for k in keys], [[v] for v in values])
     hidden = model.decode(rows, prefix, num_slots, repeat=repeat)
     split = documents * per_document
     return hidden[:split].reshape(documents, -1, hidden.shape[-1]), hidden[split:]
@@ -86,7 +86,7 @@ def copy_chunks(model: MemoryLM, chunks: Tensor) -> Tensor:
     """Auto-encoding: [A, l] token ids, each chunk from its own memory -> hidden states [A, l,
     D]."""
     keys, values = model.project(model.encode_layers(chunks), [0] * len(chunks))
-    prefix = Prefix([[k] for k in keys], [[v] for v in values])
+    prefix = KVPrefix([[k] for k in keys], [[v] for v in values])
     slots, repeat = [model.memory_config.num_memory] * len(chunks), torch.ones(len(chunks)).bool()
     return model.decode(F.pad(chunks[:, :-1], (1, 0)), prefix, slots, repeat=repeat)
 

@@ -158,7 +158,7 @@ def weights(num_chunks: int = 8, S: int = 2, draws: int = 20_000) -> Figure:
 def weights_of(estimator: Estimator, num_chunks: int, rng: random.Random) -> torch.Tensor:
     """[N, N]: one draw of W, for memories whose gradients are as large as the losses that read
     them are many."""
-    window = estimator.window(num_chunks, rng)
+    window = estimator.weight_matrix(num_chunks, rng)
     factors = estimator.columns([float(num_chunks - 1 - s) for s in range(num_chunks)], rng)
     return window if factors is None else window * torch.tensor(factors, dtype=window.dtype)
 

@@ -863,10 +863,10 @@ def test_stop_and_resume_is_the_uninterrupted_stream() -> None:
 
 
 def test_taking_the_state_changes_nothing() -> None:
-    watched, alone = mixture(), mixture()
+    has_forward_hooks, alone = mixture(), mixture()
     for _ in range(40):
-        watched.state_dict()
-        assert next(watched) == next(alone)
+        has_forward_hooks.state_dict()
+        assert next(has_forward_hooks) == next(alone)
 
 
 def test_state_is_small_for_any_corpus() -> None:

@@ -171,12 +171,12 @@ def test_weights_on_disk_are_not_in_memory(tmp_path, monkeypatch):
     loaded: list[weakref.ref] = []
     load = OffloadedWeightsLoader.__getitem__
 
-    def watched(self, key):
+    def has_forward_hooks(self, key):
         weight = load(self, key)
         loaded.append(weakref.ref(weight.untyped_storage()))
         return weight
 
-    monkeypatch.setattr(OffloadedWeightsLoader, "__getitem__", watched)
+    monkeypatch.setattr(OffloadedWeightsLoader, "__getitem__", has_forward_hooks)
     model = on_disk_model(DISK["half of the layers"], tmp_path)
     layers = model.base.model.layers
 

@@ -12,8 +12,8 @@ from uiollms.evaluation.attention_mass import AttentionMass, Recorded, attention
 from uiollms.model.attention import decoder_mask
 
 
-def into(seen: dict, key: tuple[int, str]):
-    return lambda module, arguments, output: seen.__setitem__(key, output)
+def into(pattern: dict, key: tuple[int, str]):
+    return lambda module, arguments, output: pattern.__setitem__(key, output)
 
 
 def by_hand(model, ids) -> torch.Tensor:
@@ -26,14 +26,14 @@ def by_hand(model, ids) -> torch.Tensor:
     shares = torch.zeros(len(layers), count - 1, count, dtype=torch.float64)
     for r in range(1, count):
         state = model(ids[None, : r * l]).past_key_values  # compressed: r memories
-        seen: dict[tuple[int, str], torch.Tensor] = {}
+        pattern: dict[tuple[int, str], torch.Tensor] = {}
         hooks = []
         for i, layer in enumerate(layers):
             for name in ("q", "k"):
                 module = getattr(layer.self_attn, f"{name}_norm", None) or getattr(
                     layer.self_attn, f"{name}_proj"
                 )
-                hooks.append(module.register_forward_hook(into(seen, (i, name))))
+                hooks.append(module.register_forward_hook(into(pattern, (i, name))))
         row = ids[r * l : (r + 1) * l]
         prefix = state.prefix(r * m, with_local=False)
         model.decode(row[None], prefix, [r * m])
@@ -44,7 +44,7 @@ def by_hand(model, ids) -> torch.Tensor:
         for i, layer in enumerate(layers):
             attention = layer.self_attn
             q, k = (
-                seen[i, name].reshape(1, len(row), -1, attention.head_dim).transpose(1, 2)
+                pattern[i, name].reshape(1, len(row), -1, attention.head_dim).transpose(1, 2)
                 for name in ("q", "k")
             )
             half = attention.head_dim // 2
@@ -94,9 +94,9 @@ def test_recorded_attention_is_the_usual_one():
         expected = model.decode(
             ids[None, :5], state.prefix(num_slots, with_local=False), [num_slots]
         )
-        seen = Recorded(mask, lambda layer, weights: layers.append(layer))
+        pattern = Recorded(mask, lambda layer, weights: layers.append(layer))
         found = model.decode(
-            ids[None, :5], state.prefix(num_slots, with_local=False), [num_slots], seen=seen
+            ids[None, :5], state.prefix(num_slots, with_local=False), [num_slots], pattern=pattern
         )
         assert torch.allclose(found, expected, atol=1e-5)  # eager's softmax is float32
     assert layers == [0, 1, 2, 0, 1, 2] and model.base.config._attn_implementation == usual

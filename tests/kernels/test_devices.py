@@ -10,7 +10,7 @@ import torch
 
 from uiollms.cli.common import reporting_errors
 from uiollms.kernels.allocator import keep_freed_memory, trim_heap
-from uiollms.kernels.devices import to_device, to_device_once
+from uiollms.kernels.devices import cache_transfers, to_device
 
 glibc = pytest.mark.skipif(
     not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc"
@@ -85,7 +85,7 @@ def test_commands_do_without_cudnns_attention():
 
 def test_what_is_moved_once_is_the_same_tensor_for_the_same_numbers():
     meta, kept = torch.device("meta"), {}
-    with to_device_once(kept):
+    with cache_transfers(kept):
         first = to_device(torch.tensor([1, 2]), meta)
         assert to_device(torch.tensor([1, 2]), meta) is first
         for other in (torch.tensor([1, 3]), torch.tensor([[1, 2]]), torch.tensor([1, 2]).int()):

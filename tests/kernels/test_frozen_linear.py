@@ -14,7 +14,7 @@ from torch.profiler import profile
 
 import uiollms
 from uiollms import MemoryConfig, MemoryLM
-from uiollms.kernels.frozen_linear import fits, linear, rows_to_add, use_onednn
+from uiollms.kernels.frozen_linear import count_padding_rows, linear, supports_onednn, use_onednn
 from uiollms.kernels.linear_cross_entropy import linear_nll
 
 ROUNDING = 1e-6
@@ -44,9 +44,9 @@ def chunked_model(dtype: torch.dtype) -> MemoryLM:
 
 def counted(call) -> int:
     """How many products oneDNN was given."""
-    with profile() as watched:
+    with profile() as has_forward_hooks:
         call()
-    return sum(event.name == "mkldnn::_linear_pointwise" for event in watched.events())
+    return sum(event.name == "mkldnn::_linear_pointwise" for event in has_forward_hooks.events())
 
 
 def inputs(*shape: int, outputs: int = 48, bias: bool = False):
@@ -79,13 +79,15 @@ def test_what_is_left_to_torch():
     x, weight, bias = inputs(2, 40, 32, bias=True)
     few = torch.randn(2, 31, 32)
     learned = nn.Parameter(weight.clone())
-    assert not fits(x, learned) and not fits(x, weight, nn.Parameter(bias))
-    assert not fits(few, weight)
-    assert not fits(x.double(), weight.double()) and not fits(x.bfloat16(), weight.bfloat16())
-    assert not fits(x.to("meta"), weight.to("meta"))
-    assert not fits(x.as_subclass(type("Quantised", (torch.Tensor,), {})), weight)
+    assert not supports_onednn(x, learned) and not supports_onednn(x, weight, nn.Parameter(bias))
+    assert not supports_onednn(few, weight)
+    assert not supports_onednn(x.double(), weight.double()) and not supports_onednn(
+        x.bfloat16(), weight.bfloat16()
+    )
+    assert not supports_onednn(x.to("meta"), weight.to("meta"))
+    assert not supports_onednn(x.as_subclass(type("Quantised", (torch.Tensor,), {})), weight)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not fits(x, weight)
+        assert not supports_onednn(x, weight)
         assert linear(x, weight).dtype == torch.bfloat16
     assert torch.equal(linear(few, weight, bias), F.linear(few, weight, bias))
     linear(x, learned).sum().backward()
@@ -95,19 +97,21 @@ def test_what_is_left_to_torch():
 def test_torchs_own_switch(without_onednn):
     x, weight, bias = inputs(2, 40, 32, bias=True)
     without_onednn()
-    assert not fits(x, weight) and torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
+    assert not supports_onednn(x, weight) and torch.equal(
+        linear(x, weight, bias), F.linear(x, weight, bias)
+    )
 
 
 @needs_onednn
 def test_what_fits():
     x, weight, bias = inputs(2, 40, 32, bias=True)
     assert (
-        fits(x, weight, bias)
-        and fits(x[:1, :1], weight)
-        and fits(x, nn.Parameter(weight, requires_grad=False))
+        supports_onednn(x, weight, bias)
+        and supports_onednn(x[:1, :1], weight)
+        and supports_onednn(x, nn.Parameter(weight, requires_grad=False))
     )
     with torch.no_grad():
-        assert fits(x, nn.Parameter(weight))
+        assert supports_onednn(x, nn.Parameter(weight))
 
 
 @needs_onednn
@@ -170,7 +174,7 @@ def test_rows_of_a_length_of_their_own_take_no_shape():
 def test_a_head_for_nearly_so_many_rows_gets_some_of_zeros(rows, added):
     head, targets = nn.Linear(32, 50).requires_grad_(False), torch.arange(rows) % 50
     hidden = torch.randn(rows, 32, requires_grad=True)
-    assert rows_to_add(hidden, head.weight, head.bias) == added
+    assert count_padding_rows(hidden, head.weight, head.bias) == added
     given = counted(lambda: linear_nll(hidden, head, targets))
     assert given == (2 if (rows + added) % 64 == 0 else 0)
     found, wide = linear_nll(hidden, head, targets), hidden.detach().double().requires_grad_()

@@ -8,7 +8,7 @@ from conftest import relative_error
 from torch.nn import functional as F
 
 from uiollms.kernels import linear_cross_entropy as loss
-from uiollms.kernels.frozen_linear import linear_for
+from uiollms.kernels.frozen_linear import choose_linear
 
 
 @pytest.fixture(params=[3, 4, 11])
@@ -84,7 +84,7 @@ def test_logits_of_one_slice_at_a_time(monkeypatch, rows, widths):
         return made[-1]
 
     head = torch.nn.Linear(4, 5000, bias=False).requires_grad_(False)
-    monkeypatch.setattr(loss, "linear_for", lambda rows: partial(noted, linear_for(rows)))
+    monkeypatch.setattr(loss, "choose_linear", lambda rows: partial(noted, choose_linear(rows)))
     loss.linear_nll(
         torch.randn(rows, 4, requires_grad=True), head, torch.zeros(rows, dtype=torch.int64)
     )

@@ -26,7 +26,7 @@ from uiollms.evaluation.scoring import token_losses
 from uiollms.kernels import memory_attention as apart
 from uiollms.kernels.memory_attention import kernel_calls, memory_attention
 from uiollms.model.attention import decoder_mask
-from uiollms.model.state import Prefix, SharedPrefix, join_slots
+from uiollms.model.state import KVPrefix, SharedPrefix, join_slots
 
 EXACT = 1e-12
 
@@ -227,7 +227,7 @@ def test_rows_longer_than_a_window_behind_memory(estimator, monkeypatch):
     assert relative_error(nll, joined_nll) < 1e-6  # a report in float32
     assert worst_error(found, expected) < 1e-10
     keys, values = model.project(model.encode_layers(chunks), [0, 1])
-    front = Prefix(*([[join_slots(kv, 1)] for kv in of] for of in (keys, values)))
+    front = KVPrefix(*([[join_slots(kv, 1)] for kv in of] for of in (keys, values)))
     hidden = model.decode(ids[None], front, [4])[0]
     alone = F.cross_entropy(model.logits(hidden)[:-1], ids[1:], reduction="none")
     last = replace(sample, rows=sample.rows[1:])

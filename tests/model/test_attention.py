@@ -22,10 +22,10 @@ def test_encoder_mask_is_the_definition(l, m):
     for query in range(l + m):
         for key in range(l + m):
             if query < l:
-                seen = key <= query
+                pattern = key <= query
             else:
-                seen = key < (query - l + 1) * (l // m) or key == query
-            assert mask[query, key] == seen, (query, key)
+                pattern = key < (query - l + 1) * (l // m) or key == query
+            assert mask[query, key] == pattern, (query, key)
     assert torch.equal(slot_mask(l, m, CPU)[0, 0], mask[l:])
     positions = encoder_positions(l, m, CPU)[0].tolist()
     assert positions == [*range(l), *((i + 1) * (l // m) for i in range(m))]
@@ -55,8 +55,8 @@ def check_decoder_mask(slots, past, length, window):
         for query in range(length):
             for key in range(widest + past + length):
                 behind = past + query - (key - widest)  # by how many tokens
-                seen = key < visible if key < widest else 0 <= behind < reach
-                assert mask[row, query, key] == seen, (row, query, key)
+                pattern = key < visible if key < widest else 0 <= behind < reach
+                assert mask[row, query, key] == pattern, (row, query, key)
 
 
 def test_without_memory_the_kernels_own_causal_path_is_used():

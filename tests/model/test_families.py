@@ -314,14 +314,14 @@ def test_no_call_changes_what_another_sees(name):
     model.eval()
     ids = random_ids(model.config.max_position_embeddings)
 
-    def seen() -> list[torch.Tensor]:
+    def pattern() -> list[torch.Tensor]:
         modes = [score(model, ids, "document", mode).nll for mode in ("memory", "window", "raw")]
         return [*modes, model(ids[None]).logits, model.encode(ids[None, :8])]
 
-    first = seen()
+    first = pattern()
     model.base(random_ids(1, 2 * num_positions(model.config)))
     kept = {key: buffer.clone() for key, buffer in model.base.named_buffers()}
-    assert all(torch.equal(a, b) for a, b in zip(seen(), first, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(pattern(), first, strict=True))
     assert all(torch.equal(kept[key], buffer) for key, buffer in model.base.named_buffers())
     model.base(random_ids(1, 3))  # back to what a short text leaves
 

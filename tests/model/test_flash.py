@@ -342,15 +342,15 @@ def test_rows_are_the_decoder_mask(kernel, slots, past, length, window, document
     shapes = (rows, 4, length, 8), (rows, 2, keys, 8), (rows, 2, keys, 8)
     tensors = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
     window = window if window is not None and window < past + length else None
-    seen = PackedRowsPattern.of(slots, first, past, length, torch.device("cpu"), window)
+    pattern = PackedRowsPattern.of(slots, first, past, length, torch.device("cpu"), window)
     module = SimpleNamespace(num_key_value_groups=2)
-    found, _ = attention.attend(module, *tensors, None, 8**-0.5, seen)
+    found, _ = attention.attend(module, *tensors, None, 8**-0.5, pattern)
     query, key, value = tensors
     expected = F.scaled_dot_product_attention(
         query,
         key.repeat_interleave(2, 1),
         value.repeat_interleave(2, 1),
-        decoder_mask(slots, past, length, seen.device, window, first),
+        decoder_mask(slots, past, length, pattern.device, window, first),
         is_causal=keys == length > 1 and window is None,
     ).transpose(1, 2)
     assert relative_error(found, expected) < PROVEN

@@ -170,7 +170,7 @@ def test_continuations_that_share_room_do_not_see_each_other():
         for name, more in (("a", ids), ("b", other))
     }
     states = dict.fromkeys(expected, model(ids[:, :11]).past_key_values)
-    assert all(room.length == 5 for room in states["a"].rooms.values()) and states["a"].rooms
+    assert all(room.length == 5 for room in states["a"].buffers.values()) and states["a"].buffers
     for t in range(27):
         for name, more in (("a", ids), ("b", other)):
             output = model(more[:, t : t + 1], states[name])

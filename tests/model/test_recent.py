@@ -205,12 +205,12 @@ def test_with_a_window_the_recent_tokens_are_tokens_of_the_chunk():
 def test_a_state_is_a_value_and_selects_and_shares_room():
     """Several continuations of one state, before and behind a boundary, rows in another order."""
     model, ids = model_of(3), random_ids(2, 30)
-    for seen in (8, 11, 16):
-        state = model(ids[:, :seen]).past_key_values
-        assert torch.equal(state.recent_ids, ids[:, seen // 8 * 8 - 3 : seen // 8 * 8])
+    for pattern in (8, 11, 16):
+        state = model(ids[:, :pattern]).past_key_values
+        assert torch.equal(state.recent_ids, ids[:, pattern // 8 * 8 - 3 : pattern // 8 * 8])
         for seed in (1, 2):
             more = random_ids(2, 7, seed=seed)
-            expected = model(torch.cat([ids[:, :seen], more], 1)).logits[:, seen:]
+            expected = model(torch.cat([ids[:, :pattern], more], 1)).logits[:, pattern:]
             for rows in ([0, 1], [1, 0], [1, 1]):
                 own = state.select(torch.tensor(rows))
                 found = []
@@ -315,12 +315,12 @@ def test_uio_is_unbiased():
 def test_attention_apart_and_joined_agree(monkeypatch):
     """The memory where it lies, and a copy of it in front of every row."""
     found = []
-    for apart in (True, False):
+    for in_place in (True, False):
         monkeypatch.setattr(
-            "uiollms.training.step.supports_in_place", lambda base, apart=apart: apart
+            "uiollms.training.step.supports_in_place", lambda base, in_place=in_place: in_place
         )
         monkeypatch.setattr(
-            "uiollms.evaluation.scoring.supports_in_place", lambda base, apart=apart: apart
+            "uiollms.evaluation.scoring.supports_in_place", lambda base, in_place=in_place: in_place
         )
         model, sample = model_of(5), Sample.document(random_ids(45), 8)
         with torch.no_grad():
@@ -333,20 +333,20 @@ def test_attention_apart_and_joined_agree(monkeypatch):
 @torch.no_grad()
 def test_shares_of_attention_are_of_the_chunks_own_tokens(monkeypatch):
     """From the weights themselves: the recent tokens are read, but do not count as readers."""
-    model, ids, seen = model_of(3), random_ids(29), []
+    model, ids, pattern = model_of(3), random_ids(29), []
     eager = modeling_llama.eager_attention_forward
 
-    def watched(*args, **kwargs):
+    def has_forward_hooks(*args, **kwargs):
         output, weights = eager(*args, **kwargs)
-        seen.append(weights[0])
+        pattern.append(weights[0])
         return output, weights
 
-    monkeypatch.setattr(modeling_llama, "eager_attention_forward", watched)
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", has_forward_hooks)
     shares = attention_shares(model, ids)
     assert torch.allclose(shares.sum(-1), torch.ones(3, 3))
     for t, length in ((1, 8), (2, 8), (3, 5)):
         for layer in range(3):
-            weights = seen[3 * (t - 1) + layer]  # [H, queries, keys]
+            weights = pattern[3 * (t - 1) + layer]  # [H, queries, keys]
             assert weights.shape[1:] == (3 + length, 2 * t + 3 + length)
             own = weights[:, 3:, 2 * t :].sum(-1).mean().float()
             assert abs(shares[layer, t - 1, 0] - own) < 1e-6

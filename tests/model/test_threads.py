@@ -122,7 +122,7 @@ def test_many_threads_go_on_from_one_state() -> None:
     model, ids = make_model(), random_ids(1, 19)
     state = model(ids).past_key_values
     state = model(ids[:, :1], state).past_key_values  # the open chunk now lies in buffers with room
-    assert state.rooms
+    assert state.buffers
     calls = [lambda i=i: model(random_ids(1, 3, seed=i), state).logits for i in range(THREADS)]
     fresh = [
         model(torch.cat([ids, ids[:, :1], random_ids(1, 3, seed=i)], 1)).logits[:, -3:]
@@ -226,11 +226,11 @@ def test_a_sharded_base_is_refused() -> None:
 
 @torch.no_grad()
 def test_hooks_that_a_user_puts_on_layers_run_for_shells() -> None:
-    base, seen = make_base(), []
+    base, pattern = make_base(), []
     base.model.layers[1].register_forward_hook(
-        lambda module, args, output: seen.append(output.shape)
+        lambda module, args, output: pattern.append(output.shape)
     )
     layers = skeleton(base)
     model = MemoryLM(base, MEMORY)
     model(random_ids(1, 8))
-    assert len(layers) == 3 and seen
+    assert len(layers) == 3 and pattern

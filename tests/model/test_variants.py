@@ -41,21 +41,21 @@ def test_all_that_is_trained_has_the_masters_dtype(masters, expected):
 
 
 def test_sums_of_memory_gradients_have_the_masters_dtype(monkeypatch):
-    seen = []
+    pattern = []
     made = uiollms.training.step.MemoryGradients.__init__
 
-    def watched(self, *args):
+    def has_forward_hooks(self, *args):
         made(self, *args)
-        seen.append({t.dtype for t in (*self.total, *self.weighted)})
+        pattern.append({t.dtype for t in (*self.total, *self.weighted)})
 
-    monkeypatch.setattr(uiollms.training.step.MemoryGradients, "__init__", watched)
+    monkeypatch.setattr(uiollms.training.step.MemoryGradients, "__init__", has_forward_hooks)
     for masters in ("fp32", "base"):
         model = MemoryLM(make_base(dtype=torch.bfloat16), MEMORY, masters)
         result = uiollms.gradient_step(
             model, Sample.document(random_ids(30), 8), estimator="uio", S=1, rng=0
         )
         assert result.nll.dtype == torch.float32  # a report is no sum of gradients
-    assert seen == [{torch.float32}, {torch.bfloat16}]
+    assert pattern == [{torch.float32}, {torch.bfloat16}]
 
 
 def test_small_steps_vanish_in_the_bases_dtype(workspace, capsys):

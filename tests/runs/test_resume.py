@@ -111,15 +111,15 @@ def test_a_signal_ends_an_evaluation_which_is_made_again(run_folder):
     metrics = metrics_of(run_folder)
 
     def at_the_second_document() -> int:
-        unless_stopped = Run.unless_stopped
+        until_signal = Run.until_signal
 
         def signalling(self: Run, items: Iterable) -> Iterator:
-            for number, item in enumerate(unless_stopped(self, items)):
+            for number, item in enumerate(until_signal(self, items)):
                 if number == 1:
                     os.kill(os.getpid(), signal.SIGTERM)
                 yield item
 
-        Run.unless_stopped = signalling
+        Run.until_signal = signalling
         return call(*TRAIN, *evaluating)
 
     assert forked(at_the_second_document) == 143

@@ -67,7 +67,7 @@ def test_statistics_are_those_of_the_drawn_gradients():
     rng = random.Random(3)
     exact = encoder_gradient(model)
     drawn = torch.stack(
-        [encoder_gradient(model, weights=estimator.window(5, rng)) for _ in range(draws)]
+        [encoder_gradient(model, weights=estimator.weight_matrix(5, rng)) for _ in range(draws)]
     )
     size = exact.norm()
     assert found["norm_ratio"] == pytest.approx((drawn.norm(dim=1) / size).mean().item())
@@ -159,7 +159,7 @@ def test_a_truncated_gradient_cannot_learn_what_is_asked_later():
     """At distance 3 the last chunk's memory is of no use: nothing of tbptt's S = 1 points the
     encoder to the answer."""
     model, sample = make_recall_model(), next(recall_samples(3, seed=0))
-    window = make_estimator("tbptt", S=1).window(16, random.Random(0))
+    window = make_estimator("tbptt", S=1).weight_matrix(16, random.Random(0))
     wanted = torch.ones(16, 16).tril(-3).triu(-3)
     assert (window * wanted).sum() == 0
     uiollms.gradient_step(model, sample, weights=wanted)

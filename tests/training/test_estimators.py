@@ -66,7 +66,7 @@ def test_without_the_factor_the_expectation_is_S_over_t(S):
 
 
 def test_tbptt_is_biased():
-    window = TBPTT(2).window(6, random.Random(0))
+    window = TBPTT(2).weight_matrix(6, random.Random(0))
     assert bias(window) == 1
     for t in range(6):
         assert window[t].nonzero().flatten().tolist() == list(range(max(0, t - 2), t))
@@ -101,7 +101,7 @@ def test_reservoir_is_uniform_over_subsets():
 @pytest.mark.parametrize("name", ["tbptt", "uio"])
 def test_a_window_as_wide_as_the_document_is_exact(name):
     for S in (5, 9):
-        assert torch.equal(draw_window(name, 6, 0, S=S), Exact().window(6, random.Random(0)))
+        assert torch.equal(draw_window(name, 6, 0, S=S), Exact().weight_matrix(6, random.Random(0)))
 
 
 def test_draws_are_the_rngs_and_the_last_chunk_is_drawn_for():
@@ -112,7 +112,7 @@ def test_draws_are_the_rngs_and_the_last_chunk_is_drawn_for():
             self.seen.append((a, b))
             return super().randint(a, b)
 
-    UIO(2).window(5, Recorder(0))
+    UIO(2).weight_matrix(5, Recorder(0))
     assert Recorder.seen == [(0, 2), (0, 3), (0, 4)]
     assert torch.equal(draw_window("uio", 9, 3), draw_window(UIO(2), 9, random.Random(3)))
 

@@ -34,7 +34,7 @@ from uiollms.model.passes import (
     project_all,
     teacher_hidden,
 )
-from uiollms.model.state import Prefix, join_slots
+from uiollms.model.state import KVPrefix, join_slots
 from uiollms.training.estimators import (
     Estimator,
     Importance,
@@ -73,7 +73,7 @@ def plain_gradients(
             keys = [[p[0][i] for p in parts] for i in layers]
             values = [[p[1][i] for p in parts] for i in layers]
             token_losses, _, _ = decode_rows(
-                model, sample, [t], Prefix(keys, values), teacher_hidden(model, sample)
+                model, sample, [t], KVPrefix(keys, values), teacher_hidden(model, sample)
             )
             loss = loss + (token_losses * row.token_weights[row.scored]).sum()
         if loss.requires_grad:
@@ -311,13 +311,13 @@ def test_importance_norms_are_those_of_the_memory_gradients():
     for t, row in list(enumerate(sample.rows))[1:]:
         projected = [model.project(memory[s], [s]) for s in range(row.num_memories)]
         keys, values = ([[p[half][i] for p in projected] for i in range(3)] for half in (0, 1))
-        nll, _, _ = decode_rows(model, sample, [t], Prefix(keys, values))
+        nll, _, _ = decode_rows(model, sample, [t], KVPrefix(keys, values))
         (nll * row.token_weights[row.scored]).sum().backward()
     expected = [sum(layer.grad.norm().item() ** 2 for layer in one) ** 0.5 for one in memory]
     gradients(model)
 
     class Spy(Estimator):
-        def window(self, num_chunks, rng):
+        def weight_matrix(self, num_chunks, rng):
             return all_pairs(num_chunks)
 
         def columns(self, norms, rng):
@@ -466,9 +466,9 @@ def test_without_a_graph_more_chunks_go_at_once_and_nothing_else_changes():
     model, ids = make_model(), random_ids(8 * 7)
     for size, at_once in ((1, 2), (2, 4), (3, 4), (4, 4), (5, 5)):
         model.chunk_batch = size
-        assert model.chunks_at_once == size
+        assert model.chunks_per_batch == size
         with torch.no_grad():
-            assert model.chunks_at_once == at_once
+            assert model.chunks_per_batch == at_once
     model.chunk_batch = 2
     with torch.no_grad():
         batches, plain = [], model.encode_layers
@@ -476,7 +476,7 @@ def test_without_a_graph_more_chunks_go_at_once_and_nothing_else_changes():
         memory, _ = encode_all(model, ids.view(7, 8))
         assert batches == [4, 3]
         model.checkpointing, model.chunk_batch = True, 1
-        assert model.chunks_at_once == 1
+        assert model.chunks_per_batch == 1
         one_by_one, _ = encode_all(model, ids.view(7, 8))
         at_once = encode_and_project_all(model, ids.view(7, 8))
         apart = project_all(model, memory)

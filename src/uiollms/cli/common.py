@@ -21,7 +21,7 @@ from uiollms.distributed.launch import check_environment
 from uiollms.files.errors import ConfigError, as_lines, as_shown
 from uiollms.files.json_files import as_json
 from uiollms.kernels.allocator import keep_freed_memory
-from uiollms.kernels.devices import avoid_cudnn_attention
+from uiollms.kernels.devices import disable_cudnn_attention
 from uiollms.runs.environment import unused_gpu
 
 log = logging.getLogger("uiollms")
@@ -165,7 +165,7 @@ def reporting_errors(main: Callable[[], int | None]) -> int:
     if code := errors_as_lines(check_environment):
         return code
     keep_freed_memory()
-    avoid_cudnn_attention()
+    disable_cudnn_attention()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if (encoding := sys.getfilesystemencoding()) != "utf-8":
         log.warning(

@@ -209,7 +209,7 @@ def open_world(config: EnvConfig, watch: Watch) -> Iterator[World]:
             everyone = dist.new_group(timeout=PATIENCE)
             world = World(everyone, "cpu" if cpu else state.device, ranks)
         world.watch = watch
-        with watched(world):
+        with has_forward_hooks(world):
             yield world
     finally:
         state.destroy_process_group()
@@ -217,7 +217,7 @@ def open_world(config: EnvConfig, watch: Watch) -> Iterator[World]:
 
 
 @contextmanager
-def watched(world: World) -> Iterator[None]:
+def has_forward_hooks(world: World) -> Iterator[None]:
     """While the processes of a world know of each other's signals and ends. A message that fails
     because all were asked to stop ends this process as the signal would have."""
     watch = world.watch

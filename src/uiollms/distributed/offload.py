@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from uiollms.files.atomic import clear_leftovers, make_folder, work_name
 from uiollms.files.folders import cache_dir
-from uiollms.kernels.devices import one_at_a_time
+from uiollms.kernels.devices import locked
 from uiollms.kernels.norms import promote_norms
 
 
@@ -64,7 +64,7 @@ class _Resting:
     def __init__(self, module: Any, hook: AlignDevicesHook) -> None:
         self.module, self.hook, self.forward = module, hook, module._old_forward
 
-    @one_at_a_time  # all threads load into the one module, those that call the base itself too
+    @locked  # all threads load into the one module, those that call the base itself too
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with (
             align_module_device(self.module),

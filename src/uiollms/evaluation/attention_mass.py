@@ -111,10 +111,10 @@ def attention_shares(model: MemoryLM, ids: Tensor, progress: Progress = iter) ->
 
         slots = row.num_memories * m
         prefix = SharedPrefix(
-            [k[:, :, :slots] for k in keys], [v[:, :, :slots] for v in values], apart=False
+            [k[:, :, :slots] for k in keys], [v[:, :, :slots] for v in values], in_place=False
         )
-        seen = Recorded(decoder_mask([slots], 0, len(row.input_ids), model.device), record)
-        model.decode(row.input_ids[None], prefix, [slots], seen=seen)
+        pattern = Recorded(decoder_mask([slots], 0, len(row.input_ids), model.device), record)
+        model.decode(row.input_ids[None], prefix, [slots], pattern=pattern)
     return shares
 
 
@@ -122,7 +122,7 @@ def attention_shares(model: MemoryLM, ids: Tensor, progress: Progress = iter) ->
 class Recorded:
     """Attention as the base's family computes it eagerly, whose weights `record` gets, with
     every layer's number, as [B, H, queries, keys] (an `attention.AttentionPattern`). mask: as in
-    `attention.Masked`."""
+    `attention.MaskPattern`."""
 
     mask: Tensor | None
     record: Callable[[int, Tensor], None]

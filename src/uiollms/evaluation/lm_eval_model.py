@@ -256,7 +256,7 @@ class HarnessLM(TemplateLM):
             limit,
         )
         if not chunks == len(ids) // l == len(self.seen) // l:
-            chunks -= chunks % self.model.chunks_at_once
+            chunks -= chunks % self.model.chunks_per_batch
         state = self.model.new_state()
         state.memory_keys = [keys[:, :, : chunks * m] for keys in self.state.memory_keys]
         state.memory_values = [values[:, :, : chunks * m] for values in self.state.memory_values]

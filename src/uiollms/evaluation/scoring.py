@@ -30,7 +30,7 @@ from uiollms.data.sample import IGNORED, PROTOCOLS, Row, Sample, flat
 from uiollms.kernels.devices import to_device
 from uiollms.kernels.indexing import batched
 from uiollms.kernels.linear_cross_entropy import linear_losses
-from uiollms.model.layers import KVPrefix
+from uiollms.model.layers import AnyPrefix
 from uiollms.model.memory_lm import MemoryLM
 from uiollms.model.passes import (
     decode_scored,
@@ -39,7 +39,7 @@ from uiollms.model.passes import (
     teacher_hidden,
     teacher_hidden_at,
 )
-from uiollms.model.state import Prefix, SharedPrefix, supports_in_place
+from uiollms.model.state import KVPrefix, SharedPrefix, supports_in_place
 
 
 class Score(NamedTuple):
@@ -157,7 +157,7 @@ def scored_hidden(
     check_sample(model.limits, sample)
     keys, values = encode_and_project_all(model, sample.chunks)
     for batch in batched(
-        [t for t, row in enumerate(sample.rows) if len(row.scored)], model.chunks_at_once
+        [t for t, row in enumerate(sample.rows) if len(row.scored)], model.chunks_per_batch
     ):
         rows = [sample.rows[t] for t in batch]
         prefix = shared_prefix(model, rows, keys, values)
@@ -225,7 +225,7 @@ def longest_text(sample: Sample) -> int:
 
 def shared_prefix(
     model: MemoryLM, rows: Sequence[Row], keys: Sequence[Tensor], values: Sequence[Tensor]
-) -> KVPrefix:
+) -> AnyPrefix:
     """One document's memory, [1, H, M, K] per layer, in front of all of its rows."""
     slots = max(row.num_memories for row in rows) * model.memory_config.num_memory
     if slots == 0:
@@ -246,11 +246,14 @@ def greedy_reconstruction(model: MemoryLM, chunks: Tensor) -> Tensor:
     token the likeliest behind those chosen before it, the first behind the `repeat_token`
     embedding -> [C, l]."""
     parts = []
-    for batch in chunks.split(model.chunks_at_once):
+    for batch in chunks.split(model.chunks_per_batch):
         keys, values = model.project(model.encode_layers(batch), [0] * len(batch))
         parts.append(
             greedy(
-                model, Prefix([[k] for k in keys], [[v] for v in values]), batch[:, 0], repeat=True
+                model,
+                KVPrefix([[k] for k in keys], [[v] for v in values]),
+                batch[:, 0],
+                repeat=True,
             )
         )
     return torch.cat(parts)
@@ -262,7 +265,7 @@ def greedy_copy(model: MemoryLM, chunks: Tensor, count: int) -> Tensor:
     document's first `count` chunks one by one, the first behind the `repeat_token` embedding, a
     later one behind the last token of its predecessor -> [count, l]."""
     keys, values = encode_and_project_all(model, chunks)
-    memory = Prefix([[k] for k in keys], [[v] for v in values]) if keys else empty_prefix(model)
+    memory = KVPrefix([[k] for k in keys], [[v] for v in values]) if keys else empty_prefix(model)
     copies: list[Tensor] = []
     for _ in range(count):
         last = copies[-1][:, -1] if copies else torch.zeros(1, dtype=torch.int64)
@@ -270,7 +273,7 @@ def greedy_copy(model: MemoryLM, chunks: Tensor, count: int) -> Tensor:
     return torch.cat(copies)
 
 
-def greedy(model: MemoryLM, memory: Prefix, first: Tensor, repeat: bool) -> Tensor:
+def greedy(model: MemoryLM, memory: KVPrefix, first: Tensor, repeat: bool) -> Tensor:
     """A chunk of tokens [B, l] for every row of `memory`, each the likeliest behind those before
     it; the row starts with its token of `first` [B] or, with `repeat`, with the `repeat_token`
     embedding in its place."""
@@ -281,7 +284,7 @@ def greedy(model: MemoryLM, memory: Prefix, first: Tensor, repeat: bool) -> Tens
     for i in range(model.memory_config.chunk_size):
         keys = [[*memory.keys[j], *([local[j][0]] if i else [])] for j in layers]
         values = [[*memory.values[j], *([local[j][1]] if i else [])] for j in layers]
-        prefix = Prefix(keys, values, keep=i + 1)
+        prefix = KVPrefix(keys, values, keep=i + 1)
         started = torch.ones(len(first), dtype=torch.bool) if repeat and i == 0 else None
         hidden = model.decode(tokens[-1][:, None], prefix, num_slots, local_past=i, repeat=started)
         tokens.append(model.logits(hidden[:, -1]).argmax(-1).cpu())

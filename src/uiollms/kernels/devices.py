@@ -21,7 +21,7 @@ def device_of(module: Any) -> torch.device:
     return module.weight.device if hook is None else torch.device(hook.execution_device)
 
 
-def offloaded(base: nn.Module) -> bool:
+def has_offloaded_weights(base: nn.Module) -> bool:
     """Whether weights of the base are loaded for the time of a call only, into the module that
     all threads share."""
     return any(
@@ -39,7 +39,7 @@ def loading(module: Any) -> AbstractContextManager[Any]:
     return _LOADING if getattr(hook, "offload", False) else nullcontext()
 
 
-def one_at_a_time(function: Callable[..., Any]) -> Callable[..., Any]:
+def locked(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same function, in one thread at a time, of all functions that are made so."""
 
     @wraps(function)
@@ -50,13 +50,14 @@ def one_at_a_time(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def takes_turns(method: Callable[..., Any]) -> Callable[..., Any]:
-    """The same method, in one thread at a time for an object whose `offloaded` is true."""
-    alone = one_at_a_time(method)
+def locked_if_offloaded(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps a method of an object with an attribute `has_offloaded_weights`. Where that is true,
+    only one thread at a time runs the method."""
+    alone = locked(method)
 
     @wraps(method)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return (alone if self.offloaded else method)(self, *args, **kwargs)
+        return (alone if self.has_offloaded_weights else method)(self, *args, **kwargs)
 
     return run
 
@@ -64,7 +65,7 @@ def takes_turns(method: Callable[..., Any]) -> Callable[..., Any]:
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """`tensor` on `device`. A copy from the CPU to a GPU does not wait for the GPU's queue
     (torch stages pageable memory at once, so the original may change or go); every other copy is
-    torch's default. See `to_device_once`."""
+    torch's default. See `cache_transfers`."""
     kept = _kept.get()
     if kept is not None and tensor.device.type == "cpu" and device.type != "cpu":
         numbers = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -79,7 +80,7 @@ _kept: ContextVar[dict[Any, Tensor] | None] = ContextVar("what was moved once", 
 
 
 @contextmanager
-def to_device_once(kept: dict[Any, Tensor]) -> Iterator[None]:
+def cache_transfers(kept: dict[Any, Tensor]) -> Iterator[None]:
     """Inside, `to_device` keeps in `kept` what it copies from the CPU, and hands the same tensor
     out where the same numbers are to be moved again. A CUDA graph needs this: it cannot hold a
     copy from pageable memory, and reads its constants again whenever it is replayed, so `kept`
@@ -91,7 +92,7 @@ def to_device_once(kept: dict[Any, Tensor]) -> Iterator[None]:
         _kept.reset(token)
 
 
-def avoid_cudnn_attention() -> None:
+def disable_cudnn_attention() -> None:
     """Keep SDPA from cuDNN's kernel, which plans every new shape anew: 1.2 ms a call on an H200
     (docs/benchmarks.md), and nearly every batch of rows has a shape of its own here. For processes
     that are all ours, as the commands are."""

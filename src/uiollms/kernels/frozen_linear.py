@@ -35,14 +35,14 @@ def use_onednn(
     over `gate`, unless hooks might have kept what that was."""
 
     def run(hidden: Tensor) -> Tensor:
-        in_place = not torch.is_grad_enabled() and not watched(module)
+        in_place = not torch.is_grad_enabled() and not has_forward_hooks(module)
         with _FrozenProducts(in_place):
             return function(hidden)
 
     return run
 
 
-def watched(module: nn.Module) -> bool:
+def has_forward_hooks(module: nn.Module) -> bool:
     """Whether the module has an MLP whose parts, or all modules, have forward hooks, behind or
     before."""
     if _global_forward_hooks or _global_forward_pre_hooks:
@@ -90,14 +90,14 @@ class _FrozenProducts(TorchFunctionMode):
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """[..., N, I] and a weight [O, I] -> [..., N, O], as `F.linear`."""
-    if not fits(input, weight, bias):
+    if not supports_onednn(input, weight, bias):
         return F.linear(input, weight, bias)
     if torch.is_grad_enabled() and input.requires_grad:
         return _Linear.apply(input, weight, bias)
     return multiplied(input, weight, bias)
 
 
-def fits(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+def supports_onednn(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether oneDNN may have it: plain float32 tensors on a CPU, one row or many, nothing to
     learn in weight or bias."""
     learned = torch.is_grad_enabled() and (
@@ -112,18 +112,18 @@ def fits(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     return plain and rows and onednn and not learned and not torch.is_autocast_enabled("cpu")
 
 
-def linear_for(rows: int) -> Callable[..., Tensor]:
+def choose_linear(rows: int) -> Callable[..., Tensor]:
     """What multiplies a number of rows that depends on the text: `linear` for one in `FEWEST` of
     all numbers, else `F.linear`."""
     return F.linear if rows % FEWEST else linear
 
 
-def rows_to_add(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> int:
+def count_padding_rows(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> int:
     """How many rows of zeros behind a number of rows that depends on the text, [N, I], make it
-    one that `linear_for` leaves to `linear`; none where they would be more than an eighth of
+    one that `choose_linear` leaves to `linear`; none where they would be more than an eighth of
     all, or oneDNN may not have the product."""
     spare = -len(input) % FEWEST
-    return spare if 8 * spare <= len(input) and fits(input, weight, bias) else 0
+    return spare if 8 * spare <= len(input) and supports_onednn(input, weight, bias) else 0
 
 
 class _Linear(torch.autograd.Function):

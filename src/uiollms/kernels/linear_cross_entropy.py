@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from uiollms.kernels.devices import loading
-from uiollms.kernels.frozen_linear import linear_for, rows_to_add
+from uiollms.kernels.frozen_linear import choose_linear, count_padding_rows
 
 # Logits alive at once: on a CPU what stays in a core's cache, elsewhere what keeps a GPU busy (not
 # measured). But always SLICE tokens of the vocabulary, so that a product with all N rows is large
@@ -65,7 +65,7 @@ class _LinearLosses(torch.autograd.Function):
         loss: Any
         grad: Any
         if teacher is None:
-            count, spare = len(hidden), rows_to_add(hidden, weight, bias)
+            count, spare = len(hidden), count_padding_rows(hidden, weight, bias)
             rows, aims = (
                 (F.pad(hidden, (0, 0, 0, spare)), F.pad(targets, (0, spare)))
                 if spare
@@ -122,7 +122,7 @@ def streaming_nll(
     most = hidden.new_full((len(hidden), 1), -torch.inf, dtype=wide)
     rest, at_target = torch.zeros_like(most), torch.zeros_like(most)
     pull = torch.zeros_like(hidden, dtype=wide) if with_grad else None
-    multiply = linear_for(len(hidden))
+    multiply = choose_linear(len(hidden))
     for start in range(0, len(weight), width):
         tokens = slice(start, start + width)
         here = weight[tokens]
@@ -161,7 +161,7 @@ def distillation_block(
     multiplied with the head."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     target = targets[:, None]
-    multiply = linear_for(len(hidden))
+    multiply = choose_linear(len(hidden))
     logits = multiply(hidden, weight, bias).to(wide)
     logits -= logits.amax(-1, keepdim=True)
     at_target = logits.gather(-1, target).squeeze(-1)

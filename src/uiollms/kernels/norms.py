@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uiollms.kernels.devices import offloaded
+from uiollms.kernels.devices import has_offloaded_weights
 
 
 class FullPrecisionNorm(nn.Module):
@@ -32,7 +32,7 @@ def promote_norms(base: nn.Module) -> None:
     for parent in list(base.modules()):
         for name, child in parent.named_children():
             if type(child).__name__.endswith("RMSNorm"):
-                if offloaded(child):
+                if has_offloaded_weights(child):
                     raise ValueError(
                         "a float64 base whose weights are offloaded is not supported; load it in "
                         "float32 or bfloat16"

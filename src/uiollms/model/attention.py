@@ -131,13 +131,13 @@ def attend(
     value: Tensor,
     mask: None,
     scaling: float,
-    seen: AttentionPattern,
+    pattern: AttentionPattern,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """The attention function of a skeleton's layers, which are called with `seen=` and no mask.
     What else the library hands over has no use: the base stays in evaluation mode (no dropout),
-    memory is not behind a sliding window, and `seen` knows that of the tokens."""
-    return seen.attend(module, query, key, value, scaling), None
+    memory is not behind a sliding window, and `pattern` knows that of the tokens."""
+    return pattern.attend(module, query, key, value, scaling), None
 
 
 AttentionInterface.register(NAME, attend)
@@ -152,14 +152,14 @@ def sdpa(
 
 
 @dataclass(frozen=True, eq=False)
-class Masked:
+class MaskPattern:
     """Everybody sees what `mask` says, broadcastable to [B, heads, T, S]; None: causal (a
     `AttentionPattern`)."""
 
     mask: Tensor | None
 
-    def to(self, device: torch.device) -> Masked:
-        return self if self.mask is None else Masked(to_device(self.mask, device))
+    def to(self, device: torch.device) -> MaskPattern:
+        return self if self.mask is None else MaskPattern(to_device(self.mask, device))
 
     def attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float

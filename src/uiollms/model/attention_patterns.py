@@ -59,10 +59,10 @@ class SharedMemoryPattern:
     ) -> Tensor:
         """[B, N, T, K], twice [B, H, T, K] (where the memory does not lie apart [B, H, M + T,
         K]) -> [B, T, N, K]"""
-        layer, apart = module.layer_idx, self.prefix.reads_in_place(query.device)
-        if apart and self.window is not None:  # which the kernel does not know
+        layer, in_place = module.layer_idx, self.prefix.reads_in_place(query.device)
+        if in_place and self.window is not None:  # which the kernel does not know
             key, value = self.prefix.joined(key, value, layer)
-        if not apart or self.window is not None:
+        if not in_place or self.window is not None:
             return sdpa(module, query, key, value, self.mask, scaling)
         memory = self.prefix.keys[layer], self.prefix.values[layer]
         sink = self.prefix.sink(layer)

@@ -22,7 +22,7 @@ from uiollms.kernels import flash_attention
 from uiollms.kernels.devices import device_of, to_device
 from uiollms.model.attention import (
     AttentionPattern,
-    Masked,
+    MaskPattern,
     decoder_mask,
     decoder_positions,
     encoder_positions,
@@ -30,18 +30,18 @@ from uiollms.model.attention import (
 from uiollms.model.attention_patterns import EncoderPattern, PackedRowsPattern, SharedMemoryPattern
 from uiollms.model.lora import LoRA, dropout_seeds
 from uiollms.model.positions import (
-    far_rows,
+    describe_positions,
+    find_long_rows,
     num_positions,
-    positions_said,
     rope_fault,
     rotary_tables,
 )
 from uiollms.model.skeleton import sharded
-from uiollms.model.state import Prefix, SharedPrefix
+from uiollms.model.state import KVPrefix, SharedPrefix
 from uiollms.weights.base_files import FAMILIES
 from uiollms.weights.fitness import eos_fault, narrow_window, smallest_window, wide_rank, window_of
 
-KVPrefix = Prefix | SharedPrefix  # what is in front of a decoder call's own tokens
+AnyPrefix = KVPrefix | SharedPrefix  # what is in front of a decoder call's own tokens
 PROJECTIONS = {"encoder": ("q_proj", "v_proj"), "decoder": ("k_proj", "v_proj")}
 
 
@@ -98,7 +98,7 @@ def check_base(base: Any, config: MemoryConfig) -> None:
     if any(faults):
         raise ValueError(next(filter(None, faults)))
     if config.chunk_size > num_positions(base.config):
-        said = positions_said(base.config)
+        said = describe_positions(base.config)
         raise ValueError(f"chunk_size {config.chunk_size} is past the base's {said}")
     if flash_attention.asked(base) and (fault := flash_attention.unfit(base.dtype, base.config)):
         raise ValueError(
@@ -117,19 +117,21 @@ class LayerInputs(NamedTuple):
 
     positions: Tensor
     rotary: tuple[Tensor, ...]
-    seen: AttentionPattern
+    pattern: AttentionPattern
     sliding: AttentionPattern | None = None
 
     def to(self, device: torch.device) -> LayerInputs:
         sliding = None if self.sliding is None else self.sliding.to(device)
         rotary = tuple(to_device(r, device) for r in self.rotary)
-        return LayerInputs(to_device(self.positions, device), rotary, self.seen.to(device), sliding)
+        return LayerInputs(
+            to_device(self.positions, device), rotary, self.pattern.to(device), sliding
+        )
 
     def pattern_in(self, layer: Any) -> AttentionPattern:
         """Who sees whom in one of the layers."""
         attention = layer.self_attn
         if self.sliding is None or window_of(attention.config, attention.layer_idx) is None:
-            return self.seen
+            return self.pattern
         return self.sliding
 
 
@@ -137,8 +139,8 @@ def encoder_inputs(base: Any, hidden: Tensor, config: MemoryConfig) -> LayerInpu
     """For encoder layers on [C, l + m, D]."""
     size = config.chunk_size, config.num_memory, hidden.device
     positions = encoder_positions(*size)
-    seen = EncoderPattern.of(*size, plain=not flash_attention.asked(base))
-    return LayerInputs(positions, rotary_tables(base, hidden, positions, [False]), seen)
+    pattern = EncoderPattern.of(*size, plain=not flash_attention.asked(base))
+    return LayerInputs(positions, rotary_tables(base, hidden, positions, [False]), pattern)
 
 
 def decoder_inputs(
@@ -146,9 +148,9 @@ def decoder_inputs(
     hidden: Tensor,
     num_slots: Sequence[int],
     local_past: int,
-    prefix: KVPrefix,
+    prefix: AnyPrefix,
     first_slots: Sequence[int] | None = None,
-    seen: AttentionPattern | None = None,
+    pattern: AttentionPattern | None = None,
 ) -> LayerInputs:
     """For decoder layers on [B, T, D] behind `num_slots` slots, from number `first_slots` on (by
     default 0), and `local_past` tokens of the same chunk, in `prefix`. seen: in place of the
@@ -156,44 +158,44 @@ def decoder_inputs(
     first_slots = first_slots or [0] * len(num_slots)
     length, device = hidden.shape[1], hidden.device
     positions = decoder_positions(num_slots, length, device) + local_past
-    far = far_rows(base.config, num_slots, local_past + length)
+    far = find_long_rows(base.config, num_slots, local_past + length)
     rotary = rotary_tables(base, hidden, positions, far)
 
     def usual(window: int | None) -> AttentionPattern:
         if flash_attention.asked(base):
             return PackedRowsPattern.of(num_slots, first_slots, local_past, length, device, window)
-        if isinstance(prefix, SharedPrefix) and prefix.apart:
+        if isinstance(prefix, SharedPrefix) and prefix.in_place:
             return SharedMemoryPattern(
                 prefix, tuple(num_slots), tuple(first_slots), length, device, window
             )
-        return Masked(decoder_mask(num_slots, local_past, length, device, window, first_slots))
+        return MaskPattern(decoder_mask(num_slots, local_past, length, device, window, first_slots))
 
-    if seen is not None:
-        return LayerInputs(positions, rotary, seen)
+    if pattern is not None:
+        return LayerInputs(positions, rotary, pattern)
     window = smallest_window(base.config)  # of all layers that have one
     sliding = usual(window) if window is not None and window < local_past + length else None
     return LayerInputs(positions, rotary, usual(None), sliding)
 
 
 def run_layer(
-    layer: Any, hidden: Tensor, beside: LayerInputs, prefix: KVPrefix | None = None
+    layer: Any, hidden: Tensor, inputs: LayerInputs, prefix: AnyPrefix | None = None
 ) -> Tensor:
     """One layer of a skeleton on [B, T, D]; all inputs are where it lives."""
     return layer(
         hidden,
-        position_ids=beside.positions,
+        position_ids=inputs.positions,
         past_key_values=prefix,
         use_cache=prefix is not None,
-        position_embeddings=beside.rotary,
-        seen=beside.pattern_in(layer),
+        position_embeddings=inputs.rotary,
+        pattern=inputs.pattern_in(layer),
     )
 
 
-def run_last_rows(layer: Any, hidden: Tensor, rows: int, beside: LayerInputs) -> Tensor:
+def run_last_rows(layer: Any, hidden: Tensor, rows: int, inputs: LayerInputs) -> Tensor:
     """As `run_layer` on [B, T, D], but only the last `rows` positions go through it, [B, rows,
     D]: the others are no more than keys and values in front of them. beside: of all positions,
     for encoder layers."""
-    positions, rotary, seen, _ = beside
+    positions, rotary, pattern, _ = inputs
     attention = layer.self_attn
     front = slice(0, hidden.shape[1] - rows)
     back = slice(hidden.shape[1] - rows, None)
@@ -204,8 +206,8 @@ def run_last_rows(layer: Any, hidden: Tensor, rows: int, beside: LayerInputs) ->
         keys = attention.k_norm(keys)
     keys = rotate(attention, keys.transpose(1, 2), [r[:, front] for r in rotary])
     number = attention.layer_idx
-    prefix = Prefix({number: [keys]}, {number: [values.transpose(1, 2)]})
-    last = LayerInputs(positions[:, back], tuple(r[:, back] for r in rotary), seen)
+    prefix = KVPrefix({number: [keys]}, {number: [values.transpose(1, 2)]})
+    last = LayerInputs(positions[:, back], tuple(r[:, back] for r in rotary), pattern)
     return run_layer(layer, hidden[:, back], last, prefix)
 
 
@@ -213,16 +215,16 @@ def run_encoder_layer(
     layer: Any,
     hidden: Tensor,
     seeds: Sequence[int] | None,
-    beside: LayerInputs,
+    inputs: LayerInputs,
     rows: int | None = None,
 ) -> Tensor:
     """As `run_layer`, or with `rows` as `run_last_rows`; `seeds`, one a row of [B, T, D], switch
     the LoRA's dropout on."""
     with dropout_seeds(seeds):
         return (
-            run_layer(layer, hidden, beside)
+            run_layer(layer, hidden, inputs)
             if rows is None
-            else run_last_rows(layer, hidden, rows, beside)
+            else run_last_rows(layer, hidden, rows, inputs)
         )
 
 

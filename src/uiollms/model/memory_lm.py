@@ -26,13 +26,19 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from uiollms.config.sections import MemoryConfig
 from uiollms.data.limits import Limits, check_length
-from uiollms.kernels.devices import device_of, offloaded, one_at_a_time, takes_turns, to_device
+from uiollms.kernels.devices import (
+    device_of,
+    has_offloaded_weights,
+    locked,
+    locked_if_offloaded,
+    to_device,
+)
 from uiollms.kernels.frozen_linear import use_onednn
 from uiollms.kernels.norms import promote_norms
 from uiollms.model.attention import AttentionPattern
 from uiollms.model.generation import Generation
 from uiollms.model.layers import (
-    KVPrefix,
+    AnyPrefix,
     Role,
     check_base,
     checkpointed,
@@ -46,10 +52,10 @@ from uiollms.model.layers import (
     run_layer,
 )
 from uiollms.model.lora import master_dtype
-from uiollms.model.positions import far_rows, num_positions, positions_said, rotary_tables
+from uiollms.model.positions import describe_positions, find_long_rows, num_positions, rotary_tables
 from uiollms.model.pretrained import PretrainedMixin
 from uiollms.model.skeleton import skeleton
-from uiollms.model.state import Prefix
+from uiollms.model.state import KVPrefix
 from uiollms.model.streaming import Streaming
 from uiollms.weights.fitness import check_tensors, eos_of, not_finite
 
@@ -101,7 +107,7 @@ class MemoryLM(  # type: ignore[misc]
         # What runs, beside the module tree (see model/skeleton.py).
         self.encoder_layers = skeleton(base, list(self.encoder.layers))  # type: ignore[arg-type]
         self.decoder_layers = skeleton(base)
-        self.offloaded = offloaded(
+        self.has_offloaded_weights = has_offloaded_weights(
             base
         )  # weights are loaded into modules for the time of a call: one thread at a time
 
@@ -163,11 +169,11 @@ class MemoryLM(  # type: ignore[misc]
     @property
     def limits(self) -> Limits:
         """What a document can have at most."""
-        positions, said = num_positions(self.config), positions_said(self.config)
+        positions, said = num_positions(self.config), describe_positions(self.config)
         return Limits(self.memory_config, positions, said, self.config.vocab_size)
 
     @property
-    def chunks_at_once(self) -> int:
+    def chunks_per_batch(self) -> int:
         """`chunk_batch`; without a graph, which keeps of every layer what is otherwise held of
         one, twice as many if up to 4."""
         return max(
@@ -187,7 +193,7 @@ class MemoryLM(  # type: ignore[misc]
         memory = self.encode_layers(input_ids)
         return torch.stack([layer.to(memory[0].device) for layer in memory])
 
-    @takes_turns
+    @locked_if_offloaded
     def encode_layers(self, input_ids: Tensor, seeds: Sequence[int] | None = None) -> LayerMemory:
         """As `encode`, layer by layer, every layer's memory on that layer's device; `seeds`, one
         a chunk, switch LoRA dropout on. Chunks do not see each other.
@@ -209,14 +215,14 @@ class MemoryLM(  # type: ignore[misc]
             token = self.encoder.get_parameter("retrieval_token").to(tokens)
             slots = token.expand(len(input_ids), m, -1)
         hidden = torch.cat([tokens, slots], dim=1)  # [C, l + m, D]
-        beside = encoder_inputs(self.base, hidden, self.memory_config)
+        inputs = encoder_inputs(self.base, hidden, self.memory_config)
         memory, count = [], len(self.encoder_layers)
         for i, layer in enumerate(self.encoder_layers):
-            hidden, beside = to_device(hidden, layer_device(layer)), beside.to(layer_device(layer))
+            hidden, inputs = to_device(hidden, layer_device(layer)), inputs.to(layer_device(layer))
             memory.append(layer.input_layernorm(hidden[:, -m:]))
             if i + 1 < count:
                 rows = m if i + 2 == count else None
-                run = partial(run_encoder_layer, layer, seeds=seeds, beside=beside, rows=rows)
+                run = partial(run_encoder_layer, layer, seeds=seeds, inputs=inputs, rows=rows)
                 hidden = self._run(layer, run, hidden)
         return memory
 
@@ -235,12 +241,12 @@ class MemoryLM(  # type: ignore[misc]
             hidden.device.type == "cpu" and hidden.shape[1] in shared_lengths and not as_base
         ):  # see kernels/frozen_linear.py
             function = use_onednn(function, module)
-        if self.offloaded:  # here too: a backward may run the function again
-            function = one_at_a_time(function)
+        if self.has_offloaded_weights:  # here too: a backward may run the function again
+            function = locked(function)
         run = checkpointed if self.checkpointing else recompute_silu
         return run(function, hidden) if torch.is_grad_enabled() else function(hidden)
 
-    @takes_turns
+    @locked_if_offloaded
     def project(
         self, memory: LayerMemory, chunks: Sequence[int], seeds: Sequence[int] | None = None
     ) -> tuple[list[Tensor], list[Tensor]]:
@@ -253,7 +259,7 @@ class MemoryLM(  # type: ignore[misc]
         like = torch.empty(
             0, dtype=memory[0].dtype, device=self.device
         )  # the table is where the tokens are
-        far = far_rows(self.config, [m], 0)  # whoever reads slots
+        far = find_long_rows(self.config, [m], 0)  # whoever reads slots
         rotary = rotary_tables(self.base, like, to_device(positions, self.device), far)
         keys, values = [], []
         layers: Iterator[Any] = zip(self.decoder_layers, self.decoder.layers, memory, strict=True)
@@ -266,16 +272,16 @@ class MemoryLM(  # type: ignore[misc]
 
     # ---- decoder ---------------------------------------------------------------------------------
 
-    @takes_turns
+    @locked_if_offloaded
     def decode(
         self,
         input_ids: Tensor,
-        prefix: KVPrefix,
+        prefix: AnyPrefix,
         num_slots: Sequence[int],
         local_past: int = 0,
         repeat: Tensor | None = None,
         first_slots: Sequence[int] | None = None,
-        seen: AttentionPattern | None = None,
+        pattern: AttentionPattern | None = None,
     ) -> Tensor:
         """[B, T] tokens behind `prefix` -> normed hidden states [B, T, D], ready for the LM
         head.
@@ -298,14 +304,16 @@ class MemoryLM(  # type: ignore[misc]
                 hidden[:, 0],
             )
             hidden = torch.cat([start[:, None], hidden[:, 1:]], dim=1)
-        beside = decoder_inputs(self.base, hidden, num_slots, local_past, prefix, first_slots, seen)
+        inputs = decoder_inputs(
+            self.base, hidden, num_slots, local_past, prefix, first_slots, pattern
+        )
         for layer in self.decoder_layers:
-            beside = beside.to(layer_device(layer))
-            run = partial(run_layer, layer, beside=beside, prefix=prefix)
+            inputs = inputs.to(layer_device(layer))
+            run = partial(run_layer, layer, inputs=inputs, prefix=prefix)
             hidden = self._run(layer, run, to_device(hidden, layer_device(layer)), as_base)
         return self.base.model.norm(to_device(hidden, device_of(self.base.model.norm)))
 
-    @takes_turns
+    @locked_if_offloaded
     def logits(self, hidden: Tensor, as_base: bool = False) -> Tensor:
         """[B, T, D] -> [B, T, V]; as_base: by the base's own kernel."""
         head = self.base.lm_head
@@ -331,7 +339,7 @@ class MemoryLM(  # type: ignore[misc]
         and the true tokens before: [C, l, V]."""
         keys, values = self.project(self.encode_layers(input_ids), [0] * len(input_ids))
         shifted = F.pad(input_ids[:, :-1], (1, 0))
-        prefix = Prefix([[k] for k in keys], [[v] for v in values])
+        prefix = KVPrefix([[k] for k in keys], [[v] for v in values])
         repeat, rows = (
             torch.ones(len(input_ids), dtype=torch.bool),
             [self.memory_config.num_memory] * len(input_ids),

@@ -19,14 +19,14 @@ from uiollms.distributed.groups import ALONE, Division
 from uiollms.kernels.devices import device_of, to_device
 from uiollms.kernels.indexing import batched, select_seeds, write_rows
 from uiollms.kernels.linear_cross_entropy import linear_losses
-from uiollms.model.layers import KVPrefix, layer_device
+from uiollms.model.layers import AnyPrefix, layer_device
 from uiollms.model.memory_lm import LayerMemory, MemoryLM
-from uiollms.model.state import Prefix, join_slots
+from uiollms.model.state import KVPrefix, join_slots
 
 
-def empty_prefix(model: MemoryLM) -> Prefix:
+def empty_prefix(model: MemoryLM) -> KVPrefix:
     layers = range(len(model.base.model.layers))
-    return Prefix([[] for _ in layers], [[] for _ in layers])
+    return KVPrefix([[] for _ in layers], [[] for _ in layers])
 
 
 def encode_all(
@@ -54,14 +54,14 @@ def encode_all(
         write_rows(whole, with_graph, [layer.detach() for layer in graph])
     rest = [c for c in range(len(chunks)) if c not in set(with_graph)]
     with torch.no_grad():
-        for batch in batched(rest, model.chunks_at_once):
+        for batch in batched(rest, model.chunks_per_batch):
             write_rows(
                 whole, batch, model.encode_layers(chunks[list(batch)], select_seeds(seeds, batch))
             )
     return whole, graph
 
 
-def projected_at_once(model: MemoryLM) -> int:
+def projection_batch(model: MemoryLM) -> int:
     """Chunks whose memories are projected in one batch: a quarter as many slots as `chunk_batch`
     chunks have tokens, which is little beside what the other passes hold. The slots of a chunk
     alone would make narrow, slow products."""
@@ -85,7 +85,7 @@ def project_all(
     division = division or Division(ALONE, len(memory[0]), ())
     own = empty_slots(model, len(division.own))
     for batch in batched(
-        range(len(division.own)), max(model.chunks_at_once, projected_at_once(model))
+        range(len(division.own)), max(model.chunks_per_batch, projection_batch(model))
     ):
         own_numbers = [division.own[i] for i in batch]
         numbers = own_numbers if chunk_numbers is None else [chunk_numbers[c] for c in own_numbers]
@@ -106,7 +106,7 @@ def encode_and_project_all(model: MemoryLM, chunks: Tensor) -> tuple[list[Tensor
     if not len(chunks):
         return [], []
     whole = empty_slots(model, len(chunks))
-    for batch in batched(range(len(chunks)), model.chunks_at_once):
+    for batch in batched(range(len(chunks)), model.chunks_per_batch):
         keys, values = model.project(model.encode_layers(chunks[batch[0] : batch[-1] + 1]), batch)
         write_rows(whole, batch, [*keys, *values])
     joined = [join_slots(part, 1) for part in whole]
@@ -133,7 +133,7 @@ def teacher_hidden(model: MemoryLM, sample: Sample) -> list[Tensor]:
 
 
 def decode_scored(
-    model: MemoryLM, sample: Sample, batch: Sequence[int], prefix: KVPrefix
+    model: MemoryLM, sample: Sample, batch: Sequence[int], prefix: AnyPrefix
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A batch of the sample's rows behind `prefix` -> normed hidden states [N', D] of their
     scored positions, row after row, their targets [N'], both on the LM head's device, and the
@@ -166,7 +166,7 @@ def decode_rows(
     model: MemoryLM,
     sample: Sample,
     batch: Sequence[int],
-    prefix: KVPrefix,
+    prefix: AnyPrefix,
     teachers: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A batch of the sample's rows behind `prefix` -> loss and NLL of their scored tokens [N'],

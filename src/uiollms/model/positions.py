@@ -48,7 +48,7 @@ def num_positions(config: Any) -> int:
     return most
 
 
-def positions_said(config: Any) -> str:
+def describe_positions(config: Any) -> str:
     """`num_positions` and where they come from, for a message."""
     most = num_positions(config)
     if most == config.max_position_embeddings:
@@ -97,7 +97,7 @@ def head_size(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def far_rows(config: Any, num_slots: Sequence[int], length: int) -> list[bool]:
+def find_long_rows(config: Any, num_slots: Sequence[int], length: int) -> list[bool]:
     """Which rows, behind `num_slots` slots and ending with their own token number `length`, are
     rotated as parts of a long text. A chunk's cut into calls changes nothing: without memory it is
     no longer than what the base calls short, see `rope_fault`."""
@@ -116,7 +116,7 @@ def rotary_tables(
 ) -> tuple[Tensor, ...]:
     """Cosines and sines [B, T, K] of positions [B or 1, T], in the dtype and on the device of
     `like`, as the base's rotary module gives them; where its choice hangs on lengths, its state is
-    neither read nor changed. far: see `far_rows`, by row, or one for all."""
+    neither read nor changed. far: see `find_long_rows`, by row, or one for all."""
     rotary, (scheme, parameters) = base.model.rotary_emb, scheme_of(base.config)
     if scheme not in BY_LENGTH:
         return tuple(rotary(like, positions))

@@ -57,14 +57,14 @@ class KVBuffer:
 
 
 @dataclass(eq=False)
-class Prefix:
+class KVPrefix:
     """Keys and values in front of one decoder call, layer by layer; handed to the layers as
     their `past_key_values`.
 
     keys, values: by layer number a list of [B, H, ?, K] tensors, oldest first, to which `update`
     joins the call's own. `local` receives, per layer, what of them belongs to the open chunk
     (the last `keep` entries). spare: how many more entries the open chunk may take; without a
-    graph, if not 0, `rooms` (by layer) are used and filled.
+    graph, if not 0, `buffers` (by layer) are used and filled.
     """
 
     keys: Sequence[list[Tensor]] | Mapping[int, list[Tensor]]
@@ -72,7 +72,7 @@ class Prefix:
     keep: int = 0
     local: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     spare: int = 0
-    rooms: dict[int, KVBuffer] = field(default_factory=dict)
+    buffers: dict[int, KVBuffer] = field(default_factory=dict)
 
     def update(
         self, keys: Tensor, values: Tensor, layer: int, *args: object
@@ -89,24 +89,24 @@ class Prefix:
         return keys, values
 
     def _append(self, keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        room, taken = self.rooms.get(layer), sum(part.shape[2] for part in self.keys[layer])
+        buffer, taken = self.buffers.get(layer), sum(part.shape[2] for part in self.keys[layer])
         batch, heads, length, size = keys.shape
         stop = taken + length
         if (
-            room is None
-            or not all(room.holds(part) for part in self.keys[layer])
-            or not room.claim(taken, length)
+            buffer is None
+            or not all(buffer.holds(part) for part in self.keys[layer])
+            or not buffer.claim(taken, length)
         ):
             shape = (batch, heads, stop + self.spare, size)
-            room = self.rooms[layer] = KVBuffer(
+            buffer = self.buffers[layer] = KVBuffer(
                 keys.new_empty(shape), values.new_empty(shape), stop
             )
             start = 0
             for part in zip(self.keys[layer], self.values[layer], strict=True):
-                room.write(start, *part)
+                buffer.write(start, *part)
                 start += part[0].shape[2]
-        room.write(taken, keys, values)
-        return room.keys[:, :, :stop], room.values[:, :, :stop]
+        buffer.write(taken, keys, values)
+        return buffer.keys[:, :, :stop], buffer.values[:, :, :stop]
 
 
 class MemoryState(Cache):
@@ -139,7 +139,7 @@ class MemoryState(Cache):
         self.recent_ids = open_ids[:, :0] if recent_ids is None else recent_ids
         self.num_tokens = num_tokens
         self.text = open_ids if open_ids.shape[1] == num_tokens else None
-        self.rooms: dict[
+        self.buffers: dict[
             int, KVBuffer
         ] = {}  # where the local keys and values lie, if they do not lie alone
 
@@ -169,9 +169,9 @@ class MemoryState(Cache):
             None if self.text is None else torch.cat([self.text, ids.to(self.text.device)], dim=1)
         )
 
-    def prefix(self, num_slots: int, with_local: bool, keep: int = 0, spare: int = 0) -> Prefix:
+    def prefix(self, num_slots: int, with_local: bool, keep: int = 0, spare: int = 0) -> KVPrefix:
         """What a call reads that sees the first `num_slots` slots and, if asked, the open chunk
-        so far; `keep` and `spare` as in `Prefix`."""
+        so far; `keep` and `spare` as in `AnyPrefix`."""
 
         def parts(memory: list[Tensor], local: list[Tensor]) -> list[list[Tensor]]:
             return [
@@ -180,21 +180,21 @@ class MemoryState(Cache):
             ]
 
         keys = parts(self.memory_keys, self.local_keys)
-        rooms = dict(self.rooms) if with_local else {}
-        return Prefix(
-            keys, parts(self.memory_values, self.local_values), keep, spare=spare, rooms=rooms
+        buffers = dict(self.buffers) if with_local else {}
+        return KVPrefix(
+            keys, parts(self.memory_values, self.local_values), keep, spare=spare, buffers=buffers
         )
 
-    def keep_open(self, prefix: Prefix) -> None:
+    def keep_open(self, prefix: KVPrefix) -> None:
         """Take over from a call what belongs to the open chunk; where it lies in rooms, the
         memory is read from there too."""
         layers, slots = range(len(prefix.local)), self.num_slots
         self.local_keys = [prefix.local[i][0] for i in layers]
         self.local_values = [prefix.local[i][1] for i in layers]
-        self.rooms = prefix.rooms
-        if self.rooms:
-            self.memory_keys = [self.rooms[i].keys[:, :, :slots] for i in layers]
-            self.memory_values = [self.rooms[i].values[:, :, :slots] for i in layers]
+        self.buffers = prefix.buffers
+        if self.buffers:
+            self.memory_keys = [self.buffers[i].keys[:, :, :slots] for i in layers]
+            self.memory_values = [self.buffers[i].values[:, :, :slots] for i in layers]
 
     def select(self, rows: Tensor) -> MemoryState:
         """A new state of the rows [B'] int64, in that order; a row may be taken several times."""
@@ -230,11 +230,11 @@ class SharedPrefix:
     keys, values: L x [1, H, M, K]. apart: whether the layers attend to it where it lies, if they
     are on a CPU; see `supports_in_place`."""
 
-    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor], apart: bool) -> None:
-        self.keys, self.values, self.apart = keys, values, apart
+    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor], in_place: bool) -> None:
+        self.keys, self.values, self.in_place = keys, values, in_place
 
     def reads_in_place(self, device: torch.device) -> bool:
-        return self.apart and device.type == "cpu"
+        return self.in_place and device.type == "cpu"
 
     def update(
         self, keys: Tensor, values: Tensor, layer: int, *args: object

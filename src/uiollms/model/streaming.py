@@ -128,7 +128,7 @@ class Streaming:
         keys, values = [[k] for k in state.memory_keys], [[v] for v in state.memory_values]
         batch, l, m = len(ids), self.memory_config.chunk_size, self.memory_config.num_memory
         first, count = state.num_slots // m, ids.shape[1] // l
-        per_call = max(1, self.chunks_at_once // batch)
+        per_call = max(1, self.chunks_per_batch // batch)
         for start in range(0, count, per_call):
             chunks = range(start, min(start + per_call, count))
             rows = ids[:, start * l : chunks.stop * l].reshape(-1, l)  # document-major: [B * C, l]
@@ -148,5 +148,5 @@ class Streaming:
             state.open_ids,
             state.num_tokens,
         )
-        after.rooms = state.rooms
+        after.buffers = state.buffers
         return after

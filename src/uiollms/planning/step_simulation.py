@@ -133,7 +133,7 @@ class StepSimulation:
         are one."""
         train = self.config.train
         estimator = make_estimator(train.estimator, S=train.tbptt, compensate=train.compensate)
-        window = estimator.window(chunks + 1, random.Random(0))
+        window = estimator.weight_matrix(chunks + 1, random.Random(0))
         return chunks_with_gradient(self.document(chunks), window), torch.equal(
             window, all_pairs(chunks + 1)
         )
@@ -256,7 +256,7 @@ class FixedBatchEstimator(Estimator):
         self.needed, self.chosen = list(needed), set(needed[:batch])
         self.peak: Counter[torch.device] = Counter()
 
-    def window(self, num_chunks: int, rng: random.Random) -> Tensor:
+    def weight_matrix(self, num_chunks: int, rng: random.Random) -> Tensor:
         if self.all_ones:
             return all_pairs(num_chunks)
         columns = torch.zeros(num_chunks, dtype=torch.float64)

@@ -352,7 +352,7 @@ class Run:
             )
         self.exit_if_signalled()
 
-    def agree_to_stop(self) -> None:
+    def agree_on_signals(self) -> None:
         """What one process was told, all do."""
         if self.watch.lost:
             raise self.watch.reason()
@@ -365,7 +365,7 @@ class Run:
         if self.stopped_by is not None:
             raise SystemExit(128 + self.stopped_by)
 
-    def unless_stopped(self, items: Iterable[Item]) -> Iterator[Item]:
+    def until_signal(self, items: Iterable[Item]) -> Iterator[Item]:
         """The items, until a signal comes: an evaluation is given up, and made again when the
         run goes on."""
         for item in items:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from uiollms.data.sample import Sample
 from uiollms.model.memory_lm import MemoryLM
 from uiollms.model.passes import decode_rows
-from uiollms.model.state import Prefix, join_slots
+from uiollms.model.state import KVPrefix, join_slots
 from uiollms.training.estimators import Estimator, Exact, make_estimator
 
 INFINITE = 10**6  # a window wider than any document
@@ -67,7 +67,7 @@ def pair_gradients(
             for i in range(len(memory[0]))
         ]
         keys, values = model.project(leaves, range(t))
-        prefix = Prefix([[join_slots(k, 1)] for k in keys], [[join_slots(v, 1)] for v in values])
+        prefix = KVPrefix([[join_slots(k, 1)] for k in keys], [[join_slots(v, 1)] for v in values])
         loss, _, _ = decode_rows(model, sample, [t], prefix)
         grads = torch.autograd.grad((loss * row.token_weights[row.scored].to(loss)).sum(), leaves)
         for s in range(t):
@@ -118,7 +118,7 @@ def draw_weights(
     t, s = (torch.tensor(side) for side in zip(*pairs, strict=True))
     rows = []
     for _ in range(draws):
-        weights = estimator.window(num_rows, rng)[t, s]
+        weights = estimator.weight_matrix(num_rows, rng)[t, s]
         columns = estimator.columns(norms, rng)
         rows.append(
             weights if columns is None else weights * torch.tensor(columns, dtype=torch.float64)[s]

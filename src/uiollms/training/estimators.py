@@ -22,11 +22,11 @@ from torch import Tensor
 
 
 class Estimator:
-    """Base class. `window` is drawn before anything is computed; `columns` may look at the
+    """Base class. `weight_matrix` is drawn before anything is computed; `columns` may look at the
     gradients' norms after the decoder pass and scale whole columns (a column of zeros saves that
     chunk's encoder backward)."""
 
-    def window(self, num_chunks: int, rng: random.Random) -> Tensor:
+    def weight_matrix(self, num_chunks: int, rng: random.Random) -> Tensor:
         """W [N, N] for one document of N chunks."""
         raise NotImplementedError
 
@@ -45,7 +45,7 @@ class Estimator:
 class Exact(Estimator):
     """Every gradient, weight 1: no bias, no variance, an encoder backward for every chunk."""
 
-    def window(self, num_chunks: int, rng: random.Random) -> Tensor:
+    def weight_matrix(self, num_chunks: int, rng: random.Random) -> Tensor:
         return all_pairs(num_chunks)
 
 
@@ -56,7 +56,7 @@ class TBPTT(Estimator):
 
     S: int
 
-    def window(self, num_chunks: int, rng: random.Random) -> Tensor:
+    def weight_matrix(self, num_chunks: int, rng: random.Random) -> Tensor:
         return all_pairs(num_chunks).triu(-self.S)
 
 
@@ -69,7 +69,7 @@ class UIO(Estimator):
     S: int
     compensate: bool = True
 
-    def window(self, num_chunks: int, rng: random.Random) -> Tensor:
+    def weight_matrix(self, num_chunks: int, rng: random.Random) -> Tensor:
         draws = [rng.randint(0, chunk) for chunk in range(self.S, num_chunks)]
         return window_from_draws(draws, self.S, self.compensate, num_chunks)
 
@@ -87,7 +87,7 @@ class Importance(Estimator):
     S: int
     floor: float = 0.1
 
-    def window(self, num_chunks: int, rng: random.Random) -> Tensor:
+    def weight_matrix(self, num_chunks: int, rng: random.Random) -> Tensor:
         return all_pairs(num_chunks)
 
     def columns(self, norms: Sequence[float], rng: random.Random) -> list[float]:
@@ -180,6 +180,6 @@ def draw_window(
     `random.Random`, or a seed for a fresh one."""
     if isinstance(estimator, str):
         estimator = make_estimator(estimator, **settings)  # type: ignore[arg-type]
-    return estimator.window(
+    return estimator.weight_matrix(
         num_chunks, rng if isinstance(rng, random.Random) else random.Random(rng)
     )

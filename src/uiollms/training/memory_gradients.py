@@ -22,7 +22,7 @@ from uiollms.kernels.devices import to_device
 from uiollms.kernels.indexing import batched, select_seeds, take_rows, write_rows
 from uiollms.kernels.memory_attention import GradientSink
 from uiollms.model.memory_lm import LayerMemory, MemoryLM
-from uiollms.model.passes import projected_at_once
+from uiollms.model.passes import projection_batch
 from uiollms.model.state import SharedPrefix
 
 
@@ -62,10 +62,10 @@ class MemoryGradients:
             slots = len(self.needed) * num_memory
             self.weighted = [kv.new_zeros(1, kv.shape[1], slots, kv.shape[3]) for kv in self.total]
 
-    def prefix(self, batch: Sequence[int], rows: Sequence[Row], apart: bool) -> MemoryLeaves:
+    def prefix(self, batch: Sequence[int], rows: Sequence[Row], in_place: bool) -> MemoryLeaves:
         """What a batch of rows reads: the slots that any of them sees, one set for all (who sees
         which is said elsewhere)."""
-        return MemoryLeaves(self, batch, [row.memories for row in rows], apart)
+        return MemoryLeaves(self, batch, [row.memories for row in rows], in_place)
 
     def backward_projection(
         self,
@@ -84,7 +84,7 @@ class MemoryGradients:
         total = [
             division.reduce_scatter(self._by_chunk(g)) for g in self.total
         ]  # 2L x [n, H, m, K]
-        for batch in batched(range(len(division.own) if lora else 0), projected_at_once(model)):
+        for batch in batched(range(len(division.own) if lora else 0), projection_batch(model)):
             part = slice(batch[0], batch[-1] + 1)
             outputs = self._projected(
                 model, [layer[part] for layer in memory], division, batch, seeds
@@ -97,7 +97,7 @@ class MemoryGradients:
             del total
             weighted = [self._to_owner(self._by_chunk(g), division, wanted) for g in self.weighted]
         grads = [layer.new_empty(len(wanted), *layer.shape[1:]) for layer in memory]
-        for places in batched(range(len(wanted)), projected_at_once(model)):
+        for places in batched(range(len(wanted)), projection_batch(model)):
             part, batch = slice(places[0], places[-1] + 1), [wanted[j] for j in places]
             leaves = [take_rows(layer, batch).requires_grad_() for layer in memory]
             outputs = self._projected(model, leaves, division, batch, seeds)
@@ -157,10 +157,10 @@ class MemoryLeaves(SharedPrefix):
     chunks' each row reads."""
 
     def __init__(
-        self, sums: MemoryGradients, batch: Sequence[int], memories: Sequence[range], apart: bool
+        self, sums: MemoryGradients, batch: Sequence[int], memories: Sequence[range], in_place: bool
     ) -> None:
         half = len(sums.leaves) // 2
-        super().__init__(sums.leaves[:half], sums.leaves[half:], apart)
+        super().__init__(sums.leaves[:half], sums.leaves[half:], in_place)
         self.sums, self.rows, self.slots = (
             sums,
             len(batch),

@@ -195,7 +195,7 @@ def draw_weights(
         window = (
             None
             if weights is not None
-            else row_weights(each, estimator.window(count + 1, generator))
+            else row_weights(each, estimator.weight_matrix(count + 1, generator))
         )
         drawn.append((weights[i] if window is None else window)[:, :count])  # type: ignore[index]
         if seeds is not None:
@@ -267,7 +267,7 @@ def backward_encoder(step: Step, memory_grads: LayerMemory) -> list[int]:
     if step.estimator.reads_norms and step.with_gradient:
         norms = torch.zeros(len(division.own), dtype=torch.float64, device=memory_grads[-1].device)
         write_rows([norms], local, [chunk_norms(memory_grads)])
-        columns = drawn_columns(step, division.gather(norms).tolist())
+        columns = draw_column_factors(step, division.gather(norms).tolist())
         factors = [columns[division.own[i]] for i in local]
         memory_grads = [scale_chunks(layer, factors) for layer in memory_grads]
         selected = [j for j, factor in enumerate(factors) if factor != 0]
@@ -287,7 +287,7 @@ def backward_encoder(step: Step, memory_grads: LayerMemory) -> list[int]:
     return [division.own[local[j]] for j in selected]
 
 
-def drawn_columns(step: Step, norms: Sequence[float]) -> list[float]:
+def draw_column_factors(step: Step, norms: Sequence[float]) -> list[float]:
     """A factor for every chunk, drawn document by document from the norms of the chunks' memory
     gradients."""
     columns: list[float] = []
