@@ -19,7 +19,7 @@ LOCKED_TORCH := $(shell grep '^torch==' requirements.lock)
 # Tests start processes beside each other, whose spinning threads would slow each other down; alone, spinning is faster.
 test test-oldest test-slow: export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup test test-oldest test-slow test-gpu lint demo schema fuzz bench bench-quick audit clean
+.PHONY: setup test test-oldest test-slow test-gpu lint demo schema api fuzz bench bench-quick audit clean
 
 setup: $(VENV)/.ready
 
@@ -95,6 +95,10 @@ bench-quick: setup
 # JSON Schema of the config files, for editors.
 schema: setup
 	$(BIN)/python -m uiollms schema
+
+# The API page, from the docstrings of what `uiollms` exports: runs/api/uiollms.html.
+api: setup
+	$(BIN)/pdoc --no-show-source --no-search -t docs/api -o runs/api uiollms '!uiollms[.].*'
 
 # Known vulnerabilities of all that is installed. Needs a network: the tool comes into an environment of its own.
 audit: requirements.lock

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from uiollms import Memory, MemoryLM, join, load_tokenizer
-from uiollms.data.tokens import continued
+from uiollms.data.tokens import continuation_ids
 
 folder, document = sys.argv[1:]
 model, tokenizer = MemoryLM.from_pretrained(folder), load_tokenizer(folder)
@@ -18,7 +18,7 @@ model, tokenizer = MemoryLM.from_pretrained(folder), load_tokenizer(folder)
 
 def ask(memory: Memory, question: str) -> str:
     ids = torch.tensor(
-        [continued(tokenizer, f"\n\nQuestion: {question}\nAnswer:")]
+        [continuation_ids(tokenizer, f"\n\nQuestion: {question}\nAnswer:")]
     )  # no BOS behind a document
     output = model.generate(ids, state=memory.state(model), do_sample=False, max_new_tokens=20)
     return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)

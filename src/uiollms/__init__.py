@@ -1,22 +1,28 @@
-"""uiollms: long-context language models through learned memory (UIO-LLMs, arXiv 2406.18173).
+"""Long-context language models through learned memory: UIO-LLMs, arXiv 2406.18173.
 
-The names below are promises; the modules' docstrings say more. Reading order: data/sample,
-model/attention, model/memory_lm, training/estimators, training/step.
+A `MemoryLM` is a frozen transformers model that compresses a document chunk by chunk and reads the
+compressed chunks before the current one. The names on this page are the public interface; other
+modules may change. Their order is that of use: load a model, compress documents, train, evaluate.
 """
 
 from uiollms.config.corpora import TaskEntry
 from uiollms.config.sections import MemoryConfig
 from uiollms.data import open_corpus
-from uiollms.data.sample import Sample
+from uiollms.data.documents import Document
+from uiollms.data.sample import Row, Sample
+from uiollms.data.tokens import continuation_ids
 from uiollms.evaluation.evaluator import Evaluation
-from uiollms.evaluation.scoring import score
+from uiollms.evaluation.results import TaskResult
+from uiollms.evaluation.scoring import Score, score
 from uiollms.files.errors import ConfigError
 from uiollms.model.memory import Memory, join
 from uiollms.model.memory_lm import MemoryLM
 from uiollms.model.state import MemoryState
+from uiollms.reports.tables import print_results
 from uiollms.training.estimators import (
     TBPTT,
     UIO,
+    Estimator,
     Exact,
     Importance,
     draw_window,
@@ -24,27 +30,37 @@ from uiollms.training.estimators import (
     window_from_draws,
 )
 from uiollms.training.step import gradient_step
+from uiollms.training.tally import StepResult
 from uiollms.weights.model_folder import load_tokenizer
 
+# In the order of the API page.
 __all__ = [
+    "MemoryLM",
+    "MemoryConfig",
+    "load_tokenizer",
+    "Memory",
+    "join",
+    "continuation_ids",
+    "MemoryState",
+    "ConfigError",
+    "open_corpus",
+    "Document",
+    "Sample",
+    "Row",
+    "gradient_step",
+    "StepResult",
+    "Estimator",
+    "Exact",
     "TBPTT",
     "UIO",
-    "ConfigError",
-    "Evaluation",
-    "Exact",
     "Importance",
-    "Memory",
-    "MemoryConfig",
-    "MemoryLM",
-    "MemoryState",
-    "Sample",
-    "TaskEntry",
-    "draw_window",
-    "gradient_step",
-    "join",
-    "load_tokenizer",
     "make_estimator",
-    "open_corpus",
-    "score",
+    "draw_window",
     "window_from_draws",
+    "score",
+    "Score",
+    "Evaluation",
+    "TaskEntry",
+    "TaskResult",
+    "print_results",
 ]

@@ -21,7 +21,7 @@ from uiollms.data.documents import Lazy
 from uiollms.data.readers.beacons import tokens_of
 from uiollms.data.retrieval import trials
 from uiollms.data.tokens import (
-    continued,
+    continuation_ids,
     continued_pair,
     document_ids,
     first_ids,
@@ -139,9 +139,9 @@ def test_hand_computed_ids():
     k, e = ids_of(tokenizer, "k", "e")
     assert document_ids(tokenizer, "kettle") == [BOS, *word]  # its own call: BOS word EOS
     assert tokenizer("kettle").input_ids == [BOS, *word, EOS]
-    assert continued(tokenizer, "kettle") == [k, e, *ids_of(tokenizer, "t", "t", "l", "e")]
-    assert continued(tokenizer, " kettle") == word
-    assert continued(tokenizer, "\nkettle")[:2] == ids_of(tokenizer, "\n", "k")
+    assert continuation_ids(tokenizer, "kettle") == [k, e, *ids_of(tokenizer, "t", "t", "l", "e")]
+    assert continuation_ids(tokenizer, " kettle") == word
+    assert continuation_ids(tokenizer, "\nkettle")[:2] == ids_of(tokenizer, "\n", "k")
     pair = [part.tolist() for part in tokenize_pair(tokenizer, ": ket", "tle")]
     assert pair == [[BOS, *ids_of(tokenizer, "\u2581", ":")], word]  # the word holds both
     pair = [part.tolist() for part in continued_pair(tokenizer, ":", " kettle")]
@@ -167,15 +167,17 @@ def test_what_goes_on_reads_as_it_does_in_the_whole(tokenizer):
     """Beside a text that has it in its middle, up to a token that would hold characters of both."""
     for text in ("kettle", " kettle", "\nThe kettle", "\n\nQuestion: who?\nAnswer:", "(a)", "12"):
         whole = plain_ids(tokenizer, "a;" + text)
-        assert whole[-len(continued(tokenizer, text)) :] == continued(tokenizer, text)
+        assert whole[-len(continuation_ids(tokenizer, text)) :] == continuation_ids(tokenizer, text)
 
 
 def test_line_breaks_that_are_one_token_do_not_swallow_the_anchor():
     vocab = {"<unk>": 0, "\n": 1, "\n\n": 2, "a": 3, "b": 4}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[("\n", "\n")], unk_token="<unk>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    assert continued(tokenizer, "\nb") == [1, 4] and continued(tokenizer, "\n\nb") == [2, 4]
-    assert continued(tokenizer, "ab") == [3, 4]
+    assert continuation_ids(tokenizer, "\nb") == [1, 4] and continuation_ids(
+        tokenizer, "\n\nb"
+    ) == [2, 4]
+    assert continuation_ids(tokenizer, "ab") == [3, 4]
 
 
 # ---- Samples ------------------------------------------------------------------------------------
@@ -373,7 +375,9 @@ def test_turns_go_on_from_what_was_read(folder, template):
         opening.count(BOS) == bool(first_ids(tokenizer) or template) and EOS not in opening + behind
     )
     if template is None:
-        assert opening == document_ids(tokenizer, text) and behind == continued(tokenizer, text)
+        assert opening == document_ids(tokenizer, text) and behind == continuation_ids(
+            tokenizer, text
+        )
         later = later_turn(tokenizer, "Who?", torch.tensor([[9]]))[0].tolist()
         assert later == [9, *behind]
 
@@ -386,7 +390,7 @@ def test_ask_and_evaluate_run_with_any_tokenizer(folder, tokenizer, capsys):
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["question"] for line in answers] == ["Who?", "Who?", "And?"]
     held = len(document_ids(tokenizer, Path("book.txt").read_text()))
-    asked = len(continued(tokenizer, "\n\nQuestion: Who?\nAnswer:"))
+    asked = len(continuation_ids(tokenizer, "\n\nQuestion: Who?\nAnswer:"))
     for line in answers[:2]:
         total = line["held"]["tokens"] + line["held"]["open_tokens"]
         assert total == held + asked + line["new_tokens"] - 1

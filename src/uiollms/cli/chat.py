@@ -31,7 +31,7 @@ from uiollms.cli.common import Output, output_arguments
 from uiollms.cli.options import SEEDS, place, share, temperature, whole
 from uiollms.config.sections import load_env_config
 from uiollms.data.readers.json_lines import check_text, read_text
-from uiollms.data.tokens import continued, first_ids, plain_ids, tokenize
+from uiollms.data.tokens import continuation_ids, first_ids, plain_ids, tokenize
 from uiollms.files.errors import ConfigError
 from uiollms.model.memory import Memory, join
 from uiollms.model.memory_lm import MemoryLM
@@ -271,7 +271,7 @@ def first_turn(tokenizer: Any, question: str, state: MemoryState) -> Tensor:
     text, start = turn_text(tokenizer, [question]), first_ids(tokenizer)
     if state.num_tokens:  # a chat template may write BOS too
         text = text.removeprefix("".join(tokenizer.convert_ids_to_tokens(start)))
-        return torch.tensor([continued(tokenizer, text)], dtype=torch.int64)
+        return torch.tensor([continuation_ids(tokenizer, text)], dtype=torch.int64)
     ids = plain_ids(tokenizer, text)
     return torch.tensor([ids if ids[: len(start)] == start else start + ids], dtype=torch.int64)
 
@@ -280,7 +280,7 @@ def later_turn(tokenizer: Any, question: str, last: Tensor) -> Tensor:
     """[1, T] token ids of a question behind an answer whose last token [1, 1] has not been read
     yet."""
     text = turn_text(tokenizer, ["-", ANSWER, question]).partition(ANSWER)[2]
-    ids = torch.tensor([continued(tokenizer, text)], dtype=torch.int64)
+    ids = torch.tensor([continuation_ids(tokenizer, text)], dtype=torch.int64)
     return ids if torch.equal(ids[:, :1], last) else torch.cat([last, ids], dim=1)
 
 

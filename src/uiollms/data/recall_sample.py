@@ -14,7 +14,7 @@ import torch
 from uiollms.data import RecallDocument
 from uiollms.data.corpora.facts import FARTHEST
 from uiollms.data.sample import IGNORED, Sample
-from uiollms.data.tokens import continued, continued_pair, first_ids, plain_ids
+from uiollms.data.tokens import continuation_ids, continued_pair, first_ids, plain_ids
 
 ROOM = 3 / 4  # of a chunk that statements and questions take at most, the rest is filler
 CHARACTERS = 6  # of filler read a token; where a tokenizer makes fewer of them it begins again
@@ -74,13 +74,13 @@ def placed(
     """What each of `count` chunks states and asks."""
     rooms = [int(ROOM * chunk_size)] * count
     pieces: list[list[Piece]] = [[] for _ in rooms]
-    line = continued(tokenizer, "\n")
+    line = continuation_ids(tokenizer, "\n")
     wanted = max(1, (count - 1) * chunk_size // TOKENS_PER_FACT)
     for fact in document.facts[:wanted]:
         distance = document.distance or rng.randint(1, min(FARTHEST, count - 1))
         told = rng.randrange(count - distance)
         asked = told + distance
-        statement = continued(tokenizer, fact.statement)
+        statement = continuation_ids(tokenizer, fact.statement)
         pair = continued_pair(tokenizer, fact.question, fact.value)
         question, value = (part.tolist() for part in pair)
         asking = question + value + line

@@ -17,7 +17,13 @@ from transformers import PreTrainedTokenizerBase
 
 from uiollms.data import Document
 from uiollms.data.sample import IGNORED, Sample
-from uiollms.data.tokens import LONGEST_TOKEN, continued, continued_pair, first_ids, plain_ids
+from uiollms.data.tokens import (
+    LONGEST_TOKEN,
+    continuation_ids,
+    continued_pair,
+    first_ids,
+    plain_ids,
+)
 from uiollms.files.errors import ConfigError
 
 # task_type -> the sentence that is hidden, the question; both end where the answer belongs.
@@ -79,7 +85,7 @@ def trials(
     first = torch.tensor(first_ids(tokenizer), dtype=torch.int64)  # BOS, if the tokenizer has one
     prepared = []
     for i, answer in enumerate(answers):
-        sentence = torch.tensor(continued(tokenizer, hidden.format(answer=answer)))
+        sentence = torch.tensor(continuation_ids(tokenizer, hidden.format(answer=answer)))
         question, reply = continued_pair(tokenizer, asked, answer)
         room = length - len(first) - len(sentence) - len(question) - len(reply)
         if room < 1 or length <= chunk_size:
@@ -97,7 +103,7 @@ def trials(
             if place == 0:  # the document begins with the sentence, and the filler goes on from it
                 sentence = torch.tensor(plain_ids(tokenizer, hidden.format(answer=answers[i])))
                 room = length - sum(map(len, (first, sentence, question, reply)))
-                text = filler_tokens(filler, i, tokenizer, room, continued)
+                text = filler_tokens(filler, i, tokenizer, room, continuation_ids)
             ids = torch.cat([first, text[:place], sentence, text[place:], question, reply])
             labels = ids.clone()
             labels[: -len(reply)] = IGNORED

@@ -70,8 +70,8 @@ class Sample:
         """Several samples with one `kl_weight` as one, whose loss is the sum of theirs: chunks,
         rows and teachers behind each other, every row still reading its own document's memories.
 
-        chunks [0 1] [2 3] and [7 8], a row each that reads all -> chunks [0 1] [2 3] [7 8], rows
-        reading chunks 0, 1 and 2
+            chunks [0 1] [2 3] and chunk [7 8], with a row each that reads all
+            -> chunks [0 1] [2 3] [7 8], rows that read chunks 0 and 1, and chunk 2
         """
         chunks = texts = 0
         rows: list[Row] = []
@@ -115,8 +115,8 @@ class Sample:
         questions and probes, but no copies. They are not scored, and the teacher's text stays as
         it is.
 
-        chunks [0 1 2 3], rows [0 1 2 3] and [4 5] scored at 5, count 2 -> the second is [2 3 4
-        5]
+            chunks [0 1 2 3], rows [0 1 2 3] and [4 5] scored at 5, count 2
+            -> the second row is [2 3 4 5]
         """
         rows = [self._with_recent(row, count) for row in self.rows] if count else self.rows
         return replace(self, rows=tuple(rows))
@@ -140,9 +140,10 @@ class Sample:
         """The paper's protocol: per chunk the mean NLL of all tokens but its first; the means
         are summed.
 
-        ids 0..9, chunk_size 4 -> reads [0 1 2 3] scores 1 2 3 (1/3 each)
-                                  | reads [4 5 6 7] scores 5 6 7 (1/3 each)
-                                  | reads [8 9] scores 9 (weight 1)
+            ids 0..9, chunk_size 4 -> reads [0 1 2 3] scores 1 2 3, 1/3 each
+                                    | reads [4 5 6 7] scores 5 6 7, 1/3 each
+                                    | reads [8 9] scores 9, weight 1
+
         Tokens 4 and 8 are never scored. A last chunk of one token scores nothing.
         """
         ids = flat(input_ids)
@@ -160,9 +161,11 @@ class Sample:
         """Our protocol: every token but the document's first is scored exactly once; the loss is
         their mean NLL.
 
-        ids 0..9, chunk_size 4 -> reads [0 1 2 3] scores 1 2 3 4 | reads [4 5 6 7] scores 5 6 7 8
-                                  | reads [8 9] scores 9, 1/9 each;
-        4 is predicted from chunk 0, whose last token is 3.
+            ids 0..9, chunk_size 4 -> reads [0 1 2 3] scores 1 2 3 4, 1/9 each
+                                    | reads [4 5 6 7] scores 5 6 7 8, 1/9 each
+                                    | reads [8 9] scores 9, 1/9
+
+        Token 4 is predicted from chunk 0, whose last token is 3.
         """
         return cls.beacon(input_ids, flat(input_ids), chunk_size)
 
@@ -171,8 +174,9 @@ class Sample:
         """As `document`, without the tokens that no memory is read for: those of the first
         chunk, and the one behind it, which its last token predicts.
 
-        ids 0..9, chunk_size 4 -> reads [0 1 2 3] | reads [4 5 6 7] scores 5 6 7 8
-                                  | reads [8 9] scores 9, 1/5 each
+            ids 0..9, chunk_size 4 -> reads [0 1 2 3] scores nothing
+                                    | reads [4 5 6 7] scores 5 6 7 8, 1/5 each
+                                    | reads [8 9] scores 9, 1/5
         """
         labels = flat(input_ids).clone()
         labels[: chunk_size + 1] = IGNORED
@@ -184,8 +188,9 @@ class Sample:
         shifted, -100 where not scored, are shifted over the whole document; the loss is the mean
         NLL over the document's scored tokens.
 
-        ids 0..5, labels -100 -100 -100 -100 4 5, chunk_size 4 -> reads [0 1 2 3] scores 4 |
-        reads [4 5] scores 5, 1/2 each
+            ids 0..5, labels -100 -100 -100 -100 4 5, chunk_size 4
+            -> reads [0 1 2 3] scores 4, 1/2
+             | reads [4 5] scores 5, 1/2
         """
         ids, labels = flat(input_ids), flat(labels)
         if len(ids) != len(labels):
@@ -213,9 +218,11 @@ class Sample:
         tokens. A prompt that makes the sample longer than `truncation` tokens keeps its two
         ends.
 
-        prompt 0 1 2 3 4, response 5 6, chunk_size 4 -> reads [0 1 2 3] | reads [4 5 6] scores 5
-        6, 1/2 each truncation 5 -> prompt 0 3 4: its first 5 - 2 = 3 tokens' room split into 1
-        and 2
+            prompt 0 1 2 3 4, response 5 6, chunk_size 4
+            -> reads [0 1 2 3] scores nothing
+             | reads [4 5 6] scores 5 6, 1/2 each
+
+            truncation 5 -> prompt 0 3 4: 5 - 2 = 3 tokens, 1 of its start and 2 of its end
         """
         prompt, response = (torch.as_tensor(side).cpu().flatten() for side in (prompt, response))
         if truncation is not None and len(prompt) + len(response) > truncation:
@@ -247,8 +254,9 @@ class Sample:
         KL(teacher || student) over the probe, whose teacher reads the same chunks raw in front
         of it. Raises ValueError without a complete chunk or with a longer probe.
 
-        context 0..9, probe 60 61 62, chunk_size 4 -> compresses [0 1 2 3] [4 5 6 7] | reads [60
-        61 62] scored at 60 and 61 against a teacher reading 0 .. 7 60 61 62
+            context 0..9, probe 60 61 62, chunk_size 4
+            -> compresses [0 1 2 3] [4 5 6 7]
+             | reads [60 61 62], scored at 60 and 61 against a teacher that reads 0..7 60 61 62
         """
         context, probe = flat(context), flat(probe)
         chunks = context[: len(context) // chunk_size * chunk_size].view(-1, chunk_size)
@@ -280,8 +288,9 @@ class Sample:
         with its answer loses its start. With kl_weight the teacher reads the same context raw.
         Raises ValueError without a complete chunk, or for an answer that fills a chunk.
 
-        context 0..7, asked (20 21, 22 23), chunk_size 4 -> compresses [0 1 2 3] [4 5 6 7] |
-        reads [20 21 22 23] scores 22 23
+            context 0..7, asked (20 21, 22 23), chunk_size 4
+            -> compresses [0 1 2 3] [4 5 6 7]
+             | reads [20 21 22 23] scores 22 23, 1/2 each
         """
         chunks = flat(context)[: len(flat(context)) // chunk_size * chunk_size].view(-1, chunk_size)
         if not len(chunks):
@@ -326,9 +335,9 @@ class Sample:
         before. The loss is every chunk's mean NLL, summed. Raises ValueError if no chunk is
         full.
 
-        ids 0..9, chunk_size 4 -> compresses [0 1 2 3] [4 5 6 7]
-                                  | reads [repeat 0 1 2] scores 0 1 2 3, 1/4 each
-                                  | reads [3 4 5 6] scores 4 5 6 7, 1/4 each
+            ids 0..9, chunk_size 4 -> compresses [0 1 2 3] [4 5 6 7]
+                                    | reads [repeat 0 1 2] scores 0 1 2 3, 1/4 each
+                                    | reads [3 4 5 6] scores 4 5 6 7, 1/4 each
         """
         ids = flat(input_ids)
         chunks = ids[: len(ids) // chunk_size * chunk_size].view(-1, chunk_size)

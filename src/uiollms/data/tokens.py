@@ -69,7 +69,7 @@ def tokenize_pair(tokenizer: Any, prompt: str, response: str) -> tuple[Tensor, T
     return split(ids, max(1, common(document_ids(tokenizer, prompt), ids)))
 
 
-def continued(tokenizer: Any, text: str) -> list[int]:
+def continuation_ids(tokenizer: Any, text: str) -> list[int]:
     """[T] token ids of a text that goes on from another: no BOS, no space that it does not have."""
     for anchor in ANCHORS:
         before, whole = plain_ids(tokenizer, anchor), plain_ids(tokenizer, anchor + text)
@@ -80,8 +80,8 @@ def continued(tokenizer: Any, text: str) -> list[int]:
 
 def continued_pair(tokenizer: Any, prompt: str, response: str) -> tuple[Tensor, Tensor]:
     """As `tokenize_pair`, for a prompt that goes on from another text."""
-    ids = continued(tokenizer, prompt + response)
-    return split(ids, common(continued(tokenizer, prompt), ids))
+    ids = continuation_ids(tokenizer, prompt + response)
+    return split(ids, common(continuation_ids(tokenizer, prompt), ids))
 
 
 def common(first: Sequence[int], second: Sequence[int]) -> int:

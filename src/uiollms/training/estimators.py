@@ -139,10 +139,13 @@ def window_from_draws(
 
     Chunk c enters after its own loss: into slot c while c < S, then into slot j = draw if j < S. As
     in the released program the last chunk is drawn for too, though no loss can read it.
-    S 1, draws [1, 0], compensate -> reservoir before loss 1: {0}, before loss 2: {0} (1 was
-    rejected); W = 0 0 0
-                   1 0 0
-                   2 0 0
+
+        S 1, draws [1, 0], compensate -> the reservoir is {0} before loss 1 and, because chunk 1
+        was rejected, {0} before loss 2
+
+        W = 0 0 0
+            1 0 0
+            2 0 0
     """
     count = S + len(draws) if num_chunks is None else num_chunks
     weights = torch.zeros(count, count, dtype=torch.float64)
