@@ -18,7 +18,7 @@ except ImportError as error:
 
 from uiollms.build import load_memory_lm, weights_of, weights_words
 from uiollms.cli.common import parse_arguments, reporting_errors
-from uiollms.config.sections import load_env_config
+from uiollms.config.load import load_env_config
 from uiollms.evaluation.evaluator import Evaluation
 from uiollms.evaluation.saved_results import save_token_nlls
 from uiollms.files.atomic import make_folder, replacing, reporting_write_errors

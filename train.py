@@ -26,7 +26,8 @@ from torch.nn.utils import clip_grad_norm_
 from uiollms.build import check_env, count_parameters, load_memory_lm
 from uiollms.cli.common import SILENT, Output, parse_arguments, reporting_errors, step_words
 from uiollms.cli.dry_run import dry_run
-from uiollms.config.sections import EnvConfig, load_env_config
+from uiollms.config.load import load_env_config
+from uiollms.config.sections import EnvConfig
 from uiollms.data.stream import SampleStream, pack_documents
 from uiollms.distributed.groups import World, number_of_processes, open_world
 from uiollms.distributed.watch import watching

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from uiollms import MemoryConfig, MemoryLM
 from uiollms.config.corpora import TaskEntry
-from uiollms.config.sections import load_env_config, load_tasks
+from uiollms.config.load import load_env_config, load_tasks
 from uiollms.files.folders import run_folder
 from uiollms.weights.base_models import KNOWN_SHAPES
 

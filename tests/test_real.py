@@ -14,7 +14,7 @@ from transformers import pipeline
 import uiollms
 from uiollms.build import load_memory_lm
 from uiollms.cli.chat import first_turn, main
-from uiollms.config.sections import load_env_config
+from uiollms.config.load import load_env_config
 from uiollms.data import open_corpus
 from uiollms.data.builder import tokenize
 from uiollms.evaluation.scoring import score

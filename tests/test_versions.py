@@ -15,7 +15,7 @@ import uiollms.__main__
 from uiollms import ConfigError, Memory, MemoryLM
 from uiollms.build import load_memory_lm
 from uiollms.cli.common import reporting_errors
-from uiollms.config.sections import load_env_config
+from uiollms.config.load import load_env_config
 from uiollms.model.memory import join
 from uiollms.weights.adapters import load_weights, save_weights
 

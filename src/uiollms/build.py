@@ -11,7 +11,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from uiollms.config.corpora import COPY_TASKS, CorpusEntry, Size, TaskEntry
-from uiollms.config.sections import EnvConfig, MemoryConfig, load_memory_config
+from uiollms.config.load import load_memory_config
+from uiollms.config.sections import EnvConfig, MemoryConfig
 from uiollms.data import find_corpus
 from uiollms.distributed.device_map import place
 from uiollms.files.atomic import whole_folder

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from uiollms import ConfigError, MemoryLM
 from uiollms.build import load_memory_lm
 from uiollms.cli.chat import first_turn, later_turn, main
-from uiollms.config.sections import load_env_config
+from uiollms.config.load import load_env_config
 from uiollms.model.memory import Memory, join
 from uiollms.weights.adapters import save_weights
 

@@ -19,7 +19,7 @@ from uiollms import __main__ as program
 from uiollms.__main__ import MODULES
 from uiollms.build import load_memory_lm
 from uiollms.cli.common import reporting_errors
-from uiollms.config.sections import load_env_config
+from uiollms.config.load import load_env_config
 from uiollms.data import Document, NewsDocument, TokenDocument
 from uiollms.data.builder import SampleBuilder
 from uiollms.data.stream import SampleStream

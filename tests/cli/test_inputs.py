@@ -25,7 +25,8 @@ from uiollms.cli.dry_run import parse_memory
 from uiollms.cli.options import place, share, temperature, whole
 from uiollms.cli.schema import main as write_schema
 from uiollms.cli.study import main as study
-from uiollms.config.sections import MemoryConfig, load_env_config
+from uiollms.config.load import load_env_config
+from uiollms.config.sections import MemoryConfig
 from uiollms.data import open_corpus
 from uiollms.data.corpora.local import matching
 from uiollms.data.readers import json_lines as data_files

@@ -16,7 +16,7 @@ from test_commands import call
 
 from uiollms.build import load_memory_lm
 from uiollms.cli.common import reporting_errors
-from uiollms.config.sections import load_env_config
+from uiollms.config.load import load_env_config
 from uiollms.study.recall import VOCABULARY
 from uiollms.weights.adapters import save_weights
 

@@ -7,20 +7,13 @@ import pytest
 from conftest import FAMILIES
 
 from uiollms.build import check_env, check_model, check_truncations
-from uiollms.cli.schema import SCHEMAS, config_page, schema_text
 from uiollms.config.corpora import TaskEntry
-from uiollms.config.sections import (
-    EnvConfig,
-    MemoryConfig,
-    TestFile,
-    load_env_config,
-    load_memory_config,
-    load_tasks,
-    parse,
-    read_json,
-)
+from uiollms.config.json_schema import SCHEMAS, config_page, schema_text
+from uiollms.config.load import load_env_config, load_memory_config, load_tasks, parse
+from uiollms.config.sections import EnvConfig, MemoryConfig, TestFile
 from uiollms.distributed.device_map import normalised
 from uiollms.files.errors import ConfigError
+from uiollms.files.json_files import read_json
 from uiollms.weights.base_models import KNOWN_SHAPES
 
 ROOT = Path(__file__).parents[2]

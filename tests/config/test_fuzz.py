@@ -24,7 +24,8 @@ from processes import TRAIN
 from test_commands import call
 
 from uiollms.build import check_env, load_memory_lm
-from uiollms.config.sections import EnvConfig, load_env_config, load_memory_config, load_tasks
+from uiollms.config.load import load_env_config, load_memory_config, load_tasks
+from uiollms.config.sections import EnvConfig
 from uiollms.data import open_corpus
 from uiollms.data.stream import SampleStream
 from uiollms.files.atomic import sha256, verify

@@ -32,10 +32,11 @@ from uiollms.data import (
 )
 from uiollms.data.corpora import labelled as corpora_tasks
 from uiollms.data.corpora.text import PG19
-from uiollms.data.documents import REGISTER, Lazy
+from uiollms.data.documents import Lazy
 from uiollms.data.readers import beacons
 from uiollms.data.readers.cleaning import article_spans, collapse_repeats
 from uiollms.data.readers.json_lines import RawFile, element_spans
+from uiollms.data.registry import REGISTER
 from uiollms.files.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]

@@ -419,7 +419,7 @@ def test_the_harness_cuts_one_text(folder, tokenizer):
 
 def test_perplexity_of_a_whole_document_scores_no_eos(folder, tokenizer):
     from uiollms.build import load_memory_lm
-    from uiollms.config.sections import load_env_config
+    from uiollms.config.load import load_env_config
 
     model, loaded = load_memory_lm(load_env_config("env.json"), "env.json")
     fields = dict(

@@ -31,9 +31,10 @@ from torch.distributed.tensor import DTensor
 import uiollms
 from uiollms import MemoryConfig, Sample
 from uiollms.build import load_memory_lm
-from uiollms.config.sections import load_env_config
+from uiollms.config.load import load_env_config
 from uiollms.data.stream import SampleStream
-from uiollms.distributed.groups import ALONE, Division, Group, World
+from uiollms.distributed.division import Division
+from uiollms.distributed.groups import ALONE, Group, World
 from uiollms.training.step import row_weights
 
 
@@ -208,11 +209,11 @@ def test_processes_share_one_stream(workspace, tmp_path):
 def test_a_division_deals_every_chunk_once(size, chunks):
     needed = [s for s in range(chunks) if s % 3]
     hands = [Division(Pretended(rank, size), chunks, needed) for rank in range(size)]
-    assert sorted(s for hand in hands for s in hand.owned) == list(range(chunks))
-    assert len({len(hand.own) for hand in hands}) == 1 and all(
-        hand.owned <= set(hand.own) for hand in hands
+    assert sorted(s for hand in hands for s in hand.owned_chunks) == list(range(chunks))
+    assert len({len(hand.local_chunks) for hand in hands}) == 1 and all(
+        hand.owned_chunks <= set(hand.local_chunks) for hand in hands
     )
-    shares = [len(hand.owned & set(needed)) for hand in hands]
+    shares = [len(hand.owned_chunks & set(needed)) for hand in hands]
     assert max(shares) - min(shares) <= 1
 
 

@@ -17,7 +17,7 @@ from test_commands import ROOT, call
 import uiollms
 from uiollms.build import load_memory_lm
 from uiollms.config.corpora import TaskEntry, TaskType
-from uiollms.config.sections import load_env_config, load_tasks, parse
+from uiollms.config.load import load_env_config, load_tasks, parse
 from uiollms.data import Document
 from uiollms.data.builder import SampleBuilder
 from uiollms.data.retrieval import WORDS, trials

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from uiollms import ConfigError, MemoryLM
 from uiollms.build import load_memory_lm
 from uiollms.cli.lm_eval import main
-from uiollms.config.sections import load_env_config
+from uiollms.config.load import load_env_config
 from uiollms.evaluation.lm_eval_model import HarnessLM
 from uiollms.weights.adapters import save_weights
 

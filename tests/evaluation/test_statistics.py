@@ -16,7 +16,7 @@ from test_evaluator import entry, scores_of
 
 import uiollms
 from uiollms.build import check_env, load_memory_lm
-from uiollms.config.sections import load_env_config
+from uiollms.config.load import load_env_config
 from uiollms.data.sample import Sample
 from uiollms.evaluation import statistics as controls
 from uiollms.evaluation.evaluator import Evaluation

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import uiollms.files.atomic
 from uiollms import Memory, MemoryLM
 from uiollms.build import weights_of
-from uiollms.config.sections import load_env_config
+from uiollms.config.load import load_env_config
 from uiollms.files.atomic import (
     WORK,
     machine_name,

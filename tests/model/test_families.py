@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import uiollms
 from uiollms import MemoryConfig, MemoryLM, Sample
 from uiollms.build import load_memory_lm
-from uiollms.config.sections import load_env_config
+from uiollms.config.load import load_env_config
 from uiollms.evaluation.scoring import score, token_losses
 from uiollms.model.positions import num_positions, rope_fault
 from uiollms.planning.planner import make_plan

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 import uiollms
 from uiollms import ConfigError, MemoryConfig, MemoryLM
 from uiollms.build import load_memory_lm
-from uiollms.config.sections import load_env_config
+from uiollms.config.load import load_env_config
 from uiollms.data.sample import Sample
 from uiollms.evaluation.scoring import token_losses
 from uiollms.kernels import flash_attention as flash

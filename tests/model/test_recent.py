@@ -30,7 +30,7 @@ import uiollms
 from uiollms import ConfigError, MemoryConfig, MemoryLM, Sample
 from uiollms.build import check_env
 from uiollms.cli.study import as_preset
-from uiollms.config.sections import load_env_config, parse
+from uiollms.config.load import load_env_config, parse
 from uiollms.data import Document
 from uiollms.data.builder import SampleBuilder
 from uiollms.data.limits import check_sample

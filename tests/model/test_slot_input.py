@@ -25,7 +25,7 @@ from test_step import PROVEN, plain_gradients
 
 import uiollms
 from uiollms import ConfigError, MemoryLM, Sample
-from uiollms.config.sections import load_env_config
+from uiollms.config.load import load_env_config
 from uiollms.model.memory import Memory, compress
 from uiollms.planning.planner import make_plan
 from uiollms.weights.adapters import load_weights, save_weights

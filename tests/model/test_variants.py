@@ -12,7 +12,7 @@ from test_commands import call
 
 import uiollms
 from uiollms import ConfigError, MemoryConfig, MemoryLM, Sample
-from uiollms.config.sections import load_env_config
+from uiollms.config.load import load_env_config
 from uiollms.planning.planner import make_plan
 from uiollms.weights.adapters import load_weights, save_weights
 

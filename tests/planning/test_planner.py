@@ -12,7 +12,7 @@ import torch
 from test_commands import call
 
 from uiollms.cli.dry_run import dry_run, parse_memory
-from uiollms.config.sections import load_env_config
+from uiollms.config.load import load_env_config
 from uiollms.distributed.device_map import CPU
 from uiollms.files.errors import ConfigError
 from uiollms.planning import step_simulation

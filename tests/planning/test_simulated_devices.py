@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 import uiollms
 from uiollms import MemoryLM, Sample
-from uiollms.config.sections import MemoryConfig, load_env_config, load_memory_config
+from uiollms.config.load import load_env_config, load_memory_config
+from uiollms.config.sections import MemoryConfig
 from uiollms.distributed.device_map import CPU, resolved, send
 from uiollms.model.layers import layer_device
 from uiollms.model.passes import encode_all, project_all

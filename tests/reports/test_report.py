@@ -19,7 +19,7 @@ import uiollms
 from uiollms.build import load_memory_lm
 from uiollms.cli.common import reporting_errors
 from uiollms.cli.report import add_attention, main
-from uiollms.config.sections import load_env_config, parse
+from uiollms.config.load import load_env_config, parse
 from uiollms.evaluation.attention_mass import AttentionMass
 from uiollms.evaluation.evaluator import Evaluation, TaskEntry
 from uiollms.evaluation.results import TaskResult, by_length

@@ -15,13 +15,8 @@ from test_commands import call
 
 from uiollms import ConfigError, MemoryLM
 from uiollms.build import check_env, load_memory_lm, weights_of
-from uiollms.config.sections import (
-    EnvConfig,
-    TrainSection,
-    load_env_config,
-    load_memory_config,
-    parse,
-)
+from uiollms.config.load import load_env_config, load_memory_config, parse
+from uiollms.config.sections import EnvConfig, TrainSection
 from uiollms.data import open_corpus
 from uiollms.data.stream import SampleStream, Stream
 from uiollms.runs.checks import check_evaluation, check_folder, check_training

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_commands import ROOT, call
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from uiollms.config.sections import load_env_config
+from uiollms.config.load import load_env_config
 from uiollms.files.atomic import write_checksums
 from uiollms.files.errors import ConfigError
 from uiollms.kernels import allocator

@@ -15,7 +15,7 @@ from test_commands import call
 from transformers import AutoModelForCausalLM
 
 from uiollms.build import load_memory_lm
-from uiollms.config.sections import load_env_config
+from uiollms.config.load import load_env_config
 from uiollms.data.stream import SampleStream
 from uiollms.runs.run import Run
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from test_commands import call
 
-from uiollms.config.sections import TrainSection, load_env_config
+from uiollms.config.load import load_env_config
+from uiollms.config.sections import TrainSection
 from uiollms.data import Mixture
 from uiollms.data.documents import Document
 from uiollms.files.atomic import write_checksums

@@ -18,7 +18,7 @@ from test_schedule import section
 from uiollms import Sample
 from uiollms.build import check_env, load_memory_lm
 from uiollms.config.corpora import CorpusEntry
-from uiollms.config.sections import load_env_config
+from uiollms.config.load import load_env_config
 from uiollms.data import Document
 from uiollms.data.builder import SampleBuilder, task_fault, teaches_memory
 from uiollms.data.stream import SampleStream

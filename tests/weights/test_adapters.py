@@ -193,7 +193,7 @@ def test_weights_make_the_same_model(tmp_path):
 def test_convert_there_and_back(workspace):
     from uiollms.build import load_memory_lm
     from uiollms.cli.convert import main
-    from uiollms.config.sections import load_env_config
+    from uiollms.config.load import load_env_config
 
     model, _ = load_memory_lm(load_env_config("env.json"), "env.json")
     save_weights(model, "a")

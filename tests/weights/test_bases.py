@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from uiollms import ConfigError, MemoryConfig, MemoryLM
 from uiollms.build import load_memory_lm
 from uiollms.cli.common import reporting_errors
-from uiollms.config.sections import load_env_config
+from uiollms.config.load import load_env_config
 from uiollms.evaluation.scoring import score
 from uiollms.files.atomic import write_checksums
 from uiollms.files.json_files import as_json

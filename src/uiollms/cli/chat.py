@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 from uiollms.build import load_trained, weights_words
 from uiollms.cli.common import Output, output_arguments
 from uiollms.cli.options import SEEDS, place, share, temperature, whole
-from uiollms.config.sections import load_env_config
+from uiollms.config.load import load_env_config
 from uiollms.data.readers.json_lines import check_text, read_text
 from uiollms.data.tokens import continuation_ids, first_ids, plain_ids, tokenize
 from uiollms.files.errors import ConfigError

@@ -13,7 +13,7 @@ import argparse
 from uiollms.build import load_memory_lm
 from uiollms.cli.common import Output, output_arguments
 from uiollms.cli.options import place
-from uiollms.config.sections import load_env_config
+from uiollms.config.load import load_env_config
 from uiollms.weights.adapters import load_weights, save_weights
 from uiollms.weights.base_models import DTYPES
 

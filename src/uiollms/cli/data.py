@@ -22,14 +22,8 @@ from transformers import AutoTokenizer
 from uiollms.cli.common import Output, output_arguments
 from uiollms.cli.options import whole
 from uiollms.data import open_corpus
-from uiollms.data.documents import (
-    REGISTER,
-    Corpus,
-    Document,
-    NewsDocument,
-    RecallDocument,
-    TokenDocument,
-)
+from uiollms.data.documents import Corpus, Document, NewsDocument, RecallDocument, TokenDocument
+from uiollms.data.registry import REGISTER
 from uiollms.files.errors import ConfigError, shortened
 from uiollms.weights.base_models import load
 

@@ -34,7 +34,8 @@ from uiollms.build import load_memory_lm, weights_of
 from uiollms.cli.common import Output, output_arguments
 from uiollms.cli.options import place, whole
 from uiollms.config.corpora import TaskEntry
-from uiollms.config.sections import EnvConfig, MemoryConfig, TrainSection, load_env_config
+from uiollms.config.load import load_env_config
+from uiollms.config.sections import EnvConfig, MemoryConfig, TrainSection
 from uiollms.data.sample import Sample
 from uiollms.data.stream import SampleStream
 from uiollms.evaluation.evaluator import evaluation_documents

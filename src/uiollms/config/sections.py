@@ -8,12 +8,9 @@ docs/config.md show: `make schema` after changing one.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from uiollms.config.corpora import (
     Checked,
@@ -27,10 +24,7 @@ from uiollms.config.corpora import (
     share_fault,
     stages_fault,
 )
-from uiollms.config.overrides import apply_override
-from uiollms.config.partial import with_other_faults
-from uiollms.files.errors import ConfigError, all_right, describe
-from uiollms.files.json_files import read_json, unusable
+from uiollms.files.errors import all_right
 
 GPU = Annotated[int, Field(ge=0, le=127)]  # torch counts no further
 Place = GPU | Literal["cpu", "disk"]
@@ -307,41 +301,3 @@ class TestFile(Checked):
     __test__ = False  # not a pytest class
     schema_: str | None = SchemaLink
     tasks: tuple[TaskEntry, ...] = Field(min_length=1, description="what is evaluated")
-
-
-def parse(model: type[Model], value: Any, path: str | Path) -> Model:
-    """A JSON value -> a typed object. Raises ConfigError with one line for every fault."""
-    if fault := unusable(value):
-        raise ConfigError(f"{path}: {fault}")
-    try:
-        return model.model_validate_json(json.dumps(value))
-    except ValidationError as error:
-        raise ConfigError(
-            "\n".join(describe(fault, model, path) for fault in error.errors())
-        ) from None
-
-
-def load_env_config(
-    path: str | Path,
-    overrides: list[str] | None = None,
-    check: Callable[[EnvConfig], object] | None = None,
-) -> EnvConfig:
-    """Read an environment config; `overrides` are "train.max_lr=3e-5" strings, values in JSON.
-    Raises ConfigError with a line for every fault, and with those that `check` finds in what is
-    left of the config without its faulty fields."""
-    value = read_json(path)
-    for override in overrides or []:
-        apply_override(value, override, path)
-    try:
-        return parse(EnvConfig, value, path)
-    except ConfigError as error:
-        raise with_other_faults(error, EnvConfig, value, check) from None
-
-
-def load_memory_config(path: str | Path) -> MemoryConfig:
-    return parse(MemoryConfig, read_json(path), path)
-
-
-def load_tasks(path: str | Path) -> tuple[TaskEntry, ...]:
-    value = read_json(path)
-    return parse(TestFile, {"tasks": value} if isinstance(value, list) else value, path).tasks

@@ -37,7 +37,6 @@ from uiollms.config.sections import EnvConfig
 from uiollms.distributed.launch import check_environment
 from uiollms.distributed.watch import LostProcess, Watch
 from uiollms.files.errors import ConfigError
-from uiollms.kernels.devices import to_device
 
 log = logging.getLogger("uiollms")
 
@@ -266,45 +265,3 @@ def warn_if_fewer(size: int) -> None:
             several,
             size,
         )
-
-
-class Division:
-    """One document over a group. Every process encodes n chunks, `own`; chunks of which the
-    encoder needs gradients are dealt out first, so that those too are shared evenly. Where the
-    group does not divide C, some chunks are encoded by two processes and only the first one,
-    which `owns` it, counts: the others would only wait."""
-
-    def __init__(self, group: Group, num_chunks: int, needed: Sequence[int]) -> None:
-        self.group = group
-        wanted = set(needed)
-        order = [*needed, *(s for s in range(num_chunks) if s not in wanted)]
-        each = -(-num_chunks // group.size)
-        hands = [
-            sorted(order[i % num_chunks] for i in range(r, each * group.size, group.size))
-            for r in range(group.size)
-        ]
-        owner = {s: i % group.size for i, s in enumerate(order)}
-        self.own = hands[group.rank]
-        self.owned = {s for s in self.own if owner[s] == group.rank}
-        # Where chunk s stands among all hands, one behind the other.
-        self.place = torch.tensor(
-            [owner[s] * each + hands[owner[s]].index(s) for s in range(num_chunks)],
-            dtype=torch.int64,
-        )
-
-    def gather(self, own: Tensor) -> Tensor:
-        """[n, ...], one entry for each of `own` -> [C, ...]"""
-        return (
-            own
-            if self.group.size == 1
-            else self.group.gather(own)[to_device(self.place, own.device)]
-        )
-
-    def reduce_scatter(self, whole: Tensor) -> Tensor:
-        """[C, ...] -> its sum over the group at `own`, [n, ...], zeros at chunks that another
-        process owns"""
-        if self.group.size == 1:
-            return whole
-        dealt = whole.new_zeros(self.group.size * len(self.own), *whole.shape[1:])
-        dealt[to_device(self.place, whole.device)] = whole
-        return self.group.reduce_scatter(dealt)

@@ -24,7 +24,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from uiollms.config.corpora import TEXT_TASKS
-from uiollms.config.sections import EnvConfig, load_tasks
+from uiollms.config.load import load_tasks
+from uiollms.config.sections import EnvConfig
 from uiollms.data.sample import Row, Sample
 from uiollms.evaluation.evaluator import evaluation_documents
 from uiollms.files.atomic import replacing

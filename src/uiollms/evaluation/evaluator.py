@@ -19,8 +19,9 @@ from uiollms.build import at_size
 from uiollms.config.corpora import COPY_TASKS, RETRIEVAL_TASKS, TEXT_TASKS, Size, TaskEntry
 from uiollms.data import Document, RecallDocument, open_corpus
 from uiollms.data.builder import SampleBuilder, as_task, teaches_memory
-from uiollms.data.documents import Lazy, Task, find_corpus
+from uiollms.data.documents import Lazy, Task
 from uiollms.data.recall_sample import last_value
+from uiollms.data.registry import find_corpus
 from uiollms.data.retrieval import DEPTHS, trials
 from uiollms.data.sample import PROTOCOLS, Sample
 from uiollms.data.tokens import tokenize, tokenize_pair

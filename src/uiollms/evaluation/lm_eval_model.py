@@ -33,7 +33,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from uiollms.build import load_trained
-from uiollms.config.sections import load_env_config
+from uiollms.config.load import load_env_config
 from uiollms.data.sample import IGNORED, Sample
 from uiollms.data.tokens import common, document_ids, plain_ids
 from uiollms.evaluation.scoring import token_losses

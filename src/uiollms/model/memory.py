@@ -26,7 +26,7 @@ from safetensors.torch import save as as_bytes
 from torch import Tensor
 
 from uiollms.config.corpora import Checked
-from uiollms.config.sections import parse
+from uiollms.config.load import parse
 from uiollms.data.limits import check_ids
 from uiollms.files.atomic import make_folder, replacing
 from uiollms.files.errors import ConfigError, shortened

@@ -15,7 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from uiollms.data.limits import check_teacher
 from uiollms.data.sample import IGNORED, Row, Sample
-from uiollms.distributed.groups import ALONE, Division
+from uiollms.distributed.division import Division
+from uiollms.distributed.groups import ALONE
 from uiollms.kernels.devices import device_of, to_device
 from uiollms.kernels.indexing import batched, select_seeds, write_rows
 from uiollms.kernels.linear_cross_entropy import linear_losses
@@ -83,11 +84,11 @@ def project_all(
     if not memory:
         return [], []
     division = division or Division(ALONE, len(memory[0]), ())
-    own = empty_slots(model, len(division.own))
+    own = empty_slots(model, len(division.local_chunks))
     for batch in batched(
-        range(len(division.own)), max(model.chunks_per_batch, projection_batch(model))
+        range(len(division.local_chunks)), max(model.chunks_per_batch, projection_batch(model))
     ):
-        own_numbers = [division.own[i] for i in batch]
+        own_numbers = [division.local_chunks[i] for i in batch]
         numbers = own_numbers if chunk_numbers is None else [chunk_numbers[c] for c in own_numbers]
         keys, values = model.project(
             [layer[batch[0] : batch[-1] + 1] for layer in memory],

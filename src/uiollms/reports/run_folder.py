@@ -14,12 +14,13 @@ from typing import Any, TypeVar
 from safetensors import SafetensorError
 
 from uiollms.build import weights_of
-from uiollms.config.sections import EnvConfig, MemoryConfig, load_memory_config, parse, read_json
+from uiollms.config.load import load_memory_config, parse
+from uiollms.config.sections import EnvConfig, MemoryConfig
 from uiollms.evaluation.attention_mass import AttentionMass
 from uiollms.evaluation.results import TaskResult
 from uiollms.evaluation.saved_results import load_token_nlls
 from uiollms.files.errors import ConfigError
-from uiollms.files.json_files import finite
+from uiollms.files.json_files import finite, read_json
 from uiollms.files.reading import check_tree
 from uiollms.runs.metrics import examine_metrics
 from uiollms.runs.state import saved_steps

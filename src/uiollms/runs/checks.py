@@ -27,7 +27,8 @@ from uiollms.build import (
     weights_of,
 )
 from uiollms.config.corpora import CorpusEntry, TaskEntry
-from uiollms.config.sections import EnvConfig, MemoryConfig, load_tasks
+from uiollms.config.load import load_tasks
+from uiollms.config.sections import EnvConfig, MemoryConfig
 from uiollms.data import find_corpus
 from uiollms.data.builder import task_fault
 from uiollms.data.readers.hub import HubDataset, Split

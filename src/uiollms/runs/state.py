@@ -33,13 +33,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from uiollms.config.corpora import Checked
-from uiollms.config.sections import EnvConfig, MemoryConfig, parse, read_json
+from uiollms.config.load import parse
+from uiollms.config.sections import EnvConfig, MemoryConfig
 from uiollms.data.mixture import generator_state
 from uiollms.data.readers.beacons import fingerprint
 from uiollms.data.stream import SampleStream
 from uiollms.distributed.groups import Group
 from uiollms.files.atomic import replacing_folder, reporting_write_errors, verify, write_checksums
 from uiollms.files.errors import ConfigError
+from uiollms.files.json_files import read_json
 from uiollms.model.memory_lm import MemoryLM
 from uiollms.training.schedule import Counts, Schedule
 from uiollms.weights.adapters import load_weights, write_weights

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from uiollms.data.sample import Row, Sample
-from uiollms.distributed.groups import Division
+from uiollms.distributed.division import Division
 from uiollms.kernels.devices import to_device
 from uiollms.kernels.indexing import batched, select_seeds, take_rows, write_rows
 from uiollms.kernels.memory_attention import GradientSink
@@ -84,7 +84,9 @@ class MemoryGradients:
         total = [
             division.reduce_scatter(self._by_chunk(g)) for g in self.total
         ]  # 2L x [n, H, m, K]
-        for batch in batched(range(len(division.own) if lora else 0), projection_batch(model)):
+        for batch in batched(
+            range(len(division.local_chunks) if lora else 0), projection_batch(model)
+        ):
             part = slice(batch[0], batch[-1] + 1)
             outputs = self._projected(
                 model, [layer[part] for layer in memory], division, batch, seeds
@@ -117,7 +119,7 @@ class MemoryGradients:
     ) -> list[Tensor]:
         """The keys, then the values, of some of this process's chunks, with their graph."""
         with torch.enable_grad():
-            numbers = [self.chunk_numbers[division.own[i]] for i in batch]
+            numbers = [self.chunk_numbers[division.local_chunks[i]] for i in batch]
             keys, values = model.project(memory, numbers, select_seeds(seeds, batch))
         return [*keys, *values]
 
@@ -126,7 +128,7 @@ class MemoryGradients:
         process."""
         if division.group.size == 1:
             return grad
-        whole = grad.new_zeros(len(division.place), *grad.shape[1:])
+        whole = grad.new_zeros(len(division.gathered_index), *grad.shape[1:])
         write_rows([whole], self.needed, [grad])
         return take_rows(division.reduce_scatter(whole), wanted)
 

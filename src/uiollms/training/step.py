@@ -32,7 +32,8 @@ from torch import Tensor
 
 from uiollms.data.limits import check_sample
 from uiollms.data.sample import Sample
-from uiollms.distributed.groups import ALONE, Division, Group
+from uiollms.distributed.division import Division
+from uiollms.distributed.groups import ALONE, Group
 from uiollms.kernels.allocator import trim_heap
 from uiollms.kernels.devices import device_of, to_device
 from uiollms.kernels.indexing import batched, select_seeds, take_rows, write_rows
@@ -152,7 +153,8 @@ def _steps(
 @dataclass
 class Step:
     """What the four stages share. All samples are joined: their rows, chunks and the columns of the
-    weights are numbered through. `local` are this process's chunks, in the order of `division.own`.
+    weights are numbered through. `local` are this process's chunks, in the order of
+    `division.local_chunks`.
 
     weights: [N, at least C], of every row's loss at every memory;
     with_gradient: the chunks, ascending, at which some weight is not zero;
@@ -203,7 +205,7 @@ def draw_weights(
     sample, joined = Sample.joined(samples), torch.block_diag(*drawn)
     with_gradient = chunks_with_gradient(sample, joined)
     division = Division(group, len(sample.chunks), with_gradient)
-    mine = {*with_gradient} & division.owned
+    mine = {*with_gradient} & division.owned_chunks
     return Step(
         model,
         sample,
@@ -213,9 +215,9 @@ def draw_weights(
         group,
         division,
         with_gradient,
-        local_chunks=sample.chunks[division.own],
-        local_seeds=select_seeds(seeds, division.own),
-        local_with_gradient=[i for i, chunk in enumerate(division.own) if chunk in mine],
+        local_chunks=sample.chunks[division.local_chunks],
+        local_seeds=select_seeds(seeds, division.local_chunks),
+        local_with_gradient=[i for i, chunk in enumerate(division.local_chunks) if chunk in mine],
     )
 
 
@@ -265,10 +267,12 @@ def backward_encoder(step: Step, memory_grads: LayerMemory) -> list[int]:
     model, division, local = step.model, step.division, step.local_with_gradient
     selected: Sequence[int] = range(len(local))
     if step.estimator.reads_norms and step.with_gradient:
-        norms = torch.zeros(len(division.own), dtype=torch.float64, device=memory_grads[-1].device)
+        norms = torch.zeros(
+            len(division.local_chunks), dtype=torch.float64, device=memory_grads[-1].device
+        )
         write_rows([norms], local, [chunk_norms(memory_grads)])
         columns = draw_column_factors(step, division.gather(norms).tolist())
-        factors = [columns[division.own[i]] for i in local]
+        factors = [columns[division.local_chunks[i]] for i in local]
         memory_grads = [scale_chunks(layer, factors) for layer in memory_grads]
         selected = [j for j, factor in enumerate(factors) if factor != 0]
     for batch in [selected] if step.graph else batched(selected, model.chunk_batch):
@@ -284,7 +288,7 @@ def backward_encoder(step: Step, memory_grads: LayerMemory) -> list[int]:
         outputs = [(layer, take_rows(grad, batch)) for layer, grad in pairs if layer.requires_grad]
         if outputs:
             backward(model, *zip(*outputs, strict=True))
-    return [division.own[local[j]] for j in selected]
+    return [division.local_chunks[local[j]] for j in selected]
 
 
 def draw_column_factors(step: Step, norms: Sequence[float]) -> list[float]:

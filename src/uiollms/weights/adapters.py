@@ -26,7 +26,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from uiollms.config.sections import MemoryConfig, load_memory_config
+from uiollms.config.load import load_memory_config
+from uiollms.config.sections import MemoryConfig
 from uiollms.files.atomic import (
     CHECKSUMS,
     make_folder,

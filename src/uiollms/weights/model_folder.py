@@ -19,7 +19,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from uiollms.config.corpora import Checked
-from uiollms.config.sections import load_memory_config, parse, read_json
+from uiollms.config.load import load_memory_config, parse
 from uiollms.distributed.device_map import place
 from uiollms.files.atomic import (
     replacing_folder,
@@ -28,6 +28,7 @@ from uiollms.files.atomic import (
     write_checksums,
 )
 from uiollms.files.errors import ConfigError
+from uiollms.files.json_files import read_json
 from uiollms.kernels.flash_attention import check_request
 from uiollms.weights.adapters import ROLES, WEIGHT_FILES, load_weights, write_weights
 from uiollms.weights.base_models import DTYPES, load, load_causal_lm, resolve_dtype

@@ -16,7 +16,8 @@ from __future__ import annotations
 import random
 
 from uiollms.data.corpora.local import LIBRARY, PYTHON, stdlib
-from uiollms.data.documents import Corpus, Document, Fact, Lazy, RecallDocument, corpus
+from uiollms.data.documents import Corpus, Document, Fact, Lazy, RecallDocument
+from uiollms.data.registry import corpus
 
 FARTHEST = 8  # chunks from a statement to its question
 DOCUMENTS = 2**17  # of a split

@@ -9,17 +9,7 @@ from collections.abc import Callable
 from transformers import PreTrainedTokenizerBase
 
 from uiollms.data.corpora.text import LONGDATA, PG19, longdata, pg19
-from uiollms.data.documents import (
-    SIZE,
-    Corpus,
-    Document,
-    Lazy,
-    NewsDocument,
-    altered,
-    corpus,
-    joined,
-    picked,
-)
+from uiollms.data.documents import Corpus, Document, Lazy, NewsDocument, altered, joined, picked
 from uiollms.data.readers.beacons import SHORTEST, sampled
 from uiollms.data.readers.hub import HubDataset, Split
 from uiollms.data.readers.json_lines import (
@@ -31,6 +21,7 @@ from uiollms.data.readers.json_lines import (
     plain_text,
     text_of,
 )
+from uiollms.data.registry import SIZE, corpus
 from uiollms.files.errors import ConfigError
 
 LONG_ALPACA = HubDataset("Yukang/LongAlpaca-12k")

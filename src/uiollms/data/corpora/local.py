@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from uiollms.data.documents import SIZE, Corpus, Document, Lazy, corpus, cut, joined
+from uiollms.data.documents import Corpus, Document, Lazy, cut, joined
 from uiollms.data.readers.hub import parquet_file
 from uiollms.data.readers.json_lines import json_lines, json_lines_gz, read_text, text_file
+from uiollms.data.registry import SIZE, corpus
 from uiollms.files.errors import ConfigError
 from uiollms.files.reading import check_file
 

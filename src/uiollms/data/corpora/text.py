@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from uiollms.data.documents import SIZE, Corpus, Document, Lazy, corpus, cut, picked
+from uiollms.data.documents import Corpus, Document, Lazy, cut, picked
 from uiollms.data.readers.cleaning import article_spans, collapse_repeats
 from uiollms.data.readers.hub import HubDataset, documents_of
 from uiollms.data.readers.json_lines import Fields, RawFile, json_lines, plain_text, text_of
+from uiollms.data.registry import SIZE, corpus
 
 MINIPILE = HubDataset("JeanKaddour/minipile")
 WIKITEXT = HubDataset(

@@ -1,0 +1,81 @@
+"""Read the JSON files into typed sections. Nothing here loads a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from uiollms.config.corpora import Checked, TaskEntry
+from uiollms.config.partial import with_other_faults
+from uiollms.config.sections import EnvConfig, MemoryConfig, TestFile
+from uiollms.files.errors import ConfigError, describe, shortened
+from uiollms.files.json_files import DEEPEST, loads, read_json, unusable
+
+Model = TypeVar("Model", bound=Checked)
+
+
+def parse(model: type[Model], value: Any, path: str | Path) -> Model:
+    """A JSON value -> a typed object. Raises ConfigError with one line for every fault."""
+    if fault := unusable(value):
+        raise ConfigError(f"{path}: {fault}")
+    try:
+        return model.model_validate_json(json.dumps(value))
+    except ValidationError as error:
+        raise ConfigError(
+            "\n".join(describe(fault, model, path) for fault in error.errors())
+        ) from None
+
+
+def load_env_config(
+    path: str | Path,
+    overrides: list[str] | None = None,
+    check: Callable[[EnvConfig], object] | None = None,
+) -> EnvConfig:
+    """Read an environment config; `overrides` are "train.max_lr=3e-5" strings, values in JSON.
+    Raises ConfigError with a line for every fault, and with those that `check` finds in what is
+    left of the config without its faulty fields."""
+    value = read_json(path)
+    for override in overrides or []:
+        apply_override(value, override, path)
+    try:
+        return parse(EnvConfig, value, path)
+    except ConfigError as error:
+        raise with_other_faults(error, EnvConfig, value, check) from None
+
+
+def load_memory_config(path: str | Path) -> MemoryConfig:
+    return parse(MemoryConfig, read_json(path), path)
+
+
+def load_tasks(path: str | Path) -> tuple[TaskEntry, ...]:
+    value = read_json(path)
+    return parse(TestFile, {"tasks": value} if isinstance(value, list) else value, path).tasks
+
+
+def apply_override(value: Any, override: str, path: str | Path) -> None:
+    """Set one field of a JSON object in place: "train.corpus.0.truncation=2048"."""
+    key, equals, text = override.partition("=")
+    shown = f"--set {shortened(override)}"
+    if not equals:
+        raise ConfigError(f"{shown}: expected field=value, such as train.max_lr=3e-5")
+    try:
+        new = loads(text, f"--set {shortened(key)}")
+    except json.JSONDecodeError:
+        new = text  # a bare word is a string
+    *parents, last = key.split(".")
+    if len(parents) >= DEEPEST:
+        raise ConfigError(f"{shown}: {path} has no field so deep")
+    for part in parents:
+        try:
+            value = value[int(part)] if isinstance(value, list) else value.setdefault(part, {})
+        except (ValueError, IndexError, AttributeError):
+            way = f"has no {shortened(part)!r} on the way to {shortened(key)!r}"
+            raise ConfigError(f"{shown}: {path} {way}") from None
+    try:
+        value[int(last) if isinstance(value, list) else last] = new
+    except (ValueError, IndexError, TypeError):
+        raise ConfigError(f"{shown}: {path} has no {shortened(key)!r}") from None
