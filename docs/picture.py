@@ -12,76 +12,89 @@ from typing import Any
 import torch
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch, Rectangle
+from matplotlib.lines import Line2D
+from matplotlib.patches import FancyArrowPatch, Patch, Rectangle
 
 from uiollms.files.atomic import replacing
 from uiollms.model.attention import decoder_mask, decoder_positions, encoder_mask, encoder_positions
 from uiollms.training.estimators import ESTIMATORS, Estimator, make_estimator
 
-INK, BASE, ENC, DEC, MEM = "#222222", "#dfe3e8", "#f2a65a", "#5a8ff2", "#f7d6a8"
+INK, RED = "#222222", "#b03030"
+FROZEN, TRAINED, VALUES = "#d5dae1", "#f2a65a", "white"
+SEEN_TOKEN, SEEN_MEMORY = "#5a8ff2", "#f2a65a"
 
 
-def box(axes, x, y, width, height, text, color, size=9):
+def box(axes: Any, x: float, y: float, width: float, height: float, text: str, color: str) -> None:
     axes.add_patch(Rectangle((x, y), width, height, facecolor=color, edgecolor=INK, linewidth=0.8))
-    axes.text(
-        x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=size, color=INK
+    axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=10, color=INK)
+
+
+FORWARD: dict[str, Any] = dict(color=INK, linestyle="-", linewidth=1.4)
+GRADIENT: dict[str, Any] = dict(color=RED, linestyle=(0, (4, 2)), linewidth=1.4)
+
+
+def arrow(axes: Any, start: tuple[float, float], end: tuple[float, float], **look: Any) -> None:
+    """An arrow from `start`, whose head touches `end`."""
+    axes.add_patch(
+        FancyArrowPatch(
+            start, end, arrowstyle="-|>", mutation_scale=13, shrinkA=0, shrinkB=0, **look
+        )
     )
 
 
-def arrow(
-    axes, start, end, text="", color=INK, style="-|>", offset=(0, 0), dashed=False, curve=0.0
-):
-    axes.add_patch(
-        FancyArrowPatch(
-            start, end, arrowstyle=style, mutation_scale=10, color=color, linewidth=1.1,
-            linestyle="--" if dashed else "-", connectionstyle=f"arc3,rad={curve}",
-        )
-    )  # fmt: skip
-    if text:
-        x, y = (start[0] + end[0]) / 2 + offset[0], (start[1] + end[1]) / 2 + offset[1]
-        axes.text(x, y, text, fontsize=8, color=color, ha="center", va="center")
+def note(axes: Any, x: float, y: float, text: str, size: int = 10) -> None:
+    axes.text(x, y, text, ha="left", va="center", fontsize=size, color=RED)
 
 
 def how_it_works() -> Figure:
-    """Two chunks become memories that a third reads."""
-    figure = Figure(figsize=(10, 4.9), layout="constrained")
+    """Two chunks become memories that a third chunk reads; the gradient of its loss goes back to
+    both memories, and into the encoder of one chunk."""
+    figure = Figure(figsize=(11, 7.6), layout="constrained")
     axes = figure.subplots()
     axes.set_xlim(0, 100)
-    axes.set_ylim(0, 52)
+    axes.set_ylim(1, 79)
     axes.axis("off")
 
-    for i, x in enumerate((4, 29)):
-        box(axes, x, 2, 14, 5, f"chunk {i}: l tokens", "white")
-        box(axes, x + 14, 2, 6, 5, "m slots", MEM)
-        box(axes, x, 13, 20, 8, "encoder\nfrozen base + LoRA on q, v", ENC)
-        arrow(axes, (x + 10, 7), (x + 10, 13))
-        box(axes, x, 27, 20, 5, f"memory {i}: m vectors a layer", MEM, 8.5)
-        arrow(axes, (x + 10, 21), (x + 10, 27))
-        box(axes, x, 38, 20, 6, "keys and values\nfrozen k, v + decoder LoRA", DEC, 8)
-        arrow(axes, (x + 10, 32), (x + 10, 38))
+    for i, x in enumerate((1, 31)):
+        box(axes, x, 2, 18, 6, f"chunk {i}: l tokens", VALUES)
+        box(axes, x + 18, 2, 10, 6, "m slots", TRAINED)
+        box(axes, x, 15, 28, 6, "encoder: the base", FROZEN)
+        box(axes, x, 21, 28, 4.5, "LoRA on its q and v", TRAINED)
+        box(axes, x, 33, 28, 6, f"memory {i}: m vectors a layer", VALUES)
+        box(axes, x, 46, 28, 6, "k and v projections of the base", FROZEN)
+        box(axes, x, 52, 28, 4.5, "decoder LoRA on them", TRAINED)
+        positions = ("0 .. m-1", "m .. 2m-1")[i]
+        label = f"keys, values of memory {i}\nat positions {positions}"
+        box(axes, x - i, 63, 29 + i, 8, label, VALUES)
+        for low, high in ((8, 15), (25.5, 33), (39, 46), (56.5, 63)):
+            arrow(axes, (x + 7, low), (x + 7, high), **FORWARD)
+        for high, low in ((63, 56.5), (46, 39)):
+            arrow(axes, (x + 20, high), (x + 20, low), **GRADIENT)
 
-    box(axes, 68, 2, 22, 5, "chunk 2: l tokens, raw", "white")
-    box(axes, 68, 23, 22, 10, "decoder\nthe frozen base itself", BASE)
-    arrow(axes, (79, 7), (79, 23))
-    box(axes, 68, 43, 22, 5, "logits, loss", "white")
-    arrow(axes, (79, 33), (79, 43))
-    arrow(
-        axes,
-        (49, 41),
-        (68, 30),
-        "both read as a KV cache\nat positions 0 .. 2m-1",
-        offset=(-1.5, -4.5),
-    )
-    arrow(axes, (24, 44), (68, 32), curve=-0.25)
-    arrow(
-        axes,
-        (67, 24.5),
-        (50.5, 16),
-        "gradient to the encoder:\nchunks chosen by the estimator",
-        color="#b03030",
-        dashed=True,
-        offset=(6.5, -4.5),
-    )
+    axes.plot([21, 21], [33, 29.7], **GRADIENT)
+    axes.plot([21], [29.5], marker="x", color=RED, markersize=10, markeredgewidth=2.5)
+    note(axes, 23, 29.5, "the estimator\nskips chunk 0")
+    arrow(axes, (51, 33), (51, 25.5), **GRADIENT)
+    note(axes, 52, 29.5, "the estimator\nchose chunk 1")
+
+    box(axes, 73, 2, 26, 6, "chunk 2: l tokens", VALUES)
+    box(axes, 73, 60, 26, 11, "decoder: the base,\nreads memories and chunk", FROZEN)
+    box(axes, 73, 74.5, 26, 4, "logits, loss", VALUES)
+    arrow(axes, (81, 8), (81, 60), **FORWARD)
+    arrow(axes, (81, 71), (81, 74.5), **FORWARD)
+    arrow(axes, (93, 74.5), (93, 71), **GRADIENT)
+    arrow(axes, (60, 69), (73, 69), **FORWARD)
+    arrow(axes, (73, 65), (60, 65), **GRADIENT)
+    axes.text(66.5, 70, "KV cache", ha="center", va="bottom", fontsize=10)
+
+    handles = [
+        Patch(facecolor=FROZEN, edgecolor=INK, label="frozen weights: one base for all"),
+        Patch(facecolor=TRAINED, edgecolor=INK, label="trained weights"),
+        Patch(facecolor=VALUES, edgecolor=INK, label="values"),
+        Line2D([], [], **FORWARD, label="forward"),
+        Line2D([], [], **GRADIENT, label="gradient of chunk 2's loss"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=10, frameon=False)
     return figure
 
 
@@ -89,55 +102,68 @@ CPU = torch.device("cpu")
 
 
 def masks(l: int = 8, m: int = 2, earlier: int = 2) -> Figure:
-    """Who sees whom in the encoder, and in a decoder behind the memories of `earlier` chunks:
-    chunks of l tokens, m slots."""
-    figure = Figure(figsize=(10, 4.9), layout="constrained")
+    """Which key each query reads, in the encoder and in a decoder that reads the memories of
+    `earlier` chunks: chunks of l tokens, m slots."""
+    figure = Figure(figsize=(12.5, 6), layout="constrained")
     encoder, decoder = figure.subplots(1, 2, width_ratios=(l + m, m * earlier + l))
     names = [f"token {i}" for i in range(l)] + [f"slot {i}" for i in range(m)]
     positions = encoder_positions(l, m, CPU)[0].tolist()
-    rows = [f"{name}, at {position}" for name, position in zip(names, positions, strict=True)]
-    show_mask(encoder, encoder_mask(l, m, CPU), rows, names, slots=range(l, l + m))
-    encoder.set_title("encoder: one chunk, then its memory slots", fontsize=10)
+    show_mask(encoder, encoder_mask(l, m, CPU), names, positions, names, slots=range(l, l + m))
+    encoder.set_title(f"Encoder: a chunk of {l} tokens, then its {m} slots", fontsize=12)
 
     slots = m * earlier
     mask = decoder_mask([slots], 0, l, CPU)
     assert mask is not None
     positions = decoder_positions([slots], l, CPU)[0].tolist()
-    rows = [f"token {i}, at {position}" for i, position in enumerate(positions)]
-    columns = [f"memory {i // m}, slot {i % m}" for i in range(slots)] + [
-        f"token {i}" for i in range(l)
-    ]
-    show_mask(decoder, mask, rows, columns, slots=range(slots))
+    keys = [f"memory {i // m}, slot {i % m}" for i in range(slots)] + names[:l]
+    show_mask(decoder, mask, names[:l], positions, keys, slots=range(slots))
     decoder.set_title(
-        f"decoder: chunk {earlier} behind the memories of chunks 0 .. {earlier - 1}", fontsize=10
+        f"Decoder: chunk {earlier} reads the memories of chunks 0 to {earlier - 1}", fontsize=12
     )
+    handles = [
+        Patch(facecolor=color, edgecolor="0.6", label=label)
+        for color, label in (
+            (SEEN_TOKEN, "query attends to a token"),
+            (SEEN_MEMORY, "query attends to a memory slot"),
+            ("white", "masked"),
+        )
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=11, frameon=False)
     return figure
 
 
 def show_mask(
-    axes: Any, mask: torch.Tensor, rows: list[str], columns: list[str], slots: range
+    axes: Any,
+    mask: torch.Tensor,
+    queries: list[str],
+    positions: list[int],
+    keys: list[str],
+    slots: range,
 ) -> None:
-    """mask [1, 1, queries, keys]: what a row may see is coloured, by whether a token or a memory
-    slot is seen."""
-    seen = mask[0, 0].int()
-    seen[:, list(slots)] *= 2
-    axes.imshow(seen.numpy(), cmap=ListedColormap(["white", DEC, ENC]), vmin=0, vmax=2)
-    axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=8)
-    axes.set_yticks(range(len(rows)), rows, fontsize=8)
-    axes.set_xticks([x + 0.5 for x in range(len(columns))], minor=True)
+    """mask [1, 1, queries, keys]: a key that a query attends to is coloured, by whether it is a
+    token or a memory slot."""
+    attended = mask[0, 0].int()
+    attended[:, list(slots)] *= 2
+    colors = ListedColormap(["white", SEEN_TOKEN, SEEN_MEMORY])
+    axes.imshow(attended.numpy(), cmap=colors, vmin=0, vmax=2)
+    axes.set_anchor("N")
+    rows = [f"{name} ({position})" for name, position in zip(queries, positions, strict=True)]
+    axes.set_xticks(range(len(keys)), keys, rotation=90, fontsize=10)
+    axes.set_yticks(range(len(rows)), rows, fontsize=10)
+    axes.set_xticks([x + 0.5 for x in range(len(keys))], minor=True)
     axes.set_yticks([y + 0.5 for y in range(len(rows))], minor=True)
     axes.grid(which="minor", color="0.85")
     axes.tick_params(which="both", length=0)
-    axes.set_xlabel("is seen")
-    axes.set_ylabel("sees")
+    axes.set_xlabel("key", fontsize=12)
+    axes.set_ylabel("query (position)", fontsize=12)
 
 
 def weights(num_chunks: int = 8, S: int = 2, draws: int = 20_000) -> Figure:
     """W of every estimator: one draw above, the mean over `draws` below."""
     shown = [("exact", True), ("tbptt", True), ("uio", True), ("uio", False), ("importance", True)]
     assert {name for name, _ in shown} == set(ESTIMATORS)
-    figure = Figure(figsize=(12, 5.2), layout="constrained")
-    panels = figure.subplots(2, len(shown))
+    figure = Figure(figsize=(14, 6.4), layout="constrained")
+    panels = figure.subplots(2, len(shown), sharex=True, sharey=True)
     for column, (name, compensate) in enumerate(shown):
         estimator = make_estimator(name, S=S, compensate=compensate)
         rng = random.Random(3)
@@ -145,13 +171,18 @@ def weights(num_chunks: int = 8, S: int = 2, draws: int = 20_000) -> Figure:
         for axes, matrix in zip(
             panels[:, column], (drawn[0], torch.stack(drawn).mean(0)), strict=True
         ):
-            show_weights(axes, matrix, "{:.2g}" if axes is panels[0, column] else "{:.1f}")
-        panels[0, column].set_title(
-            f"{name}{'' if compensate else ', compensate: false'}", fontsize=10
-        )
-    panels[0, 0].set_ylabel("one draw\nloss t")
-    panels[1, 0].set_ylabel(f"mean of {draws:,} draws\nloss t")
-    figure.supxlabel("memory s", fontsize=10)
+            image = show_weights(axes, matrix, "{:.2g}" if axes is panels[0, column] else "{:.1f}")
+        title = name if compensate else f"{name}, compensate: false"
+        panels[0, column].set_title(title, fontsize=13)
+        panels[1, column].set_xlabel("memory s", fontsize=11)
+    panels[0, 0].set_ylabel("one draw\nloss t", fontsize=11)
+    panels[1, 0].set_ylabel(f"mean of {draws:,} draws\nloss t", fontsize=11)
+    figure.suptitle(
+        f"Weight of loss t in the gradient that memory s passes to the encoder: {num_chunks} "
+        f"chunks, S = {S}",
+        fontsize=13,
+    )
+    figure.colorbar(image, ax=panels, label="weight (exact gradient: 1)", pad=0.01)
     return figure
 
 
@@ -163,23 +194,18 @@ def weights_of(estimator: Estimator, num_chunks: int, rng: random.Random) -> tor
     return window if factors is None else window * torch.tensor(factors, dtype=window.dtype)
 
 
-def show_weights(axes: Any, matrix: torch.Tensor, form: str) -> None:
-    axes.imshow(matrix.numpy(), cmap="Blues", vmin=0, vmax=4)
+def show_weights(axes: Any, matrix: torch.Tensor, form: str) -> Any:
+    """The matrix as an image with its numbers -> the image."""
+    image = axes.imshow(matrix.numpy(), cmap="Blues", vmin=0, vmax=4)
     for t, s in matrix.nonzero().tolist():
         value = matrix[t, s].item()
-        axes.text(
-            s,
-            t,
-            form.format(value),
-            ha="center",
-            va="center",
-            fontsize=7,
-            color="white" if value > 2.5 else INK,
-        )
+        color = "white" if value > 2.2 else INK
+        axes.text(s, t, form.format(value), ha="center", va="center", fontsize=9, color=color)
     axes.plot([-0.5, len(matrix) - 0.5], [-0.5, len(matrix) - 0.5], color="0.7", linewidth=0.8)
     axes.set_xticks(range(len(matrix)))
     axes.set_yticks(range(len(matrix)))
-    axes.tick_params(length=0, labelsize=8)
+    axes.tick_params(length=0, labelsize=10)
+    return image
 
 
 PICTURES = {"how-it-works.png": how_it_works, "masks.png": masks, "weights.png": weights}
@@ -194,7 +220,7 @@ def main(arguments: list[str] | None = None) -> None:
         type=Path,
         default=Path(__file__).parent,
         metavar="FOLDER",
-        help="where they go (docs/)",
+        help="the folder to draw into; default: docs/",
     )
     out = parser.parse_args(arguments).out
     out.mkdir(parents=True, exist_ok=True)

@@ -134,7 +134,7 @@ def test_the_pictures_are_drawn_by_the_programs_functions():
         [1, 1, 0, 0, 2, 0],
         [1, 1, 1, 1, 0, 2],
     ]  # attention.py's example
-    assert len(picture.weights(draws=2).axes) == 2 * 5
+    assert len(picture.weights(draws=2).axes) == 2 * 5 + 1  # and the colour bar
 
 
 def test_environment_yaml_agrees_with_pyproject():
