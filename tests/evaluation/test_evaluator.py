@@ -547,7 +547,7 @@ def test_what_a_task_cannot_use_is_refused_before_scoring(corpora, tiny, task, m
     [
         (
             dict(task_type="longdata copy", compare=["raw"]),
-            "compare: raw: longdata copy is from memory alone; allowed",
+            "compare: raw: longdata copy decodes from memory alone; allowed",
         ),
         (dict(compare=["shuffled"], num_instance=1), "num_instance must be at least 2, found 1"),
         (

@@ -241,7 +241,7 @@ def test_stages_draw_documents_of_their_own(staged):
             "train.stages.2.corpus.0.name=nothing",
             "train.stages[2].corpus[0].name: corpus 'nothing'",
         ),
-        ("train.stages.0.corpus.0.kl_weight=0.5", "a copy is told by memory alone"),
+        ("train.stages.0.corpus.0.kl_weight=0.5", "a copy is decoded from memory alone"),
         ("train.stages.1.max_lr=0", "train.stages[1].max_lr"),
         ("train.stages.0.share=0", "train.stages[0].share"),
     ],

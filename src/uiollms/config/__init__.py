@@ -1,1 +1,1 @@
-"""The JSON configs as typed sections: environment configs, compressors, tasks."""
+"""The JSON configs as typed sections: experiments, compressors and evaluation tasks."""

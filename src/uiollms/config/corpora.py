@@ -1,7 +1,7 @@
-"""What a training takes documents from, in which stages, and what is evaluated: the entries of
-`train.corpus`, `train.stages`, `train.tasks` and test.json; and what all parts of a config share.
+"""The entries of `train.corpus`, `train.stages`, `train.tasks` and test.json, and the base class
+of all sections.
 
-Units: lengths in tokens; shares of documents.
+Units: lengths are in tokens, `partition` and `share` are fractions of documents.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ SchemaLink: Any = Field(
     None,
     alias="$schema",
     exclude=True,
-    description="path of the JSON Schema, for completion in editors",
+    description="path of the JSON Schema, with which editors complete and check the file",
 )
-# Shares may be rounded to three digits (the rest: of adding floats); Mixture normalises.
+# Fractions may be rounded to three digits, and their float sum has an error; Mixture normalises.
 SHARES_OFF = 1e-3 + 1e-9
 
 
 class Checked(BaseModel):
-    """Unknown keys are errors, types are strict (no "10" for 10, no true for 1), objects do not
-    change."""
+    """The base class of all sections. Unknown keys are errors, types are strict ("10" is no
+    number, true is not 1), and objects are immutable."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -39,7 +39,6 @@ class Checked(BaseModel):
 
 
 COPY_TASKS = ("auto encoding", "longdata copy")
-# What a sample of plain text, or of a prompt with its response, can be made for.
 TrainingTask = Literal[
     "language modeling",
     "auto encoding",
@@ -51,47 +50,52 @@ TrainingTask = Literal[
 Size = tuple[Positive, Positive]  # chunk_size, num_memory
 
 
-def spelled(value: Any) -> Any:
-    """Case, spaces and underscores as people write them: "Language_Modeling" is "language
-    modeling"."""
+def normalised_words(value: Any) -> Any:
+    """Normalise case, spaces and underscores: "Language_Modeling" -> "language modeling"."""
     return " ".join(value.replace("_", " ").lower().split()) if isinstance(value, str) else value
 
 
 class CorpusEntry(Checked):
     """One source of training documents."""
 
-    name: str = Field(description="corpus name, or files:my/books/*.txt: docs/evaluation.md")
-    partition: Fraction = Field(
-        description="share of the documents; all shares sum to 1 (within 0.001)"
+    name: str = Field(
+        description="name of a corpus, or files:my/books/*.txt; see docs/evaluation.md"
     )
-    truncation: Positive | None = Field(None, description="tokens kept of a document, null = all")
+    partition: Fraction = Field(
+        description="fraction of the documents that come from this corpus; the fractions sum to 1 "
+        "(within 0.001)"
+    )
+    truncation: Positive | None = Field(
+        None, description="largest number of tokens that are read of a document. null: all"
+    )
     crop: Literal["start", "random"] = Field(
-        "start", description="which tokens are kept when a document is longer"
+        "start", description="which tokens of a longer document are read"
     )
     task: TrainingTask | None = Field(
         None,
-        description="what plain text is trained for: each token predicted (language modeling); one "
-        "chunk, or all, written down from memory (auto encoding, longdata copy); the raw context's "
-        "effect on random tokens (memory utilization); facts hidden in it and asked for later "
-        "(synthetic recall). null = what the corpus is for",
+        description="training task of plain text. language modeling: predict each token. auto "
+        "encoding: copy one chunk from its memory. longdata copy: copy all chunks from memory. "
+        "memory utilization: reproduce the effect of the raw context on random tokens. synthetic "
+        "recall: answer questions about facts hidden in earlier chunks. null: the corpus's task",
     )
     kl_weight: Fraction | None = Field(
         None,
-        description="share of KL(teacher || student) in the loss, the teacher being the base that "
-        "reads the context raw; null = the corpus's own (mostly 0)",
+        description="weight of KL(teacher || student) in the loss; the rest is cross entropy. The "
+        "teacher is the base, which reads the context raw. null: the corpus's default (mostly 0)",
     )
     token_weighting: Literal["uniform", "context"] = Field(
         "uniform",
-        description="context: a token's loss has the weight max(0, nll_window - nll_raw) of the "
-        "frozen base, mean 1 a document: what raw context helps with counts, the rest does not; "
-        "needs a truncation that the base can read raw",
+        description="uniform: all scored tokens have the same weight. context: a token's weight is "
+        "max(0, nll_window - nll_raw) of the frozen base, divided by the mean over the document, "
+        "so that only tokens count that the raw context helps to predict. It needs a truncation "
+        "that the base can read raw",
     )
 
     @model_validator(mode="before")
     @classmethod
     def _spelling(cls, value: Any) -> Any:
         if isinstance(value, dict) and "task" in value:
-            return value | {"task": spelled(value["task"])}
+            return value | {"task": normalised_words(value["task"])}
         return value
 
     @model_validator(mode="after")
@@ -99,25 +103,24 @@ class CorpusEntry(Checked):
         faults = []
         if self.kl_weight and self.task in COPY_TASKS:
             faults.append(
-                f"kl_weight {self.kl_weight:g} with {self.task}: a copy is told by memory alone "
-                "and has no teacher; remove it"
+                f"kl_weight {self.kl_weight:g} with {self.task}: a copy is decoded from memory "
+                "alone and has no teacher; remove it"
             )
         if self.kl_weight is not None and self.task == "memory utilization":
             faults.append(
-                f"kl_weight {self.kl_weight:g} with memory utilization: its loss is the KL alone; "
+                f"kl_weight {self.kl_weight:g} with memory utilization: its loss is only the KL; "
                 "remove it"
             )
         weighs = ("language modeling", "question answering", None)
         if self.token_weighting == "context" and self.task not in weighs:
             faults.append(
-                f"token_weighting context with {self.task}: it weighs the tokens of a document "
-                "that "
-                f"is read from its start; allowed are language modeling and question answering"
+                f"token_weighting context with {self.task}: it weights the tokens of a document "
+                "that is read from its start; allowed are language modeling and question answering"
             )
         if self.token_weighting == "context" and self.truncation is None:
             faults.append(
-                "token_weighting context reads documents raw, too: set truncation to what the base "
-                "has positions for"
+                "token_weighting context also reads documents raw: set truncation to at most the "
+                "base's number of positions"
             )
         return all_right(self, faults)
 
@@ -130,27 +133,29 @@ def share_fault(corpus: tuple[CorpusEntry, ...]) -> str | None:
 
 
 class Stage(Checked):
-    """A part of a training run, with a learning rate that rises and falls by itself. What is left
-    out is the run's."""
+    """A part of a training run with a learning rate schedule of its own. Fields that are left out
+    have the values of `train`."""
 
     share: Annotated[float, Field(gt=0, le=1)] = Field(
-        description="of train_iters, its ends rounded to whole optimizer steps; all shares sum to "
-        "1 (within 0.001). A run that is made longer lengthens its last stage alone"
+        description="fraction of train_iters, rounded to whole optimizer steps; the fractions sum "
+        "to 1 (within 0.001). A resumed run with a larger train_iters lengthens only its last stage"
     )
     corpus: Annotated[tuple[CorpusEntry, ...], Field(min_length=1)] | None = Field(
-        None, description="what is trained on; null = train.corpus"
+        None, description="sources of documents. null: train.corpus"
     )
     max_lr: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="peak learning rate; null = train.max_lr"
+        None, description="peak learning rate. null: train.max_lr"
     )
     warmup: Fraction | None = Field(
-        None, description="share of the stage in which the rate grows; null = train.warmup"
+        None,
+        description="fraction of the stage in which the learning rate rises. null: train.warmup",
     )
     sizes: Annotated[tuple[Size, ...], Field(min_length=1)] | None = Field(
         None,
-        description="pairs [chunk_size, num_memory], one of them drawn for every optimizer step "
-        "(one named twice twice as often); null = the compressor config's. The weights do not "
-        "depend on them: those saved name the compressor config's size as their default",
+        description="pairs [chunk_size, num_memory], one of which is drawn for every optimizer "
+        "step; a pair that is listed twice is drawn twice as often. null: the compressor config's "
+        "sizes. The shapes of the weights do not depend on them; saved weights name the compressor "
+        "config's sizes as their default",
     )
 
     @model_validator(mode="after")
@@ -191,80 +196,76 @@ TEXT_TASKS = (
     "language modeling",
 )  # every token of plain text is scored, by a protocol
 RETRIEVAL_TASKS = ("passkey", "needle")
-MOST_TRIALS = 10_000  # at a depth; all are made before the first is scored
+MOST_TRIALS = 10_000  # at a depth; all of them are built before the first one is scored
 
 
 class TaskEntry(Checked):
     """One evaluation."""
 
-    task_type: TaskType = Field(description="what is measured: docs/evaluation.md")
+    task_type: TaskType = Field(description="kind of evaluation; see docs/evaluation.md")
     task_name: str = Field(
-        description="corpus name; for passkey and needle the corpus that the filler text comes from"
+        description="name of a corpus; passkey and needle take their filler text from it"
     )
     num_instance: Positive = Field(
-        description="documents; for passkey and needle trials at each depth"
+        description="number of documents; for passkey and needle, number of trials at each depth"
     )
     documents: Literal["first", "full"] = Field(
         default="first",
-        description="perplexity and language modeling only: which documents of the corpus. "
-        "first: the first num_instance, shorter ones as they are, as in the release; full: the "
-        "first that fill truncation, and where they are too few the first shorter ones of more "
-        "than a chunk",
+        description="which documents of the corpus are scored; perplexity and language modeling "
+        "only. first: the first num_instance documents, whatever their lengths, as in the "
+        "released program. full: the first documents of at least truncation tokens; if there are "
+        "too few, then the first shorter ones of more than a chunk",
     )
     truncation: Positive | None = Field(
         default=None,
-        description="tokens kept of a document, null = all; passkey, needle: of a trial",
+        description="largest number of tokens that are read of a document. null: all. For passkey "
+        "and needle, the length of a trial",
     )
     compare: tuple[Literal["window", "raw", "shuffled", "recent"], ...] = Field(
         default=(),
         description=(
-            "also score the same tokens without memory (window), with the raw context "
-            "where positions allow (raw), with the memories of another document (shuffled), and "
-            "with as "
-            "many raw tokens right in front as memory has slots (recent)"
+            "modes that score the same tokens for comparison. window: without memory. raw: with "
+            "the raw context, if it fits the base's positions. shuffled: with the memories of "
+            "another document. recent: with the preceding raw tokens, as many as memory has slots"
         ),
     )
     chunk_size: Positive | None = Field(
         None,
-        description="tokens of a chunk in this task; null = the compressor config's",
+        description="number of tokens in a chunk in this task. null: the compressor config's",
     )
     num_memory: Positive | None = Field(
         None,
-        description="memory slots of a chunk in this task; null = the compressor config's",
+        description="number of memory slots of a chunk in this task. null: the compressor config's",
     )
     protocols: tuple[Literal["paper", "document", "later"], ...] = Field(
         default=("paper",),
         min_length=1,
         description=(
-            "perplexity and language modeling only: which tokens are scored, one result each. "
-            "paper: all but the first "
-            "of every chunk; document: all but the document's first; later: as document, but those "
-            "that read no memory"
+            "which tokens are scored, with one result for each protocol; perplexity and language "
+            "modeling only. paper: all except the first of every chunk. document: all except the "
+            "document's first. later: those of document that read a memory"
         ),
     )
     depths: tuple[Fraction, ...] | None = Field(
         default=None,
         min_length=1,
         description=(
-            "passkey and needle only: where in the context the sentence is hidden, 0 its start, 1 "
-            "its end; null = 0, "
-            "0.25, 0.5, 0.75 and 1"
+            "positions in the context at which the sentence is hidden, from 0 (start) to 1 (end); "
+            "passkey and needle only. null: 0, 0.25, 0.5, 0.75 and 1"
         ),
     )
     generate: bool = Field(
         default=False,
         description=(
-            "question answering only: also answer greedily, up to the reference's length, scored "
-            "by ROUGE-L"
+            "whether the model also generates answers greedily, up to the reference's length, "
+            "which are scored by ROUGE-L; question answering only"
         ),
     )
 
     @field_validator("task_type", mode="before")
     @classmethod
     def _spelling(cls, value: Any) -> Any:
-        """Case, spaces and underscores as people write them: "Language_Modeling" is "language
-        modeling"."""
-        name = spelled(value)
+        name = normalised_words(value)
         if name == "random memory utilization":
             raise ValueError(
                 "the release names this task but has no code for it; use 'memory utilization'"
@@ -276,13 +277,13 @@ class TaskEntry(Checked):
         faults = []
         if self.protocols != ("paper",) and self.task_type not in TEXT_TASKS:
             faults.append(
-                f"protocols is for {' and '.join(TEXT_TASKS)}; {self.task_type} has one way to "
-                "score: remove it"
+                f"protocols is for {' and '.join(TEXT_TASKS)}; {self.task_type} has one protocol: "
+                "remove it"
             )
         if self.documents != "first" and self.task_type not in TEXT_TASKS:
             faults.append(
                 f"documents is for {' and '.join(TEXT_TASKS)}; {self.task_type} takes the first "
-                f"whose loss can read memory: remove it"
+                "documents whose loss depends on memory: remove it"
             )
         if self.depths is not None and self.task_type not in RETRIEVAL_TASKS:
             faults.append(
@@ -300,7 +301,7 @@ class TaskEntry(Checked):
             )
         if self.task_type in COPY_TASKS and {"raw", "recent"} & set(self.compare):
             compared = " and ".join(mode for mode in self.compare if mode in ("raw", "recent"))
-            what = f"{self.task_type} is from memory alone; allowed are window and shuffled"
+            what = f"{self.task_type} decodes from memory alone; allowed are window and shuffled"
             faults.append(f"compare: {compared}: {what}")
         if "shuffled" in self.compare and self.num_instance < 2:
             faults.append(

@@ -19,7 +19,7 @@ Model = TypeVar("Model", bound=Checked)
 
 
 def parse(model: type[Model], value: Any, path: str | Path) -> Model:
-    """A JSON value -> a typed object. Raises ConfigError with one line for every fault."""
+    """Parse a JSON value into a typed object. Raises ConfigError with one line for each fault."""
     if fault := unusable(value):
         raise ConfigError(f"{path}: {fault}")
     try:
@@ -35,9 +35,10 @@ def load_env_config(
     overrides: list[str] | None = None,
     check: Callable[[EnvConfig], object] | None = None,
 ) -> EnvConfig:
-    """Read an environment config; `overrides` are "train.max_lr=3e-5" strings, values in JSON.
-    Raises ConfigError with a line for every fault, and with those that `check` finds in what is
-    left of the config without its faulty fields."""
+    """Read an environment config and apply `overrides`, strings such as "train.max_lr=3e-5" with
+    values in JSON. Raises ConfigError with one line for each fault. It also reports the faults
+    that `check` finds in the config without its faulty fields, so that all can be mended at once.
+    """
     value = read_json(path)
     for override in overrides or []:
         apply_override(value, override, path)
@@ -57,7 +58,11 @@ def load_tasks(path: str | Path) -> tuple[TaskEntry, ...]:
 
 
 def apply_override(value: Any, override: str, path: str | Path) -> None:
-    """Set one field of a JSON object in place: "train.corpus.0.truncation=2048"."""
+    """Set one field of a JSON object in place. Raises ConfigError if no such field can exist.
+
+    override: the field and its value in JSON, "train.corpus.0.truncation=2048"; a value that is
+    not JSON is a string.
+    """
     key, equals, text = override.partition("=")
     shown = f"--set {shortened(override)}"
     if not equals:
@@ -65,7 +70,7 @@ def apply_override(value: Any, override: str, path: str | Path) -> None:
     try:
         new = loads(text, f"--set {shortened(key)}")
     except json.JSONDecodeError:
-        new = text  # a bare word is a string
+        new = text
     *parents, last = key.split(".")
     if len(parents) >= DEEPEST:
         raise ConfigError(f"{shown}: {path} has no field so deep")
@@ -73,7 +78,7 @@ def apply_override(value: Any, override: str, path: str | Path) -> None:
         try:
             value = value[int(part)] if isinstance(value, list) else value.setdefault(part, {})
         except (ValueError, IndexError, AttributeError):
-            way = f"has no {shortened(part)!r} on the way to {shortened(key)!r}"
+            way = f"has no {shortened(part)!r} in the path {shortened(key)!r}"
             raise ConfigError(f"{shown}: {path} {way}") from None
     try:
         value[int(last) if isinstance(value, list) else last] = new

@@ -1,5 +1,4 @@
-"""What is left of a JSON object without its faulty fields, so that the rest can be looked at
-too."""
+"""Remove the faulty fields of a JSON object, so that the remaining fields can be checked too."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from uiollms.files.errors import ConfigError, forgiving
 
 Model = TypeVar("Model", bound=BaseModel)
 
-# In the place of a faulty field that has no default: values that no other check objects to.
+# Values for faulty fields without a default; they pass all other checks.
 STAND_INS = {
     "device_map": "cpu",
     "eval": 1,
@@ -29,8 +28,8 @@ STAND_INS = {
 def with_other_faults(
     error: ConfigError, model: type[Model], value: Any, check: Callable[[Model], object] | None
 ) -> ConfigError:
-    """The error of a JSON value that is no `model`, and behind its lines those of the faults that
-    `check` finds in what can be used of the value."""
+    """Return `error`, which parsing `value` as a `model` raised, extended by the faults that
+    `check` finds in the usable part of the value."""
     lines = str(error).splitlines()
     rest = usable_part(model, value) if check else None
     if check and rest is not None:
@@ -42,21 +41,21 @@ def with_other_faults(
 
 
 def usable_part(model: type[Model], value: Any) -> Model | None:
-    """A JSON value without its faulty fields, which have their defaults or stand-ins instead; None
-    where one of them has neither."""
+    """Parse a JSON value whose faulty fields are replaced by their defaults or stand-ins. Returns
+    None if a faulty field has neither."""
     value = copy.deepcopy(value)
     with forgiving():
         while True:
             try:
                 return model.model_validate_json(json.dumps(value))
             except ValidationError as error:
-                if not all(mend(value, fault["loc"]) for fault in error.errors()):
+                if not all(remove_fault(value, fault["loc"]) for fault in error.errors()):
                     return None
 
 
-def mend(value: Any, location: tuple[str | int, ...]) -> bool:
-    """Take the deepest field that a fault's location names out of a JSON value, or put its stand-in
-    there; whether that could be done."""
+def remove_fault(value: Any, location: tuple[str | int, ...]) -> bool:
+    """Remove the deepest field that a fault's location names from a JSON value, in place, or
+    replace it by its stand-in. Returns whether there was such a field."""
     holder: Any = None
     key: Any = None
     for part in location:
@@ -64,10 +63,10 @@ def mend(value: Any, location: tuple[str | int, ...]) -> bool:
             value = value[part]
         elif isinstance(value, dict) and part in value:
             holder, key, value = value, part, value[part]
-        elif isinstance(value, dict) and part in STAND_INS:  # a field that is not there
+        elif isinstance(value, dict) and part in STAND_INS:  # a missing field
             holder, key = value, part
             break
-        else:  # such as the name of a union's member
+        else:  # such as the name of a union member
             break
     if holder is None:
         return False

