@@ -49,9 +49,10 @@ def main(arguments: list[str] | None = None) -> None:
     args.output.say(weights_words(weights, model))
 
     evaluation = Evaluation(model, tokenizer, tasks)
-    results = evaluation.run(
+    scores = evaluation.run(
         lambda documents: args.output.bar(documents, desc="evaluate", leave=False)
     )
+    results = [task.summarize() for task in scores]
     if args.output.has_words:
         print_results(results)
     versions = environment() | {"dtype": str(model.dtype), "device": device_name()}
@@ -60,9 +61,9 @@ def main(arguments: list[str] | None = None) -> None:
         "config": config.model_dump(mode="json"),
         "versions": versions,
     }
-    summaries = about | {"results": [r.summary() for r in results]}
-    args.output.line(as_json(summaries))
-    text = as_json(summaries, indent=4) + "\n"
+    contents = about | {"results": [result.as_json() for result in results]}
+    args.output.line(as_json(contents))
+    text = as_json(contents, indent=4) + "\n"
     with reporting_write_errors(folder):
         # All are on the disk before the first gets its name: test.json, which marks the folder as a
         # run's.
@@ -70,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
             replacing(folder / "test-nll.safetensors") as nlls,
             replacing(folder / "test.json") as work,
         ):
-            save_token_nlls(results, nlls, of=text)
+            save_token_nlls(scores, nlls, test_json=text)
             work.write_text(text, encoding="utf-8")
         plot_results(results, folder / "test.png")
     args.output.say(

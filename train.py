@@ -87,12 +87,13 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
     def evaluate() -> None:
         try:
             if world.is_main_process:
-                results = evaluation.run(
+                scores = evaluation.run(
                     lambda documents: output.bar(
                         run.until_signal(documents), desc="evaluate", leave=False
                     )
                 )
-                run.log(iteration=state.iteration, eval=[r.summary() for r in results])
+                results = [task.summarize() for task in scores]
+                run.log(iteration=state.iteration, eval=[result.as_json() for result in results])
                 plot_run(run.folder, train.loss, schedule.counts)
                 progress.clear()
                 if output.has_words:

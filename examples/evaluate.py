@@ -23,6 +23,6 @@ tasks = [
     )
     for document in documents
 ]
-results = Evaluation(model, tokenizer, tasks).run()
+results = [scores.summarize() for scores in Evaluation(model, tokenizer, tasks).run()]
 print_results(results)
-print(json.dumps([result.summary() for result in results])[:300], "...")
+print(json.dumps([result.as_json() for result in results])[:300], "...")

@@ -12,7 +12,7 @@ from uiollms.data.documents import Document
 from uiollms.data.sample import Row, Sample
 from uiollms.data.tokens import continuation_ids
 from uiollms.evaluation.evaluator import Evaluation
-from uiollms.evaluation.results import TaskResult
+from uiollms.evaluation.results import TaskScores, TaskSummary
 from uiollms.evaluation.scoring import Score, score
 from uiollms.files.errors import ConfigError
 from uiollms.model.memory import Memory, join
@@ -61,6 +61,7 @@ __all__ = [
     "Score",
     "Evaluation",
     "TaskEntry",
-    "TaskResult",
+    "TaskScores",
+    "TaskSummary",
     "print_results",
 ]

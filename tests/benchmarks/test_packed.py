@@ -8,7 +8,7 @@ from conftest import gradients, make_model, random_ids, worst_error
 
 import uiollms
 from uiollms.data.sample import IGNORED
-from uiollms.evaluation.scoring import positions, token_losses
+from uiollms.evaluation.scoring import scored_positions, token_losses
 
 L = 8
 
@@ -50,7 +50,7 @@ def test_the_modes_are_those_of_score(family):
     for document, other in zip(ids, ids.flip(0), strict=True):
         sample = uiollms.Sample.document(document, L)
         nll = token_losses(model, sample, "shuffled", other[: 4 * L].view(4, L))[1]
-        expected["shuffled"].append(nll[positions(sample) > L])
+        expected["shuffled"].append(nll[scored_positions(sample) > L])
         for mode, name in (("window", "window"), ("own", "memory"), ("raw", "raw")):
             score = uiollms.score(model, document, "document", name)
             expected[mode].append(score.nll[score.positions > L])

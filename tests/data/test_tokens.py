@@ -28,7 +28,8 @@ from uiollms.data.tokens import (
     plain_ids,
     tokenize_pair,
 )
-from uiollms.evaluation.evaluator import Evaluation, instance_of
+from uiollms.evaluation.evaluator import Evaluation
+from uiollms.evaluation.instances import make_instance
 from uiollms.weights.adapters import save_weights
 
 BOS, EOS = 1, 2
@@ -198,7 +199,7 @@ def test_a_generated_answer_starts_where_the_scored_one_does(maker):
     fields = dict(
         task_type="question answering", task_name="files:x", num_instance=1, generate=True
     )
-    instance = instance_of(maker, document, TaskEntry(**fields), random.Random(0))
+    instance = make_instance(maker, document, TaskEntry(**fields), random.Random(0))
     assert instance.response.tolist() == ids_of(maker.tokenizer, "\u2581kettle")
     whole = document_ids(maker.tokenizer, document.text + "tle")
     assert instance.prompt.tolist() == whole[:-1]

@@ -1,5 +1,4 @@
-"""Attention mass against the softmax written out by hand from queries and keys, and through the
-report's command."""
+"""Compares attention mass with a softmax that is computed by hand from queries and keys."""
 
 import math
 
@@ -8,32 +7,32 @@ import torch
 from conftest import make_model, random_ids
 from transformers.models.llama.modeling_llama import repeat_kv
 
-from uiollms.evaluation.attention_mass import AttentionMass, Recorded, attention_shares
+from uiollms.evaluation.attention_mass import AttentionMass, RecordingPattern, attention_fractions
 from uiollms.model.attention import decoder_mask
 
 
-def into(pattern: dict, key: tuple[int, str]):
-    return lambda module, arguments, output: pattern.__setitem__(key, output)
+def store_output(outputs: dict, key: tuple[int, str]):
+    return lambda module, arguments, output: outputs.__setitem__(key, output)
 
 
-def by_hand(model, ids) -> torch.Tensor:
-    """The slow obvious twin: hooks catch what enters and leaves every layer's q_proj and k_norm
-    or k_proj, here the weights are softmax(q k^T / sqrt(K)), token by token over the memories
-    and the chunk's tokens up to it; the keys of the memories are those that a stream holds."""
+def fractions_by_hand(model, ids) -> torch.Tensor:
+    """The slow twin of `attention_fractions`. Hooks store the queries and keys of every layer, and
+    the weights are softmax(q k^T / sqrt(K)), token by token, over the memories and the chunk's
+    tokens up to it. The keys of the memories come from the state of a stream."""
     l, m = model.memory_config.chunk_size, model.memory_config.num_memory
     layers = model.base.model.layers
     count = -(-len(ids) // l)
-    shares = torch.zeros(len(layers), count - 1, count, dtype=torch.float64)
+    fractions = torch.zeros(len(layers), count - 1, count, dtype=torch.float64)
     for r in range(1, count):
-        state = model(ids[None, : r * l]).past_key_values  # compressed: r memories
-        pattern: dict[tuple[int, str], torch.Tensor] = {}
+        state = model(ids[None, : r * l]).past_key_values  # r memories
+        outputs: dict[tuple[int, str], torch.Tensor] = {}
         hooks = []
         for i, layer in enumerate(layers):
             for name in ("q", "k"):
                 module = getattr(layer.self_attn, f"{name}_norm", None) or getattr(
                     layer.self_attn, f"{name}_proj"
                 )
-                hooks.append(module.register_forward_hook(into(pattern, (i, name))))
+                hooks.append(module.register_forward_hook(store_output(outputs, (i, name))))
         row = ids[r * l : (r + 1) * l]
         prefix = state.prefix(r * m, with_local=False)
         model.decode(row[None], prefix, [r * m])
@@ -44,7 +43,7 @@ def by_hand(model, ids) -> torch.Tensor:
         for i, layer in enumerate(layers):
             attention = layer.self_attn
             q, k = (
-                pattern[i, name].reshape(1, len(row), -1, attention.head_dim).transpose(1, 2)
+                outputs[i, name].reshape(1, len(row), -1, attention.head_dim).transpose(1, 2)
                 for name in ("q", "k")
             )
             half = attention.head_dim // 2
@@ -57,34 +56,32 @@ def by_hand(model, ids) -> torch.Tensor:
                     weights = torch.softmax(
                         visible @ q[0, head, t] / math.sqrt(attention.head_dim), 0
                     )
-                    share = 1 / (q.shape[1] * len(row))
-                    shares[i, r - 1, 0] += share * weights[r * m :].sum()
+                    weight = 1 / (q.shape[1] * len(row))
+                    fractions[i, r - 1, 0] += weight * weights[r * m :].sum()
                     for age in range(1, r + 1):
                         first = (r - age) * m
-                        shares[i, r - 1, age] += share * weights[first : first + m].sum()
-    return shares
+                        fractions[i, r - 1, age] += weight * weights[first : first + m].sum()
+    return fractions
 
 
 @torch.no_grad()
 def test_masses_are_the_softmax_by_hand(family):
     model, ids = make_model(family), random_ids(29)
-    shares = attention_shares(model, ids)
-    assert shares.shape == (3, 3, 4)
-    assert torch.allclose(
-        shares.sum(2), torch.ones(3, 3), atol=1e-6
-    )  # own tokens and memories together
-    assert torch.allclose(
-        shares.double(), by_hand(model, ids), atol=1e-6
-    )  # eager's softmax is float32
+    fractions = attention_fractions(model, ids)
+    assert fractions.shape == (3, 3, 4)
+    assert torch.allclose(fractions.sum(2), torch.ones(3, 3), atol=1e-6)
+    # The softmax of eager attention is float32.
+    assert torch.allclose(fractions.double(), fractions_by_hand(model, ids), atol=1e-6)
     assert [
-        (shares[:, r, r + 2 :] == 0).all() and (shares[:, r, : r + 2] > 0).all() for r in range(3)
+        (fractions[:, r, r + 2 :] == 0).all() and (fractions[:, r, : r + 2] > 0).all()
+        for r in range(3)
     ] == [True] * 3
 
 
 @torch.no_grad()
 def test_recorded_attention_is_the_usual_one():
-    """Behind memories, and without a mask: plain causal. The base's own settings are not
-    touched."""
+    """With memories, and without a mask, which means causal attention. The base's settings do not
+    change."""
     model, ids = make_model(), random_ids(29)
     usual, layers = model.base.config._attn_implementation, []
     for num_slots, mask in ((4, decoder_mask([4], 0, 5, model.device)), (0, None)):
@@ -94,22 +91,26 @@ def test_recorded_attention_is_the_usual_one():
         expected = model.decode(
             ids[None, :5], state.prefix(num_slots, with_local=False), [num_slots]
         )
-        pattern = Recorded(mask, lambda layer, weights: layers.append(layer))
+        pattern = RecordingPattern(mask, lambda layer, weights: layers.append(layer))
         found = model.decode(
             ids[None, :5], state.prefix(num_slots, with_local=False), [num_slots], pattern=pattern
         )
-        assert torch.allclose(found, expected, atol=1e-5)  # eager's softmax is float32
+        assert torch.allclose(
+            found, expected, atol=1e-5
+        )  # the softmax of eager attention is float32
     assert layers == [0, 1, 2, 0, 1, 2] and model.base.config._attn_implementation == usual
     with pytest.raises(ValueError, match="8 tokens fit one chunk of 8"):
-        attention_shares(model, ids[:8])
+        attention_fractions(model, ids[:8])
 
 
 def test_averages_are_over_the_rows_that_have_the_memory(tmp_path):
-    """Two layers; the second pays all its attention to the oldest memory."""
+    """Two layers, of which the second attends to the oldest memory only."""
     first = [[0.5, 0.5, 0, 0], [0.4, 0.4, 0.2, 0], [0.1, 0.3, 0.2, 0.4]]
-    shares = torch.tensor([first, [[0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]], dtype=torch.float32)
-    AttentionMass(shares, {"tokens": "29"}).save(tmp_path / "attention.safetensors")
+    fractions = torch.tensor(
+        [first, [[0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]], dtype=torch.float32
+    )
+    AttentionMass(fractions, {"tokens": "29"}).save(tmp_path / "attention.safetensors")
     mass = AttentionMass.load(tmp_path / "attention.safetensors")
-    assert mass.about == {"tokens": "29"} and torch.equal(mass.shares, shares)
+    assert mass.about == {"tokens": "29"} and torch.equal(mass.fractions, fractions)
     assert torch.allclose(mass.by_age, torch.tensor([[0.4, 0.2, 0.4], [1 / 3, 1 / 2, 1]]))
     assert torch.allclose(mass.on_memory, torch.tensor([[0.5, 0.6, 0.9], [1, 1, 1]]))

@@ -1,5 +1,5 @@
-"""Evaluation tasks from config to numbers: every task type, retrieval trials, what is stored,
-and what is refused."""
+"""Tests evaluation tasks from config to numbers: every task type, retrieval trials, stored scores,
+and tasks that are refused."""
 
 import json
 import math
@@ -22,9 +22,12 @@ from uiollms.data import Document
 from uiollms.data.builder import SampleBuilder
 from uiollms.data.retrieval import WORDS, trials
 from uiollms.data.sample import Sample
-from uiollms.evaluation.evaluator import Evaluation, Instance, evaluation_documents, partner
-from uiollms.evaluation.results import DocumentScore, TaskResult, bleu4, bootstrap, rouge_l
+from uiollms.evaluation.copying import written_chunk
+from uiollms.evaluation.evaluator import Evaluation
+from uiollms.evaluation.instances import Instance, evaluation_documents, find_partner
+from uiollms.evaluation.results import ScoredTask, TaskScores, TaskSummary
 from uiollms.evaluation.scoring import token_losses
+from uiollms.evaluation.statistics import DocumentScore, bleu4, bootstrap, rouge_l
 from uiollms.reports.curves import plot_training
 from uiollms.reports.tables import print_results, print_written, written_chunks
 
@@ -33,14 +36,14 @@ TEXT = "The harbour has three walls, and on calm days their stones can be counte
 
 @pytest.fixture
 def tiny(workspace):
-    """(model, tokenizer) of the tiny folder: chunks of 16 into 2 slots, 128 positions, a token a
-    byte."""
+    """(model, tokenizer) of the tiny folder, with 2 slots per chunk of 16, 128 positions and one
+    token per byte."""
     return load_memory_lm(load_env_config("env.json"), "env.json")
 
 
 @pytest.fixture
 def corpora(workspace, monkeypatch):
-    """raw_data of the repository's examples, and three hub datasets in a folder."""
+    """Sets raw_data to the repository's examples, and the hub to a folder with four datasets."""
     monkeypatch.setenv("UIOLLMS_CACHE", str(workspace / "cache"))
     monkeypatch.setenv("UIOLLMS_RAW_DATA", str(ROOT / "raw_data" / "examples"))
     monkeypatch.setenv("UIOLLMS_HUB_DIR", str(workspace / "hub"))
@@ -63,7 +66,7 @@ def corpora(workspace, monkeypatch):
 
 
 def entry(task_type: str = "perplexity", **fields) -> TaskEntry:
-    """A task as a config has it, through JSON."""
+    """A task entry, parsed as a config's."""
     task = (
         dict(task_type=task_type, task_name="files:book*.txt", num_instance=2, truncation=100)
         | fields
@@ -74,7 +77,7 @@ def entry(task_type: str = "perplexity", **fields) -> TaskEntry:
 # ---- All tasks through the commands --------------------------------------------------------------
 
 
-def shrunk() -> list[dict]:
+def short_tasks() -> list[dict]:
     """config/tasks/every-task.json for the tiny model: fewer tokens."""
     tasks = json.loads((ROOT / "config/tasks/every-task.json").read_text())["tasks"]
     short = {"passkey": 230, "needle": 180}
@@ -84,9 +87,9 @@ def shrunk() -> list[dict]:
 
 
 def test_every_task_type_evaluates(workspace, corpora, capsys):
-    """test.py on the tiny model with every task of config/tasks/every-task.json, and what it leaves in
-    the run folder."""
-    Path("test.json").write_text(json.dumps(dict(tasks=shrunk())))
+    """test.py on the tiny model with every task of config/tasks/every-task.json, and what it writes
+    into the run folder."""
+    Path("test.json").write_text(json.dumps(dict(tasks=short_tasks())))
     kinds = {task.task_type for task in load_tasks("test.json")}
     assert kinds == set(TaskType.__args__)
     assert call("test.py", "--env_conf", "env.json") == 0, capsys.readouterr().err
@@ -145,7 +148,7 @@ def test_every_task_type_evaluates(workspace, corpora, capsys):
     ],
 )
 def test_every_task_trains(workspace, corpora, capsys, corpus):
-    """Three iterations on a corpus of every task's own: finite losses, and weights that move."""
+    """Three iterations on a corpus of every task have finite losses and nonzero gradients."""
     entries = json.dumps([dict(name=corpus, partition=1, truncation=96)])
     settings = [
         f"--set=train.corpus={entries}",
@@ -158,15 +161,15 @@ def test_every_task_trains(workspace, corpora, capsys, corpus):
 
 
 def test_auto_encoding_trains_on_one_chunk_at_a_time(tiny):
-    """Spec page 3: one chunk is compressed, and reproduced from memory alone."""
+    """A sample has one chunk, which the model compresses and reproduces from memory alone."""
     document = Document("".join(chr(97 + i % 26) for i in range(50)), "here", task="auto encoding")
-    maker, seen = SampleBuilder(*tiny), set()
+    builder, chunks = SampleBuilder(*tiny), set()
     for seed in range(20):
-        sample = maker.make(document, None, random.Random(seed))
+        sample = builder.make(document, None, random.Random(seed))
         assert sample.chunks.shape == (1, 16) and len(sample.rows) == 1 and sample.rows[0].repeat
         assert torch.equal(sample.rows[0].targets, sample.chunks[0])
-        seen.add(tuple(sample.chunks[0].tolist()))
-    assert len(seen) == 3  # 50 tokens have three complete chunks
+        chunks.add(tuple(sample.chunks[0].tolist()))
+    assert len(chunks) == 3  # 50 tokens have three complete chunks
 
 
 def test_tasks_inside_a_training_run(workspace):
@@ -186,12 +189,12 @@ def test_tasks_inside_a_training_run(workspace):
         "auto encoding",
         "passkey",
     ]
-    # With the paper's protocol, as the training loss: one panel.
+    # The task has the paper's protocol, as the training loss has, so the plot has one panel.
     assert plot_training(lines, Path("one.png")).stat().st_size > 1000
     Path("test.json").write_text(dumped)
     assert call("test.py", "--env_conf", "env.json") == 0
     assert json.loads(Path("out/test.json").read_text())["results"] == logged
-    # No task under the training loss's protocol: a panel of its own
+    # No task has the protocol of the training loss, so the evaluation has its own panel.
     lines = [lines[0], lines[-1] | {"eval": logged[:1]}]
     assert plot_training(lines, Path("two.png")).stat().st_size > 1000
 
@@ -225,7 +228,7 @@ def test_the_stored_nlls_are_the_scores(workspace, tiny):
                     assert torch.equal(
                         file.get_tensor(f"{r}.{d}.{mode}.positions"), expected.positions
                     )
-                # Document d reads the memories of document d + 1, counted round.
+                # Document d reads the memories of document d + 1, the last one those of the first.
                 other = ids[(d + 1) % 3][:96].view(6, 16)
                 sample = {"paper": Sample.language_modeling, "document": Sample.document}[protocol](
                     document, 16
@@ -235,8 +238,8 @@ def test_the_stored_nlls_are_the_scores(workspace, tiny):
 
 
 def test_means_by_position_and_chunk_recombine_to_the_total(tiny):
-    result = Evaluation(*tiny, [entry(protocols=["document"])]).run()[0]
-    numbers = result.modes["memory"]
+    (scores,) = Evaluation(*tiny, [entry(protocols=["document"])]).run()
+    numbers = scores.summarize().modes["memory"]
     for groups in (numbers["by_position"], numbers["by_chunk"]):
         tokens = sum(g["tokens"] for g in groups)
         assert tokens == 2 * 99 and sum(
@@ -271,7 +274,8 @@ def test_summary_numbers():
         "window": scores_of((math.log(40), 40)),
         "raw": scores_of((math.log(5), 40)),
     }
-    summary = TaskResult("x", "perplexity", 100, 8, "paper", scores=scores).summary()
+    task = ScoredTask("x", "perplexity", 100, 8, "paper")
+    summary = TaskScores(task, scores).summarize().as_json()
     weighted = math.exp((30 * math.log(10) + 10 * math.log(20)) / 40)
     near = 1e-6  # NLLs are stored in float32
     assert summary["memory"]["perplexity"] == pytest.approx(weighted, rel=near)
@@ -286,8 +290,8 @@ def test_summary_numbers():
 
 
 def test_bootstrap_covers_what_it_should():
-    """The mean of 100 values 0 .. 1 has a standard error of about 0.029; 95 % is 1.96 of them on
-    either side."""
+    """The mean of 100 values 0 .. 1 has a standard error of about 0.029, so the interval reaches
+    1.96 * 0.029 to either side."""
     values = [i / 99 for i in range(100)]
     low, high = bootstrap(values, lambda drawn: sum(drawn) / len(drawn))
     assert low == pytest.approx(0.5 - 1.96 * 0.029, abs=0.015) and high == pytest.approx(
@@ -300,9 +304,8 @@ def test_bleu_and_rouge_of_texts():
     same = (TEXT, TEXT)
     assert bleu4([same]) == pytest.approx(100) and rouge_l([same]) == 1
     assert bleu4([(TEXT, "nothing of it")]) < 5 and rouge_l([(TEXT, "something else")]) == 0
-    assert rouge_l([("a b c d", "a x c d")]) == pytest.approx(
-        0.75
-    )  # the longest common subsequence is a c d
+    # The longest common subsequence is a c d.
+    assert rouge_l([("a b c d", "a x c d")]) == pytest.approx(0.75)
 
 
 # ---- Documents and modes -------------------------------------------------------------------------
@@ -317,18 +320,19 @@ def test_the_base_is_scored_once_and_memory_every_time(tiny):
         [entry(**compared), entry("auto encoding", truncation=40, compare=["window"])],
     )
     first = evaluation.run()
+    first_modes = [scores.summarize().modes for scores in first]
     for parameter in model.trainable_parameters().values():
         torch.nn.init.normal_(parameter, std=0.3)
     second = evaluation.run()
+    second_modes = [scores.summarize().modes for scores in second]
     for mode, changes in dict(memory=True, shuffled=True, window=False, raw=False).items():
-        assert (first[0].modes[mode] != second[0].modes[mode]) == changes, mode
+        assert (first_modes[0][mode] != second_modes[0][mode]) == changes, mode
     assert first[0].scores["raw"] is second[0].scores["raw"]
-    assert first[1].modes["window"] != second[1].modes["window"]  # the repeat token is trained
+    assert first_modes[1]["window"] != second_modes[1]["window"]  # the repeat token is trained
 
 
 def test_documents_do_not_leak_into_each_other(tiny):
-    """The release scores document 2 behind document 1's memories (6-faults-of-the-release.md,
-    2)."""
+    """The released program scores document 2 with document 1's memories before its own."""
     both = Evaluation(*tiny, [entry()]).run()[0].scores["memory"]
     alone = (
         Evaluation(*tiny, [entry(task_name="files:book1.txt", num_instance=1)])
@@ -361,8 +365,8 @@ LENGTHS = {"a": 50, "b": 0, "c": 1, "d": 9, "e": 300, "f": 90, "g": 17, "h": 95}
         (dict(num_instance=2, truncation=None, documents="full"), [50, 300]),  # none fills 926
     ],
 )
-def test_which_documents_are_scored(workspace, tiny, fields, expected):
-    """The first, as in the release, or those that fill `truncation`."""
+def test_the_documents_that_are_scored(workspace, tiny, fields, expected):
+    """They are the first, as in the release, or those that fill `truncation`."""
     for name, length in LENGTHS.items():
         Path(f"doc-{name}.txt").write_text(name * length or " \n")
     task = entry(task_name="files:doc-*.txt", truncation=90).model_copy(update=fields)
@@ -388,21 +392,21 @@ def test_a_shuffled_document_reads_the_next_that_is_long_enough(workspace, tiny)
         return Instance(tuple(Sample.document(random_ids(n), 8) for n in lengths))
 
     short, middle, long = ring = [instance(9), instance(20), instance(33)]
-    assert [partner(ring, i) for i in range(3)] == [middle, long, None]
-    assert partner([instance(9, 9), short, long, several := instance(9, 9, 9)], 0) is several
+    assert [find_partner(ring, i) for i in range(3)] == [middle, long, None]
+    assert find_partner([instance(9, 9), short, long, several := instance(9, 9, 9)], 0) is several
     Path("short.txt").write_text("a document of a few words")
     texts = dict(task_name="files:[bs]*.txt", num_instance=5, compare=["shuffled"])
     result = Evaluation(*tiny, [entry(**texts, truncation=90)]).run()[0]
-    assert result.modes["shuffled"]["documents"] == 5
+    assert len(result.scores["shuffled"]) == 5
     result = Evaluation(
         *tiny,
         [entry(task_name="files:book*.txt", compare=["shuffled"], truncation=None, num_instance=4)],
     ).run()
-    assert result[0].modes["shuffled"]["documents"] == 4  # of one length
+    assert len(result[0].scores["shuffled"]) == 4  # of one length
 
 
 def test_auto_encoding_reads_each_chunk_alone(tiny):
-    """Teacher-forced NLL: `reconstruct` on the document's chunks."""
+    """The NLL is that of `reconstruct` on the document's chunks, given the true tokens."""
     model, tokenizer = tiny
     document = (
         Evaluation(model, tokenizer, [entry("auto encoding", num_instance=1, truncation=40)])
@@ -422,15 +426,16 @@ def test_auto_encoding_reads_each_chunk_alone(tiny):
     ]
 
 
-def test_a_chunk_is_written_down_and_guessed(tiny, capsys):
-    """Alone: greedy from memory, right where the original has the tokens in order; guided: the
-    likeliest token behind the true ones."""
+def test_a_chunk_is_copied_and_guessed(tiny, capsys):
+    """ "alone" is the greedy copy from memory, whose tokens are right if the original has them in
+    the same order; "guided" is the likeliest token after the true ones."""
     model, tokenizer = tiny
     compared = dict(truncation=40, compare=["shuffled"])
     result = Evaluation(
         model, tokenizer, [entry("auto encoding", num_instance=2, **compared)]
     ).run()[0]
-    written = result.modes["memory"]["written"]
+    summary = result.summarize()
+    written = summary.modes["memory"]["written"]
     chunk = torch.tensor(tokenizer(Path("book0.txt").read_text()).input_ids[:16])
     with torch.no_grad():
         guesses = model.reconstruct(chunk[None])[0].argmax(-1)
@@ -441,8 +446,8 @@ def test_a_chunk_is_written_down_and_guessed(tiny, capsys):
     alone = "".join(piece for piece, _ in written["alone"]["pieces"])
     assert alone == result.scores["memory"][0].texts[0][1]
 
-    again = TaskResult.from_summary(json.loads(json.dumps(result.summary())))
-    said = [chunk.said for chunk in written_chunks([again])]
+    again = TaskSummary.from_json(json.loads(json.dumps(summary.as_json())))
+    said = [chunk.caption for chunk in written_chunks([again])]
     assert [part.split(" and ")[0].split(",")[0] for part in said] == [
         "each token guessed from its own memory",
         "written down from its own memory alone",
@@ -455,10 +460,10 @@ def test_a_chunk_is_written_down_and_guessed(tiny, capsys):
 
 
 def test_tokens_in_the_order_of_the_original_are_right(tiny):
-    model, tokenizer = tiny
+    tokenizer = tiny[1]
     original, copy = torch.tensor([10, 11, 12, 13, 14, 15]), torch.tensor([40, 10, 11, 13, 14, 50])
     guesses = torch.tensor([10, 40, 12, 13, 40, 15])
-    written = Evaluation(model, tokenizer, []).written(original, copy, guesses)
+    written = written_chunk(original, copy, guesses, tokenizer.decode)
     runs = {key: [right for _, right in written[key]["pieces"]] for key in ("alone", "guided")}
     assert runs == {"alone": [False, True, False], "guided": [True, False, True, False, True]}
     assert written["alone"]["right"] == 4 and written["guided"]["right"] == 4
@@ -468,10 +473,9 @@ def test_tokens_in_the_order_of_the_original_are_right(tiny):
     assert f"\u27e6{text}\u27e7" in console.export_text()
 
 
-def shown_result(written: dict) -> TaskResult:
-    result = TaskResult("x", "auto encoding", 6, 6, None, 2)
-    result.modes = {"memory": dict(documents=1, written=written)}
-    return result
+def shown_result(written: dict) -> TaskSummary:
+    task = ScoredTask("x", "auto encoding", 6, 6, None, 2)
+    return TaskSummary(task, {}, {"memory": dict(documents=1, written=written)})
 
 
 def test_longdata_copy_positions_and_texts(tiny):
@@ -534,7 +538,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("task, message", REFUSED)
-def test_what_a_task_cannot_use_is_refused_before_scoring(corpora, tiny, task, message):
+def test_unsuitable_documents_are_refused_before_scoring(corpora, tiny, task, message):
     Path("qa.jsonl").write_text(json.dumps(dict(input=TEXT, output="three")))
     Path("few.txt").write_text("a few words")
     Path("blank.txt").write_text(" \n")
@@ -565,7 +569,7 @@ def test_fields_that_do_not_fit_the_task_are_refused(fields, message):
         entry(**fields)
 
 
-def test_task_types_are_spelled_without_regard_to_case():
+def test_task_types_may_be_upper_case():
     assert entry("News QA_Summation").task_type == "news qa summation"
     task = entry("passkey", truncation=500)
     assert (
@@ -586,7 +590,7 @@ def text_of(trial, tokenizer) -> tuple[str, str]:
 @pytest.mark.parametrize(
     "task_type, sentence", [("passkey", "the secret number of this text is"), ("needle", "hides a")]
 )
-def test_the_sentence_stands_at_the_depth_asked(tiny, task_type, sentence):
+def test_the_sentence_is_at_the_given_depth(tiny, task_type, sentence):
     tokenizer = tiny[1]
     filler = [Document(f"{i}. {TEXT}", "here") for i in range(3)]
     depths = [0.0, 0.3, 1.0]
@@ -601,14 +605,12 @@ def test_the_sentence_stands_at_the_depth_asked(tiny, task_type, sentence):
         hidden = (
             text.index(".\n", begins) + 2 if task_type == "passkey" else text.index("stairs.\n") + 8
         )
-        room = question - (hidden - begins)  # one byte is one token
-        assert (
-            begins == trial.place == round(trial.depth * room) and sentence in text[begins:hidden]
-        )
+        filler_length = question - (hidden - begins)  # one byte is one token
+        assert begins == trial.place == round(trial.depth * filler_length)
+        assert sentence in text[begins:hidden]
     answers = [text_of(trial, tokenizer)[1] for trial in found]
-    assert (
-        answers[:2] == answers[2:4] == answers[4:] and answers[0] != answers[1]
-    )  # trials differ, depths do not
+    # Trials have different answers, the same at every depth.
+    assert answers[:2] == answers[2:4] == answers[4:] and answers[0] != answers[1]
     again = trials(task_type, filler, tokenizer, 400, 16, 2, depths)
     assert [text_of(t, tokenizer) for t in again] == [text_of(t, tokenizer) for t in found]
 
@@ -629,20 +631,20 @@ def test_passkeys_have_five_digits_and_needles_are_words(tiny):
 
 @torch.no_grad()
 def test_accuracy_counts_the_answers_that_the_model_would_give(tiny):
-    """At depth 0 the trials are given the model's own greedy answers, at depth 1 keep theirs,
-    which it cannot know."""
+    """The trials at depth 0 get the model's greedy answers. Those at depth 1 have random answers,
+    which the model cannot predict."""
     model, tokenizer = tiny
     task = entry("passkey", truncation=230, depths=[0.0, 1.0], num_instance=2)
     evaluation = Evaluation(model, tokenizer, [task])
     instances = evaluation.measurements[0].instances
     for i in (0, 1):
         ids = torch.cat([row.input_ids for row in instances[i].samples[0].rows])
-        for place in range(224, 230):
-            ids[place] = model(ids[None, :place]).logits[0, -1].argmax()
+        for position in range(224, 230):
+            ids[position] = model(ids[None, :position]).logits[0, -1].argmax()
         labels = ids.clone()
         labels[:224] = -100
         instances[i] = replace(instances[i], samples=(Sample.beacon(ids, labels, 16),))
-    numbers = evaluation.run()[0].modes["memory"]
+    numbers = evaluation.run()[0].summarize().modes["memory"]
     assert [(d["depth"], d["accuracy"], d["trials"]) for d in numbers["by_depth"]] == [
         (0, 1, 2),
         (1, 0, 2),

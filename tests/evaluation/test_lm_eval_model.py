@@ -1,4 +1,5 @@
-"""lm-eval's own harness on the tiny model: local tasks, beside the model asked token by token."""
+"""Runs local tasks of lm-eval on the tiny model, and compares them with a model that reads token
+by token."""
 
 import importlib
 import json
@@ -27,18 +28,16 @@ from uiollms.weights.adapters import save_weights
 
 ROOT = Path(__file__).parents[2]
 BOS, CHUNK, POSITIONS = 1, 16, 128
-CAPACITY = (
-    57 * 16 + 14
-)  # 56 memories of 2 slots in front of a whole chunk, 57 in front of 14 tokens
-DOCUMENT = (
-    "It was a bright cold day, and the clocks were striking. " * 3
-)  # 168 tokens: past the base's positions
+# 56 memories of 2 slots leave positions for a whole chunk, 57 for 14 tokens.
+CAPACITY = 57 * 16 + 14
+# 168 tokens, more than the base has positions
+DOCUMENT = "It was a bright cold day, and the clocks were striking. " * 3
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny_folder) -> Path:
-    """A config, its trained weights, and a base that says letters only, so that what it says can
-    be a task's text."""
+    """A config, its trained weights, and a base that generates letters only, so that its output can
+    be the text of a task."""
     folder = tmp_path_factory.mktemp("harness")
     base, tokenizer = (
         AutoModelForCausalLM.from_pretrained(tiny_folder),
@@ -50,9 +49,8 @@ def folder(tmp_path_factory, tiny_folder) -> Path:
     )
     with torch.no_grad():
         for parameter in base.parameters():
-            parameter *= (
-                8 if parameter.dim() == 2 else 1
-            )  # what comes next depends on more than the last token
+            # With large weights the next token depends on more than the last one.
+            parameter *= 8 if parameter.dim() == 2 else 1
         base.lm_head.weight[silent] *= 0.01
     base.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
@@ -86,9 +84,8 @@ def model_args(folder: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def lm(folder) -> HarnessLM:
-    return HarnessLM(
-        **model_args(folder), batch_size=3, device="cuda:0"
-    )  # as the command line says it without being asked
+    # lm-eval's command line passes this device by default.
+    return HarnessLM(**model_args(folder), batch_size=3, device="cuda:0")
 
 
 # ---- the slow twin -------------------------------------------------------------------------------
@@ -96,8 +93,8 @@ def lm(folder) -> HarnessLM:
 
 @torch.no_grad()
 def token_by_token(model: MemoryLM, ids: list[int]) -> tuple[list[float], list[bool]]:
-    """Of every token but the first: its log probability given those before it, and whether it is
-    the likeliest."""
+    """For every token but the first: its log probability given the tokens before it, and whether it
+    is the likeliest."""
     state, found, likeliest = None, [], []
     for token, following in zip(ids, ids[1:], strict=False):
         output = model(torch.tensor([[token]]), state)
@@ -108,8 +105,8 @@ def token_by_token(model: MemoryLM, ids: list[int]) -> tuple[list[float], list[b
 
 
 @torch.no_grad()
-def say(model: MemoryLM, ids: list[int], count: int) -> list[int]:
-    """The likeliest tokens, one by one."""
+def greedy_tokens(model: MemoryLM, ids: list[int], count: int) -> list[int]:
+    """Generates the likeliest tokens, one by one."""
     output, said = model(torch.tensor([ids])), []
     for _ in range(count):
         said.append(output.logits[0, -1].argmax().item())
@@ -121,7 +118,7 @@ def request(kind: str, *arguments) -> Instance:
     return Instance(request_type=kind, doc={}, arguments=arguments, idx=0)
 
 
-def asked(lm: HarnessLM, kind: str, *arguments: tuple) -> list:
+def answers(lm: HarnessLM, kind: str, *arguments: tuple) -> list:
     return getattr(lm, kind)([request(kind, *a) for a in arguments], disable_tqdm=True)
 
 
@@ -139,7 +136,7 @@ def write_task(folder: Path, name: str, documents: list[dict], **task) -> None:
 def test_three_tasks_through_the_harness(folder, lm, tmp_path):
     encode, decode = lm.tokenizer.encode, lm.tokenizer.decode
     prompts = [f"{DOCUMENT}Question: {q}?\nAnswer:" for q in ("who", "when")]
-    greedy = [decode(say(lm.model, encode(prompt), 20)) for prompt in prompts]
+    greedy = [decode(greedy_tokens(lm.model, encode(prompt), 20)) for prompt in prompts]
     choices = [["no", said, "not at all, or hardly ever"] for said in greedy]
     rows = [dict(prompt=p, choices=c) for p, c in zip(prompts, choices, strict=True)]
     write_task(
@@ -211,7 +208,7 @@ PAST = (
 
 
 def test_the_example_task(lm):
-    """Its speeches have more bytes than the tiny model's capacity has tokens."""
+    """The speeches of the example are longer than the tiny model's capacity."""
     manager = TaskManager(include_path=str(ROOT / "examples"), include_defaults=False)
     with pytest.raises(ConfigError, match=PAST):
         simple_evaluate(lm, tasks=["sotu"], task_manager=manager, limit=2)
@@ -221,8 +218,7 @@ def test_the_example_task(lm):
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:
-    """The command of that name beside the interpreter; what it would run, where an older
-    installation left another there."""
+    """Runs the installed script lm_eval, or its code if the script is another installation's."""
     script = Path(sys.executable).with_name("lm_eval")
     ours = script.exists() and "uiollms" in script.read_text()
     program = (
@@ -252,7 +248,7 @@ def test_the_commands_that_pyproject_names_exist():
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"]])
-def test_the_command_is_lm_evals_with_one_model_more(arguments, monkeypatch, capsys):
+def test_the_command_is_that_of_lm_eval_with_one_more_model(arguments, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["lm_eval"])
     with pytest.raises(SystemExit) as end:
         main(arguments)
@@ -265,7 +261,7 @@ def test_the_command_is_lm_evals_with_one_model_more(arguments, monkeypatch, cap
 
 
 def test_a_new_process_finds_the_model_and_lm_evals_own():
-    """Where nothing has imported the harness, and so registered it, before."""
+    """In a process that has not imported, and so registered, the model before."""
     code = """
 import sys
 from uiollms.cli.lm_eval import register
@@ -279,7 +275,7 @@ print("hf" in model_registry, "uiollms.evaluation.lm_eval_model" in sys.modules,
     assert found.stdout.split() == ["True", "False", "HarnessLM"], found.stderr
 
 
-def test_without_lm_eval_the_command_says_how_to_get_it(monkeypatch, capsys):
+def test_without_lm_eval_the_command_prints_how_to_install_it(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setattr(sys, "argv", ["lm_eval"])
     assert main(["--help"]) == 2
@@ -312,7 +308,7 @@ def test_the_whole_command(folder, tmp_path):
     assert ran.returncode == 0, ran.stderr
     (path,) = (tmp_path / "results").rglob("results*.json")
     lm = HarnessLM(str(folder / "env.json"), str(folder / "weights"))
-    nats = -sum(asked(lm, "loglikelihood_rolling", *((text,) for text in texts)))
+    nats = -sum(answers(lm, "loglikelihood_rolling", *((text,) for text in texts)))
     bits = json.loads(path.read_text())["results"]["read"]["bits_per_byte,none"]
     assert (
         bits == pytest.approx(nats / sum(map(len, texts)) / math.log(2), rel=1e-5)
@@ -336,21 +332,21 @@ def test_the_first_token_is_predicted_from_bos_once(folder, writes_bos):
         )
     text = lm.tokenizer.encode("Once upon a time", add_special_tokens=False)
     expected = sum(token_by_token(lm.model, [BOS, *text])[0])
-    assert asked(
+    assert answers(
         lm, "loglikelihood_rolling", ("Once upon a time",), ("<s>Once upon a time",)
     ) == pytest.approx([expected, expected], rel=1e-9)
-    assert asked(lm, "loglikelihood", ("", "Once upon a time"))[0][0] == pytest.approx(
+    assert answers(lm, "loglikelihood", ("", "Once upon a time"))[0][0] == pytest.approx(
         expected, rel=1e-9
     )
-    for start in ("", "<s>"):  # a context that brings its own gets no second one
+    for start in ("", "<s>"):  # a context that starts with BOS gets no second one
         ids = [BOS, *text] if start or writes_bos else text
         expected = sum(token_by_token(lm.model, ids)[0][-5:])
-        assert asked(lm, "loglikelihood", (f"{start}Once upon a", " time"))[0][0] == pytest.approx(
-            expected, rel=1e-9
-        )
+        assert answers(lm, "loglikelihood", (f"{start}Once upon a", " time"))[0][
+            0
+        ] == pytest.approx(expected, rel=1e-9)
 
 
-def test_answers_keep_their_places_and_chunks_are_compressed_once(lm, monkeypatch):
+def test_answers_keep_their_order_and_chunks_are_compressed_once(lm, monkeypatch):
     pairs = [
         ("z" * 20, "a"),
         (DOCUMENT + "x", "b"),
@@ -359,7 +355,7 @@ def test_answers_keep_their_places_and_chunks_are_compressed_once(lm, monkeypatc
         ("z" * 20, "d"),
         ("z", ""),
     ]
-    alone = [asked(lm, "loglikelihood", pair)[0] for pair in pairs]
+    alone = [answers(lm, "loglikelihood", pair)[0] for pair in pairs]
     assert alone[3] == alone[5] == (0.0, True)
     encoded, encode_layers = [], lm.model.encode_layers
     monkeypatch.setattr(
@@ -367,53 +363,51 @@ def test_answers_keep_their_places_and_chunks_are_compressed_once(lm, monkeypatc
         "encode_layers",
         lambda ids, *rest: encoded.append(len(ids)) or encode_layers(ids, *rest),
     )
-    lm.seen = []
-    together = asked(lm, "loglikelihood", *pairs)
+    lm.last_ids = []
+    together = answers(lm, "loglikelihood", *pairs)
     assert [found for found, _ in together] == pytest.approx(
         [found for found, _ in alone], rel=1e-9
     )
     full = (len(DOCUMENT) + 1) // CHUNK
-    assert (
-        sum(encoded) == full + 3 + 1
-    )  # the document; 39 of the 40 "c" behind 9 open tokens; the first 16 "z"
+    # the document's chunks, 3 of 9 open tokens and 39 of the 40 "c", and 1 of the first 16 "z"
+    assert sum(encoded) == full + 3 + 1
 
 
 @pytest.mark.parametrize("recent", [5, CHUNK])
-def test_chunks_taken_over_have_their_recent_tokens(lm, monkeypatch, recent):
-    own = lm.model.memory_config
-    monkeypatch.setattr(lm.model, "memory_config", own.model_copy(update={"recent_tokens": recent}))
-    monkeypatch.setattr(lm, "seen", [])
+def test_reused_chunks_have_their_recent_tokens(lm, monkeypatch, recent):
+    config = lm.model.memory_config.model_copy(update={"recent_tokens": recent})
+    monkeypatch.setattr(lm.model, "memory_config", config)
+    monkeypatch.setattr(lm, "last_ids", [])
     for prompt in (DOCUMENT + "x", DOCUMENT + "y", DOCUMENT[:-1]):
-        ((found, _),) = asked(lm, "loglikelihood", (prompt, "c" * 20))
+        ((found, _),) = answers(lm, "loglikelihood", (prompt, "c" * 20))
         logs, _ = token_by_token(lm.model, [*lm.tokenizer.encode(prompt + "c" * 20)])
         assert found == pytest.approx(sum(logs[-20:]), rel=1e-9)
-    monkeypatch.setattr(lm, "seen", [])
+    monkeypatch.setattr(lm, "last_ids", [])
 
 
-def test_a_prompt_goes_on_from_the_answer_before_it(lm):
+def test_a_prompt_continues_the_answer_before_it(lm):
     settings = dict(until=[], max_gen_toks=25, temperature=0.7)
-    said = lm.tokenizer.decode(say(lm.model, lm.tokenizer.encode(DOCUMENT), 25))
-    again = lm.tokenizer.decode(say(lm.model, lm.tokenizer.encode(DOCUMENT + said), 5))
+    said = lm.tokenizer.decode(greedy_tokens(lm.model, lm.tokenizer.encode(DOCUMENT), 25))
+    again = lm.tokenizer.decode(greedy_tokens(lm.model, lm.tokenizer.encode(DOCUMENT + said), 5))
     greedy = settings | dict(do_sample=False)
-    assert asked(
+    assert answers(
         lm, "generate_until", (DOCUMENT + said, greedy | dict(max_gen_toks=5)), (DOCUMENT, greedy)
     ) == [again, said]
     sampled = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        sampled.append(asked(lm, "generate_until", (DOCUMENT, settings | dict(temperature=20.0))))
+        sampled.append(answers(lm, "generate_until", (DOCUMENT, settings | dict(temperature=20.0))))
     assert sampled[0] == sampled[1] != sampled[2]
-    beams = asked(lm, "generate_until", (DOCUMENT, greedy | dict(num_beams=2)), (DOCUMENT, greedy))
-    assert beams[1] == said and asked(lm, "generate_until", ("", greedy)) == [
-        lm.tokenizer.decode(say(lm.model, [BOS], 25))
+    beams = answers(
+        lm, "generate_until", (DOCUMENT, greedy | dict(num_beams=2)), (DOCUMENT, greedy)
+    )
+    assert beams[1] == said and answers(lm, "generate_until", ("", greedy)) == [
+        lm.tokenizer.decode(greedy_tokens(lm.model, [BOS], 25))
     ]
 
 
-ORDERS = [
-    lambda i: i,
-    lambda i: -i,
-    lambda i: (7 * i) % 10,
-]  # of the requests; and how many are asked
+# sort keys of the requests' indices
+ORDERS = [lambda i: i, lambda i: -i, lambda i: (7 * i) % 10]
 
 
 @pytest.mark.parametrize(
@@ -421,8 +415,9 @@ ORDERS = [
     [dict(do_sample=False, repetition_penalty=1.7), dict(do_sample=True, temperature=9.0)],
 )
 def test_an_answer_depends_on_its_own_request_alone(folder, settings, monkeypatch):
-    """Not on order or --limit: texts begin alike, so that chunks are taken over. A chunk's last
-    bits may depend on those that are encoded with it: it always has the same company."""
+    """An answer does not depend on order or --limit, although texts begin alike and chunks are
+    reused. The last bits of a chunk's memory may depend on its batch, so every chunk is always
+    encoded in the same batch."""
     lm = HarnessLM(**model_args(folder) | {"model.model_dtype": "fp32"})
     batches, encode_layers = set(), lm.model.encode_layers
     monkeypatch.setattr(
@@ -436,24 +431,24 @@ def test_an_answer_depends_on_its_own_request_alone(folder, settings, monkeypatc
     torch.manual_seed(1234)
     alone, scored = [], []
     for prompt in prompts:
-        lm.seen = []
-        alone += asked(lm, "generate_until", (prompt, settings))
-        lm.seen = []
-        scored += asked(lm, "loglikelihood", (prompt, "a word"))
+        lm.last_ids = []
+        alone += answers(lm, "generate_until", (prompt, settings))
+        lm.last_ids = []
+        scored += answers(lm, "loglikelihood", (prompt, "a word"))
     assert len(set(alone)) > 5
-    companies = set(batches)
+    expected_batches = set(batches)
     for order in ORDERS:
         for limit in (10, 3):
             numbers = sorted(range(10), key=order)[:limit]
-            found = asked(lm, "generate_until", *((prompts[i], settings) for i in numbers))
+            found = answers(lm, "generate_until", *((prompts[i], settings) for i in numbers))
             assert found == [alone[i] for i in numbers]
-            found = asked(lm, "loglikelihood", *((prompts[i], "a word") for i in numbers))
+            found = answers(lm, "loglikelihood", *((prompts[i], "a word") for i in numbers))
             assert found == [scored[i] for i in numbers]
-    assert batches == companies
+    assert batches == expected_batches
 
 
-def test_a_request_that_is_repeated_is_drawn_anew(lm):
-    """lm-eval names the same request again (`repeats`)."""
+def test_a_repeated_request_is_sampled_again(lm):
+    """For `repeats`, lm-eval lists the same request several times."""
     one, other = (
         request("generate_until", DOCUMENT + x, dict(until=[], max_gen_toks=20, temperature=9.0))
         for x in "ab"
@@ -469,19 +464,19 @@ def test_a_request_that_is_repeated_is_drawn_anew(lm):
     ]
 
 
-def test_answers_are_kept_as_they_come(lm, tmp_path, monkeypatch):
-    """--use_cache of a run that was cut off: what had been answered is not asked again."""
+def test_answers_are_cached_one_by_one(lm, tmp_path, monkeypatch):
+    """With --use_cache, an interrupted run computes only the answers that it lacks."""
     cached = CachingLM(lm, str(tmp_path / "answers.db"))
-    wanted = {
+    requests = {
         "loglikelihood": [("a", "b"), ("a", "cd")],
         "loglikelihood_rolling": [("some text",)],
         "generate_until": [("a", dict(until=["\n"], max_gen_toks=3))],
     }
-    found = {kind: asked(lm, kind, *arguments) for kind, arguments in wanted.items()}
+    found = {kind: answers(lm, kind, *arguments) for kind, arguments in requests.items()}
     monkeypatch.setattr(lm, "model", None)
-    for kind, arguments in wanted.items():
-        kept = getattr(cached, kind)([request(kind, *a) for a in arguments])
-        assert [tuple(k) if isinstance(k, list) else k for k in kept] == found[kind]
+    for kind, arguments in requests.items():
+        found_again = getattr(cached, kind)([request(kind, *a) for a in arguments])
+        assert [tuple(k) if isinstance(k, list) else k for k in found_again] == found[kind]
 
 
 def test_chat_templates(lm, monkeypatch):
@@ -499,14 +494,14 @@ def test_chat_templates(lm, monkeypatch):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        (dict(batch_size="auto"), "--batch_size auto: give a number"),
-        (dict(batch_size=0), "--batch_size 0: give a number"),
-        (dict(batch_size="9" * 5000), "--batch_size 9{60}.*: give a number"),
+        (dict(batch_size="auto"), "--batch_size auto: expected a number"),
+        (dict(batch_size=0), "--batch_size 0: expected a number"),
+        (dict(batch_size="9" * 5000), "--batch_size 9{60}.*: expected a number"),
         ({"model.model_dtpye": "fp64"}, "did you mean 'model_dtype'"),
         (dict(wieghts="here"), "env.json: wieghts: unknown key"),
     ],
 )
-def test_what_model_args_may_not_say(folder, settings, message):
+def test_wrong_model_args_are_refused(folder, settings, message):
     with pytest.raises(ConfigError, match=message):
         HarnessLM(str(folder / "env.json"), **settings)
 
@@ -524,4 +519,4 @@ def test_past_the_capacity(lm, kind, arguments):
         ConfigError,
         match=f"{kind}.*: 1 of 2 requests are past the capacity of 926 tokens, the longest has 927",
     ):
-        asked(lm, kind, ("a", *arguments[1:]), arguments)
+        answers(lm, kind, ("a", *arguments[1:]), arguments)

@@ -1,4 +1,4 @@
-"""Scores and perplexities: against the streaming model, a uniform model, and each other."""
+"""Compares scores and copies with the streaming model, the base model and a uniform model."""
 
 import math
 
@@ -9,14 +9,8 @@ from torch.nn import functional as F
 
 import uiollms
 from uiollms.data.sample import Sample
-from uiollms.evaluation.scoring import (
-    exact_match,
-    greedy_copy,
-    greedy_reconstruction,
-    score,
-    token_losses,
-    with_raw_texts,
-)
+from uiollms.evaluation.copying import greedy_copy, greedy_reconstruction
+from uiollms.evaluation.scoring import exact_match, score, token_losses, with_raw_texts
 
 
 def nll_of(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -83,15 +77,15 @@ def test_too_long_documents_are_refused():
         score(model, random_ids(65), mode="raw")
 
 
-def stream_nll(model, first: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """NLL of a chunk's tokens but its first, read by a stream after the chunks `first`."""
-    state = model(first.flatten()[None]).past_key_values
-    return nll_of(model(rows[None], state).logits, rows[None])
+def stream_nll(model, before: torch.Tensor, chunk: torch.Tensor) -> torch.Tensor:
+    """NLL of a chunk's tokens but its first, which a stream reads after the chunks `before`."""
+    state = model(before.flatten()[None]).past_key_values
+    return nll_of(model(chunk[None], state).logits, chunk[None])
 
 
 @torch.no_grad()
 def test_shuffled_rows_read_the_other_documents_memories():
-    """Slow twin: a stream is fed the other document, and then asked about this one's chunk."""
+    """Slow twin: a stream reads the other document's chunks, and then this document's chunk."""
     model, ids, other = make_model(), random_ids(27, seed=1), random_ids(4, 8, seed=2)
     sample = Sample.language_modeling(ids, 8)
     found = token_losses(model, sample, "shuffled", other)[1]
@@ -100,33 +94,32 @@ def test_shuffled_rows_read_the_other_documents_memories():
         stream_nll(model, other[:t], rows[t]) for t in (1, 2, 3)
     ]
     assert relative_error(found, torch.cat(expected)) < 1e-12
-    own = token_losses(model, sample, "memory")[1]
-    assert (
-        torch.equal(own[:7], found[:7]) and relative_error(own[7:], found[7:]) > 1e-3
-    )  # chunk 0 reads no memory
+    unshuffled = token_losses(model, sample, "memory")[1]
+    assert torch.equal(unshuffled[:7], found[:7])  # chunk 0 reads no memory
+    assert relative_error(unshuffled[7:], found[7:]) > 1e-3
     with pytest.raises(ValueError, match="3 memories are read, the other document has 2"):
         token_losses(model, sample, "shuffled", other[:2])
 
 
 @torch.no_grad()
 def test_window_and_raw_of_questions():
-    """A question behind the compressed context: alone for "window", behind the raw context for
-    "raw"."""
+    """A question after a compressed context: mode "window" reads it alone, mode "raw" after the raw
+    context."""
     model, context = make_model(), random_ids(16, seed=1)
-    asked = [
+    questions = [
         (random_ids(3, seed=2), random_ids(2, seed=3)),
         (random_ids(2, seed=4), random_ids(4, seed=5)),
     ]
-    sample = Sample.questions(context, asked, 8)
-    texts = [torch.cat(pair)[None] for pair in asked]
+    sample = Sample.questions(context, questions, 8)
+    texts = [torch.cat(pair)[None] for pair in questions]
     alone = [
         nll_of(model.base(text).logits, text)[len(q) - 1 :]
-        for text, (q, _) in zip(texts, asked, strict=True)
+        for text, (q, _) in zip(texts, questions, strict=True)
     ]
-    behind = [torch.cat([context[None], text], 1) for text in texts]
+    whole = [torch.cat([context[None], text], 1) for text in texts]
     raw = [
         nll_of(model.base(text).logits, text)[16 + len(q) - 1 :]
-        for text, (q, _) in zip(behind, asked, strict=True)
+        for text, (q, _) in zip(whole, questions, strict=True)
     ]
     assert relative_error(token_losses(model, sample, "window")[1], torch.cat(alone)) < 1e-12
     assert relative_error(token_losses(model, sample, "raw")[1], torch.cat(raw)) < 1e-12
@@ -152,8 +145,8 @@ def test_raw_texts_example():
     sample = with_raw_texts(Sample.document(torch.arange(5), 2))
     assert [text.tolist() for text in sample.teachers] == [[0, 1, 2, 3, 4]]
     assert [row.teacher for row in sample.rows] == [(0, 0), (0, 2), (0, 4)]
-    asked = [(torch.tensor([9]), torch.tensor([8])), (torch.tensor([7]), torch.tensor([6]))]
-    sample = with_raw_texts(Sample.questions(torch.arange(4), asked, 2))
+    questions = [(torch.tensor([9]), torch.tensor([8])), (torch.tensor([7]), torch.tensor([6]))]
+    sample = with_raw_texts(Sample.questions(torch.arange(4), questions, 2))
     texts = [sample.teachers[row.teacher[0]].tolist() for row in sample.rows]
     assert texts == [[0, 1, 2, 3, 9, 8], [0, 1, 2, 3, 7, 6]] and [
         row.teacher[1] for row in sample.rows
@@ -161,9 +154,9 @@ def test_raw_texts_example():
 
 
 @torch.no_grad()
-def lively(family: str = "llama"):
-    """A model whose greedy text varies: with the small weights of a fresh one a token is soon
-    repeated for ever."""
+def model_with_varied_text(family: str = "llama"):
+    """A model whose greedy text varies. With the small weights of a new model one token soon
+    repeats for ever."""
     model = make_model(family)
     for parameter in model.base.model.layers.parameters():
         parameter *= 8 if parameter.dim() == 2 else 1
@@ -172,14 +165,14 @@ def lively(family: str = "llama"):
 
 @torch.no_grad()
 def test_greedy_reconstruction_is_model_reconstruct_step_by_step(family):
-    """Slow twin: the whole chunk is run again for every token, which `reconstruct` shifts behind
-    the repeat token."""
-    model, chunks = lively(family), random_ids(3, 8)
+    """Slow twin: `reconstruct` reads the whole chunk again for every token. It shifts the chunk by
+    one token, after the repeat token."""
+    model, chunks = model_with_varied_text(family), random_ids(3, 8)
     model.chunk_batch = 2
     memory = model.encode_layers(chunks)
     copies = torch.zeros_like(chunks)
-    # `reconstruct` compresses what it is given: hold the originals' memory in place while the
-    # copies grow
+    # `reconstruct` compresses its argument, which are the growing copies here. Replace their memory
+    # by that of the originals.
     original = model.encode_layers
     model.encode_layers = lambda ids, seeds=None: memory
     for i in range(8):
@@ -190,10 +183,10 @@ def test_greedy_reconstruction_is_model_reconstruct_step_by_step(family):
 
 
 @torch.no_grad()
-def test_greedy_copy_goes_on_from_its_own_last_token():
-    """Slow twin: a stream that has read the document, asked anew for every token of a chunk; the
-    first chunk, which begins with the repeat token, by the training sample's row."""
-    model, chunks = lively(), random_ids(3, 8, seed=8)
+def test_greedy_copy_continues_its_last_token():
+    """Slow twin: a stream that has read the document reads a chunk again for every token. The first
+    chunk starts with the repeat token, as the training sample's row does."""
+    model, chunks = model_with_varied_text(), random_ids(3, 8, seed=8)
     found = greedy_copy(model, chunks, 3)
     state = model(chunks.flatten()[None]).past_key_values
     row = torch.zeros(8, dtype=torch.int64)
@@ -221,12 +214,12 @@ def test_greedy_copy_goes_on_from_its_own_last_token():
 @torch.no_grad()
 @pytest.mark.parametrize("mode", ["memory", "raw"])
 def test_an_exact_match_is_what_greedy_generation_gives(mode):
-    model, prompt = lively(), random_ids(1, 21, seed=9)
-    model.chunk_batch = 1  # the answer stands in two chunks
+    model, prompt = model_with_varied_text(), random_ids(1, 21, seed=9)
+    model.chunk_batch = 1  # the answer is in two chunks
     answering = model if mode == "memory" else model.base
     answer = answering.generate(prompt, do_sample=False, max_new_tokens=5)[0, 21:]
     assert len(answer) == 5
-    for wrong in (None, 0, 4):  # which of its tokens to spoil
+    for wrong in (None, 0, 4):  # index of the token that is made wrong
         ids = torch.cat([prompt[0], answer])
         if wrong is not None:
             ids[21 + wrong] = (ids[21 + wrong] + 1) % 61

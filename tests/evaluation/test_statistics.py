@@ -1,4 +1,4 @@
-"""What memory is worth against its controls: modes, intervals, sizes, and where they show."""
+"""Tests the comparison of memory with its controls: modes, intervals, sizes, tables and plots."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ import uiollms
 from uiollms.build import check_env, load_memory_lm
 from uiollms.config.load import load_env_config
 from uiollms.data.sample import Sample
-from uiollms.evaluation import statistics as controls
+from uiollms.evaluation import statistics
 from uiollms.evaluation.evaluator import Evaluation
-from uiollms.evaluation.results import TaskResult
+from uiollms.evaluation.results import Comparison, ScoredTask, TaskScores, TaskSummary
 from uiollms.evaluation.scoring import exact_match, token_losses, with_recent_tokens
-from uiollms.evaluation.statistics import DRAWS, difference, share_recovered
+from uiollms.evaluation.statistics import DRAWS, difference, recovered_fraction
 from uiollms.reports.curves import bound_lines, plot_training
 from uiollms.reports.tables import rows_of
 from uiollms.runs.metrics import scalars
@@ -40,11 +40,11 @@ def tiny(workspace):
 # ---- Intervals ---------------------------------------------------------------------------------
 
 
-def documents(count: int, seed: int, hardness: float = 2.0) -> dict[str, dict[int, torch.Tensor]]:
-    """NLLs of documents of different length and hardness in four modes."""
+def documents(count: int, seed: int, difficulty: float = 2.0) -> dict[str, dict[int, torch.Tensor]]:
+    """NLLs in four modes of documents that differ in length and difficulty."""
     rng = torch.Generator().manual_seed(seed)
     lengths = torch.randint(5, 60, (count,), generator=rng).tolist()
-    base = [torch.rand(n, generator=rng) + hardness * i for i, n in enumerate(lengths)]
+    base = [torch.rand(n, generator=rng) + difficulty * i for i, n in enumerate(lengths)]
     shifts = dict(window=0.8, shuffled=0.6, memory=0.3, raw=0.1)
     noise = {mode: 0.3 * torch.rand(count, generator=rng) for mode in shifts}
     found: dict[str, dict[int, torch.Tensor]] = {}
@@ -54,7 +54,7 @@ def documents(count: int, seed: int, hardness: float = 2.0) -> dict[str, dict[in
 
 
 def slowly(modes: list[dict[int, torch.Tensor]], numerator, denominator) -> tuple[float, ...]:
-    """Value and interval by loops over tokens and documents, from the same draws."""
+    """Slow twin of `estimate`: loops over tokens and documents, with the same draws."""
     drawn = np.random.default_rng(0).integers(0, len(modes[0]), (DRAWS, len(modes[0])))
     found = []
     for picks in [range(len(modes[0])), *drawn.tolist()]:
@@ -63,23 +63,23 @@ def slowly(modes: list[dict[int, torch.Tensor]], numerator, denominator) -> tupl
         found.append(numerator(*sums, tokens) / denominator(*sums, tokens))
     ordered = sorted(found[1:])
 
-    def quantile(share: float) -> float:
-        place = share * (DRAWS - 1)
-        low = math.floor(place)
-        return ordered[low] + (place - low) * (ordered[low + 1] - ordered[low])
+    def quantile(fraction: float) -> float:
+        index = fraction * (DRAWS - 1)
+        low = math.floor(index)
+        return ordered[low] + (index - low) * (ordered[low + 1] - ordered[low])
 
     return found[0], quantile(0.025), quantile(0.975)
 
 
 @pytest.mark.parametrize("count", [2, 7])
 def test_intervals_are_those_of_a_slow_bootstrap(count):
-    """float64 sums in another order: 1e-9."""
+    """The sums are float64, in another order; tolerance 1e-9."""
     of = documents(count, seed=count)
     value, interval = difference(of["shuffled"], of["memory"])
     pair = [of["shuffled"], of["memory"]]
     expected = slowly(pair, lambda a, b, n: a - b, lambda a, b, n: n)
     assert (value, *interval) == pytest.approx(expected, rel=1e-9)
-    value, interval = share_recovered(of["window"], of["memory"], of["raw"])
+    value, interval = recovered_fraction(of["window"], of["memory"], of["raw"])
     three = [of["window"], of["memory"], of["raw"]]
     expected = slowly(three, lambda w, o, r, n: w - o, lambda w, o, r, n: w - r)
     assert (value, *interval) == pytest.approx(expected, rel=1e-9)
@@ -87,16 +87,17 @@ def test_intervals_are_those_of_a_slow_bootstrap(count):
 
 
 def test_intervals_are_paired():
-    """A document's hardness is in both modes: a difference that all documents have is certain."""
-    of = documents(9, seed=0, hardness=5.0)
+    """A difficult document is difficult in both modes. So a difference that all documents have has
+    an interval without width."""
+    of = documents(9, seed=0, difficulty=5.0)
     shuffled = {i: nll + 0.25 for i, nll in of["memory"].items()}
     value, interval = difference(shuffled, of["memory"])
     assert (value, *interval) == pytest.approx((0.25, 0.25, 0.25), abs=1e-5)  # float32 NLLs
 
 
 def test_intervals_cover_what_they_should():
-    """Differences of 200 documents of one length, normal around 0.1 with deviation 1: 95 % is 1.96
-    standard errors of 1/sqrt(200) on either side."""
+    """The differences of 200 documents of one length are normal with mean 0.1 and deviation 1. So
+    the interval reaches 1.96 standard errors of 1/sqrt(200) to either side."""
     rng = torch.Generator().manual_seed(0)
     own = {i: torch.zeros(1) for i in range(200)}
     drawn = torch.randn(200, generator=rng)
@@ -108,45 +109,45 @@ def test_intervals_cover_what_they_should():
 
 
 def test_many_documents_are_drawn_block_by_block(monkeypatch):
-    """Other draws of the same documents: the interval's ends move by a tenth of its width."""
-    of = documents(40, seed=3, hardness=0.0)
+    """The draws differ, so the ends of the interval move by at most a tenth of its width."""
+    of = documents(40, seed=3, difficulty=0.0)
     whole = difference(of["shuffled"], of["memory"])
-    monkeypatch.setattr(controls, "BLOCK", 1000)
+    monkeypatch.setattr(statistics, "BLOCK", 1000)
     parts = difference(of["shuffled"], of["memory"])
     assert parts.value == whole.value
     width = whole.interval_95[1] - whole.interval_95[0]
     assert parts.interval_95 == pytest.approx(whole.interval_95, abs=width / 10)
 
 
-def test_what_has_no_estimate():
+def test_estimates_that_do_not_exist():
     of = documents(3, seed=1)
     assert difference(of["memory"], {}) is None
     assert difference({0: of["memory"][0]}, {1: of["memory"][1]}) is None
-    assert share_recovered(of["window"], of["memory"], of["window"]) is None  # 0 / 0
-    endless = of["memory"] | {0: torch.tensor([math.inf])}
-    assert difference(endless, of["memory"]) is None
+    assert recovered_fraction(of["window"], of["memory"], of["window"]) is None  # 0 / 0
+    infinite = of["memory"] | {0: torch.tensor([math.inf])}
+    assert difference(infinite, of["memory"]) is None
 
 
-def test_documents_that_a_mode_lacks_are_left_out_of_all():
+def test_documents_that_one_mode_lacks_are_left_out_of_both():
     of = documents(4, seed=2)
     shuffled = {i: of["shuffled"][i] for i in (0, 2, 3)}
-    own = {i: of["memory"][i] for i in (0, 2, 3)}
-    assert difference(shuffled, of["memory"]) == difference(shuffled, own)
+    memory = {i: of["memory"][i] for i in (0, 2, 3)}
+    assert difference(shuffled, of["memory"]) == difference(shuffled, memory)
 
 
 # ---- Results -----------------------------------------------------------------------------------
 
 
-def result_of(*modes: str) -> TaskResult:
+def result_of(*modes: str) -> TaskScores:
     """Two documents of 30 and 10 tokens."""
     nlls = dict(shuffled=(4.0, 2.5), memory=(3.5, 2.0), window=(5.0, 3.0), raw=(3.0, 1.0))
     scores = {m: scores_of((nlls[m][0], 30), (nlls[m][1], 10)) for m in modes}
-    return TaskResult("x", "perplexity", 100, 8, "paper", 2, None, scores)
+    return TaskScores(ScoredTask("x", "perplexity", 100, 8, "paper", 2), scores)
 
 
-def test_a_result_reports_bound_and_recovered_as_its_nlls_do():
-    result = result_of("shuffled", "memory", "window", "raw")
-    summary = json.loads(json.dumps(result.summary()))
+def test_a_result_reports_bound_and_recovered_of_its_nlls():
+    result = result_of("shuffled", "memory", "window", "raw").summarize()
+    summary = json.loads(json.dumps(result.as_json()))
     nll = {mode: summary[mode]["nll"] for mode in ("shuffled", "memory", "window", "raw")}
     assert summary["bound"] == pytest.approx(nll["shuffled"] - nll["memory"])
     share = (nll["window"] - nll["memory"]) / (nll["window"] - nll["raw"])
@@ -154,9 +155,9 @@ def test_a_result_reports_bound_and_recovered_as_its_nlls_do():
     assert summary["bound_interval_95"] == pytest.approx([0.5, 0.5])
     assert summary["recovered_interval_95"] == pytest.approx([0.5, 0.75])  # one document alone
     assert (summary["chunk_size"], summary["num_memory"]) == (8, 2)
-    again = TaskResult.from_summary(summary)
-    assert (again.bound, again.recovered) == (result.bound, result.recovered)
-    assert again.size == "8 / 2"
+    again = TaskSummary.from_json(summary)
+    assert again.comparison == result.comparison
+    assert again.task.size == "8 / 2"
     assert rows_of(again) == rows_of(result)
     cells = " ".join(cell for row in rows_of(result) for cell in row)
     below = summary["below_window"]
@@ -167,21 +168,22 @@ def test_a_result_reports_bound_and_recovered_as_its_nlls_do():
 
 
 def test_a_result_without_controls_has_neither():
-    summary = result_of("memory").summary()
+    summary = result_of("memory").summarize().as_json()
     for name in ("bound", "recovered"):
         assert summary[name] is None and summary[f"{name}_interval_95"] is None
     older = {key: value for key, value in summary.items() if key not in ("num_memory", "bound")}
-    result = TaskResult.from_summary(older | dict(recovered=0.7))  # of perplexities, no interval
-    assert (result.bound, result.recovered, result.size) == (None, None, "8")
+    result = TaskSummary.from_json(older | dict(recovered=0.7))  # of perplexities, no interval
+    assert (result.comparison, result.task.size) == (Comparison(), "8")
     with pytest.raises(ValueError, match="bound is 'x'"):
-        TaskResult.from_summary(summary | dict(bound="x", bound_interval_95=[0, 1]))
+        TaskSummary.from_json(summary | dict(bound="x", bound_interval_95=[0, 1]))
     with pytest.raises(ValueError, match="num_memory is 0"):
-        TaskResult.from_summary(summary | dict(num_memory=0))
+        TaskSummary.from_json(summary | dict(num_memory=0))
 
 
-def test_a_memory_that_is_only_a_prefix_is_told_in_words():
-    result = result_of("memory", "shuffled")
-    result.scores["shuffled"] = result.scores["memory"]
+def test_the_table_says_in_words_that_memory_is_only_a_prefix():
+    scores = result_of("memory")
+    same = dict(memory=scores.scores["memory"], shuffled=scores.scores["memory"])
+    result = TaskScores(scores.task, same).summarize()
     cells = " ".join(cell for row in rows_of(result) for cell in row)
     assert "bound 0.000 (0.000 .. 0.000) nats, another document's memory may serve as well" in cells
 
@@ -217,7 +219,7 @@ def test_training_shows_the_bound_from_its_first_evaluation_on(workspace, capsys
 
 
 def taller(picture: Path, other: Path) -> bool:
-    """By the heights in two PNGs' headers."""
+    """Compares the heights in the headers of two PNG files."""
     heights = [int.from_bytes(path.read_bytes()[20:24]) for path in (picture, other)]
     return heights[0] > heights[1]
 
@@ -226,7 +228,7 @@ def taller(picture: Path, other: Path) -> bool:
 
 
 def recent_nll(model, ids: torch.Tensor, start: int, stop: int, first: int) -> torch.Tensor:
-    """NLL of tokens first .. stop of a document, of the base that reads start .. stop alone."""
+    """NLL of tokens first .. stop of a document, if the base reads tokens start .. stop only."""
     logits = model.base(ids[None, start:stop]).logits[0]
     return nll_of(logits[first - start - 1 : -1], ids[first:stop], reduction="none")
 
@@ -234,49 +236,50 @@ def recent_nll(model, ids: torch.Tensor, start: int, stop: int, first: int) -> t
 @torch.no_grad()
 @pytest.mark.parametrize("protocol", ["paper", "document"])
 @pytest.mark.parametrize("length", [3 * L, 4 * L + 3, 5])
-def test_recent_is_the_base_behind_the_tokens_right_in_front(family, protocol, length):
-    """Row by row, in float64: another order of summation, 1e-12. In the document protocol the first
-    token of a chunk is predicted by the row before, which has its own recent tokens."""
+def test_recent_is_the_base_that_reads_the_tokens_directly_before(family, protocol, length):
+    """Row by row in float64, with another order of summation; tolerance 1e-12. In the document
+    protocol the row before, with other recent tokens, predicts the first token of a chunk."""
     model, ids = make_model(family), random_ids(length)
     found = uiollms.score(model, ids, protocol, "recent")
-    expected, places = [], []
+    expected, positions = [], []
     for t, chunk in enumerate(ids.split(L)):
         start, last = t * L, t * L + len(chunk)
-        front = max(0, start - t * M)
-        ahead = protocol == "document" and last < length  # also predicts the next chunk's first
-        stop = last + 1 if ahead else last
+        first_read = max(0, start - t * M)
+        # The row also predicts the first token of the next chunk.
+        predicts_next = protocol == "document" and last < length
+        stop = last + 1 if predicts_next else last
         if stop - start > 1:
-            if ahead:
-                logits = model.base(ids[None, front:last]).logits[0, start - front :]
+            if predicts_next:
+                logits = model.base(ids[None, first_read:last]).logits[0, start - first_read :]
                 expected.append(nll_of(logits, ids[start + 1 : stop], reduction="none"))
             else:
-                expected.append(recent_nll(model, ids, front, stop, start + 1))
-            places += range(start + 1, stop)
-    assert found.positions.tolist() == places
+                expected.append(recent_nll(model, ids, first_read, stop, start + 1))
+            positions += range(start + 1, stop)
+    assert found.positions.tolist() == positions
     assert relative_error(found.nll, torch.cat(expected)) < 1e-12
     window = uiollms.score(model, ids, protocol, "window").nll
     first = found.nll[: L - 1], window[: L - 1]
-    assert relative_error(*first) < 1e-12  # nothing stands in front of chunk 0
+    assert relative_error(*first) < 1e-12  # no token precedes chunk 0
     assert length < 2 * L or relative_error(found.nll, window) > 1e-3
 
 
 @torch.no_grad()
-def test_recent_stands_in_front_of_the_recent_tokens_that_all_modes_keep():
-    """m slots a chunk and w tokens more, those of every row in one piece; another order of
-    summation, 1e-12."""
+def test_recent_precedes_the_recent_tokens_that_all_modes_read():
+    """Every row reads m tokens per chunk before it and w recent tokens, in one piece. The order of
+    summation differs; tolerance 1e-12."""
     w, count = 3, 4
     model = make_model(config=MEMORY.model_copy(update=dict(recent_tokens=w)))
     ids = random_ids(count * L)
     expected = []
     for t in range(count):
-        front = max(0, t * L - (t * M + w if t else 0))
-        expected.append(recent_nll(model, ids, front, (t + 1) * L, t * L + 1))
+        first_read = max(0, t * L - (t * M + w if t else 0))
+        expected.append(recent_nll(model, ids, first_read, (t + 1) * L, t * L + 1))
     found = uiollms.score(model, ids, "paper", "recent")
     assert relative_error(found.nll, torch.cat(expected)) < 1e-12
 
 
 @torch.no_grad()
-def test_later_scores_what_reads_memory():
+def test_protocol_later_scores_the_tokens_that_read_memory():
     model, ids = make_model(), random_ids(3 * L + 2)
     whole, later = (uiollms.score(model, ids, protocol) for protocol in ("document", "later"))
     assert later.positions.tolist() == list(range(L + 1, len(ids)))
@@ -297,8 +300,8 @@ def test_recent_example():
     assert scored == [[1, 2, 3, 4], [5, 6, 7, 8], [9]]
 
 
-def test_where_memory_has_a_slot_a_token_recent_reads_all():
-    """1 : 1, the most there is: what `raw` reads."""
+def test_with_one_slot_per_token_recent_reads_the_whole_context():
+    """At 1 : 1, the largest memory, mode "recent" reads the same tokens as mode "raw"."""
     config = MEMORY.model_copy(update=dict(num_memory=L))
     model, ids = make_model(config=config), random_ids(3 * L)
     recent, raw = (uiollms.score(model, ids, "document", mode).nll for mode in ("recent", "raw"))
@@ -308,10 +311,10 @@ def test_where_memory_has_a_slot_a_token_recent_reads_all():
 @torch.no_grad()
 def test_recent_of_questions_and_of_distilled_documents():
     model, context = make_model(), random_ids(2 * L, seed=1)
-    asked = [(random_ids(3, seed=2), random_ids(2, seed=3)), (random_ids(2), random_ids(4))]
-    found = token_losses(model, Sample.questions(context, asked, L), "recent")[1]
+    questions = [(random_ids(3, seed=2), random_ids(2, seed=3)), (random_ids(2), random_ids(4))]
+    found = token_losses(model, Sample.questions(context, questions, L), "recent")[1]
     expected = []
-    for question, answer in asked:
+    for question, answer in questions:
         whole = torch.cat([context, question, answer])
         first = 2 * L + len(question)
         expected.append(recent_nll(model, whole, 2 * L - 2 * M, len(whole), first))
@@ -328,13 +331,13 @@ def test_recent_of_questions_and_of_distilled_documents():
 
 
 def test_recent_past_the_positions_and_of_copies_is_refused():
-    """64 positions, 2 slots a chunk of 8: 29 full chunks and 6 tokens, as many as with memory."""
+    """64 positions and 2 slots per chunk of 8 allow 29 full chunks and 6 tokens, as with memory."""
     model = make_model()
     assert model.capacity == 238
     assert len(uiollms.score(model, random_ids(238), "document", "recent").nll) == 237
     with pytest.raises(ValueError, match="240 tokens|239 tokens|positions"):
         uiollms.score(model, random_ids(240), "document", "recent")
-    with pytest.raises(ValueError, match="a copy is told by memory alone"):
+    with pytest.raises(ValueError, match="a copy is generated from memory alone"):
         token_losses(model, Sample.copy(random_ids(L), L), "recent")
     for task_type in ("auto encoding", "longdata copy"):
         with pytest.raises(uiollms.ConfigError, match="compare: recent: .* allowed are window and"):
@@ -343,7 +346,7 @@ def test_recent_past_the_positions_and_of_copies_is_refused():
 
 @torch.no_grad()
 def test_score_reads_the_memories_of_another_document():
-    """Slow twin: a stream is fed the other document and then asked about this one's chunk."""
+    """Slow twin: a stream reads the other document, and then this document's chunk."""
     model, ids, other = make_model(), random_ids(27, seed=1), random_ids(35, seed=2)
     found = uiollms.score(model, ids, "paper", mode="shuffled", other=other)
     expected = []
@@ -354,11 +357,11 @@ def test_score_reads_the_memories_of_another_document():
     assert relative_error(found.nll, torch.cat(expected)) < 1e-12
     again = uiollms.score(model, ids, "paper", mode="shuffled", other=other[None, : 3 * L])
     assert torch.equal(found.nll, again.nll) and torch.equal(found.positions, again.positions)
-    own = uiollms.score(model, ids, "paper", mode="shuffled", other=ids)
-    assert torch.equal(own.nll, uiollms.score(model, ids).nll)
+    same = uiollms.score(model, ids, "paper", mode="shuffled", other=ids)
+    assert torch.equal(same.nll, uiollms.score(model, ids).nll)
 
 
-def test_what_score_refuses():
+def test_wrong_arguments_of_score_are_refused():
     model, ids = make_model(), random_ids(27)
     for mode, other, message in (
         ("shuffled", None, "mode 'shuffled' reads, found without one"),
@@ -382,7 +385,7 @@ def test_what_score_refuses():
     "size",
     [dict(chunk_size=8), dict(num_memory=4), dict(chunk_size=24, num_memory=3)],
 )
-def test_a_task_of_another_size_is_what_a_model_of_that_size_gives(tiny, task_type, size):
+def test_a_task_of_another_size_scores_as_a_model_of_that_size(tiny, task_type, size):
     model, tokenizer = tiny
     copies = task_type == "auto encoding"
     compare = ["window", "shuffled"] if copies else ["window", "shuffled", "recent"]
@@ -393,19 +396,21 @@ def test_a_task_of_another_size_is_what_a_model_of_that_size_gives(tiny, task_ty
     assert model.memory_config is before
     model.memory_config = before.model_copy(update=size)
     (expected,) = Evaluation(model, tokenizer, [task]).run()
-    assert found.modes == expected.modes and found.bound == expected.bound
-    wanted = dict(chunk_size=16, num_memory=2) | size
-    summary = found.summary()
-    assert {name: summary[name] for name in wanted} == wanted
+    found, expected = found.summarize(), expected.summarize()
+    assert found.modes == expected.modes and found.comparison == expected.comparison
+    sizes = dict(chunk_size=16, num_memory=2) | size
+    summary = found.as_json()
+    assert {name: summary[name] for name in sizes} == sizes
 
 
-def test_the_size_is_put_back_where_scoring_fails(tiny, monkeypatch):
+def test_the_size_is_restored_if_scoring_fails(tiny, monkeypatch):
     model, tokenizer = tiny
     evaluation = Evaluation(model, tokenizer, [entry(chunk_size=8)])
     before = model.memory_config
-    (work,) = evaluation.measurements
-    short = Sample.document(torch.arange(2000) % 200, 8)
-    work.instances[0] = replace(work.instances[0], samples=(short,))
+    (measurement,) = evaluation.measurements
+    too_long = Sample.document(torch.arange(2000) % 200, 8)
+    instances = measurement.instances
+    instances[0] = replace(instances[0], samples=(too_long,))
     with pytest.raises(ValueError, match="capacity"):
         evaluation.run()
     assert model.memory_config is before
@@ -422,7 +427,7 @@ def test_the_size_is_put_back_where_scoring_fails(tiny, monkeypatch):
         (dict(num_memory=16, truncation=150), "150 tokens is past the capacity 128 .*memory 16"),
     ],
 )
-def test_a_size_that_is_none_is_refused_before_a_model_is_loaded(workspace, tiny, size, message):
+def test_an_impossible_size_is_refused_before_a_model_is_loaded(workspace, tiny, size, message):
     task = entry(**size).model_dump()
     with pytest.raises(uiollms.ConfigError, match=message) as caught:
         check_env(load_env_config("env.json", [f"train.tasks={json.dumps([task])}"]), "env.json")
@@ -438,5 +443,5 @@ def test_results_name_the_python_whose_library_was_read(tiny):
     task = entry(task_name="stdlib.test.1k", truncation=40)
     (result,) = Evaluation(*tiny, [task]).run()
     version = f"Python {platform.python_version()}"
-    assert result.summary()["corpus_version"] == version and version in result.title
-    assert Evaluation(*tiny, [entry()]).run()[0].summary()["corpus_version"] is None
+    assert result.task.corpus_version == version and version in result.task.title
+    assert Evaluation(*tiny, [entry()]).run()[0].task.corpus_version is None

@@ -34,7 +34,7 @@ from uiollms.config.load import load_env_config, parse
 from uiollms.data import Document
 from uiollms.data.builder import SampleBuilder
 from uiollms.data.limits import check_sample
-from uiollms.evaluation.attention_mass import attention_shares
+from uiollms.evaluation.attention_mass import attention_fractions
 from uiollms.evaluation.scoring import score, token_losses
 from uiollms.model.memory import Memory, compress, join
 from uiollms.planning.planner import make_plan
@@ -342,7 +342,7 @@ def test_shares_of_attention_are_of_the_chunks_own_tokens(monkeypatch):
         return output, weights
 
     monkeypatch.setattr(modeling_llama, "eager_attention_forward", has_forward_hooks)
-    shares = attention_shares(model, ids)
+    shares = attention_fractions(model, ids)
     assert torch.allclose(shares.sum(-1), torch.ones(3, 3))
     for t, length in ((1, 8), (2, 8), (3, 5)):
         for layer in range(3):

@@ -19,7 +19,7 @@ from torch import Tensor
 from uiollms import MemoryLM, gradient_step, score
 from uiollms.data.sample import Sample
 from uiollms.distributed.device_map import place
-from uiollms.evaluation.attention_mass import attention_shares
+from uiollms.evaluation.attention_mass import attention_fractions
 from uiollms.model.fingerprint import tensors_hash
 from uiollms.model.skeleton import skeleton
 from uiollms.model.state import KVBuffer
@@ -72,7 +72,7 @@ def mixed_calls(model: MemoryLM) -> list[Callable[[], Tensor]]:
         encoder_gradient,
         lambda ids: model.base(ids[None]).logits,
         lambda ids: model.encode_layers(ids[None, :8], seeds=[int(ids[0])])[-1],
-        lambda ids: attention_shares(model, ids),
+        lambda ids: attention_fractions(model, ids),
     ]
     return [lambda i=i: kinds[i % len(kinds)](texts[i]) for i in range(THREADS)]  # type: ignore[misc]
 

@@ -1,5 +1,4 @@
-"""`python -m uiollms report`: one page of whatever a run folder holds, and what by_length
-counts."""
+"""Tests `python -m uiollms report` on complete and incomplete run folders, and `by_length`."""
 
 import base64
 import io
@@ -22,8 +21,9 @@ from uiollms.cli.report import add_attention, main
 from uiollms.config.load import load_env_config, parse
 from uiollms.evaluation.attention_mass import AttentionMass
 from uiollms.evaluation.evaluator import Evaluation, TaskEntry
-from uiollms.evaluation.results import TaskResult, by_length
+from uiollms.evaluation.results import ScoredTask, TaskSummary
 from uiollms.evaluation.saved_results import load_token_nlls, save_token_nlls
+from uiollms.evaluation.statistics import by_length
 from uiollms.reports.page import duration
 from uiollms.reports.run_folder import read_folder
 
@@ -36,8 +36,8 @@ def report(*arguments: str) -> int:
 
 
 class Page(HTMLParser):
-    """The pictures of a page as bytes by their headings, its text, and whatever it would load
-    from elsewhere."""
+    """Parses a page. pictures: heading -> bytes; words: the page's text; elsewhere: what it would
+    load from other files."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -68,11 +68,14 @@ def test_a_whole_run_on_one_page(workspace, capsys):
     assert report("out", "--no_attention") == 0
     said = capsys.readouterr().out
     assert (
-        "not in it: attention to memory: --no_attention; made by: python -m uiollms report out"
-        in said
+        "not in the report: attention to memory: --no_attention; this command makes it: python -m "
+        "uiollms report out" in said
     )
-    command = next(line for line in said.splitlines() if "by test.py" in line).split("made by: ")[1]
-    assert "not in it: perplexity by length: out/test-nll.safetensors does not exist" in said
+    (line,) = [line for line in said.splitlines() if "by test.py" in line]
+    command = line.split("this command makes it: ")[1]
+    assert (
+        "not in the report: perplexity by length: out/test-nll.safetensors does not exist" in said
+    )
     assert pngs(Path("out")).keys() == ALL - {"length", "attention"}
 
     tasks = [
@@ -101,7 +104,8 @@ def test_a_whole_run_on_one_page(workspace, capsys):
     assert report("out") == 0
     said = capsys.readouterr().out
     assert (
-        "not in it" not in said and "measures attention, weights: checkpoints/step-00000003" in said
+        "not in the report" not in said
+        and "measuring attention; weights: checkpoints/step-00000003" in said
     )
     page, shown = Page(Path("out/report.html")), pngs(Path("out"))
     assert shown.keys() == ALL | {"tasks"} and sorted(shown.values()) == sorted(
@@ -125,25 +129,25 @@ def test_a_whole_run_on_one_page(workspace, capsys):
         for mode in ("memory", "window", "raw")
     )
     mass = AttentionMass.load(Path("out/attention.safetensors"))
-    assert mass.shares.shape == (3, 6, 7) and torch.allclose(
-        mass.shares.sum(2), torch.ones(3, 6), atol=1e-5
+    assert mass.fractions.shape == (3, 6, 7) and torch.allclose(
+        mass.fractions.sum(2), torch.ones(3, 6), atol=1e-5
     )
     assert (
         mass.about["tokens"] == "100"
         and "in one document of 100 tokens from files:book*.txt" in page.words
     )
 
-    # From the folder alone, wherever it lies: no model, the same pictures. New weights are measured
-    # anew, and so is a wish.
+    # A moved folder gives the same pictures without the model. Attention is measured again for new
+    # weights and if a number of tokens is given.
     Path("moved").mkdir()
     Path("out").rename("moved/out")
     first = Path("moved/out/report.html").read_text()
     for path in (*Path("moved/out/plots").iterdir(), Path("moved/out/report.html")):
         path.unlink()
-    assert report("moved/out") == 0 and "measures" not in capsys.readouterr().out
+    assert report("moved/out") == 0 and "measuring" not in capsys.readouterr().out
     assert pngs(Path("moved/out")) == shown and Path("moved/out/report.html").read_text() == first
     add_attention(read_folder(Path("moved/out")), False, 50)
-    assert AttentionMass.load(Path("moved/out/attention.safetensors")).shares.shape == (3, 3, 4)
+    assert AttentionMass.load(Path("moved/out/attention.safetensors")).fractions.shape == (3, 3, 4)
     assert report("moved/out", "--attention_tokens", "16") == 2
     assert "16 tokens fit one chunk of 16" in capsys.readouterr().err
     Path("moved/out/checkpoints/step-00000003").rename("moved/out/checkpoints/step-00000004")
@@ -152,7 +156,7 @@ def test_a_whole_run_on_one_page(workspace, capsys):
 
 
 def test_a_new_run_takes_no_report_from_the_old_one(workspace):
-    """Its checkpoint would have the same name."""
+    """The new run's checkpoint has the same name as the old one's."""
     for _ in range(2):
         assert call(*TRAIN, "--set=train.train_iters=1") == 0
         Path("out/attention.safetensors").touch()
@@ -164,16 +168,16 @@ def test_only_an_evaluation(workspace, capsys):
     assert report("out") == 0
     said = capsys.readouterr().out
     assert (
-        "not in it: the training curve: out/metrics.jsonl does not exist; made by: python train.py "
-        "--env_conf FILE" in said
+        "not in the report: the training curve: out/metrics.jsonl does not exist; this command "
+        "makes it: python train.py --env_conf FILE" in said
     )
-    assert said.count("not in it") == 1 and "weights: untrained" in said
+    assert said.count("not in the report") == 1 and "weights: untrained" in said
     assert pngs(Path("out")).keys() == {"position", "length", "attention"}
 
 
 def test_files_of_other_versions_are_named(workspace, capsys):
-    """The evaluation and the metrics that this repository's README shows were written before
-    results said what they are of."""
+    """The evaluation and the metrics that this repository's README shows are of an early version,
+    whose results do not name their task."""
     Path("out").mkdir()
     Path("out/test.json").write_text((ROOT / "docs/results/smollm2-8x-test.json").read_text())
     Path("out/metrics.jsonl").write_text(
@@ -184,23 +188,23 @@ def test_files_of_other_versions_are_named(workspace, capsys):
     said = capsys.readouterr().out
     assert (
         "the evaluation in test.json: out/test.json has no 'task_type': another version wrote it; "
-        "made by: python" in said
+        "this command makes it: python" in said
     )
     assert "perplexity by length: out/test-nll.safetensors cannot be read" in said
     assert "the evaluation in metrics.jsonl: out/metrics.jsonl has no 'task_type'" in said
-    assert "attention to memory: out has no config that would name the model" in said
+    assert "attention to memory: out has no config, which names the model" in said
     assert pngs(Path("out")).keys() == {"training", "steps"}
 
 
 def test_no_run_folder(workspace, capsys):
     assert (
         report("nowhere") == 2
-        and "nowhere: is not a folder; a run folder is what" in capsys.readouterr().err
+        and "nowhere: is not a folder; expected a run folder" in capsys.readouterr().err
     )
     Path("empty").mkdir()
     assert (
         report("empty") == 2
-        and "empty: holds neither metrics.jsonl nor test.json" in capsys.readouterr().err
+        and "empty: has neither metrics.jsonl nor test.json" in capsys.readouterr().err
     )
     assert not list(Path("empty").iterdir())
 
@@ -220,7 +224,7 @@ def test_by_length_is_what_shorter_documents_have(workspace):
     for result, protocol in zip(
         load_token_nlls(Path("nll.safetensors")), ("paper", "document"), strict=True
     ):
-        assert result.about == ("files:book*.txt", "perplexity", 100, 16, protocol, 2, None)
+        assert result.task == ScoredTask("files:book*.txt", "perplexity", 100, 16, protocol, 2)
         for mode, scores in result.scores.items():
             points = by_length(list(scores.values()))
             assert [p["length"] for p in points] == [2, 4, 8, 16, 32, 64, 100] and all(
@@ -269,8 +273,8 @@ def test_a_summary_read_again():
         memory=numbers,
         mean=2.0,
     )
-    result = TaskResult.from_summary(summary)
-    assert result.modes == {"memory": numbers} and result.title == "perplexity (paper) of x"
+    result = TaskSummary.from_json(summary)
+    assert result.modes == {"memory": numbers} and result.task.title == "perplexity (paper) of x"
 
 
 def test_durations():

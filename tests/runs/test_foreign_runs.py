@@ -51,15 +51,15 @@ def make_run(capsys) -> None:
     AttentionMass(torch.full((2, 2, 3), 1 / 3), ABOUT).save(Path("out/attention.safetensors"))
     shutil.rmtree("out/tensorboard")
     assert report("out", "--no_attention") == 0
-    assert "not in it" not in capsys.readouterr().out
+    assert "not in the report" not in capsys.readouterr().out
 
 
 @pytest.fixture
 def undrawn(monkeypatch) -> None:
     """Of a page's pictures, which take most of the time, those of every tenth report only."""
-    draw, count = uiollms.reports.page.draw, iter(range(10**6))
+    draw, count = uiollms.reports.page.draw_pictures, iter(range(10**6))
     few = lambda *arguments: draw(*arguments) if next(count) % 10 == 3 else ()  # noqa: E731
-    monkeypatch.setattr("uiollms.reports.page.draw", few)
+    monkeypatch.setattr("uiollms.reports.page.draw_pictures", few)
 
 
 def lines_of(capsys, folder: Path) -> list[str]:
@@ -68,7 +68,7 @@ def lines_of(capsys, folder: Path) -> list[str]:
     said = capsys.readouterr()
     assert code in (0, 2) and "Traceback" not in said.err
     errors = [line for line in said.err.splitlines() if line]
-    found = [line for line in said.out.splitlines() if line.startswith("not in it: ")]
+    found = [line for line in said.out.splitlines() if line.startswith("not in the report: ")]
     assert found or errors
     return found + errors
 
@@ -128,13 +128,13 @@ def change(path: Path, keys: tuple, value: object) -> None:
 EDITS = {
     ("results", 0, "memory", "perplexity"): ("NaN", "memory.perplexity: Input should be a valid"),
     ("results", 0, "memory", "by_position", 0, "start"): (0, "start: Input should be greater"),
-    ("results", 0, "chunk_size"): ("8", "chunk_size is '8', no chunk_size of a result"),
-    ("results", 0, "task_type"): (None, "task_type is None, no task_type of a result"),
+    ("results", 0, "chunk_size"): ("8", "chunk_size is '8', which is no chunk_size of a result"),
+    ("results", 0, "task_type"): (None, "task_type is None, which is no task_type of a result"),
     ("results", 0, "memory"): ({}, "memory.documents: Field required"),
-    ("results",): ({"a": 1}, "out/test.json: results: is none that test.py writes"),
-    ("results", 1): (7, "out/test.json: results: is none that test.py writes"),
-    ("weights",): (7, "out/test.json: weights: is none that test.py writes"),
-    ("versions",): ([], "out/test.json: versions: is none that test.py writes"),
+    ("results",): ({"a": 1}, "out/test.json: results: is not what test.py writes"),
+    ("results", 1): (7, "out/test.json: results: is not what test.py writes"),
+    ("weights",): (7, "out/test.json: weights: is not what test.py writes"),
+    ("versions",): ([], "out/test.json: versions: is not what test.py writes"),
 }
 
 
@@ -185,7 +185,7 @@ def test_tokens_of_another_evaluation(run_folder, capsys):
     assert call("test.py", "--env_conf", "env.json", "--quiet", "--set=train.seed=1") == 0
     Path("kept").rename(run_folder / "test-nll.safetensors")
     found = lines_of(capsys, run_folder)
-    assert "it is of another evaluation than test.json" in "".join(found)
+    assert "it belongs to another evaluation than test.json" in "".join(found)
     assert "Perplexity by length" not in Path("out/report.html").read_text()
 
 

@@ -1,11 +1,11 @@
-"""A run folder as one page: report.html, with every picture in it, and as a PNG in plots/.
+"""Writes a run folder as one page: report.html, which contains every plot, and plots/*.png.
 
 python -m uiollms report runs/smollm2-8x
 python -m uiollms report runs/smollm2-8x --attention_tokens 8192
 python -m uiollms report runs/smollm2-8x --no_attention
 
-The attention that memory gets is measured with the run's model once and kept in the run folder
-as attention.safetensors; it is measured again when the run has other weights by then. All else
+The attention to memory is measured with the run's model once, and stored in the run folder as
+attention.safetensors. It is measured again if the run has other weights since. Everything else
 is read from the folder.
 """
 
@@ -23,7 +23,13 @@ from uiollms.evaluation.attention_mass import AttentionMass, measure_attention
 from uiollms.files.atomic import reporting_write_errors
 from uiollms.files.errors import ConfigError
 from uiollms.reports.page import write_report
-from uiollms.reports.run_folder import ATTENTION, Missing, RunFolder, read_attention, read_folder
+from uiollms.reports.run_folder import (
+    ATTENTION_FILE,
+    Missing,
+    RunFolder,
+    read_attention,
+    read_folder,
+)
 from uiollms.weights.adapters import load_weights
 
 
@@ -38,18 +44,17 @@ def main(arguments: list[str] | None = None) -> int:
     group.add_argument(
         "--no_attention",
         action="store_true",
-        help="do not load the model; show what was measured before",
+        help="do not load the model; show the attention measured before, if any",
     )
     group.add_argument(
         "--attention_tokens",
         type=whole(),
         metavar="N",
-        help="measure attention anew, on N tokens of the document",
+        help="measure attention again, on N tokens of the document",
     )
     output_arguments(
         parser,
-        "the page, its pictures and what is missing, as one JSON object",
-        quiet="no progress bar, no words",
+        "the paths of the page and its plots, and the missing parts, as one JSON object",
     )
     args = parser.parse_args(arguments)
     output = Output.of(args)
@@ -58,10 +63,10 @@ def main(arguments: list[str] | None = None) -> int:
     page, plots = write_report(run)
     for part in run.missing:
         output.say(
-            f"not in it: {part.what}: {part.why}"
-            + (f"; made by: {part.command}" if part.command else "")
+            f"not in the report: {part.what}: {part.why}"
+            + (f"; this command makes it: {part.command}" if part.command else "")
         )
-    output.say(f"written: {page}, and its pictures in {page.parent / 'plots'}")
+    output.say(f"written to {page}, plots to {page.parent / 'plots'}")
     output.result(
         page=str(page),
         plots=[str(plot) for plot in plots],
@@ -71,25 +76,29 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def add_attention(run: RunFolder, skip: bool, tokens: int | None, output: Output = WORDS) -> None:
-    """The attention mass stored in the run folder; measured first where that is not of the run's
-    weights, or `tokens` asks."""
-    path = run.path / ATTENTION
+    """Sets `run.attention` from the file in the run folder. Measures and stores it first if the
+    file belongs to other weights.
+
+    skip:   only use the file
+    tokens: measure again, on so many tokens of the document
+    """
+    path = run.path / ATTENTION_FILE
+    command = f"python -m uiollms report {run.path}"
     if os.path.lexists(path):
         run.attention = run.part(
-            "attention to memory", ATTENTION, read_attention, f"python -m uiollms report {run.path}"
+            "attention to memory",
+            ATTENTION_FILE,
+            read_attention,
+            command,
         )
     if skip or (
         run.attention and run.attention.about.get("weights") == run.weights_name and tokens is None
     ):
         if run.attention is None:
-            run.missing.append(
-                Missing(
-                    "attention to memory", "--no_attention", f"python -m uiollms report {run.path}"
-                )
-            )
+            run.missing.append(Missing("attention to memory", "--no_attention", command))
         return
     try:
-        run.attention = measured(run, tokens, output)
+        run.attention = measure_run(run, tokens, output)
     except ConfigError as error:
         if tokens is not None:
             raise
@@ -101,14 +110,15 @@ def add_attention(run: RunFolder, skip: bool, tokens: int | None, output: Output
         run.attention.save(path)
 
 
-def measured(run: RunFolder, tokens: int | None, output: Output) -> AttentionMass:
-    """Loads the run's model with its weights. Raises ConfigError where that cannot be done."""
+def measure_run(run: RunFolder, tokens: int | None, output: Output) -> AttentionMass:
+    """Loads the run's model with its weights and measures its attention. Raises ConfigError if the
+    model cannot be loaded."""
     if run.config is None:
-        raise ConfigError(f"{run.path} has no config that would name the model")
+        raise ConfigError(f"{run.path} has no config, which names the model")
     model, tokenizer = load_memory_lm(run.config, run.path / "config.json")
     if run.weights:
         load_weights(model, run.weights)
-    output.say(f"measures attention, weights: {run.weights_name}, base in {model.dtype}")
+    output.say(f"measuring attention; weights: {run.weights_name}, base in {model.dtype}")
     progress = partial(output.bar, desc="attention", unit="chunk", leave=False)
     mass = measure_attention(model, tokenizer, run.config, tokens, progress)
-    return AttentionMass(mass.shares, mass.about | {"weights": run.weights_name})
+    return AttentionMass(mass.fractions, mass.about | {"weights": run.weights_name})

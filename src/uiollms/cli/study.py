@@ -38,7 +38,7 @@ from uiollms.config.load import load_env_config
 from uiollms.config.sections import EnvConfig, MemoryConfig, TrainSection
 from uiollms.data.sample import Sample
 from uiollms.data.stream import SampleStream
-from uiollms.evaluation.evaluator import evaluation_documents
+from uiollms.evaluation.instances import evaluation_documents
 from uiollms.evaluation.scoring import score
 from uiollms.files.atomic import make_folder, replace_text
 from uiollms.files.errors import ConfigError

@@ -1,1 +1,1 @@
-"""Scores of held-out documents, their controls and statistics, and lm-eval."""
+"""Scores models on held-out documents, compares memory with its controls, and runs lm-eval."""

@@ -1,12 +1,12 @@
-"""How much of each layer's attention goes to memory, and to memory of which age.
+"""Measures how much of each layer's attention goes to memory, and to memories of which age.
 
-A document is decoded chunk by chunk behind its memories as always, but the attention itself is
-computed by the base's own eager function, which returns its weights. Age 1 is the memory of the
-chunk just before the one that reads.
+A document is decoded chunk by chunk, as always, but the base's eager attention function computes
+the attention, because it returns the attention weights. Age 1 is the memory of the chunk directly
+before the chunk that reads it.
 
-Shapes: T tokens of a document, R rows (its chunks but the first, which reads no memory), L
-layers, H heads, t tokens of a row, m num_memory, M = memories * m slots in front of a row, w of
-its tokens that are fed again, A = R ages.
+Shapes: T tokens of a document, R rows (the chunks of the document but the first, which reads no
+memory), L layers, H heads, t tokens of a row, w recent tokens that the row reads again, m
+num_memory, M memory slots that the row reads, A = R ages.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from uiollms.config.corpora import TEXT_TASKS
 from uiollms.config.load import load_tasks
 from uiollms.config.sections import EnvConfig
 from uiollms.data.sample import Row, Sample
-from uiollms.evaluation.evaluator import evaluation_documents
+from uiollms.evaluation.instances import evaluation_documents
 from uiollms.files.atomic import replacing
 from uiollms.files.errors import ConfigError
 from uiollms.model.attention import decoder_mask
@@ -36,59 +36,66 @@ from uiollms.model.passes import encode_and_project_all
 from uiollms.model.state import SharedPrefix
 
 Progress = Callable[[Sequence[Any]], Iterable[Any]]
-MOST_CHUNKS = 16  # of the document, where nobody asks for more
+MAX_CHUNKS = 16  # of the document, unless the caller gives a number of tokens
 
 
 @dataclass(frozen=True)
 class AttentionMass:
-    """shares [L, R, 1 + A] float32: of a layer's attention, averaged over heads and a row's
-    tokens, what goes to the row's own chunk and its recent tokens (place 0) and to the memory of
-    each age (place = age); row r reads r + 1 memories, and what it lacks is 0. So each row sums
-    to 1. about: what was measured, as text."""
+    """Fractions of attention.
 
-    shares: Tensor
+    fractions: [L, R, 1 + A] float32, averaged over the heads and the tokens of a row. Index 0 is
+               the fraction that goes to the row's chunk and its recent tokens, index a the one
+               that goes to the memory of age a. Row r reads r + 1 memories; fractions of memories
+               that it lacks are 0. The fractions of a row sum to 1.
+    about:     name -> value of what was measured, as text
+    """
+
+    fractions: Tensor
     about: dict[str, str]
 
     @property
     def by_age(self) -> Tensor:
         """[L, A]: averaged over the rows that have a memory of that age."""
-        rows = self.shares.shape[1]
+        rows = self.fractions.shape[1]
         return torch.stack(
-            [self.shares[:, age - 1 :, age].mean(1) for age in range(1, rows + 1)], dim=1
+            [self.fractions[:, age - 1 :, age].mean(1) for age in range(1, rows + 1)], dim=1
         )
 
     @property
     def on_memory(self) -> Tensor:
-        """[L, R]: what goes to all memories together, by how many the row reads."""
-        return self.shares[:, :, 1:].sum(2)
+        """[L, R]: the fraction that goes to all memories together. Row r reads r + 1 memories."""
+        return self.fractions[:, :, 1:].sum(2)
 
     def save(self, path: Path) -> None:
         with replacing(path) as work:
-            save_file({"shares": self.shares.contiguous()}, work, self.about)
+            save_file({"shares": self.fractions.contiguous()}, work, self.about)
 
     @classmethod
     def load(cls, path: Path) -> AttentionMass:
-        """Raises ValueError, SafetensorError for a file that `save` has not written."""
+        """Reads the file that `save` wrote. Raises ValueError or SafetensorError for others."""
         with safe_open(path, "pt") as file:
-            shares, about = file.get_tensor("shares"), file.metadata() or {}
-        layers, rows, places = shares.shape if shares.dim() == 3 else (0, 0, 0)
+            fractions, about = file.get_tensor("shares"), file.metadata() or {}
+        layers, rows, columns = fractions.shape if fractions.dim() == 3 else (0, 0, 0)
         if (
             not layers
             or not rows
-            or places != rows + 1
-            or not shares.is_floating_point()
-            or not shares.isfinite().all()
+            or columns != rows + 1
+            or not fractions.is_floating_point()
+            or not fractions.isfinite().all()
         ):
             raise ValueError(
-                f"shares {list(shares.shape)} are none of layers, rows and what they read"
+                f"shares {list(fractions.shape)} are not attention by layer, row and age"
             )
-        return cls(shares.float(), about)
+        return cls(fractions.float(), about)
 
 
 @torch.no_grad()
-def attention_shares(model: MemoryLM, ids: Tensor, progress: Progress = iter) -> Tensor:
-    """A document's ids [T] -> shares [L, R, 1 + A], see `AttentionMass`. progress: wraps the
-    rows, to show how far it is. Raises ValueError for one that fits a chunk."""
+def attention_fractions(model: MemoryLM, ids: Tensor, progress: Progress = iter) -> Tensor:
+    """Token ids [T] of a document -> fractions [L, R, 1 + A], see `AttentionMass`. Raises
+    ValueError if the document fits one chunk.
+
+    progress: wraps the rows in a progress bar
+    """
     m = model.memory_config.num_memory
     sample = Sample.document(ids, model.memory_config.chunk_size)
     rows = sample.with_recent(model.memory_config.recent_tokens).rows
@@ -99,45 +106,50 @@ def attention_shares(model: MemoryLM, ids: Tensor, progress: Progress = iter) ->
             "read"
         )
     keys, values = encode_and_project_all(model, sample.chunks)
-    shares = torch.zeros(len(keys), len(rows), 1 + len(rows))
+    fractions = torch.zeros(len(keys), len(rows), 1 + len(rows))
     for r, row in enumerate(progress(rows)):
 
         def record(layer: int, weights: Tensor, r: int = r, row: Row = row) -> None:
-            """weights [1, H, w + t, M + w + t], whose first w queries are the recent tokens'"""
+            """weights: [1, H, w + t, M + w + t]; the first w queries are the recent tokens."""
             count = row.num_memories
             received = weights[0, :, row.recent :].float().mean((0, 1))  # [M + w + t]
             by_chunk = received[: count * m].view(count, m).sum(1)
-            shares[layer, r, 0] = received[count * m :].sum()
-            shares[layer, r, 1 : count + 1] = by_chunk.flip(0)  # the newest first
+            fractions[layer, r, 0] = received[count * m :].sum()
+            fractions[layer, r, 1 : count + 1] = by_chunk.flip(0)  # the newest memory first
 
         slots = row.num_memories * m
         prefix = SharedPrefix(
             [k[:, :, :slots] for k in keys], [v[:, :, :slots] for v in values], in_place=False
         )
-        pattern = Recorded(decoder_mask([slots], 0, len(row.input_ids), model.device), record)
+        pattern = RecordingPattern(
+            decoder_mask([slots], 0, len(row.input_ids), model.device), record
+        )
         model.decode(row.input_ids[None], prefix, [slots], pattern=pattern)
-    return shares
+    return fractions
 
 
 @dataclass(frozen=True, eq=False)
-class Recorded:
-    """Attention as the base's family computes it eagerly, whose weights `record` gets, with
-    every layer's number, as [B, H, queries, keys] (an `attention.AttentionPattern`). mask: as in
-    `attention.MaskPattern`."""
+class RecordingPattern:
+    """An `attention.AttentionPattern` that computes attention with the eager function of the
+    base's family and passes its weights on.
+
+    mask:   as in `attention.MaskPattern`
+    record: is called with the index of the layer and its weights [B, H, queries, keys]
+    """
 
     mask: Tensor | None
     record: Callable[[int, Tensor], None]
 
-    def to(self, device: torch.device) -> Recorded:
+    def to(self, device: torch.device) -> RecordingPattern:
         return self if self.mask is None else replace(self, mask=self.mask.to(device))
 
     def attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float
     ) -> Tensor:
-        """[B, H, T, K], twice [B, key/value heads, S, K] -> [B, T, H, K]"""
+        """query [B, H, T, K], key and value [B, key/value heads, S, K] -> [B, T, H, K]"""
         eager = sys.modules[type(module).__module__].eager_attention_forward
         mask, queries, keys = self.mask, query.shape[2], key.shape[2]
-        if mask is None:  # plain causal, which an eager function does not know
+        if mask is None:  # causal; an eager function needs the mask itself
             mask = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=query.device).tril(
                 keys - queries
             )
@@ -156,27 +168,32 @@ def measure_attention(
     tokens: int | None = None,
     progress: Progress = iter,
 ) -> AttentionMass:
-    """Of the first document of the config's first text task (of `train.tasks`, else of the file
-    `test`), cut to `tokens` (by default the task's truncation, but no more than 16 chunks).
-    Raises ConfigError if the config has no such task."""
+    """Measures the attention in the first document of the config's first text task, which is one
+    of `train.tasks` or else of the file `test`.
+
+    tokens: the length to which the document is cut; by default the task's truncation, but at most
+            16 chunks
+
+    Raises ConfigError if the config has no text task, and if `tokens` fit one chunk.
+    """
     task = next(
         (t for t in (*config.train.tasks, *load_tasks(config.test)) if t.task_type in TEXT_TASKS),
         None,
     )
     if task is None:
         raise ConfigError(
-            f"no task of {' or '.join(TEXT_TASKS)} in train.tasks or {config.test}, whose document "
-            "would be read"
+            f"neither train.tasks nor {config.test} has a task of {' or '.join(TEXT_TASKS)}, whose "
+            "document attention is measured on"
         )
     memory = model.memory_config
     if tokens is not None and tokens <= memory.chunk_size:
         raise ConfigError(
-            f"{tokens} tokens fit one chunk of {memory.chunk_size}, where no memory is read; take "
-            "more"
+            f"{tokens} tokens fit one chunk of {memory.chunk_size}, which reads no memory; give "
+            "more tokens"
         )
-    longest = tokens or min(task.truncation or model.capacity, MOST_CHUNKS * memory.chunk_size)
-    one = dict(num_instance=1, truncation=longest, documents="full")
-    (ids,) = evaluation_documents(model, tokenizer, task.model_copy(update=one))
+    longest = tokens or min(task.truncation or model.capacity, MAX_CHUNKS * memory.chunk_size)
+    first = dict(num_instance=1, truncation=longest, documents="full")
+    (ids,) = evaluation_documents(model, tokenizer, task.model_copy(update=first))
     about = dict(
         task=task.task_name,
         tokens=len(ids),
@@ -185,5 +202,6 @@ def measure_attention(
     )
     model.eval()
     return AttentionMass(
-        attention_shares(model, ids, progress), {name: str(value) for name, value in about.items()}
+        attention_fractions(model, ids, progress),
+        {name: str(value) for name, value in about.items()},
     )

@@ -1,11 +1,13 @@
-"""lm-eval's tasks on a model with memory; as a program, the command `lm_eval`
-(uiollms/cli/lm_eval.py).
+"""Runs the tasks of lm-eval on a model with memory.
+
+From a shell, use the command `lm_eval` or `python -m uiollms eval` (uiollms/cli/lm_eval.py):
 
 python -m uiollms eval --model uiollms --model_args env_conf=smollm2-8x.json --tasks arc_easy
 
-In a program, import this module, then lm_eval.simple_evaluate(model="uiollms",
-model_args="env_conf=smollm2-8x.json", tasks=...). Shapes: T tokens, B continuations of one
-context, V vocabulary, l chunk_size, m num_memory.
+In a program, import this module and call lm_eval.simple_evaluate(model="uiollms",
+model_args="env_conf=smollm2-8x.json", tasks=...).
+
+Shapes: T tokens, B continuations of one context, V vocabulary, l chunk_size, m num_memory.
 """
 
 from __future__ import annotations
@@ -47,22 +49,25 @@ DEFAULT_NEW_TOKENS = 256  # of generate_until, as in lm-eval's Hugging Face mode
 
 @register_model("uiollms")
 class HarnessLM(TemplateLM):
-    """What lm-eval asks of a model, answered by the one of an environment config, with the
-    weights that test.py would take.
+    """The model of an environment config, with the interface that lm-eval calls.
 
-    env_conf: the config; weights: a checkpoint in place of test.py's choice; batch_size:
-    continuations of one context in one call; device: of no effect, the config's model.device_map
-    places the model (lm-eval's command line says cuda:0 everywhere); settings: fields of the
-    config, as in --set of train.py, such as model.model_dtype=fp32.
+    env_conf:   the environment config
+    weights:    a checkpoint; by default the weights that test.py evaluates
+    batch_size: number of continuations of one context that are scored in one call
+    device:     has no effect, because the config's model.device_map places the model (lm-eval's
+                command line always passes cuda:0)
+    settings:   fields of the config, as in --set of train.py, such as model.model_dtype=fp32
 
-    Texts of any length up to the capacity are read as they are, never cut or moved into windows:
-    full chunks become memory. One past the capacity is a ConfigError before anything is
-    computed. Requests are answered in the order of their tokens, and chunks with which a text
-    begins as the one before it did are not compressed again. An answer depends on its own
-    request alone: not on the order of tasks, on --limit, or on what else is asked (with
-    batch_size 1 to the last bit; continuations that are scored in one batch differ by rounding).
-    Special tokens are those of lm-eval's Hugging Face model: what the tokenizer writes in front
-    of a text, and BOS (without one, EOS) in front of an empty context and of a document.
+    Texts up to the capacity are read whole, neither cut nor split into sliding windows: full
+    chunks become memory. A longer text raises ConfigError before anything is computed.
+
+    Requests are answered in the order of their tokens. If a text begins with the same chunks as
+    the text before it, those chunks are not compressed again. An answer depends on its request
+    only, not on the order of tasks, on --limit or on other requests. With batch_size 1 this holds
+    to the last bit; continuations that are scored in one batch differ by rounding.
+
+    Special tokens are those of lm-eval's Hugging Face model: the tokenizer's tokens at the start
+    of a text, and BOS (EOS without one) before an empty context and before a document.
     """
 
     def __init__(
@@ -75,12 +80,11 @@ class HarnessLM(TemplateLM):
     ) -> None:
         super().__init__()
         digits = str(batch_size)
-        if (
-            not digits.isdecimal() or len(digits) > 9 or int(digits) < 1
-        ):  # longer ones overflow, or are refused by Python
+        # Longer numbers overflow, or Python refuses to convert them.
+        if not digits.isdecimal() or len(digits) > 9 or int(digits) < 1:
             raise ConfigError(
-                f"--batch_size {shortened(digits)}: give a number, at least 1; there is no "
-                "automatic choice"
+                f"--batch_size {shortened(digits)}: expected a number of at least 1; it is not "
+                "chosen automatically"
             )
         self.batch_size = int(batch_size)
         config = load_env_config(
@@ -89,8 +93,8 @@ class HarnessLM(TemplateLM):
         self.tokenizer: Any
         self.model, self.tokenizer, self.weights = load_trained(config, env_conf, weights)
         self.model.eval()
-        # The text read last, whole chunks of which the next text may begin with.
-        self.seen: list[int] = []
+        # The text read last, whose first chunks the next text may repeat, and its state.
+        self.last_ids: list[int] = []
         self.state = self.model.new_state()
 
     # ---- tokens ----------------------------------------------------------------------------------
@@ -101,7 +105,7 @@ class HarnessLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What the first token of a text is predicted from."""
+        """The token that the first token of a text is predicted from."""
         return (
             self.tokenizer.eos_token_id
             if self.tokenizer.bos_token_id is None
@@ -111,8 +115,11 @@ class HarnessLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """[T]; without a word on special tokens, what the tokenizer writes in front of a text
-        unless the text brings it itself. Nothing is written behind it."""
+        """Token ids [T] of a text. Nothing is appended.
+
+        add_special_tokens: whether the tokenizer's tokens start the text; by default they do
+                            unless the text contains BOS already
+        """
         if add_special_tokens is None:
             add_special_tokens = not has_bos_prefix(
                 string, self.tokenizer.decode(self.prefix_token_id)
@@ -120,10 +127,12 @@ class HarnessLM(TemplateLM):
         return (document_ids if add_special_tokens else plain_ids)(self.tokenizer, string)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Context and continuation, tokenised as one text -> the tokens of each, as lm-eval cuts
-        them (spaces at the context's end go to the continuation), but for a token that holds
-        characters of both: it is the continuation's, where lm-eval's own rule keeps the context
-        as it would be alone and loses that token."""
+        """Tokenises context and continuation as one text -> the token ids of each.
+
+        The text is cut where lm-eval cuts it: spaces at the end of the context belong to the
+        continuation. They differ for a token with characters of both, which belongs to the
+        continuation here, while lm-eval tokenises the context alone and loses that token.
+        """
         stripped = context.rstrip()
         whole = self.tok_encode(context + continuation)
         count = common(self.tok_encode(stripped), whole)
@@ -136,8 +145,8 @@ class HarnessLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The turns in the tokenizer's chat template; without a generation prompt the last turn
-        is left open."""
+        """The turns as text of the tokenizer's chat template. Without a generation prompt the last
+        turn is left open."""
         return self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
@@ -146,15 +155,15 @@ class HarnessLM(TemplateLM):
         )
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval writes into its results."""
+        """Entries that lm-eval writes into its results."""
         return {"weights": self.weights, "model_dtype": str(self.model.dtype)}
 
     @property
     def max_length(self) -> int:
-        """Tokens of the longest text, memory included."""
+        """Number of tokens of the longest text, including those that become memory."""
         return self.model.capacity
 
-    # ---- what lm-eval asks -----------------------------------------------------------------------
+    # ---- the interface that lm-eval calls --------------------------------------------------------
 
     def _loglikelihood_tokens(
         self,
@@ -162,8 +171,9 @@ class HarnessLM(TemplateLM):
         disable_tqdm: bool = False,
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
-        """(texts, context, continuation) each -> (log probability of the continuation in nats,
-        whether it is the greedy one). A context is compressed once for all of its continuations."""
+        """(texts, context, continuation) of each request -> (log probability of the continuation in
+        nats, whether greedy decoding generates it). A context is compressed once for all of its
+        continuations."""
         self.check_fits(
             [len(context) + len(continuation) for _, context, continuation in requests],
             "loglikelihood",
@@ -186,10 +196,10 @@ class HarnessLM(TemplateLM):
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log probability of whole documents in nats, each in one pass: the document protocol
-        behind one prefix token, so every token of the document is scored once, given all before
-        it. A BOS that the tokenizer would write is that prefix token, and is not scored itself
-        (lm-eval's Hugging Face model scores it behind a second one)."""
+        """Log probabilities of whole documents in nats. Each document is scored in one pass, by the
+        document protocol after one prefix token, so that every token is scored once, given all
+        tokens before it. If the document starts with BOS, this is the prefix token and is not
+        scored. (lm-eval's Hugging Face model scores it, after a second BOS.)"""
         documents = [
             self.tok_encode(request.args[0], add_special_tokens=False) for request in requests
         ]
@@ -208,7 +218,7 @@ class HarnessLM(TemplateLM):
         return answers
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """The text that follows each prompt, up to the first of its stop strings."""
+        """The text that follows each prompt, up to the first of the request's stop strings."""
         prompts = [
             self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests
         ]
@@ -216,11 +226,15 @@ class HarnessLM(TemplateLM):
             normalize_gen_kwargs(request.args[1], DEFAULT_NEW_TOKENS) for request in requests
         ]
         lengths = [
-            len(ids) + own["max_gen_toks"] for ids, own in zip(prompts, settings, strict=True)
+            len(ids) + options["max_gen_toks"]
+            for ids, options in zip(prompts, settings, strict=True)
         ]
         self.check_fits(lengths, "generate_until (prompt and max_gen_toks)")
         seeds = [
-            seed_of(*asked) for asked in zip(prompts, settings, times_before(requests), strict=True)
+            sampling_seed(ids, options, repetition)
+            for ids, options, repetition in zip(
+                prompts, settings, repetitions(requests), strict=True
+            )
         ]
         answers: dict[int, str] = {}
         order = sorted(range(len(requests)), key=lambda i: prompts[i])
@@ -230,32 +244,37 @@ class HarnessLM(TemplateLM):
         return [answers[i] for i in range(len(requests))]
 
     def check_fits(self, lengths: Sequence[int], kind: str) -> None:
-        """Raises ConfigError for requests of so many tokens."""
+        """Raises ConfigError if a request has more tokens than the capacity."""
         past = [n for n in lengths if n > self.model.capacity]
         if past:
             raise ConfigError(
                 f"{kind}: {len(past)} of {len(lengths)} requests are past the capacity of "
-                f"{self.model.capacity} tokens, the "
-                f"longest has {max(past)} (number {lengths.index(max(past))}); choose others "
-                "(lm-eval's --samples), or a config "
-                f"that compresses harder (smaller num_memory)"
+                f"{self.model.capacity} tokens, the longest has {max(past)} (number "
+                f"{lengths.index(max(past))}); choose others (lm-eval's --samples), or a config "
+                "that compresses harder (smaller num_memory)"
             )
 
-    # ---- how it is answered ----------------------------------------------------------------------
+    # ---- computation -----------------------------------------------------------------------------
 
     @torch.no_grad()
     def resume(self, ids: list[int]) -> tuple[MemoryState, Tensor]:
-        """The stream behind whole chunks that `ids` and the text read last both begin with, and
-        the tokens [1, T'] of `ids` after them, T' >= 1. Chunks are encoded several at once, and
-        in other company they would be others in their last bits: taken over are those that would
-        be encoded in the same company anew."""
+        """The state after the chunks that `ids` share with the text read last, and the remaining
+        tokens [1, T'] of `ids`, T' >= 1.
+
+        Several chunks are encoded in one batch, and the last bits of a memory depend on the batch
+        size. So only chunks are reused that would be encoded in a batch of the same size again.
+        """
         l, m = self.model.memory_config.chunk_size, self.model.memory_config.num_memory
-        limit = min(len(ids) - 1, len(self.seen)) // l
+        limit = min(len(ids) - 1, len(self.last_ids)) // l
         chunks = next(
-            (c for c in range(limit) if ids[c * l : (c + 1) * l] != self.seen[c * l : (c + 1) * l]),
+            (
+                c
+                for c in range(limit)
+                if ids[c * l : (c + 1) * l] != self.last_ids[c * l : (c + 1) * l]
+            ),
             limit,
         )
-        if not chunks == len(ids) // l == len(self.seen) // l:
+        if not chunks == len(ids) // l == len(self.last_ids) // l:
             chunks -= chunks % self.model.chunks_per_batch
         state = self.model.new_state()
         state.memory_keys = [keys[:, :, : chunks * m] for keys in self.state.memory_keys]
@@ -270,44 +289,42 @@ class HarnessLM(TemplateLM):
 
     @torch.no_grad()
     def read(self, ids: list[int]) -> tuple[Tensor, MemoryState]:
-        """Token ids [T] -> logits [1, 1, V] behind the last, and the stream."""
+        """Token ids [T] -> the logits [1, 1, V] of the next token, and the state."""
         state, rest = self.resume(ids)
         output = self.model(rest, state, logits_to_keep=1)
-        self.seen, self.state = ids, output.past_key_values
+        self.last_ids, self.state = ids, output.past_key_values
         return output.logits, self.state
 
     @torch.no_grad()
     def score_continuations(
         self, logits: Tensor, state: MemoryState, continuations: Sequence[Tensor]
     ) -> Iterator[tuple[float, bool]]:
-        """`logits` and `state` of `read`, B continuations [T] of any lengths -> for each its log
-        probability, and whether each of its tokens is the likeliest. Shorter ones are padded on
-        the right, where none of their own tokens looks."""
+        """Scores B continuations [T] of any lengths -> for each its log probability in nats, and
+        whether each of its tokens is the likeliest. Shorter ones are padded on the right, where
+        causal attention hides the padding.
+
+        logits, state: returned by `read` for the context
+        """
         targets = pad_sequence(
             list(continuations), batch_first=True, padding_value=IGNORED
         )  # [B, T]
-        total, greedy = (
-            torch.zeros(len(targets), dtype=torch.float64),
-            torch.ones(len(targets), dtype=torch.bool),
-        )
+        total = torch.zeros(len(targets), dtype=torch.float64)
+        greedy = torch.ones(len(targets), dtype=torch.bool)
         start = 0
         for predicted in self.predictions(logits, state, targets.clamp(min=0)):
-            wanted = to_device(targets[:, start : start + predicted.shape[1]], predicted.device)
+            target = to_device(targets[:, start : start + predicted.shape[1]], predicted.device)
             start += predicted.shape[1]
-            precise = predicted.to(torch.promote_types(predicted.dtype, torch.float32)).transpose(
-                1, 2
-            )  # [B, V, T']
-            total -= (
-                F.cross_entropy(precise, wanted, ignore_index=IGNORED, reduction="none")
-                .sum(1)
-                .cpu()
+            precise = predicted.to(torch.promote_types(predicted.dtype, torch.float32))
+            losses = F.cross_entropy(
+                precise.transpose(1, 2), target, ignore_index=IGNORED, reduction="none"
             )
-            greedy &= ((predicted.argmax(-1) == wanted) | (wanted == IGNORED)).all(1).cpu()
+            total -= losses.sum(1).cpu()
+            greedy &= ((predicted.argmax(-1) == target) | (target == IGNORED)).all(1).cpu()
         return zip(total.tolist(), greedy.tolist(), strict=True)
 
     def predictions(self, logits: Tensor, state: MemoryState, ids: Tensor) -> Iterator[Tensor]:
-        """[B, T] tokens behind `state` -> the logits that predict them, [B, T', V] at a time: no
-        more than a chunk."""
+        """Tokens [B, T] after `state` -> the logits that predict them, in parts [B, T', V] of at
+        most a chunk."""
         if ids.shape[1]:
             yield logits.expand(len(ids), -1, -1)
         state = state.select(torch.zeros(len(ids), dtype=torch.int64))
@@ -320,8 +337,10 @@ class HarnessLM(TemplateLM):
     def answer(
         self, ids: list[int], until: list[str], max_gen_toks: int, seed: int, **options: Any
     ) -> str:
-        """What is generated behind the prompt `ids` [T], as transformers' `generate` does it
-        with lm-eval's stop strings. seed: of sampling."""
+        """Continues the prompt `ids` [T] with transformers' `generate` and lm-eval's stop strings.
+
+        until: stop strings; seed: of sampling; options: further arguments of `generate`
+        """
         if not options["do_sample"]:
             options.pop("temperature", None)
         until = handle_stop_sequences(until, eos=self.tokenizer.decode(self.eot_token_id))
@@ -337,26 +356,28 @@ class HarnessLM(TemplateLM):
             **options,
         )
         new = output.sequences[0, rest.shape[1] :].tolist()
-        if output.past_key_values.batch_size == 1:  # not of beams
-            self.seen, self.state = ids, output.past_key_values
+        if output.past_key_values.batch_size == 1:  # beam search leaves a state of several rows
+            self.last_ids, self.state = ids, output.past_key_values
         return postprocess_generated_text(
             self.tokenizer.decode(new, skip_special_tokens=True), until, None
         )
 
 
-def times_before(requests: Sequence[Any]) -> list[int]:
-    """How often each request stands in front of itself in the list: lm-eval repeats one by
-    naming it again."""
-    seen: Counter[int] = Counter()
+def repetitions(requests: Sequence[Any]) -> list[int]:
+    """How often each request occurs before itself in the list. lm-eval repeats a request by
+    listing the same object again."""
+    counts: Counter[int] = Counter()
     found = []
     for request in requests:
-        found.append(seen[id(request)])
-        seen[id(request)] += 1
+        found.append(counts[id(request)])
+        counts[id(request)] += 1
     return found
 
 
-def seed_of(ids: list[int], settings: dict[str, Any], time: int) -> int:
-    """The seed of a request's sampling, from what is asked, how often it was asked before, and
-    torch's seed (lm-eval's --seed) alone: not from the requests around it."""
-    asked = json.dumps([torch.initial_seed(), ids, settings, time], sort_keys=True, default=str)
-    return int.from_bytes(hashlib.sha256(asked.encode()).digest()[:8], "little") >> 1
+def sampling_seed(ids: list[int], settings: dict[str, Any], repetition: int) -> int:
+    """The seed that a request is sampled with. It depends on the prompt, the settings, the number
+    of earlier repetitions and torch's seed (lm-eval's --seed), but not on other requests."""
+    text = json.dumps(
+        [torch.initial_seed(), ids, settings, repetition], sort_keys=True, default=str
+    )
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1

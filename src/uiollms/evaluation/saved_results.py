@@ -1,4 +1,4 @@
-"""Every scored token's NLL in a file beside test.json, written and read.
+"""Writes and reads the file next to test.json that contains the NLL of every scored token.
 
 Shapes: T' scored tokens of a document.
 """
@@ -8,52 +8,71 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import astuple
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from uiollms.evaluation.results import DocumentScore, TaskResult
-from uiollms.evaluation.summaries import ABOUT, MOST_POSITIONS, checked_about
+from uiollms.evaluation.results import ScoredTask, TaskScores
+from uiollms.evaluation.statistics import DocumentScore
+from uiollms.evaluation.summaries import MAX_POSITIONS, TASK_KEYS, checked_task
 from uiollms.files.atomic import replacing
 
-OF = "of"
+DIGEST_KEY = "of"  # of the metadata: the sha256 of test.json
 
 
-def save_token_nlls(results: Sequence[TaskResult], path: Path, of: str = "") -> None:
-    """Every scored token's NLL in a safetensors file: `<r>.<d>.<mode>.nll` [T'] float32, nats,
-    of result r (0-based, in the order of test.json's results) and document d in a mode; beside
-    each `.positions` [T'] int64; with a teacher also `.loss`. The file's metadata describes the
-    results: {"0": '{"task": ..., "task_type": ..., "truncation": ..., "chunk_size": ...,
-    "protocol": ...}'}, and holds the sha256 of test.json's text, `of`, as "of"."""
+def save_token_nlls(results: Sequence[TaskScores], path: Path, test_json: str = "") -> None:
+    """Writes the NLL of every scored token into a safetensors file.
+
+    For result r (0-based, in the order of test.json's results) and document d, in every mode:
+
+    `<r>.<d>.<mode>.nll`        [T'] float32, nats
+    `<r>.<d>.<mode>.positions`  [T'] int64
+    `<r>.<d>.<mode>.loss`       [T'] float32, only where the task distils a teacher
+
+    The metadata describes the results: {"0": '{"task": ..., "task_type": ..., "truncation": ...,
+    "chunk_size": ..., "protocol": ...}'}. Its entry "of" is the sha256 of the text `test_json`.
+    """
     tensors = {}
     for r, result in enumerate(results):
         for mode, scores in result.scores.items():
             for d, document in scores.items():
                 key = f"{r}.{d}.{mode}"
                 tensors[f"{key}.nll"] = document.nll.contiguous()
-                tensors[f"{key}.positions"] = document.positions.clone()  # shared by the modes
+                # The modes share one tensor of positions, which safetensors would refuse.
+                tensors[f"{key}.positions"] = document.positions.clone()
                 if not torch.equal(document.loss, document.nll):
                     tensors[f"{key}.loss"] = document.loss.contiguous()
-    about = {
-        str(r): json.dumps(dict(zip(ABOUT, x.about, strict=True))) for r, x in enumerate(results)
+    metadata = {
+        str(r): json.dumps(dict(zip(TASK_KEYS, astuple(result.task), strict=True)))
+        for r, result in enumerate(results)
     }
+    metadata[DIGEST_KEY] = digest(test_json.encode())
     with replacing(path) as work:
-        save_file(tensors, work, about | {OF: digest(of.encode())})
+        save_file(tensors, work, metadata)
 
 
-def load_token_nlls(path: Path, of: bytes | None = None) -> list[TaskResult]:
-    """The results of which `save_token_nlls` wrote the file, with all its numbers (texts and
-    right answers are not among them). of: the bytes of test.json, or None. Raises KeyError for
-    another file's metadata, ValueError for what is not such a file or belongs to another
-    test.json."""
+def load_token_nlls(path: Path, test_json: bytes | None = None) -> list[TaskScores]:
+    """Reads the scores that `save_token_nlls` wrote. Texts and right answers are not in the file.
+
+    test_json: the bytes of the test.json that the file has to belong to, or None to skip this
+    check. Raises KeyError if the metadata is of another kind of file, ValueError if the tensors
+    are, or if the file belongs to another test.json.
+    """
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
-        if of is not None and metadata.pop(OF, digest(of)) != digest(of):
-            raise ValueError("it is of another evaluation than test.json, or that was edited since")
-        about = {int(r): json.loads(text) for r, text in metadata.items() if r != OF}
-        results = [TaskResult(*checked_about(about[r])) for r in range(len(about))]
+        if test_json is not None and metadata.pop(DIGEST_KEY, None) not in (
+            None,  # earlier versions wrote none
+            digest(test_json),
+        ):
+            raise ValueError(
+                "it belongs to another evaluation than test.json, or test.json was edited since"
+            )
+        found = {int(r): json.loads(text) for r, text in metadata.items() if r != DIGEST_KEY}
+        tasks = [ScoredTask(*checked_task(found[r])) for r in range(len(found))]
+        scores: list[dict[str, dict[int, DocumentScore]]] = [{} for _ in tasks]
         for key in (key for key in file.keys() if key.endswith(".nll")):
             r, d, mode, _ = key.split(".")
             nll, positions = file.get_tensor(key), file.get_tensor(f"{r}.{d}.{mode}.positions")
@@ -67,14 +86,14 @@ def load_token_nlls(path: Path, of: bytes | None = None) -> list[TaskResult]:
                 or not len(nll)
                 or positions.shape != nll.shape
             ):
-                raise ValueError(f"{key} and its positions are no numbers of the same tokens")
+                raise ValueError(f"{key} and its positions are not numbers of the same tokens")
             if (
                 positions.dtype != torch.int64
-                or not 0 < positions.min() <= positions.max() < MOST_POSITIONS
+                or not 0 < positions.min() <= positions.max() < MAX_POSITIONS
             ):
-                raise ValueError(f"{key}: its positions are none of a document")
-            results[int(r)].scores.setdefault(mode, {})[int(d)] = score
-    return results
+                raise ValueError(f"{key}: its positions are not those of a document's tokens")
+            scores[int(r)].setdefault(mode, {})[int(d)] = score
+    return [TaskScores(*result) for result in zip(tasks, scores, strict=True)]
 
 
 def digest(data: bytes) -> str:

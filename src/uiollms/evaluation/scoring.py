@@ -1,18 +1,17 @@
-"""Scores of one sample: what the model says of every scored token, with memory and beside what
-it is to be compared with.
+"""Scores of one sample: the NLL and the training loss of every scored token, in one of five modes.
 
-    memory    rows read the memories of the chunks before them: the model
-    window    every row on its own (with its recent tokens), no memory: what the frozen base does
-              with the same window
-    raw       the base with the whole raw context, where its positions allow: what memory would be
-              if it lost nothing
-    shuffled  rows read as many memories, but of another document: what memory is worth for its
-              content
-    recent    the base with as many raw tokens right in front of a row as its memories have slots:
-              what the same room is worth without any training
+    memory    Rows read the memories of the chunks before them. This is the model.
+    window    Rows read no memory; each reads its chunk and its recent tokens only. This is the
+              frozen base, given the same tokens.
+    raw       The base reads the whole raw context, as far as its positions reach. This is what a
+              memory without loss would give.
+    shuffled  Rows read as many memories, but of another document. The difference to `memory` is
+              what the content of memory is worth.
+    recent    The base reads, before each row, as many raw tokens as the row's memories have
+              slots. This is what the same number of slots is worth without any training.
 
-Shapes: T tokens of a document, T' scored tokens, C chunks, l chunk_size, B rows, D hidden size,
-H key/value heads, M memory slots in front, m num_memory, K head size.
+Shapes: T tokens of a document, T' scored tokens, C chunks, l chunk_size, N scored tokens of a
+batch of rows, D hidden size, H key/value heads, M memory slots that rows read, K head size.
 """
 
 from __future__ import annotations
@@ -39,19 +38,22 @@ from uiollms.model.passes import (
     teacher_hidden,
     teacher_hidden_at,
 )
-from uiollms.model.state import KVPrefix, SharedPrefix, supports_in_place
+from uiollms.model.state import SharedPrefix, supports_in_place
 
 
 class Score(NamedTuple):
-    """nll [T'] float: nats of every scored token; positions [T'] int64: its place in the
-    document."""
+    """The scores of a document.
+
+    nll:       [T'] float, nats of every scored token
+    positions: [T'] int64, index of every scored token in the document
+    """
 
     nll: Tensor
     positions: Tensor
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean NLL; infinite past what a float holds."""
+        """exp of the mean NLL, which may be infinite."""
         return self.nll.double().mean().exp().item()
 
 
@@ -65,11 +67,17 @@ def score(
     mode: str = "memory",
     other: Tensor | None = None,
 ) -> Score:
-    """Per-token NLL of one document [T] or [1, T]. protocol: "paper" leaves the first token of
-    every chunk unscored, "document" only the document's first; mode: one of MODES, see the top
-    of this file; other: for "shuffled" the document [T] or [1, T] whose memories are read, with
-    at least as many complete chunks as are read of this one. Raises ValueError past the
-    capacity, for "raw" past the base's positions, and for an unknown protocol or mode."""
+    """NLL per scored token of one document [T] or [1, T].
+
+    protocol: "paper" scores all tokens but the first of every chunk, "document" all but the first
+              of the document
+    mode:     one of MODES, which the module's docstring describes
+    other:    the document [T] or [1, T] whose memories mode "shuffled" reads; it must have at
+              least as many complete chunks as are read of this one
+
+    Raises ValueError if the document is longer than the capacity (mode "raw": than the base's
+    positions), and if protocol or mode are unknown.
+    """
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol {protocol!r} is unknown; allowed are {', '.join(PROTOCOLS)}")
     if (other is not None) != (mode == "shuffled"):
@@ -80,12 +88,13 @@ def score(
     if other is not None:
         other = flat(other)
         other = other[: len(other) // l * l].view(-1, l)
-    return Score(token_losses(model, sample, mode, other)[1], positions(sample))
+    return Score(token_losses(model, sample, mode, other)[1], scored_positions(sample))
 
 
-def positions(sample: Sample) -> Tensor:
-    """[T'] int64: where in its document each scored token of a sample stands. A row's token
-    predicts the next one; in a copy, whose rows begin one token early, its own place."""
+def scored_positions(sample: Sample) -> Tensor:
+    """[T'] int64: the index in its document of every scored token. A row's token predicts the
+    token after it. In a copy, whose rows start one token early, it predicts the token at its
+    index."""
     ahead = 0 if any(row.repeat for row in sample.rows) else 1
     return torch.cat([row.start + row.scored + ahead for row in sample.rows])
 
@@ -94,9 +103,12 @@ def positions(sample: Sample) -> Tensor:
 def token_losses(
     model: MemoryLM, sample: Sample, mode: str = "memory", other: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Loss and NLL, [T'] each, of the sample's scored tokens: what training takes the weighted
-    sum of, so with a teacher the loss holds KL(teacher || student) and without one it is the
-    NLL. other: another document's chunks, for "shuffled"."""
+    """Loss and NLL, [T'] each on the CPU, of the sample's scored tokens. The loss is what training
+    sums with weights: with a teacher it includes KL(teacher || student), without one it equals
+    the NLL.
+
+    other: the chunks [C, l] of another document, for mode "shuffled"
+    """
     if not sample.num_scored:
         return torch.empty(0), torch.empty(0)
     teachers = teacher_hidden(model, sample)
@@ -105,9 +117,8 @@ def token_losses(
         teacher = teacher_hidden_at(model, teachers, rows) if teachers else None
         losses = linear_losses(hidden, model.base.lm_head, targets, teacher, sample.kl_weight)
         parts.append(losses)
-    loss, nll = torch.stack(
-        [torch.cat(column) for column in zip(*parts, strict=True)]
-    ).cpu()  # the only wait for the device
+    # This copy is the only point at which the CPU waits for the device.
+    loss, nll = torch.stack([torch.cat(column) for column in zip(*parts, strict=True)]).cpu()
     return loss, nll
 
 
@@ -115,20 +126,20 @@ def token_losses(
 def exact_match(
     model: MemoryLM, sample: Sample, mode: str = "memory", other: Tensor | None = None
 ) -> bool:
-    """Whether each scored token is the likeliest one: then, and only then, greedy decoding gives
-    just these tokens."""
-    found = scored_hidden(model, sample, mode, other)
+    """Whether every scored token is the likeliest one. This holds exactly if greedy decoding
+    generates these tokens."""
     return all(
-        bool((model.logits(hidden).argmax(-1) == targets).all()) for _, hidden, targets in found
+        bool((model.logits(hidden).argmax(-1) == targets).all())
+        for _, hidden, targets in scored_hidden(model, sample, mode, other)
     )
 
 
 def scored_hidden(
     model: MemoryLM, sample: Sample, mode: str, other: Tensor | None = None
 ) -> Iterator[tuple[Sequence[Row], Tensor, Tensor]]:
-    """Batches of rows that score anything, the normed hidden states [N, D] of their scored
-    positions, and their targets [N]. Raises ValueError past the capacity, and where another
-    document has too few chunks."""
+    """Yields batches of the rows that have scored tokens, with the normed hidden states [N, D] at
+    their scored positions and the targets [N]. Raises ValueError if the sample is longer than the
+    capacity, and if the other document has too few chunks."""
     if mode not in MODES:
         raise ValueError(f"mode {mode!r} is unknown; allowed are {', '.join(MODES)}")
     if mode == "raw":
@@ -138,7 +149,8 @@ def scored_hidden(
         hidden = teacher_hidden_at(model, teacher_hidden(model, sample), rows)
         yield rows, hidden, to_device(targets, hidden.device)
         return
-    sample = sample.with_recent(model.memory_config.recent_tokens)  # its own, in every mode
+    # The model's recent tokens are read in every mode.
+    sample = sample.with_recent(model.memory_config.recent_tokens)
     if mode == "window":
         sample = replace(
             sample,
@@ -165,11 +177,12 @@ def scored_hidden(
 
 
 def with_raw_texts(sample: Sample) -> Sample:
-    """The sample with, as its teacher texts, what each row reads when its memories are the raw
-    chunks; a text that begins another is not repeated.
+    """The sample with teacher texts: what each row reads if the raw chunks replace its memories. A
+    text that is the beginning of another is not stored again. A sample that has teacher texts is
+    returned unchanged.
 
-    chunks [0 1] [2 3], rows [0 1] [2 3] [4] reading 0, 1, 2 of them -> one text 0 1 2 3 4, in
-    which they stand at 0, 2, 4
+    chunks [0 1] [2 3], rows [0 1] [2 3] [4] that read 0, 1, 2 memories -> one text 0 1 2 3 4, in
+    which the rows start at 0, 2, 4
     """
     if sample.teachers:
         return sample
@@ -185,19 +198,19 @@ def with_raw_texts(sample: Sample) -> Sample:
 
 
 def with_recent_tokens(sample: Sample, memory: MemoryConfig) -> Sample:
-    """The sample without memories, each row behind the raw tokens that stand right in front of what
-    it reads, unscored, as many as its memories have slots; fewer where there are not so many.
-    Raises ValueError for a copy, which is told by memory alone.
+    """The sample without memories. Each row starts with the raw tokens directly before it, which
+    are not scored. They are as many as its memories have slots, or fewer near the document's
+    start. Raises ValueError for a copy, which is generated from memory alone.
 
-    2 slots a chunk of 4, ids 0..9 -> reads [0 1 2 3] | [2 3 4 5 6 7] | [4 5 6 7 8 9]
+    2 slots per chunk of 4, ids 0..9 -> the rows are [0 1 2 3] | [2 3 4 5 6 7] | [4 5 6 7 8 9]
     """
     rows = []
     for row in sample.rows:
         if row.repeat:
-            raise ValueError("mode 'recent': a copy is told by memory alone, nothing is in front")
+            raise ValueError("mode 'recent': a copy is generated from memory alone")
         before = sample.chunks[row.memories.start : row.memories.stop].flatten()
-        before = before[: len(before) - row.recent]  # which it has already
-        before = before[max(0, len(before) - recent_slots(row, memory)) :]
+        before = before[: len(before) - row.recent]  # the row contains its recent tokens already
+        before = before[max(0, len(before) - row.num_memories * memory.num_memory) :]
         unscored = torch.full_like(before, IGNORED)
         no_weight = torch.zeros(len(before), dtype=row.token_weights.dtype)
         longer = replace(
@@ -213,20 +226,15 @@ def with_recent_tokens(sample: Sample, memory: MemoryConfig) -> Sample:
     return replace(sample, chunks=sample.chunks[:0], rows=tuple(rows))
 
 
-def recent_slots(row: Row, memory: MemoryConfig) -> int:
-    """Key/value slots that stand in front of a row when it reads its memories."""
-    return row.num_memories * memory.num_memory
-
-
 def longest_text(sample: Sample) -> int:
-    """Tokens of the longest raw text that "raw" (or the sample's own teacher) reads."""
+    """Number of tokens of the longest raw text that mode "raw", or the sample's teacher, reads."""
     return max(len(text) for text in with_raw_texts(sample).teachers)
 
 
 def shared_prefix(
     model: MemoryLM, rows: Sequence[Row], keys: Sequence[Tensor], values: Sequence[Tensor]
 ) -> AnyPrefix:
-    """One document's memory, [1, H, M, K] per layer, in front of all of its rows."""
+    """The memory of one document, [1, H, M, K] per layer, that all of these rows read."""
     slots = max(row.num_memories for row in rows) * model.memory_config.num_memory
     if slots == 0:
         return empty_prefix(model)
@@ -235,58 +243,3 @@ def shared_prefix(
         [v[:, :, :slots] for v in values],
         supports_in_place(model.base),
     )
-
-
-# ---- Free-running copies -------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def greedy_reconstruction(model: MemoryLM, chunks: Tensor) -> Tensor:
-    """Auto encoding, free-running: each of the chunks [C, l] from its own memory alone, every
-    token the likeliest behind those chosen before it, the first behind the `repeat_token`
-    embedding -> [C, l]."""
-    parts = []
-    for batch in chunks.split(model.chunks_per_batch):
-        keys, values = model.project(model.encode_layers(batch), [0] * len(batch))
-        parts.append(
-            greedy(
-                model,
-                KVPrefix([[k] for k in keys], [[v] for v in values]),
-                batch[:, 0],
-                repeat=True,
-            )
-        )
-    return torch.cat(parts)
-
-
-@torch.no_grad()
-def greedy_copy(model: MemoryLM, chunks: Tensor, count: int) -> Tensor:
-    """Longdata copy, free-running: from the memories of all chunks [C, l] (none: C = 0) the
-    document's first `count` chunks one by one, the first behind the `repeat_token` embedding, a
-    later one behind the last token of its predecessor -> [count, l]."""
-    keys, values = encode_and_project_all(model, chunks)
-    memory = KVPrefix([[k] for k in keys], [[v] for v in values]) if keys else empty_prefix(model)
-    copies: list[Tensor] = []
-    for _ in range(count):
-        last = copies[-1][:, -1] if copies else torch.zeros(1, dtype=torch.int64)
-        copies.append(greedy(model, memory, last, repeat=not copies))
-    return torch.cat(copies)
-
-
-def greedy(model: MemoryLM, memory: KVPrefix, first: Tensor, repeat: bool) -> Tensor:
-    """A chunk of tokens [B, l] for every row of `memory`, each the likeliest behind those before
-    it; the row starts with its token of `first` [B] or, with `repeat`, with the `repeat_token`
-    embedding in its place."""
-    layers = range(len(memory.keys))
-    num_slots = [memory.keys[0][0].shape[2] if memory.keys[0] else 0] * len(first)
-    tokens = [first.cpu()]
-    local: dict[int, tuple[Tensor, Tensor]] = {}
-    for i in range(model.memory_config.chunk_size):
-        keys = [[*memory.keys[j], *([local[j][0]] if i else [])] for j in layers]
-        values = [[*memory.values[j], *([local[j][1]] if i else [])] for j in layers]
-        prefix = KVPrefix(keys, values, keep=i + 1)
-        started = torch.ones(len(first), dtype=torch.bool) if repeat and i == 0 else None
-        hidden = model.decode(tokens[-1][:, None], prefix, num_slots, local_past=i, repeat=started)
-        tokens.append(model.logits(hidden[:, -1]).argmax(-1).cpu())
-        local = prefix.local
-    return torch.stack(tokens[1:], dim=1)

@@ -1,8 +1,9 @@
-"""Results read again: what a summary in test.json or metrics.jsonl says, checked."""
+"""Checks of summaries that are read again, from test.json or metrics.jsonl."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -10,27 +11,28 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from uiollms.evaluation.statistics import Estimate
 from uiollms.files.errors import json_path
 
-# What a result is of, as it is stored; files of earlier versions lack the last two.
-FIRST = ("task", "task_type", "truncation", "chunk_size", "protocol")
-ABOUT = (*FIRST, "num_memory", "corpus_version")
-SIZES = ("truncation", "chunk_size", "num_memory")
-MOST_POSITIONS = 2**40
+# The keys of the task that a result belongs to. Files of earlier versions lack the last two.
+REQUIRED_KEYS = ("task", "task_type", "truncation", "chunk_size", "protocol")
+TASK_KEYS = (*REQUIRED_KEYS, "num_memory", "corpus_version")
+SIZE_KEYS = ("truncation", "chunk_size", "num_memory")
+OPTIONAL_KEYS = ("truncation", "protocol", "num_memory", "corpus_version")
+MAX_POSITIONS = 2**40
 
 
-def checked_about(found: dict[str, Any]) -> list[Any]:
-    """The values of `ABOUT`, of the types that a result has. Raises KeyError, ValueError."""
-    about = {key: found[key] if key in FIRST else found.get(key) for key in ABOUT}
-    optional = ("truncation", "protocol", "num_memory", "corpus_version")
-    for key, value in about.items():
-        fits = whole_number(value) if key in SIZES else isinstance(value, str)
-        if not fits and not (value is None and key in optional):
-            raise ValueError(f"{key} is {value!r}, no {key} of a result")
-    return list(about.values())
+def checked_task(found: Mapping[str, Any]) -> list[Any]:
+    """The values of `TASK_KEYS`, with the types that a result has. Raises KeyError for a missing
+    key, ValueError for a value of another type."""
+    task = {key: found[key] if key in REQUIRED_KEYS else found.get(key) for key in TASK_KEYS}
+    for key, value in task.items():
+        fits = whole_number(value) if key in SIZE_KEYS else isinstance(value, str)
+        if not fits and not (value is None and key in OPTIONAL_KEYS):
+            raise ValueError(f"{key} is {value!r}, which is no {key} of a result")
+    return list(task.values())
 
 
-def checked_estimate(summary: dict[str, Any], name: str) -> Estimate | None:
-    """A summary's number with its interval; older ones have none, or a number without one. Raises
-    ValueError for what is no such pair."""
+def checked_estimate(summary: Mapping[str, Any], name: str) -> Estimate | None:
+    """A summary's number with its interval. Returns None for earlier versions, which wrote no
+    number, or one without an interval. Raises ValueError for values of another type."""
     value, interval = summary.get(name), summary.get(f"{name}_interval_95")
     if value is None or interval is None:
         return None
@@ -38,37 +40,44 @@ def checked_estimate(summary: dict[str, Any], name: str) -> Estimate | None:
         low, high = interval
         return Estimate(float(value), (float(low), float(high)))
     except (TypeError, ValueError):
-        raise ValueError(f"{name} is {value!r} ({interval!r}), no {name} of a result") from None
+        raise ValueError(
+            f"{name} is {value!r} ({interval!r}), which is no {name} of a result"
+        ) from None
 
 
 Pair = tuple[float | None, float | None]
 
 
 class Bucket(BaseModel):
-    """Of by_position."""
+    """One entry of by_position."""
 
-    start: Annotated[int, Field(gt=0, lt=MOST_POSITIONS)]
-    stop: Annotated[int, Field(gt=1, lt=MOST_POSITIONS)]
+    start: Annotated[int, Field(gt=0, lt=MAX_POSITIONS)]
+    stop: Annotated[int, Field(gt=1, lt=MAX_POSITIONS)]
     perplexity: float | None
 
 
 class AtDepth(BaseModel):
+    """One entry of by_depth."""
+
     depth: float
     accuracy: float
 
 
 class Copy(BaseModel):
-    """pieces: a text piece by piece, true for one whose tokens are right; right: how many tokens
-    are."""
+    """A copied text. pieces: (text, whether its tokens are right) in order; right: number of right
+    tokens."""
 
     pieces: list[tuple[str, bool]]
     right: int
 
 
 class Written(BaseModel):
-    """A chunk of so many tokens, told by memory alone. alone: what the model writes down of it,
-    whose tokens are right where the original has them in the same order; guided: its guess of
-    every token behind the true ones before it."""
+    """A chunk of text that the model reproduces from memory.
+
+    tokens: number of tokens of the chunk
+    alone:  the free-running copy; a token is right if the original has it in the same order
+    guided: the likeliest token at every position, given the true tokens before it
+    """
 
     original: str
     tokens: int
@@ -77,7 +86,7 @@ class Written(BaseModel):
 
 
 class Numbers(BaseModel):
-    """A mode's numbers that are shown when a summary is read again, each where it is there."""
+    """The numbers of one mode that tables and plots show. Any of them may be missing."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -101,8 +110,7 @@ class Numbers(BaseModel):
 
 
 def checked_numbers(numbers: dict[str, Any], mode: str) -> dict[str, Any]:
-    """A mode's numbers as they are. Raises ValueError that names one of another type than it
-    has."""
+    """Returns a mode's numbers unchanged. Raises ValueError that names a number of a wrong type."""
     try:
         Numbers.model_validate_json(json.dumps(numbers), strict=True)
     except ValidationError as error:
@@ -112,4 +120,4 @@ def checked_numbers(numbers: dict[str, Any], mode: str) -> dict[str, Any]:
 
 
 def whole_number(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < MOST_POSITIONS
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < MAX_POSITIONS

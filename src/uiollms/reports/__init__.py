@@ -1,1 +1,1 @@
-"""What a person looks at: tables and pictures of runs, and the page that report.py writes."""
+"""Tables, plots and the HTML page of a run."""

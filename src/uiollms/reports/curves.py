@@ -1,4 +1,4 @@
-"""Pictures of a training run: losses, and what each step did and took."""
+"""Plots of a training run: its loss, and the gradients, speed and memory of its steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from uiollms.runs.metrics import read_metrics
 
 
 def plot_run(run: Path, loss: str, counted: str) -> None:
-    """Draw a run folder's curve.png; see `plot_training`. Raises ConfigError where it cannot be
+    """Draws curve.png in a run folder, see `plot_training`. Raises ConfigError if it cannot be
     written."""
     with reporting_write_errors(run / "curve.png"):
         plot_training(read_metrics(run), run / "curve.png", loss, counted)
@@ -24,20 +24,24 @@ def plot_run(run: Path, loss: str, counted: str) -> None:
 def plot_training(
     metrics: Sequence[dict[str, Any]], path: Path, loss: str = "paper", counted: str = "documents"
 ) -> Path:
-    """Training NLL per token, and an evaluation, against iterations, which are `counted`
-    documents or steps; in a panel of its own where it scores other tokens than the training
-    loss, `loss`: paper or document. Below, where evaluations shuffle memories, what the own are
-    worth."""
-    from matplotlib.figure import Figure  # slow to import, and only runs that plot need it
+    """Draws training NLL per token and held-out NLL against iterations.
+
+    If the evaluation scores other tokens than the training loss, held-out NLL has its own panel.
+    If evaluations shuffle memories, the last panel shows the bound (evaluation/statistics.py).
+
+    loss:    protocol of the training loss, "paper" or "document"
+    counted: what an iteration is, "documents" or "steps"
+    """
+    from matplotlib.figure import Figure  # slow to import, and few commands plot
 
     steps = [m for m in metrics if m.get("nll") is not None]
     evaluations = [(m["iteration"], curve_task(loss, m["eval"])) for m in metrics if m.get("eval")]
-    apart = bool(evaluations) and evaluations[0][1].get("protocol", "paper") != loss
+    own_panel = bool(evaluations) and evaluations[0][1].get("protocol", "paper") != loss
     bounds = bound_lines(metrics)
-    count = 1 + apart + bool(bounds)
+    count = 1 + own_panel + bool(bounds)
     figure = Figure(figsize=(8, 1 + 3.5 * count), layout="constrained")
     all_panels = figure.subplots(count, squeeze=False).flatten()
-    panels = all_panels[: 1 + apart]
+    panels = all_panels[: 1 + own_panel]
     if bounds:
         plot_bounds(bounds, all_panels[-1])
     x, y = [m["iteration"] for m in steps], [m["nll"] for m in steps]
@@ -72,7 +76,7 @@ def plot_training(
 
 
 def mark_stages(axes: Any, metrics: Sequence[dict[str, Any]]) -> None:
-    """A line where a stage of the run begins, with its number."""
+    """Draws a vertical line at the start of every stage, with the stage's number."""
     for stage, start in stage_starts(metrics).items():
         axes.axvline(start, color="0.6", linewidth=0.8, linestyle="--")
         axes.annotate(
@@ -85,7 +89,7 @@ def mark_stages(axes: Any, metrics: Sequence[dict[str, Any]]) -> None:
 
 
 def stage_starts(metrics: Sequence[dict[str, Any]]) -> dict[int, int]:
-    """The iteration that the first step of each stage ended with; of a run without stages none."""
+    """Stage -> the iteration after its first step. Empty for a run without stages."""
     starts: dict[int, int] = {}
     for line in metrics:
         if "stage" in line:
@@ -97,7 +101,7 @@ Bound = tuple[int, float, float, float]  # iteration, value, interval
 
 
 def bound_lines(metrics: Sequence[dict[str, Any]]) -> dict[str, list[Bound]]:
-    """The bound of each task at every evaluation that has one, with its interval, by the task."""
+    """Task -> its bound at every evaluation that computed one."""
     lines: dict[str, list[Bound]] = {}
     for line in metrics:
         for i, task in enumerate(line.get("eval") or []):
@@ -109,7 +113,7 @@ def bound_lines(metrics: Sequence[dict[str, Any]]) -> dict[str, list[Bound]]:
 
 
 def plot_bounds(lines: dict[str, list[Bound]], axes: Any) -> None:
-    """A line with its interval for each task; at 0 another document's memory serves as well."""
+    """Draws one line per task, with its interval."""
     for label, points in lines.items():
         iterations, values, low, high = zip(*points, strict=True)
         (line,) = axes.plot(iterations, values, "o-", label=label)
@@ -119,8 +123,8 @@ def plot_bounds(lines: dict[str, list[Bound]], axes: Any) -> None:
 
 
 def nll_of(numbers: dict[str, Any]) -> float:
-    """A mode's mean NLL, which older metrics hold as a perplexity alone; NaN, which no line
-    shows, where it was no number."""
+    """A mode's mean NLL. It is NaN, which plots leave out, if the number is missing. Early versions
+    logged the perplexity only."""
     nll = (
         numbers["nll"]
         if "nll" in numbers
@@ -130,14 +134,14 @@ def nll_of(numbers: dict[str, Any]) -> float:
 
 
 def curve_task(loss: str, tasks: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of an evaluation's tasks the one that the curve shows: the first that scores the same
-    tokens as the training loss, else the first. (Metrics that name no protocol are perplexities
-    under the paper's.)"""
+    """The task of an evaluation that the curve shows: the first that scores the same tokens as the
+    training loss, or else the first. (Early versions logged perplexities under the paper's
+    protocol and named no protocol.)"""
     return next((task for task in tasks if task.get("protocol", "paper") == loss), tasks[0])
 
 
 def smoothed(y: Sequence[float], width: int) -> list[float]:
-    """Every number as the mean of the last `width`, or of as many as there are."""
+    """Running means: every number becomes the mean of the last `width`, or of all so far."""
     return [sum(y[max(0, i - width + 1) : i + 1]) / min(i + 1, width) for i in range(len(y))]
 
 
@@ -149,8 +153,11 @@ GRADIENTS = {
 
 
 def plot_steps(metrics: Sequence[dict[str, Any]], counted: str, path: Path) -> Path:
-    """Panels against iterations, which are `counted` documents or steps: learning rate, gradient
-    norms before clipping, tokens a second, peak memory; each where the metrics have it."""
+    """Draws learning rate, gradient norms before clipping, tokens per second and peak memory
+    against iterations, one panel each. Panels without numbers are left out.
+
+    counted: what an iteration is, "documents" or "steps"
+    """
     from matplotlib.figure import Figure
 
     steps = [m for m in metrics if "lr" in m]
@@ -164,7 +171,7 @@ def plot_steps(metrics: Sequence[dict[str, Any]], counted: str, path: Path) -> P
     panels = {
         "learning rate": {"": column(steps, "lr")},
         "gradient norm before clipping": norms,
-        "tokens read a second": {"": column(steps, "machine", "tokens_per_second")},
+        "tokens read per second": {"": column(steps, "machine", "tokens_per_second")},
         "peak memory so far, GiB": memory,
     }
     panels = {label: lines for label, lines in panels.items() if any(lines.values())}
@@ -173,10 +180,10 @@ def plot_steps(metrics: Sequence[dict[str, Any]], counted: str, path: Path) -> P
         axes = figure.add_subplot(math.ceil(len(panels) / 2), 2, i + 1)
         for name, points in lines.items():
             if points:
-                look: dict[str, Any] = dict(linewidth=0.9, marker=".", markersize=3)
-                if name == "all":  # often within a hair of the largest part
-                    look = dict(color="0.8", linewidth=3)
-                axes.plot(*zip(*points, strict=True), label=name, **look)
+                line_style: dict[str, Any] = dict(linewidth=0.9, marker=".", markersize=3)
+                if name == "all":  # it nearly coincides with the largest part
+                    line_style = dict(color="0.8", linewidth=3)
+                axes.plot(*zip(*points, strict=True), label=name, **line_style)
         mark_stages(axes, metrics)
         if "norm" in label:
             axes.set_yscale("log")
@@ -195,7 +202,7 @@ def plot_steps(metrics: Sequence[dict[str, Any]], counted: str, path: Path) -> P
 
 
 def column(steps: Sequence[dict[str, Any]], *keys: str) -> list[tuple[int, float]]:
-    """(iteration, number) of every step that has the number."""
+    """(iteration, number) of every step that logged the number under these nested keys."""
     points = []
     for step in steps:
         value: Any = step

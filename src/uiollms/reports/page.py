@@ -1,4 +1,4 @@
-"""A run folder as one HTML page that needs no other file, and its pictures as PNGs beside it."""
+"""Writes a run folder as one HTML page that needs no other file, with its plots as PNG files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from uiollms.runs.metrics import ITERATIONS, iterations_of
 
 @dataclass
 class Picture:
-    """A PNG with its heading and what it shows, in words."""
+    """A PNG file with its heading and a caption."""
 
     path: Path
     title: str
@@ -35,14 +35,15 @@ class Picture:
 
 
 def write_report(run: RunFolder) -> tuple[Path, list[Path]]:
-    """`plots/*.png` and `report.html` in the run folder, from what it holds; the page's path and
-    the pictures'."""
+    """Writes `plots/*.png` and `report.html` into the run folder. Returns the path of the page and
+    those of the plots."""
     template = files("uiollms.reports").joinpath("page.html").read_text(encoding="utf-8")
     page = Environment(autoescape=True, undefined=StrictUndefined).from_string(template)
     target = run.path / "report.html"
     with reporting_write_errors(target):
         make_folder(run.path / "plots")
-        drawn, rows = list(draw(run, run.path / "plots")), list(tables(run))
+        drawn = list(draw_pictures(run, run.path / "plots"))
+        rows = list(result_rows(run))
         text = page.render(
             title=f"Run {run.path.resolve().name}",
             facts=list(facts(run)),
@@ -54,100 +55,97 @@ def write_report(run: RunFolder) -> tuple[Path, list[Path]]:
             pictures=drawn,
             missing=run.missing,
         )
-        replace_text(target, text.encode("utf-8", "backslashreplace").decode())  # half surrogates
+        # JSON files may contain lone surrogates, which UTF-8 cannot encode.
+        replace_text(target, text.encode("utf-8", "backslashreplace").decode())
     return target, [picture.path for picture in drawn]
 
 
-def tables(run: RunFolder) -> Iterator[list[tuple[str, ...]]]:
-    """The cells of every result that can be shown, and a note of the others."""
+def result_rows(run: RunFolder) -> Iterator[list[tuple[str, ...]]]:
+    """The table cells of every result. Results that cannot be shown are added to `missing`."""
     for result in run.results:
         try:
             yield rows_of(result)
         except FAULTS as error:
-            run.missing.append(Missing(f"the numbers of {result.title}", reason_of(error)))
+            run.missing.append(Missing(f"the numbers of {result.task.title}", error_reason(error)))
 
 
-def draw(run: RunFolder, folder: Path) -> Iterator[Picture]:
-    """The pictures that can be drawn, and a note of the others."""
-    for name, title, said, plot in pictures(run):
+def draw_pictures(run: RunFolder, folder: Path) -> Iterator[Picture]:
+    """Draws the plots into `folder`. Plots that cannot be drawn are added to `missing`."""
+    for name, title, caption, plot in pictures(run):
         path = folder / f"{name}.png"
         try:
             plot(path)
         except OSError:
             raise
         except FAULTS as error:
-            run.missing.append(Missing(title, reason_of(error)))
+            run.missing.append(Missing(title, error_reason(error)))
         else:
-            yield Picture(path, title, said)
+            yield Picture(path, title, caption)
 
 
-def reason_of(error: Exception) -> str:
-    words = " ".join(str(error).split())[:200]
-    return f"it cannot be shown ({type(error).__name__}: {words})"
+def error_reason(error: Exception) -> str:
+    message = " ".join(str(error).split())[:200]
+    return f"it cannot be shown ({type(error).__name__}: {message})"
 
 
 def pictures(run: RunFolder) -> Iterator[tuple[str, str, str, Callable[[Path], Path]]]:
-    """Name, title, caption of each, and what draws it into a file."""
+    """(file name, title, caption, function that draws into a file) of every plot."""
     if any(line.get("nll") is not None for line in run.metrics):
-        said = (
-            "Loss of every training batch and its running mean; held-out perplexities as NLL, in a "
-            "panel of their own where "
+        caption = (
+            "The loss of every training batch with its running mean, and held-out NLL. If the "
+            "evaluation scores other tokens than the training loss, it has its own panel. The "
+            "bound is shown if memories were shuffled: it is the NLL with another document's "
+            "memories minus the NLL with the document's memories, with its 95 % interval. At 0 "
+            "the memory is a prefix that helps every document alike."
         )
-        said += (
-            "they score other tokens than the training loss. Bound, where memories are shuffled: "
-        )
-        said += (
-            "NLL with another document's memories less NLL with the own, with its 95 % interval; "
-        )
-        said += "at 0 memory is a prefix, whoever's it is."
         loss = run.config.train.loss if run.config else "paper"
         curve = partial(plot_training, run.metrics, loss=loss, counted=iterations_of(run.versions))
-        yield "training", "Training curve", said, curve
-        said = (
-            "Gradient norms are before clipping, of all trained tensors and of each part. Tokens "
-            "are those that the decoder reads, all processes together, without evaluations and "
-            "checkpoints. Memory is the first process's peak so far."
+        yield "training", "Training curve", caption, curve
+        caption = (
+            "Gradient norms are those before clipping, of all trained tensors and of each part. "
+            "Tokens are those that the decoders of all processes read, without evaluations and "
+            "checkpoints. Memory is the peak of the first process so far."
         )
-        yield "steps", "Steps", said, partial(plot_steps, run.metrics, iterations_of(run.versions))
-    text = [result for result in run.results if result.kind == "text"]
+        steps = partial(plot_steps, run.metrics, iterations_of(run.versions))
+        yield "steps", "Steps", caption, steps
+    text = [result for result in run.results if result.task.kind == "text"]
     if text:
-        said = (
-            "Perplexity of the tokens between two powers of two. Left of the dotted line no memory "
-            "is read yet."
+        caption = (
+            "Perplexity of the tokens between two powers of two. Tokens left of the dotted line "
+            "read no memory."
         )
-        yield "position", "Perplexity by position", said, partial(plot_results, text)
-    text = [result for result in run.nlls if result.kind == "text"]
-    if text:
-        said = (
-            "Perplexity of the first so many tokens together, over the documents that have so "
-            "many: what shorter documents "
+        yield "position", "Perplexity by position", caption, partial(plot_results, text)
+    scored = [scores for scores in run.nlls if scores.task.kind == "text"]
+    if scored:
+        caption = (
+            "Perplexity of documents that are cut to their first tokens, over the documents that "
+            "have as many. The last point is the length of the longest document."
         )
-        said += "would have. The last point is the longest document's length."
         yield (
             "length",
             "Perplexity by length, with and without memory",
-            said,
-            partial(plot_lengths, text),
+            caption,
+            partial(plot_lengths, scored),
         )
-    others = [result for result in run.results if result.kind != "text"]
+    others = [result for result in run.results if result.task.kind != "text"]
     if others:
-        said = "Accuracy by the depth at which the sentence is hidden; other tasks as bars."
-        yield "tasks", "Other tasks", said, partial(plot_results, others)
+        caption = "Accuracy by the depth at which the sentence is hidden; other tasks as bars."
+        yield "tasks", "Other tasks", caption, partial(plot_results, others)
     if run.attention:
         about = run.attention.about
-        said = (
-            "Share of a layer's attention, averaged over heads and tokens, in one document of "
+        caption = (
+            "Percent of a layer's attention, averaged over heads and tokens, in one document of "
             f"{about['tokens']} tokens from {about['task']} in chunks of "
             f"{about['chunk_size']} with {about['num_memory']} slots each, weights: "
-            f"{about['weights']}. Left: what a memory of each age gets, averaged over the chunks "
-            "that have one so old (logarithmic colours, down to a thousandth of the largest). "
-            "Right: all memories together; the rest goes to the chunk's own tokens."
+            f"{about['weights']}. Left: the memories of each age, averaged over the chunks that "
+            "read one of that age (logarithmic colours, down to a thousandth of the largest "
+            "value). Right: all memories together; the rest goes to the chunk's tokens."
         )
-        yield "attention", "Attention to memory", said, partial(plot_attention, run.attention)
+        yield "attention", "Attention to memory", caption, partial(plot_attention, run.attention)
 
 
 def facts(run: RunFolder) -> Iterator[tuple[str, str]]:
-    """What was run, in short: (name, value)."""
+    """The rows (name, value) of the table that describes the run."""
     versions = run.versions
     if run.config:
         model, train = run.config.model, run.config.train
@@ -204,15 +202,15 @@ def facts(run: RunFolder) -> Iterator[tuple[str, str]]:
 
 
 def stage_words(stage: Stage) -> str:
-    """40% of stdlib.train (auto encoding) at 64/16, 128/32"""
+    """A stage of training, such as "40% of stdlib.train (auto encoding) at 64/16, 128/32"."""
     corpora = [f"{c.name} ({c.task})" if c.task else c.name for c in stage.corpus or ()]
     sizes = [f"{chunk_size}/{num_memory}" for chunk_size, num_memory in stage.sizes or ()]
-    said = f"{stage.share:.0%}" + (f" of {' and '.join(corpora)}" if corpora else "")
-    return said + (f" at {', '.join(sizes)}" if sizes else "")
+    words = f"{stage.share:.0%}" + (f" of {' and '.join(corpora)}" if corpora else "")
+    return words + (f" at {', '.join(sizes)}" if sizes else "")
 
 
 def duration(seconds: float) -> str:
-    """4105 -> 1 h 8 min; 75 -> 1 min 15 s"""
+    """4105 -> "1 h 8 min", 75 -> "1 min 15 s"."""
     minutes, rest = divmod(math.floor(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return (

@@ -1,5 +1,5 @@
-"""Pictures of an evaluation: by position, by length, by depth, bars; and of the attention that
-memory gets."""
+"""Plots of an evaluation (perplexity by position and by length, accuracy by depth, bars) and of
+the attention to memory."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import math
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from uiollms.evaluation.attention_mass import AttentionMass
-from uiollms.evaluation.results import TaskResult, by_length
+from uiollms.evaluation.results import Comparison, ScoredTask, TaskScores, TaskSummary
+from uiollms.evaluation.statistics import by_length
 from uiollms.files.atomic import replacing
-from uiollms.reports.tables import NAMES, short, worth
+from uiollms.reports.tables import NAMES, comparison_words, short
 
 COLORS = {
     "window": "tab:red",
@@ -23,26 +24,28 @@ COLORS = {
 }
 
 
-def plot_results(results: Sequence[TaskResult], path: Path) -> Path:
-    """One panel a result: perplexity by position, accuracy by depth, else bars of the main
-    number; a line or bar a mode."""
+def plot_results(results: Sequence[TaskSummary], path: Path) -> Path:
+    """One panel per result, with one line or bar per mode. Text tasks show perplexity by position,
+    retrieval tasks accuracy by depth, other tasks bars of the main number."""
 
-    def draw(result: TaskResult, axes: Any) -> None:
-        {"text": plot_positions, "retrieval": plot_depths}.get(result.kind, plot_bars)(result, axes)
+    def draw(result: TaskSummary, axes: Any) -> None:
+        plot = {"text": plot_positions, "retrieval": plot_depths}.get(result.task.kind, plot_bars)
+        plot(result, axes)
 
-    return plot_each(results, draw, path)
-
-
-def plot_lengths(results: Sequence[TaskResult], path: Path) -> Path:
-    """One panel a text result (with its documents' scores): perplexity of the first so many
-    tokens; a line a mode."""
-    return plot_each(results, plot_length, path)
+    return plot_panels(results, draw, path)
 
 
-def plot_each(
-    results: Sequence[TaskResult], draw: Callable[[TaskResult, Any], None], path: Path
-) -> Path:
-    """A panel a result, three beside each other."""
+def plot_lengths(results: Sequence[TaskScores], path: Path) -> Path:
+    """One panel per text result: the perplexity of documents cut to their first tokens, one line
+    per mode."""
+    return plot_panels(results, plot_length, path)
+
+
+Result = TypeVar("Result", TaskSummary, TaskScores)
+
+
+def plot_panels(results: Sequence[Result], draw: Callable[[Result, Any], None], path: Path) -> Path:
+    """One panel per result, up to three in a row. `draw` draws a result into matplotlib axes."""
     from matplotlib.figure import Figure  # slow to import, and only runs that plot need it
 
     columns = min(3, len(results))
@@ -51,7 +54,9 @@ def plot_each(
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for result, axes in zip(results, panels, strict=False):
         draw(result, axes)
-        axes.set_title("\n".join(heading(result)), fontsize=9, parse_math=False)
+        axes.set_title(
+            "\n".join(heading(result.task, result.comparison)), fontsize=9, parse_math=False
+        )
         axes.grid(alpha=0.3)
     for axes in panels[len(results) :]:
         axes.set_axis_off()
@@ -60,43 +65,44 @@ def plot_each(
     return path
 
 
-def heading(result: TaskResult) -> list[str]:
-    """Its name, its sizes, and what memory is worth against its controls."""
-    sizes = f"{result.truncation or 'all'} tokens in chunks of {result.size}"
-    return [result.title, sizes, *worth(result)]
+def heading(task: ScoredTask, comparison: Comparison) -> list[str]:
+    """Lines of a panel's title: the task, its sizes, and memory compared with its controls."""
+    sizes = f"{task.truncation or 'all'} tokens in chunks of {task.size}"
+    return [task.title, sizes, *comparison_words(comparison)]
 
 
 def style(mode: str) -> dict[str, Any]:
-    """What memory is compared with lies on top, dashed: it is often the same line."""
-    own = mode in ("memory", "raw")
-    line = dict(linestyle="-", marker="o") if own else dict(linestyle="--", marker="s", zorder=3)
+    """Line style of a mode. Controls are dashed and drawn last, because their line often coincides
+    with another."""
+    solid = mode in ("memory", "raw")
+    line = dict(linestyle="-", marker="o") if solid else dict(linestyle="--", marker="s", zorder=3)
     return line | dict(color=COLORS[mode], label=NAMES[mode])
 
 
-def plot_positions(result: TaskResult, axes: Any) -> None:
-    shown, first = [], float(result.chunk_size)
+def plot_positions(result: TaskSummary, axes: Any) -> None:
+    shown, first = [], float(result.task.chunk_size)
     for mode in (mode for mode in NAMES if mode in result.modes):
         buckets = result.modes[mode]["by_position"]
         middles = [math.sqrt(b["start"] * (b["stop"] - 1)) for b in buckets]
-        axes.plot(middles, numbers_of(buckets), markersize=4, **style(mode))
-        wanted = [b for b in buckets if b["stop"] > result.chunk_size // 4]
-        shown += [value for value in numbers_of(wanted) if math.isfinite(value)]
-        first = min([first, *(b["start"] for b in wanted)])
-    # A document's first tokens, a bucket of one or two each, would press everything else flat: they
-    # are outside the panel.
+        axes.plot(middles, perplexities(buckets), markersize=4, **style(mode))
+        visible = [b for b in buckets if b["stop"] > result.task.chunk_size // 4]
+        shown += [value for value in perplexities(visible) if math.isfinite(value)]
+        first = min([first, *(b["start"] for b in visible)])
+    # The first tokens of a document have buckets of one or two tokens, whose perplexity would
+    # flatten all other values. They lie outside the panel.
     if shown:
         margin = 0.1 * (max(shown) - min(shown)) or 1
         axes.set_ylim(min(shown) - margin, max(shown) + margin)
     axes.set_xscale("log", base=2)
     axes.set_xlim(left=first)
-    axes.axvline(result.chunk_size, color="0.6", linestyle=":", label="first memory")
+    axes.axvline(result.task.chunk_size, color="0.6", linestyle=":", label="first memory")
     axes.set_xlabel("token position (buckets between powers of two)")
-    axes.set_ylabel(f"perplexity ({result.protocol} protocol)")
+    axes.set_ylabel(f"perplexity ({result.task.protocol} protocol)")
     axes.legend(fontsize=7)
 
 
-def numbers_of(buckets: Sequence[dict[str, Any]]) -> list[float]:
-    """Their perplexities, NaN (which leaves a gap in a line) for those that no float holds."""
+def perplexities(buckets: Sequence[dict[str, Any]]) -> list[float]:
+    """The perplexities of buckets. One past float64 becomes NaN, which leaves a gap in a line."""
     return [
         b["perplexity"]
         if b["perplexity"] is not None and math.isfinite(b["perplexity"])
@@ -105,48 +111,50 @@ def numbers_of(buckets: Sequence[dict[str, Any]]) -> list[float]:
     ]
 
 
-def plot_length(result: TaskResult, axes: Any) -> None:
+def plot_length(result: TaskScores, axes: Any) -> None:
     for mode in (mode for mode in NAMES if result.scores.get(mode)):
         points = [
             (p["length"], p["perplexity"]) for p in by_length(list(result.scores[mode].values()))
         ]
-        # The first few tokens are the same in all modes, and so high that the rest would be flat.
-        points = [point for point in points if point[0] >= result.chunk_size // 4] or points
+        # The first few tokens are the same in all modes, and their perplexity would flatten the
+        # rest.
+        least = result.task.chunk_size // 4
+        points = [point for point in points if point[0] >= least] or points
         axes.plot(*zip(*points, strict=True), markersize=4, **style(mode))
     axes.set_xscale("log", base=2)
-    axes.axvline(result.chunk_size, color="0.6", linestyle=":", label="first memory")
+    axes.axvline(result.task.chunk_size, color="0.6", linestyle=":", label="first memory")
     axes.set_xlabel("tokens of a document, from its start")
-    axes.set_ylabel(f"perplexity of all of them ({result.protocol} protocol)")
+    axes.set_ylabel(f"perplexity of all of them ({result.task.protocol} protocol)")
     axes.legend(fontsize=7)
 
 
-def plot_depths(result: TaskResult, axes: Any) -> None:
+def plot_depths(result: TaskSummary, axes: Any) -> None:
     for mode in (mode for mode in NAMES if mode in result.modes):
         points = sorted((d["depth"], d["accuracy"]) for d in result.modes[mode]["by_depth"])
         axes.plot(*zip(*points, strict=True), **style(mode))
     axes.set_ylim(-0.05, 1.05)
     axes.set_xlabel("depth of the hidden sentence (0 = start)")
-    axes.set_ylabel("share of right answers")
+    axes.set_ylabel("fraction of right answers")
     axes.legend(fontsize=8)
 
 
-def plot_bars(result: TaskResult, axes: Any) -> None:
-    key, _, measure = result.main
+def plot_bars(result: TaskSummary, axes: Any) -> None:
+    key, _, measure = result.task.main_number
     modes = [mode for mode in NAMES if mode in result.modes]
-    names = [textwrap.fill(NAMES[mode], 12) for mode in modes]  # side by side
+    names = [textwrap.fill(NAMES[mode], 12) for mode in modes]  # narrow enough to fit side by side
     bars = axes.bar(names, [result.modes[mode][key] for mode in modes])
     for mode, bar in zip(modes, bars, strict=True):
         bar.set_color(COLORS[mode])
     axes.bar_label(bars, fmt=short, fontsize=8)
     axes.set_ylim(0, 1.15 * max(result.modes[m][key] for m in modes) or 1)
     axes.tick_params(axis="x", labelsize=7)
-    axes.set_ylabel(f"{measure}, nats per scored token" if result.kind == "loss" else measure)
+    axes.set_ylabel(f"{measure}, nats per scored token" if result.task.kind == "loss" else measure)
 
 
 def plot_attention(mass: AttentionMass, path: Path) -> Path:
-    """A heat map, layers x age of memory in chunks, its colours logarithmic because layers
-    differ by orders of magnitude; beside it what all memories get together, by how many a chunk
-    reads."""
+    """Two heat maps. The left one shows layers by age of memory in chunks, with logarithmic
+    colours because layers differ by orders of magnitude. The right one shows the attention to all
+    memories together, by layer and number of memories that the chunk reads."""
     from matplotlib.colors import LogNorm, Normalize
     from matplotlib.figure import Figure
 

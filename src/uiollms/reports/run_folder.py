@@ -1,4 +1,4 @@
-"""What a run folder holds, read as far as it goes, with a note for whatever is not there."""
+"""Reads the files of a run folder, and notes what is missing or cannot be read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from uiollms.build import weights_of
 from uiollms.config.load import load_memory_config, parse
 from uiollms.config.sections import EnvConfig, MemoryConfig
 from uiollms.evaluation.attention_mass import AttentionMass
-from uiollms.evaluation.results import TaskResult
+from uiollms.evaluation.results import TaskScores, TaskSummary
 from uiollms.evaluation.saved_results import load_token_nlls
 from uiollms.files.errors import ConfigError
 from uiollms.files.json_files import finite, read_json
@@ -26,13 +26,26 @@ from uiollms.runs.metrics import examine_metrics
 from uiollms.runs.state import saved_steps
 
 Part = TypeVar("Part")
-ATTENTION = "attention.safetensors"
+ATTENTION_FILE = "attention.safetensors"
+MAX_RESULTS = 100  # panels in a plot
+# Errors that reading and showing a file can raise if somebody has edited it, or if it is not a
+# run's. A ConfigError is a ValueError.
+FAULTS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RecursionError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass
 class Missing:
-    """Something that the report does not show: why, and the command that would change it ("" if
-    none does)."""
+    """A part that the report does not show, the reason, and the command that makes it ("" if there
+    is none)."""
 
     what: str
     why: str
@@ -41,32 +54,38 @@ class Missing:
 
 @dataclass
 class RunFolder:
-    """A run folder's files as values. config, versions: of the training if there was one, else
-    of the evaluation; results: of test.py, else training's last evaluation (`evaluated` says
-    which); nlls: results with every token; weights: what test.py, a report and a reader would
-    take for the trained ones."""
+    """The files of a run folder as values.
+
+    config, versions: of the training, or of the evaluation if the folder has no training
+    results:   of test.py, or else of training's last evaluation
+    evaluated: which evaluation the results are from
+    nlls:      results with the scores of every token
+    weights:   path of the weights that test.py evaluates
+    missing:   the parts that are missing, with reasons
+    """
 
     path: Path
     config: EnvConfig | None = None
     compressor: MemoryConfig | None = None
     versions: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
-    results: list[TaskResult] = field(default_factory=list)
+    results: list[TaskSummary] = field(default_factory=list)
     evaluated: str = ""
-    nlls: list[TaskResult] = field(default_factory=list)
+    nlls: list[TaskScores] = field(default_factory=list)
     weights: str | None = None
     attention: AttentionMass | None = None
     missing: list[Missing] = field(default_factory=list)
 
     @property
     def weights_name(self) -> str:
-        """The weights' path, within the run folder from there: it may be moved."""
+        """The path of the weights. Inside the run folder it is relative to the folder, which may be
+        moved."""
         path = Path(self.weights or "untrained")
         return str(path.relative_to(self.path) if path.is_relative_to(self.path) else path)
 
     @property
     def test_command(self) -> str:
-        """What evaluates this run's weights into this folder."""
+        """The command that evaluates this run's weights and writes into this folder."""
         conf = self.path / "config.json"
         words = [
             "python",
@@ -77,18 +96,18 @@ class RunFolder:
             f"train.run_dir={self.path}",
         ]
         newest = newest_checkpoint(self.path)
-        if newest:  # not what another run may have left at save_ckp since
+        if newest:  # another run may have overwritten save_ckp since
             words += ["--set", "model.save_ckp=null", "--set", f"model.load_ckp={newest}"]
         return shlex.join(words)
 
     def part(self, what: str, name: str, read: Callable[[Path], Part], command: str) -> Part | None:
-        """What `read` makes of a file; None with a note where it is not there or not what this
-        version writes."""
+        """Reads the file `name`. If it does not exist or cannot be read, returns None and adds the
+        part `what` to `missing`."""
         path = self.path / name
         if not os.path.lexists(path):
             self.missing.append(Missing(what, f"{path} does not exist", command))
             return None
-        if not path.is_file():  # a folder, a link to nothing, a pipe that would be waited for
+        if not path.is_file():  # a folder, a dangling link, or a pipe, whose reader would block
             self.missing.append(Missing(what, f"{path} is not a file", command))
             return None
         try:
@@ -97,7 +116,7 @@ class RunFolder:
         except KeyError as error:
             reason = f"{path} has no {error}: another version wrote it"
         except FAULTS as error:
-            # Of what is wrong with a config there is a line for each, with the file in it.
+            # A config's error has one line per fault, and each names the file.
             lines = str(error).splitlines() or [type(error).__name__]
             self.missing += [Missing(what, line, command) for line in lines[:-1]]
             reason = (
@@ -109,27 +128,13 @@ class RunFolder:
         return None
 
 
-# What a file that somebody has edited, or that is none of a run's, can make of what reads and shows
-# it. A ConfigError is a ValueError.
-FAULTS = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    OSError,
-    RecursionError,
-    SafetensorError,
-    TypeError,
-    ValueError,
-)
-MOST_RESULTS = 100  # panels in a picture
-
-
 def read_folder(path: Path) -> RunFolder:
-    """Raises ConfigError for a folder that holds neither metrics.jsonl nor test.json."""
+    """Reads a run folder. Raises ConfigError if it has neither metrics.jsonl nor test.json."""
     if not any(os.path.lexists(path / name) for name in ("metrics.jsonl", "test.json")):
-        what = "holds neither metrics.jsonl nor test.json" if path.is_dir() else "is not a folder"
+        what = "has neither metrics.jsonl nor test.json" if path.is_dir() else "is not a folder"
         raise ConfigError(
-            f"{path}: {what}; a run folder is what train.py or test.py made, see train.run_dir"
+            f"{path}: {what}; expected a run folder that train.py or test.py wrote, see "
+            "train.run_dir"
         )
     run = RunFolder(path)
     train = "python train.py --env_conf FILE"
@@ -152,19 +157,23 @@ def read_folder(path: Path) -> RunFolder:
         run.part("the training curve", "metrics.jsonl", partial(read_lines, run), train) or []
     )
     read_results(run, tested)
-    of = (path / "test.json").read_bytes() if tested else None
-    read = partial(load_token_nlls, of=of)
+    test_json = (path / "test.json").read_bytes() if tested else None
+    read = partial(load_token_nlls, test_json=test_json)
     run.nlls = (
         run.part("perplexity by length", "test-nll.safetensors", read, run.test_command) or []
     )
     newest = newest_checkpoint(path)
-    run.weights = str(newest) if newest else find_weights(run.config, tested)
+    run.weights = (
+        str(newest)
+        if newest
+        else tested.get("weights") or (weights_of(run.config) if run.config else None)
+    )
     run.compressor = find_compressor(run, newest)
     return run
 
 
 def read_tested(run: RunFolder) -> dict[str, Any]:
-    """test.json, without what has another type than test.py writes."""
+    """The entries of test.json, without those of another type than test.py writes."""
     what = "the evaluation by test.py"
     found = run.part(what, "test.json", read_object, run.test_command) or {}
     tested: dict[str, Any] = {}
@@ -180,31 +189,33 @@ def read_tested(run: RunFolder) -> dict[str, Any]:
         if not isinstance(found[name], kind) or (
             name == "results" and not all(isinstance(r, dict) for r in found[name])
         ):
-            why = f"{run.path / 'test.json'}: {name}: is none that test.py writes"
+            why = f"{run.path / 'test.json'}: {name}: is not what test.py writes"
             run.missing.append(Missing(what, why, run.test_command))
         else:
             tested[name] = finite(found[name])
     if "versions" in tested:
-        tested["versions"] = plain(tested["versions"])
+        tested["versions"] = text_values(tested["versions"])
     return tested
 
 
 def read_lines(run: RunFolder, path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl that are such, and a note of the others."""
+    """The valid lines of metrics.jsonl. The others are added to `missing`. Raises ValueError if no
+    line is valid."""
     lines, faults = examine_metrics(path.parent)
     for fault in faults[:5]:
         run.missing.append(Missing("a line of the training curve", f"{path}: {fault}"))
     if faults[5:]:
         run.missing.append(
-            Missing("lines of the training curve", f"{path}: {len(faults) - 5} more that are none")
+            Missing("lines of the training curve", f"{path}: {len(faults) - 5} more invalid lines")
         )
     if not lines:
-        raise ValueError("no line of it is one of a run")
+        raise ValueError("none of its lines is one that a run writes")
     return [line for _, line in lines]
 
 
 def read_attention(path: Path) -> AttentionMass:
-    """Raises KeyError where the file does not name what was measured."""
+    """Reads the attention of a run. Raises KeyError if the file does not describe what was
+    measured."""
     mass = AttentionMass.load(path)
     for name in ("tokens", "task", "chunk_size", "num_memory", "weights"):
         mass.about[name]
@@ -219,20 +230,22 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_versions(path: Path) -> dict[str, Any]:
-    return plain(read_object(path))
+    return text_values(read_object(path))
 
 
-def plain(versions: dict[str, Any]) -> dict[str, Any]:
-    """The versions that are texts, as all that are written are."""
+def text_values(versions: dict[str, Any]) -> dict[str, Any]:
+    """The versions that are text or null, the types that a run writes."""
     return {name: value for name, value in versions.items() if isinstance(value, str | None)}
 
 
 def read_results(run: RunFolder, tested: dict[str, Any]) -> None:
-    def take(name: str, summaries: list[dict[str, Any]], said: str) -> None:
-        if summaries and not run.results:
+    """Sets `results` and `evaluated` from test.json, or else from training's last evaluation."""
+
+    def take(name: str, found: list[dict[str, Any]], evaluated: str) -> None:
+        if found and not run.results:
             what = f"the evaluation in {name}"
-            found = run.part(what, name, lambda _: results_of(summaries), run.test_command)
-            run.results, run.evaluated = found or [], said
+            results = run.part(what, name, lambda _: read_summaries(found), run.test_command)
+            run.results, run.evaluated = results or [], evaluated
 
     take(
         "test.json",
@@ -247,11 +260,11 @@ def read_results(run: RunFolder, tested: dict[str, Any]) -> None:
         )
 
 
-def results_of(summaries: list[dict[str, Any]]) -> list[TaskResult]:
-    """Raises KeyError, ValueError for what is no result, and for more than a page can show."""
-    if len(summaries) > MOST_RESULTS:
-        raise ValueError(f"{len(summaries)} results, a report shows up to {MOST_RESULTS}")
-    return [TaskResult.from_summary(summary) for summary in summaries]
+def read_summaries(found: list[dict[str, Any]]) -> list[TaskSummary]:
+    """Raises KeyError or ValueError for invalid summaries, and for more than a page can show."""
+    if len(found) > MAX_RESULTS:
+        raise ValueError(f"{len(found)} results, a report shows up to {MAX_RESULTS}")
+    return [TaskSummary.from_json(summary) for summary in found]
 
 
 def newest_checkpoint(path: Path) -> Path | None:
@@ -259,12 +272,8 @@ def newest_checkpoint(path: Path) -> Path | None:
     return saved[-1] if saved else None
 
 
-def find_weights(config: EnvConfig | None, tested: dict[str, Any]) -> str | None:
-    """The weights that test.py evaluated, else those it would."""
-    return tested.get("weights") or (weights_of(config) if config else None)
-
-
 def find_compressor(run: RunFolder, checkpoint: Path | None) -> MemoryConfig | None:
+    """The compressor config of the checkpoint, or else the one that the run's config names."""
     paths = [checkpoint / "memory_config.json"] if checkpoint else []
     paths += [Path(run.config.model.config)] if run.config else []
     for path in paths:

@@ -1,16 +1,16 @@
-"""The table of an evaluation, in words and numbers."""
+"""Tables of an evaluation, and the words that describe its numbers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
-from uiollms.evaluation.results import TaskResult
+from uiollms.evaluation.results import Comparison, TaskSummary
 
 NAMES = {
     "window": "no memory (window only)",
@@ -23,8 +23,8 @@ NAMES = {
 COLUMNS = ("task", "documents", "tokens", "chunk", "mode", "result (95 % interval)", "also")
 
 
-def print_results(results: Sequence[TaskResult], console: Console | None = None) -> None:
-    """One table of all tasks, a row a mode."""
+def print_results(results: Sequence[TaskSummary], console: Console | None = None) -> None:
+    """Prints one table of all tasks, with one row per mode, and the chunks of copy tasks."""
     table = Table(title="evaluation", title_justify="left")
     for column in COLUMNS:
         justify: JustifyMethod = "right" if column == "tokens" else "left"
@@ -39,46 +39,52 @@ def print_results(results: Sequence[TaskResult], console: Console | None = None)
 
 
 class Chunk(NamedTuple):
-    """A held-out chunk beside what the model tells of it. title: of the task; said: what it is told
-    from, and how much is right."""
+    """A held-out chunk and what the model reproduces of it.
+
+    title:   of the task
+    caption: how the text was generated, and how many tokens are right
+    pieces:  (text, whether its tokens are right) in order
+    """
 
     title: str
-    said: str
+    caption: str
     original: str
     pieces: Sequence[tuple[str, bool]]
 
 
-def written_chunks(results: Sequence[TaskResult]) -> list[Chunk]:
-    """Of every task of copies the first chunk, from its own memory and, where that was compared,
-    from another document's."""
+def written_chunks(results: Sequence[TaskSummary]) -> list[Chunk]:
+    """The first chunk of every copy task, reproduced from its memory and, if the task compares
+    it, from the memory of another document."""
     found = []
     for result in results:
         for mode in ("memory", "shuffled"):
             if written := result.modes.get(mode, {}).get("written"):
                 whose = "its own memory" if mode == "memory" else "another document's memory"
-                how = {
+                captions = {
                     "guided": f"each token guessed from {whose} and the true ones before it",
                     "alone": f"written down from {whose} alone",
                 }
-                for key, said in how.items():
+                for key, caption in captions.items():
                     copy = written[key]
-                    said += f", {copy['right']} of {written['tokens']} tokens right"
-                    found.append(Chunk(result.title, said, written["original"], copy["pieces"]))
+                    caption += f", {copy['right']} of {written['tokens']} tokens right"
+                    found.append(
+                        Chunk(result.task.title, caption, written["original"], copy["pieces"])
+                    )
     return found
 
 
-def print_written(results: Sequence[TaskResult], console: Console) -> None:
-    """The chunk and its copies, in which what is right stands between brackets."""
+def print_written(results: Sequence[TaskSummary], console: Console) -> None:
+    """Prints chunks and their copies, with the right tokens between double brackets."""
     chunks = written_chunks(results)
     for i, chunk in enumerate(chunks):
         if i == 0 or chunk.original != chunks[i - 1].original:
             console.print(
-                f"\n{chunk.title}: the first chunk; below, \u27e6 \u27e7 hold what is right",
+                f"\n{chunk.title}: the first chunk; below, right tokens are in \u27e6 \u27e7",
                 style="bold",
                 markup=False,
             )
             console.print(chunk.original, markup=False, highlight=False, soft_wrap=True)
-        console.print(f"\n{chunk.said}", style="bold")
+        console.print(f"\n{chunk.caption}", style="bold")
         text = Text()
         for piece, right in chunk.pieces:
             text.append(
@@ -87,10 +93,10 @@ def print_written(results: Sequence[TaskResult], console: Console) -> None:
         console.print(text, soft_wrap=True)
 
 
-def rows_of(result: TaskResult) -> list[tuple[str, ...]]:
-    """A task's cells under `COLUMNS`, a row a mode: its main number with its 95 % interval, and
-    what else says something."""
-    key, interval, name = result.main
+def rows_of(result: TaskSummary) -> list[tuple[str, ...]]:
+    """The cells of a task under `COLUMNS`, one row per mode. The main number has its 95 %
+    interval; the last cell contains further numbers."""
+    key, interval, name = result.task.main_number
     rows: list[tuple[str, ...]] = []
     for i, mode in enumerate(mode for mode in NAMES if mode in result.modes):
         numbers = result.modes[mode]
@@ -100,23 +106,22 @@ def rows_of(result: TaskResult) -> list[tuple[str, ...]]:
             else f"{name} {short(numbers[key])}"
         )
         main += between(numbers.get(interval))
-        tokens = str(result.truncation or "all")
-        title = result.title if i == 0 else ""
-        sizes = tokens, result.size
+        tokens = str(result.task.truncation or "all")
+        title = result.task.title if i == 0 else ""
+        sizes = tokens, result.task.size
         documents = str(numbers["documents"])
-        rows.append((title, documents, *sizes, NAMES[mode], main, also(result, mode)))
+        rows.append((title, documents, *sizes, NAMES[mode], main, other_numbers(result, mode)))
     return rows
 
 
-def perplexity_words(numbers: dict[str, Any]) -> str:
-    """Past what a float holds, as the exp of the NLL."""
+def perplexity_words(numbers: Mapping[str, Any]) -> str:
+    """The perplexity, written as exp(NLL) past the end of float64."""
     value = numbers["perplexity"]
     return f"exp({short(numbers['nll'])})" if value is None or value == math.inf else short(value)
 
 
 def short(value: float | None) -> str:
-    """Two decimals, three for what is below 10; "-" for what is no number, or was none when it
-    was written."""
+    """Three decimals below 10, else two. "-" stands for a missing or infinite number."""
     if value is None or not math.isfinite(value):
         return "-"
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}"
@@ -126,46 +131,49 @@ def between(interval: Sequence[float | None] | None) -> str:
     return f" ({short(interval[0])} .. {short(interval[1])})" if interval else ""
 
 
-def also(result: TaskResult, mode: str) -> str:
-    """The second column of numbers, in words."""
-    numbers = result.modes[mode]
+def other_numbers(result: TaskSummary, mode: str) -> str:
+    """The last cell of a row: numbers of a mode but the main one, in words."""
+    task, numbers = result.task, result.modes[mode]
     parts = []
-    if result.task_type == "perplexity":
+    if task.task_type == "perplexity":
         parts.append(
             "document mean "
             f"{short(numbers['document_mean'])}{between(numbers['document_mean_interval_95'])}"
         )
-    if result.kind == "retrieval":
+    if task.kind == "retrieval":
         parts.append(
             "by depth "
             + ", ".join(f"{d['depth']:g}: {d['accuracy']:.0%}" for d in numbers["by_depth"])
         )
     if "rouge_l" in numbers:
         parts.append(f"ROUGE-L {numbers['rouge_l']:.3f}")
-    if result.kind == "copy":
+    if task.kind == "copy":
         parts.append(f"tokens right {numbers['token_accuracy']:.1%}")
-    if result.task_type == "language modeling":
+    if task.task_type == "language modeling":
         parts.append(f"perplexity {perplexity_words(numbers)}")
-    if result.kind != "text":
+    if task.kind != "text":
         parts.append("NLL " + ("-" if numbers["nll"] is None else f"{numbers['nll']:.3f}"))
     if mode == "memory":
-        parts += worth(result)
+        parts += comparison_words(result.comparison)
     return ", ".join(parts)
 
 
-def worth(result: TaskResult) -> list[str]:
-    """What memory is worth against its controls, in words: see controls.py."""
-    found = []
-    if result.bound:
-        value, interval = result.bound
-        found.append(f"bound {value:.3f}{between(interval)} nats")
+def comparison_words(comparison: Comparison) -> list[str]:
+    """Memory compared with its controls, in words. evaluation/statistics.py defines the numbers."""
+    words = []
+    if comparison.bound:
+        value, interval = comparison.bound
+        words.append(f"bound {value:.3f}{between(interval)} nats")
         if interval[0] <= 0:
-            found.append("another document's memory may serve as well")
-    for name, found_by in (("window", result.below_window), ("recent", result.below_recent)):
-        if found_by:
-            value, interval = found_by
-            found.append(f"{value:.3f}{between(interval)} below {name}")
-    if result.recovered:
-        value, (low, high) = result.recovered
-        found.append(f"{value:.0%} ({low:.0%} .. {high:.0%}) recovered")
-    return found
+            words.append("another document's memory may serve as well")
+    for name, below in (
+        ("window", comparison.below_window),
+        ("recent", comparison.below_recent),
+    ):
+        if below:
+            value, interval = below
+            words.append(f"{value:.3f}{between(interval)} below {name}")
+    if comparison.recovered:
+        value, (low, high) = comparison.recovered
+        words.append(f"{value:.0%} ({low:.0%} .. {high:.0%}) recovered")
+    return words

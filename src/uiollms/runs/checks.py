@@ -33,7 +33,7 @@ from uiollms.data import find_corpus
 from uiollms.data.builder import task_fault
 from uiollms.data.readers.hub import HubDataset, Split
 from uiollms.distributed.device_map import resolved, this_machine
-from uiollms.evaluation.evaluator import ACCEPTED
+from uiollms.evaluation.instances import ACCEPTED_KINDS
 from uiollms.files.atomic import make_folder, read_whole, recover, reporting_write_errors
 from uiollms.files.errors import ConfigError, Faults
 from uiollms.files.folders import run_folder
@@ -137,7 +137,7 @@ def examine_data(sources: Sources, path: str | Path, faults: Faults) -> None:
             if fault := task_fault(entry.task, kind):
                 faults.add(f"{path}: {where}.task: corpus {name!r} {fault}")
         if isinstance(entry, TaskEntry) and not corpus.mixed:
-            kinds = ACCEPTED.get(entry.task_type, (entry.task_type,))
+            kinds = ACCEPTED_KINDS.get(entry.task_type, (entry.task_type,))
             if corpus.task not in kinds:
                 faults.add(
                     f"{path}: {where}: corpus {name!r} has documents for {corpus.task}, task_type "

@@ -1,0 +1,192 @@
+"""Which documents a task scores, and the samples that they become."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from uiollms.config.corpora import COPY_TASKS, RETRIEVAL_TASKS, TEXT_TASKS, TaskEntry
+from uiollms.data import Document, RecallDocument, open_corpus
+from uiollms.data.builder import SampleBuilder, as_task, teaches_memory
+from uiollms.data.documents import Lazy, Task
+from uiollms.data.recall_sample import last_value
+from uiollms.data.retrieval import DEPTHS, trials
+from uiollms.data.sample import PROTOCOLS, Sample
+from uiollms.data.tokens import tokenize, tokenize_pair
+from uiollms.files.errors import ConfigError
+from uiollms.model.memory_lm import MemoryLM
+
+log = logging.getLogger("uiollms")
+PLAIN = "language modeling"  # the kind of a document that is only text
+# task_type -> the kinds of documents that it takes. A task that is not listed here takes documents
+# of its own kind only.
+ACCEPTED_KINDS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys((*TEXT_TASKS, *RETRIEVAL_TASKS), (PLAIN,)),
+    **{kind: (kind, PLAIN) for kind in (*COPY_TASKS, "memory utilization")},
+    # The corpus determines which version's loss a document has.
+    "news qa summation v2": ("news qa summation",),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Instance:
+    """One document of a task.
+
+    samples:  one sample, for auto encoding one per chunk
+    depth:    where a retrieval trial hides its sentence, 0 to 1
+    prompt:   [T] token ids that a generated answer continues, for tasks that generate
+    response: [T] token ids that the answer is compared with, for tasks that generate
+    """
+
+    samples: tuple[Sample, ...]
+    depth: float = 0.0
+    prompt: Tensor | None = None
+    response: Tensor | None = None
+
+
+def find_partner(instances: Sequence[Instance], i: int) -> Instance | None:
+    """The document whose memories document i reads in mode "shuffled". It is the next document
+    (after the last comes the first) with at least as many samples and memories. Returns None if
+    there is none."""
+
+    def has_as_many(other: Instance) -> bool:
+        samples = instances[i].samples
+        return len(other.samples) >= len(samples) and all(
+            len(b.chunks) >= len(a.chunks) for a, b in zip(samples, other.samples, strict=False)
+        )
+
+    ring = [*instances[i + 1 :], *instances[:i]]
+    return next((other for other in ring if has_as_many(other)), None)
+
+
+def task_instances(
+    model: MemoryLM, tokenizer: PreTrainedTokenizerBase, task: TaskEntry
+) -> dict[str | None, list[Instance]]:
+    """The documents of a task by protocol (None for tasks that have one way to score). Raises
+    ConfigError if the corpus has no document for the task."""
+    chunk_size = model.memory_config.chunk_size
+    if task.task_type in TEXT_TASKS:
+        texts = evaluation_documents(model, tokenizer, task)
+        return {
+            p: [Instance((PROTOCOLS[p](ids, chunk_size),)) for ids in texts]
+            for p in dict.fromkeys(task.protocols)
+        }
+    if task.task_type in RETRIEVAL_TASKS:
+        length = task.truncation or model.capacity
+        filler, depths = task_documents(task, tokenizer), task.depths or DEPTHS
+        found = trials(
+            task.task_type, filler, tokenizer, length, chunk_size, task.num_instance, depths
+        )
+        return {None: [Instance((trial.sample,), trial.depth) for trial in found]}
+    builder = SampleBuilder(model, tokenizer)
+    instances: list[Instance] = []
+    for i, document in enumerate(task_documents(task, tokenizer)):
+        instance = (
+            None if document.is_empty else make_instance(builder, document, task, random.Random(i))
+        )
+        if instance:
+            instances.append(instance)
+        if len(instances) == task.num_instance:
+            break
+    check_count(instances, task)
+    return {None: instances}
+
+
+def make_instance(
+    builder: SampleBuilder, document: Document, task: TaskEntry, rng: random.Random
+) -> Instance | None:
+    """An instance of any task but text and retrieval. Returns None if none of the document's
+    scored tokens reads memory. Raises ConfigError that names the document if it does not fit the
+    model."""
+    # Training draws one chunk of an auto encoding document; evaluation scores every chunk.
+    every_chunk = task.task_type == "auto encoding"
+    sample = builder.make(
+        replace(document, task="longdata copy") if every_chunk else document, task.truncation, rng
+    )
+    if not teaches_memory(sample):
+        return None
+    if every_chunk:
+        return Instance(
+            tuple(
+                Sample.copy(chunk, builder.model.limits.memory.chunk_size)
+                for chunk in sample.chunks
+            )
+        )
+    if task.generate and isinstance(document, RecallDocument):
+        prompt, response = last_value(sample)
+        return Instance((sample,), prompt=prompt, response=response)
+    if task.generate:
+        ids = torch.cat([row.input_ids for row in sample.rows])
+        _, response = tokenize_pair(builder.tokenizer, document.text, document.response or "")
+        return Instance((sample,), prompt=ids[: -len(response)], response=response)
+    return Instance((sample,))
+
+
+def task_documents(task: TaskEntry, tokenizer: PreTrainedTokenizerBase) -> Sequence[Document]:
+    """The documents of a task's corpus, converted to the task's kind. Access to a document of a
+    kind that the task does not take raises ConfigError."""
+    corpus = open_corpus(task.task_name, tokenizer)
+    kinds = ACCEPTED_KINDS.get(task.task_type, (task.task_type,))
+
+    def read(i: int) -> Document:
+        document = corpus[i]
+        if document.task not in kinds:
+            raise ConfigError(
+                f"corpus {task.task_name!r}: {document.source} is for {document.task}, task_type "
+                f"{task.task_type!r} takes documents for {' or '.join(kinds)}"
+            )
+        if document.task == PLAIN and task.task_type not in (*TEXT_TASKS, *RETRIEVAL_TASKS):
+            return as_task(document, cast(Task, task.task_type))
+        return document
+
+    return Lazy(len(corpus), read)
+
+
+def evaluation_documents(
+    model: MemoryLM, tokenizer: PreTrainedTokenizerBase, task: TaskEntry
+) -> list[Tensor]:
+    """Token ids [T] int64 of a text task's documents, cut to `truncation`.
+
+    With `documents` "first" these are the first `num_instance` of the corpus, without blank
+    documents and those of one token, which have no scored token. With "full" they are the first
+    that fill `truncation`; if these are too few, the first shorter ones of more than a chunk
+    follow. Raises ConfigError if there is no document.
+    """
+    length = min(task.truncation or model.capacity, model.capacity)
+    least = model.memory_config.chunk_size if task.documents == "full" else 1
+    preferred: list[Tensor] = []
+    shorter: list[Tensor] = []
+    for document in task_documents(task, tokenizer):
+        ids = tokenize(tokenizer, document.text)[:length]
+        if len(ids) > least and not document.is_empty:
+            fits = task.documents == "first" or len(ids) == length
+            (preferred if fits else shorter).append(ids)
+        if len(preferred) == task.num_instance:
+            break
+    found = (preferred + shorter)[: task.num_instance]
+    check_count(found, task)
+    return found
+
+
+def check_count(found: Sequence[Any], task: TaskEntry) -> None:
+    """Raises ConfigError if no document was found; warns if they are fewer than `num_instance`."""
+    if not found:
+        text = task.task_type in TEXT_TASKS and task.documents == "first"
+        condition = "has a token to score" if text else "is long enough for memory"
+        raise ConfigError(
+            f"corpus {task.task_name!r} has no document for {task.task_type} that {condition}"
+        )
+    if len(found) < task.num_instance:
+        log.warning(
+            "%s: the corpus has %d documents, num_instance is %d",
+            task.task_name,
+            len(found),
+            task.num_instance,
+        )
