@@ -1,27 +1,26 @@
-"""The plots of a report: time per token, utilisation and peak memory against length."""
+"""The plots of a benchmark report: time per token, utilisation and peak memory against length."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from uiollms.files.atomic import replacing
 
-COLUMNS = {
-    "time / token, / first": "time per token, relative",
-    "utilisation": "share of GEMM peak",
-    "peak MiB": "peak MiB",
+# column of a table -> the title of its panel, with the unit
+TITLES = {
+    "time / token, / first": "time per token\n(relative to the shortest document)",
+    "utilisation": "FLOP/s (fraction of this machine's GEMM peak)",
+    "peak MiB": "peak memory above the weights (MiB)",
 }
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """One row of plots a model; training and scoring in each. Nothing where neither was
-    measured."""
+    """Draw one row of panels for each model, with a line for training and one for scoring. Writes
+    no file if neither was measured."""
     tables = {
         name: {t: rows for t, rows in result["tables"].items() if t.endswith("against length")}
         for name, result in report["models"].items()
@@ -29,27 +28,21 @@ def draw(report: dict[str, Any], path: Path) -> None:
     tables = {name: found for name, found in tables.items() if found}
     if not tables:
         return
-    figure, grid = plt.subplots(
-        len(tables), len(COLUMNS), figsize=(4 * len(COLUMNS), 3 * len(tables)), squeeze=False
-    )
+    figure = Figure(figsize=(14, 0.6 + 4 * len(tables)), layout="constrained")
+    grid = figure.subplots(len(tables), len(TITLES), squeeze=False)
     for line, (name, found) in zip(grid, tables.items(), strict=True):
-        for axis, (column, label) in zip(line, COLUMNS.items(), strict=True):
-            for title, rows in found.items():
-                axis.plot(
-                    [r["tokens"] for r in rows],
-                    [r[column] for r in rows],
-                    marker="o",
-                    label=title.split()[0],
-                )
-            axis.set(
-                xscale="log",
-                xlabel="tokens",
-                ylabel=label,
-                title=name,
-                ylim=(0, 1.1 * axis.dataLim.ymax),
-            )
-            axis.legend()
-    figure.tight_layout()
+        for axes, (column, title) in zip(line, TITLES.items(), strict=True):
+            for (what, rows), marker in zip(found.items(), "os", strict=False):
+                lengths, values = [r["tokens"] for r in rows], [r[column] for r in rows]
+                axes.plot(lengths, values, marker=marker, label=what.split()[0])
+            axes.set_xscale("log")
+            axes.set_xticks(lengths, [f"{tokens:,}" for tokens in lengths], rotation=45, ha="right")
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.set_ylim(0, 1.1 * axes.dataLim.ymax)
+            axes.set_title(f"{name}: {title}", fontsize=12)
+            axes.set_xlabel("tokens of the document", fontsize=11)
+            axes.grid(alpha=0.3)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=11)
     with replacing(path) as work:
-        figure.savefig(work, dpi=120)
-    plt.close(figure)
+        figure.savefig(work, dpi=110)

@@ -1,11 +1,16 @@
-"""Draws the pictures of the README and of docs/concepts.md, by the program's own functions.
+"""Draws the pictures of the documents by the program's own functions: those of the README and of
+docs/concepts.md, and those of docs/results/ from the numbers beside them.
 
 python docs/picture.py
 python docs/picture.py --out /tmp/x   # elsewhere, to compare
 """
 
 import argparse
+import json
+import math
 import random
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +22,15 @@ from matplotlib.patches import FancyArrowPatch, Patch, Rectangle
 
 from uiollms.files.atomic import replacing
 from uiollms.model.attention import decoder_mask, decoder_positions, encoder_mask, encoder_positions
+from uiollms.reports.curves import plot_training
+from uiollms.study.learning import plot_curves
+from uiollms.study.recall import VALUES as RECALL_VALUES
+from uiollms.study.tables import TITLES, plot
 from uiollms.training.estimators import ESTIMATORS, Estimator, make_estimator
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT))  # benchmarks/ is not installed with the package
+from benchmarks.plots import draw  # noqa: E402
 
 INK, RED = "#222222", "#b03030"
 FROZEN, TRAINED, VALUES = "#d5dae1", "#f2a65a", "white"
@@ -211,6 +224,55 @@ def show_weights(axes: Any, matrix: torch.Tensor, form: str) -> Any:
 PICTURES = {"how-it-works.png": how_it_works, "masks.png": masks, "weights.png": weights}
 
 
+RESULTS = ROOT / "docs" / "results"
+
+
+def draw_study(path: Path) -> None:
+    """The plot of `python -m uiollms.study gradients` or `cost`, from its results.json."""
+    rows = json.loads((RESULTS / path.parent.name / "results.json").read_text())["rows"]
+    plot(rows, [column for column in TITLES if column in rows[0]], path)
+
+
+def draw_learning(path: Path) -> None:
+    """The plot of `python -m uiollms.study learning` or `recall`, from its curves.jsonl."""
+    folder = RESULTS / path.parent.name
+    lines = (folder / "curves.jsonl").read_text().splitlines()
+    curves = [json.loads(line) for line in lines[1:]]
+    results = json.loads((folder / "results.json").read_text())
+    if "references" in results["setting"]:
+        nll = results["setting"]["references"]
+        references = {"no memory": nll["window"], "raw context": nll["raw"]}
+        plot_curves({"": curves}, references, path)
+    else:
+        panel = f"distance {results['rows'][0]['distance']}"
+        plot_curves({panel: curves}, {"guessing": math.log(RECALL_VALUES)}, path)
+
+
+def draw_training(path: Path) -> None:
+    """The curve.png of the run whose metrics are committed."""
+    lines = (RESULTS / "smollm2-8x-metrics.jsonl").read_text().splitlines()
+    plot_training([json.loads(line) for line in lines], path)
+
+
+def draw_bench(path: Path) -> None:
+    """The plot of `python -m benchmarks --what length`."""
+    draw(json.loads((RESULTS / "bench/zen4-length.json").read_text()), path)
+
+
+# path below docs/results -> the function that draws it
+RESULT_PICTURES: dict[str, Callable[[Path], None]] = {
+    "bench/zen4-length.png": draw_bench,
+    "smollm2-8x-curve.png": draw_training,
+    "study-config/plot.png": draw_study,
+    "study-cost/plot.png": draw_study,
+    "study-figure7/plot.png": draw_study,
+    "study-learning/plot.png": draw_learning,
+    "study-recall-1/plot.png": draw_learning,
+    "study-recall-4/plot.png": draw_learning,
+    "study-table4/plot.png": draw_study,
+}
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -218,15 +280,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--out",
         type=Path,
-        default=Path(__file__).parent,
+        default=ROOT / "docs",
         metavar="FOLDER",
         help="the folder to draw into; default: docs/",
     )
     out = parser.parse_args(arguments).out
     out.mkdir(parents=True, exist_ok=True)
-    for name, draw in PICTURES.items():
+    for name, picture in PICTURES.items():
         with replacing(out / name) as work:
-            draw().savefig(work, dpi=110)
+            picture().savefig(work, dpi=110)
+    for name, draw_result in RESULT_PICTURES.items():
+        path = out / "results" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw_result(path)
 
 
 if __name__ == "__main__":

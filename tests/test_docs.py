@@ -129,6 +129,9 @@ def test_the_pictures_are_drawn_by_the_programs_functions():
     picture = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(picture)
     assert {path.name for path in (ROOT / "docs").glob("*.png")} == set(picture.PICTURES)
+    results = ROOT / "docs" / "results"
+    drawn = {path.relative_to(results).as_posix() for path in results.rglob("*.png")}
+    assert drawn == set(picture.RESULT_PICTURES)
     encoder, _ = picture.masks(l=4, m=2).axes
     assert encoder.images[0].get_array().tolist()[4:] == [
         [1, 1, 0, 0, 2, 0],

@@ -188,38 +188,40 @@ def interval(values: Sequence[float]) -> str:
 def plot_curves(
     panels: dict[str, Sequence[dict[str, Any]]], references: dict[str, float], path: Any
 ) -> None:
-    """Held-out NLL against iterations, one panel a title, one line an estimator (mean over
-    seeds, range shaded). references: horizontal lines by name, such as the NLL without memory."""
+    """Held-out NLL against iterations: one panel for each title, one line for each estimator (the
+    mean over seeds; their range is shaded). references: horizontal lines by name, such as the NLL
+    without memory."""
     from matplotlib.figure import Figure  # slow to import
 
-    figure = Figure(figsize=(4.6 * len(panels), 3.8), layout="constrained")
+    figure = Figure(figsize=(6.4 * len(panels) + 2.2, 4.4), layout="constrained")
     for axes, (title, curves) in zip(
         figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels.items(), strict=True
     ):
-        for i, (name, S) in enumerate(dict.fromkeys((c["estimator"], c["S"]) for c in curves)):
-            own = [c for c in curves if (c["estimator"], c["S"]) == (name, S)]
-            columns = list(zip(*(c["nll"] for c in own), strict=True))
-            label = name if S == INFINITE else f"{name}, S = {S}"
+        estimators = list(dict.fromkeys((c["estimator"], c["S"]) for c in curves))
+        for i, (name, S) in enumerate(estimators):
+            trained = [c for c in curves if (c["estimator"], c["S"]) == (name, S)]
+            iterations = trained[0]["iterations"]
+            nll = list(zip(*(c["nll"] for c in trained), strict=True))
+            # Lines that lie on each other stay visible: each is thinner than the one below it.
             axes.plot(
-                own[0]["iterations"],
-                [statistics.mean(c) for c in columns],
+                iterations,
+                [statistics.mean(values) for values in nll],
                 color=f"C{i}",
-                label=label,
+                linewidth=4 - 0.6 * i,
+                label=name if S == INFINITE else f"{name}, S = {S}",
             )
-            axes.fill_between(
-                own[0]["iterations"],
-                [min(c) for c in columns],
-                [max(c) for c in columns],
-                color=f"C{i}",
-                alpha=0.15,
-                lw=0,
-            )
-        for name, value in references.items():
-            axes.axhline(value, color="0.4", linestyle=":", label=name)
-        axes.set_title(title)
-        axes.set_xlabel("iteration")
+            low, high = [min(values) for values in nll], [max(values) for values in nll]
+            axes.fill_between(iterations, low, high, color=f"C{i}", alpha=0.15, linewidth=0)
+        for (name, value), style in zip(references.items(), (":", "--", "-."), strict=False):
+            axes.axhline(value, color="0.3", linestyle=style, label=name)
+        seeds = len({c["seed"] for c in curves})
+        of_seeds = f"mean and range of {seeds} seeds" if seeds > 1 else "one seed"
+        axes.set_title(f"{title}: {of_seeds}" if title else of_seeds.capitalize(), fontsize=12)
+        axes.set_xlabel("optimizer steps", fontsize=11)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("held-out NLL, nats per scored token")
-    figure.axes[0].legend(fontsize=8)
+    figure.axes[0].set_ylabel("held-out NLL (nats per scored token)", fontsize=11)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=10)
     with replacing(path) as work:
         figure.savefig(work, dpi=110)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,28 +26,50 @@ def shown(column: str, value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+# column -> the title of its panel, with the unit; columns without a title are shown by their names
+TITLES = {
+    "bias": "bias: error of the mean gradient\n(relative to the exact norm)",
+    "variance": "variance of the gradient\n(relative to the exact norm squared)",
+    "norm_ratio": "norm of the gradient\n(relative to the exact norm)",
+    "cosine": "cosine with the exact gradient",
+    "relative_error": "error of one gradient\n(relative to the exact norm)",
+    "encoder_backwards": "encoder backwards a document\n(chunks)",
+    "seconds": "time of a step (s)",
+    "peak_mib": "peak memory of a step (MiB)",
+}
+MARKERS = "os^Dv"
+
+
 def plot(rows: Sequence[dict[str, Any]], columns: Sequence[str], path: Path) -> None:
-    """One panel a column: the figure against S, a line for every estimator."""
+    """One panel for each column: the number against S, a line for every estimator, and a
+    horizontal line for the exact gradient, which has no S."""
     from matplotlib.figure import Figure  # slow to import
 
-    figure = Figure(figsize=(4.2 * len(columns), 3.6), layout="constrained")
+    height = math.ceil(len(columns) / 3)
+    figure = Figure(figsize=(13, 0.6 + 3.9 * height), layout="constrained")
     windows = sorted({row["S"] for row in rows if row["estimator"] != "exact"})
-    for axes, column in zip(
-        figure.subplots(1, len(columns), squeeze=False)[0], columns, strict=True
-    ):
-        for name in dict.fromkeys(row["estimator"] for row in rows):
+    names = list(dict.fromkeys(row["estimator"] for row in rows))
+    for number, column in enumerate(columns):
+        axes = figure.add_subplot(height, min(3, len(columns)), number + 1)
+        for name, marker in zip(names, MARKERS, strict=False):
             found = {row["S"]: row[column] for row in rows if row["estimator"] == name}
             if name == "exact":
-                axes.axhline(next(iter(found.values())), color="0.5", linestyle=":", label=name)
-            else:
-                axes.plot(
-                    range(len(windows)), [found[S] for S in windows], "o-", label=name, alpha=0.8
-                )
-        axes.set_xticks(range(len(windows)), ["inf" if S == INFINITE else str(S) for S in windows])
-        axes.set_xlabel("S")
-        axes.set_title(column)
-        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+                axes.axhline(found[INFINITE], color="0.3", linestyle=":", label=name)
+                continue
+            # Lines that lie on each other stay visible: each is thinner than the one below it.
+            width = 4 - 0.8 * names.index(name)
+            look: dict[str, Any] = dict(marker=marker, markersize=4 + width, linewidth=width)
+            values = [found[S] for S in windows]
+            axes.plot(range(len(windows)), values, label=name, alpha=0.8, **look)
+        axes.set_xticks(
+            range(len(windows)), ["\u221e" if S == INFINITE else str(S) for S in windows]
+        )
+        axes.set_xlabel("S (memories that a loss reaches at most)", fontsize=10)
+        axes.set_title(TITLES.get(column, column), fontsize=12)
+        low, high = axes.dataLim.intervaly
+        axes.set_ylim(min(0, low) - 0.05 * high, 1.08 * high or 1)
         axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=11)
     with replacing(path) as work:
         figure.savefig(work, dpi=110)
