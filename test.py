@@ -21,7 +21,7 @@ from uiollms.cli.common import parse_arguments, reporting_errors
 from uiollms.config.load import load_env_config
 from uiollms.evaluation.evaluator import Evaluation
 from uiollms.evaluation.saved_results import save_token_nlls
-from uiollms.files.atomic import make_folder, replacing, reporting_write_errors
+from uiollms.files.atomic import atomic_file, make_folder, reporting_write_errors
 from uiollms.files.folders import run_folder
 from uiollms.files.json_files import as_json
 from uiollms.planning.planner import choose_chunk_batch
@@ -68,8 +68,8 @@ def main(arguments: list[str] | None = None) -> None:
         # All are on the disk before the first gets its name: test.json, which marks the folder as a
         # run's.
         with (
-            replacing(folder / "test-nll.safetensors") as nlls,
-            replacing(folder / "test.json") as work,
+            atomic_file(folder / "test-nll.safetensors") as nlls,
+            atomic_file(folder / "test.json") as work,
         ):
             save_token_nlls(scores, nlls, test_json=text)
             work.write_text(text, encoding="utf-8")

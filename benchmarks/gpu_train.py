@@ -33,7 +33,7 @@ from benchmarks.cuda_graphs import Recorded, Recorder
 from benchmarks.recall_data import Corpus, Facts, build_corpora
 from benchmarks.recall_evaluation import Size, evaluate
 from uiollms import MemoryConfig, MemoryLM
-from uiollms.files.atomic import replace_text, replacing
+from uiollms.files.atomic import atomic_file, replace_text
 from uiollms.files.json_files import as_json
 from uiollms.kernels.devices import disable_cudnn_attention
 from uiollms.weights.adapters import load_weights
@@ -308,7 +308,7 @@ def save(model: MemoryLM, path: Path) -> None:
     tensors = {
         n: t.detach().to("cpu", torch.bfloat16) for n, t in model.memory_state_dict().items()
     }
-    with replacing(path) as work:
+    with atomic_file(path) as work:
         save_file({n: t.contiguous() for n, t in tensors.items()}, work)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from uiollms.files.atomic import replacing
+from uiollms.files.atomic import atomic_file
 
 # column of a table -> the title of its panel, with the unit
 TITLES = {
@@ -44,5 +44,5 @@ def draw(report: dict[str, Any], path: Path) -> None:
             axes.grid(alpha=0.3)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=11)
-    with replacing(path) as work:
+    with atomic_file(path) as work:
         figure.savefig(work, dpi=110)

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from uiollms.data import open_corpus
 from uiollms.data.corpora.facts import FORMS, PEOPLE, THINGS, VALUES
 from uiollms.data.corpora.local import LIBRARY, held_out, library_files
-from uiollms.files.atomic import replacing
+from uiollms.files.atomic import atomic_file
 from uiollms.files.errors import ConfigError
 
 SITE = Path(sysconfig.get_path("purelib"))
@@ -181,7 +181,7 @@ def build_corpora(
             for name, c in of.items()
             for field, value in (("flat", c.flat.numpy()), ("lengths", c.lengths))
         }
-        with replacing(options.cache) as work:
+        with atomic_file(options.cache) as work:
             np.savez(work, **fields)
     return training, testing
 

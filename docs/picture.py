@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, Patch, Rectangle
 
-from uiollms.files.atomic import replacing
+from uiollms.files.atomic import atomic_file
 from uiollms.model.attention import decoder_mask, decoder_positions, encoder_mask, encoder_positions
 from uiollms.reports.curves import plot_training
 from uiollms.study.learning import plot_curves
@@ -287,7 +287,7 @@ def main(arguments: list[str] | None = None) -> None:
     out = parser.parse_args(arguments).out
     out.mkdir(parents=True, exist_ok=True)
     for name, picture in PICTURES.items():
-        with replacing(out / name) as work:
+        with atomic_file(out / name) as work:
             picture().savefig(work, dpi=110)
     for name, draw_result in RESULT_PICTURES.items():
         path = out / "results" / name

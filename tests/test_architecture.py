@@ -12,10 +12,10 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "uiollms"
 ORDER = """
-files           reading and writing files as a whole, and what is wrong with them in one line
+files           reading and writing files as a whole, and errors of one line each
 config          the typed sections of the JSON files
 kernels         devices, memory, and what makes the arithmetic fast
-distributed     processes, and the places of a base's modules
+distributed     processes, division of documents over them, and devices of a base's modules
 data            corpora -> documents -> samples, batch by batch
 weights         base models, adapters and model folders on disk
 model           the memory-enhanced transformer

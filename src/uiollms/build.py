@@ -90,9 +90,9 @@ def examine_model(
     """The compressor config and the base's transformers config, each None where it cannot be
     had."""
     memory = shape = None
-    with faults.noted():
+    with faults.collect():
         memory = load_memory_config(config.model.config)
-    with faults.noted():
+    with faults.collect():
         shape = base_config(config.model.model_name)
     if shape is not None and shape.model_type != config.model.model_structure:
         faults.add(
@@ -220,7 +220,7 @@ def examine_sources(
             faults.add(f"{path}: {where}.{field}: {error}")
             continue
         own = None  # the entry's compressor
-        with faults.noted(f"{path}: {where}: "):
+        with faults.collect(f"{path}: {where}: "):
             own = memory and at_size(memory, entry, shape)
         if own and entry.truncation is not None:
             least = shortest(entry, corpus.task, own.chunk_size)
@@ -235,7 +235,7 @@ def examine_sources(
             faults.add(f"{path}: {where}.truncation: {fault}")
             continue
         if own and shape is not None:
-            with faults.noted():
+            with faults.collect():
                 wanted = [(f"{where}.truncation", entry.truncation)]
                 check_truncations(wanted, own, num_positions(shape), path)
         taught = corpus.taught(*arguments) if shape is not None else 0

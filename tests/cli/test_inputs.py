@@ -31,8 +31,8 @@ from uiollms.data import open_corpus
 from uiollms.data.corpora.local import matching
 from uiollms.data.readers import json_lines as data_files
 from uiollms.distributed.launch import check_environment
-from uiollms.files.errors import ConfigError, as_lines
-from uiollms.files.json_files import loads, read_json, unusable
+from uiollms.files.errors import ConfigError, terminal_lines
+from uiollms.files.json_files import find_unusable, loads, read_json
 from uiollms.files.reading import check_tree, read_bytes
 from uiollms.model.memory import Memory
 from uiollms.runs.checks import check_weights
@@ -260,7 +260,7 @@ def test_json_that_no_parser_should_take(case):
 
 def test_json_just_within_the_bounds():
     assert loads("[" * 99 + "9" * 400 + "]" * 99, "x")
-    assert unusable(loads(f'{{"a": [{2**63 - 1}, {-(2**63)}]}}', "x")) is None
+    assert find_unusable(loads(f'{{"a": [{2**63 - 1}, {-(2**63)}]}}', "x")) is None
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_json_just_within_the_bounds():
     ],
 )
 def test_values_that_nothing_can_mean(value, expected):
-    assert unusable(value).startswith(expected)
+    assert find_unusable(value).startswith(expected)
 
 
 @pytest.mark.parametrize(
@@ -534,9 +534,9 @@ def test_commands_look_at_the_environment_first(monkeypatch, capsys):
 
 
 def test_what_would_move_the_cursor_is_escaped(capsys):
-    assert as_lines("ü \x1b[31m\r\u202e 東") == "ü \\u001b[31m\\r\\u202e 東"
-    assert len(as_lines("x" * 10_000)) < 1100
-    assert as_lines("\n".join("abc"[i % 3] for i in range(70))).splitlines()[50:] == [
+    assert terminal_lines("ü \x1b[31m\r\u202e 東") == "ü \\u001b[31m\\r\\u202e 東"
+    assert len(terminal_lines("x" * 10_000)) < 1100
+    assert terminal_lines("\n".join("abc"[i % 3] for i in range(70))).splitlines()[50:] == [
         "... and 20 more"
     ]
 
@@ -573,5 +573,5 @@ def test_memories_are_read_by_no_wait(trained, capsys):  # noqa: F811
     os.mkfifo("odd.mem")
     assert reporting_errors(lambda: ask(["ask", "odd.mem", "Who?", "--env_conf", "env.json"])) == 2
     assert (
-        one_line(capsys) == "odd.mem: is a named pipe, expected a file; copy what it gives into one"
+        one_line(capsys) == "odd.mem: is a named pipe, expected a file; copy its contents into one"
     )

@@ -28,7 +28,7 @@ from uiollms.config.load import load_env_config, load_memory_config, load_tasks
 from uiollms.config.sections import EnvConfig
 from uiollms.data import open_corpus
 from uiollms.data.stream import SampleStream
-from uiollms.files.atomic import sha256, verify
+from uiollms.files.atomic import sha256, verify_checksums
 from uiollms.files.errors import ConfigError, json_path
 from uiollms.runs.state import NEEDED, TrainingState, load_state, read_record
 from uiollms.training.optimizer import make_optimizer
@@ -382,7 +382,7 @@ def test_any_broken_byte_of_a_checkpoint_is_found(checkpoint):
         broken = data.draw(broken_bytes(whole))
         path.write_bytes(broken)
         try:
-            verify(checkpoint, NEEDED)
+            verify_checksums(checkpoint, NEEDED)
             same = broken == whole
             assert (
                 same or path.name == "checksums.json" and json.loads(broken) == json.loads(whole)

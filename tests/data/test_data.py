@@ -724,8 +724,8 @@ def test_a_document_is_read_when_it_is_asked_for(tmp_path: Path) -> None:
 
 BAD_LINES = {
     "broken": (b'{"text": "cut o', "line 3: not JSON"),
-    "not UTF-8": (b'{"text": "\xff"}', "line 3: byte 10 of it is not UTF-8"),
-    "UTF-8 surrogate": (b'{"text": "\xed\xa0\x80"}', "line 3: byte 10 of it is not UTF-8"),
+    "not UTF-8": (b'{"text": "\xff"}', "line 3: byte 10 is not UTF-8"),
+    "UTF-8 surrogate": (b'{"text": "\xed\xa0\x80"}', "line 3: byte 10 is not UTF-8"),
     "escaped surrogate": (
         rb'{"text": "a\ud800"}',
         "line 3: field 'text': character 1 is half of a surrogate pair",

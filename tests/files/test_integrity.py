@@ -1,4 +1,5 @@
-"""What is written is whole at every moment: whoever is killed, whatever the file system can do."""
+"""Written files and folders are whole at every moment, also when a process is killed and on file
+systems without an atomic exchange."""
 
 import ast
 import json
@@ -24,13 +25,13 @@ from uiollms.build import weights_of
 from uiollms.config.load import load_env_config
 from uiollms.files.atomic import (
     WORK,
-    machine_name,
+    atomic_file,
+    atomic_folder,
+    machine_id,
     make_folder,
     read_whole,
-    replacing,
-    replacing_folder,
     whole_folder,
-    work_name,
+    work_path,
 )
 from uiollms.files.errors import ConfigError
 from uiollms.runs.board import Board
@@ -43,8 +44,8 @@ EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
 
 
 def killed_at(event: int, folder: Path, action: Callable[[], object]) -> int:
-    """The exit code of a forked child that does something and is killed before its `event`-th
-    file operation in a folder."""
+    """Run `action` in a forked child that is killed before its `event`-th file operation in a
+    folder. Returns the child's exit code."""
     seen = 0
 
     def watch(name: str, arguments: tuple) -> None:
@@ -65,7 +66,7 @@ def killed_at(event: int, folder: Path, action: Callable[[], object]) -> int:
 
 @pytest.fixture(params=["exchanged", "renamed twice"])
 def swapping(request, monkeypatch) -> str:
-    """In one step, and where the file system or the system has no such step."""
+    """Replace folders by an atomic exchange, and by two renames."""
     if request.param == "renamed twice":
         monkeypatch.setattr(uiollms.files.atomic, "exchange", lambda one, other: False)
     return request.param
@@ -73,7 +74,7 @@ def swapping(request, monkeypatch) -> str:
 
 @pytest.fixture
 def two_models(tiny_folder) -> list[MemoryLM]:
-    """An old and a new one on the same base."""
+    """An old and a new model on the same base."""
     base = AutoModelForCausalLM.from_pretrained(tiny_folder)
     models = [MemoryLM(base, MEMORY) for _ in range(2)]
     for number, model in enumerate(models):
@@ -83,7 +84,7 @@ def two_models(tiny_folder) -> list[MemoryLM]:
 
 
 def token_of(model: MemoryLM) -> float:
-    """1 for the old one, 2 for the new one, of which every tensor must be."""
+    """Return 1 if all tensors are the old model's, 2 if all are the new model's."""
     values = {value for t in model.memory_state_dict().values() for value in t.unique().tolist()}
     (value,) = values
     return value
@@ -101,7 +102,7 @@ WRITERS: dict[str, tuple[Callable, Callable]] = {
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path, two_models, swapping, name):
-    """And the next save leaves nothing beside it."""
+    """The next save also removes all temporary files."""
     (old, new), (write, read) = two_models, WRITERS[name]
     path = tmp_path / name
     found, event, code, reader = [], 0, 1, MemoryLM(old.base, MEMORY)
@@ -160,7 +161,7 @@ def test_a_link_keeps_pointing_after_a_kill(tmp_path, two_models, swapping):
 
 
 def test_whoever_reads_while_another_writes(tmp_path, two_models, swapping):
-    """Half of one and half of the other is never read."""
+    """A reader never gets a mixture of two versions."""
     (old, new), path, reader = two_models, tmp_path / "ckp", MemoryLM(two_models[0].base, MEMORY)
     save_weights(old, path)
     over = threading.Event()
@@ -189,7 +190,7 @@ def test_a_folder_that_does_not_change_is_read_once(tmp_path):
 
 
 def test_a_rename_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
-    """Also between the two renames."""
+    """This includes an error between the two renames."""
     monkeypatch.setattr(uiollms.files.atomic, "exchange", lambda one, other: False)
     rename, calls = os.rename, []
 
@@ -203,7 +204,7 @@ def test_a_rename_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     (tmp_path / "a" / "old").touch()
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", failing)
-        with pytest.raises(OSError, match="Input/output"), replacing_folder(tmp_path / "a") as work:
+        with pytest.raises(OSError, match="Input/output"), atomic_folder(tmp_path / "a") as work:
             (work / "new").touch()
     assert os.listdir(tmp_path) == ["a"] and os.listdir(tmp_path / "a") == ["old"]
 
@@ -212,7 +213,7 @@ def test_a_rename_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
 
 
 def test_every_command_finds_the_weights_of_a_killed_run(workspace, monkeypatch, capsys):
-    """train.py is killed after each of its renames, with folders replaced by two of them."""
+    """train.py is killed after each of its renames; folders are replaced by two renames."""
     monkeypatch.setattr(uiollms.files.atomic, "exchange", lambda one, other: False)
     flags = ("--set=train.tasks=[]", "--set=train.save=1", "--set=train.train_iters=3", "--quiet")
     missing = 0
@@ -263,7 +264,7 @@ def test_every_command_finds_the_weights_of_a_killed_run(workspace, monkeypatch,
 
 
 def test_a_restart_killed_half_way_is_undone(tmp_path):
-    """Until all that lay in the folder has moved, nothing has."""
+    """Either all files of the folder have moved or none."""
     names = ["config.json", "metrics.jsonl", "checkpoints", "test.json"]
 
     def make(folder: Path) -> None:
@@ -300,7 +301,7 @@ def test_what_is_there_by_now_is_not_overwritten_by_what_is_put_back(tmp_path):
 
 
 def test_all_that_gets_its_name_is_on_the_disk(workspace, two_models, monkeypatch, tiny_folder):
-    """Files and the folders that hold their names."""
+    """Both the files and the folders that contain their names are synchronised."""
     synced, fsync = set(), os.fsync
 
     def noted(handle: int) -> None:
@@ -330,13 +331,13 @@ def test_all_that_gets_its_name_is_on_the_disk(workspace, two_models, monkeypatc
 def test_left_over_work_of_dead_processes_goes(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    left = tmp_path / f"{WORK}{machine_name()}-{dead.pid}-0"
+    left = tmp_path / f"{WORK}{machine_id()}-{dead.pid}-0"
     left.mkdir()
     (left / "half").touch()
-    living, elsewhere = work_name(tmp_path), tmp_path / f"{WORK}00000000-{dead.pid}-0"
+    living, elsewhere = work_path(tmp_path), tmp_path / f"{WORK}00000000-{dead.pid}-0"
     for path in (living, elsewhere, tmp_path / "mine"):
         path.touch()
-    with replacing(tmp_path / "a") as work:
+    with atomic_file(tmp_path / "a") as work:
         work.touch()
     names = sorted(path.name for path in (living, elsewhere, tmp_path / "mine", tmp_path / "a"))
     assert sorted(os.listdir(tmp_path)) == names
@@ -344,7 +345,7 @@ def test_left_over_work_of_dead_processes_goes(tmp_path):
 
 def test_names_as_long_as_a_name_can_be(tmp_path):
     for name in ("x" * 255, "x" * 200 + "." + "y" * 54, "ü" * 127):
-        with replacing(tmp_path / name) as work:
+        with atomic_file(tmp_path / name) as work:
             work.write_text("a")
         assert (tmp_path / name).read_text() == "a"
 
@@ -365,7 +366,7 @@ WRITING = {
     "rename",
 }
 WRITING |= {"move", "savez", "to_csv", "to_html", "NamedTemporaryFile", "mkdtemp"}
-# Where names are changed, and what only asks whether a folder can be written in.
+# Calls that move finished files, and calls that only test whether a folder is writable.
 ALLOWED = {
     "src/uiollms/files/atomic.py": {"write_text", "replace", "rename"},
     "src/uiollms/runs/own_files.py": {"rename"},
@@ -375,9 +376,9 @@ ALLOWED = {
 }
 
 
-def test_one_writer_for_all():
-    """Whatever writes a file or a folder writes what a writer of integrity.py has named
-    (`work`)."""
+def test_all_writes_are_atomic():
+    """All code writes through files/atomic.py: the argument of every writing call is the temporary
+    path `work`."""
     found = []
     paths = [ROOT / "train.py", ROOT / "test.py", *(ROOT / "src").rglob("*.py")]
     paths += [*(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "docs").rglob("*.py")]

@@ -17,7 +17,7 @@ from test_commands import call
 
 from uiollms import ConfigError
 from uiollms.cli.chat import main as compress
-from uiollms.files.atomic import replacing
+from uiollms.files.atomic import atomic_file
 from uiollms.runs import checks
 from uiollms.runs.checks import check_evaluation
 from uiollms.runs.own_files import FILES, RESULTS
@@ -173,11 +173,11 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path.parent.mkdir()
     path.write_text("before", encoding="utf-8")
     link.symlink_to(path)
-    with pytest.raises(OSError, match="full"), replacing(link) as work:
+    with pytest.raises(OSError, match="full"), atomic_file(link) as work:
         work.write_text("half", encoding="utf-8")
         raise OSError("full")
     assert path.read_text(encoding="utf-8") == "before" and os.listdir(path.parent) == ["a.json"]
-    with replacing(link) as work:
+    with atomic_file(link) as work:
         work.write_text("after", encoding="utf-8")
     assert link.is_symlink() and path.read_text(encoding="utf-8") == "after"
     assert os.listdir(path.parent) == ["a.json"]

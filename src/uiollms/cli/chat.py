@@ -30,9 +30,10 @@ from uiollms.build import load_trained, weights_words
 from uiollms.cli.common import Output, output_arguments
 from uiollms.cli.options import SEEDS, place, share, temperature, whole
 from uiollms.config.load import load_env_config
-from uiollms.data.readers.json_lines import check_text, read_text
+from uiollms.data.readers.json_lines import MOST_TEXT, check_text
 from uiollms.data.tokens import continuation_ids, first_ids, plain_ids, tokenize
 from uiollms.files.errors import ConfigError
+from uiollms.files.reading import read_text
 from uiollms.model.memory import Memory, join
 from uiollms.model.memory_lm import MemoryLM
 from uiollms.model.state import MemoryState
@@ -158,7 +159,7 @@ def run_compress(args: argparse.Namespace, output: Output, stdin: TextIO) -> Non
     if args.output.suffix != ".mem":
         raise ConfigError(f"--output {args.output}: the name of a memory ends in .mem")
     check_output(args.output)
-    texts = [read_text(path) for path in args.files]
+    texts = [read_text(path, MOST_TEXT) for path in args.files]
     model, tokenizer = open_model(args, output)
     began = time.monotonic()
     parts = []

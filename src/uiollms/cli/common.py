@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from uiollms.distributed.launch import check_environment
-from uiollms.files.errors import ConfigError, as_lines, as_shown
+from uiollms.files.errors import ConfigError, escaped_line, terminal_lines
 from uiollms.files.json_files import as_json
 from uiollms.kernels.allocator import keep_freed_memory
 from uiollms.kernels.devices import disable_cudnn_attention
@@ -58,7 +58,7 @@ class Output:
         """One JSON object as a line, at once; its letters escaped where stdout is not UTF-8,
         control characters always."""
         encoding = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("_", "-")
-        self.line(as_shown(as_json(fields, ensure_ascii=encoding not in ("utf-8", "utf8"))))
+        self.line(escaped_line(as_json(fields, ensure_ascii=encoding not in ("utf-8", "utf8"))))
 
     def bar(self, items: Iterable[Any] | None, **settings: Any) -> tqdm:
         return tqdm(items, **settings, disable=self.quiet)
@@ -188,7 +188,7 @@ def errors_as_lines(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
     except (ConfigError, OSError) as error:  # OSError: a disk or a network
-        print(as_lines(str(error)), file=sys.stderr)
+        print(terminal_lines(str(error)), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)  # the line may hold a ^C, half an answer or a bar

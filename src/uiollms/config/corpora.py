@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from uiollms.files.errors import all_right
+from uiollms.files.errors import validated
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -122,7 +122,7 @@ class CorpusEntry(Checked):
                 "token_weighting context also reads documents raw: set truncation to at most the "
                 "base's number of positions"
             )
-        return all_right(self, faults)
+        return validated(self, faults)
 
 
 def share_fault(corpus: tuple[CorpusEntry, ...]) -> str | None:
@@ -168,7 +168,7 @@ class Stage(Checked):
                 faults.append(
                     f"sizes: chunk_size {chunk_size} must be a multiple of num_memory {num_memory}"
                 )
-        return all_right(self, faults)
+        return validated(self, faults)
 
 
 def stages_fault(stages: tuple[Stage, ...]) -> str | None:
@@ -308,4 +308,4 @@ class TaskEntry(Checked):
                 "compare: shuffled reads another document's memories, num_instance must be at "
                 "least 2, found 1"
             )
-        return all_right(self, faults)
+        return validated(self, faults)

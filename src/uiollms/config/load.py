@@ -12,21 +12,21 @@ from pydantic import ValidationError
 from uiollms.config.corpora import Checked, TaskEntry
 from uiollms.config.partial import with_other_faults
 from uiollms.config.sections import EnvConfig, MemoryConfig, TestFile
-from uiollms.files.errors import ConfigError, describe, shortened
-from uiollms.files.json_files import DEEPEST, loads, read_json, unusable
+from uiollms.files.errors import ConfigError, describe_fault, shortened
+from uiollms.files.json_files import DEEPEST, find_unusable, loads, read_json
 
 Model = TypeVar("Model", bound=Checked)
 
 
 def parse(model: type[Model], value: Any, path: str | Path) -> Model:
     """Parse a JSON value into a typed object. Raises ConfigError with one line for each fault."""
-    if fault := unusable(value):
+    if fault := find_unusable(value):
         raise ConfigError(f"{path}: {fault}")
     try:
         return model.model_validate_json(json.dumps(value))
     except ValidationError as error:
         raise ConfigError(
-            "\n".join(describe(fault, model, path) for fault in error.errors())
+            "\n".join(describe_fault(fault, model, path) for fault in error.errors())
         ) from None
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from uiollms.files.errors import ConfigError, forgiving
+from uiollms.files.errors import ConfigError, ignoring_faults
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -44,7 +44,7 @@ def usable_part(model: type[Model], value: Any) -> Model | None:
     """Parse a JSON value whose faulty fields are replaced by their defaults or stand-ins. Returns
     None if a faulty field has neither."""
     value = copy.deepcopy(value)
-    with forgiving():
+    with ignoring_faults():
         while True:
             try:
                 return model.model_validate_json(json.dumps(value))

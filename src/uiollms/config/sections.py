@@ -23,7 +23,7 @@ from uiollms.config.corpora import (
     share_fault,
     stages_fault,
 )
-from uiollms.files.errors import all_right
+from uiollms.files.errors import validated
 
 GPU = Annotated[int, Field(ge=0, le=127)]  # torch supports no larger device number
 Place = GPU | Literal["cpu", "disk"]
@@ -83,7 +83,7 @@ class MemoryConfig(Checked):
             faults.append(
                 f"recent_tokens {w} must be at most chunk_size {l}: they all lie in one chunk"
             )
-        return all_right(self, faults)
+        return validated(self, faults)
 
     @property
     def size(self) -> Size:
@@ -306,7 +306,7 @@ class TrainSection(Checked):
             faults.append(
                 f"chunk_ranks {self.chunk_ranks} only has a meaning with chunk_parallel: true"
             )
-        return all_right(self, faults)
+        return validated(self, faults)
 
     @property
     def corpora(self) -> list[tuple[CorpusEntry, ...]]:

@@ -36,7 +36,7 @@ def check_environment(given: Mapping[str, str] | None = None) -> None:
     numbers = {}
     for name, (least, most) in NUMBERS.items():
         if text := given.get(name):
-            with faults.noted():
+            with faults.collect():
                 numbers[name] = as_number(name, text, least, most)
     for size, rank in RANK_OF.items():
         if 0 < numbers.get(size, 0) <= numbers.get(rank, 0):

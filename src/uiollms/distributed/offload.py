@@ -17,7 +17,7 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 
-from uiollms.files.atomic import clear_leftovers, make_folder, work_name
+from uiollms.files.atomic import clear_leftovers, make_folder, work_path
 from uiollms.files.folders import cache_dir
 from uiollms.kernels.devices import locked
 from uiollms.kernels.norms import promote_norms
@@ -34,7 +34,7 @@ def put_on_disk(
     root = Path(offload_dir) if offload_dir else cache_dir() / "offload"
     make_folder(root)
     clear_leftovers(root)  # gigabytes, of processes that were killed
-    folder = work_name(root)
+    folder = work_path(root)
     folder.mkdir(mode=0o700)
     weakref.finalize(base, shutil.rmtree, folder, ignore_errors=True)
     modules = {name: base.get_submodule(name) for name in names}

@@ -28,7 +28,7 @@ from uiollms.config.load import load_tasks
 from uiollms.config.sections import EnvConfig
 from uiollms.data.sample import Row, Sample
 from uiollms.evaluation.instances import evaluation_documents
-from uiollms.files.atomic import replacing
+from uiollms.files.atomic import atomic_file
 from uiollms.files.errors import ConfigError
 from uiollms.model.attention import decoder_mask
 from uiollms.model.memory_lm import MemoryLM
@@ -67,7 +67,7 @@ class AttentionMass:
         return self.fractions[:, :, 1:].sum(2)
 
     def save(self, path: Path) -> None:
-        with replacing(path) as work:
+        with atomic_file(path) as work:
             save_file({"shares": self.fractions.contiguous()}, work, self.about)
 
     @classmethod

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from uiollms.evaluation.results import ScoredTask, TaskScores
 from uiollms.evaluation.statistics import DocumentScore
 from uiollms.evaluation.summaries import MAX_POSITIONS, TASK_KEYS, checked_task
-from uiollms.files.atomic import replacing
+from uiollms.files.atomic import atomic_file
 
 DIGEST_KEY = "of"  # of the metadata: the sha256 of test.json
 
@@ -50,7 +50,7 @@ def save_token_nlls(results: Sequence[TaskScores], path: Path, test_json: str = 
         for r, result in enumerate(results)
     }
     metadata[DIGEST_KEY] = digest(test_json.encode())
-    with replacing(path) as work:
+    with atomic_file(path) as work:
         save_file(tensors, work, metadata)
 
 

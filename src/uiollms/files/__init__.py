@@ -1,1 +1,1 @@
-"""Reading and writing files as a whole, and what is wrong with them in one line."""
+"""Read and write files as a whole, and report faults in them in one line each."""

@@ -1,5 +1,9 @@
-"""Files and folders that are whole or are noticed: the one way to write them, in full and on the
-disk before they get their name, and a sha256 for every file of a folder."""
+"""Write files and folders atomically, read them consistently, and check their sha256 sums.
+
+A file or folder is written under a temporary name beside its target, synchronised to the disk and
+then renamed. So a process that is killed, or a disk that is full, leaves the old contents or the
+new ones. All code of this package writes through `atomic_file` and `atomic_folder`.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +28,12 @@ from uiollms.files.json_files import read_json
 from uiollms.files.reading import check_tree
 
 CHECKSUMS = "checksums.json"
-MOST_READS = 100  # of a folder that is replaced every time while it is read
+MOST_READS = 100  # attempts to read a folder that another process replaces during each attempt
 Value = TypeVar("Value")
 
 
 def remove(path: Path) -> None:
-    """A file or folder, if it is there."""
+    """Remove a file or folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -37,83 +41,88 @@ def remove(path: Path) -> None:
 
 
 def write_checksums(folder: Path) -> None:
-    """Write checksums.json, with the sum of every file that is there by now."""
+    """Write checksums.json with the sha256 sum of every file that the folder contains so far."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     sums = {path.relative_to(folder).as_posix(): sha256(path) for path in files}
     (folder / CHECKSUMS).write_text(json.dumps(sums, indent=4) + "\n", encoding="utf-8")
 
 
-# ---- the one way to write ------------------------------------------------------------------------
+# ---- writing -------------------------------------------------------------------------------------
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A name to write a file under, beside `path`, which it replaces once it is whole and on the
-    disk. Where the block fails, what was at `path` stays; of a link the target is replaced."""
-    place = Path(os.path.realpath(path))
-    clear_leftovers(place.parent)
-    work = work_name(place.parent, place.suffix)  # the suffix tells some writers the format
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` to write a file to. After the block the file is
+    synchronised to the disk and replaces `path`. If the block raises, the old file stays. If
+    `path` is a link, its target is replaced."""
+    target = Path(os.path.realpath(path))
+    clear_leftovers(target.parent)
+    work = work_path(target.parent, target.suffix)  # some writers choose the format by the suffix
     try:
         yield work
         sync(work)
-        os.replace(work, place)
+        os.replace(work, target)
     finally:
         remove(work)
-    sync(place.parent)
+    sync(target.parent)
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a text as the whole file `path`, in UTF-8, by `replacing`."""
-    with replacing(path) as work:
+    """Write a text as the file `path` in UTF-8, atomically."""
+    with atomic_file(path) as work:
         work.write_text(text, encoding="utf-8")
 
 
 @contextmanager
-def replacing_folder(path: Path) -> Iterator[Path]:
-    """A new folder to fill, which takes the place of `path` once all in it is on the disk; parents
-    are made. Whoever reads `whole_folder(path)` finds the old folder or the new one at any moment,
-    also after a kill. Where the block fails, what was at `path` stays; of a link the target is
-    replaced. One process at a time may write at `path`."""
-    place = Path(os.path.realpath(path))
-    make_folder(place.parent)
-    clear_leftovers(place.parent)
-    recover(place)
-    work = work_name(place.parent)
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a new, empty folder to fill. After the block its contents are synchronised to the disk
+    and it replaces the folder `path`; missing parents are created.
+
+    At any moment, also after a kill, `whole_folder(path)` is either the old folder or the new one.
+    If the block raises, the old folder stays. If `path` is a link, its target is replaced. Only
+    one process at a time may write to `path`.
+    """
+    target = Path(os.path.realpath(path))
+    make_folder(target.parent)
+    clear_leftovers(target.parent)
+    recover(target)
+    work = work_path(target.parent)
     work.mkdir()
     try:
         yield work
         for part in sorted(work.rglob("*")):
             sync(part)
         sync(work)
-        swap(work, place)
+        swap(work, target)
     finally:
-        remove(work)  # half a folder, or the one that was replaced
-    sync(place.parent)
+        remove(work)  # an incomplete folder, or the one that was replaced
+    sync(target.parent)
 
 
-def swap(work: Path, place: Path) -> None:
-    """Give `work` the name `place`; what was there is then at `work`, if anywhere."""
-    if not os.path.lexists(place):
-        os.rename(work, place)
-    elif not exchange(work, place):  # two renames, with the old folder where readers look for it
-        old = place_aside(place)
-        os.rename(place, old)
+def swap(work: Path, target: Path) -> None:
+    """Rename the folder `work` to `target`. An old folder `target` gets the name `work`."""
+    if not os.path.lexists(target):
+        os.rename(work, target)
+    elif not exchange(work, target):  # rename twice; between the renames readers use aside_path
+        old = aside_path(target)
+        os.rename(target, old)
         try:
-            os.rename(work, place)
+            os.rename(work, target)
         except BaseException:
-            os.rename(old, place)
+            os.rename(old, target)
             raise
-        sync(place.parent)
+        sync(target.parent)
         os.rename(old, work)
-    sync(place.parent)
+    sync(target.parent)
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Exchange two names in one step; False where the system or the file system cannot."""
+    """Exchange two names in one atomic step. Returns False if the operating system or the file
+    system does not support it."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:  # not Linux, or a C library older than 2018
         return False
-    if renameat2(HERE, os.fsencode(one), HERE, os.fsencode(other), EXCHANGE) == 0:
+    if renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
         return True
     number = ctypes.get_errno()
     if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
@@ -121,46 +130,48 @@ def exchange(one: Path, other: Path) -> bool:
     raise OSError(number, os.strerror(number), str(other))
 
 
-HERE, EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # constants of Linux
 
 
-def place_aside(place: Path) -> Path:
-    """Where a folder lies while it is replaced by two renames."""
-    return place.with_name(f".{place.name}{WORK}old")
+def aside_path(target: Path) -> Path:
+    """The name of the old folder between the two renames of `swap`."""
+    return target.with_name(f".{target.name}{WORK}old")
 
 
 def whole_folder(path: Path) -> Path:
-    """Where a folder written by `replacing_folder` is to be read: at `path`, or beside it, where a
-    process was killed between its two renames (or is between them)."""
+    """The path at which to read a folder that `atomic_folder` writes. It is `path`, or the old
+    folder beside it if a process is, or was killed, between its two renames."""
     if os.path.lexists(path) and not path.is_symlink():
         return path
-    place = Path(os.path.realpath(path))
-    old = place_aside(place)
-    return old if not place.exists() and old.is_dir() else path
+    target = Path(os.path.realpath(path))
+    old = aside_path(target)
+    return old if not target.exists() and old.is_dir() else path
 
 
-def recover(place: Path) -> None:
-    """Put back a folder that a killed process left set aside; remove one that was replaced."""
-    old = place_aside(place)
+def recover(target: Path) -> None:
+    """Restore the old folder if a process was killed between its two renames. Remove the old
+    folder if the new one already has its name."""
+    old = aside_path(target)
     if not old.is_dir():
         return
-    if os.path.lexists(place):
-        gone = work_name(place.parent)
-        os.rename(old, gone)  # in one step: half a folder must not be taken for the old one
-        remove(gone)
+    if os.path.lexists(target):
+        # Rename first: a partly removed folder must not look like the old one.
+        discarded = work_path(target.parent)
+        os.rename(old, discarded)
+        remove(discarded)
     else:
-        os.rename(old, place)
-    sync(place.parent)
+        os.rename(old, target)
+    sync(target.parent)
 
 
 def read_whole(path: Path, read: Callable[[Path], Value]) -> Value:
-    """What `read` makes of a folder written by `replacing_folder`; read again where the folder was
-    replaced meanwhile, so that no value is half of one and half of the other."""
+    """Call `read` on a folder that `atomic_folder` writes, and return its value. If the folder was
+    replaced in the meantime, it is read again, so that no value mixes two versions."""
     for attempt in range(1, MOST_READS + 1):
-        place = whole_folder(path)
-        before = identity(place)
+        folder = whole_folder(path)
+        before = identity(folder)
         try:
-            value = read(place)
+            value = read(folder)
         except Exception:
             if attempt == MOST_READS or identity(whole_folder(path)) == before:
                 raise
@@ -179,48 +190,46 @@ def identity(folder: Path) -> tuple[int, int] | None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and its parents, as far as they are not there, with their names on the disk."""
-    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    """Create a folder and its missing parents, and synchronise their names to the disk."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    for place in missing:
-        sync(place.parent)
+    for path in missing:
+        sync(path.parent)
 
 
-# ---- names of unfinished work --------------------------------------------------------------------
+# ---- temporary names -----------------------------------------------------------------------------
 
-WORK = ".uiollms-"  # then the machine, the process and a number
+WORK = ".uiollms-"  # prefix of temporary names, followed by machine, process and a number
 _numbers = itertools.count()
 
 
-def machine_name() -> str:
+def machine_id() -> str:
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
-def work_name(folder: Path, suffix: str = "") -> Path:
-    """A name in a folder for something unfinished, which no other process or thread uses."""
+def work_path(folder: Path, suffix: str = "") -> Path:
+    """A temporary path in a folder that no other process or thread uses."""
     suffix = suffix if len(suffix) <= 20 else ""
-    return folder / f"{WORK}{machine_name()}-{os.getpid()}-{next(_numbers)}{suffix}"
+    return folder / f"{WORK}{machine_id()}-{os.getpid()}-{next(_numbers)}{suffix}"
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove what processes of this machine left unfinished in a folder when they were killed."""
-    mine = f"{WORK}{machine_name()}-"
-    names = [name for name in os.listdir(folder) if name.startswith(mine)]
+    """Remove temporary files and folders of processes of this machine that no longer run."""
+    prefix = f"{WORK}{machine_id()}-"
+    names = [name for name in os.listdir(folder) if name.startswith(prefix)]
     for name in names:
-        process = name.removeprefix(mine).partition("-")[0]
+        process = name.removeprefix(prefix).partition("-")[0]
         if process.isdecimal() and not psutil.pid_exists(int(process)):
-            with suppress(
-                OSError
-            ):  # not ours, or another process was faster: it is in nobody's way
+            with suppress(OSError):  # another user's, or removed by another process
                 remove(folder / name)
 
 
-# ---- what is read --------------------------------------------------------------------------------
+# ---- checks --------------------------------------------------------------------------------------
 
 
-def verify(folder: Path, needed: Iterable[str] = ()) -> None:
-    """Raises ConfigError, naming the file, where a file differs from checksums.json or one of
-    `needed` is not in it."""
+def verify_checksums(folder: Path, needed: Iterable[str] = ()) -> None:
+    """Compare the files of a folder with checksums.json. Raises ConfigError, naming the file, if a
+    file differs or if one of `needed` is not listed."""
     check_tree(folder)
     sums = read_json(folder / CHECKSUMS)
     if not isinstance(sums, dict) or not all(isinstance(value, str) for value in sums.values()):
@@ -240,19 +249,19 @@ def verify(folder: Path, needed: Iterable[str] = ()) -> None:
                 f"{folder}: the checkpoint is damaged ({name!r} cannot be read: {error})"
             ) from None
         if found != sums[name]:
-            both = f"its sha256 is {found[:12]}.., {CHECKSUMS} says {sums[name][:12]!r}.."
+            both = f"its sha256 is {found[:12]}.., {CHECKSUMS} has {sums[name][:12]!r}.."
             raise ConfigError(f"{folder}: the checkpoint is damaged ({name}: {both})")
 
 
 def sha256(path: Path) -> str:
-    if not path.is_file():  # a pipe would be waited for
+    if not path.is_file():  # reading a pipe would block
         raise FileNotFoundError("no such file")
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Synchronise a file, or the names in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -262,16 +271,13 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def reporting_write_errors(path: str | Path, remedy: str = "") -> Iterator[None]:
-    """Around whatever writes at `path`: a full disk, a folder without permission, a name that no
-    file can have."""
+    """Turn the errors of a block that writes to `path` into a ConfigError of one line: a full
+    disk, a folder without permission, a name that no file can have. `remedy` is appended."""
     try:
         yield
     except ConfigError:
         raise
-    except (
-        OSError,
-        SafetensorError,
-        ValueError,
-    ) as error:  # ValueError: a name with a zero byte or half a surrogate pair
+    # ValueError: a name with a zero byte or half of a surrogate pair
+    except (OSError, SafetensorError, ValueError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
         raise ConfigError(f"{path}: cannot be written ({reason}){remedy}") from None

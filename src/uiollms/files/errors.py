@@ -1,5 +1,4 @@
-"""What is wrong with what a command reads: one line for every fault, with the file and the path
-in it."""
+"""Errors in files that a command reads. Each fault is one line with the file and the field."""
 
 from __future__ import annotations
 
@@ -15,16 +14,16 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 Value = TypeVar("Value")
-MOST_LINES, LONGEST_LINE = 50, 1000  # of what a command says of wrong input
+MOST_LINES, LONGEST_LINE = 50, 1000  # limits of what a command prints about faulty input
 
 
 class ConfigError(ValueError):
-    """A config that cannot be run; the message is one line a fault: file, JSON path, what was
-    found, what is allowed."""
+    """Faulty input: a config, a file or an environment variable. The message has one line for each
+    fault: the file and the field, what was found, what is allowed and how to mend it."""
 
 
 class Faults:
-    """Faults found in one look at what a command reads, reported together, one line each."""
+    """A collector of faults, so that one error reports all of them, one line each."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -33,44 +32,45 @@ class Faults:
         self.lines.append(line)
 
     @contextmanager
-    def noted(self, where: str = "") -> Iterator[None]:
-        """Around a check that raises ConfigError: what it found is kept for later, behind
-        `where`, the file and the field that the check does not know."""
+    def collect(self, prefix: str = "") -> Iterator[None]:
+        """Catch the ConfigError of a block and store its lines. `prefix`, such as a file and a
+        field that the check does not know, is put before each line."""
         try:
             yield
         except ConfigError as error:
-            self.lines += [where + line for line in str(error).splitlines()]
+            self.lines += [prefix + line for line in str(error).splitlines()]
 
     def report(self) -> None:
-        """Raises ConfigError with all lines, if there are any."""
+        """Raise ConfigError with all collected lines, if there are any."""
         if self.lines:
             raise ConfigError("\n".join(dict.fromkeys(self.lines)))
 
 
-_FORGIVING: ContextVar[bool] = ContextVar("forgiving", default=False)
+_IGNORING_FAULTS: ContextVar[bool] = ContextVar("ignoring_faults", default=False)
 
 
 @contextmanager
-def forgiving() -> Iterator[None]:
-    """Inside, `all_right` lets everything pass: for a second look at a config whose faults are
-    known."""
-    token = _FORGIVING.set(True)
+def ignoring_faults() -> Iterator[None]:
+    """Make `validated` accept any value in a block, which reads a config again after its faults
+    were reported."""
+    token = _IGNORING_FAULTS.set(True)
     try:
         yield
     finally:
-        _FORGIVING.reset(token)
+        _IGNORING_FAULTS.reset(token)
 
 
-def all_right(value: Value, faults: list[str]) -> Value:
-    """For validators that look at several fields: the value, if there are no faults. Raises
-    ValueError with a line for each."""
-    if faults and not _FORGIVING.get():
+def validated(value: Value, faults: list[str]) -> Value:
+    """Return the value if a validator found no faults. Raises ValueError with one line for each
+    fault otherwise."""
+    if faults and not _IGNORING_FAULTS.get():
         raise ValueError("\n".join(faults))
     return value
 
 
-def describe(fault: Any, model: type[BaseModel], path: str | Path) -> str:
-    """One line for one pydantic fault; more where a validator of ours found more."""
+def describe_fault(fault: Any, model: type[BaseModel], path: str | Path) -> str:
+    """Describe a pydantic fault in one line; in several if one of our validators found several
+    faults."""
     where = json_path(fault["loc"])
     if fault["type"] == "extra_forbidden":
         known = fields_at(model, fault["loc"][:-1])
@@ -91,24 +91,24 @@ def describe(fault: Any, model: type[BaseModel], path: str | Path) -> str:
 
 
 def shortened(text: str, length: int = 120) -> str:
-    """Both ends of a long text, with how much is between them."""
+    """Replace the middle of a text that is longer than `length` by its number of characters."""
     if len(text) <= length:
         return text
     return f"{text[: length // 2]}[.. {len(text) - length:,} more ..]{text[-(length // 2) :]}"
 
 
-def as_lines(text: str) -> str:
-    """Lines for a terminal: what would move its cursor or change its colours is escaped, a long
-    line shortened, and of very many lines the first 50 kept."""
+def terminal_lines(text: str) -> str:
+    """Make a text safe for a terminal: escape what would move the cursor or change colours,
+    shorten long lines, and keep only the first 50 lines."""
     lines = text.split("\n")
     if len(lines) > MOST_LINES:
         lines[MOST_LINES:] = [f"... and {len(lines) - MOST_LINES:,} more"]
-    return "\n".join(shortened(as_shown(line), LONGEST_LINE) for line in lines)
+    return "\n".join(shortened(escaped_line(line), LONGEST_LINE) for line in lines)
 
 
-def as_shown(line: str) -> str:
-    """One line for a terminal: what it would act upon is escaped as in JSON, so that JSON stays
-    the same."""
+def escaped_line(line: str) -> str:
+    """Escape the characters of a line that a terminal would interpret, as JSON escapes them. A
+    line of JSON therefore remains the same JSON."""
     if line.isprintable():
         return line
     hidden = {"Cc", "Cf", "Zl", "Zp"}
@@ -116,8 +116,8 @@ def as_shown(line: str) -> str:
 
 
 def json_path(location: tuple[str | int, ...]) -> str:
-    """("train", "corpus", 0, "name") -> train.corpus[0].name; pydantic's labels of union members
-    are left out."""
+    """Write a location as a path: ("train", "corpus", 0, "name") -> train.corpus[0].name. The
+    labels that pydantic adds for union members are left out."""
     text = ""
     for part in location:
         if isinstance(part, int):
@@ -130,7 +130,7 @@ def json_path(location: tuple[str | int, ...]) -> str:
 
 
 def fields_at(model: type[BaseModel], location: tuple[str | int, ...]) -> list[str]:
-    """Names of the fields of the typed object that a location leads to."""
+    """Return the names of the fields of the typed object at a location."""
     current: Any = model
     for part in location:
         if isinstance(part, str) and part in current.model_fields:

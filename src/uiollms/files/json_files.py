@@ -1,5 +1,5 @@
-"""Reading JSON that people write, where what is wrong with a file is one line with its place; and
-writing it, where a number that is none is null."""
+"""Read JSON that people write, with one line for each fault and its location, and write JSON in
+which NaN and infinite numbers are null."""
 
 from __future__ import annotations
 
@@ -11,21 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from uiollms.files.errors import ConfigError, json_path
-from uiollms.files.reading import MOST_JSON, read_bytes
+from uiollms.files.reading import MOST_JSON, read_text
 
-DEEPEST = 100  # levels of lists and objects in each other: programs that walk them call themselves
-LONGEST_NUMBER = 400  # digits; of float64 the largest has 309
+DEEPEST = 100  # levels of nested lists and objects, which recursive functions visit
+LONGEST_NUMBER = 400  # digits; the largest float64 has 309
 Location = tuple[str | int, ...]
 
 
 def read_json(path: str | Path) -> Any:
-    """The JSON value in a file. Raises ConfigError for what is no file or too large a one, bytes
-    that are not UTF-8, broken JSON, and what `loads` refuses."""
-    try:
-        # Some editors write a byte order mark.
-        text = read_bytes(path, MOST_JSON).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: byte {error.start} is not UTF-8") from None
+    """Read the JSON value of a file. Raises ConfigError if there is no such file or it is too
+    large, for bytes that are not UTF-8, broken JSON, and everything that `loads` refuses."""
+    text = read_text(path, MOST_JSON)
     try:
         return loads(text, str(path))
     except json.JSONDecodeError as error:
@@ -33,38 +29,39 @@ def read_json(path: str | Path) -> Any:
 
 
 def as_json(value: Any, **settings: Any) -> str:
-    """json.dumps, with null for NaN and infinite numbers, which JSON does not know."""
-    return json.dumps(finite(value), allow_nan=False, **settings)
+    """json.dumps, but NaN and infinite numbers, which JSON does not have, become null."""
+    return json.dumps(replace_nonfinite(value), allow_nan=False, **settings)
 
 
-def finite(value: Any) -> Any:
-    """The same with None for numbers that JSON does not know."""
+def replace_nonfinite(value: Any) -> Any:
+    """Replace NaN and infinite numbers in a nested value by None."""
     if isinstance(value, dict):
-        return {key: finite(v) for key, v in value.items()}
+        return {key: replace_nonfinite(v) for key, v in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(v) for v in value]
+        return [replace_nonfinite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def loads(text: str | bytes, source: str) -> Any:
-    """json.loads. Raises ConfigError, a line for each, for keys that stand twice in one object,
-    numbers of more than 400 digits and what is nested deeper than 100 levels."""
+    """json.loads with more checks. Raises ConfigError, with one line for each fault, for keys that
+    occur twice in an object, numbers of more than 400 digits, and nesting deeper than 100 levels.
+    """
     try:
-        value = json.loads(text, object_pairs_hook=Pairs, parse_int=whole_number)
+        value = json.loads(text, object_pairs_hook=Pairs, parse_int=parse_integer)
     except RecursionError:
         raise ConfigError(
             f"{source}: lists or objects nested deeper than {DEEPEST} levels"
         ) from None
     faults: dict[str, None] = {}
-    for location, part in parts_of(value):
+    for location, part in nested_values(value):
         if len(location) == DEEPEST and isinstance(part, dict | list):
             wrong = f"nested deeper than {DEEPEST} levels"
-        elif isinstance(part, TooLong):
+        elif isinstance(part, LongNumber):
             wrong = f"a number of {part.digits:,} digits; at most {LONGEST_NUMBER} are read"
-        elif isinstance(part, Pairs) and part.twice:
+        elif isinstance(part, Pairs) and part.duplicates:
             wrong = "written twice in one object; keep one of the two"
             faults |= {
-                f"{source}: {json_path((*location, key))}: {wrong}": None for key in part.twice
+                f"{source}: {json_path((*location, key))}: {wrong}": None for key in part.duplicates
             }
             continue
         else:
@@ -77,47 +74,46 @@ def loads(text: str | bytes, source: str) -> Any:
 
 
 class Pairs(dict[str, Any]):
-    """A JSON object that remembers which of its keys were written more than once, in `twice`: the
-    parser would take the last without a word."""
+    """A JSON object that lists its keys that occur more than once in `duplicates`. The parser
+    silently uses the last value."""
 
     def __init__(self, pairs: list[tuple[str, Any]]) -> None:
         super().__init__(pairs)
-        self.twice: list[str] = []
+        self.duplicates: list[str] = []
         if len(self) < len(pairs):
             counts = Counter(key for key, _ in pairs)
-            self.twice = [key for key, count in counts.items() if count > 1]
+            self.duplicates = [key for key, count in counts.items() if count > 1]
 
 
-class TooLong:
-    """A number of so many digits, which takes Python long to read, or cannot be."""
+class LongNumber:
+    """A number with so many digits that Python converts it slowly or not at all."""
 
     def __init__(self, digits: int) -> None:
         self.digits = digits
 
 
-def whole_number(text: str) -> int | TooLong:
+def parse_integer(text: str) -> int | LongNumber:
     digits = len(text.lstrip("-"))
-    return TooLong(digits) if digits > LONGEST_NUMBER else int(text)
+    return LongNumber(digits) if digits > LONGEST_NUMBER else int(text)
 
 
-def parts_of(value: Any) -> Iterator[tuple[Location, Any]]:
-    """A JSON value, then all within it down to level 100, each with its place; an object's keys
-    come as what they are the keys of."""
-    todo: list[tuple[Location, Any]] = [((), value)]
-    while todo:
-        place, value = todo.pop()
-        yield place, value
+def nested_values(value: Any) -> Iterator[tuple[Location, Any]]:
+    """Yield a JSON value and all values nested in it down to level 100, each with its location."""
+    stack: list[tuple[Location, Any]] = [((), value)]
+    while stack:
+        location, value = stack.pop()
+        yield location, value
         inner: Iterable[tuple[str | int, Any]] = ()
-        if isinstance(value, dict | list) and len(place) < DEEPEST:
+        if isinstance(value, dict | list) and len(location) < DEEPEST:
             inner = value.items() if isinstance(value, dict) else enumerate(value)
-        todo += reversed([((*place, key), part) for key, part in inner])
+        stack += reversed([((*location, key), part) for key, part in inner])
 
 
-def unusable(value: Any) -> str | None:
-    """What no config can mean, with its place: a text that no file can hold, a zero byte, which
-    no name can hold, a whole number past 64 bits, endless nesting. None where there is nothing
-    such."""
-    for location, part in parts_of(value):
+def find_unusable(value: Any) -> str | None:
+    """Find a value that no config can contain and describe it with its location: half of a
+    surrogate pair, which no file can contain, a zero byte, which no name can contain, an integer
+    of more than 64 bits, or nesting deeper than 100 levels. Returns None if there is none."""
+    for location, part in nested_values(value):
         wrong = None
         if len(location) == DEEPEST and isinstance(part, dict | list):
             wrong = f"nested deeper than {DEEPEST} levels"

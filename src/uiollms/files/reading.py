@@ -1,5 +1,4 @@
-"""Opening what others have written: a file that is there and is one, and no more of it than is
-asked for."""
+"""Open and read files safely: only regular files, and only up to a maximum size."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from typing import BinaryIO
 
 from uiollms.files.errors import ConfigError
 
-MOST_JSON = 64 * 2**20  # bytes of a JSON file: a config has some thousand
+MOST_JSON = 64 * 2**20  # bytes of a JSON file; a config has a few thousand
 KINDS = {
     stat.S_ISFIFO: "a named pipe",
     stat.S_ISSOCK: "a socket",
@@ -23,29 +22,29 @@ KINDS = {
 }
 
 
-def kind_of(path: str | Path) -> str | None:
-    """What a path is, in words, where it is no regular file (links are followed); None where it is
-    one. Raises ConfigError where it cannot be looked at."""
+def file_kind(path: str | Path) -> str | None:
+    """Describe a path that is not a regular file, such as "a folder"; links are followed. Returns
+    None for a regular file. Raises ConfigError if the path does not exist or is not accessible."""
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:
-        raise unreadable(path, error) from None
+        raise unreadable_error(path, error) from None
     if stat.S_ISREG(mode):
         return None
     return next((words for is_kind, words in KINDS.items() if is_kind(mode)), "no file")
 
 
 def check_file(path: str | Path) -> None:
-    """Raises ConfigError unless a path is a regular file: reading a pipe or a device may wait,
-    or go on, for ever."""
-    if kind := kind_of(path):
-        raise ConfigError(f"{path}: is {kind}, expected a file; copy what it gives into one")
+    """Raise ConfigError unless a path is a regular file. Reading a pipe or a device could block or
+    never end."""
+    if kind := file_kind(path):
+        raise ConfigError(f"{path}: is {kind}, expected a file; copy its contents into one")
 
 
 def check_tree(path: str | Path) -> None:
-    """Raises ConfigError unless a path, if it is there, is a file, or a folder of files and
-    folders, none of which is so large that it cannot be what its name says: summing it would
-    take for ever."""
+    """Raise ConfigError if a path contains something other than files and folders, or a file that
+    is too large for the format of its name, whose checksum would take too long. A path that does
+    not exist is accepted."""
     if not os.path.exists(path):
         return
     inside = [str(path)]
@@ -54,27 +53,28 @@ def check_tree(path: str | Path) -> None:
             os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names
         ]
     for name in inside:
-        if os.path.exists(name):  # else a link to nothing
+        if os.path.exists(name):  # skip links without a target
             check_file(name)
             check_size(name)
 
 
 def check_size(path: str) -> None:
-    """Raises ConfigError for JSON past all bounds, and safetensors (.mem is one) longer than
-    their header says."""
+    """Raise ConfigError for JSON files that are too large, and for safetensors files (.mem is one)
+    that are longer than their header states."""
     size = os.path.getsize(path)
     if path.endswith(".json") and size > MOST_JSON:
         raise ConfigError(f"{path}: has {size:,} bytes, at most {MOST_JSON:,} are read of JSON")
     if path.endswith((".safetensors", ".mem")):
-        said = said_length(path)
-        if (said is None and size > MOST_JSON) or (said is not None and said < size):
-            header = "no header" if said is None else f"by its header {said:,}"
+        stated = length_in_header(path)
+        if (stated is None and size > MOST_JSON) or (stated is not None and stated < size):
+            header = "no header" if stated is None else f"by its header {stated:,}"
             raise ConfigError(f"{path}: has {size:,} bytes and {header}; copy the file again")
 
 
-def said_length(path: str) -> int | None:
-    """Bytes that a safetensors file has by its header; None where that is none."""
-    with opened(path) as file:
+def length_in_header(path: str) -> int | None:
+    """Return the length in bytes that the header of a safetensors file states, or None if the
+    header is invalid."""
+    with open_file(path) as file:
         length = int.from_bytes(file.read(8), "little")
         if length > MOST_JSON:
             return None
@@ -92,25 +92,25 @@ def said_length(path: str) -> int | None:
             TypeError,
             ValueError,
         ):
-            return None  # the loader says what is wrong
+            return None  # the loader reports the fault
 
 
 @contextmanager
-def opened(path: str | Path) -> Iterator[BinaryIO]:
-    """A regular file for reading bytes. Raises ConfigError where there is none or it cannot be
+def open_file(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a regular file for reading bytes. Raises ConfigError if it does not exist or cannot be
     read."""
     check_file(path)
     try:
         with open(path, "rb") as file:
             yield file
     except OSError as error:
-        raise unreadable(path, error) from None
+        raise unreadable_error(path, error) from None
 
 
 def read_bytes(path: str | Path, most: int) -> bytes:
-    """All bytes of a file. Raises ConfigError for one of more than `most`."""
+    """Read all bytes of a file. Raises ConfigError for a file of more than `most` bytes."""
     data = bytearray()
-    with opened(path) as file:
+    with open_file(path) as file:
         while len(data) <= most and (part := file.read(1 << 20)):
             data += part
     if len(data) > most:
@@ -120,7 +120,22 @@ def read_bytes(path: str | Path, most: int) -> bytes:
     return bytes(data)
 
 
-def unreadable(path: str | Path, error: OSError | ValueError) -> ConfigError:
-    """ValueError: of a name that no file can have."""
+def read_text(path: str | Path, most: int) -> str:
+    """Read the text of a UTF-8 file of at most `most` bytes. A byte order mark is removed, and
+    Windows line ends become \\n. Raises ConfigError if the file cannot be read."""
+    return decode_utf8(read_bytes(path, most), str(path)).replace("\r\n", "\n")
+
+
+def decode_utf8(data: bytes, source: str) -> str:
+    """Decode UTF-8 without a byte order mark. Raises ConfigError, naming the source."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{source}: byte {error.start} is not UTF-8") from None
+
+
+def unreadable_error(path: str | Path, error: OSError | ValueError) -> ConfigError:
+    """The ConfigError for an error of the file system, or the ValueError of a name that no file
+    can have."""
     reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
     return ConfigError(f"{path}: cannot be read ({reason})")

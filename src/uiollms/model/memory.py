@@ -28,7 +28,7 @@ from torch import Tensor
 from uiollms.config.corpora import Checked
 from uiollms.config.load import parse
 from uiollms.data.limits import check_ids
-from uiollms.files.atomic import make_folder, replacing
+from uiollms.files.atomic import atomic_file, make_folder
 from uiollms.files.errors import ConfigError, shortened
 from uiollms.files.json_files import loads
 from uiollms.files.reading import check_tree
@@ -177,7 +177,7 @@ class Memory:
         place = SUM.search(start)
         assert place
         summed = start[: place.start(1)] + checksum(start, [rest]).encode() + start[place.end(1) :]
-        with replacing(path) as work, work.open("wb") as file:
+        with atomic_file(path) as work, work.open("wb") as file:
             file.write(summed)
             file.write(rest)
 

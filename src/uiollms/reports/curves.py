@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from uiollms.evaluation.summaries import checked_estimate
-from uiollms.files.atomic import replacing, reporting_write_errors
+from uiollms.files.atomic import atomic_file, reporting_write_errors
 from uiollms.reports.plots import COLORS
 from uiollms.reports.tables import NAMES
 from uiollms.runs.metrics import read_metrics
@@ -70,7 +70,7 @@ def plot_training(
         axes.grid(alpha=0.3)
     if y:
         panels[0].set_ylim(min(y) - 0.2, sorted(y)[int(len(y) * 0.9)] + 1)
-    with replacing(path) as work:
+    with atomic_file(path) as work:
         figure.savefig(work, dpi=120)
     return path
 
@@ -196,7 +196,7 @@ def plot_steps(metrics: Sequence[dict[str, Any]], counted: str, path: Path) -> P
         axes.set_xlabel(counted)
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
-    with replacing(path) as work:
+    with atomic_file(path) as work:
         figure.savefig(work, dpi=110)
     return path
 

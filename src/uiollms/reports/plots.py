@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from uiollms.evaluation.attention_mass import AttentionMass
 from uiollms.evaluation.results import Comparison, ScoredTask, TaskScores, TaskSummary
 from uiollms.evaluation.statistics import by_length
-from uiollms.files.atomic import replacing
+from uiollms.files.atomic import atomic_file
 from uiollms.reports.tables import NAMES, comparison_words, short
 
 COLORS = {
@@ -60,7 +60,7 @@ def plot_panels(results: Sequence[Result], draw: Callable[[Result, Any], None], 
         axes.grid(alpha=0.3)
     for axes in panels[len(results) :]:
         axes.set_axis_off()
-    with replacing(path) as work:
+    with atomic_file(path) as work:
         figure.savefig(work, dpi=110)
     return path
 
@@ -188,6 +188,6 @@ def plot_attention(mass: AttentionMass, path: Path) -> Path:
         axes.set_xlabel(label)
         axes.set_ylabel("layer")
         axes.set_title(title, fontsize=10)
-    with replacing(path) as work:
+    with atomic_file(path) as work:
         figure.savefig(work, dpi=110)
     return path

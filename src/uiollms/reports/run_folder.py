@@ -20,7 +20,7 @@ from uiollms.evaluation.attention_mass import AttentionMass
 from uiollms.evaluation.results import TaskScores, TaskSummary
 from uiollms.evaluation.saved_results import load_token_nlls
 from uiollms.files.errors import ConfigError
-from uiollms.files.json_files import finite, read_json
+from uiollms.files.json_files import read_json, replace_nonfinite
 from uiollms.files.reading import check_tree
 from uiollms.runs.metrics import examine_metrics
 from uiollms.runs.state import saved_steps
@@ -192,7 +192,7 @@ def read_tested(run: RunFolder) -> dict[str, Any]:
             why = f"{run.path / 'test.json'}: {name}: is not what test.py writes"
             run.missing.append(Missing(what, why, run.test_command))
         else:
-            tested[name] = finite(found[name])
+            tested[name] = replace_nonfinite(found[name])
     if "versions" in tested:
         tested["versions"] = text_values(tested["versions"])
     return tested

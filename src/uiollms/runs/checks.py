@@ -60,21 +60,21 @@ def check_training(config: EnvConfig, path: str | Path, going_on: bool = False) 
         sources = {**sources, **stage_sources(config, number)}
     examine_data(sources, path, faults)
     examine_base(config, shape, path, faults)
-    with faults.noted(f"{path}: model.load_ckp: "):
+    with faults.collect(f"{path}: model.load_ckp: "):
         check_weights(config.model.load_ckp, memory)
     folder = run_folder(config.train.run_dir, config.model.save_ckp, path)
     can_be = examine_run_folder(folder, FILES, path, faults)
     if save_ckp := config.model.save_ckp:
         where = f"{path}: model.save_ckp: "
-        with faults.noted(where), reporting_write_errors(save_ckp):
+        with faults.collect(where), reporting_write_errors(save_ckp):
             if can_be:
                 check_save_place(Path(save_ckp), folder)
-        with faults.noted(where), reporting_write_errors(save_ckp):
+        with faults.collect(where), reporting_write_errors(save_ckp):
             check_target(Path(save_ckp))
-        with faults.noted(where), reporting_write_errors(save_ckp):
+        with faults.collect(where), reporting_write_errors(save_ckp):
             check_folder(Path(os.path.realpath(save_ckp)).parent, Path(save_ckp).parent)
     if not going_on:
-        with faults.noted(f"{path}: "):
+        with faults.collect(f"{path}: "):
             Schedule(config.train, config.train.accum_grad)
     faults.report()
     assert memory is not None
@@ -89,7 +89,7 @@ def check_evaluation(config: EnvConfig, path: str | Path, own_tasks: bool) -> tu
     tasks, file, prefix = config.train.tasks, path, "train.tasks"
     if not own_tasks:
         tasks, file, prefix = (), config.test, "tasks"
-        with faults.noted():
+        with faults.collect():
             tasks = load_tasks(config.test)
     elif not tasks:
         faults.add(f"{path}: train.tasks: is empty, there is nothing to evaluate")
@@ -103,7 +103,7 @@ def check_evaluation(config: EnvConfig, path: str | Path, own_tasks: bool) -> tu
         for field in ("save_ckp", "load_ckp", "released_ckp")
         if getattr(config.model, field) == weights
     )
-    with faults.noted(f"{path}: model.{next(fields)}: "):
+    with faults.collect(f"{path}: model.{next(fields)}: "):
         check_weights(weights, memory)
     folder = run_folder(config.train.run_dir, config.model.save_ckp, path)
     examine_run_folder(folder, RESULTS, path, faults)
@@ -150,18 +150,18 @@ def examine_base(config: EnvConfig, shape: Any, path: str | Path, faults: Faults
     config says."""
     model = config.model
     if model.model_name.startswith("package:"):
-        with faults.noted():
+        with faults.collect():
             package_folder(model.model_name.removeprefix("package:"))
     elif model.model_name in KNOWN_SHAPES and not hub_reachable():  # its shape was not looked up
-        with faults.noted():
+        with faults.collect():
             load(AutoConfig, model.model_name)
     if model.offload_dir is not None:
-        with faults.noted(f"{path}: model.offload_dir: "):
+        with faults.collect(f"{path}: model.offload_dir: "):
             check_folder(Path(model.offload_dir), Path(model.offload_dir))
     dtype = resolve_dtype(
         model.model_dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     )
-    with faults.noted():
+    with faults.collect():
         check_request(
             model.attn_implementation,
             f"{path}: model.attn_implementation",
@@ -172,7 +172,7 @@ def examine_base(config: EnvConfig, shape: Any, path: str | Path, faults: Faults
     if shape is not None and isinstance(model.device_map, dict | int):
         with torch.device("meta"):
             base = AutoModelForCausalLM.from_config(shape, dtype=dtype)
-        with faults.noted():
+        with faults.collect():
             resolved(base, model.device_map, path, this_machine())
 
 
@@ -213,11 +213,11 @@ def examine_run_folder(
     """Whether a run can keep its files `names` in a folder, and nothing but a run's lies there;
     whether the folder can be at all. path: of the config."""
     before = len(faults.lines)
-    with faults.noted(f"{path}: train.run_dir: "):
+    with faults.collect(f"{path}: train.run_dir: "):
         check_folder(folder, folder)
     if len(faults.lines) > before:
         return False
-    with faults.noted(f"{path}: train.run_dir: "):
+    with faults.collect(f"{path}: train.run_dir: "):
         check_run_folder(folder, names)
     return True
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from uiollms.files.atomic import replace_text
 from uiollms.files.errors import ConfigError, json_path
-from uiollms.files.json_files import as_json, finite
+from uiollms.files.json_files import as_json, replace_nonfinite
 from uiollms.files.reading import read_bytes
 
 MOST_METRICS = 2**30  # bytes: millions of steps
@@ -74,7 +74,7 @@ def examine_lines(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[st
         if not line.strip():
             continue
         try:
-            value = finite(json.loads(line))
+            value = replace_nonfinite(json.loads(line))
         except (ValueError, RecursionError):  # no JSON, or half a character
             value = None
         if isinstance(value, dict):

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from uiollms.files.atomic import sync
 from uiollms.files.errors import ConfigError, Faults
 from uiollms.files.json_files import read_json
-from uiollms.files.reading import kind_of
+from uiollms.files.reading import file_kind
 
 RESULTS = ("test.json", "test-nll.safetensors", "test.png")  # of test.py
 FILES = (
@@ -38,7 +38,7 @@ def check_run_folder(folder: Path, names: tuple[str, ...] = FILES) -> None:
         foreign = not ours or (name == "test.json" and not holds_results(path))
         if foreign and os.path.lexists(path):
             faults.add(refusal(path, "was not written by a run"))
-        elif path.exists() and not path.is_dir() and (kind := kind_of(path)):
+        elif path.exists() and not path.is_dir() and (kind := file_kind(path)):
             faults.add(refusal(path, f"is {kind}, not written by a run,"))
     lock = folder / LOCK
     if lock.exists() and (not lock.is_file() or lock.stat().st_size):

@@ -32,11 +32,11 @@ from uiollms.files.atomic import (
     replace_text,
     reporting_write_errors,
     sync,
-    work_name,
+    work_path,
 )
 from uiollms.files.errors import ConfigError
 from uiollms.files.folders import run_folder
-from uiollms.files.json_files import as_json, finite
+from uiollms.files.json_files import as_json, replace_nonfinite
 from uiollms.runs.board import Board
 from uiollms.runs.checks import check_can_save
 from uiollms.runs.environment import device_name, environment
@@ -252,7 +252,7 @@ class Run:
         line = {"seconds": round(time.time() - self.began, 2), **values}
         if "tokens" in values:
             line["machine"] = machine_use(values["tokens"], self.step_seconds)
-        line = finite(line)
+        line = replace_nonfinite(line)
         text = json.dumps(line)
         with reporting_write_errors(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
             file.write(text + "\n")
@@ -292,7 +292,7 @@ class Run:
         with reporting_write_errors(self.checkpoints):
             for path in saved[: -self.config.train.keep_last]:
                 if path != best:
-                    gone = work_name(self.checkpoints)
+                    gone = work_path(self.checkpoints)
                     path.rename(gone)
                     remove(gone)
 

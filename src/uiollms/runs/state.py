@@ -39,7 +39,12 @@ from uiollms.data.mixture import generator_state
 from uiollms.data.readers.beacons import fingerprint
 from uiollms.data.stream import SampleStream
 from uiollms.distributed.groups import Group
-from uiollms.files.atomic import replacing_folder, reporting_write_errors, verify, write_checksums
+from uiollms.files.atomic import (
+    atomic_folder,
+    reporting_write_errors,
+    verify_checksums,
+    write_checksums,
+)
 from uiollms.files.errors import ConfigError
 from uiollms.files.json_files import read_json
 from uiollms.model.memory_lm import MemoryLM
@@ -252,7 +257,7 @@ def save_state(
     path = folder / f"step-{state.iteration:08d}"
     before = saved_steps(folder)
     remedy = f"; {before[-1].name} is whole: make room, then go on with --resume" if before else ""
-    with reporting_write_errors(path, remedy), replacing_folder(path) as work:
+    with reporting_write_errors(path, remedy), atomic_folder(path) as work:
         write_weights(state.model, work)
         save_file(optimizer_tensors(state), work / "optimizer.safetensors")
         (work / "state.json").write_text(record.model_dump_json(indent=1), encoding="utf-8")
@@ -323,7 +328,7 @@ def read_record(path: Path) -> CheckpointInfo:
             f"{path}: no training state is here (state.json); weights alone can be a new run's "
             "model.load_ckp"
         )
-    verify(path, NEEDED)
+    verify_checksums(path, NEEDED)
     return parse(CheckpointInfo, read_json(path / "state.json"), path / "state.json")
 
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from uiollms.config.sections import TrainSection
 from uiollms.data.sample import Sample
 from uiollms.evaluation.scoring import token_losses
-from uiollms.files.atomic import replacing
+from uiollms.files.atomic import atomic_file
 from uiollms.model.memory_lm import MemoryLM
 from uiollms.study.gradients import INFINITE
 from uiollms.training.estimators import Estimator
@@ -223,5 +223,5 @@ def plot_curves(
     figure.axes[0].set_ylabel("held-out NLL (nats per scored token)", fontsize=11)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", fontsize=10)
-    with replacing(path) as work:
+    with atomic_file(path) as work:
         figure.savefig(work, dpi=110)

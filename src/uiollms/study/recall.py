@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from uiollms.config.sections import MemoryConfig
 from uiollms.data.sample import IGNORED, Sample
-from uiollms.files.atomic import replacing_folder
+from uiollms.files.atomic import atomic_folder
 from uiollms.weights.base_models import load_causal_lm
 
 KEYS, VALUES, PAIRS, QUERIES = 64, 8, 4, 2
@@ -126,6 +126,6 @@ def train_base(
                 f"the base answers {accuracy:.0%} of the questions in {num_chunks} chunks, "
                 f"expected {enough:.0%}"
             )
-    with replacing_folder(folder) as work:
+    with atomic_folder(folder) as work:
         base.save_pretrained(work)
     return base

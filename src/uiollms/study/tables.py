@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from uiollms.files.atomic import replacing
+from uiollms.files.atomic import atomic_file
 from uiollms.study.gradients import INFINITE
 
 
@@ -71,5 +71,5 @@ def plot(rows: Sequence[dict[str, Any]], columns: Sequence[str], path: Path) -> 
         axes.grid(alpha=0.3)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=11)
-    with replacing(path) as work:
+    with atomic_file(path) as work:
         figure.savefig(work, dpi=110)

@@ -30,16 +30,16 @@ from uiollms.config.load import load_memory_config
 from uiollms.config.sections import MemoryConfig
 from uiollms.files.atomic import (
     CHECKSUMS,
+    atomic_file,
+    atomic_folder,
     make_folder,
     read_whole,
-    replacing,
-    replacing_folder,
     reporting_write_errors,
-    verify,
+    verify_checksums,
     write_checksums,
 )
 from uiollms.files.errors import ConfigError
-from uiollms.files.reading import check_tree, kind_of
+from uiollms.files.reading import check_tree, file_kind
 from uiollms.weights.fitness import TOKEN, not_finite, other_slots
 
 if TYPE_CHECKING:
@@ -68,10 +68,10 @@ def save_weights(model: MemoryLM, path: str | Path, dtype: torch.dtype | None = 
             listed = io.BytesIO()
             torch.save(list(cpu_tensors(model, dtype).values()), listed)
             make_folder(named.parent)
-            with replacing(named) as work:
+            with atomic_file(named) as work:
                 work.write_bytes(listed.getbuffer())
         else:
-            with replacing_folder(named) as work:
+            with atomic_folder(named) as work:
                 write_weights(model, work, dtype)
                 write_checksums(work)
 
@@ -144,7 +144,7 @@ def check_target(path: Path) -> None:
 
 def holds_tensors(path: Path) -> bool:
     """Whether a file is a list of tensors, as the .pth format is."""
-    if kind_of(path):  # a pipe would be waited for
+    if file_kind(path):  # a pipe would be waited for
         return False
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
@@ -184,7 +184,7 @@ def read_folder(model: MemoryLM, path: Path) -> dict[str, Tensor]:
     if other := [name for name in files if (path / name).exists() and not (path / name).is_file()]:
         raise ValueError(f"{other[0]} is not a file")
     if (path / CHECKSUMS).exists():
-        verify(path, files)
+        verify_checksums(path, files)
     check_compressor(path, model.memory_config)
     with safe_open(path / "tokens.safetensors", "pt") as file:
         vocabulary = (file.metadata() or {}).get("vocab_size")

@@ -8,8 +8,8 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from uiollms.files.errors import ConfigError, describe
-from uiollms.files.json_files import read_json, unusable
+from uiollms.files.errors import ConfigError, describe_fault
+from uiollms.files.json_files import find_unusable, read_json
 from uiollms.files.reading import check_file
 
 MOST_LAYERS = 2**12
@@ -127,7 +127,7 @@ def check_generation(path: Path) -> None:
 
 def read_object(path: Path) -> dict[str, Any]:
     value = read_json(path)
-    if fault := unusable(value):
+    if fault := find_unusable(value):
         raise ConfigError(f"{path}: {fault}")
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: expected an object, found {type(value).__name__}")
@@ -139,7 +139,7 @@ def checked(model: type[Model], value: dict[str, Any], path: Path) -> Model:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        lines = dict.fromkeys(describe(fault, model, path) for fault in error.errors())
+        lines = dict.fromkeys(describe_fault(fault, model, path) for fault in error.errors())
         raise ConfigError("\n".join(lines)) from None
 
 

@@ -22,7 +22,7 @@ from uiollms.config.corpora import Checked
 from uiollms.config.load import load_memory_config, parse
 from uiollms.distributed.device_map import place
 from uiollms.files.atomic import (
-    replacing_folder,
+    atomic_folder,
     reporting_write_errors,
     whole_folder,
     write_checksums,
@@ -90,7 +90,7 @@ def save(
     check_replaceable(folder)
     named = {"model_name": INCLUDED if include_base else public_name(name)}
     remedy = f"; {folder} is as it was" if folder.exists() else ""
-    with reporting_write_errors(folder, remedy), replacing_folder(folder) as work:
+    with reporting_write_errors(folder, remedy), atomic_folder(folder) as work:
         write_weights(model, work)
         write_checksums(work)
         (work / "base.json").write_text(json.dumps(named, indent=4) + "\n", encoding="utf-8")

@@ -13,7 +13,7 @@ from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from uiollms.files.atomic import make_folder, replacing_folder
+from uiollms.files.atomic import atomic_folder, make_folder
 from uiollms.files.errors import ConfigError
 from uiollms.files.folders import cache_dir
 from uiollms.files.reading import check_file
@@ -102,7 +102,7 @@ def convert(folder: Path, file: str, target: Path) -> None:
             f"{folder / file}: its tensors do not fill the model: {fault}; install the package "
             "again"
         )
-    with replacing_folder(target) as work:
+    with atomic_folder(target) as work:
         model.save_pretrained(work)
         gguf_tokenizer(folder / file).save_pretrained(work)
 

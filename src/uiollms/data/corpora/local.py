@@ -14,10 +14,10 @@ from pathlib import Path
 
 from uiollms.data.documents import Corpus, Document, Lazy, cut, joined
 from uiollms.data.readers.hub import parquet_file
-from uiollms.data.readers.json_lines import json_lines, json_lines_gz, read_text, text_file
+from uiollms.data.readers.json_lines import MOST_TEXT, json_lines, json_lines_gz, text_file
 from uiollms.data.registry import SIZE, corpus
 from uiollms.files.errors import ConfigError
-from uiollms.files.reading import check_file
+from uiollms.files.reading import check_file, read_text
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def stdlib(split: str, size: str | None) -> Corpus:
 
     def read(i: int) -> Document:
         shown = files[i].relative_to(folder).as_posix()
-        return Document(read_text(files[i]), f"stdlib ({PYTHON}): {shown}")
+        return Document(read_text(files[i], MOST_TEXT), f"stdlib ({PYTHON}): {shown}")
 
     return cut(Lazy(len(files), read), size)
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from uiollms.data.documents import Corpus, Document, Lazy, TokenDocument
 from uiollms.data.readers.json_lines import state_of
 from uiollms.data.tokens import batch_ids, common
-from uiollms.files.atomic import make_folder, replacing
+from uiollms.files.atomic import atomic_file, make_folder
 from uiollms.files.errors import ConfigError
 from uiollms.files.folders import cache_dir
 
@@ -138,7 +138,7 @@ def chosen(
             documents, tokenizer, max_length, f"choosing samples of {path.name} (once)"
         )
         make_folder(kept.parent)
-        with replacing(kept) as work:
+        with atomic_file(kept) as work:
             np.save(work, np.asarray(numbers, dtype=np.int64))
     return [int(number) for number in np.load(kept)]
 

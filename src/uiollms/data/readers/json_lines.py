@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from uiollms.data.documents import Corpus, Document, Lazy
-from uiollms.files.atomic import make_folder, replacing
+from uiollms.files.atomic import atomic_file, make_folder
 from uiollms.files.errors import ConfigError, shortened
 from uiollms.files.folders import cache_dir, raw_dir
 from uiollms.files.json_files import loads
-from uiollms.files.reading import check_file, opened, read_bytes
+from uiollms.files.reading import check_file, decode_utf8, open_file, read_text
 
 MOST_TEXT = 2**30  # bytes of a text, or of a line of JSON: some 250 million tokens
 # Bytes that a .gz may unpack to however small it is, and how often its own size: text hardly
@@ -118,7 +118,7 @@ def json_lines(
         array("q"),
         array("I"),
     )  # byte offsets; line numbers, which count blank lines too
-    with opened(path) as file:
+    with open_file(path) as file:
         position = 0
         for number, line in enumerate(iter(lambda: file.readline(MOST_TEXT + 1), b""), start=1):
             if len(starts) == limit:
@@ -132,7 +132,7 @@ def json_lines(
             position += len(line)
 
     def read(i: int) -> Document:
-        with opened(path) as file:
+        with open_file(path) as file:
             file.seek(starts[i])
             source = f"{shown or path}: line {numbers[i]}"
             return make(json_object(file.readline(), source), source)
@@ -148,10 +148,7 @@ def json_object(data: bytes, source: str) -> Fields:
     """Raises ConfigError for bytes that are not UTF-8, broken JSON, a key that stands twice in an
     object, and values that are not objects."""
     try:
-        # Some editors begin a file with a byte order mark.
-        value = loads(data.decode("utf-8-sig"), source)
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{source}: byte {error.start} of it is not UTF-8") from None
+        value = loads(decode_utf8(data, source), source)
     except ConfigError as error:
         raise ConfigError(str(error).split("\n")[0]) from None  # a document's faults are one line
     except json.JSONDecodeError as error:
@@ -168,17 +165,7 @@ def json_object(data: bytes, source: str) -> Fields:
 
 def text_file(path: str | Path) -> Corpus:
     """A corpus of one document, a whole text file."""
-    return Lazy(1, lambda _: Document(read_text(path), str(path)))
-
-
-def read_text(path: str | Path) -> str:
-    """The text of a file: UTF-8, a byte order mark in front of it left out, \\n for line ends of
-    Windows. Raises ConfigError if it cannot be read."""
-    try:
-        text = read_bytes(path, MOST_TEXT).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: byte {error.start} is not UTF-8") from None
-    return text.replace("\r\n", "\n")
+    return Lazy(1, lambda _: Document(read_text(path, MOST_TEXT), str(path)))
 
 
 def unpacked(path: str | Path) -> Path:
@@ -195,7 +182,7 @@ def unpacked(path: str | Path) -> Path:
     if not copy.exists():
         try:
             make_folder(copy.parent)
-            with replacing(copy) as work, gzip.open(path) as packed, work.open("wb") as part:
+            with atomic_file(copy) as work, gzip.open(path) as packed, work.open("wb") as part:
                 while data := packed.read(1 << 20):
                     part.write(data)
                     if part.tell() > most:
@@ -231,7 +218,7 @@ def json_list(path: str | Path, key: str, make: MakeDocument) -> Corpus:
                 f"{source}: longer than {MOST_TEXT >> 20:,} MiB, the most that is read of a "
                 "document"
             )
-        with opened(path) as file:
+        with open_file(path) as file:
             file.seek(starts[i])
             return make(json_object(file.read(ends[i] - starts[i]), source), source)
 
@@ -289,7 +276,7 @@ def element_spans(path: str | Path, key: str) -> tuple[array[int], array[int]]:
 def marks(path: str | Path) -> Iterator[tuple[bytes, int]]:
     """What gives a JSON file its structure, each with its place: brackets, and texts (only the
     short ones that can be keys are copied, the others are b"..")."""
-    with opened(path) as file:
+    with open_file(path) as file:
         if os.fstat(file.fileno()).st_size == 0:
             raise ConfigError(f"{path}: is empty")
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
