@@ -128,7 +128,9 @@ class MemoryGradients:
             return []
         lora = [p for name, p in model.decoder.named_parameters() if "lora" in name]
         total = [division.reduce_scatter(self._by_chunk(g)) for g in self.total]  # [n, H, m, K]
-        for batch in batched(range(len(division.local_chunks) if lora else 0), projection_batch(model)):
+        for batch in batched(
+            range(len(division.local_chunks) if lora else 0), projection_batch(model)
+        ):
             part = slice(batch[0], batch[-1] + 1)
             outputs = self._project(
                 model, [layer[part] for layer in memory], division, batch, seeds
