@@ -57,6 +57,23 @@ def test_every_path_a_document_names_exists(document):
         assert any(p.exists() for p in places), f"{document.name} names {name}"
 
 
+def prose(document: Path) -> list[str]:
+    """The lines of a page that are neither in a table, nor code, nor a URL that cannot break."""
+    text = re.sub(r"^ *```.*?^ *```", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return [
+        line
+        for line in text.splitlines()
+        if not re.match(r"\||    ", line) and not re.search(r"https?://\S{60}", line)
+    ]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_prose_ends_by_column_100(document):
+    lines = prose(document)
+    assert len(lines) > 5
+    assert [line for line in lines if len(line) > 100] == []
+
+
 def anchors(document: Path) -> set[str]:
     """The headings of a page as the names that links use: "Will it fit? `--dry_run`" is
     will-it-fit---dry_run."""

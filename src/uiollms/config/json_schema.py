@@ -38,8 +38,8 @@ TABLES = {
         "memory.json",
     ),
     "The tasks of test.py": (
-        "The file that `test` names; its schema is `config/schema/test.json`. Its entries have the "
-        "fields of `train.tasks[]`. The file may also be the bare list.",
+        "The file that `test` names; its schema is `config/schema/test.json`. Its entries have "
+        "the\nfields of `train.tasks[]`. The file may also be the bare list.",
         "test.json",
     ),
 }
