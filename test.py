@@ -46,14 +46,14 @@ def main(arguments: list[str] | None = None) -> None:
     weights = weights_of(config)
     if weights:
         load_weights(model, weights)
-    args.output.say(weights_words(weights, model))
+    args.output.print_text(weights_words(weights, model))
 
     evaluation = Evaluation(model, tokenizer, tasks)
     scores = evaluation.run(
         lambda documents: args.output.bar(documents, desc="evaluate", leave=False)
     )
     results = [task.summarize() for task in scores]
-    if args.output.has_words:
+    if args.output.prints_text:
         print_results(results)
     versions = environment() | {"dtype": str(model.dtype), "device": device_name()}
     about = {
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
         "versions": versions,
     }
     contents = about | {"results": [result.as_json() for result in results]}
-    args.output.line(as_json(contents))
+    args.output.print_json_line(as_json(contents))
     text = as_json(contents, indent=4) + "\n"
     with reporting_write_errors(folder):
         # All are on the disk before the first gets its name: test.json, which marks the folder as a
@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
             save_token_nlls(scores, nlls, test_json=text)
             work.write_text(text, encoding="utf-8")
         plot_results(results, folder / "test.png")
-    args.output.say(
+    args.output.print_text(
         f"written to {folder}: test.json (all numbers), test-nll.safetensors (every token's NLL), "
         "test.png"
     )

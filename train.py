@@ -24,7 +24,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from uiollms.build import check_env, count_parameters, load_memory_lm
-from uiollms.cli.common import SILENT, Output, parse_arguments, reporting_errors, step_words
+from uiollms.cli.common import SILENT, Output, parse_arguments, reporting_errors, step_text
 from uiollms.cli.dry_run import dry_run
 from uiollms.config.load import load_env_config
 from uiollms.config.sections import EnvConfig
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int | None:
             open_world(config, watch) as world,
             open_run(config, compressor, args.env_conf, args.resume, args.restart, world) as run,
         ):
-            run.echo = args.output.line
+            run.echo = args.output.print_json_line
             fit(config, args.env_conf, run, world, args.output if world.is_main_process else SILENT)
     return 0
 
@@ -76,7 +76,7 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
     parameters = list(model.trainable_parameters().values())
     evaluation = Evaluation(model, tokenizer, train.tasks if world.is_main_process else ())
     trained, frozen = count_parameters(model)
-    output.say(
+    output.print_text(
         f"trained parameters {trained / 1e6:.1f} M, frozen {frozen / 1e6:.1f} M in {model.dtype}"
     )
 
@@ -96,7 +96,7 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
                 run.log(iteration=state.iteration, eval=[result.as_json() for result in results])
                 plot_run(run.folder, train.loss, schedule.counts)
                 progress.clear()
-                if output.has_words:
+                if output.prints_text:
                     print_results(results)
         finally:
             run.agree_on_signals()  # here the other processes wait for the first
@@ -166,7 +166,7 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
                 )
             else:
                 run.log(iteration=done, skipped=sources, lr=lr, **part)
-        said = step_words(mean_nll, lr, tokens, run.step_seconds)
+        said = step_text(mean_nll, lr, tokens, run.step_seconds)
         progress.set_postfix_str(said, refresh=False)
         progress.update(schedule.stride)
 
@@ -181,16 +181,18 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
         plot_run(run.folder, train.loss, schedule.counts)
 
     if samples.skipped:
-        output.say(f"{samples.skipped} documents that are blank or fit one chunk were skipped")
+        output.print_text(
+            f"{samples.skipped} documents that are blank or fit one chunk were skipped"
+        )
     if left := schedule.left_over(state.iteration):
-        output.say(
+        output.print_text(
             f"the last {left} of {train.train_iters} documents fill no step and were left out"
         )
     if state.skipped_steps:
-        output.say(
+        output.print_text(
             f"{state.skipped_steps} steps were skipped, their loss or gradient was not finite"
         )
-    output.say(
+    output.print_text(
         f"metrics and curve.png are in {run.folder}, weights in "
         f"{config.model.save_ckp or 'no file (save_ckp is null)'}"
     )

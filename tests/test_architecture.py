@@ -23,8 +23,8 @@ build           a config -> a model with its tokenizer and weights
 evaluation      scores, controls, tasks and their results
 training        estimators, the training step, optimizer and stages
 runs            a run folder: checkpoints, metrics, signals, what is checked before a run
-planning        --dry_run: a step on pretended devices
-study           what estimators cost and buy
+planning        --dry_run: a training step on simulated devices
+study           what gradient estimators cost and what they gain
 reports         tables, plots and pages
 cli             the commands
 """

@@ -1,13 +1,17 @@
 """python -m uiollms COMMAND ...
 
-compress  texts into a memory              report   a run folder as one page
-ask       memories                         convert  trained weights into another format
-chat      with documents in mind           schema   the config files' JSON Schemas
-data      the corpora on this machine      study    what a gradient estimator costs and buys
-eval      lm-eval's command line, with a model with memory among its models
+compress  compress text files into a memory
+ask       answer questions about memories
+chat      chat with a model that has read memories
+data      list the corpora and their documents
+report    write a run folder as one HTML page
+study     compare the gradient estimators
+convert   convert trained weights to another format
+schema    write the JSON Schemas of the config files
+eval      run lm-eval's command line with the model `uiollms`
 
-`python -m uiollms COMMAND --help` describes one. The programs that train and evaluate a model are
-train.py and test.py.
+`python -m uiollms COMMAND --help` describes a command. The programs train.py and test.py train and
+evaluate a model.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ MODULES = {
 
 
 def main(arguments: list[str] | None = None) -> int | None:
-    """Run the command that the first argument names; only its own modules are imported."""
+    """Runs the command that the first argument names, and imports the modules of this one only."""
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
         print(__doc__)

@@ -184,7 +184,7 @@ def test_chat_holds_every_turn(trained, tiny_folder, capsys, monkeypatch, templa
     main(arguments, io.StringIO("Hello\n"))
     seen = first.shape[1] - 1
     assert capsys.readouterr().out.endswith(
-        f"[held: {seen // 16 * 16} tokens in {seen // 16 * 2} memory slots (+ {seen % 16} open "
+        f"[memory: {seen // 16 * 16} tokens in {seen // 16 * 2} memory slots (+ {seen % 16} open "
         "tokens)]\n"
     )
 
@@ -232,7 +232,7 @@ def test_chat_with_a_memory_in_mind(trained, capsys):
     weights = "weights: out/ckp, base in torch.float32\n"
     assert (
         said
-        == f"{weights}[held: {memory.num_tokens - left} tokens in {memory.num_slots} memory slots (+ {left} open tokens)]\n"
+        == f"{weights}[memory: {memory.num_tokens - left} tokens in {memory.num_slots} memory slots (+ {left} open tokens)]\n"
     )
 
 
@@ -241,7 +241,7 @@ def test_chat_with_a_memory_in_mind(trained, capsys):
     [
         (
             ["compress", "book0.txt", "-o", "book.txt"],
-            "book.txt: the name of a memory ends in .mem",
+            "book.txt: the file name of a memory must end in .mem",
         ),
         (["compress", "none.txt", "-o", "a.mem"], "none.txt: cannot be read"),
         (["compress", "latin.txt", "-o", "a.mem"], "latin.txt: byte 1 is not UTF-8"),
@@ -256,7 +256,7 @@ def test_chat_with_a_memory_in_mind(trained, capsys):
         (["ask", "none.mem", "Why?"], "none.mem: cannot be read"),
         (["ask", "Why?"], "no memory"),
         (["ask", "book.mem"], "no question"),
-        (["chat", "--max_new_tokens=1000"], "a longest answer: the document has 10"),
+        (["chat", "--max_new_tokens=1000"], "the longest answer: the document has 10"),
     ],
 )
 def test_errors_are_one_line(trained, capsys, arguments, message):

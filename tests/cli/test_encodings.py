@@ -103,7 +103,7 @@ def test_json_is_json_in_every_encoding(workspace, printed):
 
 def test_a_name_that_is_no_text_is_printed_escaped(printed):
     name = "a\udcff.txt"  # as the file system hands it on
-    assert printed(lambda: Output().say(name)) == "a\\udcff.txt\n"
+    assert printed(lambda: Output().print_text(name)) == "a\\udcff.txt\n"
 
 
 def test_input_that_is_no_text_is_one_line(trained, capsys):  # noqa: F811

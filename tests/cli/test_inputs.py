@@ -22,7 +22,7 @@ from uiollms.cli.chat import main as ask
 from uiollms.cli.common import errors_as_lines, reporting_errors
 from uiollms.cli.data import main as show_data
 from uiollms.cli.dry_run import parse_memory
-from uiollms.cli.options import place, share, temperature, whole
+from uiollms.cli.options import file_path, fraction, temperature, whole_number
 from uiollms.cli.schema import main as write_schema
 from uiollms.cli.study import main as study
 from uiollms.config.load import load_env_config
@@ -421,15 +421,15 @@ def test_whole_numbers(text):
     with pytest.raises(
         Exception, match="expected a whole number from 1 to 1,000,000,000, found"
     ) as refusal:
-        whole()(text)
+        whole_number()(text)
     assert len(str(refusal.value)) < 200
-    assert whole()(" +7 ") == 7 and whole(0)("0") == 0
+    assert whole_number()(" +7 ") == 7 and whole_number(0)("0") == 0
 
 
 @pytest.mark.parametrize("read, good, bad", [
     (temperature, ["0", "0.7", "1e-4"], ["-1", "nan", "inf", "1e-300", "1e999", "x", ""]),
-    (share, ["1", "0.1"], ["0", "2", "nan", "-0.5", "x"]),
-    (place, ["a b", "ü"], ["", "a\0b"]),
+    (fraction, ["1", "0.1"], ["0", "2", "nan", "-0.5", "x"]),
+    (file_path, ["a b", "ü"], ["", "a\0b"]),
 ])  # fmt: skip
 def test_values_of_options(read, good, bad):
     for text in good:
@@ -472,7 +472,7 @@ def test_options_without_a_meaning_are_refused_by_name(capsys, main, arguments, 
 )
 def test_device_memories_that_no_gpu_has(text):
     with pytest.raises(
-        ConfigError, match="--device_memory .*: expected one size a GPU, such as 24GiB,24GiB; "
+        ConfigError, match="--device_memory .*: expected one size per GPU, such as 24GiB,24GiB; "
     ):
         parse_memory(text)
 

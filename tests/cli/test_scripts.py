@@ -124,7 +124,7 @@ def test_output_for_scripts(ready, capsys, command, json_too):
         lines = [json.loads(line) for line in shown.out.splitlines()]
         assert lines and all(list(line) == fields.split() for line in lines)
     elif command in ("ask", "chat"):
-        assert shown.out.strip() and "[held" not in shown.out and "Why?" not in shown.out
+        assert shown.out.strip() and "[memory" not in shown.out and "Why?" not in shown.out
     else:
         assert shown.out == ""
 
@@ -179,7 +179,7 @@ def test_ctrl_c_in_a_chat(ready):
     ) as chat:
         chat.stdin.write("Hi\n")
         chat.stdin.flush()
-        while not chat.stdout.readline().startswith("[held: "):
+        while not chat.stdout.readline().startswith("[memory: "):
             assert chat.poll() is None
         os.kill(chat.pid, signal.SIGINT)  # it waits for the next line
         _, said = chat.communicate(timeout=60)

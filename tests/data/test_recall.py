@@ -24,7 +24,7 @@ from uiollms.data.documents import Document
 from uiollms.data.recall_sample import ROOM, last_value, recall_sample
 from uiollms.data.sample import IGNORED
 from uiollms.files.errors import ConfigError, Faults
-from uiollms.planning.step_simulation import tokens_at_most
+from uiollms.planning.step_simulation import max_tokens
 
 L = 128  # of the tokenizer below, which has a token for every byte or two
 KINDS = ("facts", "keys")
@@ -199,8 +199,8 @@ def test_a_document_of_too_few_chunks_is_refused_before_a_model_is_loaded(tokeni
 def test_a_plan_knows_how_long_documents_without_a_truncation_are():
     sizes = dict(capacity=10_000, chunk_size=64)
     entry = CorpusEntry(name="recall.facts", partition=1)
-    assert tokens_at_most(entry, **sizes) == (FARTHEST + 1) * 64
-    assert tokens_at_most(entry.model_copy(update=dict(truncation=1000)), **sizes) == 1000
+    assert max_tokens(entry, **sizes) == (FARTHEST + 1) * 64
+    assert max_tokens(entry.model_copy(update=dict(truncation=1000)), **sizes) == 1000
 
 
 def test_the_last_value_is_what_a_generated_answer_is_compared_with(tokenizer):

@@ -281,7 +281,7 @@ def test_without_lm_eval_the_command_prints_how_to_install_it(monkeypatch, capsy
     assert main(["--help"]) == 2
     assert (
         capsys.readouterr().err
-        == "lm_eval: lm-eval is not installed; get it with: pip install -e '.[lm-eval]'\n"
+        == "lm_eval: lm-eval is not installed; install it with: pip install -e '.[lm-eval]'\n"
     )
 
 

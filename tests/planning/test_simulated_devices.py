@@ -1,5 +1,5 @@
-"""Placement proven without a GPU: the real step and evaluation on pretended devices, 32x.json at
-its true shape."""
+"""Tests device maps without a GPU: training steps and evaluation run on simulated devices, also
+for 32x.json at its full size."""
 
 from pathlib import Path
 
@@ -25,17 +25,17 @@ TWO = dict.fromkeys([*GPUS, CPU], 2**40)
 
 
 def placed(
-    world: SimulatedDevices, base, device_map, memory: MemoryConfig, path="e.json"
+    devices: SimulatedDevices, base, device_map, memory: MemoryConfig, path="e.json"
 ) -> MemoryLM:
     send(base, resolved(base, device_map, path, TWO))
     model = MemoryLM(base, memory)
     model.chunk_batch = 2
-    world.watch_from_here()
+    devices.reset_counts()
     return model.train()
 
 
 def assert_everything_is_with_its_layer(
-    world: SimulatedDevices, model: MemoryLM, sample: Sample
+    devices: SimulatedDevices, model: MemoryLM, sample: Sample
 ) -> None:
     memory, _ = encode_all(model, sample.chunks)
     keys, values = project_all(model, memory)
@@ -44,8 +44,8 @@ def assert_everything_is_with_its_layer(
     sums = MemoryGradients(keys, values, halves, sample, size, all_chunks, model.master_dtype)
     layers = len(memory)
     for i, layer in enumerate(model.base.model.layers):
-        where = layer_device(layer)
-        everything = [
+        device = layer_device(layer)
+        tensors = [
             memory[i],
             keys[i],
             values[i],
@@ -53,67 +53,66 @@ def assert_everything_is_with_its_layer(
             sums.total[layers + i],
             sums.weighted[i],
         ]
-        assert {world.device_of(t) for t in everything} == {where}
+        assert {devices.device_of(t) for t in tensors} == {device}
         lora = [p for role in (model.encoder, model.decoder) for p in role.layers[i].parameters()]
-        assert {world.device_of(p) for p in lora} == {where}
+        assert {devices.device_of(p) for p in lora} == {device}
     for name, parameter in model.trainable_parameters().items():
-        idle = (
-            f"encoder.layers.{layers - 1}." in name or name == "decoder.repeat_token"
-        )  # nothing reads what they change
+        # No loss depends on these parameters.
+        idle = f"encoder.layers.{layers - 1}." in name or name == "decoder.repeat_token"
         assert (parameter.grad is None) == idle, name
-        assert parameter.grad is None or world.device_of(parameter.grad) == world.device_of(
+        assert parameter.grad is None or devices.device_of(parameter.grad) == devices.device_of(
             parameter
         ), name
 
 
 @pytest.fixture(scope="module")
 def llama():
-    """32x.json on two pretended GPUs, and the world it lives in."""
+    """The simulation of two GPUs, and the model of 32x.json on them."""
     config = load_env_config(ROOT / "32x.json")
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(
             KNOWN_SHAPES[config.model.model_name], dtype=torch.bfloat16
         )
-    with SimulatedDevices() as world:
+    with SimulatedDevices() as devices:
         model = placed(
-            world,
+            devices,
             base,
             config.model.device_map,
             load_memory_config(ROOT / config.model.config),
             "32x.json",
         )
-    return world, model
+    return devices, model
 
 
 @pytest.mark.parametrize(
     "estimator, reads", [("exact", 0), ("tbptt", 0), ("uio", 0), ("importance", 1)]
 )
 def test_32x_trains_on_two_gpus(llama, estimator, reads):
-    """Nothing waits for a GPU inside a document, but where `importance` reads its norms, once;
-    it also encodes chunks twice, the others keep the graph of so short a document."""
-    world, model = llama
-    with world:
+    """Within a document only `importance` waits for a GPU, once, because it reads norms. It also
+    encodes chunks again, while the others keep the graph of such a short document."""
+    devices, model = llama
+    with devices:
         assert [layer_device(layer) for layer in model.base.model.layers] == [GPUS[0]] * 16 + [
             GPUS[1]
         ] * 16
         model.zero_grad()
         sample = Sample.language_modeling(random_ids(2 * 1024 + 300), 1024)
-        world.watch_from_here()
+        devices.reset_counts()
         result = uiollms.gradient_step(model, sample, estimator=estimator, S=1, rng=0)
-        assert world.syncs == ({"tolist on cuda:1": 1} if reads else {})
-        assert result.reencoded and world.device_of(result.nll) == GPUS[1]
+        assert devices.syncs == ({"tolist on cuda:1": 1} if reads else {})
+        assert result.reencoded and devices.device_of(result.nll) == GPUS[1]
         if estimator == "uio":
-            assert_everything_is_with_its_layer(world, model, sample)
+            assert_everything_is_with_its_layer(devices, model, sample)
 
 
 @pytest.mark.parametrize("mode", ["memory", "window", "raw"])
 def test_32x_evaluates_on_two_gpus(llama, mode):
-    """The document's NLLs are fetched at its end, once."""
-    world, model = llama
-    with world:
-        world.watch_from_here()
+    """The NLLs are copied to the CPU once, at the end of the document."""
+    devices, model = llama
+    with devices:
+        devices.reset_counts()
         found = uiollms.score(model, random_ids(2 * 1024 + 300), mode=mode)
-        assert world.syncs == {"copy from cuda:1 to cpu:0": 1}
+        assert devices.syncs == {"copy from cuda:1 to cpu:0": 1}
         assert len(found.nll) == 2 * 1023 + 299
 
 
@@ -124,8 +123,8 @@ SPLIT = {"model": 0, "model.layers.1": 1, "model.layers.2": 1, "lm_head": 1}
 def tiny():
     with torch.device("meta"):
         base = make_base(seed=0)
-    with SimulatedDevices() as world:
-        yield world, placed(world, base, SPLIT, MEMORY)
+    with SimulatedDevices() as devices:
+        yield devices, placed(devices, base, SPLIT, MEMORY)
 
 
 @pytest.mark.parametrize(
@@ -144,13 +143,13 @@ def tiny():
     ],
     ids=["document", "distilled", "copy", "utilization", "questions"],
 )
-def test_every_kind_of_sample_keeps_to_the_map_and_never_waits(tiny, sample):
-    world, model = tiny
+def test_every_kind_of_sample_follows_the_map_and_never_waits(tiny, sample):
+    devices, model = tiny
     uiollms.gradient_step(model, sample, estimator="uio", S=1, rng=0)
-    assert not world.syncs
+    assert not devices.syncs
 
 
-def test_dropout_keeps_to_the_map(tiny):
+def test_dropout_follows_the_map(tiny):
     _, model = tiny
     for role in (model.encoder, model.decoder):
         for lora in (m for m in role.modules() if hasattr(m, "dropout")):
@@ -160,21 +159,21 @@ def test_dropout_keeps_to_the_map(tiny):
 
 
 def test_layers_on_the_cpu_among_gpus(tiny):
-    """Copies back from a GPU must wait; nothing mixes."""
-    world, _ = tiny
+    """Only copies from a GPU wait, and no operation mixes devices."""
+    devices, _ = tiny
     with torch.device("meta"):
         base = make_base()
-    model = placed(world, base, {"model": 0, "model.layers.1": "cpu", "lm_head": "cpu"}, MEMORY)
+    model = placed(devices, base, {"model": 0, "model.layers.1": "cpu", "lm_head": "cpu"}, MEMORY)
     sample = Sample.document(random_ids(45), 8)
     uiollms.gradient_step(model, sample, estimator="uio", S=1, rng=0)
     assert (
-        set(world.syncs) <= {"copy from cuda:0 to cpu:0", "copy from cpu:0 to cuda:0"}
-        and world.syncs
+        set(devices.syncs) <= {"copy from cuda:0 to cpu:0", "copy from cpu:0 to cuda:0"}
+        and devices.syncs
     )
-    assert_everything_is_with_its_layer(world, model, sample)
+    assert_everything_is_with_its_layer(devices, model, sample)
 
 
-# ---- what is wrong is caught ---------------------------------------------------------------------
+# ---- errors that are found ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -187,8 +186,8 @@ def test_layers_on_the_cpu_among_gpus(tiny):
     ],
 )
 def test_a_forgotten_move_is_caught(tiny, monkeypatch, forgotten):
-    """Masks and rotary tables (base), hidden states (model), targets (step), positions
-    (attention) left where they were."""
+    """Masks and rotary tables (layers), hidden states (memory_lm), targets (tally) or positions
+    (attention) stay on another device."""
     _, model = tiny
     monkeypatch.setattr(forgotten, lambda tensor, device: tensor)
     with pytest.raises(SimulationError, match="mixes tensors of"):
@@ -196,17 +195,19 @@ def test_a_forgotten_move_is_caught(tiny, monkeypatch, forgotten):
 
 
 def test_a_wait_inside_a_document_is_counted(tiny, monkeypatch):
-    world, model = tiny
+    devices, model = tiny
     sample = Sample.document(random_ids(45), 8)
-    monkeypatch.setattr(
-        "uiollms.model.memory_lm.to_device", lambda tensor, device: tensor.to(device)
-    )  # blocking
+
+    def blocking(tensor, device):
+        return tensor.to(device)
+
+    monkeypatch.setattr("uiollms.model.memory_lm.to_device", blocking)
     uiollms.gradient_step(model, sample, rng=0)
-    assert world.syncs["copy from cpu to cuda:0"] > 3
+    assert devices.syncs["copy from cpu to cuda:0"] > 3
 
 
 def test_operations_that_real_devices_refuse():
-    with SimulatedDevices() as world:
+    with SimulatedDevices() as devices:
         a, b = (torch.ones(3, 4, device=gpu) for gpu in GPUS)
         assert (a.device, b.to(a).device, (a * 2).device, a.to("cpu").device) == (
             GPUS[0],
@@ -214,17 +215,16 @@ def test_operations_that_real_devices_refuse():
             GPUS[0],
             HOST,
         )
-        assert (a + torch.tensor(2.0)).device == GPUS[
-            0
-        ]  # a number may come from the CPU, as in torch
+        # A 0-dimensional tensor may be on the CPU, as in torch.
+        assert (a + torch.tensor(2.0)).device == GPUS[0]
         for wrong in (lambda: a + b, lambda: a @ torch.ones(4, 2), lambda: torch.cat([a, b])):
             with pytest.raises(SimulationError, match="mixes tensors of"):
                 wrong()
-        world.watch_from_here()
+        devices.reset_counts()
         a[torch.tensor([0, 1])]
         a.sum().item()
         a.copy_(torch.ones(3, 4))
-        assert world.syncs == {
+        assert devices.syncs == {
             "index on cuda:0 from the CPU": 1,
             "item on cuda:0": 1,
             "copy from cpu:0 to cuda:0": 1,
@@ -234,26 +234,26 @@ def test_operations_that_real_devices_refuse():
 
 
 def test_gradients_cross_back():
-    with SimulatedDevices() as world:
+    with SimulatedDevices() as devices:
         x = torch.ones(5, device=GPUS[0], requires_grad=True)
         (x.to(GPUS[1], torch.float64) * 2).sum().backward()
-        assert world.device_of(x.grad) == GPUS[0] and x.grad.dtype == torch.float32
+        assert devices.device_of(x.grad) == GPUS[0] and x.grad.dtype == torch.float32
 
 
 def test_bytes_are_counted_while_they_live():
-    with SimulatedDevices() as world:
+    with SimulatedDevices() as devices:
         a = torch.zeros(256, device=GPUS[0])
         view = a[:4]
-        assert world.live[GPUS[0]] == 1024
+        assert devices.live[GPUS[0]] == 1024
         b = a * 2
         del a, b
-        assert (world.live[GPUS[0]], world.peak[GPUS[0]]) == (1024, 2048)
+        assert (devices.live[GPUS[0]], devices.peak[GPUS[0]]) == (1024, 2048)
         del view
-        assert world.live[GPUS[0]] == 0
+        assert devices.live[GPUS[0]] == 0
 
 
-def test_the_world_leaves_nothing_behind(tiny):
-    """Tables cached by device are forgotten: the real model afterwards is the one it was before."""
+def test_the_simulation_leaves_no_cached_tensors(tiny):
+    """Masks and positions cached by device are deleted, so a real model works afterwards."""
     real, ids = make_model(), random_ids(45)
     with SimulatedDevices():
         pass

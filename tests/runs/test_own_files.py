@@ -200,7 +200,7 @@ def test_results_that_cannot_be_written_leave_those_before(workspace, capsys):
 def test_compress_replaces_memories_only(workspace, nothing_is_loaded):  # noqa: F811
     Path("notes.mem").write_text("a year of work", encoding="utf-8")
     command = ["compress", "book0.txt", "--env_conf", "env.json", "-o"]
-    with pytest.raises(ConfigError, match="--output notes.mem: would be replaced, but it is no"):
+    with pytest.raises(ConfigError, match="--output notes.mem: the existing file is not a"):
         compress([*command, "notes.mem"])
     assert Path("notes.mem").read_text(encoding="utf-8") == "a year of work"
     with pytest.raises(ConfigError, match="book1.txt: cannot be written .Not a directory"):

@@ -1,1 +1,1 @@
-"""The commands of `python -m uiollms`, and what they share with train.py and test.py."""
+"""The commands of `python -m uiollms`, and the functions that they have in common."""

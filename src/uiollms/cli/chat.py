@@ -1,13 +1,13 @@
-"""Compress documents once, ask them often, chat with them in mind.
+"""Compresses documents into memories, answers questions about them, and chats with them.
 
 python -m uiollms compress book.txt -o book.mem
 python -m uiollms ask book.mem "Who wrote the letter?" "And why?"
 python -m uiollms ask book.mem another.mem "Where do the two disagree?"
 python -m uiollms chat --memory book.mem
 
-Run where smollm2-8x.json lies (SmolLM2-135M with the shipped adapter), or say which model:
---env_conf FILE for a config of train.py, --model FOLDER for one saved by save_pretrained. A
-memory can be read only by the model that made it.
+The default model is that of smollm2-8x.json in the working directory (SmolLM2-135M with the shipped
+adapter). --env_conf FILE selects the model of another config of train.py, and --model FOLDER a
+model saved by save_pretrained. Only the model that made a memory can read it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from uiollms.build import load_trained, weights_words
 from uiollms.cli.common import Output, output_arguments
-from uiollms.cli.options import SEEDS, place, share, temperature, whole
+from uiollms.cli.options import MAX_SEED, file_path, fraction, temperature, whole_number
 from uiollms.config.load import load_env_config
 from uiollms.data.readers.json_lines import MOST_TEXT, check_text
 from uiollms.data.tokens import continuation_ids, first_ids, plain_ids, tokenize
@@ -42,14 +42,14 @@ from uiollms.weights.base_models import check_tokenizer
 from uiollms.weights.model_folder import load_tokenizer
 
 DEFAULT_CONFIG = "smollm2-8x.json"
-LONGEST_LINE = 2**20  # characters of a turn of a chat
-# stands for the answer before, where the text of a later turn is cut out of the chat template
+MAX_LINE = 2**20  # characters of a turn of a chat
+# Placeholder of the answer before. The text of a later turn follows it in the chat template.
 ANSWER = "ANSWER"
 
 
 def main(arguments: list[str] | None = None, stdin: TextIO | None = None) -> None:
     args = make_parser().parse_args(arguments)
-    args.run(args, Output.of(args), stdin or sys.stdin)
+    args.run(args, Output.from_arguments(args), stdin or sys.stdin)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -60,96 +60,116 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="compress | ask | chat")
 
     def command(
-        name: str, run: Any, help: str, example: str, shown: str, quiet: str
+        name: str, run: Any, help: str, example: str, json_output: str, quiet: str
     ) -> argparse.ArgumentParser:
         description = f"{help[0].upper()}{help[1:]}.\n\nexample: python -m uiollms {example}"
-        own = commands.add_parser(name, help=help, description=description, formatter_class=raw)
-        own.set_defaults(run=run)
-        which = own.add_mutually_exclusive_group()
-        which.add_argument(
+        subparser = commands.add_parser(
+            name, help=help, description=description, formatter_class=raw
+        )
+        subparser.set_defaults(run=run)
+        models = subparser.add_mutually_exclusive_group()
+        models.add_argument(
             "--env_conf",
             metavar="FILE",
             default=DEFAULT_CONFIG,
             help=f"environment config ({DEFAULT_CONFIG})",
         )
-        which.add_argument("--model", metavar="FOLDER", help="a model saved by save_pretrained")
-        output_arguments(own, shown, quiet)
-        return own
+        models.add_argument("--model", metavar="FOLDER", help="a model saved by save_pretrained")
+        output_arguments(subparser, json_output, quiet)
+        return subparser
 
-    what, example = "compress text files into one memory", "compress book.txt -o book.mem"
-    own = command(
+    compress = command(
         "compress",
         run_compress,
-        what,
-        example,
-        "what the memory holds, as one JSON object",
-        "no progress bar, no words",
+        "compress text files into one memory",
+        "compress book.txt -o book.mem",
+        "the contents of the memory, as one JSON object",
+        "print no text and no progress bars",
     )
-    own.add_argument(
+    compress.add_argument(
         "files",
         nargs="+",
-        type=place,
+        type=file_path,
         metavar="FILE",
-        help="UTF-8 text; several are compressed each and joined",
+        help="UTF-8 text; several files are compressed separately and joined",
     )
-    own.add_argument(
+    compress.add_argument(
         "-o",
         "--output",
         required=True,
-        type=place,
+        type=file_path,
         metavar="NAME.mem",
-        help="where the memory goes",
+        help="file that the memory is written to",
     )
 
-    shown, quiet = "every answer and what is held, a JSON object each,", "the answers alone"
-    what, example = (
-        "ask memories, each question on its own",
+    json_output = "every answer and the contents of memory, as one JSON object each"
+    quiet = "print the answers only"
+    ask = command(
+        "ask",
+        run_ask,
+        "answer questions about memories, each question separately",
         'ask book.mem "Who wrote the letter?" "And why?"',
+        json_output,
+        quiet,
     )
-    own = command("ask", run_ask, what, example, shown, quiet)
-    own.add_argument(
+    ask.add_argument(
         "items",
         nargs="+",
         metavar="NAME.mem | QUESTION",
-        help="memories (joined if several) and questions",
+        help="memories, which are joined, and questions",
     )
-    generation_options(own)
+    generation_options(ask)
 
-    what, example = (
-        "chat: a line in, an answer out, all of it held in memory",
+    chat = command(
+        "chat",
+        run_chat,
+        "chat: answer every line of the input; the whole chat becomes memory",
         "chat --memory book.mem",
+        json_output,
+        quiet,
     )
-    own = command("chat", run_chat, what, example, shown, quiet)
-    own.add_argument(
+    chat.add_argument(
         "--memory",
         nargs="+",
-        type=place,
+        type=file_path,
         default=[],
         metavar="NAME.mem",
-        help="documents to have in mind",
+        help="memories that the chat starts with",
     )
-    generation_options(own)
+    generation_options(chat)
     return parser
 
 
 def generation_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--max_new_tokens", type=whole(), default=200, metavar="N", help="longest answer (200)")
+    add(
+        "--max_new_tokens",
+        type=whole_number(),
+        default=200,
+        metavar="N",
+        help="tokens of the longest answer (200)",
+    )
     add(
         "--temperature",
         type=temperature,
         default=0.0,
         metavar="T",
-        help="of sampling; 0 = greedy (0)",
+        help="temperature of sampling; 0 is greedy (0)",
     )
     add(
         "--top_p",
-        type=share,
+        type=fraction,
         default=1.0,
         metavar="P",
-        help="sample from the likeliest tokens of share P (1)",
+        help="sample from the likeliest tokens whose probabilities sum to P (1)",
     )
-    add("--seed", type=whole(0, SEEDS), default=0, metavar="N", help="of sampling (0)")
+    add(
+        "--seed",
+        type=whole_number(0, MAX_SEED),
+        default=0,
+        metavar="N",
+        help="seed of sampling (0)",
+    )
 
 
 # ---- commands ------------------------------------------------------------------------------------
@@ -157,7 +177,7 @@ def generation_options(parser: argparse.ArgumentParser) -> None:
 
 def run_compress(args: argparse.Namespace, output: Output, stdin: TextIO) -> None:
     if args.output.suffix != ".mem":
-        raise ConfigError(f"--output {args.output}: the name of a memory ends in .mem")
+        raise ConfigError(f"--output {args.output}: the file name of a memory must end in .mem")
     check_output(args.output)
     texts = [read_text(path, MOST_TEXT) for path in args.files]
     model, tokenizer = open_model(args, output)
@@ -166,20 +186,24 @@ def run_compress(args: argparse.Namespace, output: Output, stdin: TextIO) -> Non
     for path, text in zip(args.files, texts, strict=True):
         ids = tokenize(tokenizer, text)
         check_fits(model, len(ids), path)
-        shown = dict(desc=path.name, unit="chunk", unit_scale=model.chunk_batch, leave=False)
-        parts.append(model.compress(ids, source=path.name, progress=partial(output.bar, **shown)))
+        progress = partial(
+            output.bar, desc=path.name, unit="chunk", unit_scale=model.chunk_batch, leave=False
+        )
+        parts.append(model.compress(ids, source=path.name, progress=progress))
     memory = join(parts)
     check_fits(model, memory.num_tokens, "the files together")
     memory.save(args.output)
     seconds = time.monotonic() - began
-    held = dict(
+    contents = dict(
         tokens=memory.num_tokens - len(memory.open_ids),
         slots=memory.num_slots,
         open_tokens=len(memory.open_ids),
     )
-    output.say(f"{args.output}: {in_words(held)}, {seconds:.1f} s")
+    output.print_text(f"{args.output}: {contents_text(contents)}, {seconds:.1f} s")
     sources = [source.model_dump() for source in memory.sources]
-    output.result(memory=str(args.output), sources=sources, held=held, seconds=round(seconds, 3))
+    output.print_json(
+        memory=str(args.output), sources=sources, held=contents, seconds=round(seconds, 3)
+    )
 
 
 def run_ask(args: argparse.Namespace, output: Output, stdin: TextIO) -> None:
@@ -195,7 +219,7 @@ def run_ask(args: argparse.Namespace, output: Output, stdin: TextIO) -> None:
     model, tokenizer, state = open_memories(args, output, paths)
     for question in questions:
         ids = first_turn(tokenizer, question, state)
-        if output.has_words:
+        if output.prints_text:
             print(f"{question}\n> ", end="", flush=True)
         answer(args, output, model, tokenizer, state, ids, question)
 
@@ -203,19 +227,19 @@ def run_ask(args: argparse.Namespace, output: Output, stdin: TextIO) -> None:
 def run_chat(args: argparse.Namespace, output: Output, stdin: TextIO) -> None:
     model, tokenizer, state = open_memories(args, output, args.memory)
     if args.memory:
-        say_held(output, state)
-    last = None  # the token that the model said last and has not read yet
-    for line in lines_of(stdin, prompt="you> " if output.has_words and stdin.isatty() else ""):
+        print_contents(output, state)
+    last = None  # the last token of the answer before, which the model has not read yet
+    for line in lines_of(stdin, prompt="you> " if output.prints_text and stdin.isatty() else ""):
         ids = (
             first_turn(tokenizer, line, state)
             if last is None
             else later_turn(tokenizer, line, last)
         )
         state, last = answer(args, output, model, tokenizer, state, ids, line)
-        say_held(output, state)
+        print_contents(output, state)
 
 
-# ---- the parts they share ------------------------------------------------------------------------
+# ---- common functions ----------------------------------------------------------------------------
 
 
 def answer(
@@ -227,19 +251,19 @@ def answer(
     ids: Tensor,
     question: str,
 ) -> tuple[MemoryState, Tensor]:
-    """Read `ids` [1, T] after `state`, write the answer as it comes, or as JSON when it is
-    there; the advanced state and the last token [1, 1], which it has not read."""
+    """Reads `ids` [1, T] after `state` and prints the answer, token by token or as JSON at the
+    end. Returns the state, and the last token [1, 1], which the state does not contain yet."""
     check_fits(
         model,
         state.num_tokens + ids.shape[1] + args.max_new_tokens - 1,
-        "the question and a longest answer",
+        "the question and the longest answer",
     )
     sampling = (
         dict(do_sample=True, temperature=args.temperature, top_p=args.top_p)
         if args.temperature
         else dict(do_sample=False)
     )
-    # Without a chat template nothing says where an answer ends: it is the rest of the line.
+    # Without a chat template an answer has no end token. It ends with its line.
     stop: dict[str, Any] = (
         {} if tokenizer.chat_template else dict(stop_strings=["\n"], tokenizer=tokenizer)
     )
@@ -247,7 +271,7 @@ def answer(
         None if output.json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     )
     began = time.monotonic()
-    said = model.generate(
+    generated = model.generate(
         ids,
         state=state,
         max_new_tokens=args.max_new_tokens,
@@ -257,20 +281,23 @@ def answer(
         **sampling,
         **stop,
     )
-    new, seconds = said.sequences[0, ids.shape[1] :], round(time.monotonic() - began, 3)
-    text, held = (
-        tokenizer.decode(new, skip_special_tokens=True).strip(),
-        held_by(said.past_key_values),
+    new, seconds = generated.sequences[0, ids.shape[1] :], round(time.monotonic() - began, 3)
+    state = generated.past_key_values
+    output.print_json(
+        question=question,
+        answer=tokenizer.decode(new, skip_special_tokens=True).strip(),
+        new_tokens=len(new),
+        held=contents_of(state),
+        seconds=seconds,
     )
-    output.result(question=question, answer=text, new_tokens=len(new), held=held, seconds=seconds)
-    return said.past_key_values, said.sequences[:, -1:]
+    return state, generated.sequences[:, -1:]
 
 
 def first_turn(tokenizer: Any, question: str, state: MemoryState) -> Tensor:
-    """[1, T] token ids of a question behind `state`. What the tokenizer starts every text with
-    (BOS, a space, for some) stands at the start of the stream and nowhere else."""
+    """Token ids [1, T] of a question after `state`. The tokens that the tokenizer starts every text
+    with (for some BOS or a space) are added at the start of the stream only."""
     text, start = turn_text(tokenizer, [question]), first_ids(tokenizer)
-    if state.num_tokens:  # a chat template may write BOS too
+    if state.num_tokens:  # a chat template may contain BOS
         text = text.removeprefix("".join(tokenizer.convert_ids_to_tokens(start)))
         return torch.tensor([continuation_ids(tokenizer, text)], dtype=torch.int64)
     ids = plain_ids(tokenizer, text)
@@ -278,52 +305,50 @@ def first_turn(tokenizer: Any, question: str, state: MemoryState) -> Tensor:
 
 
 def later_turn(tokenizer: Any, question: str, last: Tensor) -> Tensor:
-    """[1, T] token ids of a question behind an answer whose last token [1, 1] has not been read
+    """Token ids [1, T] of a question after an answer whose last token [1, 1] has not been read
     yet."""
     text = turn_text(tokenizer, ["-", ANSWER, question]).partition(ANSWER)[2]
     ids = torch.tensor([continuation_ids(tokenizer, text)], dtype=torch.int64)
     return ids if torch.equal(ids[:, :1], last) else torch.cat([last, ids], dim=1)
 
 
-def turn_text(tokenizer: Any, said: list[str]) -> str:
-    """The user's and the model's words in turn, up to where the model speaks: in the tokenizer's
-    chat template, or in plain words without one."""
+def turn_text(tokenizer: Any, turns: list[str]) -> str:
+    """Formats the turns of user and model, alternately, up to the start of the model's next answer.
+    The format is the tokenizer's chat template, or plain text without one."""
     if not tokenizer.chat_template:
         return "".join(
-            f" {s}" if i % 2 else f"\n\nQuestion: {s}\nAnswer:" for i, s in enumerate(said)
+            f" {s}" if i % 2 else f"\n\nQuestion: {s}\nAnswer:" for i, s in enumerate(turns)
         )
-    turns = [{"role": ("user", "assistant")[i % 2], "content": s} for i, s in enumerate(said)]
-    return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    messages = [{"role": ("user", "assistant")[i % 2], "content": s} for i, s in enumerate(turns)]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
 
 def open_model(
     args: argparse.Namespace, output: Output
 ) -> tuple[MemoryLM, PreTrainedTokenizerBase]:
-    """The model that the arguments name, whose weights are the command's first line, and its
-    tokenizer."""
+    """Loads the model that the arguments name, and its tokenizer. Prints which weights it has."""
     if args.model:
         model, tokenizer = (
             MemoryLM.from_pretrained(args.model, device_map="auto"),
             load_tokenizer(args.model),
         )
         check_tokenizer(tokenizer, model.config, args.model)
-        output.say(weights_words(args.model, model))
+        output.print_text(weights_words(args.model, model))
         return model, tokenizer
     if args.env_conf == DEFAULT_CONFIG and not Path(DEFAULT_CONFIG).exists():
         raise ConfigError(
-            f"there is no {DEFAULT_CONFIG} here; say which model: --env_conf FILE, or --model "
-            "FOLDER"
+            f"there is no {DEFAULT_CONFIG} here; give --env_conf FILE or --model FOLDER"
         )
     model, tokenizer, weights = load_trained(load_env_config(args.env_conf), args.env_conf)
-    output.say(weights_words(weights, model))
+    output.print_text(weights_words(weights, model))
     return model, tokenizer
 
 
 def open_memories(
     args: argparse.Namespace, output: Output, paths: list[Path]
 ) -> tuple[MemoryLM, PreTrainedTokenizerBase, MemoryState]:
-    """The model, its tokenizer, and a stream that holds the memories; files are read before the
-    model is loaded."""
+    """Loads the memories, then the model and its tokenizer -> model, tokenizer, and a state that
+    contains the memories."""
     memories = [Memory.load(path) for path in paths]
     model, tokenizer = open_model(args, output)
     for path, memory in zip(paths, memories, strict=True):
@@ -343,31 +368,31 @@ def check_fits(model: MemoryLM, num_tokens: int, what: str | Path) -> None:
 
 
 def check_output(path: Path) -> None:
-    """Raises ConfigError where no memory can be written, or would replace anything else."""
+    """Raises ConfigError if the file cannot be written, or if it exists and is not a memory."""
     check_folder(path.parent, path.parent)
     if os.path.lexists(path):
         try:
             Memory.load(path)
         except ConfigError as error:
-            what = f"--output {path}: would be replaced, but it is no memory ({error})"
+            what = f"--output {path}: the existing file is not a memory ({error})"
             raise ConfigError(f"{what}; move it, or choose another name") from None
 
 
 def lines_of(stdin: TextIO, prompt: str) -> Iterator[str]:
-    """Lines with something on them, up to the end of the input or /quit. Raises ConfigError for one
-    that is no text in the input's encoding."""
+    """Yields the lines that are not blank, up to the end of the input or /quit. Raises ConfigError
+    for a line that the input's encoding cannot decode, or that is too long."""
     for number in count(1):
         print(prompt, end="", flush=True)
         where = f"stdin: line {number}"
         try:
-            line = stdin.readline(LONGEST_LINE + 1)
+            line = stdin.readline(MAX_LINE + 1)
         except UnicodeDecodeError as error:
             what = f"not text in {error.encoding}; PYTHONUTF8=1 reads UTF-8"
             raise ConfigError(f"{where}: {what}") from None
-        if len(line) > LONGEST_LINE:
+        if len(line) > MAX_LINE:
             remedy = "compress longer texts and give them with --memory"
-            raise ConfigError(f"{where}: more than {LONGEST_LINE:,} characters; {remedy}")
-        mark = "\ufeff" if number == 1 else ""  # PowerShell's pipes begin with one
+            raise ConfigError(f"{where}: more than {MAX_LINE:,} characters; {remedy}")
+        mark = "\ufeff" if number == 1 else ""  # PowerShell's pipes start with this mark
         text = line.removeprefix(mark).strip()
         if not line or text == "/quit":
             return
@@ -376,21 +401,25 @@ def lines_of(stdin: TextIO, prompt: str) -> Iterator[str]:
             yield text
 
 
-def held_by(state: MemoryState) -> dict[str, int]:
-    """tokens: in memory slots; slots: of a layer; open_tokens: of the chunk that is not full
-    yet, held as they are."""
+def contents_of(state: MemoryState) -> dict[str, int]:
+    """Numbers that describe a state.
+
+    tokens:      tokens that were compressed into memory slots
+    slots:       memory slots per layer
+    open_tokens: tokens of the last chunk, which is not full yet and not compressed
+    """
     open_tokens = state.open_ids.shape[1]
     return dict(
         tokens=state.num_tokens - open_tokens, slots=state.num_slots, open_tokens=open_tokens
     )
 
 
-def say_held(output: Output, state: MemoryState) -> None:
-    output.say(f"[held: {in_words(held_by(state))}]")
+def print_contents(output: Output, state: MemoryState) -> None:
+    output.print_text(f"[memory: {contents_text(contents_of(state))}]")
 
 
-def in_words(held: dict[str, int]) -> str:
+def contents_text(contents: dict[str, int]) -> str:
     return (
-        f"{held['tokens']:,} tokens in {held['slots']:,} memory slots (+ {held['open_tokens']:,} "
-        "open tokens)"
+        f"{contents['tokens']:,} tokens in {contents['slots']:,} memory slots (+ "
+        f"{contents['open_tokens']:,} open tokens)"
     )

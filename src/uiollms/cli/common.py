@@ -1,4 +1,4 @@
-"""What the commands share: arguments, what they show, and errors as one line instead of a
+"""Functions that all commands use: arguments, output, and errors as one line instead of a
 traceback."""
 
 from __future__ import annotations
@@ -29,68 +29,77 @@ log = logging.getLogger("uiollms")
 
 @dataclass(frozen=True)
 class Output:
-    """What a command shows: words and tables on stdout, progress on stderr. json: JSON alone on
-    stdout, for scripts; quiet: no words, no tables, no progress. Warnings and errors are on
-    stderr always."""
+    """Prints the output of a command: text and tables to stdout, progress bars to stderr. Warnings
+    and errors always go to stderr.
+
+    quiet: prints no text, no tables and no progress bars
+    json:  prints nothing but JSON to stdout, for scripts
+    """
 
     quiet: bool = False
     json: bool = False
 
     @classmethod
-    def of(cls, args: argparse.Namespace) -> Output:
-        """What was asked for with `output_arguments`."""
+    def from_arguments(cls, args: argparse.Namespace) -> Output:
+        """The output that the options of `output_arguments` select."""
         return cls(args.quiet, args.json)
 
     @property
-    def has_words(self) -> bool:
+    def prints_text(self) -> bool:
         return not (self.quiet or self.json)
 
-    def say(self, text: str) -> None:
-        if self.has_words:
+    def print_text(self, text: str) -> None:
+        if self.prints_text:
             print(text, flush=True)
 
-    def line(self, text: str) -> None:
-        """One line of JSON, at once."""
+    def print_json_line(self, text: str) -> None:
+        """Prints one line of JSON and flushes it."""
         if self.json:
             print(text, flush=True)
 
-    def result(self, **fields: Any) -> None:
-        """One JSON object as a line, at once; its letters escaped where stdout is not UTF-8,
-        control characters always."""
+    def print_json(self, **fields: Any) -> None:
+        """Prints one JSON object as a line. Control characters are escaped, and letters too if
+        stdout is not UTF-8."""
         encoding = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("_", "-")
-        self.line(escaped_line(as_json(fields, ensure_ascii=encoding not in ("utf-8", "utf8"))))
+        text = as_json(fields, ensure_ascii=encoding not in ("utf-8", "utf8"))
+        self.print_json_line(escaped_line(text))
 
     def bar(self, items: Iterable[Any] | None, **settings: Any) -> tqdm:
         return tqdm(items, **settings, disable=self.quiet)
 
     def console(self, width: int | None, **settings: Any) -> Console:
-        return Console(width=width, quiet=not self.has_words, **settings)
+        return Console(width=width, quiet=not self.prints_text, **settings)
 
 
-WORDS, SILENT = Output(), Output(quiet=True)
+DEFAULT_OUTPUT, SILENT = Output(), Output(quiet=True)
 
 
-def step_words(nll: float, lr: float, tokens: float, seconds: float) -> str:
-    """What the bar says of a training step of `tokens` tokens in `seconds`: loss, learning rate,
-    tokens a second."""
+def step_text(nll: float, lr: float, tokens: float, seconds: float) -> str:
+    """The text of the progress bar after a training step of `tokens` tokens in `seconds`."""
     return f"nll {nll:.3f}, lr {lr:.1e}, {tokens / seconds:,.0f} tokens/s"
 
 
 def output_arguments(
-    parser: argparse.ArgumentParser, shown: str, quiet: str = "no progress bar, no words, no table"
+    parser: argparse.ArgumentParser,
+    json_output: str,
+    quiet: str = "print no text, no tables and no progress bars",
 ) -> None:
-    """Adds --quiet and --json, for `Output.of`. shown: what --json prints."""
+    """Adds --quiet and --json for `Output.from_arguments`.
+
+    json_output: what --json prints, for its help text
+    """
     parser.add_argument("--quiet", action="store_true", help=quiet)
     parser.add_argument(
         "--json",
         action="store_true",
-        help=f"{shown} on stdout, and nothing else there: for scripts",
+        help=f"for scripts: print {json_output}, and nothing else, to stdout",
     )
 
 
 def parse_arguments(
     doc: str | None, arguments: list[str] | None, evaluation: bool = False
 ) -> argparse.Namespace:
+    """The arguments of train.py, or with `evaluation` of test.py. doc: the program's docstring."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -106,8 +115,8 @@ def parse_arguments(
         default=[],
         metavar="FIELD=VALUE",
         help=(
-            "override one field of the config, value in JSON, such as train.max_lr=3e-5; may be "
-            "repeated"
+            "override one field of the config with a JSON value, such as train.max_lr=3e-5; may be "
+            "given several times"
         ),
     )
     results = "the results, as in test.json, as one JSON object"
@@ -115,11 +124,13 @@ def parse_arguments(
         parser,
         results
         if evaluation
-        else "every line of metrics.jsonl as it is written; of --dry_run the plan",
+        else "every line of metrics.jsonl as it is written, or the plan of --dry_run",
     )
     if evaluation:
         parser.add_argument(
-            "--use_env_conf_tasks", action="store_true", help="run the config's train.tasks instead"
+            "--use_env_conf_tasks",
+            action="store_true",
+            help="evaluate the tasks in the config's train.tasks",
         )
     else:
         parser.add_argument(
@@ -128,37 +139,39 @@ def parse_arguments(
             const="",
             metavar="CHECKPOINT",
             help=(
-                "go on from the newest checkpoint of the run folder, or from this one; begins "
-                "where there is none yet"
+                "continue from the newest checkpoint of the run folder, or from this one; starts "
+                "from the beginning if there is none"
             ),
         )
         parser.add_argument(
             "--restart",
             action="store_true",
-            help="begin anew although the run folder holds an unfinished run",
+            help="start again although the run folder contains an unfinished run",
         )
         parser.add_argument(
             "--dry_run",
             action="store_true",
-            help="print what a step takes on every device; exit code 3: too much",
+            help="print the memory that a step needs on every device; exit code 3: it does not fit",
         )
         parser.add_argument(
             "--device_memory",
             metavar="SIZES",
-            help="for --dry_run: what GPU 0, 1, ... have, such as 24GiB,24GiB",
+            help="for --dry_run: memory of GPU 0, 1, ..., such as 24GiB,24GiB",
         )
     args = parser.parse_args(arguments)
     if not evaluation and args.device_memory and not args.dry_run:
-        parser.error("--device_memory is for --dry_run")
-    args.output = Output.of(args)
+        parser.error("--device_memory is used with --dry_run only")
+    args.output = Output.from_arguments(args)
     return args
 
 
 def reporting_errors(main: Callable[[], int | None]) -> int:
-    """Run a command and return its exit code, as `errors_as_lines`; the libraries under it say
-    no more than warnings, and the process keeps the memory that its tensors give back and does
-    without cuDNN's attention. A GPU that torch cannot use is said first. Letters that the
-    terminal or pipe cannot show are escaped."""
+    """Runs a command and returns its exit code, as `errors_as_lines` does.
+
+    Libraries print warnings only. The process reuses freed memory and does not use cuDNN's
+    attention. A GPU that torch cannot use is reported first. Letters that the terminal or pipe
+    cannot encode are escaped.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -169,11 +182,11 @@ def reporting_errors(main: Callable[[], int | None]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if (encoding := sys.getfilesystemencoding()) != "utf-8":
         log.warning(
-            "file names and arguments are read as %s here, not as UTF-8; "
-            "PYTHONUTF8=1 reads them so",
+            "file names and arguments are read as %s, not as UTF-8; set PYTHONUTF8=1 for UTF-8",
             encoding,
         )
-    if os.environ.get("LOCAL_RANK", "0") == "0" and (unused := unused_gpu()):  # one process says it
+    # Only the first process of a machine reports it.
+    if os.environ.get("LOCAL_RANK", "0") == "0" and (unused := unused_gpu()):
         log.warning(unused)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     transformers_logging.set_verbosity_error()
@@ -182,14 +195,15 @@ def reporting_errors(main: Callable[[], int | None]) -> int:
 
 
 def errors_as_lines(main: Callable[[], int | None]) -> int:
-    """Run a command and return its exit code; what the user can mend is printed as it is, exit
-    code 2, and Ctrl-C ends it with a word, exit code 130 as in a shell. Anything else is a bug
-    and raises."""
+    """Runs a command and returns its exit code. An error that the user can correct is printed,
+    with exit code 2. Ctrl-C ends the command with exit code 130, as in a shell. Other exceptions
+    are bugs and are raised."""
     try:
         return main() or 0
     except (ConfigError, OSError) as error:  # OSError: a disk or a network
         print(terminal_lines(str(error)), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)  # the line may hold a ^C, half an answer or a bar
+        # The cursor may be in a line with ^C, a bar or half an answer.
+        print("\ninterrupted", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -1,9 +1,7 @@
-"""Trained weights from one format into another: PEFT folders, the authors' .pth list, smaller
-dtypes.
+"""Converts trained weights between PEFT folders and the authors' .pth lists, and to other dtypes.
 
-python -m uiollms convert --env_conf smollm2-8x.json runs/smollm2-8x/checkpoint
-adapters/smollm2-8x --dtype bf16 python -m uiollms convert --env_conf 32x.json ckp/32x.pth
-ckp/32x
+python -m uiollms convert --env_conf 8x.json runs/8x/checkpoint adapters/8x --dtype bf16
+python -m uiollms convert --env_conf 32x.json ckp/32x.pth ckp/32x
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ import argparse
 
 from uiollms.build import load_memory_lm
 from uiollms.cli.common import Output, output_arguments
-from uiollms.cli.options import place
+from uiollms.cli.options import file_path
 from uiollms.config.load import load_env_config
 from uiollms.weights.adapters import load_weights, save_weights
 from uiollms.weights.base_models import DTYPES
@@ -25,18 +23,20 @@ def main(arguments: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--env_conf", required=True, metavar="FILE", help="the config that the weights belong to"
+        "--env_conf", required=True, metavar="FILE", help="config of the weights' model"
     )
-    parser.add_argument("source", type=place, help="a checkpoint folder, or a .pth file")
-    parser.add_argument("target", type=place, help="a folder, or a name ending in .pth")
+    parser.add_argument("source", type=file_path, help="a checkpoint folder, or a .pth file")
+    parser.add_argument("target", type=file_path, help="a folder, or a file name that ends in .pth")
     parser.add_argument(
-        "--dtype", choices=list(DTYPES), help="of the tensors written; as they are by default"
+        "--dtype",
+        choices=list(DTYPES),
+        help="dtype of the written tensors; by default it does not change",
     )
-    output_arguments(parser, "where the weights went, as one JSON object", quiet="no words")
+    output_arguments(parser, "the paths and the dtype, as one JSON object", quiet="print no text")
     args = parser.parse_args(arguments)
-    output = Output.of(args)
+    output = Output.from_arguments(args)
     model, _ = load_memory_lm(load_env_config(args.env_conf), args.env_conf)
     load_weights(model, args.source)
     save_weights(model, args.target, DTYPES.get(args.dtype))
-    output.say(f"written to {args.target}")
-    output.result(source=str(args.source), target=str(args.target), dtype=args.dtype)
+    output.print_text(f"written to {args.target}")
+    output.print_json(source=str(args.source), target=str(args.target), dtype=args.dtype)

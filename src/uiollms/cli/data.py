@@ -1,4 +1,4 @@
-"""Corpora on this machine: which are ready, what the others lack, and what is in them.
+"""Lists the corpora, which files they lack on this machine, and their documents.
 
 python -m uiollms.data
 python -m uiollms.data --sample sotu.test -n 3
@@ -20,7 +20,7 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from uiollms.cli.common import Output, output_arguments
-from uiollms.cli.options import whole
+from uiollms.cli.options import whole_number
 from uiollms.data import open_corpus
 from uiollms.data.documents import Corpus, Document, NewsDocument, RecallDocument, TokenDocument
 from uiollms.data.registry import REGISTER
@@ -33,24 +33,26 @@ def main(arguments: list[str] | None = None) -> None:
         "python -m uiollms.data", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--sample", metavar="NAME", help="print the first documents of a corpus")
-    parser.add_argument("-n", type=whole(), default=2, help="how many (default 2)")
+    parser.add_argument(
+        "-n", type=whole_number(), default=2, help="number of documents for --sample (default 2)"
+    )
     parser.add_argument(
         "--check",
         metavar="NAME",
-        help="read a whole corpus and report every document that cannot be read",
+        help="read a whole corpus and report the documents that cannot be read",
     )
     parser.add_argument(
         "--tokenizer",
         metavar="MODEL",
-        help="for corpora that come tokenised: a model's name or folder",
+        help="name or folder of a model, whose tokenizer decodes tokenised corpora",
     )
     output_arguments(
         parser,
-        "one JSON object a corpus or a sampled document, or one of a check",
-        quiet="no words, no table",
+        "one JSON object per corpus or sampled document, or one for a check",
+        quiet="print no text and no table",
     )
     args = parser.parse_args(arguments)
-    output = Output.of(args)
+    output = Output.from_arguments(args)
     tokenizer = load(AutoTokenizer, args.tokenizer) if args.tokenizer else None
     if args.sample:
         print_samples(args.sample, open_corpus(args.sample, tokenizer), args.n, output)
@@ -65,12 +67,12 @@ def console_of(output: Output) -> Console:
 
 
 def print_corpora(output: Output) -> None:
-    """One line a corpus."""
+    """Prints one line per corpus."""
     console = console_of(output)
     table = Table("corpus", "documents for", "on this machine", box=box.SIMPLE)
     for entry in REGISTER:
         missing = [source.name for source in entry.needs if source.missing()]
-        output.result(
+        output.print_json(
             corpus=entry.usage, documents_for=entry.task, ready=not missing, missing=missing
         )
         table.add_row(
@@ -78,10 +80,9 @@ def print_corpora(output: Output) -> None:
         )
     console.print(table)
     console.print(
-        "SIZE keeps the first characters of a text, 128k or 1m. Missing files belong in raw_data, "
-        "whose README.md says how to "
-        "get them. A missing dataset org/name is downloaded from the hub when first used, with the "
-        "token in HF_TOKEN, or read "
+        "SIZE is the number of characters that a text is cut to, 128k or 1m. Missing files belong "
+        "into raw_data; raw_data/README.md describes how to get them. A missing dataset org/name "
+        "is downloaded from the hub when it is first used, with the token in HF_TOKEN, or read "
         "from $UIOLLMS_HUB_DIR/org/name."
     )
 
@@ -90,10 +91,10 @@ def print_samples(corpus: str, documents: Corpus, number: int, output: Output) -
     console = console_of(output)
     console.print(f"{len(documents)} documents")
     for document in islice(documents, number):
-        output.result(corpus=corpus, documents=len(documents), **as_json(document))
+        output.print_json(corpus=corpus, documents=len(documents), **as_json(document))
         console.rule(document.source)
         console.print(
-            f"task: {document.task}, KL share of the loss: {document.kl_weight}, prompt scored: "
+            f"task: {document.task}, KL weight of the loss: {document.kl_weight}, prompt scored: "
             f"{document.train_prompt}"
         )
         for name, text in texts(document):
@@ -101,7 +102,7 @@ def print_samples(corpus: str, documents: Corpus, number: int, output: Output) -
 
 
 def as_json(document: Document) -> dict[str, Any]:
-    """What is printed of a document, its texts whole."""
+    """The JSON object of a document, with its whole texts."""
     about = dict(
         source=document.source,
         task=document.task,
@@ -109,7 +110,7 @@ def as_json(document: Document) -> dict[str, Any]:
         train_prompt=document.train_prompt,
     )
     counts = (
-        dict(tokens=len(document.input_ids), scored=scored(document))
+        dict(tokens=len(document.input_ids), scored=num_scored(document))
         if isinstance(document, TokenDocument)
         else {}
     )
@@ -117,12 +118,12 @@ def as_json(document: Document) -> dict[str, Any]:
 
 
 def texts(document: Document) -> list[tuple[str, str]]:
-    """All that a document holds, by name."""
+    """(name, text) of everything that a document contains."""
     found = [("text", document.text)]
     if document.response is not None:
         found.append(("response", document.response))
     if isinstance(document, TokenDocument):
-        found.append(("tokens", f"{len(document.input_ids)}, scored {scored(document)}"))
+        found.append(("tokens", f"{len(document.input_ids)}, scored {num_scored(document)}"))
     if isinstance(document, NewsDocument):
         found += [(f"question {question}", answer) for question, answer in document.questions]
         found += [("summary", document.summary), ("distractor", document.distractor)]
@@ -132,13 +133,13 @@ def texts(document: Document) -> list[tuple[str, str]]:
     return found
 
 
-def scored(document: TokenDocument) -> int:
+def num_scored(document: TokenDocument) -> int:
     return sum(label != -100 for label in document.labels)
 
 
 def check(corpus: str, documents: Corpus, output: Output, most: int = 20) -> None:
-    """Read all documents. Raises ConfigError with a line for each of the first `most` that
-    cannot be read."""
+    """Reads all documents. Raises ConfigError with one line per document that cannot be read, at
+    most `most` of them."""
     faults: list[str] = []
     empty = characters = 0
     for i in range(len(documents)):
@@ -149,11 +150,11 @@ def check(corpus: str, documents: Corpus, output: Output, most: int = 20) -> Non
             continue
         empty += document.is_empty
         characters += len(document.text) + len(document.response or "")
-    output.say(
+    output.print_text(
         f"{len(documents)} documents, {empty} of them empty, {len(faults)} unreadable, "
         f"{characters} characters"
     )
-    output.result(
+    output.print_json(
         corpus=corpus,
         documents=len(documents),
         empty=empty,

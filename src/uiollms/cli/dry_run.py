@@ -1,4 +1,4 @@
-"""`train.py --dry_run`: the plan of a run as a table, and an exit code.
+"""Prints the plan of a run for `train.py --dry_run`.
 
 python train.py --env_conf 32x.json --dry_run --device_memory 24GiB,24GiB
 """
@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from uiollms.cli.common import WORDS, Output
+from uiollms.cli.common import DEFAULT_OUTPUT, Output
 from uiollms.config.sections import EnvConfig
 from uiollms.distributed.device_map import CPU, this_machine
 from uiollms.files.errors import ConfigError, shortened
@@ -22,17 +22,23 @@ from uiollms.planning.planner import Plan, make_plan
 from uiollms.training.schedule import Schedule
 
 DOES_NOT_FIT = 3  # exit code
-MOST_GPUS = 128  # torch counts no further
+MAX_GPUS = 128  # of torch
+MAX_MEMORY = 2**50  # bytes of a GPU, a thousand times the largest
+SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT])(I?)B", re.IGNORECASE)
 
 
 def dry_run(
-    config: EnvConfig, path: str | Path, device_memory: str | None = None, output: Output = WORDS
+    config: EnvConfig,
+    path: str | Path,
+    device_memory: str | None = None,
+    output: Output = DEFAULT_OUTPUT,
 ) -> int:
-    """Print the plan of a config; exit code 0 if it fits, 3 if not. device_memory:
-    "24GiB,24GiB", what GPU 0, 1, ... have, if not this machine's."""
-    logging.getLogger("accelerate.utils.modeling").setLevel(
-        logging.ERROR
-    )  # it warns of GPUs that are not here
+    """Prints the plan of a config. Returns exit code 0 if it fits, 3 if it does not.
+
+    device_memory: memory of GPU 0, 1, ..., such as "24GiB,24GiB", instead of this machine's
+    """
+    # accelerate warns about GPUs that this machine lacks.
+    logging.getLogger("accelerate.utils.modeling").setLevel(logging.ERROR)
     machine = (
         None if device_memory is None else parse_memory(device_memory) | {CPU: this_machine()[CPU]}
     )
@@ -42,17 +48,13 @@ def dry_run(
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     print_plan(plan, config.train.accum_grad, steps, output.console(width=130))
-    output.result(**as_json(plan), steps=steps)
+    output.print_json(**as_json(plan), steps=steps)
     return 0 if plan.fits else DOES_NOT_FIT
-
-
-SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT])(I?)B", re.IGNORECASE)
-MOST_MEMORY = 2**50  # bytes of a GPU: a thousand times the largest
 
 
 def parse_memory(text: str) -> dict[torch.device, int]:
     """ "24GiB,24GiB" -> bytes of GPU 0 and 1. Raises ConfigError."""
-    expected = "expected one size a GPU, such as 24GiB,24GiB"
+    expected = "expected one size per GPU, such as 24GiB,24GiB"
     sizes: list[int] = []
     for part in text.split(","):
         match = SIZE.fullmatch(part.strip())
@@ -64,26 +66,26 @@ def parse_memory(text: str) -> dict[torch.device, int]:
             if match
             else 0
         )
-        if not 0 < size <= MOST_MEMORY or len(sizes) == MOST_GPUS:
-            what = (
+        if not 0 < size <= MAX_MEMORY or len(sizes) == MAX_GPUS:
+            found = (
                 f"found {shortened(part.strip(), 40)!r}, at most 1024TiB"
-                if len(sizes) < MOST_GPUS
-                else f"at most {MOST_GPUS}"
+                if len(sizes) < MAX_GPUS
+                else f"at most {MAX_GPUS}"
             )
-            raise ConfigError(f"--device_memory {shortened(text, 60)}: {expected}; {what}")
+            raise ConfigError(f"--device_memory {shortened(text, 60)}: {expected}; {found}")
         sizes.append(size)
     return {torch.device("cuda", i): size for i, size in enumerate(sizes)}
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """The table's figures in bytes, and the lines below it; have: 0 where the device is not
-    here."""
+    """The plan for `--json`: the figures of the table in bytes, and those below the table. `have`
+    is 0 for a device that this machine lacks."""
     devices = [
         dict(
             device=str(device),
             need=round(need.total),
-            have=plan.have[device],
-            fits=need.total <= plan.have[device],
+            have=plan.available[device],
+            fits=need.total <= plan.available[device],
             parts={name: round(size) for name, size in need._asdict().items()},
         )
         for device, need in plan.need.items()
@@ -94,7 +96,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 
 def print_plan(plan: Plan, documents: int, steps: int, console: Console) -> None:
-    """documents: of a step of one process; steps: of a run of one."""
+    """Prints the plan. documents: of one step; steps: of a run; both with one process."""
     table = Table(
         title=(
             f"one training step: a document of {plan.length:,} tokens, chunk_batch "
@@ -115,13 +117,13 @@ def print_plan(plan: Plan, documents: int, steps: int, console: Console) -> None
     for column in ("total", "has", "fits"):
         table.add_column(column, justify="right")
     for device, need in plan.need.items():
-        have = plan.have[device]
+        available = plan.available[device]
         figures = [f"{size / 2**30:.2f}" for size in (*need, need.total)]
         table.add_row(
             str(device),
             *figures,
-            f"{have / 2**30:.2f}" if have else "not here",
-            "yes" if need.total <= have else "NO",
+            f"{available / 2**30:.2f}" if available else "not here",
+            "yes" if need.total <= available else "NO",
         )
     console.print(table)
     longest = (
@@ -133,15 +135,16 @@ def print_plan(plan: Plan, documents: int, steps: int, console: Console) -> None
     console.print(f"longest document with chunk_batch {plan.chunk_batch}: {longest}")
     console.print(f"largest chunk_batch at {plan.length:,} tokens: {most}")
     speed, unit = (100e9, "GFLOP/s") if set(plan.need) == {CPU} else (100e12, "TFLOP/s")
-    each = f"{documents} document{'s' * (documents > 1)}"
-    console.print(f"a step takes {each} of every process: {steps:,} steps of one process")
-    work = f"useful work of a document: {plan.flops / 1e12:,.3g} TFLOP"
+    per_step = f"{documents} document{'s' * (documents > 1)}"
     console.print(
-        f"{work}, {plan.flops / speed:,.3g} s where 100 {unit} are really done (devices of one "
-        "process take turns)"
+        f"a step uses {per_step} in every process; with one process the run has {steps:,} steps"
     )
-    if not all(plan.have.values()):
+    console.print(
+        f"useful FLOPs of a document: {plan.flops / 1e12:,.3g} TFLOP, {plan.flops / speed:,.3g} s "
+        f"at an actual speed of 100 {unit} (the devices of one process work in turn)"
+    )
+    if not all(plan.available.values()):
         console.print(
-            "a GPU that the map names is not here; --device_memory 24GiB,24GiB asks about other "
-            "machines"
+            "this machine lacks a GPU that the device_map names; --device_memory 24GiB,24GiB plans "
+            "for another machine"
         )

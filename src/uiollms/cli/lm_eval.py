@@ -1,10 +1,10 @@
-"""The command `lm_eval`: lm-eval's own, with a model with memory among its models.
+"""Runs lm-eval's command line with one more model, `uiollms`, which is a model with memory.
 
 lm_eval --model uiollms --model_args env_conf=smollm2-8x.json --tasks arc_easy --batch_size 4
 
-lm-eval 0.4 looks for models in its own package only and has no place for plugins. So this
-package brings a command of that name, which adds `uiollms` to the models and is lm-eval's own in
-everything else. How to get the original back: docs/using.md.
+lm-eval 0.4 loads models from its own package only. So this package installs a command `lm_eval`
+that adds `uiollms` to the models and calls lm-eval's command. docs/using.md describes how to
+restore the original command.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ MODEL = "uiollms"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """lm-eval's command line; its exit code, 2 with one line for what the user can mend."""
-    if arguments is not None:  # lm-eval takes no other
+    """Runs lm-eval's command line and returns its exit code, as `errors_as_lines` does."""
+    if arguments is not None:  # lm-eval reads sys.argv
         sys.argv[1:] = arguments
     return errors_as_lines(run)
 
@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run() -> None:
     if find_spec("lm_eval") is None:
         raise ConfigError(
-            "lm_eval: lm-eval is not installed; get it with: pip install -e '.[lm-eval]'"
+            "lm_eval: lm-eval is not installed; install it with: pip install -e '.[lm-eval]'"
         )
     register()
     from lm_eval.__main__ import cli_evaluate
@@ -39,8 +39,8 @@ def run() -> None:
 
 
 def register() -> None:
-    """Make the model known by its name; what it needs is imported when lm-eval asks for it."""
-    # First, because lm-eval fills its registry only while that is empty.
+    """Registers the model's name. lm-eval imports its module when a command uses it."""
+    # This import comes first, because lm-eval fills its registry only while it is empty.
     import lm_eval.models  # noqa: F401
     from lm_eval.api.registry import model_registry
 

@@ -1,4 +1,4 @@
-"""Values of command-line options: argparse refuses those that have no meaning, with exit code 2."""
+"""Types of command-line options. argparse refuses other values, with exit code 2."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 
 from uiollms.files.errors import shortened
 
-SEEDS = 2**63 - 1  # the largest; as of train.seed
+MAX_SEED = 2**63 - 1  # as that of train.seed
 
 
-def whole(least: int = 1, most: int = 10**9) -> Callable[[str], int]:
-    """A whole number from `least` to `most`."""
+def whole_number(least: int = 1, most: int = 10**9) -> Callable[[str], int]:
+    """The type of a whole number from `least` to `most`."""
     digits = len(str(most))
 
     def read(text: str) -> int:
@@ -25,41 +25,41 @@ def whole(least: int = 1, most: int = 10**9) -> Callable[[str], int]:
             and least <= int(number) <= most
         ):
             return int(number)
-        raise wrong(f"a whole number from {least:,} to {most:,}", text)
+        raise unexpected(text, f"a whole number from {least:,} to {most:,}")
 
     return read
 
 
 def temperature(text: str) -> float:
-    """0, or so much that dividing by it leaves finite numbers."""
-    value = number(text)
+    """The temperature of sampling: 0, or a number that logits can be divided by."""
+    value = number_or_nan(text)
     if value == 0 or 1e-4 <= value <= 1e4:
         return value
-    raise wrong("0 (greedy), or a number from 0.0001 to 10000", text)
+    raise unexpected(text, "0 (greedy), or a number from 0.0001 to 10000")
 
 
-def share(text: str) -> float:
-    """More than 0, at most 1."""
-    value = number(text)
+def fraction(text: str) -> float:
+    """A number above 0, at most 1."""
+    value = number_or_nan(text)
     if 0 < value <= 1:
         return value
-    raise wrong("a number above 0, at most 1", text)
+    raise unexpected(text, "a number above 0, at most 1")
 
 
-def number(text: str) -> float:
-    """NaN where it is none: no comparison is true of it."""
+def number_or_nan(text: str) -> float:
+    """The number, or NaN for other texts, with which every comparison is false."""
     try:
         return float(text)
     except ValueError:
         return math.nan
 
 
-def place(text: str) -> Path:
-    """A path that a file can have."""
+def file_path(text: str) -> Path:
+    """A path that is not empty and contains no zero byte."""
     if not text or "\0" in text:
-        raise wrong("a path: some characters, none of them a zero byte", text)
+        raise unexpected(text, "a path: some characters, none of them a zero byte")
     return Path(text)
 
 
-def wrong(expected: str, found: str) -> ArgumentTypeError:
+def unexpected(found: str, expected: str) -> ArgumentTypeError:
     return ArgumentTypeError(f"expected {expected}, found {shortened(found, 60)!r}")

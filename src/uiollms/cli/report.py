@@ -17,8 +17,8 @@ from dataclasses import asdict
 from functools import partial
 
 from uiollms.build import load_memory_lm
-from uiollms.cli.common import WORDS, Output, output_arguments
-from uiollms.cli.options import place, whole
+from uiollms.cli.common import DEFAULT_OUTPUT, Output, output_arguments
+from uiollms.cli.options import file_path, whole_number
 from uiollms.evaluation.attention_mass import AttentionMass, measure_attention
 from uiollms.files.atomic import reporting_write_errors
 from uiollms.files.errors import ConfigError
@@ -39,7 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", type=place, metavar="RUN", help="run folder of train.py or test.py")
+    parser.add_argument(
+        "run", type=file_path, metavar="RUN", help="run folder of train.py or test.py"
+    )
     group = parser.add_mutually_exclusive_group()
     group.add_argument(
         "--no_attention",
@@ -48,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     group.add_argument(
         "--attention_tokens",
-        type=whole(),
+        type=whole_number(),
         metavar="N",
         help="measure attention again, on N tokens of the document",
     )
@@ -57,17 +59,17 @@ def main(arguments: list[str] | None = None) -> int:
         "the paths of the page and its plots, and the missing parts, as one JSON object",
     )
     args = parser.parse_args(arguments)
-    output = Output.of(args)
+    output = Output.from_arguments(args)
     run = read_folder(args.run)
     add_attention(run, args.no_attention, args.attention_tokens, output)
     page, plots = write_report(run)
     for part in run.missing:
-        output.say(
+        output.print_text(
             f"not in the report: {part.what}: {part.why}"
             + (f"; this command makes it: {part.command}" if part.command else "")
         )
-    output.say(f"written to {page}, plots to {page.parent / 'plots'}")
-    output.result(
+    output.print_text(f"written to {page}, plots to {page.parent / 'plots'}")
+    output.print_json(
         page=str(page),
         plots=[str(plot) for plot in plots],
         missing=[asdict(part) for part in run.missing],
@@ -75,7 +77,9 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def add_attention(run: RunFolder, skip: bool, tokens: int | None, output: Output = WORDS) -> None:
+def add_attention(
+    run: RunFolder, skip: bool, tokens: int | None, output: Output = DEFAULT_OUTPUT
+) -> None:
     """Sets `run.attention` from the file in the run folder. Measures and stores it first if the
     file belongs to other weights.
 
@@ -118,7 +122,7 @@ def measure_run(run: RunFolder, tokens: int | None, output: Output) -> Attention
     model, tokenizer = load_memory_lm(run.config, run.path / "config.json")
     if run.weights:
         load_weights(model, run.weights)
-    output.say(f"measuring attention; weights: {run.weights_name}, base in {model.dtype}")
+    output.print_text(f"measuring attention; weights: {run.weights_name}, base in {model.dtype}")
     progress = partial(output.bar, desc="attention", unit="chunk", leave=False)
     mass = measure_attention(model, tokenizer, run.config, tokens, progress)
     return AttentionMass(mass.fractions, mass.about | {"weights": run.weights_name})

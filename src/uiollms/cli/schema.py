@@ -1,10 +1,10 @@
-"""JSON Schemas of the config files, config/schema/, and the page docs/config.md, both written
-from the typed models.
+"""Writes the JSON Schemas of the config files, config/schema/, and the page docs/config.md, both
+generated from the typed sections.
 
-python -m uiollms schema                # where this repository lies, as `make schema` does
-python -m uiollms schema --out /tmp/x   # elsewhere, to compare
+python -m uiollms schema                # into the working directory, as `make schema` does
+python -m uiollms schema --out /tmp/x   # into another folder, to compare
 
-A file that names its schema in "$schema" gets completion and checks in most editors.
+Most editors complete and check a file that names its schema in "$schema".
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from uiollms.cli.options import place
+from uiollms.cli.options import file_path
 from uiollms.config.json_schema import SCHEMAS, config_page, schema_text
 from uiollms.files.atomic import make_folder, replace_text, reporting_write_errors
 
@@ -25,10 +25,10 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument(
         "--out",
-        type=place,
+        type=file_path,
         default=Path(),
         metavar="FOLDER",
-        help="where config/ and docs/ are (here)",
+        help="folder of config/ and docs/ (the working directory)",
     )
     out = parser.parse_args(arguments).out
     texts = {f"config/schema/{name}": schema_text(name) for name in SCHEMAS} | {

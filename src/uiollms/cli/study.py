@@ -1,18 +1,19 @@
-"""What a gradient estimator costs and buys, measured on a real model and real documents.
+"""Compares the gradient estimators on real documents.
 
-Bias and variance as the config trains, in a minute, and in the paper's Table 4 set-up:
+Measure bias and variance with the config's sizes, with small ones in a minute, and with those of
+the paper's Table 4:
     python -m uiollms.study gradients --env_conf smollm2-8x.json
     python -m uiollms.study gradients --env_conf smollm2-8x.json --preset quick
     python -m uiollms.study gradients --env_conf smollm2-8x.json --preset table4
-Time and memory in the paper's Figure 7 set-up; results.json on stdout and nothing else:
+Measure time and memory with the sizes of the paper's Figure 7; print the results as JSON only:
     python -m uiollms.study cost      --env_conf smollm2-8x.json --preset figure7
     python -m uiollms.study cost      --env_conf smollm2-8x.json --quiet --json
-What is learned on real text, and of long dependences:
+Compare what is learned on real text, and of long dependences:
     python -m uiollms.study learning  --env_conf config/experiments/learning.json --preset quick
     python -m uiollms.study recall    --distances 1 4
 
-Results (JSON, a markdown table, a plot) go to --out. `learning` and `recall` add a line to
-curves.jsonl after every training and go on from there when they are started again.
+The results (JSON, a markdown table, a plot) are written to --out. `learning` and `recall` add a
+line to curves.jsonl after every training. When they are started again, they skip these trainings.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from rich.markdown import Markdown
 
 from uiollms.build import load_memory_lm, weights_of
 from uiollms.cli.common import Output, output_arguments
-from uiollms.cli.options import place, whole
+from uiollms.cli.options import file_path, whole_number
 from uiollms.config.corpora import TaskEntry
 from uiollms.config.load import load_env_config
 from uiollms.config.sections import EnvConfig, MemoryConfig, TrainSection
@@ -49,24 +50,22 @@ from uiollms.runs.metrics import read_lines
 from uiollms.study.cost import study_cost
 from uiollms.study.gradients import INFINITE, NAMES, estimators_of, study_gradients
 from uiollms.study.learning import compare, plot_curves, step_seconds, summarise
-from uiollms.study.recall import MEMORY, MOST_CHUNKS, VALUES, recall_samples, train_base
+from uiollms.study.recall import MAX_CHUNKS, MEMORY, VALUES, recall_samples, train_base
 from uiollms.study.tables import markdown_table, plot
 from uiollms.training.weighting import weigh_tokens
 from uiollms.weights.adapters import load_weights
 
-# documents, tokens of each, chunk_size, num_memory; None: the config's own
+# number of documents, tokens of each, sizes (None: those of the config), and values of S
 PRESETS: dict[str, dict[str, Any]] = {
     "config": dict(
-        documents=4, tokens=2048, chunk_size=None, num_memory=None, windows=[1, 2, 4, 8, INFINITE]
+        documents=4, tokens=2048, chunk_size=None, num_memory=None, sizes=[1, 2, 4, 8, INFINITE]
     ),
-    "quick": dict(
-        documents=2, tokens=320, chunk_size=64, num_memory=8, windows=[1, 2, 4, INFINITE]
-    ),
+    "quick": dict(documents=2, tokens=320, chunk_size=64, num_memory=8, sizes=[1, 2, 4, INFINITE]),
     "table4": dict(
-        documents=8, tokens=2048, chunk_size=128, num_memory=16, windows=[1, 2, 4, 8, INFINITE]
+        documents=8, tokens=2048, chunk_size=128, num_memory=16, sizes=[1, 2, 4, 8, INFINITE]
     ),
     "figure7": dict(
-        documents=1, tokens=2048, chunk_size=16, num_memory=4, windows=[1, 2, 3, 4, 5, 6]
+        documents=1, tokens=2048, chunk_size=16, num_memory=4, sizes=[1, 2, 3, 4, 5, 6]
     ),
 }
 
@@ -76,34 +75,34 @@ RESULTS = ("results.json", "table.md", "plot.png")
 
 @contextmanager
 def as_preset(model: MemoryLM, preset: dict[str, Any]) -> Iterator[None]:
-    """The model with the preset's chunk size and memory: LoRA does not depend on either, so the
-    weights stay. Of longer recent tokens a whole chunk is left."""
-    own = model.memory_config
+    """Sets the preset's chunk size and number of slots within a context. The weights stay, because
+    LoRA depends on neither. Recent tokens are limited to the chunk size."""
+    config = model.memory_config
     changed = {k: preset[k] for k in ("chunk_size", "num_memory") if preset[k]}
-    changed["recent_tokens"] = min(own.recent_tokens, preset["chunk_size"] or own.chunk_size)
-    model.memory_config = MemoryConfig(**own.model_dump() | changed)
+    changed["recent_tokens"] = min(config.recent_tokens, preset["chunk_size"] or config.chunk_size)
+    model.memory_config = MemoryConfig(**config.model_dump() | changed)
     try:
         yield
     finally:
-        model.memory_config = own
+        model.memory_config = config
 
 
-# command -> (what it does, an example of its arguments)
+# command -> (help text, example of its arguments)
 COMMANDS = {
     "gradients": (
-        "bias and variance of every gradient estimator",
+        "measure bias and variance of every gradient estimator",
         "--env_conf smollm2-8x.json --preset table4",
     ),
     "cost": (
-        "time and peak memory of a step, by estimator and window",
+        "measure time and peak memory of a step, by estimator and S",
         "--env_conf smollm2-8x.json --preset figure7",
     ),
     "learning": (
-        "what every estimator learns on text",
+        "compare what the estimators learn on text",
         "--env_conf config/experiments/learning.json --preset quick --seeds 3",
     ),
     "recall": (
-        "what every estimator learns of long dependences",
+        "compare what the estimators learn of long dependences",
         "--distances 4 --iterations 250 --seeds 3",
     ),
 }
@@ -122,9 +121,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         )
         raw = argparse.RawDescriptionHelpFormatter
         command = commands.add_parser(name, help=what, description=description, formatter_class=raw)
-        command.add_argument(
-            "--out", type=place, help="folder of the results; runs/study-... by default"
-        )
+        command.add_argument("--out", type=file_path, help="folder of the results (runs/study-...)")
         output_arguments(command, "the results, as in results.json, as one JSON object")
         if name != "recall":
             command.add_argument("--env_conf", required=True, metavar="FILE")
@@ -132,47 +129,61 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
             command.add_argument("--preset", choices=list(PRESETS), default="config")
         if name in ("gradients", "cost"):
             command.add_argument(
-                "--corpus", default="sotu.test", help="where the documents come from"
+                "--corpus", default="sotu.test", help="corpus of the documents (sotu.test)"
             )
             command.add_argument(
-                "--documents", type=whole(1, 10**6), help="how many, instead of the preset's"
+                "--documents",
+                type=whole_number(1, 10**6),
+                help="number of documents (that of the preset)",
             )
             command.add_argument(
-                "--draws", type=whole(1, 10**8), default=2000, help="draws of every estimator"
+                "--draws",
+                type=whole_number(1, 10**8),
+                default=2000,
+                help="number of draws per estimator (2000)",
             )
         if name == "cost":
             command.add_argument(
                 "--repeats",
-                type=whole(1, 10**4),
+                type=whole_number(1, 10**4),
                 default=1,
-                help="turns of all steps; the median counts",
+                help="number of steps per estimator, of which the median counts (1)",
             )
             command.add_argument(
-                "--estimators", nargs="+", default=NAMES, choices=NAMES, help="which; default: all"
+                "--estimators",
+                nargs="+",
+                default=NAMES,
+                choices=NAMES,
+                help="the estimators to measure (all)",
             )
         if name in ("learning", "recall"):
             command.add_argument(
                 "--seeds",
-                type=whole(1, 10),
+                type=whole_number(1, 10),
                 default=3,
                 metavar="N",
-                help="trainings of every estimator (1 to 10)",
+                help="number of trainings per estimator, 1 to 10 (3)",
             )
         if name == "recall":
             command.add_argument(
                 "--distances",
-                type=whole(1, MOST_CHUNKS - 1),
+                type=whole_number(1, MAX_CHUNKS - 1),
                 nargs="+",
                 default=[1, 4],
-                help="chunks between told and asked",
+                help="number of chunks from a fact to its question (1 4)",
             )
             command.add_argument(
-                "--S", type=whole(1, 10**6), default=1, help="window of tbptt, uio and importance"
+                "--S",
+                type=whole_number(1, 10**6),
+                default=1,
+                help="S of tbptt, uio and importance (1)",
             )
-            help = "optimizer steps of eight samples each"
-            command.add_argument("--iterations", type=whole(1, 10**7), default=100, help=help)
+            help = "number of optimizer steps of eight samples (100)"
+            command.add_argument(
+                "--iterations", type=whole_number(1, 10**7), default=100, help=help
+            )
     args = parser.parse_args(arguments)
-    args.output = Output.of(args)
+    args.output = Output.from_arguments(args)
     return args
 
 
@@ -189,16 +200,16 @@ def main(arguments: list[str] | None = None) -> None:
     replace_text(out / "results.json", results)
     replace_text(out / "table.md", markdown_table(rows))
     args.output.console(150).print(Markdown(markdown_table(rows)))
-    args.output.result(setting=setting, rows=rows)
-    args.output.say(f"written to {out}")
+    args.output.print_json(setting=setting, rows=rows)
+    args.output.print_text(f"written to {out}")
 
 
 def check_results(out: Path) -> None:
-    """Raises ConfigError where results would take the place of files that no study has written."""
+    """Raises ConfigError if results would overwrite files that were not written by a study."""
     check_folder(out, out)
     ours = False
     if (out / RESULTS[0]).is_file():
-        with suppress(ConfigError):  # somebody else's
+        with suppress(ConfigError):  # not a file of a study
             found = read_json(out / RESULTS[0])
             ours = isinstance(found, dict) and found.keys() == {"setting", "rows"}
     for name in () if ours else RESULTS:
@@ -207,25 +218,25 @@ def check_results(out: Path) -> None:
             raise ConfigError(f"{out / name}: {why}; choose another --out, or move the file")
 
 
-Result = tuple[dict[str, Any], list[dict[str, Any]]]  # what was set, and the table
+Result = tuple[dict[str, Any], list[dict[str, Any]]]  # settings, and rows of the table
 
 
 def measure(args: argparse.Namespace, out: Path) -> Result:
-    """gradients, cost: estimators on trained weights."""
+    """The commands `gradients` and `cost`, which measure estimators with trained weights."""
     preset = PRESETS[args.preset]
     config = load_env_config(args.env_conf, args.set)
     model, tokenizer = load_memory_lm(config, args.env_conf)
     weights = weights_of(config)
     with as_preset(model, preset):
         count = args.documents or preset["documents"]
-        wanted = dict(num_instance=count, truncation=preset["tokens"], documents="full")
-        task = TaskEntry(task_type="perplexity", task_name=args.corpus, **wanted)
+        limits = dict(num_instance=count, truncation=preset["tokens"], documents="full")
+        task = TaskEntry(task_type="perplexity", task_name=args.corpus, **limits)
         documents = evaluation_documents(model, tokenizer, task)
     if weights:
         load_weights(model, weights)
     with as_preset(model, preset):
         if args.what == "gradients":
-            rows = study_gradients(model, documents, preset["windows"], args.draws, args.output.bar)
+            rows = study_gradients(model, documents, preset["sizes"], args.draws, args.output.bar)
             columns = [
                 "bias",
                 "variance",
@@ -238,7 +249,7 @@ def measure(args: argparse.Namespace, out: Path) -> Result:
             rows = study_cost(
                 model,
                 documents[0],
-                preset["windows"],
+                preset["sizes"],
                 args.repeats,
                 args.estimators,
                 args.output.bar,
@@ -264,14 +275,15 @@ def measure(args: argparse.Namespace, out: Path) -> Result:
 
 
 def learning(args: argparse.Namespace, out: Path) -> Result:
-    """Every estimator trains the config's memory, from its load_ckp if it names one, on the
-    config's corpora; its first evaluation task is held out."""
+    """The command `learning`. Every estimator trains memory on the config's corpora, starting from
+    its load_ckp if it names one. The documents of the config's first evaluation task are held
+    out."""
     config = load_env_config(args.env_conf, args.set)
     train = config.train
     if not train.tasks or train.tasks[0].truncation is None:
         raise ConfigError(
-            f"{args.env_conf}: train.tasks: expected a perplexity task with a truncation: what is "
-            "held out"
+            f"{args.env_conf}: train.tasks: expected a perplexity task with a truncation, whose "
+            "documents are held out"
         )
     model, tokenizer = load_memory_lm(config, args.env_conf)
     if config.model.load_ckp:
@@ -283,21 +295,21 @@ def learning(args: argparse.Namespace, out: Path) -> Result:
 def learn_text(
     args: argparse.Namespace, out: Path, config: EnvConfig, model: MemoryLM, tokenizer: Any
 ) -> Result:
-    """`learning` with a loaded model, whose weights every training starts from where they were
-    loaded."""
+    """`learning` with a loaded model. If the config has a load_ckp, every training starts from
+    the model's weights."""
     train = config.train
     documents = evaluation_documents(model, tokenizer, train.tasks[0])
     held_out = [Sample.language_modeling(ids, model.memory_config.chunk_size) for ids in documents]
 
     def start(seed: int) -> tuple[MemoryLM, Iterator[Sample]]:
         torch.manual_seed(seed)
-        fresh = MemoryLM(model.base, model.memory_config, model.masters)
-        fresh.chunk_batch = model.chunk_batch
+        new_model = MemoryLM(model.base, model.memory_config, model.masters)
+        new_model.chunk_batch = model.chunk_batch
         if config.model.load_ckp:
-            fresh.load_memory_state_dict(model.memory_state_dict())
+            new_model.load_memory_state_dict(model.memory_state_dict())
         seeded = config.model_copy(update={"train": train.model_copy(update={"seed": seed})})
-        samples = SampleStream(seeded, tokenizer, fresh, partial(weigh_tokens, fresh))
-        return fresh, one_by_one(samples)
+        samples = SampleStream(seeded, tokenizer, new_model, partial(weigh_tokens, new_model))
+        return new_model, one_by_one(samples)
 
     setting = describe(args, config)
     curves, record = curves_file(out, setting)
@@ -333,7 +345,8 @@ def describe(args: argparse.Namespace, config: EnvConfig) -> dict[str, Any]:
 
 
 def recall(args: argparse.Namespace, out: Path) -> Result:
-    """Every estimator trains memory for questions about what was told `distance` chunks ago."""
+    """The command `recall`. Every estimator trains memory for questions about facts of `distance`
+    chunks before."""
     base = train_base(out / "base", bar=args.output.bar)
     accum_grad = 8
     train = TrainSection.model_validate(
@@ -364,7 +377,7 @@ def recall(args: argparse.Namespace, out: Path) -> Result:
             model.chunk_batch = 16
             return model, recall_samples(distance, seed)
 
-        stream = recall_samples(distance, seed=10**6)  # of no training
+        stream = recall_samples(distance, seed=10**6)  # a seed of no training
         held_out = [next(stream) for _ in range(32)]
         curves, record = curves_file(out / f"distance-{distance}", setting)
         estimators = estimators_of([args.S])
@@ -381,8 +394,8 @@ def recall(args: argparse.Namespace, out: Path) -> Result:
 
 
 def curves_file(folder: Path, setting: dict[str, Any]) -> tuple[list[dict[str, Any]], Any]:
-    """Curves of earlier calls with the same setting, and a function that adds one to that list
-    and to curves.jsonl. Raises ConfigError where the file holds curves of another setting."""
+    """The curves of earlier calls with the same setting, and a function that adds a curve to this
+    list and to curves.jsonl. Raises ConfigError if the file has curves of another setting."""
     make_folder(folder)
     path = folder / "curves.jsonl"
     plain = json.loads(json.dumps(setting))
@@ -393,7 +406,8 @@ def curves_file(folder: Path, setting: dict[str, Any]) -> tuple[list[dict[str, A
             "the folder"
         )
     lines = lines or [plain]
-    replace_text(path, "".join(as_json(line) + "\n" for line in lines))  # without a torn end
+    # This removes an incomplete last line.
+    replace_text(path, "".join(as_json(line) + "\n" for line in lines))
     curves = lines[1:]
 
     def record(curve: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""`python -m uiollms.data`, which `python -m uiollms data` is too."""
+"""Runs the command `python -m uiollms.data`, which is also `python -m uiollms data`."""
 
 from uiollms.cli.common import reporting_errors
 from uiollms.cli.data import main

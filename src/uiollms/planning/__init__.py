@@ -1,1 +1,1 @@
-"""What a training step takes on every device, counted on pretended ones."""
+"""Plans a run without its machine: memory of a training step on simulated devices, and FLOPs."""

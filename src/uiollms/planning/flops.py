@@ -1,27 +1,28 @@
-"""Useful FLOPs: what the mathematics of a pass needs, the same for every implementation, fast or
-slow.
+"""Useful FLOPs: the operations that the mathematics of a pass needs, the same for every
+implementation, fast or slow.
 
-Counted are products of matrices, a multiply-add as 2: of the base's linear layers, LoRA, the LM
-head, and attention over the pairs that may see each other (a causal triangle counts as a
-triangle). Not counted: norms, softmax, rotary embedding, activations, the optimizer, and
-whatever is computed twice (chunks encoded again, attention recomputed in a backward); so
-utilisation = useful FLOPs / (seconds * GEMM peak) can only be too low. What has no reader does
-not count either:
+Counted are products of matrices, with 2 FLOPs per multiply-add: the base's linear layers, LoRA, the
+LM head, and attention over the pairs of tokens that attend to each other (a causal triangle counts
+as a triangle). Norms, softmax, rotary embedding, activations and the optimizer are not counted, nor
+is anything that is computed twice (chunks encoded again, attention recomputed in a backward). So
+utilisation = useful FLOPs / (seconds * GEMM peak) can only be too low.
 
-    encoder   the last layer is only a norm; of the last layer that runs, ordinary tokens need keys
-              and values only
-    backward  weights are frozen, so a linear layer costs its input's gradient alone (as many FLOPs
-              as forward), and that not where nothing trained lies below: in layer 0 of the decoder,
-              and for layer 0's ordinary tokens in the encoder (with slot_input "last" for its slots
-              too: their input is the frozen embedding)
+Results that nothing reads are not counted either:
+
+    encoder   The last layer is only a norm. In the last layer that runs, ordinary tokens need keys
+              and values only.
+    backward  Weights are frozen, so a linear layer costs the gradient of its input alone (as many
+              FLOPs as forward). Nothing is counted where no trained parameter lies below: in layer
+              0 of the decoder, and for ordinary tokens in layer 0 of the encoder (with slot_input
+              "last" also for slots, whose input is the frozen embedding).
 
 With t tokens, q = heads * head size, kv = key/value heads * head size, D hidden, I intermediate,
-r rank:
+r rank, V vocabulary:
 
     queries(t)        2 t (2 D q + 3 D I)  q_proj, o_proj, gate, up, down
     keys_values(t)    2 t (2 D kv)
-    lora(t, out)      2 t r (D + out)      backward: A, B, the product between, and the input, twice
-                                           as much
+    lora(t, out)      2 t r (D + out)      backward: A, B, the product between them, and the input,
+                                           twice as much
     attention(pairs)  4 pairs q            backward: dQ, dK, dV and dP, twice as much
     head(t)           2 t D V              backward: the same again
 """
@@ -40,7 +41,14 @@ from uiollms.model.memory_lm import MemoryLM
 
 @dataclass(frozen=True)
 class Flops:
-    """The count for one model; every method returns FLOPs."""
+    """Counts the FLOPs of one model. Methods return FLOPs unless their docstring says otherwise.
+
+    q, kv:         widths of queries, and of keys or values
+    chunk, slots:  tokens and memory slots of a chunk
+    rank:          of LoRA
+    learned_slots: whether slots start from trained embeddings
+    recent:        recent tokens that a chunk reads again
+    """
 
     layers: int
     hidden: int
@@ -104,11 +112,12 @@ class Flops:
 
     @property
     def slot_pairs(self) -> int:
-        """Slot i sees (i + 1) * l / m tokens and itself."""
+        """Pairs of slots and the tokens they attend to: slot i attends to (i + 1) * l / m tokens
+        and to itself."""
         return self.chunk * (self.slots + 1) // 2 + self.slots
 
     def encoder_layers(self) -> list[tuple[int, int, int]]:
-        """(tokens, queries, pairs) of every layer that runs."""
+        """(tokens, queries, pairs) of every layer that runs, as counts."""
         l, m = self.chunk, self.slots
         full = [(l + m, l + m, l * (l + 1) // 2 + self.slot_pairs)] * (self.layers - 2)
         return full + [(l + m, m, self.slot_pairs)] * (self.layers > 1)
@@ -127,21 +136,19 @@ class Flops:
         total = 0
         for i, (tokens, queries, pairs) in enumerate(self.encoder_layers()):
             learned = self.slots * self.learned_slots
-            below = (
-                (learned, learned) if i == 0 else (tokens, queries)
-            )  # where a gradient goes further down
+            # The keys and values, and the queries, whose gradient reaches a layer below.
+            below = (learned, learned) if i == 0 else (tokens, queries)
             total += self.o_proj_mlp(queries) + self.keys_values(below[0]) + self.q_proj(below[1])
-            total += (
-                2 * self.attention(pairs) if any(below) else self.attention(pairs) * 3 // 2
-            )  # no dK
+            # Layer 0 needs no dK if its input is frozen.
+            total += 2 * self.attention(pairs) if any(below) else self.attention(pairs) * 3 // 2
             total += self.lora_backward(queries, self.q, below[1]) + self.lora_backward(
                 tokens, self.kv, below[0]
             )
         return total
 
     def lora_backward(self, tokens: int, out: int, below: int) -> int:
-        """B's and A's gradients and the product between for `tokens`, the input's for `below` of
-        them."""
+        """The gradients of B and A and the product between them for `tokens` tokens, and the
+        gradient of the input for `below` of them."""
         return (
             2 * tokens * self.rank * (self.hidden + 2 * out) + 2 * below * self.rank * self.hidden
         )
@@ -153,15 +160,15 @@ class Flops:
         return self.layers * (self.keys_values(self.slots) + head)
 
     def project_backward(self) -> int:
-        """To the decoder's LoRA and to the memory, with one and the same gradient."""
+        """Sends one gradient to the decoder's LoRA and to the memory."""
         head = self.transfer_head * 2 * self.lora_backward(self.slots, self.kv, self.slots)
         return self.layers * (self.keys_values(self.slots) + head)
 
     # ---- the decoder, one row --------------------------------------------------------------------
 
     def decoder_forward(self, tokens: int, memories: int, scored: int, recent: int = 0) -> int:
-        """recent: how many of the tokens are fed again; in the last layer nobody reads more of them
-        than keys and values."""
+        """recent: how many of the tokens are recent tokens. In the last layer they need keys and
+        values only."""
         layer = (
             self.queries(tokens)
             + self.keys_values(tokens)
@@ -171,16 +178,15 @@ class Flops:
         return self.layers * layer - unread + self.head(scored)
 
     def decoder_backward(self, tokens: int, memories: int, scored: int, recent: int = 0) -> int:
-        """To the memories' keys and values in every layer."""
+        """Sends gradients to the memories' keys and values in every layer."""
         unread = self.queries(recent) + 2 * self.attention(self.row_pairs(recent, memories))
         upper = (
             self.queries(tokens)
             + self.keys_values(tokens)
             + 2 * self.attention(self.row_pairs(tokens, memories))
         )
-        lowest = (
-            self.o_proj_mlp(tokens) + self.attention(tokens * memories * self.slots) * 3 // 2
-        )  # dP, dV, dK of the slots
+        # Layer 0 needs dP, and dV and dK of the slots.
+        lowest = self.o_proj_mlp(tokens) + self.attention(tokens * memories * self.slots) * 3 // 2
         above = (self.layers - 1) * upper - unread if self.layers > 1 else 0
         return above + lowest + self.head(scored)
 
@@ -190,13 +196,13 @@ class Flops:
     # ---- whole passes ----------------------------------------------------------------------------
 
     def scoring(self, sample: Sample) -> int:
-        """All chunks encoded and projected, all rows decoded."""
+        """Encodes and projects all chunks and decodes all rows of a sample."""
         chunks = len(sample.chunks) * (self.encoder_forward() + self.project_forward())
         rows = sample.with_recent(self.recent).rows
         return chunks + sum(self.decoder_forward(*sizes(row)) for row in rows)
 
     def training(self, sample: Sample, encoder_backwards: int) -> int:
-        """One gradient step whose estimator sends gradients to `encoder_backwards` chunks."""
+        """One gradient step in which `encoder_backwards` chunks are encoded again for gradients."""
         rows = sample.with_recent(self.recent).rows
         backward = sum(self.decoder_backward(*sizes(row)) for row in rows if row.num_memories)
         projections = len(sample.chunks) * self.project_backward()
@@ -208,25 +214,25 @@ class Flops:
         )
 
     def generation(self, slots: int) -> int:
-        """One new token in the middle of a chunk behind `slots` memory slots, its share of the
-        chunk's encoding, and of the recent tokens in front of the chunk, included."""
+        """Generates one token in the middle of a chunk that reads `slots` memory slots. This
+        includes the token's part of encoding the chunk and of reading recent tokens again."""
         recent = self.recent if slots else 0
         pairs = slots + recent + self.chunk // 2
         row = self.layers * (
             self.queries(1) + self.keys_values(1) + self.attention(pairs)
         ) + self.head(1)
-        again = self.decoder_forward(recent, slots // self.slots, 0, recent)
-        return row + (self.encoder_forward() + self.project_forward() + again) // self.chunk
+        recent_tokens = self.decoder_forward(recent, slots // self.slots, 0, recent)
+        return row + (self.encoder_forward() + self.project_forward() + recent_tokens) // self.chunk
 
 
 def sizes(row: Row) -> tuple[int, int, int, int]:
-    """(tokens, memories, scored tokens, recent tokens)"""
+    """(tokens, memories, scored tokens, recent tokens) of a row, as counts."""
     return len(row.input_ids), row.num_memories, len(row.scored), row.recent
 
 
 def gemm_shapes(flops: Flops, rows: int) -> Sequence[tuple[tuple[int, int, int], int]]:
-    """The (rows, in, out) of a layer's and the head's products for `rows` tokens, and how often
-    each occurs in the model."""
+    """The shapes (rows, in, out) of the matrix products of the layers and the head for `rows`
+    tokens, and how often each occurs in the model."""
     D, n = flops.hidden, flops.layers
     return [
         ((rows, D, flops.q), n),

@@ -1,8 +1,9 @@
-"""What a run would take on every device, before anything is rented: `train.py --dry_run`.
+"""Plans a run before any machine is rented: the memory that a training step takes on every device
+(`train.py --dry_run`), and the largest chunk batch that fits.
 
 The real training step, gradient clipping and AdamW run on simulated devices at the configured
-shapes (step_simulation.py), so the figures are measured on the program itself, not modelled
-beside it: every tensor of every kernel is counted from its birth to its death.
+shapes (step_simulation.py). So the figures are measured on the program, not modelled: every tensor
+of every kernel is counted from its allocation until it is freed.
 """
 
 from __future__ import annotations
@@ -19,122 +20,134 @@ from uiollms.config.sections import EnvConfig
 from uiollms.distributed.device_map import CPU
 from uiollms.planning.step_simulation import Needs, StepSimulation
 
-BATCHES = (
-    16,
-    8,
-    4,
-    2,
-)  # that `"chunk_batch": "auto"` tries; a larger one gains no time (docs/benchmarks.md)
-SHARE = 0.8  # of a device's free memory that it fills: kernels and allocators take some themselves
+# The batches that `"chunk_batch": "auto"` tries. A larger one gains no time (docs/benchmarks.md).
+BATCHES = (16, 8, 4, 2)
+# The part of a device's free memory that `"auto"` fills. Kernels and allocators take memory too.
+MEMORY_FRACTION = 0.8
 
 
 @dataclass(frozen=True)
 class Plan:
-    """need: of one training step, by device; have: bytes free there (0: no such device here);
-    capacity: tokens; longest: tokens of the longest document that fits with this chunk_batch;
-    most_chunks: the largest chunk_batch that fits at this length (None: none does); flops:
-    useful ones of a document (see flops.py)."""
+    """The memory that a run takes, and the limits that it leaves.
+
+    length:      tokens of the run's longest document
+    capacity:    tokens of the longest document that the base's positions allow
+    need:        device -> bytes of one training step
+    available:   device -> free bytes, 0 if this machine lacks the device
+    longest:     tokens of the longest document that fits with this chunk_batch, None if none does
+    most_chunks: the largest chunk_batch that fits at this length, None if none does
+    flops:       useful FLOPs of the step on one document (flops.py)
+    """
 
     length: int
     chunk_batch: int
     capacity: int
     need: Needs
-    have: dict[torch.device, int]
+    available: dict[torch.device, int]
     longest: int | None = None
     most_chunks: int | None = None
     flops: int = 0
 
     @property
     def fits(self) -> bool:
-        return all(need.total <= self.have[device] for device, need in self.need.items())
+        return all(need.total <= self.available[device] for device, need in self.need.items())
 
 
 def make_plan(
     config: EnvConfig, path: str | Path, machine: dict[torch.device, int] | None = None
 ) -> Plan:
-    """machine: bytes of every device (default: what is free on this machine; a GPU that the map
-    names and that is not here counts as 0). Needs no weights, and no hub for the models of the
-    shipped configs. Raises ConfigError."""
+    """The plan of a config. It needs no weights, and no hub for the models of the shipped configs.
+    Raises ConfigError.
+
+    path:    of the config, for error messages
+    machine: device -> bytes. The default is the free memory of this machine; a GPU that the
+             device_map names and this machine lacks has 0.
+    """
     check_env(config, path)
-    rehearsal = StepSimulation(config, path, machine)
-    chunk_size, length = rehearsal.memory.chunk_size, rehearsal.longest_document()
+    simulation = StepSimulation(config, path, machine)
+    chunk_size, length = simulation.memory.chunk_size, simulation.longest_document()
     chunks = chunks_in_memory(length, chunk_size)
     batch = (
         config.train.chunk_batch
         if config.train.chunk_batch != "auto"
-        else largest_batch(rehearsal, chunks)
+        else largest_batch(simulation, chunks)
     )
-    most = chunks_in_memory(rehearsal.capacity, chunk_size)
-    need = rehearsal.need(chunks, batch)
-    have = {device: rehearsal.machine[device] for device in need}
-
-    plan = Plan(length, batch, rehearsal.capacity, need, have, flops=rehearsal.flops(chunks))
-    if not all(have.values()):
+    max_chunks = chunks_in_memory(simulation.capacity, chunk_size)
+    need = simulation.need(chunks, batch)
+    available = {device: simulation.machine[device] for device in need}
+    plan = Plan(length, batch, simulation.capacity, need, available, flops=simulation.flops(chunks))
+    if not all(available.values()):
         return plan
 
-    def share(chunks: int, batch: int) -> float:
-        """The fullest device's share of its memory; 1 just fits."""
-        return max(n.total / have[d] for d, n in rehearsal.need(chunks, batch).items())
+    def used_fraction(chunks: int, batch: int) -> float:
+        """The fraction of its memory that the fullest device needs; 1 just fits."""
+        return max(n.total / available[d] for d, n in simulation.need(chunks, batch).items())
 
-    fitting = largest(lambda chunks: share(chunks, batch), chunks, most)
+    fitting = largest_fitting(lambda chunks: used_fraction(chunks, batch), chunks, max_chunks)
     longest = (
         None
         if fitting is None
-        else rehearsal.capacity
-        if fitting == most
+        else simulation.capacity
+        if fitting == max_chunks
         else (fitting + 1) * chunk_size
     )
     return replace(
-        plan, longest=longest, most_chunks=largest(lambda b: share(chunks, b), batch, chunks)
+        plan,
+        longest=longest,
+        most_chunks=largest_fitting(lambda b: used_fraction(chunks, b), batch, chunks),
     )
 
 
 def choose_chunk_batch(config: EnvConfig, path: str | Path) -> EnvConfig:
-    """The config with a number for `"chunk_batch": "auto"`: the largest power of two, up to 16,
-    that this machine's free memory allows for its longest document; one that does not fit at all
-    gets 1."""
+    """The config with a number for `"chunk_batch": "auto"`. It is the largest power of two, at
+    most 16, with which the run's longest document fits into this machine's free memory, and 1 if
+    none fits."""
     if config.train.chunk_batch != "auto":
         return config
-    rehearsal = StepSimulation(config, path)
+    simulation = StepSimulation(config, path)
     batch = largest_batch(
-        rehearsal, chunks_in_memory(rehearsal.longest_document(), rehearsal.memory.chunk_size)
+        simulation, chunks_in_memory(simulation.longest_document(), simulation.memory.chunk_size)
     )
     return config.model_copy(
         update={"train": config.train.model_copy(update={"chunk_batch": batch})}
     )
 
 
-def largest_batch(rehearsal: StepSimulation, chunks: int) -> int:
-    processes = int(
-        os.environ.get("LOCAL_WORLD_SIZE", 1)
-    )  # torchrun's; those on one CPU share its memory
-    have = {d: size / processes if d == CPU else size for d, size in rehearsal.machine.items()}
+def largest_batch(simulation: StepSimulation, chunks: int) -> int:
+    # torchrun sets this number; the processes of one machine share the memory of its CPU.
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    available = {
+        d: size / processes if d == CPU else size for d, size in simulation.machine.items()
+    }
 
     def fits(batch: int) -> bool:
         return all(
-            need.total <= SHARE * have[device]
-            for device, need in rehearsal.need(chunks, batch).items()
+            need.total <= MEMORY_FRACTION * available[device]
+            for device, need in simulation.need(chunks, batch).items()
         )
 
     return next((batch for batch in BATCHES if batch < 2 * chunks and fits(batch)), 1)
 
 
 def chunks_in_memory(length: int, chunk_size: int) -> int:
-    """All chunks of a document but its last, and at least one."""
+    """The number of chunks that become memory: all of a document but the last, and at least 1."""
     return max(1, -(-length // chunk_size) - 1)
 
 
-def largest(share: Callable[[int], float], start: int, top: int) -> int | None:
-    """The largest n in 1 .. top with share(n) <= 1, None if there is none. share must grow with
-    n; as it does so nearly linearly, the next n to ask is where the line through the two ends
-    crosses 1."""
-    if share(top) <= 1:
+def largest_fitting(used_fraction: Callable[[int], float], start: int, top: int) -> int | None:
+    """The largest n in 1 .. top with used_fraction(n) <= 1, or None if there is none.
+
+    used_fraction must grow with n. It does so nearly linearly, so the next n to try is where the
+    line through the two ends of the interval crosses 1. start: the first n to try
+    """
+    if used_fraction(top) <= 1:
         return top
-    if not share(1) <= 1:
+    if not used_fraction(1) <= 1:
         return None
-    low, high, ask = 1, top, start
+    low, high, n = 1, top, start
     while high - low > 1:
-        ask = min(max(ask, low + 1), high - 1)
-        low, high = (ask, high) if share(ask) <= 1 else (low, ask)
-        ask = low + int((high - low) * (1 - share(low)) / (share(high) - share(low)))
+        n = min(max(n, low + 1), high - 1)
+        low, high = (n, high) if used_fraction(n) <= 1 else (low, n)
+        slope = (used_fraction(high) - used_fraction(low)) / (high - low)
+        n = low + int((1 - used_fraction(low)) / slope)
     return low

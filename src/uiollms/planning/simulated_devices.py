@@ -1,19 +1,19 @@
-"""Pretended devices: real code on meta tensors that know where they would live, counting bytes
-and synchronisations.
+"""Simulated devices: real code runs on meta tensors that belong to a device, while bytes and
+synchronisations are counted.
 
-    with Pretend() as world:                         # 7B parameters take no memory here
-        send(base, {"model": 0, "lm_head": 1})       # placement.py
-        gradient_step(model, sample)  # raises SimulationError where an operation mixes devices
-        world.peak[torch.device("cuda", 1)]          # bytes alive at most on GPU 1, graphs included
-        world.syncs                   # operations that would have made the CPU wait for a GPU
+    with SimulatedDevices() as devices:              # 7B parameters take no memory here
+        send(base, {"model": 0, "lm_head": 1})       # device_map.py
+        gradient_step(model, sample)  # raises SimulationError if an operation mixes devices
+        devices.peak[torch.device("cuda", 1)]        # largest number of live bytes on GPU 1
+        devices.syncs                 # operations that would have made the CPU wait for a GPU
 
-Two library hooks carry it. A TorchFunctionMode sees every Python call: there `.device` answers
-the pretended device, and `.to(device)` or `device=...` make a tensor that belongs to it. A
-TorchDispatchMode sees every kernel, those of backward included: there all inputs must belong to
-one device (CPU numbers of no dimension may join any, as in torch), the outputs belong to it too,
-and every new storage is counted until it is freed. Tensors made without a device, such as token
-ids, stay real tensors on the real CPU; a pretended CPU is "cpu:0". What kernels allocate inside
-themselves is not seen.
+Two modes of torch implement this. A TorchFunctionMode intercepts every Python call: `.device`
+returns the simulated device, and `.to(device)` or `device=...` create a tensor that belongs to
+it. A TorchDispatchMode intercepts every kernel, also those of backward: all inputs must belong to
+one device (0-dimensional CPU tensors may join any, as in torch), the outputs belong to it too,
+and every new storage is counted until it is freed. Tensors that are created without a device,
+such as token ids, stay real tensors on the real CPU; the simulated CPU is "cpu:0". Temporary
+memory that kernels allocate internally is not counted.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from uiollms.model.attention import encoder_mask, encoder_positions, slot_mask
-from uiollms.planning.simulated_kernels import META, Shapes, attend
+from uiollms.planning.simulated_kernels import META, ShapeCache, simulated_attention
 
 aten = torch.ops.aten
-HOST = torch.device("cpu", 0)  # the pretended CPU
-_READS = {
+HOST = torch.device("cpu", 0)  # the simulated CPU
+_READING_METHODS = {
     Tensor.item,
     Tensor.tolist,
     Tensor.numpy,
@@ -57,20 +57,24 @@ _INDEXED = (
 
 
 class SimulationError(RuntimeError):
-    """An operation that real devices would refuse, or whose result depends on data that is not
-    there."""
+    """An operation that real devices would refuse, or whose result depends on the values of meta
+    tensors, which have none."""
 
 
 def simulated(device: Any) -> torch.device:
-    """The device that tensors sent to `device` belong to: "cpu" -> cpu:0, 1 -> cuda:1."""
+    """The simulated device of a name or GPU index: "cpu" -> cpu:0, 1 -> cuda:1."""
     device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     return torch.device(device.type, device.index or 0)
 
 
 class SimulatedDevices:
-    """A world of pretended devices, entered with `with`. live, peak: device -> bytes; syncs:
-    what was done -> how often (copies from a GPU to the CPU, copies to it that wait for its
-    queue, reads of values)."""
+    """A context in which devices are simulated.
+
+    live:  device -> bytes of the tensors that exist
+    peak:  device -> largest number of live bytes since `reset_counts`
+    syncs: operation -> how often it made the CPU wait for a GPU (copies from a GPU, copies to it
+           that wait for its queue, reads of values)
+    """
 
     def __init__(self) -> None:
         self.live: Counter[torch.device] = Counter()
@@ -80,15 +84,14 @@ class SimulatedDevices:
         self._contexts = (
             _Kernels(self),
             _Calls(self),
-            mock.patch.object(torch, "Generator", generator),
+            mock.patch.object(torch, "Generator", cpu_generator),
             mock.patch.object(torch.autograd, "_engine_run_backward", self.run_backward),
-            mock.patch.object(
-                torch._C, "_group_tensors_by_device_and_dtype", self.grouped
-            ),  # the optimizer's; it asks no mode
+            # The optimizer calls this function, which ignores modes.
+            mock.patch.object(torch._C, "_group_tensors_by_device_and_dtype", self.group_tensors),
         )
 
     def __enter__(self) -> SimulatedDevices:
-        forget_tables()
+        clear_caches()
         for context in self._contexts:
             context.__enter__()
         return self
@@ -96,33 +99,33 @@ class SimulatedDevices:
     def __exit__(self, *error: Any) -> None:
         for context in reversed(self._contexts):
             context.__exit__(*error)
-        forget_tables()
+        clear_caches()
 
     def run_backward(
         self, *args: Any, run: Any = torch.autograd.graph._engine_run_backward, **kwargs: Any
     ) -> Any:
-        """Calls inside a backward, such as a checkpointed layer's, are seen too: torch hands
-        `backward` to a mode with the mode itself switched off."""
+        """Runs a backward with the function mode on. Torch switches the mode off in `backward`, but
+        calls inside it, such as those of a checkpointed layer, have to be intercepted."""
         with _Calls(self):
             return run(*args, **kwargs)
 
     def device_of(self, tensor: Tensor) -> torch.device:
-        """Where a tensor lives. A meta tensor from before this world was loaded, as weights are,
-        to the CPU."""
+        """The device of a tensor. A meta tensor that was created outside the simulation belongs to
+        the CPU, as loaded weights do."""
         if not tensor.is_meta:
             return tensor.device
         key = tensor.untyped_storage()._cdata
         if key not in self._storages:
-            self.claim(tensor, HOST)
+            self.register(tensor, HOST)
         return self._storages[key][1]
 
-    def watch_from_here(self) -> None:
-        """Forget peaks and synchronisations so far."""
+    def reset_counts(self) -> None:
+        """Starts counting peaks and synchronisations again."""
         self.peak = Counter(self.live)
         self.syncs.clear()
 
-    def claim(self, tensor: Tensor, device: torch.device) -> Tensor:
-        """Count a new meta tensor on a device, until its storage is freed. Returns it."""
+    def register(self, tensor: Tensor, device: torch.device) -> Tensor:
+        """Counts a new meta tensor on a device until its storage is freed. Returns the tensor."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self._storages:
@@ -144,9 +147,9 @@ class SimulatedDevices:
         dtype: torch.dtype | None = None,
         non_blocking: bool = False,
     ) -> Tensor:
-        """`tensor.to(device, dtype)`, differentiable."""
+        """The differentiable `tensor.to(device, dtype)`."""
         source = self.device_of(tensor)
-        self.note_copy(source, device, non_blocking)
+        self.count_copy(source, device, non_blocking)
         dtype = dtype or tensor.dtype
         if tensor.requires_grad and torch.is_grad_enabled() and dtype.is_floating_point:
             return _Move.apply(tensor, self, source, device, dtype)
@@ -154,13 +157,15 @@ class SimulatedDevices:
 
     def copied(self, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
         with torch._C._DisableTorchDispatch():
-            return self.claim(
+            return self.register(
                 torch.empty_like(tensor, device=META, dtype=dtype, requires_grad=False), device
             )
 
-    def grouped(self, lists: Sequence[Sequence[Any]], with_indices: bool = False) -> dict[Any, Any]:
-        """Lists of tensors that belong together -> (device, dtype) of the first list's -> their
-        parts of the lists, indices."""
+    def group_tensors(
+        self, lists: Sequence[Sequence[Any]], with_indices: bool = False
+    ) -> dict[Any, Any]:
+        """Groups lists of tensors by device and dtype of the first list's tensors -> (device,
+        dtype) -> (the group's part of every list, its indices)."""
         groups: dict[Any, Any] = {}
         for i, tensor in enumerate(lists[0]):
             parts, indices = groups.setdefault(
@@ -173,21 +178,22 @@ class SimulatedDevices:
                 indices.append(i)
         return groups
 
-    def note_copy(self, source: torch.device, target: torch.device, non_blocking: bool) -> None:
-        """A copy from a GPU to the CPU waits for the GPU; one from pageable CPU memory does
-        unless it is non_blocking."""
+    def count_copy(self, source: torch.device, target: torch.device, non_blocking: bool) -> None:
+        """Counts a copy if it waits for a GPU: one to the CPU always does, one from pageable CPU
+        memory does unless it is non_blocking."""
         if source.type != target.type and not (non_blocking and source.type == "cpu"):
             self.syncs[f"copy from {source} to {target}"] += 1
 
 
-def generator(device: Any = "cpu", real: Any = torch.Generator) -> torch.Generator:
-    """A random generator for `device`; what it draws on a pretended device has no values, so any
-    will do there."""
+def cpu_generator(device: Any = "cpu", real: Any = torch.Generator) -> torch.Generator:
+    """Replaces `torch.Generator`. Numbers that are drawn on a simulated device have no values, so a
+    CPU generator serves every device."""
     return real("cpu")
 
 
-def forget_tables() -> None:
-    """Masks and positions that are kept by device must not pass between worlds."""
+def clear_caches() -> None:
+    """Empties the caches of masks and positions by device, whose tensors belong to one simulation
+    or to real devices."""
     encoder_mask.cache_clear()
     slot_mask.cache_clear()
     encoder_positions.cache_clear()
@@ -195,43 +201,43 @@ def forget_tables() -> None:
 
 class _Move(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tensor, world, source, device, dtype):  # type: ignore[no-untyped-def]
-        ctx.route = world, source, device, tensor.dtype
-        return world.copied(tensor, device, dtype)
+    def forward(ctx, tensor, devices, source, device, dtype):  # type: ignore[no-untyped-def]
+        ctx.route = devices, source, device, tensor.dtype
+        return devices.copied(tensor, device, dtype)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        world, source, device, dtype = ctx.route
-        if world.device_of(grad) != device:
+        devices, source, device, dtype = ctx.route
+        if devices.device_of(grad) != device:
             raise SimulationError(
-                f"the gradient of a tensor on {device} arrived on {world.device_of(grad)}"
+                f"the gradient of a tensor on {device} arrived on {devices.device_of(grad)}"
             )
-        world.note_copy(device, source, non_blocking=False)
-        return world.copied(grad, source, dtype), None, None, None, None
+        devices.count_copy(device, source, non_blocking=False)
+        return devices.copied(grad, source, dtype), None, None, None, None
 
 
 class _Calls(TorchFunctionMode):
-    """Python calls: who is asked for a device, and who is told one."""
+    """Intercepts Python calls that return a device or take one."""
 
-    def __init__(self, world: SimulatedDevices) -> None:
+    def __init__(self, devices: SimulatedDevices) -> None:
         super().__init__()
-        self.world = world
+        self.devices = devices
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, world = kwargs or {}, self.world
-        own = bool(args) and isinstance(args[0], Tensor)
-        if own and func == _DEVICE:
-            return world.device_of(args[0])
-        if own and func in (_IS_CUDA, _IS_CPU):
-            return world.device_of(args[0]).type == ("cuda" if func == _IS_CUDA else "cpu")
+        kwargs, devices = kwargs or {}, self.devices
+        on_tensor = bool(args) and isinstance(args[0], Tensor)
+        if on_tensor and func == _DEVICE:
+            return devices.device_of(args[0])
+        if on_tensor and func in (_IS_CUDA, _IS_CPU):
+            return devices.device_of(args[0]).type == ("cuda" if func == _IS_CUDA else "cpu")
         if func is Tensor.to:
             return self.to(func, *args, **kwargs)
         if func is Tensor.cpu and args[0].is_meta:
             return self.to(Tensor.to, args[0], HOST)
-        if func in _READS and args[0].is_meta:
+        if func in _READING_METHODS and args[0].is_meta:
             return self.read(func, args[0])
         if func is F.scaled_dot_product_attention and args[0].is_meta:
-            return attend(world.device_of(args[0]), *args, **kwargs)
+            return simulated_attention(devices.device_of(args[0]), *args, **kwargs)
         device = kwargs.get("device")
         if (
             device is None
@@ -240,50 +246,51 @@ class _Calls(TorchFunctionMode):
         ):
             return func(*args, **kwargs)
         kwargs = kwargs | {"device": None}
-        if func is torch.tensor:  # from Python numbers: made on the CPU, then copied
-            return world.move(func(*args, **kwargs), simulated(device))
-        if own:  # new_zeros and the like: torch takes device=None for the tensor's own
-            raise SimulationError(f"{func} with a device of its own is not known here")
-        made = func(*args, **kwargs | {"device": META})
-        return world.claim(made, simulated(device))
+        if func is torch.tensor:  # created from Python numbers on the CPU, then copied
+            return devices.move(func(*args, **kwargs), simulated(device))
+        if on_tensor:  # a method such as new_zeros, for which device=None is the tensor's device
+            raise SimulationError(f"{func} with the argument device is not simulated")
+        created = func(*args, **kwargs | {"device": META})
+        return devices.register(created, simulated(device))
 
     def to(self, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         kwargs = {k: v for k, v in kwargs.items() if k != "copy"}
         other = args[0] if args else kwargs.get("other")
         if isinstance(other, Tensor):
             device, dtype, non_blocking = (
-                self.world.device_of(other),
+                self.devices.device_of(other),
                 other.dtype,
                 kwargs.get("non_blocking", False),
             )
         else:
             device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
-        here = self.world.device_of(tensor)
+        source = self.devices.device_of(tensor)
         if (
             device is None
-            or device == here
+            or device == source
             or (device.type == "cpu" and not tensor.is_meta and device.index is None)
         ):
             return func(tensor, dtype or tensor.dtype)
-        if simulated(device) == here:
+        if simulated(device) == source:
             return func(tensor, dtype or tensor.dtype)
-        return self.world.move(tensor, simulated(device), dtype, non_blocking)
+        return self.devices.move(tensor, simulated(device), dtype, non_blocking)
 
     def read(self, func: Any, tensor: Tensor) -> Any:
-        """Ones in the place of the values that are not there."""
-        device = self.world.device_of(tensor)
+        """Reads ones, because a meta tensor has no values."""
+        device = self.devices.device_of(tensor)
         if device.type != "cpu":
-            self.world.syncs[f"{func.__name__} on {device}"] += 1
+            self.devices.syncs[f"{func.__name__} on {device}"] += 1
         return func(torch.ones(tensor.shape, dtype=tensor.dtype, device="cpu"))
 
 
 class _Kernels(TorchDispatchMode):
-    """Kernels: all inputs on one device; outputs belong to it and are counted."""
+    """Intercepts kernels. Their inputs must be on one device; their outputs belong to it and are
+    counted."""
 
-    def __init__(self, world: SimulatedDevices) -> None:
+    def __init__(self, devices: SimulatedDevices) -> None:
         super().__init__()
-        self.world = world
-        self.shapes = Shapes()
+        self.devices = devices
+        self.shapes = ShapeCache()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -298,13 +305,13 @@ class _Kernels(TorchDispatchMode):
         if not all(t.is_meta for t in inputs):
             args, kwargs = tree_map_only(Tensor, _as_meta, (args, kwargs))
         try:
-            result = self.shapes.of(func, args, kwargs)
+            result = self.shapes.call(func, args, kwargs)
         except NotImplementedError as error:
             raise SimulationError(
                 f"{func} depends on values of a tensor on {device}: it would wait for the device"
             ) from error
         for output in tensors_in(result):
-            self.world.claim(output, device)
+            self.devices.register(output, device)
         return result
 
     def common_device(
@@ -312,19 +319,18 @@ class _Kernels(TorchDispatchMode):
     ) -> torch.device:
         found: list[torch.device] = []
         for tensor in inputs:
-            device = simulated(self.world.device_of(tensor))
+            device = simulated(self.devices.device_of(tensor))
             if device not in found and not (tensor.dim() == 0 and device.type == "cpu"):
                 found.append(device)
-        if (
-            len(found) > 1 and func in _INDEXED
-        ):  # indices may come from the CPU: torch copies them, and waits
-            device = simulated(self.world.device_of(args[0]))
+        if len(found) > 1 and func in _INDEXED:
+            # Indices may be on the CPU: torch copies them, and waits.
+            device = simulated(self.devices.device_of(args[0]))
             if set(found) <= {device, HOST}:
-                self.world.syncs[f"index on {device} from the CPU"] += 1
+                self.devices.syncs[f"index on {device} from the CPU"] += 1
                 return device
         if len(found) > 1 and func is aten.copy_.default:
-            target, source = (simulated(self.world.device_of(t)) for t in args[:2])
-            self.world.note_copy(
+            target, source = (simulated(self.devices.device_of(t)) for t in args[:2])
+            self.devices.count_copy(
                 source, target, kwargs.get("non_blocking", len(args) > 2 and args[2])
             )
             return target
@@ -333,12 +339,13 @@ class _Kernels(TorchDispatchMode):
         return found[0] if found else HOST
 
     def foreach(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """One operation over lists of tensors: the n-th of every list live together."""
+        """Runs an operation on lists of tensors. The n-th tensors of all lists must be on one
+        device."""
         lists = [a for a in args if isinstance(a, list | tuple) and a and isinstance(a[0], Tensor)]
         devices = [self.common_device(func, group, (), {}) for group in zip(*lists, strict=True)]
         result = func(*args, **kwargs)
         for output, device in zip(result or (), devices, strict=False):
-            self.world.claim(output, device)
+            self.devices.register(output, device)
         return result
 
 

@@ -1,5 +1,5 @@
-"""What kernels give on pretended devices: which attention a device would choose, and remembered
-shapes."""
+"""Results of kernels on simulated devices: cached shapes, and the attention kernel that a device
+would choose."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ aten = torch.ops.aten
 META = torch.device("meta")
 
 
-class Shapes:
-    """The outsides of results, remembered by kernel and arguments."""
+class ShapeCache:
+    """Shapes, strides and dtypes of results, by kernel and arguments."""
 
     def __init__(self) -> None:
-        self.seen: dict[Any, Any] = {}
+        self.results: dict[Any, Any] = {}
 
-    def of(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """What the meta kernel returns. Its Python is slow, and without data it answers the same
-        to the same shapes: kernels that alias nothing are asked once."""
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The result of a meta kernel. Meta kernels are slow Python code, and their results depend
+        on shapes only. So a kernel whose results alias no argument is called once per shape."""
         if not _is_functional(func):
             return func(*args, **kwargs)
         key = (func, _signature(args), _signature(tuple(kwargs.items())))
-        if key not in self.seen:
+        if key not in self.results:
             result = func(*args, **kwargs)
-            self.seen[key] = tree_map_only(Tensor, _Blank.of, result)
+            self.results[key] = tree_map_only(Tensor, _Layout.of, result)
             return result
-        return tree_map_only(_Blank, _Blank.tensor, self.seen[key])
+        return tree_map_only(_Layout, _Layout.make_tensor, self.results[key])
 
 
 @dataclass(frozen=True)
-class _Blank:
-    """A tensor's outside."""
+class _Layout:
+    """Shape, strides and dtype of a tensor."""
 
     size: torch.Size
     stride: tuple[int, ...]
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, tensor: Tensor) -> _Blank:
+    def of(cls, tensor: Tensor) -> _Layout:
         return cls(tensor.shape, tensor.stride(), tensor.dtype)
 
-    def tensor(self) -> Tensor:
+    def make_tensor(self) -> Tensor:
         return torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=META)
 
 
@@ -63,7 +63,7 @@ def _is_functional(func: Any) -> bool:
     return all(part.alias_info is None for part in (*func._schema.arguments, *func._schema.returns))
 
 
-def attend(
+def simulated_attention(
     device: torch.device,
     query: Tensor,
     key: Tensor,
@@ -74,10 +74,13 @@ def attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Scaled dot product attention by the kernel that the device would choose: a meta tensor's
-    own choice is the plain product, whose T x T weights no real kernel keeps. CPU: what torch's
-    own chooser answers. CUDA: flash attention without a mask in half precision, else the
-    memory-efficient kernel (also where the card has neither)."""
+    """Scaled dot product attention with the kernel that the device would choose. (Meta tensors
+    choose the plain product, which stores T x T weights as no real kernel does.)
+
+    On a CPU it is the kernel that torch's function for this choice returns. On CUDA it is flash
+    attention without a mask in half precision, else the memory-efficient kernel, also for cards
+    that have neither.
+    """
     options: dict[str, Any] = dict(scale=scale)
     mask = attn_mask
     if device.type == "cpu" and not _cpu_is_flash(query, key, attn_mask, is_causal, enable_gqa):
@@ -111,7 +114,7 @@ def attend(
 def _cpu_is_flash(
     query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, enable_gqa: bool
 ) -> bool:
-    """Ask torch's chooser with small real tensors of the same kind."""
+    """Whether torch chooses flash attention for small real tensors of the same kind."""
     q, k = (torch.empty(1, t.shape[1], 2, t.shape[3], dtype=t.dtype) for t in (query, key))
     small = None if mask is None else torch.ones(2, 2, dtype=mask.dtype)
     return torch._fused_sdp_choice(q, k, k, small, 0.0, is_causal, enable_gqa=enable_gqa) == 1

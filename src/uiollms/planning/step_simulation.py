@@ -1,8 +1,10 @@
-"""One training step on simulated devices, at the configured shapes, and what it takes on each.
+"""Runs one training step on simulated devices, at the configured shapes, and measures the memory
+that it takes on each device.
 
-To save time only the last two batches of rows, which read the most memory, are decoded, and one
-full batch of chunks is encoded with a graph (which chunks need gradients: one draw of the
-estimator); past MEASURED batches the peaks of both phases, linear in the length, are extended.
+To save time, only the last two batches of rows, which read the most memory, are decoded, and only
+one full batch of chunks is encoded with a graph. One draw of the estimator determines which chunks
+need gradients. The peaks of both phases are linear in the length, so those of documents of more
+than MEASURED_BATCHES batches are extrapolated.
 
 Shapes: C chunks in memory, m num_memory, D hidden size, H key/value heads, K head size.
 """
@@ -47,13 +49,20 @@ from uiollms.training.optimizer import make_optimizer
 from uiollms.training.step import chunks_with_gradient, gradient_step
 from uiollms.weights.base_models import DTYPES, base_config, computes_bf16
 
-MEASURED = 6  # batches of chunks; longer documents are extended from this many and two thirds of it
+# Batches of chunks. Longer documents are extrapolated from this number and two thirds of it.
+MEASURED_BATCHES = 6
 
 
 class Need(NamedTuple):
-    """Bytes on one device at the peak of a step. trained: LoRA and tokens, their gradients and
-    optimizer state; memories: of all chunks; kv: their keys and values; kv_gradients: the sums
-    of step 2; activations: the rest, graphs above all."""
+    """Bytes on one device at the peak of a step.
+
+    weights:      the frozen base
+    trained:      LoRA and token embeddings, their gradients and optimizer state
+    memories:     of all chunks
+    kv:           keys and values of the memories
+    kv_gradients: sums of the gradients of keys and values
+    activations:  the rest, mostly graphs
+    """
 
     weights: float
     trained: float
@@ -71,8 +80,8 @@ Needs = dict[torch.device, Need]
 
 
 class StepSimulation:
-    """A config's training step on pretended devices, for any number of chunks in memory and any
-    chunk batch."""
+    """The training step of a config on simulated devices, for any number of chunks in memory and
+    any chunk batch."""
 
     def __init__(
         self, config: EnvConfig, path: str | Path, machine: dict[torch.device, int] | None = None
@@ -81,86 +90,87 @@ class StepSimulation:
         self.memory = check_model(config, path)
         self.shape = base_config(config.model.model_name)
         self.capacity = self.memory.capacity(num_positions(self.shape))
-        places = config.model.device_map
-        named = places.values() if isinstance(places, dict) else [places]
-        absent = {as_device(place): 0 for place in named if isinstance(place, int)}
-        self.machine = absent | this_machine() if machine is None else machine
-        word_means_gpu = (
-            not isinstance(places, dict | int)
-            and places != "cpu"
+        device_map = config.model.device_map
+        names = device_map.values() if isinstance(device_map, dict) else [device_map]
+        named_gpus = {as_device(name): 0 for name in names if isinstance(name, int)}
+        self.machine = named_gpus | this_machine() if machine is None else machine
+        automatic_gpu = (
+            not isinstance(device_map, dict | int)
+            and device_map != "cpu"
             and any(d.type == "cuda" for d in self.machine)
         )
-        on_cpu = not absent and not word_means_gpu
-        name = (
-            config.model.model_dtype
-        )  # `auto` on a GPU is taken for bfloat16: the GPU may not be here to be asked
+        on_cpu = not named_gpus and not automatic_gpu
+        # A GPU is assumed to compute in bfloat16, because this machine may lack it.
         auto = torch.float32 if on_cpu and not computes_bf16(CPU) else torch.bfloat16
-        self.dtype = DTYPES.get(name, auto)
+        self.dtype = DTYPES.get(config.model.model_dtype, auto)
         self.measured: dict[tuple[int, int], dict[torch.device, Measured]] = {}
 
     def longest_document(self) -> int:
-        """Tokens; a corpus of texts without truncation may fill the capacity."""
+        """Tokens of the longest document of the run. One of a text corpus without truncation may
+        fill the capacity."""
         sizes = self.capacity, self.memory.chunk_size
         return max(
-            tokens_at_most(entry, *sizes) for of in self.config.train.corpora for entry in of
+            max_tokens(entry, *sizes) for corpora in self.config.train.corpora for entry in corpora
         )
 
     def need(self, chunks: int, batch: int) -> Needs:
-        """Bytes on every device of the map, for a document with so many chunks in memory."""
-        near, far = MEASURED * batch * 2 // 3, MEASURED * batch
+        """Bytes on every device of the map, for a document with `chunks` chunks in memory and a
+        chunk batch of `batch`."""
+        near, far = MEASURED_BATCHES * batch * 2 // 3, MEASURED_BATCHES * batch
         if chunks <= far:
             measured = self.measure(chunks, batch)
         else:
-            a, b, further = (
-                self.measure(near, batch),
-                self.measure(far, batch),
-                (chunks - far) / (far - near),
-            )
+            a, b = self.measure(near, batch), self.measure(far, batch)
+            factor = (chunks - far) / (far - near)
             measured = {
-                d: Measured(*(y + (y - x) * further for x, y in zip(a[d], b[d], strict=True)))
+                d: Measured(*(y + (y - x) * factor for x, y in zip(a[d], b[d], strict=True)))
                 for d in a
             }
-        # How many chunks have a second sum grows less than linearly, by chance: of the length
-        # itself, not extended.
-        wide = master_dtype(self.dtype, self.config.train.master_dtype).itemsize
-        sums = (1 + self.weighted(chunks) / chunks) * wide / self.dtype.itemsize
+        # The number of chunks with a second sum is random and grows less than linearly. So it is
+        # drawn for this length, not extrapolated.
+        master_bytes = master_dtype(self.dtype, self.config.train.master_dtype).itemsize
+        sums = (1 + self.num_weighted(chunks) / chunks) * master_bytes / self.dtype.itemsize
         return {
             device: m.need()._replace(kv_gradients=m.kv * sums) for device, m in measured.items()
         }
 
-    def draw(self, chunks: int) -> tuple[list[int], bool]:
+    def estimator(self) -> Estimator:
+        train = self.config.train
+        return make_estimator(train.estimator, S=train.tbptt, compensate=train.compensate)
+
+    def draw_chunks(self, chunks: int) -> tuple[list[int], bool]:
         """The chunks that need gradients in one draw of the estimator, and whether all weights
         are one."""
-        train = self.config.train
-        estimator = make_estimator(train.estimator, S=train.tbptt, compensate=train.compensate)
+        estimator = self.estimator()
         window = estimator.weight_matrix(chunks + 1, random.Random(0))
         return chunks_with_gradient(self.document(chunks), window), torch.equal(
             window, all_pairs(chunks + 1)
         )
 
-    def weighted(self, chunks: int) -> int:
-        """Chunks that have a sum of weighted gradients beside the sum of all."""
-        needed, all_ones = self.draw(chunks)
-        return 0 if all_ones else len(needed)
+    def num_weighted(self, chunks: int) -> int:
+        """The number of chunks that have a sum of weighted gradients besides the plain sum."""
+        with_gradient, all_ones = self.draw_chunks(chunks)
+        return 0 if all_ones else len(with_gradient)
 
     def measure(self, chunks: int, batch: int) -> dict[torch.device, Measured]:
+        """`simulate`, once for every pair of arguments."""
         if (chunks, batch) not in self.measured:
-            self.measured[chunks, batch] = self.rehearse(chunks, batch)
+            self.measured[chunks, batch] = self.simulate(chunks, batch)
         return self.measured[chunks, batch]
 
-    def rehearse(self, chunks: int, batch: int) -> dict[torch.device, Measured]:
-        """One step, clipping and update on pretended devices."""
+    def simulate(self, chunks: int, batch: int) -> dict[torch.device, Measured]:
+        """Runs one step, clipping and update on simulated devices."""
         train = self.config.train
         with torch.device("meta"):
             base = AutoModelForCausalLM.from_config(self.shape, dtype=self.dtype)
-        places = resolved(base, self.config.model.device_map, self.path, self.machine)
-        resting, working = on_disk(base, places), worker(places)
-        with SimulatedDevices() as world:
-            send(
-                base,
-                {name: working if place == "disk" else place for name, place in places.items()},
-            )
-            weights = Counter(world.live)
+        device_map = resolved(base, self.config.model.device_map, self.path, self.machine)
+        disk_modules, disk_worker = on_disk(base, device_map), worker(device_map)
+        device_map = {
+            name: disk_worker if device == "disk" else device for name, device in device_map.items()
+        }
+        with SimulatedDevices() as simulation:
+            send(base, device_map)
+            weights = Counter(simulation.live)
             model = MemoryLM(base, self.memory, train.master_dtype)
             model.chunk_batch, model.checkpointing = batch, train.checkpointing
             model.train()
@@ -169,75 +179,77 @@ class StepSimulation:
             for parameter in parameters:
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.step()
-            trained = world.live - weights
+            trained = simulation.live - weights
             optimizer.zero_grad()
 
             sample = self.sample(chunks, batch)
-            estimator = make_estimator(train.estimator, S=train.tbptt, compensate=train.compensate)
-            stand_in = FixedBatchEstimator(world, batch, *self.draw(chunks))
-            world.watch_from_here()
-            # A document of one batch is short enough for the estimator itself, which may keep that
-            # batch's graph.
+            fixed = FixedBatchEstimator(simulation, batch, *self.draw_chunks(chunks))
+            simulation.reset_counts()
+            # A document of one batch is simulated with the config's estimator, because the step
+            # may keep the graph of such a short document.
             gradient_step(
                 model,
                 sample,
-                estimator=stand_in if chunks > batch else estimator,
+                estimator=fixed if chunks > batch else self.estimator(),
                 rng=0,
                 report_all=False,
             )
             torch.nn.utils.clip_grad_norm_(parameters, train.clip_grad or math.inf)
             optimizer.step()
-            before, after = stand_in.peak or world.peak, world.peak
+            before, after = fixed.peak or simulation.peak, simulation.peak
 
             # Weights on disk are in memory one module at a time.
             sizes = [
                 sum(p.nbytes for p in base.get_submodule(name).parameters(recurse=False))
-                for name in resting
+                for name in disk_modules
             ]
-            saved = Counter({as_device(working): sum(sizes) - max(sizes)} if sizes else {})
-            memory = self.memory_bytes(model, chunks, self.weighted(chunks))
-            devices = {
-                as_device(working if place == "disk" else place) for place in places.values()
-            }
+            saved = Counter({as_device(disk_worker): sum(sizes) - max(sizes)} if sizes else {})
+            memory = self.memory_bytes(model, chunks, self.num_weighted(chunks))
             result = {}
-            for device in sorted(devices, key=str):
-                d, less = simulated(device), saved[device]
-                kept = memory.get(d, (0, 0, 0))
+            for device in sorted(set(map(as_device, device_map.values())), key=str):
+                d, on_disk_bytes = simulated(device), saved[device]
                 result[device] = Measured(
-                    weights[d] - less, trained[d], *kept, before[d] - less, after[d] - less
+                    weights[d] - on_disk_bytes,
+                    trained[d],
+                    *memory.get(d, (0, 0, 0)),
+                    before[d] - on_disk_bytes,
+                    after[d] - on_disk_bytes,
                 )
             return result
 
     def document(self, chunks: int) -> Sample:
-        """A document with so many chunks in memory; its last chunk is full if positions allow."""
+        """A document with `chunks` chunks in memory. Its last chunk is full if the base's
+        positions allow it."""
         length = min((chunks + 1) * self.memory.chunk_size, self.capacity)
         ids = torch.zeros(length, dtype=torch.int64)
         return PROTOCOLS[self.config.train.loss](ids, self.memory.chunk_size)
 
     def sample(self, chunks: int, batch: int) -> Sample:
-        """The same with only the last two batches of its rows."""
+        """`document` with the last two batches of its rows only."""
         sample = self.document(chunks)
         rows = sample.rows[1:]
         return replace(sample, rows=rows[max(0, -(-len(rows) // batch) - 2) * batch :])
 
     def flops(self, chunks: int) -> int:
         """Useful FLOPs of a step, for one draw of the estimator."""
-        sample, train = self.document(chunks), self.config.train
-        estimator = make_estimator(train.estimator, S=train.tbptt, compensate=train.compensate)
-        backwards = min(train.tbptt, chunks) if estimator.reads_norms else len(self.draw(chunks)[0])
-        return Flops.of_shape(self.shape, self.memory).training(sample, backwards)
+        backwards = (
+            min(self.config.train.tbptt, chunks)
+            if self.estimator().reads_norms
+            else len(self.draw_chunks(chunks)[0])
+        )
+        return Flops.of_shape(self.shape, self.memory).training(self.document(chunks), backwards)
 
     def memory_bytes(
         self, model: MemoryLM, chunks: int, weighted: int
     ) -> dict[torch.device, tuple[int, int, int]]:
-        """Memories, their keys and values, and the sums of those' gradients (two of `weighted`
-        chunks), by device."""
-        width, each = model.dtype.itemsize, self.memory.num_memory
-        memory = chunks * each * self.shape.hidden_size * width
+        """Device -> bytes of the memories, of their keys and values, and of the sums of the
+        gradients of keys and values, of which `weighted` chunks have two."""
+        width, slots = model.dtype.itemsize, self.memory.num_memory
+        memory = chunks * slots * self.shape.hidden_size * width
         sums = (chunks + weighted) * model.master_dtype.itemsize
         found: dict[torch.device, tuple[int, int, int]] = {}
         for layer in model.base.model.layers:
-            kv = 2 * each * layer.self_attn.k_proj.out_features
+            kv = 2 * slots * layer.self_attn.k_proj.out_features
             parts = memory, chunks * kv * width, sums * kv
             device = layer_device(layer)
             memories, pairs, gradients = found.get(device, (0, 0, 0))
@@ -246,32 +258,43 @@ class StepSimulation:
 
 
 class FixedBatchEstimator(Estimator):
-    """Stands in for any estimator that gives the chunks `needed` weights that are not zero: of
-    them one full batch is encoded again. Notes the peak when it is asked which."""
+    """Replaces an estimator that gives the chunks `with_gradient` weights other than zero, and
+    encodes one full batch of them again. Stores the peak of the first phase in `peak`.
+
+    all_ones: whether all weights are one
+    """
 
     def __init__(
-        self, world: SimulatedDevices, batch: int, needed: Sequence[int], all_ones: bool
+        self,
+        simulation: SimulatedDevices,
+        batch: int,
+        with_gradient: Sequence[int],
+        all_ones: bool,
     ) -> None:
-        self.world, self.all_ones = world, all_ones
-        self.needed, self.chosen = list(needed), set(needed[:batch])
+        self.simulation, self.all_ones = simulation, all_ones
+        self.with_gradient, self.encoded_again = list(with_gradient), set(with_gradient[:batch])
         self.peak: Counter[torch.device] = Counter()
 
     def weight_matrix(self, num_chunks: int, rng: random.Random) -> Tensor:
         if self.all_ones:
             return all_pairs(num_chunks)
         columns = torch.zeros(num_chunks, dtype=torch.float64)
-        columns[self.needed] = 0.5
+        columns[self.with_gradient] = 0.5
         return all_pairs(num_chunks) * columns
 
     def columns(self, norms: Sequence[float], rng: random.Random) -> list[float]:
-        self.peak = self.world.peak
-        self.world.watch_from_here()
-        return [float(chunk in self.chosen) for chunk in range(len(norms))]
+        # The step calls this method between its phases.
+        self.peak = self.simulation.peak
+        self.simulation.reset_counts()
+        return [float(chunk in self.encoded_again) for chunk in range(len(norms))]
 
 
 class Measured(NamedTuple):
-    """Bytes on one device; `before` and `after`: peaks until the memories' gradients are known,
-    and from there on."""
+    """Bytes on one device, as in `Need`.
+
+    before: peak until the gradients of the memories are complete
+    after:  peak from there on
+    """
 
     weights: float
     trained: float
@@ -286,15 +309,16 @@ class Measured(NamedTuple):
         return Need(*parts, max(self.before, self.after) - sum(parts))
 
 
-def tokens_at_most(entry: CorpusEntry, capacity: int, chunk_size: int) -> int:
-    """Tokens of a corpus's longest document, as far as its name and truncation say."""
+def max_tokens(entry: CorpusEntry, capacity: int, chunk_size: int) -> int:
+    """An upper bound of the tokens of a corpus's documents, from its name and truncation."""
     try:
         corpus, arguments = find_corpus(entry.name)
-    except ConfigError:  # whoever reads the corpus refuses it
+    except ConfigError:  # reading the corpus raises the error
         return min(capacity, entry.truncation or capacity)
-    if entry.task == "auto encoding":  # one chunk of a document, as the decoder's only row
+    if entry.task == "auto encoding":  # a sample is one chunk
         return chunk_size
-    named = [int(arguments[0] or capacity)] if corpus.tokenized else []  # beacons sampled.8192
+    # The name of a tokenised corpus contains the number of tokens: beacons sampled.8192.
+    limits = [int(arguments[0] or capacity)] if corpus.tokenized else []
     if entry.truncation is None and (chunks := corpus.chunks(*arguments)[1]):
-        named.append(chunks * chunk_size)
-    return min(capacity, entry.truncation or capacity, *named)
+        limits.append(chunks * chunk_size)
+    return min(capacity, entry.truncation or capacity, *limits)

@@ -1,1 +1,1 @@
-"""What a gradient estimator costs and buys, measured: see `python -m uiollms.study --help`."""
+"""Studies of the gradient estimators: bias, variance, time, memory, and what they learn."""

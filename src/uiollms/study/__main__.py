@@ -1,4 +1,4 @@
-"""`python -m uiollms.study`, which `python -m uiollms study` is too."""
+"""Runs the command `python -m uiollms.study`, which is also `python -m uiollms study`."""
 
 from uiollms.cli.common import reporting_errors
 from uiollms.cli.study import main

@@ -1,4 +1,4 @@
-"""Seconds and peak memory of one training step under every estimator and S."""
+"""Measures seconds and peak memory of one training step for every estimator and S."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from uiollms.training.step import gradient_step
 
 
 class PeakMemory:
-    """`with PeakMemory(device) as peak: ...`; then `peak.bytes`: how far memory rose above where
-    it was. On a CPU the resident set is sampled every millisecond, after freed pages were given
-    back."""
+    """Measures how far memory rises within a context: `with PeakMemory(device) as peak: ...`, then
+    `peak.bytes`. On a CPU this is the resident set, sampled every millisecond, after freed memory
+    was returned to the system."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.bytes = device, 0
@@ -37,14 +37,14 @@ class PeakMemory:
             return self
         trim_heap(self.device)
         self.process, self.done = psutil.Process(), threading.Event()
-        self.start = self.most = self.process.memory_info().rss
+        self.start = self.peak = self.process.memory_info().rss
         self.thread = threading.Thread(target=self._watch)
         self.thread.start()
         return self
 
     def _watch(self) -> None:
         while not self.done.wait(0.001):
-            self.most = max(self.most, self.process.memory_info().rss)
+            self.peak = max(self.peak, self.process.memory_info().rss)
 
     def __exit__(self, *_: object) -> None:
         if self.device.type == "cuda":
@@ -52,24 +52,30 @@ class PeakMemory:
             return
         self.done.set()
         self.thread.join()
-        self.bytes = max(self.most, self.process.memory_info().rss) - self.start
+        self.bytes = max(self.peak, self.process.memory_info().rss) - self.start
 
 
 def study_cost(
     model: MemoryLM,
     ids: Tensor,
-    windows: Sequence[int],
+    sizes: Sequence[int],
     repeats: int = 1,
     names: Sequence[str] = NAMES,
     bar: Callable[..., Iterable[Any]] = tqdm,
 ) -> list[dict[str, Any]]:
-    """Seconds (median) and peak memory of one training step for every estimator and S, and the
-    chunks re-encoded. All take turns, `repeats` times, so that a busy machine slows all alike;
-    `bar` shows how far they are."""
+    """One row per estimator and S: median seconds and peak memory of a training step, and the
+    number of chunks that were encoded again.
+
+    ids:     token ids [T] of the document
+    sizes:   values of S
+    repeats: how often each estimator runs; they run in turn, so that other load on the machine
+             slows all alike
+    bar:     wraps the steps in a progress bar
+    """
     sample = Sample.language_modeling(ids, model.memory_config.chunk_size)
     gradient_step(model, sample, estimator="tbptt", S=1)  # warm up
     measured = [
-        (name, S, estimator) for name, S, estimator in estimators_of(windows) if name in names
+        (name, S, estimator) for name, S, estimator in estimators_of(sizes) if name in names
     ]
     seconds: list[list[float]] = [[] for _ in measured]
     backwards: list[list[int]] = [[] for _ in measured]

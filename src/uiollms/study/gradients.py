@@ -1,10 +1,10 @@
-"""Bias, variance and angle of every estimator against the exact encoder gradient, on a real
-model and real documents.
+"""Measures bias, variance and angle of every estimator against the exact encoder gradient, on real
+documents.
 
-The encoder's gradient is linear in the weights W: it is the sum over pairs s < t of W[t, s] *
-g[t, s], where g[t, s] is what loss t sends to the encoder through memory s. So all g[t, s] of a
-document are computed once, and their Gram matrix gives norm, angle and error of any estimator
-under any number of draws without another backward.
+The encoder's gradient is linear in the weight matrix W. It is the sum over pairs s < t of W[t, s] *
+g[t, s], where g[t, s] is the encoder gradient of loss t through memory s. So all g[t, s] of a
+document are computed once. Their Gram matrix gives norm, angle and error of any estimator for any
+number of draws, without another backward.
 
 Shapes: N rows, C chunks, n pairs (t, s) with s < t, P encoder parameters, R draws.
 """
@@ -26,12 +26,12 @@ from uiollms.model.passes import decode_rows
 from uiollms.model.state import KVPrefix, join_slots
 from uiollms.training.estimators import Estimator, Exact, make_estimator
 
-INFINITE = 10**6  # a window wider than any document
+INFINITE = 10**6  # an S that is larger than the number of chunks of any document
 NAMES = ("tbptt", "uio", "uio, no factor", "importance", "exact")
 
 
-def estimators_of(windows: Sequence[int]) -> list[tuple[str, int, Estimator]]:
-    """(name, S, estimator) of every row of the table; the exact one has no window."""
+def estimators_of(sizes: Sequence[int]) -> list[tuple[str, int, Estimator]]:
+    """(name, S, estimator) of every row of the table. The exact estimator has no S."""
     rows = [
         (
             name,
@@ -40,7 +40,7 @@ def estimators_of(windows: Sequence[int]) -> list[tuple[str, int, Estimator]]:
                 "uio" if name.startswith("uio") else name, S, compensate=name != "uio, no factor"
             ),
         )
-        for S in windows
+        for S in sizes
         for name in NAMES
         if name != "exact"
     ]
@@ -50,15 +50,15 @@ def estimators_of(windows: Sequence[int]) -> list[tuple[str, int, Estimator]]:
 def pair_gradients(
     model: MemoryLM, sample: Sample
 ) -> tuple[list[tuple[int, int]], Tensor, list[float]]:
-    """All pairs (t, s), their encoder gradients g[t, s] [n, P], and the norm of every memory's
-    summed gradient [C] (what the importance estimator sees)."""
+    """All pairs (t, s), their encoder gradients g[t, s] as rows [n, P], and the norms of the
+    memories' summed gradients [C], which the importance estimator reads."""
     count = len(sample.chunks)
     with torch.no_grad():
         memory = [
             [layer.detach() for layer in model.encode_layers(chunk[None])]
             for chunk in sample.chunks
         ]
-    arrived: dict[tuple[int, int], list[Tensor]] = {}
+    received: dict[tuple[int, int], list[Tensor]] = {}
     for t, row in enumerate(sample.rows):
         if t == 0 or not len(row.scored):
             continue
@@ -71,7 +71,7 @@ def pair_gradients(
         loss, _, _ = decode_rows(model, sample, [t], prefix)
         grads = torch.autograd.grad((loss * row.token_weights[row.scored].to(loss)).sum(), leaves)
         for s in range(t):
-            arrived[t, s] = [g[s : s + 1] for g in grads]
+            received[t, s] = [g[s : s + 1] for g in grads]
     parameters = [
         p
         for name, p in model.encoder.named_parameters()
@@ -80,24 +80,24 @@ def pair_gradients(
     pairs, rows = [], []
     for s in range(count):
         graph = model.encode_layers(sample.chunks[s : s + 1])
-        for t in (t for t in range(s + 1, len(sample.rows)) if (t, s) in arrived):
-            grads = torch.autograd.grad(graph, parameters, arrived[t, s], retain_graph=True)
+        for t in (t for t in range(s + 1, len(sample.rows)) if (t, s) in received):
+            grads = torch.autograd.grad(graph, parameters, received[t, s], retain_graph=True)
             pairs.append((t, s))
             rows.append(torch.cat([g.flatten() for g in grads]))
     squares = [0.0] * count
     for s in range(count):
         for layer in range(len(memory[0])):
             total = sum(
-                arrived[t, s][layer].double()
+                received[t, s][layer].double()
                 for t in range(s + 1, len(sample.rows))
-                if (t, s) in arrived
+                if (t, s) in received
             )
             squares[s] += total.pow(2).sum().item() if isinstance(total, Tensor) else 0.0
     return pairs, torch.stack(rows), [square**0.5 for square in squares]
 
 
 def gram(vectors: Tensor, block: int = 1 << 18) -> Tensor:
-    """[n, P] -> inner products [n, n], summed in float64."""
+    """Vectors [n, P] -> their inner products [n, n], summed in float64."""
     result = torch.zeros(len(vectors), len(vectors), dtype=torch.float64)
     for start in range(0, vectors.shape[1], block):
         part = vectors[:, start : start + block].double()
@@ -113,7 +113,7 @@ def draw_weights(
     draws: int,
     seed: int,
 ) -> Tensor:
-    """Weights of every pair in every draw, [R, n]."""
+    """The weight of every pair in every draw, [R, n] float64."""
     rng = random.Random(seed)
     t, s = (torch.tensor(side) for side in zip(*pairs, strict=True))
     rows = []
@@ -129,11 +129,15 @@ def draw_weights(
 def statistics_of(
     weights: Tensor, products: Tensor, pairs: Sequence[tuple[int, int]]
 ) -> dict[str, float]:
-    """weights [R, n], products [n, n] -> how the R estimates relate to the exact gradient g.
-    `bias` is the relative error of the draws' mean, `bias_noise` what it would be by chance
-    alone; `variance` is E||est - mean||^2 / ||g||^2."""
+    """Compares R estimates with the exact gradient g.
+
+    weights: [R, n], products: [n, n] inner products of the pairs' gradients
+
+    `bias` is the relative error of the draws' mean, `bias_noise` the part of it that chance
+    explains, `variance` is E||estimate - mean||^2 / ||g||^2.
+    """
     exact = products.sum().item()
-    with_exact = weights @ products.sum(1)  # <est, g>
+    with_exact = weights @ products.sum(1)  # <estimate, g>
     squares = ((weights @ products) * weights).sum(1).clamp(min=0)
     mean = weights.mean(0)
     bias = ((mean - 1) @ products @ (mean - 1)).clamp(min=0).item() / exact
@@ -159,20 +163,22 @@ def statistics_of(
 def study_gradients(
     model: MemoryLM,
     documents: Sequence[Tensor],
-    windows: Sequence[int],
+    sizes: Sequence[int],
     draws: int,
     bar: Callable[..., Iterable[Any]] = tqdm,
 ) -> list[dict[str, Any]]:
-    """One row of statistics for every estimator and S, averaged over documents;
-    `norm_ratio_variance` over draws and documents (the paper's Table 4 draws once for each
-    input), so with the variance of the documents' means added."""
+    """One row of statistics per estimator and S, averaged over documents.
+
+    `norm_ratio_variance` is the variance over draws and documents, because the paper's Table 4
+    draws once per input. So it includes the variance of the documents' means.
+    """
     per_document: dict[tuple[str, int], list[dict[str, float]]] = {}
     for number, ids in enumerate(bar(documents, desc="documents")):
         sample = Sample.language_modeling(ids, model.memory_config.chunk_size)
         pairs, vectors, norms = pair_gradients(model, sample)
         products = gram(vectors)
         del vectors
-        for name, S, estimator in estimators_of(windows):
+        for name, S, estimator in estimators_of(sizes):
             weights = draw_weights(estimator, pairs, len(sample.rows), norms, draws, seed=number)
             per_document.setdefault((name, S), []).append(statistics_of(weights, products, pairs))
     result = []

@@ -1,9 +1,8 @@
-"""Does the estimator matter for what is learned? The same start, the same documents, another
-estimator.
+"""Compares what is learned with different gradient estimators.
 
-All runs of one seed start from the same memory, fresh or loaded, and see the same documents in
-the same order; only the encoder's gradient differs. The learning rate stays constant after its
-warm-up, so that a curve may be read at any iteration, and after any number of seconds.
+All runs of one seed start from the same weights, new or loaded, and read the same documents in the
+same order; only the encoder's gradient differs. The learning rate stays constant after its warm-up,
+so curves can be compared at any iteration, and after any number of seconds.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ from uiollms.training.optimizer import make_optimizer
 from uiollms.training.schedule import Schedule
 from uiollms.training.step import gradient_step
 
-# 97.5 % quantiles of Student's t for 1 .. 9 degrees of freedom: intervals of 2 .. 10 seeds.
+# 97.5 % quantiles of Student's t for 1 .. 9 degrees of freedom, for intervals of 2 .. 10 seeds
 STUDENT_T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
 
 
 def held_out_nll(model: MemoryLM, samples: Sequence[Sample]) -> float:
-    """Mean NLL, in nats, of all scored tokens of `samples`, with memory."""
+    """Mean NLL with memory of all scored tokens of `samples`, in nats."""
     return (
         torch.cat([token_losses(model, sample, "memory")[1] for sample in samples])
         .double()
@@ -50,8 +49,8 @@ def learn(
     estimator: Estimator,
     train: TrainSection,
 ) -> dict[str, Any]:
-    """Train `model` on `train.train_iters` documents -> held-out NLL (nats) every `train.eval`
-    of them, against iterations, which are optimizer steps here."""
+    """Trains a model on `train.train_iters` documents -> its held-out NLL in nats, after every
+    `train.eval` documents, and the iterations, which are optimizer steps here."""
     optimizer = make_optimizer(model, train)
     parameters = list(model.trainable_parameters().values())
     schedule = Schedule(train, train.accum_grad)
@@ -86,8 +85,8 @@ def step_seconds(
     start: Callable[[int], tuple[MemoryLM, Iterator[Sample]]],
     rounds: int = 7,
 ) -> dict[tuple[str, int], float]:
-    """Median seconds of a gradient step under every estimator (name, S), taken in turns on the
-    same documents, so that whatever else the machine does slows all of them alike."""
+    """Median seconds of a gradient step by (name, S) of the estimator. All estimators run in turn
+    on the same documents, so that other load on the machine slows all alike."""
     model, samples = start(0)
     model.train()
     gradient_step(model, next(samples), estimator="exact", report_all=False)  # warm up
@@ -111,12 +110,16 @@ def compare(
     record: Callable[[dict[str, Any]], None],
     bar: Callable[..., Iterable[Any]] = tqdm,
 ) -> None:
-    """Run every estimator (name, S, object) with every seed that is not in `done`, seed by seed,
-    and `record` each curve. start: a seed -> an untrained model and its stream of documents."""
+    """Trains with every estimator (name, S, object) and every seed, seed by seed.
+
+    start:  maps a seed to a model and its stream of documents
+    done:   curves of trainings that are skipped
+    record: is called with each new curve
+    """
     runs = [(seed, *estimator) for seed in seeds for estimator in estimators]
-    known = {(curve["seed"], curve["estimator"], curve["S"]) for curve in done}
+    finished = {(curve["seed"], curve["estimator"], curve["S"]) for curve in done}
     for seed, name, S, estimator in bar(
-        [run for run in runs if run[:3] not in known], desc="trainings"
+        [run for run in runs if run[:3] not in finished], desc="trainings"
     ):
         model, samples = start(seed)
         curve = learn(model, samples, held_out, estimator, train.model_copy(update={"seed": seed}))
@@ -126,10 +129,14 @@ def compare(
 def summarise(
     curves: Sequence[dict[str, Any]], seconds: dict[tuple[str, int], float]
 ) -> list[dict[str, Any]]:
-    """One row an estimator: held-out NLL after all iterations, and after as many as it has time
-    for while the fastest estimator takes all of its own. seconds: of a step, by (estimator, S).
-    Means over seeds, +- the half width of a 95 % Student interval; "to exact": the same of the
-    differences to the exact estimator's run of that seed."""
+    """One row per estimator: held-out NLL after all iterations, and after as many iterations as it
+    finishes in the time that the fastest estimator takes for all.
+
+    seconds: of one step, by (estimator, S)
+
+    Numbers are means over seeds, +- the half width of a 95 % Student interval. "to exact" is the
+    mean difference to the run of the exact estimator with the same seed.
+    """
     names = list(dict.fromkeys((curve["estimator"], curve["S"]) for curve in curves))
     last = curves[0]["iterations"][-1]
     affordable = {name: last * min(seconds[n] for n in names) / seconds[name] for name in names}
@@ -143,21 +150,21 @@ def summarise(
     )
     rows = []
     for name in names:
-        own = [curve for curve in curves if (curve["estimator"], curve["S"]) == name]
+        estimator_curves = [curve for curve in curves if (curve["estimator"], curve["S"]) == name]
         row: dict[str, Any] = {
             "estimator": name[0],
             "S": name[1],
-            "seeds": len(own),
+            "seeds": len(estimator_curves),
             "step_seconds": seconds[name],
         }
-        paired = [curve for curve in own if curve["seed"] in exact]
-        for label, mine, reference in (
+        paired = [curve for curve in estimator_curves if curve["seed"] in exact]
+        for label, iteration, exact_iteration in (
             ("equal iterations", last, last),
             ("equal seconds", affordable[name], exact_affordable),
         ):
-            row[label] = interval([at(curve, mine) for curve in own])
+            row[label] = interval([at(curve, iteration) for curve in estimator_curves])
             differences = [
-                at(curve, mine) - at(exact[curve["seed"]], reference) for curve in paired
+                at(curve, iteration) - at(exact[curve["seed"]], exact_iteration) for curve in paired
             ]
             row[f"{label}, to exact"] = "" if name[0] == "exact" else interval(differences)
         rows.append(row)
@@ -165,7 +172,7 @@ def summarise(
 
 
 def interpolated(x: Sequence[float], y: Sequence[float], at: float) -> float:
-    """The value at `at` of straight lines through the points; the last value past them."""
+    """Linear interpolation of the points (x, y) at `at`. Past the last point it is the last y."""
     for (x0, y0), (x1, y1) in zip(
         zip(x, y, strict=True), zip(x[1:], y[1:], strict=True), strict=False
     ):
@@ -175,7 +182,7 @@ def interpolated(x: Sequence[float], y: Sequence[float], at: float) -> float:
 
 
 def interval(values: Sequence[float]) -> str:
-    """ "mean +- half width" of a 95 % Student interval; a single value has no width."""
+    """ "mean +- half width" of a 95 % Student interval. A single value is shown without a width."""
     if not values:
         return ""
     mean = f"{statistics.mean(values):.3f}"
@@ -188,9 +195,12 @@ def interval(values: Sequence[float]) -> str:
 def plot_curves(
     panels: dict[str, Sequence[dict[str, Any]]], references: dict[str, float], path: Any
 ) -> None:
-    """Held-out NLL against iterations: one panel for each title, one line for each estimator (the
-    mean over seeds; their range is shaded). references: horizontal lines by name, such as the NLL
-    without memory."""
+    """Draws held-out NLL against iterations, one line per estimator: its mean over seeds, with the
+    range of the seeds shaded.
+
+    panels:     title -> curves of one panel
+    references: name -> value of horizontal lines, such as the NLL without memory
+    """
     from matplotlib.figure import Figure  # slow to import
 
     figure = Figure(figsize=(6.4 * len(panels) + 2.2, 4.4), layout="constrained")
@@ -202,7 +212,7 @@ def plot_curves(
             trained = [c for c in curves if (c["estimator"], c["S"]) == (name, S)]
             iterations = trained[0]["iterations"]
             nll = list(zip(*(c["nll"] for c in trained), strict=True))
-            # Lines that lie on each other stay visible: each is thinner than the one below it.
+            # Each line is thinner than the one below it, so that lines on each other stay visible.
             axes.plot(
                 iterations,
                 [statistics.mean(values) for values in nll],
@@ -215,8 +225,8 @@ def plot_curves(
         for (name, value), style in zip(references.items(), (":", "--", "-."), strict=False):
             axes.axhline(value, color="0.3", linestyle=style, label=name)
         seeds = len({c["seed"] for c in curves})
-        of_seeds = f"mean and range of {seeds} seeds" if seeds > 1 else "one seed"
-        axes.set_title(f"{title}: {of_seeds}" if title else of_seeds.capitalize(), fontsize=12)
+        seeds_text = f"mean and range of {seeds} seeds" if seeds > 1 else "one seed"
+        axes.set_title(f"{title}: {seeds_text}" if title else seeds_text.capitalize(), fontsize=12)
         axes.set_xlabel("optimizer steps", fontsize=11)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)

@@ -1,13 +1,13 @@
-"""A recall task with distance as the dial: what was told in one chunk is asked `distance` chunks
-later, and only there.
+"""A recall task with adjustable distance: a chunk contains facts, and the chunk `distance` chunks
+later contains questions about them.
 
     a chunk of 8 tokens    pair pair pair pair | query answer | query answer
-    pair (k, v)            one token a combination; no key comes twice in a document
-    query k                asks for a key told `distance` chunks ago; the answer v is scored
+    pair (k, v)            one token per combination; a document contains every key once
+    query k                a key of `distance` chunks before; the answer v is scored
 
-The base is a small Llama trained here to answer from the raw text, at every distance; then it is
-frozen and memory is trained. A gradient cut off S chunks back never tells the encoder what a
-question further on will need.
+The base is a small Llama that is trained here to answer from the raw text, at every distance. Then
+it is frozen and memory is trained. A gradient that is truncated after S chunks does not reach the
+encoder of a chunk whose facts are queried later than that.
 
 Shapes: B documents, N chunks, P pairs and Q queries of a chunk.
 """
@@ -31,22 +31,20 @@ from uiollms.weights.base_models import load_causal_lm
 
 KEYS, VALUES, PAIRS, QUERIES = 64, 8, 4, 2
 CHUNK = PAIRS + 2 * QUERIES
-QUERY, ANSWER = (
-    KEYS * VALUES,
-    KEYS * VALUES + KEYS,
-)  # the first ids of queries and of answers, after those of pairs
+# The first token ids of queries and of answers. The ids of pairs come before them.
+QUERY, ANSWER = KEYS * VALUES, KEYS * VALUES + KEYS
 VOCABULARY = ANSWER + VALUES
-MOST_CHUNKS = KEYS // PAIRS
+MAX_CHUNKS = KEYS // PAIRS
 MEMORY = MemoryConfig.model_validate(
     dict(num_memory=4, chunk_size=CHUNK, lora_rank=16, lora_alpha=32)
 )
 
 
 def draw_documents(
-    generator: torch.Generator, distances: Tensor, num_chunks: int = MOST_CHUNKS
+    generator: torch.Generator, distances: Tensor, num_chunks: int = MAX_CHUNKS
 ) -> tuple[Tensor, Tensor]:
-    """One document for every distance [B] -> token ids [B, N * 8] int64, and which of them are
-    answers, [B, N * 8] bool. A chunk with nothing so far behind it asks for its own pairs."""
+    """One document per distance [B] -> token ids [B, N * 8] int64, and which tokens are answers,
+    [B, N * 8] bool. A chunk with fewer than `distance` chunks before it queries its own pairs."""
     batch, rows = len(distances), torch.arange(len(distances))[:, None, None]
     keys = (
         torch.rand(batch, KEYS, generator=generator)
@@ -58,10 +56,10 @@ def draw_documents(
     source = torch.where(chunk >= distances[:, None], chunk - distances[:, None], chunk)[
         :, :, None
     ]  # [B, N, 1]
-    asked = torch.randint(PAIRS, (batch, num_chunks, QUERIES), generator=generator)
+    queried = torch.randint(PAIRS, (batch, num_chunks, QUERIES), generator=generator)
     queries, answers = (
-        QUERY + keys[rows, source, asked],
-        ANSWER + values[rows, source, asked],
+        QUERY + keys[rows, source, queried],
+        ANSWER + values[rows, source, queried],
     )  # [B, N, Q]
     ids = torch.cat(
         [keys * VALUES + values, torch.stack([queries, answers], dim=-1).flatten(2)], dim=2
@@ -70,15 +68,15 @@ def draw_documents(
 
 
 def recall_sample(ids: Tensor, answers: Tensor, distance: int) -> Sample:
-    """A document [T] whose answers `distance` chunks on are scored, those of the first chunks
-    (about themselves) not."""
+    """A document [T] in which the answers about earlier chunks are scored. Those of the first
+    `distance` chunks, about themselves, are not."""
     labels = torch.where(answers, ids, IGNORED)
     labels[: distance * CHUNK] = IGNORED
     return Sample.beacon(ids, labels, CHUNK)
 
 
 def recall_samples(distance: int, seed: int) -> Iterator[Sample]:
-    """An endless stream of documents with that distance (at least 1)."""
+    """Yields documents of one distance (at least 1) without end."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         (ids,), (answers,) = draw_documents(generator, torch.tensor([distance]))
@@ -86,11 +84,11 @@ def recall_samples(distance: int, seed: int) -> Iterator[Sample]:
 
 
 def train_base(
-    folder: Path, seed: int = 0, enough: float = 0.98, bar: Callable[..., Iterable[Any]] = tqdm
+    folder: Path, seed: int = 0, goal: float = 0.98, bar: Callable[..., Iterable[Any]] = tqdm
 ) -> Any:
-    """The small Llama (4 layers of 128) that answers from raw text at every distance with
-    `enough` accuracy, from `folder` if it was trained before. Documents grow from 2 to 16 chunks
-    as it learns. Raises RuntimeError if it does not."""
+    """Trains the small Llama (4 layers of width 128) until it answers from raw text with accuracy
+    `goal`, and saves it in `folder`. If the folder exists, loads it instead. Documents grow from
+    2 to 16 chunks during training. Raises RuntimeError if the goal is not reached."""
     if folder.exists():
         return load_causal_lm(str(folder))
     torch.manual_seed(seed)
@@ -108,7 +106,7 @@ def train_base(
     )
     optimizer = torch.optim.AdamW(base.parameters(), lr=1e-3, betas=(0.9, 0.98))
     generator = torch.Generator().manual_seed(seed)
-    for num_chunks in (2, 8, MOST_CHUNKS):
+    for num_chunks in (2, 8, MAX_CHUNKS):
         accuracy = 0.0
         for _ in bar(range(2000), desc=f"base, {num_chunks} chunks", leave=False):
             distances = torch.randint(num_chunks - 1, (512 // num_chunks,), generator=generator)
@@ -119,12 +117,12 @@ def train_base(
             torch.nn.utils.clip_grad_norm_(base.parameters(), 1.0)
             optimizer.step()
             accuracy = 0.9 * accuracy + 0.1 * (logits.argmax(-1) == targets).float().mean().item()
-            if accuracy > enough:
+            if accuracy > goal:
                 break
         else:
             raise RuntimeError(
                 f"the base answers {accuracy:.0%} of the questions in {num_chunks} chunks, "
-                f"expected {enough:.0%}"
+                f"expected {goal:.0%}"
             )
     with atomic_folder(folder) as work:
         base.save_pretrained(work)

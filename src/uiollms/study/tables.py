@@ -1,4 +1,4 @@
-"""A study's rows as a markdown table and as a plot against S."""
+"""Writes the rows of a study as a markdown table and as a plot against S."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from uiollms.study.gradients import INFINITE
 
 
 def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows as a markdown table; an infinite window is written as inf."""
+    """Rows as a markdown table. An infinite S is written as inf."""
     columns = list(rows[0])
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     for row in rows:
-        lines.append("| " + " | ".join(shown(column, row[column]) for column in columns) + " |")
+        lines.append("| " + " | ".join(cell(column, row[column]) for column in columns) + " |")
     return "\n".join(lines) + "\n"
 
 
-def shown(column: str, value: Any) -> str:
+def cell(column: str, value: Any) -> str:
     if column == "S" and value == INFINITE:
         return "inf"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
@@ -33,7 +33,7 @@ TITLES = {
     "norm_ratio": "norm of the gradient\n(relative to the exact norm)",
     "cosine": "cosine with the exact gradient",
     "relative_error": "error of one gradient\n(relative to the exact norm)",
-    "encoder_backwards": "encoder backwards a document\n(chunks)",
+    "encoder_backwards": "encoder backwards per document\n(chunks)",
     "seconds": "time of a step (s)",
     "peak_mib": "peak memory of a step (MiB)",
 }
@@ -41,13 +41,13 @@ MARKERS = "os^Dv"
 
 
 def plot(rows: Sequence[dict[str, Any]], columns: Sequence[str], path: Path) -> None:
-    """One panel for each column: the number against S, a line for every estimator, and a
-    horizontal line for the exact gradient, which has no S."""
+    """Draws one panel per column: the number against S, one line per estimator, and a horizontal
+    line for the exact gradient, which has no S."""
     from matplotlib.figure import Figure  # slow to import
 
     height = math.ceil(len(columns) / 3)
     figure = Figure(figsize=(13, 0.6 + 3.9 * height), layout="constrained")
-    windows = sorted({row["S"] for row in rows if row["estimator"] != "exact"})
+    sizes = sorted({row["S"] for row in rows if row["estimator"] != "exact"})
     names = list(dict.fromkeys(row["estimator"] for row in rows))
     for number, column in enumerate(columns):
         axes = figure.add_subplot(height, min(3, len(columns)), number + 1)
@@ -56,14 +56,12 @@ def plot(rows: Sequence[dict[str, Any]], columns: Sequence[str], path: Path) -> 
             if name == "exact":
                 axes.axhline(found[INFINITE], color="0.3", linestyle=":", label=name)
                 continue
-            # Lines that lie on each other stay visible: each is thinner than the one below it.
+            # Each line is thinner than the one below it, so that lines on each other stay visible.
             width = 4 - 0.8 * names.index(name)
-            look: dict[str, Any] = dict(marker=marker, markersize=4 + width, linewidth=width)
-            values = [found[S] for S in windows]
-            axes.plot(range(len(windows)), values, label=name, alpha=0.8, **look)
-        axes.set_xticks(
-            range(len(windows)), ["\u221e" if S == INFINITE else str(S) for S in windows]
-        )
+            line_style: dict[str, Any] = dict(marker=marker, markersize=4 + width, linewidth=width)
+            values = [found[S] for S in sizes]
+            axes.plot(range(len(sizes)), values, label=name, alpha=0.8, **line_style)
+        axes.set_xticks(range(len(sizes)), ["\u221e" if S == INFINITE else str(S) for S in sizes])
         axes.set_xlabel("S (memories that a loss reaches at most)", fontsize=10)
         axes.set_title(TITLES.get(column, column), fontsize=12)
         low, high = axes.dataLim.intervaly
