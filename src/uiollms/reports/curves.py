@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def plot_training(
     own_panel = bool(evaluations) and evaluations[0][1].get("protocol", "paper") != loss
     bounds = bound_lines(metrics)
     count = 1 + own_panel + bool(bounds)
-    figure = Figure(figsize=(8, 1 + 3.5 * count), layout="constrained")
+    figure = Figure(figsize=(10.5, 1 + 3.7 * count), layout="constrained")
     all_panels = figure.subplots(count, squeeze=False).flatten()
     panels = all_panels[: 1 + own_panel]
     if bounds:
@@ -51,7 +52,7 @@ def plot_training(
         x,
         smoothed(y, width),
         color="0.3",
-        label=f"mean of the last {width}" if width > 1 else "training",
+        label=f"mean of the last {width} batches" if width > 1 else "training",
     )
     for mode, color in COLORS.items():
         points = [
@@ -61,15 +62,21 @@ def plot_training(
             panels[-1].plot(
                 *zip(*points, strict=True), "o-", color=color, label=f"held out, {NAMES[mode]}"
             )
-    for axes in panels:
-        axes.set_ylabel("NLL, nats per scored token")
+    for axes, title in zip(panels, ("Training loss", "Held-out loss"), strict=False):
+        axes.set_title(title if own_panel else "Training and held-out loss")
+        axes.set_ylabel("NLL (nats per scored token)")
     for axes in all_panels:
         mark_stages(axes, metrics)
         axes.set_xlabel(counted)
-        axes.legend()
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
         axes.grid(alpha=0.3)
-    if y:
-        panels[0].set_ylim(min(y) - 0.2, sorted(y)[int(len(y) * 0.9)] + 1)
+    # The loss of the first steps is often several times that of the others. A logarithmic axis
+    # shows both.
+    if y and 0 < 1.5 * statistics.median(y) < max(y) and min(y) > 0:
+        panels[0].set_yscale("log")
+        panels[0].grid(alpha=0.3, which="minor")
+        panels[0].yaxis.set_major_formatter("{x:g}")
+        panels[0].yaxis.set_minor_formatter("{x:g}")
     with atomic_file(path) as work:
         figure.savefig(work, dpi=120)
     return path
@@ -119,7 +126,8 @@ def plot_bounds(lines: dict[str, list[Bound]], axes: Any) -> None:
         (line,) = axes.plot(iterations, values, "o-", label=label)
         axes.fill_between(iterations, low, high, alpha=0.2, color=line.get_color())
     axes.axhline(0, color="0.3", linestyle=":", label="another document's memory serves as well")
-    axes.set_ylabel("bound, nats per scored token")
+    axes.set_title("What a document's memory gains over another document's")
+    axes.set_ylabel("bound (nats per scored token)")
 
 
 def nll_of(numbers: dict[str, Any]) -> float:
@@ -172,7 +180,7 @@ def plot_steps(metrics: Sequence[dict[str, Any]], counted: str, path: Path) -> P
         "learning rate": {"": column(steps, "lr")},
         "gradient norm before clipping": norms,
         "tokens read per second": {"": column(steps, "machine", "tokens_per_second")},
-        "peak memory so far, GiB": memory,
+        "peak memory so far (GiB)": memory,
     }
     panels = {label: lines for label, lines in panels.items() if any(lines.values())}
     figure = Figure(figsize=(11, 3.2 * math.ceil(len(panels) / 2)), layout="constrained")
@@ -180,7 +188,7 @@ def plot_steps(metrics: Sequence[dict[str, Any]], counted: str, path: Path) -> P
         axes = figure.add_subplot(math.ceil(len(panels) / 2), 2, i + 1)
         for name, points in lines.items():
             if points:
-                line_style: dict[str, Any] = dict(linewidth=0.9, marker=".", markersize=3)
+                line_style: dict[str, Any] = dict(linewidth=1, marker=".", markersize=4)
                 if name == "all":  # it nearly coincides with the largest part
                     line_style = dict(color="0.8", linewidth=3)
                 axes.plot(*zip(*points, strict=True), label=name, **line_style)
@@ -188,13 +196,12 @@ def plot_steps(metrics: Sequence[dict[str, Any]], counted: str, path: Path) -> P
         if "norm" in label:
             axes.set_yscale("log")
         else:
-            axes.set_ylim(
-                0, 1.1 * max(number for points in lines.values() for _, number in points) or 1
-            )
+            most = max(number for points in lines.values() for _, number in points) or 1
+            axes.set_ylim(-0.03 * most, 1.1 * most)
         if len([points for points in lines.values() if points]) > 1:
             axes.legend(fontsize=8)
         axes.set_xlabel(counted)
-        axes.set_ylabel(label)
+        axes.set_title(label)
         axes.grid(alpha=0.3)
     with atomic_file(path) as work:
         figure.savefig(work, dpi=110)

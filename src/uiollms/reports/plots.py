@@ -50,12 +50,12 @@ def plot_panels(results: Sequence[Result], draw: Callable[[Result, Any], None], 
 
     columns = min(3, len(results))
     rows = math.ceil(len(results) / columns)
-    figure = Figure(figsize=(5 * columns, 3.6 * rows), layout="constrained")
+    figure = Figure(figsize=(5.4 * columns, 4.2 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for result, axes in zip(results, panels, strict=False):
         draw(result, axes)
         axes.set_title(
-            "\n".join(heading(result.task, result.comparison)), fontsize=9, parse_math=False
+            "\n".join(heading(result.task, result.comparison)), fontsize=10, parse_math=False
         )
         axes.grid(alpha=0.3)
     for axes in panels[len(results) :]:
@@ -80,25 +80,19 @@ def style(mode: str) -> dict[str, Any]:
 
 
 def plot_positions(result: TaskSummary, axes: Any) -> None:
-    shown, first = [], float(result.task.chunk_size)
     for mode in (mode for mode in NAMES if mode in result.modes):
         buckets = result.modes[mode]["by_position"]
+        # The first tokens of a document have buckets of one or two tokens, whose perplexity would
+        # flatten all other values. They are left out.
+        buckets = [b for b in buckets if b["stop"] > result.task.chunk_size // 4] or buckets
         middles = [math.sqrt(b["start"] * (b["stop"] - 1)) for b in buckets]
-        axes.plot(middles, perplexities(buckets), markersize=4, **style(mode))
-        visible = [b for b in buckets if b["stop"] > result.task.chunk_size // 4]
-        shown += [value for value in perplexities(visible) if math.isfinite(value)]
-        first = min([first, *(b["start"] for b in visible)])
-    # The first tokens of a document have buckets of one or two tokens, whose perplexity would
-    # flatten all other values. They lie outside the panel.
-    if shown:
-        margin = 0.1 * (max(shown) - min(shown)) or 1
-        axes.set_ylim(min(shown) - margin, max(shown) + margin)
+        axes.plot(middles, perplexities(buckets), markersize=5, **style(mode))
     axes.set_xscale("log", base=2)
-    axes.set_xlim(left=first)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.axvline(result.task.chunk_size, color="0.6", linestyle=":", label="first memory")
     axes.set_xlabel("token position (buckets between powers of two)")
     axes.set_ylabel(f"perplexity ({result.task.protocol} protocol)")
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=8)
 
 
 def perplexities(buckets: Sequence[dict[str, Any]]) -> list[float]:
@@ -122,10 +116,11 @@ def plot_length(result: TaskScores, axes: Any) -> None:
         points = [point for point in points if point[0] >= least] or points
         axes.plot(*zip(*points, strict=True), markersize=4, **style(mode))
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.axvline(result.task.chunk_size, color="0.6", linestyle=":", label="first memory")
     axes.set_xlabel("tokens of a document, from its start")
-    axes.set_ylabel(f"perplexity of all of them ({result.task.protocol} protocol)")
-    axes.legend(fontsize=7)
+    axes.set_ylabel(f"perplexity of these tokens ({result.task.protocol} protocol)")
+    axes.legend(fontsize=8)
 
 
 def plot_depths(result: TaskSummary, axes: Any) -> None:
@@ -145,10 +140,10 @@ def plot_bars(result: TaskSummary, axes: Any) -> None:
     bars = axes.bar(names, [result.modes[mode][key] for mode in modes])
     for mode, bar in zip(modes, bars, strict=True):
         bar.set_color(COLORS[mode])
-    axes.bar_label(bars, fmt=short, fontsize=8)
+    axes.bar_label(bars, fmt=short, fontsize=9)
     axes.set_ylim(0, 1.15 * max(result.modes[m][key] for m in modes) or 1)
-    axes.tick_params(axis="x", labelsize=7)
-    axes.set_ylabel(f"{measure}, nats per scored token" if result.task.kind == "loss" else measure)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.set_ylabel(f"{measure} (nats per scored token)" if result.task.kind == "loss" else measure)
 
 
 def plot_attention(mass: AttentionMass, path: Path) -> Path:
@@ -162,11 +157,15 @@ def plot_attention(mass: AttentionMass, path: Path) -> Path:
     left, right = figure.subplots(1, 2)
     most = 100 * mass.by_age.max().item()
     by_age = (
-        "to a memory, by its age",
+        "attention to one memory, by its age",
         "age in chunks (1 = the chunk before)",
         LogNorm(most / 1000, most, clip=True),
     )
-    together = ("to all memories together", "memories that the chunk reads", Normalize(vmin=0))
+    together = (
+        "attention to all memories together",
+        "memories that the chunk reads",
+        Normalize(vmin=0),
+    )
     for axes, values, (title, label, norm) in (
         (left, mass.by_age, by_age),
         (right, mass.on_memory, together),
@@ -182,12 +181,12 @@ def plot_attention(mass: AttentionMass, path: Path) -> Path:
             norm=norm,
             interpolation="nearest",
         )
-        figure.colorbar(image, ax=axes, label="% of the layer's attention")
+        figure.colorbar(image, ax=axes, label="attention (% of the layer's sum)")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.yaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel(label)
         axes.set_ylabel("layer")
-        axes.set_title(title, fontsize=10)
+        axes.set_title(title, fontsize=12)
     with atomic_file(path) as work:
         figure.savefig(work, dpi=110)
     return path
