@@ -23,7 +23,7 @@ import uiollms
 from uiollms import MemoryLM
 from uiollms.data.sample import Row, Sample
 from uiollms.evaluation.scoring import token_losses
-from uiollms.kernels import memory_attention as apart
+from uiollms.kernels import memory_attention as kernel
 from uiollms.kernels.memory_attention import kernel_calls, memory_attention
 from uiollms.model.attention import decoder_mask
 from uiollms.model.state import KVPrefix, SharedPrefix, join_slots
@@ -60,7 +60,7 @@ def joined(query, key, value, memory_key, memory_value, num_slots, scaling, firs
 @pytest.fixture(params=[1, 3, 128])
 def together(request, monkeypatch):
     """From how many common slots on rows read them in one call."""
-    monkeypatch.setattr(apart, "TOGETHER", request.param)
+    monkeypatch.setattr(kernel, "MIN_COMMON_SLOTS", request.param)
     return request.param
 
 
@@ -116,18 +116,18 @@ def test_values_and_gradients_are_those_of_one_softmax(num_slots, first_slots, h
         assert relative_error(a, b) < EXACT
 
 
-class Noted:
-    """A receiver that keeps what it gets, and singles some slots of some rows out."""
+class Recorded:
+    """A sink that sums all gradients and records those of some slots of some rows."""
 
-    def __init__(self, like, singled):
-        self.total, self.singled, self.rows = [torch.zeros_like(t) for t in like], singled, {}
+    def __init__(self, like, wanted):
+        self.total, self.wanted, self.rows = [torch.zeros_like(t) for t in like], wanted, {}
 
     def add_rows(self, slots, *grads):
         for total, grad in zip(self.total, grads, strict=True):
             total[:, :, slots] += grad
 
     def slots_wanted(self, row):
-        return self.singled.get(row)
+        return self.wanted.get(row)
 
     def add_row(self, row, *grads):
         self.rows[row] = grads
@@ -137,17 +137,17 @@ class Noted:
     "num_slots, first_slots",
     [((2, 0, 8), None), ((3, 3, 6), None), ((8, 8, 8), None), *DOCUMENTS[:2]],
 )
-def test_a_receiver_gets_the_gradients_and_autograd_none(num_slots, first_slots, together):
+def test_a_sink_receives_the_gradients_and_autograd_none(num_slots, first_slots, together):
     *own, memory_key, memory_value = inputs()
     last = first_slots[2] if first_slots else 0
-    singled = {0: torch.tensor([1]), 2: last + torch.tensor([0, 1] if first_slots else [0, 2, 5])}
-    sink = Noted((memory_key, memory_value), singled)
+    wanted = {0: torch.tensor([1]), 2: last + torch.tensor([0, 1] if first_slots else [0, 2, 5])}
+    sink = Recorded((memory_key, memory_value), wanted)
     out = memory_attention(*own, memory_key, memory_value, num_slots, 0.3, sink, first_slots)
     arriving = torch.randn_like(out)
     assert torch.autograd.grad(
         out, [memory_key], arriving, allow_unused=True, retain_graph=True
     ) == (None,)
-    assert sorted(sink.rows) == sorted(singled)
+    assert sorted(sink.rows) == sorted(wanted)
     total = [torch.zeros_like(memory_key), torch.zeros_like(memory_value)]
     for row in range(3):
         part = slice(row, row + 1)
@@ -163,8 +163,8 @@ def test_a_receiver_gets_the_gradients_and_autograd_none(num_slots, first_slots,
             (expected,) = torch.autograd.grad(alone, memory, arriving[part], retain_graph=True)
             total[i] += expected
             assert (
-                row not in singled
-                or relative_error(sink.rows[row][i], expected[:, :, singled[row]]) < EXACT
+                row not in wanted
+                or relative_error(sink.rows[row][i], expected[0, :, wanted[row]]) < EXACT
             )
     for found, expected in zip(sink.total, total, strict=True):
         assert relative_error(found, expected) < EXACT
@@ -239,7 +239,7 @@ def test_no_graph_holds_the_memory_joined_to_a_rows_keys(monkeypatch):
     l, m = model.memory_config.chunk_size, model.memory_config.num_memory
     saved = []
     monkeypatch.setattr(
-        "uiollms.model.layers._packed", lambda kept: saved.append(kept.shape) or kept
+        "uiollms.kernels.recompute._pack", lambda kept: saved.append(kept.shape) or kept
     )
     uiollms.gradient_step(model, Sample.language_modeling(random_ids(1, 4 * l)[0], l))
     lengths = {shape[2] for shape in saved if len(shape) == 4}

@@ -226,7 +226,7 @@ def test_raw_text_in_rows_and_in_pieces(name):
     whole = model.base.model(ids).last_hidden_state
     assert relative_error(model.decode(ids, empty_prefix(model), [0, 0]), whole) < PROVEN
     cut = 27 if VARIANTS[name].near != 64 else 33
-    front = replace(empty_prefix(model), keep=cut)
+    front = replace(empty_prefix(model), num_local=cut)
     first = model.decode(ids[:, :cut], front, [0, 0])
     keys, values = ([[part[i]] for _, part in sorted(front.local.items())] for i in (0, 1))
     rest = model.decode(ids[:, cut:], replace(front, keys=keys, values=values), [0, 0], cut)

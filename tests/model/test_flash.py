@@ -186,12 +186,12 @@ def asking(model: MemoryLM):
     with pytest.MonkeyPatch.context() as patch:
         for module in (base, attention_patterns):
             patch.setattr(module, "decoder_mask", dense_mask)
-        patch.setattr(model.base.config, "_attn_implementation", flash.ASKED)
+        patch.setattr(model.base.config, "_attn_implementation", flash.NAME)
         yield
         assert (
             model.base.config._attn_implementation
             == model.config._attn_implementation
-            == flash.ASKED
+            == flash.NAME
         )
 
 
@@ -385,7 +385,7 @@ def test_the_base_is_what_was_loaded_in_a_call_too(kernel, monkeypatch):
     with asking(model):  # checks the name afterwards
         with pytest.raises(ZeroDivisionError):
             model(random_ids(1, 5))
-    assert inside == [flash.ASKED]
+    assert inside == [flash.NAME]
 
 
 @torch.no_grad()
@@ -408,7 +408,7 @@ def test_layers_that_are_not_on_cuda_compute_as_with_sdpa(monkeypatch):
     model, sample = make_model(), Sample.language_modeling(random_ids(37), 8)
     first = uiollms.gradient_step(model, sample, estimator="uio", S=2, rng=3)
     expected = gradients(model)
-    monkeypatch.setattr(model.base.config, "_attn_implementation", flash.ASKED)
+    monkeypatch.setattr(model.base.config, "_attn_implementation", flash.NAME)
     second = uiollms.gradient_step(model, sample, estimator="uio", S=2, rng=3)
     assert relative_error(second.losses, first.losses) < PROVEN
     assert worst_error(gradients(model), expected) < PROVEN
@@ -426,7 +426,7 @@ def refused(call, pattern: str, error: type = ConfigError) -> None:
 def test_what_is_missing_is_said_in_one_line(monkeypatch, tmp_path):
     def asked(dtype=torch.bfloat16, device_map="auto", config=None):
         flash.check_request(
-            flash.ASKED, "env.json: model.attn_implementation", dtype, device_map, config
+            flash.NAME, "env.json: model.attn_implementation", dtype, device_map, config
         )
 
     monkeypatch.setitem(sys.modules, "flash_attn", None)
@@ -470,13 +470,13 @@ def test_it_may_be_asked_for_wherever_a_base_is_loaded(workspace, tiny_folder, m
     assert model.base.config._attn_implementation == "sdpa"  # "auto"
 
     model.save_pretrained("saved")
-    asked = dict(dtype="bf16", attn_implementation=flash.ASKED)
+    asked = dict(dtype="bf16", attn_implementation=flash.NAME)
     refused(
         lambda: MemoryLM.from_pretrained("saved", **asked),
         r'^saved: attn_implementation: "flash_attention_2": ',
     )
     own = load(AutoModelForCausalLM, str(tiny_folder), dtype=torch.float32)
-    monkeypatch.setattr(own.config, "_attn_implementation", flash.ASKED)
+    monkeypatch.setattr(own.config, "_attn_implementation", flash.NAME)
     refused(
         lambda: MemoryLM(own, MEMORY),
         "computes in bfloat16 and float16, found float32; load the base in",
@@ -499,7 +499,7 @@ def test_the_real_kernels(family):
     model.chunk_batch = 3
     first = uiollms.gradient_step(model, sample)
     expected = gradients(model)
-    model.base.set_attn_implementation(flash.ASKED)
+    model.base.set_attn_implementation(flash.NAME)
     second = uiollms.gradient_step(model, sample)
     assert relative_error(second.losses, first.losses) < 3e-2
     found = gradients(model)

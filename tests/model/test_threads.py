@@ -21,7 +21,7 @@ from uiollms.data.sample import Sample
 from uiollms.distributed.device_map import place
 from uiollms.evaluation.attention_mass import attention_fractions
 from uiollms.model.fingerprint import tensors_hash
-from uiollms.model.skeleton import skeleton
+from uiollms.model.skeleton import make_skeleton
 from uiollms.model.state import KVBuffer
 
 THREADS = 50
@@ -230,7 +230,7 @@ def test_hooks_that_a_user_puts_on_layers_run_for_shells() -> None:
     base.model.layers[1].register_forward_hook(
         lambda module, args, output: pattern.append(output.shape)
     )
-    layers = skeleton(base)
+    layers = make_skeleton(base)
     model = MemoryLM(base, MEMORY)
     model(random_ids(1, 8))
     assert len(layers) == 3 and pattern

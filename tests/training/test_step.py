@@ -25,7 +25,7 @@ import uiollms
 from uiollms import MemoryConfig, Sample
 from uiollms.data.limits import check_sample
 from uiollms.data.sample import Row
-from uiollms.model import layers as base
+from uiollms.kernels import recompute
 from uiollms.model.passes import (
     decode_rows,
     empty_slots,
@@ -392,7 +392,7 @@ def graph_bytes(model, sample, **settings) -> int:
     class Held:
         def __init__(self, tensor):
             nonlocal most
-            self.kept, self.key = base._packed(tensor), id(self)
+            self.kept, self.key = recompute._pack(tensor), id(self)
             alive[self.key] = self.kept.nbytes if isinstance(self.kept, torch.Tensor) else 0
             most = max(most, sum(alive.values()))
 
@@ -401,7 +401,7 @@ def graph_bytes(model, sample, **settings) -> int:
 
     def hooks():
         return torch.autograd.graph.saved_tensors_hooks(
-            Held, lambda held: base._unpacked(held.kept)
+            Held, lambda held: recompute._unpack(held.kept)
         )
 
     def counted(function, hidden):
@@ -409,7 +409,7 @@ def graph_bytes(model, sample, **settings) -> int:
             return function(hidden)
 
     with pytest.MonkeyPatch.context() as patch, hooks():  # in layers and outside
-        patch.setattr("uiollms.model.memory_lm.recompute_silu", counted)
+        patch.setattr("uiollms.kernels.execution.recompute_silu", counted)
         uiollms.gradient_step(model, sample, **settings)
     gradients(model)
     return most
@@ -438,14 +438,14 @@ def test_what_silu_gave_is_not_kept_and_changes_no_gradient(family, monkeypatch)
     model, sample = make_model(family), Sample.language_modeling(random_ids(40), 8)
     model.chunk_batch = 2
     found, kept = [], []
-    for packed in (base._packed, lambda tensor: tensor):
+    for packed in (recompute._pack, lambda tensor: tensor):
         of_width: list[int] = []
 
         def counted(tensor, packed=packed, of_width=of_width):
             of_width.append(width(packed(tensor)))
             return packed(tensor)
 
-        monkeypatch.setattr(base, "_packed", counted)
+        monkeypatch.setattr(recompute, "_pack", counted)
         uiollms.gradient_step(model, sample, estimator="exact")
         found.append(gradients(model))
         kept.append(sum(of_width))

@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from uiollms import ConfigError, MemoryConfig, MemoryLM
-from uiollms.model.layers import PROJECTIONS
+from uiollms.model.roles import PROJECTIONS
 from uiollms.weights.adapters import ROLES, WEIGHT_FILES
 from uiollms.weights.base_models import KNOWN_SHAPES, load
 from uiollms.weights.model_folder import as_dtype, load_tokenizer, public_name

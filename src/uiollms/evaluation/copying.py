@@ -58,7 +58,7 @@ def greedy_chunk(model: MemoryLM, memory: KVPrefix, first: Tensor, repeat: bool)
     for i in range(model.memory_config.chunk_size):
         keys = [[*memory.keys[j], *([local[j][0]] if i else [])] for j in layers]
         values = [[*memory.values[j], *([local[j][1]] if i else [])] for j in layers]
-        prefix = KVPrefix(keys, values, keep=i + 1)
+        prefix = KVPrefix(keys, values, num_local=i + 1)
         started = torch.ones(len(first), dtype=torch.bool) if repeat and i == 0 else None
         hidden = model.decode(tokens[-1][:, None], prefix, num_slots, local_past=i, repeat=started)
         tokens.append(model.logits(hidden[:, -1]).argmax(-1).cpu())

@@ -1,5 +1,5 @@
-"""flash-attn 2 on CUDA: whether it can run for a base, and its plain causal call. Who sees whom in
-encoder and decoder stands in model/attention_patterns.py.
+"""flash-attn 2 on CUDA: checks that a base can use it, and its causal call. The patterns of
+encoder and decoder are in model/attention_patterns.py.
 
 Shapes: B rows, T new tokens of a row, S keys, N attention heads, H key/value heads, K head size.
 """
@@ -15,74 +15,66 @@ from transformers.utils import is_flash_attn_2_available
 
 from uiollms.files.errors import ConfigError
 
-ASKED = "flash_attention_2"  # what the user says to transformers
+NAME = "flash_attention_2"  # the attn_implementation of transformers
 DEVICE_TYPES = ("cuda",)
 DTYPES = (torch.bfloat16, torch.float16)
 LARGEST_HEAD = 256
 
 
-def asked(base: Any) -> bool:
-    return base.config._attn_implementation == ASKED
+def uses_flash_attention(base: Any) -> bool:
+    return base.config._attn_implementation == NAME
 
 
-def unfit(dtype: torch.dtype, config: Any = None) -> str | None:
-    """Why flash-attn cannot compute in `dtype` (a base of this transformers config, if given);
-    None if it can."""
+def unsupported_reason(dtype: torch.dtype, config: Any = None) -> str | None:
+    """Returns why flash-attn cannot compute in `dtype`, for a base with the transformers config
+    `config` if it is given, or None if it can."""
     if dtype not in DTYPES:
-        return (
-            "flash-attn computes in bfloat16 and float16, found "
-            f"{str(dtype).removeprefix('torch.')}"
-        )
+        found = str(dtype).removeprefix("torch.")
+        return f"flash-attn computes in bfloat16 and float16, found {found}"
     if config is None:
         return None
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return (
-        f"flash-attn takes heads of at most {LARGEST_HEAD} numbers, found {head}"
-        if head > LARGEST_HEAD
-        else None
-    )
+    if head > LARGEST_HEAD:
+        return f"flash-attn supports heads of at most {LARGEST_HEAD} numbers, found {head}"
+    return None
 
 
-def missing() -> str | None:
-    """Why flash-attn cannot run on this machine; None if it can."""
+def unavailable_reason() -> str | None:
+    """Returns why flash-attn cannot run on this machine, or None if it can."""
     try:
         importlib.import_module("flash_attn")
     except ModuleNotFoundError:
-        return (
-            "the package flash-attn is not installed; run: pip install --no-build-isolation "
-            "flash-attn"
-        )
-    except ImportError as error:  # built against another torch
-        return (
-            f"the package flash-attn cannot be imported ({' '.join(str(error).split())}); install "
-            "it again for this torch"
-        )
+        command = "pip install --no-build-isolation flash-attn"
+        return f"the package flash-attn is not installed; run: {command}"
+    except ImportError as error:  # the package was built against another torch
+        reason = " ".join(str(error).split())
+        again = "install it again for this torch"
+        return f"the package flash-attn cannot be imported ({reason}); {again}"
     if not torch.cuda.is_available():
         return "flash-attn needs a CUDA device, this machine has none"
-    return (
-        None
-        if is_flash_attn_2_available()
-        else "flash-attn is too old or not version 2; install flash-attn>=2.3.3,<3"
-    )
+    if not is_flash_attn_2_available():
+        return "flash-attn is too old or not version 2; install flash-attn>=2.3.3,<3"
+    return None
 
 
 def check_request(
     implementation: str | None, where: str, dtype: torch.dtype, device_map: Any, config: Any = None
 ) -> None:
-    """Raises ConfigError, one line, if flash-attn is asked for in the field `where` and cannot
-    be used for a base in `dtype` (of this transformers config, if it is known). Without the
-    package transformers would raise ImportError or ask the hub."""
-    if implementation != ASKED:
+    """Raises ConfigError, in one line, if `implementation`, the value of the field `where`, is
+    flash-attn and a base in `dtype` cannot use it. `config` is the base's transformers config,
+    where it is known. (Without the package transformers would raise ImportError, or download a
+    kernel from the hub.)"""
+    if implementation != NAME:
         return
-    fault = unfit(dtype, config) or missing()
+    fault = unsupported_reason(dtype, config) or unavailable_reason()
     if fault is None and device_map == "cpu":
         fault = 'flash-attn needs a CUDA device, device_map is "cpu"'
     if fault:
-        raise ConfigError(f'{where}: "{ASKED}": {fault}; or use "sdpa"')
+        raise ConfigError(f'{where}: "{NAME}": {fault}; or use "sdpa"')
 
 
-def can(query: Tensor) -> bool:
-    """Whether flash-attn takes tensors from where this one is."""
+def supports_device_of(query: Tensor) -> bool:
+    """Whether flash-attn can compute on the device of this tensor."""
     return query.device.type in DEVICE_TYPES
 
 
@@ -91,15 +83,17 @@ def causal(
     key: Tensor,
     value: Tensor,
     scaling: float,
-    window: int | None = None,
+    sliding_window: int | None = None,
 ) -> Tensor:
-    """[B, N, T, K], twice [B, H, S, K] -> [B, T, N, K]; query i of T sees the keys up to S - T + i,
-    with a `window` the last so many of them."""
-    before = -1 if window is None else window - 1  # keys before a query's own, -1: all
+    """Attends from queries [B, N, T, K] to keys and values [B, H, S, K]. Query i of T sees the keys
+    0 .. S - T + i, with a sliding window the last `sliding_window` of them. Returns [B, T, N, K].
+    """
+    # The window counts the keys before a query's own; -1 is no limit.
+    window = (-1, -1) if sliding_window is None else (sliding_window - 1, 0)
     return importlib.import_module("flash_attn").flash_attn_func(
         *(t.transpose(1, 2) for t in (query, key, value)),
         softmax_scale=scaling,
         causal=True,
-        window_size=(before, -1 if window is None else 0),
+        window_size=window,
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )

@@ -1,14 +1,11 @@
-"""Products with frozen float32 weights on a CPU: oneDNN multiplies them, where torch's own
-linear layer asks MKL.
+"""Products with frozen float32 weights on a CPU by oneDNN instead of MKL, which torch's linear
+layer calls.
 
-The same numbers but for rounding. For the rows of a chunk or a few, and for the one row of a new
-token, oneDNN is faster where it was measured (docs/benchmarks.md); torch asks it by itself in
-half precision only. For every shape of a product it keeps half a MiB as long as the process
-lives, so only shapes that come again and again are for it. Torch's own switch,
-`torch.backends.mkldnn.enabled = False`, leaves everything to MKL.
-
-While layers run so, and keep no graph, an MLP's product is also written over its gate: see
-`use_onednn`.
+The results are the same except for rounding. oneDNN was faster wherever it was measured for the
+rows of one or a few chunks, and for the single row of a new token (docs/benchmarks.md). torch
+itself calls oneDNN in half precision only. oneDNN allocates half a MiB for every new shape of a
+product and holds it until the process ends, so only shapes that occur again and again are given
+to it. `torch.backends.mkldnn.enabled = False`, torch's own switch, leaves every product to MKL.
 
 Shapes: N rows, I inputs, O outputs.
 """
@@ -24,15 +21,18 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.overrides import TorchFunctionMode
 
-FEWEST = 64  # rows worth a shape of their own, unless it is one new token
+MIN_ROWS = 64  # the fewest rows that are worth a new shape, except for the one row of a new token
 
 
 def use_onednn(
     function: Callable[[Tensor], Tensor], module: nn.Module
 ) -> Callable[[Tensor], Tensor]:
-    """The same function of a tensor, which runs `module`; every linear layer inside, the base's
-    own among them, multiplies by `linear`. Without a graph an MLP's `silu(gate) * up` is written
-    over `gate`, unless hooks might have kept what that was."""
+    """Wraps a function of one tensor that runs `module`. Inside, every linear layer multiplies
+    with `linear`, the layers of the frozen base among them.
+
+    Without a graph an MLP's silu(gate) * up is computed in the memory of `gate`, unless the MLP
+    has forward hooks, which might hold a reference to it. GAIN
+    """
 
     def run(hidden: Tensor) -> Tensor:
         in_place = not torch.is_grad_enabled() and not has_forward_hooks(module)
@@ -43,8 +43,7 @@ def use_onednn(
 
 
 def has_forward_hooks(module: nn.Module) -> bool:
-    """Whether the module has an MLP whose parts, or all modules, have forward hooks, behind or
-    before."""
+    """Whether the parts of the module's MLP, or all modules of torch, have forward hooks."""
     if _global_forward_hooks or _global_forward_pre_hooks:
         return True
     mlp = getattr(module, "mlp", None)
@@ -57,9 +56,9 @@ class _FrozenProducts(TorchFunctionMode):
     def __init__(self, in_place: bool) -> None:
         super().__init__()
         self.in_place = in_place
-        self.product: Tensor | None = (
-            None  # in place: the last one, which nobody has but who asked for it
-        )
+        # With `in_place` these two are the last product and the last gate. Only the code that
+        # computed them has a reference to them.
+        self.product: Tensor | None = None
         self.gate: Tensor | None = None
 
     def __torch_function__(
@@ -89,18 +88,18 @@ class _FrozenProducts(TorchFunctionMode):
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """[..., N, I] and a weight [O, I] -> [..., N, O], as `F.linear`."""
+    """Multiplies [..., N, I] by a weight [O, I], as `F.linear` does. Returns [..., N, O]."""
     if not supports_onednn(input, weight, bias):
         return F.linear(input, weight, bias)
     if torch.is_grad_enabled() and input.requires_grad:
         return _Linear.apply(input, weight, bias)
-    return multiplied(input, weight, bias)
+    return onednn_linear(input, weight, bias)
 
 
 def supports_onednn(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether oneDNN may have it: plain float32 tensors on a CPU, one row or many, nothing to
-    learn in weight or bias."""
-    learned = torch.is_grad_enabled() and (
+    """Whether oneDNN may compute the product: input and weight are plain float32 tensors on a
+    CPU, there is one row or there are many, and neither weight nor bias is trained."""
+    trained = torch.is_grad_enabled() and (
         weight.requires_grad or (bias is not None and bias.requires_grad)
     )
     plain = all(
@@ -108,36 +107,36 @@ def supports_onednn(input: Tensor, weight: Tensor, bias: Tensor | None = None) -
         for t in (input, weight)
     )
     onednn = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
-    rows = input.shape[-2:-1] == (1,) or input.shape[:-1].numel() >= FEWEST
-    return plain and rows and onednn and not learned and not torch.is_autocast_enabled("cpu")
+    rows = input.shape[-2:-1] == (1,) or input.shape[:-1].numel() >= MIN_ROWS
+    return plain and rows and onednn and not trained and not torch.is_autocast_enabled("cpu")
 
 
 def choose_linear(rows: int) -> Callable[..., Tensor]:
-    """What multiplies a number of rows that depends on the text: `linear` for one in `FEWEST` of
-    all numbers, else `F.linear`."""
-    return F.linear if rows % FEWEST else linear
+    """Returns the function that multiplies `rows` rows, where that number depends on the text:
+    `linear` for multiples of MIN_ROWS, else `F.linear`, so that shapes stay few."""
+    return F.linear if rows % MIN_ROWS else linear
 
 
 def count_padding_rows(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> int:
-    """How many rows of zeros behind a number of rows that depends on the text, [N, I], make it
-    one that `choose_linear` leaves to `linear`; none where they would be more than an eighth of
-    all, or oneDNN may not have the product."""
-    spare = -len(input) % FEWEST
-    return spare if 8 * spare <= len(input) and supports_onednn(input, weight, bias) else 0
+    """Returns how many rows of zeros to append to an input [N, I] so that `choose_linear` gives
+    the product to oneDNN. Returns 0 where they would be more than an eighth of the rows, or
+    where oneDNN may not compute the product."""
+    padding = -len(input) % MIN_ROWS
+    return padding if 8 * padding <= len(input) and supports_onednn(input, weight, bias) else 0
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, weight, bias):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(weight)
-        return multiplied(input, weight, bias)
+        return onednn_linear(input, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         (weight,) = ctx.saved_tensors
-        return multiplied(grad, weight.T), None, None
+        return onednn_linear(grad, weight.T), None, None
 
 
-def multiplied(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    # What torch.compile makes of a linear layer on a CPU; there is no public name.
+def onednn_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    # torch.compile turns a linear layer on a CPU into this call. It has no public name.
     return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")

@@ -1,12 +1,12 @@
-"""Who sees whom, and at which position: the masks and positions of encoder and decoder, and how
-the library's layers are told of what is not a mask.
+"""The masks and positions of encoder and decoder, and the attention function through which the
+library's layers use them.
 
-Shapes: B rows, T tokens of a row, M memory slots in front of it, l chunk_size, m num_memory.
-Masks are boolean, True = may be seen, broadcastable to [B, heads, queries, keys]; `None` means
-plain causal (the kernel's own fast path, which is also what the base model uses, so that without
-memory the decoder IS the base model). Every mask with fewer queries than keys is explicit:
-`is_causal=True` would be aligned top-left by SDPA and bottom-right by FlashAttention. Source:
-UIO-LLMs section 3.1 (encoder), 3.2 (decoder).
+Shapes: B rows, T tokens of a row, M memory slots that are read before them, l chunk_size, m
+num_memory. Masks are boolean and broadcastable to [B, heads, queries, keys]; True marks what may
+be seen. `None` means plain causal attention, the kernels' fast path. The base model uses it too,
+so without memory the decoder computes exactly what the base computes. A call with fewer queries
+than keys always has an explicit mask, because SDPA aligns `is_causal=True` at the top left and
+FlashAttention at the bottom right. Source: UIO-LLMs section 3.1 (encoder), 3.2 (decoder).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from uiollms.kernels.devices import to_device
 
 @lru_cache(maxsize=16)
 def encoder_positions(chunk_size: int, num_memory: int, device: torch.device) -> Tensor:
-    """[1, l + m] int64: ordinary token i at i, memory token i at (i + 1) * (l // m).
+    """Returns the positions [1, l + m] int64: token i is at i, memory slot i at (i + 1) * (l // m).
 
     l 8, m 2 ->  0 1 2 3 4 5 6 7 | 4 8
     """
@@ -37,8 +37,8 @@ def encoder_positions(chunk_size: int, num_memory: int, device: torch.device) ->
 
 @lru_cache(maxsize=16)
 def encoder_mask(chunk_size: int, num_memory: int, device: torch.device) -> Tensor:
-    """[1, 1, l + m, l + m] bool: tokens are causal among themselves; slot i sees tokens 0 ..
-    (i+1)*(l//m)-1 and itself.
+    """Returns the mask [1, 1, l + m, l + m] bool. Tokens are causal among themselves; slot i sees
+    the tokens 0 .. (i+1)*(l//m)-1 and itself.
 
     l 4, m 2 ->  token 0   1 0 0 0 | 0 0
                  token 1   1 1 0 0 | 0 0
@@ -57,7 +57,8 @@ def encoder_mask(chunk_size: int, num_memory: int, device: torch.device) -> Tens
 
 @lru_cache(maxsize=16)
 def slot_mask(chunk_size: int, num_memory: int, device: torch.device) -> Tensor:
-    """[1, 1, m, l + m] bool: the slots' rows of `encoder_mask`, built without the others."""
+    """Returns the rows of the slots in `encoder_mask`, [1, 1, m, l + m] bool, without building
+    the others."""
     after_last_seen = encoder_positions(chunk_size, num_memory, device)[0, chunk_size:]
     sees_tokens = torch.arange(chunk_size, device=device) < after_last_seen[:, None]
     return torch.cat([sees_tokens, torch.eye(num_memory, dtype=torch.bool, device=device)], dim=1)[
@@ -66,7 +67,7 @@ def slot_mask(chunk_size: int, num_memory: int, device: torch.device) -> Tensor:
 
 
 def decoder_positions(num_slots: Sequence[int], length: int, device: torch.device) -> Tensor:
-    """[B, T] int64: the tokens of row b follow its `num_slots[b]` memory slots."""
+    """Returns the positions [B, T] int64. The tokens of row b follow its `num_slots[b]` slots."""
     return to_device(torch.tensor(num_slots), device)[:, None] + torch.arange(length, device=device)
 
 
@@ -75,52 +76,54 @@ def decoder_mask(
     local_past: int,
     length: int,
     device: torch.device,
-    window: int | None = None,
+    sliding_window: int | None = None,
     first_slots: Sequence[int] | None = None,
 ) -> Tensor | None:
-    """[B or 1, 1, T, M + past + T] bool: row b sees `num_slots[b]` slots from number
-    `first_slots[b]` on (by default 0), the `local_past` tokens of its chunk that came in earlier
-    calls, and is causal among its T new tokens; M slots are in front, the last that any row sees
-    is the last. In a layer with a sliding window a token sees only the last `window` tokens,
-    itself included, and all slots: memory is not behind the window.
+    """Returns the mask [B or 1, 1, T, M + past + T] bool. Row b sees `num_slots[b]` of the M slots
+    from slot `first_slots[b]` on (by default 0) and the `local_past` tokens of its chunk from
+    earlier calls. Its T new tokens are causal. M is the number of slots up to the last one that
+    any row sees. In a layer with a sliding window a token sees the last `sliding_window` tokens,
+    itself included, and all its slots: the window does not apply to memory.
 
     num_slots [1, 2], past 0, T 2 ->  row 0   1 0 | 1 0    row 1   1 1 | 1 0
                                               1 0 | 1 1            1 1 | 1 1
     """
     first_slots = first_slots or [0] * len(num_slots)
-    widest = max(map(sum, zip(first_slots, num_slots, strict=True)))
-    window = window if window is not None and window < local_past + length else None
-    if len({*num_slots, widest}) == 1:  # nothing to hide in front
-        if window is None and (widest + local_past == 0 or length == 1):
+    num_keys = max(map(sum, zip(first_slots, num_slots, strict=True)))  # of slots, M
+    if sliding_window is not None and sliding_window >= local_past + length:
+        sliding_window = None
+    if len({*num_slots, num_keys}) == 1:  # every row sees all M slots
+        if sliding_window is None and (num_keys + local_past == 0 or length == 1):
             return None
-        front = torch.ones(1, 1, length, widest, dtype=torch.bool, device=device)
+        slots = torch.ones(1, 1, length, num_keys, dtype=torch.bool, device=device)
     else:
         first, count = to_device(torch.tensor([first_slots, num_slots]), device)[..., None]
-        place = torch.arange(widest, device=device) - first  # [B, M]
-        front = ((place >= 0) & (place < count))[:, None, None].expand(-1, -1, length, -1)
+        number = torch.arange(num_keys, device=device) - first  # [B, M], from a row's first slot on
+        slots = ((number >= 0) & (number < count))[:, None, None].expand(-1, -1, length, -1)
     local = torch.ones(length, local_past + length, dtype=torch.bool, device=device).tril(
         local_past
     )
-    if window is not None:
-        local = local.triu(local_past - window + 1)
-    return torch.cat([front, local.expand(front.shape[0], 1, -1, -1)], dim=-1)
+    if sliding_window is not None:
+        local = local.triu(local_past - sliding_window + 1)
+    return torch.cat([slots, local.expand(slots.shape[0], 1, -1, -1)], dim=-1)
 
 
-# ---- handed to the library -----------------------------------------------------------------------
+# ---- the library's layers ------------------------------------------------------------------------
 
-NAME = "uiollms"  # the attention function that the layers of a skeleton are told to use
+NAME = "uiollms"  # of our attention function in the library's register
 
 
 class AttentionPattern(Protocol):
-    """Who sees whom in a call, instead of a mask; it travels with the hidden states."""
+    """What the tokens of a call attend to. It takes the place of a mask, and travels with the
+    hidden states from device to device."""
 
     def to(self, device: torch.device) -> AttentionPattern: ...
 
     def attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float
     ) -> Tensor:
-        """Queries [B, heads, T, K], keys and values [B, key/value heads, ?, K] -> [B, T, heads,
-        K]."""
+        """Attends from queries [B, heads, T, K] to keys and values [B, key/value heads, ?, K].
+        Returns [B, T, heads, K]."""
         ...
 
 
@@ -134,9 +137,11 @@ def attend(
     pattern: AttentionPattern,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function of a skeleton's layers, which are called with `seen=` and no mask.
-    What else the library hands over has no use: the base stays in evaluation mode (no dropout),
-    memory is not behind a sliding window, and `pattern` knows that of the tokens."""
+    """The attention function that the layers of a skeleton call, with `pattern` and no mask.
+
+    The library's other arguments are not needed: the base stays in evaluation mode, so there is
+    no dropout, and the pattern contains the layer's sliding window.
+    """
     return pattern.attend(module, query, key, value, scaling), None
 
 
@@ -146,15 +151,14 @@ AttentionInterface.register(NAME, attend)
 def sdpa(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
 ) -> Tensor:
-    """[B, heads, T, K], twice [B, key/value heads, S, K] -> [B, T, heads, K]; no mask: causal,
-    as many keys as queries."""
+    """Attends from queries [B, heads, T, K] to keys and values [B, key/value heads, S, K] with
+    SDPA; without a mask causally, for S = T. Returns [B, T, heads, K]."""
     return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling)[0]
 
 
 @dataclass(frozen=True, eq=False)
 class MaskPattern:
-    """Everybody sees what `mask` says, broadcastable to [B, heads, T, S]; None: causal (a
-    `AttentionPattern`)."""
+    """An `AttentionPattern` given by a mask broadcastable to [B, heads, T, S]; None is causal."""
 
     mask: Tensor | None
 
@@ -164,5 +168,5 @@ class MaskPattern:
     def attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float
     ) -> Tensor:
-        """[B, heads, T, K], twice [B, key/value heads, S, K] -> [B, T, heads, K]"""
+        """See `AttentionPattern.attend`; here keys and values are [B, key/value heads, S, K]."""
         return sdpa(module, query, key, value, self.mask, scaling)

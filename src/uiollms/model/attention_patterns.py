@@ -1,11 +1,16 @@
-"""Who sees whom in a pass of encoder or decoder, as objects that the layers' attention function
-asks.
+"""The attention patterns of encoder and decoder: which tokens and slots a pass attends to.
 
-Apart: rows behind a document's shared memory, where it lies (a CPU; other devices get joined
-keys and a dense mask). Rows: rows behind memory that is joined to their own keys, for flash-attn
-2 on CUDA, which takes no mask but padding. Chunks: the encoder's chunks with their slots.
-flash-attn aligns causality at the bottom right: the last query sees all of its row's keys.
-Layers on devices that it does not know compute the same with SDPA and the dense mask.
+A pattern travels with the hidden states, and the attention function of the layers calls its
+`attend` (`attention.AttentionPattern`).
+
+    SharedMemoryPattern   decoder rows that read a document's memory in place, on a CPU. On other
+                          devices the layers get joined keys, and SDPA a dense mask.
+    PackedRowsPattern     decoder rows for flash-attn 2 on CUDA, which takes no mask except for
+                          padding. It aligns causality at the bottom right: the last query sees
+                          all keys of its row.
+    EncoderPattern        chunks with their slots.
+
+Layers on devices that flash-attn does not support compute the same with SDPA and the dense mask.
 
 Shapes: B rows, T new tokens of a row, M memory slots, S = M + past + T keys, l chunk_size, m
 num_memory, C chunks, N attention heads, H key/value heads, K head size.
@@ -24,7 +29,7 @@ import torch
 from torch import Tensor
 
 from uiollms.kernels.devices import to_device
-from uiollms.kernels.flash_attention import can, causal
+from uiollms.kernels.flash_attention import causal, supports_device_of
 from uiollms.kernels.memory_attention import memory_attention
 from uiollms.model.attention import decoder_mask, sdpa, slot_mask
 from uiollms.model.state import SharedPrefix
@@ -32,53 +37,51 @@ from uiollms.model.state import SharedPrefix
 
 @dataclass(frozen=True, eq=False)
 class SharedMemoryPattern:
-    """Row b sees `num_slots[b]` slots of `prefix` from number `first_slots[b]` on, causal among
-    its `length` own tokens; with a `window` it sees only so many tokens, the last (an
-    `attention.AttentionPattern`)."""
+    """Row b sees `num_slots[b]` slots of `prefix` from slot `first_slots[b]` on. Its `length`
+    tokens are causal; with a sliding window each token sees the last `sliding_window` of them."""
 
     prefix: SharedPrefix
     num_slots: tuple[int, ...]
     first_slots: tuple[int, ...]
     length: int
     device: torch.device
-    window: int | None = None
+    sliding_window: int | None = None
 
     def to(self, device: torch.device) -> SharedMemoryPattern:
-        return (
-            self if device == self.device else replace(self, device=device)
-        )  # itself keeps the mask it may have built
+        # On its own device the pattern stays the same object, with the mask it may have built.
+        return self if device == self.device else replace(self, device=device)
 
     @cached_property
     def mask(self) -> Tensor | None:
         return decoder_mask(
-            self.num_slots, 0, self.length, self.device, self.window, self.first_slots
+            self.num_slots, 0, self.length, self.device, self.sliding_window, self.first_slots
         )
 
     def attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float
     ) -> Tensor:
-        """[B, N, T, K], twice [B, H, T, K] (where the memory does not lie apart [B, H, M + T,
-        K]) -> [B, T, N, K]"""
+        """Attends from queries [B, N, T, K] to the rows' own keys and values [B, H, T, K], or,
+        where the prefix is not read in place, [B, H, M + T, K]. Returns [B, T, N, K]."""
         layer, in_place = module.layer_idx, self.prefix.reads_in_place(query.device)
-        if in_place and self.window is not None:  # which the kernel does not know
-            key, value = self.prefix.joined(key, value, layer)
-        if not in_place or self.window is not None:
-            return sdpa(module, query, key, value, self.mask, scaling)
-        memory = self.prefix.keys[layer], self.prefix.values[layer]
-        sink = self.prefix.sink(layer)
-        return memory_attention(
-            query, key, value, *memory, self.num_slots, scaling, sink, self.first_slots
-        ).transpose(1, 2)
+        if in_place and self.sliding_window is None:
+            memory = self.prefix.keys[layer], self.prefix.values[layer]
+            sink = self.prefix.sink(layer)
+            return memory_attention(
+                query, key, value, *memory, self.num_slots, scaling, sink, self.first_slots
+            ).transpose(1, 2)
+        if in_place:  # `memory_attention` has no sliding window
+            key, value = self.prefix.join(key, value, layer)
+        return sdpa(module, query, key, value, self.mask, scaling)
 
 
 @dataclass(frozen=True, eq=False)
 class PackedRowsPattern:
-    """The decoder's: row b sees `num_slots[b]` of the M slots in front from number
-    `first_slots[b]` on, `local_past` tokens of its chunk, and is causal among its `length` new
-    tokens; with a `window` it sees only so many tokens of its chunk, the last.
+    """Row b sees `num_slots[b]` of the M slots from slot `first_slots[b]` on, and `local_past`
+    earlier tokens of its chunk. Its `length` new tokens are causal; with a sliding window each
+    token sees the last `sliding_window` tokens of its chunk.
 
-    starts: where each row's queries and keys begin when rows lie packed behind each other, [B +
-    1] int32 each; None where all rows see equally many keys, so that nothing needs packing.
+    starts: where the queries and the keys of each row begin when rows are packed one after
+    another, [B + 1] int32 each; None where all rows see the same keys and need no packing.
     """
 
     num_slots: tuple[int, ...]
@@ -87,7 +90,7 @@ class PackedRowsPattern:
     length: int
     device: torch.device
     starts: tuple[Tensor, Tensor] | None
-    window: int | None = None
+    sliding_window: int | None = None
 
     @classmethod
     def of(
@@ -97,7 +100,7 @@ class PackedRowsPattern:
         local_past: int,
         length: int,
         device: torch.device,
-        window: int | None = None,
+        sliding_window: int | None = None,
     ) -> PackedRowsPattern:
         starts = None
         if len(set(num_slots)) > 1 or any(first_slots):
@@ -107,7 +110,9 @@ class PackedRowsPattern:
                 to_device(torch.tensor(queries, dtype=torch.int32), device),
                 to_device(torch.tensor(keys, dtype=torch.int32), device),
             )
-        return cls(tuple(num_slots), tuple(first_slots), local_past, length, device, starts, window)
+        return cls(
+            tuple(num_slots), tuple(first_slots), local_past, length, device, starts, sliding_window
+        )
 
     def to(self, device: torch.device) -> PackedRowsPattern:
         if device == self.device:
@@ -121,23 +126,29 @@ class PackedRowsPattern:
     @cached_property
     def mask(self) -> Tensor | None:
         return decoder_mask(
-            self.num_slots, self.local_past, self.length, self.device, self.window, self.first_slots
+            self.num_slots,
+            self.local_past,
+            self.length,
+            self.device,
+            self.sliding_window,
+            self.first_slots,
         )
 
     def attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float
     ) -> Tensor:
-        """[B, N, T, K], twice [B, H, S, K] -> [B, T, N, K]"""
-        # Behind a window flash-attn would hide the slots.
-        hidden = self.window is not None and max(self.num_slots) > 0
-        if not can(query) or hidden:
+        """Attends from queries [B, N, T, K] to keys and values [B, H, S, K]. Returns [B, T, N,
+        K]."""
+        # flash-attn would apply a sliding window to the slots too.
+        hides_slots = self.sliding_window is not None and max(self.num_slots) > 0
+        if hides_slots or not supports_device_of(query):
             return sdpa(module, query, key, value, self.mask, scaling)
         if self.starts is None:
-            return causal(query, key, value, scaling, self.window)
+            return causal(query, key, value, scaling, self.sliding_window)
         packed = importlib.import_module("flash_attn").flash_attn_varlen_func(
             query.transpose(1, 2).flatten(0, 1),  # [B * T, N, K]
-            self.visible(key),
-            self.visible(value),
+            self.pack_visible(key),
+            self.pack_visible(value),
             *self.starts,
             self.length,
             max(self.num_slots) + self.local_past + self.length,
@@ -147,50 +158,53 @@ class PackedRowsPattern:
         )
         return packed.unflatten(0, (len(query), self.length))
 
-    def visible(self, kv: Tensor) -> Tensor:
-        """[B, H, S, K] -> what each row sees, row behind row: [sum of the rows' keys, H, K]. Cut
-        with views and joined once: an index of places would make the CPU wait, and its backward
-        would add up in no fixed order."""
-        own = self.local_past + self.length
+    def pack_visible(self, kv: Tensor) -> Tensor:
+        """Packs the entries of kv [B, H, S, K] that each row sees, row after row: [sum of the
+        rows' keys, H, K]. It concatenates views, because gathering by an index would make the CPU
+        wait for the GPU, and its backward would add in no fixed order."""
+        num_local = self.local_past + self.length
         parts = []
         for row, first, slots in zip(
             kv.transpose(1, 2).unbind(), self.first_slots, self.num_slots, strict=True
         ):
-            parts += [row[first : first + slots], row[len(row) - own :]]
+            parts += [row[first : first + slots], row[len(row) - num_local :]]
         return torch.cat(parts)
 
 
 @dataclass(frozen=True, eq=False)
 class EncoderPattern:
-    """The encoder's: a chunk's tokens are causal, without a mask, by flash-attn or (`plain`) by
-    SDPA; its slots see what `slots` [1, 1, m, l + m] bool says (`slot_mask`). So no kernel
-    computes the half of the pairs that causality hides."""
+    """The tokens of a chunk are causal, and its slots see what `slots` [1, 1, m, l + m] bool
+    allows (see `slot_mask`). Tokens and slots attend in separate calls, so no kernel computes the
+    half of the pairs that causality hides.
+
+    with_sdpa: tokens attend with SDPA; else with flash-attn, where it supports the device.
+    """
 
     slots: Tensor
-    plain: bool
+    with_sdpa: bool
 
     @classmethod
     def of(
-        cls, chunk_size: int, num_memory: int, device: torch.device, plain: bool = False
+        cls, chunk_size: int, num_memory: int, device: torch.device, with_sdpa: bool = False
     ) -> EncoderPattern:
-        return cls(slot_mask(chunk_size, num_memory, device), plain)
+        return cls(slot_mask(chunk_size, num_memory, device), with_sdpa)
 
     def to(self, device: torch.device) -> EncoderPattern:
-        return EncoderPattern(to_device(self.slots, device), self.plain)
+        return EncoderPattern(to_device(self.slots, device), self.with_sdpa)
 
     def attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float
     ) -> Tensor:
-        """[C, N, l + m or m, K], twice [C, H, l + m, K] -> [C, l + m or m, N, K]; m queries are
-        the slots'."""
+        """Attends from queries [C, N, l + m or m, K] to keys and values [C, H, l + m, K]. If there
+        are m queries, they are those of the slots. Returns [C, l + m or m, N, K]."""
         m = self.slots.shape[2]
-        tokens = query.shape[2] - m
-        of_slots = sdpa(module, query[:, :, tokens:], key, value, self.slots, scaling)
-        if not tokens:
+        num_tokens = query.shape[2] - m
+        of_slots = sdpa(module, query[:, :, num_tokens:], key, value, self.slots, scaling)
+        if not num_tokens:
             return of_slots
-        ordinary = query[:, :, :tokens], key[:, :, :tokens], value[:, :, :tokens]
-        by_sdpa = self.plain or not can(query)
-        of_tokens = (
-            sdpa(module, *ordinary, None, scaling) if by_sdpa else causal(*ordinary, scaling)
-        )
+        tokens = query[:, :, :num_tokens], key[:, :, :num_tokens], value[:, :, :num_tokens]
+        if self.with_sdpa or not supports_device_of(query):
+            of_tokens = sdpa(module, *tokens, None, scaling)
+        else:
+            of_tokens = causal(*tokens, scaling)
         return torch.cat([of_tokens, of_slots], dim=1)

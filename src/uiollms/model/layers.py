@@ -1,25 +1,23 @@
-"""What is asked of the frozen base: that it fits, one of its layers run, its keys rotated; and
-the LoRA of a role on it.
+"""The inputs that all layers of a pass share, and the functions that run one layer.
 
-Nothing of a model's own code is copied: layers, norms, rotary functions and attention are the
-library's. Shapes: B rows, T tokens, D hidden size, H key/value heads, m memory slots, K head
-size.
+No code of a model is copied: layers, norms, rotary functions and attention are the library's.
+
+Shapes: B rows, T tokens, C chunks, l chunk_size, m num_memory, D hidden size, H key/value heads,
+K head size.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
 from uiollms.config.sections import MemoryConfig
-from uiollms.kernels import flash_attention
 from uiollms.kernels.devices import device_of, to_device
+from uiollms.kernels.flash_attention import uses_flash_attention
 from uiollms.model.attention import (
     AttentionPattern,
     MaskPattern,
@@ -28,82 +26,12 @@ from uiollms.model.attention import (
     encoder_positions,
 )
 from uiollms.model.attention_patterns import EncoderPattern, PackedRowsPattern, SharedMemoryPattern
-from uiollms.model.lora import LoRA, dropout_seeds
-from uiollms.model.positions import (
-    describe_positions,
-    find_long_rows,
-    num_positions,
-    rope_fault,
-    rotary_tables,
-)
-from uiollms.model.skeleton import sharded
+from uiollms.model.lora import dropout_seeds
+from uiollms.model.positions import find_long_rows, rotary_tables
 from uiollms.model.state import KVPrefix, SharedPrefix
-from uiollms.weights.base_files import FAMILIES
-from uiollms.weights.fitness import eos_fault, narrow_window, smallest_window, wide_rank, window_of
+from uiollms.weights.fitness import smallest_window, window_of
 
-AnyPrefix = KVPrefix | SharedPrefix  # what is in front of a decoder call's own tokens
-PROJECTIONS = {"encoder": ("q_proj", "v_proj"), "decoder": ("k_proj", "v_proj")}
-
-
-class Role(nn.Module):
-    """The trained tensors of one role: a LoRA pair for two projections of every layer (for none,
-    where the decoder has no transfer head), and one token embedding, where `token_name` names
-    it; all in the dtype of `token`."""
-
-    def __init__(
-        self, name: str, base: Any, config: MemoryConfig, token_name: str | None, token: Tensor
-    ) -> None:
-        super().__init__()
-        salts = iter(range(2 * len(base.model.layers)))
-        offset = 0 if name == "encoder" else 2 * len(base.model.layers)
-        adapted = PROJECTIONS[name] if name == "encoder" or config.transfer_head else ()
-        self.layers = nn.ModuleList(
-            nn.ModuleDict(
-                {
-                    projection: LoRA(
-                        getattr(layer.self_attn, projection),
-                        config.lora_rank,
-                        config.lora_alpha,
-                        config.lora_dropout,
-                        salt=offset + next(salts),
-                        dtype=token.dtype,
-                    )
-                    for projection in adapted
-                }
-            )
-            for layer in base.model.layers
-        )
-        if token_name:
-            self.register_parameter(token_name, nn.Parameter(token.clone()))
-
-
-def check_base(base: Any, config: MemoryConfig) -> None:
-    """Raises ValueError if `base` cannot carry memory with `config`."""
-    family = base.config.model_type
-    if family not in FAMILIES:
-        raise ValueError(
-            f"model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}"
-        )
-    if sharded(base):
-        raise ValueError(
-            "whole layers of the base are sharded by FSDP; shard its linear layers only, or give a "
-            "device_map"
-        )
-    faults = (
-        narrow_window(base.config, config.chunk_size),
-        rope_fault(base.config, config.chunk_size, config.recent_tokens),
-        eos_fault(base.config),
-        wide_rank(base.config, config.lora_rank),
-    )
-    if any(faults):
-        raise ValueError(next(filter(None, faults)))
-    if config.chunk_size > num_positions(base.config):
-        said = describe_positions(base.config)
-        raise ValueError(f"chunk_size {config.chunk_size} is past the base's {said}")
-    if flash_attention.asked(base) and (fault := flash_attention.unfit(base.dtype, base.config)):
-        raise ValueError(
-            f'{fault}; load the base in another dtype, or with attn_implementation="sdpa"'
-        )
+AnyPrefix = KVPrefix | SharedPrefix  # the keys and values that a decoder call reads before its own
 
 
 def layer_device(layer: Any) -> torch.device:
@@ -111,9 +39,12 @@ def layer_device(layer: Any) -> torch.device:
 
 
 class LayerInputs(NamedTuple):
-    """What all layers read beside their hidden states; it travels with them, copied once where
-    the device changes. seen: who sees whom; sliding: the same in layers with a sliding window,
-    where it differs."""
+    """The inputs of all layers besides the hidden states. They are copied once where the device
+    changes.
+
+    positions: [B or 1, T]; rotary: cosines and sines [B or 1, T, K]; pattern: what the tokens
+    attend to; sliding: the same in layers with a sliding window, None where it does not differ.
+    """
 
     positions: Tensor
     rotary: tuple[Tensor, ...]
@@ -121,14 +52,14 @@ class LayerInputs(NamedTuple):
     sliding: AttentionPattern | None = None
 
     def to(self, device: torch.device) -> LayerInputs:
-        sliding = None if self.sliding is None else self.sliding.to(device)
-        rotary = tuple(to_device(r, device) for r in self.rotary)
         return LayerInputs(
-            to_device(self.positions, device), rotary, self.pattern.to(device), sliding
+            to_device(self.positions, device),
+            tuple(to_device(table, device) for table in self.rotary),
+            self.pattern.to(device),
+            None if self.sliding is None else self.sliding.to(device),
         )
 
     def pattern_in(self, layer: Any) -> AttentionPattern:
-        """Who sees whom in one of the layers."""
         attention = layer.self_attn
         if self.sliding is None or window_of(attention.config, attention.layer_idx) is None:
             return self.pattern
@@ -136,10 +67,10 @@ class LayerInputs(NamedTuple):
 
 
 def encoder_inputs(base: Any, hidden: Tensor, config: MemoryConfig) -> LayerInputs:
-    """For encoder layers on [C, l + m, D]."""
+    """Returns the inputs of encoder layers for hidden states [C, l + m, D]."""
     size = config.chunk_size, config.num_memory, hidden.device
     positions = encoder_positions(*size)
-    pattern = EncoderPattern.of(*size, plain=not flash_attention.asked(base))
+    pattern = EncoderPattern.of(*size, with_sdpa=not uses_flash_attention(base))
     return LayerInputs(positions, rotary_tables(base, hidden, positions, [False]), pattern)
 
 
@@ -152,35 +83,36 @@ def decoder_inputs(
     first_slots: Sequence[int] | None = None,
     pattern: AttentionPattern | None = None,
 ) -> LayerInputs:
-    """For decoder layers on [B, T, D] behind `num_slots` slots, from number `first_slots` on (by
-    default 0), and `local_past` tokens of the same chunk, in `prefix`. seen: in place of the
-    usual one."""
+    """Returns the inputs of decoder layers for hidden states [B, T, D]. Row b reads
+    `num_slots[b]` slots of `prefix`, from slot `first_slots[b]` on (by default 0), and
+    `local_past` earlier tokens of its chunk. `pattern` replaces the usual attention pattern."""
     first_slots = first_slots or [0] * len(num_slots)
     length, device = hidden.shape[1], hidden.device
     positions = decoder_positions(num_slots, length, device) + local_past
-    far = find_long_rows(base.config, num_slots, local_past + length)
-    rotary = rotary_tables(base, hidden, positions, far)
-
-    def usual(window: int | None) -> AttentionPattern:
-        if flash_attention.asked(base):
-            return PackedRowsPattern.of(num_slots, first_slots, local_past, length, device, window)
-        if isinstance(prefix, SharedPrefix) and prefix.in_place:
-            return SharedMemoryPattern(
-                prefix, tuple(num_slots), tuple(first_slots), length, device, window
-            )
-        return MaskPattern(decoder_mask(num_slots, local_past, length, device, window, first_slots))
-
+    is_long = find_long_rows(base.config, num_slots, local_past + length)
+    rotary = rotary_tables(base, hidden, positions, is_long)
     if pattern is not None:
         return LayerInputs(positions, rotary, pattern)
-    window = smallest_window(base.config)  # of all layers that have one
-    sliding = usual(window) if window is not None and window < local_past + length else None
-    return LayerInputs(positions, rotary, usual(None), sliding)
+
+    def pattern_with(sliding_window: int | None) -> AttentionPattern:
+        rows = tuple(num_slots), tuple(first_slots)
+        if uses_flash_attention(base):
+            return PackedRowsPattern.of(*rows, local_past, length, device, sliding_window)
+        if isinstance(prefix, SharedPrefix) and prefix.in_place:
+            return SharedMemoryPattern(prefix, *rows, length, device, sliding_window)
+        mask = decoder_mask(num_slots, local_past, length, device, sliding_window, first_slots)
+        return MaskPattern(mask)
+
+    sliding_window = smallest_window(base.config)  # the same in all layers that have one
+    slides = sliding_window is not None and sliding_window < local_past + length
+    sliding = pattern_with(sliding_window) if slides else None
+    return LayerInputs(positions, rotary, pattern_with(None), sliding)
 
 
 def run_layer(
     layer: Any, hidden: Tensor, inputs: LayerInputs, prefix: AnyPrefix | None = None
 ) -> Tensor:
-    """One layer of a skeleton on [B, T, D]; all inputs are where it lives."""
+    """Runs one layer of a skeleton on hidden states [B, T, D]. All inputs are on its device."""
     return layer(
         hidden,
         position_ids=inputs.positions,
@@ -191,24 +123,25 @@ def run_layer(
     )
 
 
-def run_last_rows(layer: Any, hidden: Tensor, rows: int, inputs: LayerInputs) -> Tensor:
-    """As `run_layer` on [B, T, D], but only the last `rows` positions go through it, [B, rows,
-    D]: the others are no more than keys and values in front of them. beside: of all positions,
-    for encoder layers."""
-    positions, rotary, pattern, _ = inputs
+def run_slots(layer: Any, hidden: Tensor, num_memory: int, inputs: LayerInputs) -> Tensor:
+    """Runs an encoder layer for the slots alone: hidden states [C, l + m, D] -> [C, m, D]. The
+    chunk's tokens become keys and values that the slots attend to, and nothing more. The inputs
+    are those of all positions."""
+    num_tokens = hidden.shape[1] - num_memory
+    tokens, slots = slice(0, num_tokens), slice(num_tokens, None)
     attention = layer.self_attn
-    front = slice(0, hidden.shape[1] - rows)
-    back = slice(hidden.shape[1] - rows, None)
-    normed = layer.input_layernorm(hidden[:, front])
-    shape = (*normed.shape[:2], -1, attention.head_dim)
-    keys, values = attention.k_proj(normed).view(shape), attention.v_proj(normed).view(shape)
-    if hasattr(attention, "k_norm"):
-        keys = attention.k_norm(keys)
-    keys = rotate(attention, keys.transpose(1, 2), [r[:, front] for r in rotary])
-    number = attention.layer_idx
-    prefix = KVPrefix({number: [keys]}, {number: [values.transpose(1, 2)]})
-    last = LayerInputs(positions[:, back], tuple(r[:, back] for r in rotary), pattern)
-    return run_layer(layer, hidden[:, back], last, prefix)
+    keys, values = project_kv(
+        attention,
+        layer.input_layernorm(hidden[:, tokens]),
+        [table[:, tokens] for table in inputs.rotary],
+    )
+    prefix = KVPrefix({attention.layer_idx: [keys]}, {attention.layer_idx: [values]})
+    slot_inputs = LayerInputs(
+        inputs.positions[:, slots],
+        tuple(table[:, slots] for table in inputs.rotary),
+        inputs.pattern,
+    )
+    return run_layer(layer, hidden[:, slots], slot_inputs, prefix)
 
 
 def run_encoder_layer(
@@ -216,67 +149,38 @@ def run_encoder_layer(
     hidden: Tensor,
     seeds: Sequence[int] | None,
     inputs: LayerInputs,
-    rows: int | None = None,
+    num_memory: int | None = None,
 ) -> Tensor:
-    """As `run_layer`, or with `rows` as `run_last_rows`; `seeds`, one a row of [B, T, D], switch
-    the LoRA's dropout on."""
+    """Runs `run_layer`, or `run_slots` if `num_memory` is given. `seeds`, one for each chunk,
+    switch LoRA dropout on."""
     with dropout_seeds(seeds):
-        return (
-            run_layer(layer, hidden, inputs)
-            if rows is None
-            else run_last_rows(layer, hidden, rows, inputs)
-        )
+        if num_memory is None:
+            return run_layer(layer, hidden, inputs)
+        return run_slots(layer, hidden, num_memory, inputs)
 
 
-def checkpointed(function: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-    """A layer's function of [B, T, D] whose inner activations are not kept but computed again in
-    the backward. It draws nothing (dropout has seeds of its own), and is not stopped early
-    there: hooks that load weights from disk must see the layer's end."""
-    return checkpoint(
-        function,
-        hidden,
-        use_reentrant=False,
-        preserve_rng_state=False,
-        early_stop=False,
-        determinism_check="none",
-    )
-
-
-def recompute_silu(function: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-    """A layer's function of [B, T, D] whose graph does not keep what SiLU gives, [B, T, I], to
-    multiply by: its backward has it again from SiLU's own input, which the graph keeps anyway."""
-    with torch.autograd.graph.saved_tensors_hooks(_packed, _unpacked):
-        return function(hidden)
-
-
-def _packed(kept: Tensor) -> Tensor | tuple[Tensor]:
-    made_by: Any = kept.grad_fn
-    return (
-        (made_by._saved_self,)
-        if made_by is not None and made_by.name() == "SiluBackward0"
-        else kept
-    )
-
-
-def _unpacked(kept: Tensor | tuple[Tensor]) -> Tensor:
-    return F.silu(kept[0].detach()) if isinstance(kept, tuple) else kept
-
-
-def keys_and_values(
-    attention: Any, pair: Any, slots: Tensor, seeds: Sequence[int] | None
+def project_kv(
+    attention: Any,
+    hidden: Tensor,
+    rotary: Sequence[Tensor],
+    loras: Any = None,
+    seeds: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A layer's memory [C, m, D] -> keys, not rotated yet, and values [C, m, H, K]: the frozen
-    projections, plus the decoder's LoRA (`pair`, empty without a transfer head), and the
-    family's key norm if it has one."""
-    k, v = attention.k_proj(slots), attention.v_proj(slots)
-    if pair:
-        k, v = k + pair["k_proj"](slots, seeds), v + pair["v_proj"](slots, seeds)
-    shape = (*slots.shape[:2], -1, attention.head_dim)
-    k, v = k.view(shape), v.view(shape)
-    return attention.k_norm(k) if hasattr(attention, "k_norm") else k, v
+    """Projects normed hidden states [C, T, D] to rotated keys and values, [C, H, T, K] each.
 
-
-def rotate(attention: nn.Module, keys: Tensor, rotary: Sequence[Tensor]) -> Tensor:
-    """Keys [C, H, m, K] rotated by the family's own rotary function."""
-    apply = sys.modules[type(attention).__module__].apply_rotary_pos_emb
-    return apply(keys, keys, *rotary)[1]
+    The projections are the layer's. The updates of `loras`, the decoder's LoRA, are added to
+    them. Then come the family's key norm, if it has one, and RoPE by the family's own function,
+    with the cosines and sines `rotary` [C, T, K]. All arguments are on the layer's device.
+    """
+    keys, values = attention.k_proj(hidden), attention.v_proj(hidden)
+    if loras:
+        keys = keys + loras["k_proj"](hidden, seeds)
+        values = values + loras["v_proj"](hidden, seeds)
+    shape = (*hidden.shape[:2], -1, attention.head_dim)
+    keys, values = keys.view(shape), values.view(shape)
+    if hasattr(attention, "k_norm"):
+        keys = attention.k_norm(keys)
+    keys = keys.transpose(1, 2)
+    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
+    _, keys = rotate(keys, keys, *rotary)
+    return keys, values.transpose(1, 2)

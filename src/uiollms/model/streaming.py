@@ -105,13 +105,13 @@ class Streaming:
                 continue
             num_slots = slots_before + start // l * self.memory_config.num_memory
             tokens = (stop - start) % l  # that stay open
-            keep, spare = (before + tokens, l - tokens) if tokens else (0, 0)
-            prefix = after.prefix(num_slots, with_local=start == 0, keep=keep, spare=spare)
+            num_local, reserved = (before + tokens, l - tokens) if tokens else (0, 0)
+            prefix = after.prefix(num_slots, start == 0, num_local, reserved)
             fed = text[:, recent + start - before + local_past : recent + stop]
             hidden = self.decode(fed, prefix, [num_slots] * len(ids), local_past)
             pieces.append(hidden if local_past else hidden[:, before:])
-            if prefix.keep:
-                after.keep_open(prefix)
+            if prefix.num_local:
+                after.take_local(prefix)
         if not tail:
             empty = self.new_state(len(ids))
             after.local_keys, after.local_values = empty.local_keys, empty.local_values

@@ -250,9 +250,7 @@ def decode_losses(
                 tally.add(batch, *decode_rows(model, sample, batch, empty_prefix(model), teachers))
     for batch in row_batches(sample, step.group, model.chunk_batch, with_memory=True):
         with torch.enable_grad():
-            prefix = gradients.prefix(
-                batch, [sample.rows[t] for t in batch], supports_in_place(model.base)
-            )
+            prefix = gradients.prefix(batch, supports_in_place(model.base))
             backward(
                 model,
                 scale * tally.add(batch, *decode_rows(model, sample, batch, prefix, teachers)),
