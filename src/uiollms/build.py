@@ -19,7 +19,7 @@ from uiollms.files.atomic import whole_folder
 from uiollms.files.errors import ConfigError, Faults
 from uiollms.kernels.flash_attention import check_request
 from uiollms.model.memory_lm import MemoryLM
-from uiollms.model.positions import num_positions, rope_fault
+from uiollms.model.positions import find_rope_fault, num_positions
 from uiollms.weights.adapters import load_weights
 from uiollms.weights.base_files import FAMILIES
 from uiollms.weights.base_models import (
@@ -108,7 +108,7 @@ def examine_model(
     if memory and shape is not None and shape.model_type in FAMILIES:
         if fault := narrow_window(shape, memory.chunk_size):
             faults.add(f"{path}: model.model_name: {config.model.model_name}: {fault}")
-        if fault := rope_fault(shape, memory.chunk_size, memory.recent_tokens):
+        if fault := find_rope_fault(shape, memory.chunk_size, memory.recent_tokens):
             faults.add(f"{path}: model.model_name: {config.model.model_name}: {fault}")
             return memory, None  # nothing can be said of its positions
     if memory and shape is not None and memory.chunk_size > (positions := num_positions(shape)):
@@ -175,7 +175,7 @@ def resized(memory: MemoryConfig, size: Size, shape: Any) -> MemoryConfig:
             "least that"
         )
     if shape is not None:
-        fault = narrow_window(shape, chunk_size) or rope_fault(shape, chunk_size, recent)
+        fault = narrow_window(shape, chunk_size) or find_rope_fault(shape, chunk_size, recent)
         if not fault and chunk_size > (positions := num_positions(shape)):
             fault = f"chunk_size {chunk_size} is past the base's {positions} positions"
         if fault:

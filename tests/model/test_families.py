@@ -26,7 +26,7 @@ from uiollms import MemoryConfig, MemoryLM, Sample
 from uiollms.build import load_memory_lm
 from uiollms.config.load import load_env_config
 from uiollms.evaluation.scoring import score, token_losses
-from uiollms.model.positions import num_positions, rope_fault
+from uiollms.model.positions import find_rope_fault, num_positions
 from uiollms.planning.planner import make_plan
 from uiollms.training.step import empty_prefix, teacher_hidden
 from uiollms.weights.fitness import narrow_window
@@ -418,7 +418,7 @@ REFUSED = {
     "a chunk of two kinds": (
         "llama",
         rope("longrope", **LONG, original_max_position_embeddings=7),
-        "chunk_size 8 takes both; use chunks of at most 7 tokens",
+        "chunk_size 8 would need both; use chunks of at most 7 tokens",
     ),
     "a window without width": (
         "qwen2",
@@ -443,7 +443,7 @@ def test_what_cannot_be_right_is_refused_by_name(case):
     """From the config alone, in one line; so is a base that was made."""
     family, fields, expected = REFUSED[case]
     config = make_config(Variant(family, fields))
-    fault = narrow_window(config, 8) or rope_fault(config, 8)
+    fault = narrow_window(config, 8) or find_rope_fault(config, 8)
     assert expected in fault and "\n" not in fault
     base = AutoModelForCausalLM.from_config(make_config(Variant(family)))
     base.config = config

@@ -19,7 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from uiollms import MemoryConfig, MemoryLM
 from uiollms.model.memory import join
-from uiollms.model.request import OwnDraws
+from uiollms.model.sampling import IsolatedSampling
 
 GREEDY = dict(
     do_sample=False, max_new_tokens=11, eos_token_id=None
@@ -86,7 +86,7 @@ def test_a_beams_score_is_that_of_its_own_tokens(model):
 
 @pytest.mark.parametrize("mask", [[[1, 1, 0]], [[1, 0, 1]], [[0, 0, 0]], [[1, 1]]])
 def test_padding_elsewhere_is_refused(model, mask):
-    with pytest.raises(ValueError, match="zeros only in front"):
+    with pytest.raises(ValueError, match="zeros only before"):
         model.generate(
             random_ids(1, 3),
             attention_mask=torch.tensor(mask)[:, :3] * 1
@@ -178,7 +178,7 @@ def test_what_a_padded_batchs_state_cannot_do_is_said(model):
     start = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **GREEDY)
     with pytest.raises(
         ValueError,
-        match="state of a padded batch, whose rows .* different numbers .*give it as state=",
+        match="state of a padded batch, whose rows .* different numbers .*pass it as state=",
     ):
         model.generate(start.sequences, past_key_values=start.past_key_values)
     with pytest.raises(ValueError, match="state has 4 rows, the prompts 3"):
@@ -208,7 +208,7 @@ def test_past_key_values_as_transformers_means_them(model):
         **GREEDY,
     )
     assert torch.equal(found, model.generate(longer, **GREEDY))
-    with pytest.raises(ValueError, match="has seen 19 tokens.*use state="):
+    with pytest.raises(ValueError, match="contains 19 tokens.*use state="):
         model.generate(random_ids(2, 5), past_key_values=start.past_key_values)
     with pytest.raises(ValueError, match="not both"):
         model.generate(longer, state=start.past_key_values, past_key_values=start.past_key_values)
@@ -473,7 +473,7 @@ def test_a_state_that_does_not_know_its_text_says_what_cannot_be_had(model, name
     state = memory.state(model)
     assert state.text is None
     with pytest.raises(
-        ValueError, match=f"generate: {name} looks at the whole text, .* compress the text again"
+        ValueError, match=f"generate: {name} needs the whole text, .* compress the text again"
     ):
         model.generate(PROMPT[:, 9:], state=state, **{name: LOOKING_AT[name]}, **GREEDY)
     neutral = dict(
@@ -491,7 +491,7 @@ def test_all_tokens_given_must_be_those_that_the_state_has_read(model, states):
     other = PROMPT.clone()
     other[0, 2] += 1  # in a chunk that is memory by now
     with pytest.raises(
-        ValueError, match="has seen 9 tokens, and input_ids .* do not start with them"
+        ValueError, match="contains 9 tokens, and input_ids .* do not begin with them"
     ):
         model.generate(other, past_key_values=states["read"], **GREEDY)
 
@@ -552,7 +552,7 @@ def test_draws_of_other_threads_are_their_own(model):
     torch.manual_seed(7)
     draw()
     torch.manual_seed(7)
-    with OwnDraws(torch.device("cpu"), torch.Generator().manual_seed(0)):
+    with IsolatedSampling(torch.device("cpu"), torch.Generator().manual_seed(0)):
         other = threading.Thread(target=draw)
         other.start()
         other.join()

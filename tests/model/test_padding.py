@@ -1,11 +1,12 @@
-"""model(**tokenizer(...)): masks and segments as tokenizers return them, right-padded rows."""
+"""Calls of the model with the tensors that a tokenizer returns: masks, token types, and rows padded
+on the right."""
 
 import pytest
 import torch
 from conftest import make_model, random_ids, relative_error
 from transformers import AutoTokenizer
 
-ROUNDING = 1e-12  # float64: a batch adds up in another order than a row alone
+ROUNDING = 1e-12  # float64; sums of a batch have another order than those of one row
 ROWS = [random_ids(5, seed=1), random_ids(21, seed=2), random_ids(16, seed=3)]  # chunks of 8
 
 
@@ -15,7 +16,7 @@ def model():
 
 
 def padded(rows: list[torch.Tensor], width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows [T_i] -> ids and mask [B, width], padded on the right with an ordinary token."""
+    """Returns ids and mask [B, width] of rows [T_i], padded on the right with an ordinary token."""
     ids = torch.full((len(rows), width), 7)
     mask = torch.zeros_like(ids)
     for i, row in enumerate(rows):
@@ -27,7 +28,7 @@ TEXTS = ["a text of three chunks and more", "short", "of two"]
 
 
 @pytest.mark.parametrize("texts", [TEXTS[:1], TEXTS])
-def test_what_a_tokenizer_returns_is_what_forward_takes(tiny_folder, texts):
+def test_forward_takes_all_that_a_tokenizer_returns(tiny_folder, texts):
     from transformers import AutoModelForCausalLM
 
     from uiollms import MemoryConfig, MemoryLM
@@ -37,16 +38,16 @@ def test_what_a_tokenizer_returns_is_what_forward_takes(tiny_folder, texts):
     config = MemoryConfig(num_memory=2, chunk_size=8, lora_rank=2, lora_alpha=4)
     model, tokenizer = MemoryLM(base, config).eval(), AutoTokenizer.from_pretrained(tiny_folder)
     tokenizer.padding_side = "right"
-    given = tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=True)
-    assert given.keys() == {"input_ids", "token_type_ids", "attention_mask"}
+    encoded = tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=True)
+    assert encoded.keys() == {"input_ids", "token_type_ids", "attention_mask"}
     with torch.no_grad():
-        found = model(**given, labels=given["input_ids"])
+        found = model(**encoded, labels=encoded["input_ids"])
         nll = []
         for i, text in enumerate(texts):
             alone = tokenizer(text, return_tensors="pt").input_ids
             output = model(alone, labels=alone)
             nll += [output.loss] * (alone.shape[1] - 1)
-            # float32: a batch adds up in another order than a row alone
+            # float32; sums of a batch have another order than those of one row
             logits = found.logits[i : i + 1, : alone.shape[1]]
             torch.testing.assert_close(logits, output.logits, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(found.loss, torch.stack(nll).mean())
@@ -56,7 +57,7 @@ def test_what_a_tokenizer_returns_is_what_forward_takes(tiny_folder, texts):
 
 
 @pytest.mark.parametrize("width", [21, 30])
-def test_rows_padded_on_the_right_are_what_each_is_alone(model, width):
+def test_rows_padded_on_the_right_give_the_results_of_each_row_alone(model, width):
     ids, mask = padded(ROWS, width)
     with torch.no_grad():
         output = model(ids, attention_mask=mask, labels=ids)
@@ -67,12 +68,12 @@ def test_rows_padded_on_the_right_are_what_each_is_alone(model, width):
             assert relative_error(logits[: len(row)], alone.logits[0]) < ROUNDING
             losses += [alone.loss] * (len(row) - 1)
         assert relative_error(output.loss, torch.stack(losses).mean()) < ROUNDING
-        assert output.past_key_values is None, "their chunks end at different places"
+        assert output.past_key_values is None  # chunks of the rows end at different positions
         tuples = model(ids, attention_mask=mask, return_dict=False)
         assert torch.equal(tuples[0], output.logits) and len(tuples) == 1
 
 
-def test_the_gradient_of_padded_rows_is_theirs(model):
+def test_padding_does_not_change_gradients(model):
     ids, mask = padded(ROWS, 24)
     parameter = model.trainable_parameters()["encoder.retrieval_token"]
     model(ids, attention_mask=mask, labels=ids).loss.backward()
@@ -84,7 +85,7 @@ def test_the_gradient_of_padded_rows_is_theirs(model):
     parameter.grad = None
 
 
-def test_rows_of_one_length_leave_a_state_without_their_padding(model):
+def test_the_state_of_padded_rows_of_equal_length_contains_no_padding(model):
     rows, more = [random_ids(13, seed=s) for s in (1, 2)], random_ids(2, 9, seed=5)
     ids, mask = padded(rows, 20)
     with torch.no_grad():
@@ -99,15 +100,15 @@ def test_rows_of_one_length_leave_a_state_without_their_padding(model):
 def test_a_mask_of_ones_changes_nothing(model):
     ids = random_ids(2, 19)
     with torch.no_grad():
-        beside = dict(attention_mask=torch.ones_like(ids), token_type_ids=torch.zeros_like(ids))
-        output = model(ids, **beside, logits_to_keep=3)
+        extra = dict(attention_mask=torch.ones_like(ids), token_type_ids=torch.zeros_like(ids))
+        output = model(ids, **extra, logits_to_keep=3)
         assert torch.equal(output.logits, model(ids, logits_to_keep=3).logits)
         assert output.past_key_values.num_tokens == 19
 
 
-REFUSED = {
-    "left": ([[0, 1, 1]], "zeros in front of tokens; .* generate takes them padded on the left"),
-    "hole": ([[1, 0, 1]], "zeros in front of tokens"),
+INVALID_MASKS = {
+    "left": ([[0, 1, 1]], "zeros before tokens; .* generate takes them padded on the left"),
+    "hole": ([[1, 0, 1]], "zeros before tokens"),
     "empty": ([[0, 0, 0]], "row 0 has no token; leave the row out"),
     "shape": ([[1, 1]], r"found \[1, 2\], expected \[1, 3\], as input_ids$"),
     "additive": ([[0.0, 0.0, -1e9]], "other values than 1 for a token and 0 for padding"),
@@ -115,21 +116,21 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("kind", REFUSED)
-def test_other_masks_are_refused_by_name(model, kind):
-    mask, message = REFUSED[kind]
+@pytest.mark.parametrize("kind", INVALID_MASKS)
+def test_other_masks_raise_an_error(model, kind):
+    mask, message = INVALID_MASKS[kind]
     with pytest.raises(ValueError, match=f"attention_mask: .*{message}"):
         model(random_ids(1, 3), attention_mask=torch.tensor(mask))
 
 
-def test_what_padding_cannot_be_combined_with_is_said(model):
+def test_arguments_that_cannot_be_combined_with_padding_raise_an_error(model):
     ids, mask = padded(ROWS, 24)
     with torch.no_grad():
         with pytest.raises(ValueError, match="logits_to_keep 1 counts from the end of rows"):
             model(ids, attention_mask=mask, logits_to_keep=1)
-        with pytest.raises(ValueError, match="token_type_ids: found other segments than 0"):
+        with pytest.raises(ValueError, match="token_type_ids: found other values than 0"):
             model(ids, token_type_ids=mask)
-        with pytest.raises(ValueError, match="token_type_ids: found other segments than 0"):
+        with pytest.raises(ValueError, match="token_type_ids: found other values than 0"):
             model.generate(ids, token_type_ids=mask, max_new_tokens=1)
         state = model(random_ids(3, 5)).past_key_values
         with pytest.raises(ValueError, match=r"expected \[3, 24\], as input_ids, or \[3, 29\]"):

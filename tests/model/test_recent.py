@@ -436,7 +436,7 @@ def test_longropes_short_texts_hold_a_chunk_and_its_recent_tokens():
     rope |= dict(long_factor=[2.0] * half, original_max_position_embeddings=12, factor=4.0)
     base = make_base(rope_parameters=rope)
     MemoryLM(base, config_of(4))
-    words = "chunk_size 8 and recent_tokens 5 takes both; use chunks of at most 12 .* both together"
+    words = "chunk_size 8 and recent_tokens 5 would need both; use chunks of at most 12 .* both together"
     with pytest.raises(ValueError, match=words):
         MemoryLM(base, config_of(5))
 

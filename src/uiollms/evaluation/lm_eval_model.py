@@ -42,7 +42,7 @@ from uiollms.evaluation.scoring import token_losses
 from uiollms.files.errors import ConfigError, shortened
 from uiollms.kernels.devices import to_device
 from uiollms.kernels.indexing import batched
-from uiollms.model.state import MemoryState, recent_of
+from uiollms.model.state import MemoryState, select_recent_ids
 
 DEFAULT_NEW_TOKENS = 256  # of generate_until, as in lm-eval's Hugging Face model
 
@@ -284,7 +284,7 @@ class HarnessLM(TemplateLM):
             [ids[: chunks * l]], dtype=torch.int64, device=state.open_ids.device
         )
         if chunks:
-            state.recent_ids = recent_of(state.text, self.model.memory_config)
+            state.recent_ids = select_recent_ids(state.text, self.model.memory_config)
         return state, torch.tensor([ids[chunks * l :]])
 
     @torch.no_grad()

@@ -27,7 +27,7 @@ from uiollms.model.attention import (
 )
 from uiollms.model.attention_patterns import EncoderPattern, PackedRowsPattern, SharedMemoryPattern
 from uiollms.model.lora import dropout_seeds
-from uiollms.model.positions import find_long_rows, rotary_tables
+from uiollms.model.positions import rotary_tables, uses_long_factors
 from uiollms.model.state import KVPrefix, SharedPrefix
 from uiollms.weights.fitness import smallest_window, window_of
 
@@ -89,8 +89,8 @@ def decoder_inputs(
     first_slots = first_slots or [0] * len(num_slots)
     length, device = hidden.shape[1], hidden.device
     positions = decoder_positions(num_slots, length, device) + local_past
-    is_long = find_long_rows(base.config, num_slots, local_past + length)
-    rotary = rotary_tables(base, hidden, positions, is_long)
+    long_factors = uses_long_factors(base.config, num_slots, local_past + length)
+    rotary = rotary_tables(base, hidden, positions, long_factors)
     if pattern is not None:
         return LayerInputs(positions, rotary, pattern)
 

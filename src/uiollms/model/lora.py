@@ -16,17 +16,18 @@ from torch.nn import functional as F
 
 from uiollms.kernels.devices import device_of
 
-# Any odd 64-bit constant spreads neighbouring seeds; this is the golden ratio's (Knuth, TAOCP 3,
-# 6.4).
+# A multiplication by any odd 64-bit constant spreads neighbouring seeds. This one comes from the
+# golden ratio (Knuth, TAOCP 3, 6.4).
 _SPREAD = 0x9E3779B97F4A7C15
 
 
 class LoRA(nn.Module):
-    """`update(x) = alpha / rank * B A dropout(x)`, to be added to what a frozen linear layer
-    gives for `x`.
+    """Computes `alpha / rank * B A dropout(x)`, the update that is added to the output of a frozen
+    linear layer for `x`.
 
-    dtype: of the parameters, see `master_dtype`. `A` [r, I] starts Kaiming-uniform and `B` [O,
-    r] at zero, as in PEFT, so the update starts at zero.
+    dtype: the dtype of the parameters, see `master_dtype`. salt: a number that differs between the
+    LoRAs of a model, so that their dropout masks differ. `A` [r, I] is initialized
+    Kaiming-uniform and `B` [O, r] with zeros, as in PEFT, so the update starts at zero.
     """
 
     def __init__(
@@ -52,29 +53,32 @@ class LoRA(nn.Module):
         self.salt = salt
 
     def forward(self, x: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
-        """x [C, T, I] -> update [C, T, O], in the dtype of `x`. `seeds`, one for each row,
-        switch dropout on."""
+        """Returns the update [C, T, O] for `x` [C, T, I], in the dtype of `x`. `seeds`, one for
+        each row, switch dropout on."""
         if self.dropout and seeds is not None:
-            x = x * self._keep_mask(x, seeds)
+            x = x * self._dropout_mask(x, seeds)
         down = F.linear(x, self.lora_A.to(x.dtype))
         return F.linear(down, (self.scaling * self.lora_B).to(x.dtype))
 
-    def _keep_mask(self, x: Tensor, seeds: Sequence[int]) -> Tensor:
-        """[C, T, I] of 0 and 1/(1-p). A row's mask depends on its own seed only, never on the
-        batch around it: a chunk that is encoded again, in whatever batch, meets the same mask."""
-        keep = torch.empty_like(x, dtype=torch.float32)
-        for row, seed in zip(keep, seeds, strict=True):
+    def _dropout_mask(self, x: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Returns a mask [C, T, I] of 0 and 1/(1-p). The mask of a row depends only on the row's
+        seed. So a chunk that is encoded again, in another batch, gets the same mask."""
+        mask = torch.empty_like(x, dtype=torch.float32)
+        for row, seed in zip(mask, seeds, strict=True):
             generator = torch.Generator(x.device).manual_seed((seed * _SPREAD + self.salt) % 2**63)
             row.bernoulli_(1 - self.dropout, generator=generator)
-        return keep.div_(1 - self.dropout).to(x.dtype)
+        return mask.div_(1 - self.dropout).to(x.dtype)
 
 
 def master_dtype(base_dtype: torch.dtype, masters: str = "fp32") -> torch.dtype:
-    """The dtype trained parameters and sums of gradients are kept in: `masters` "fp32" is
-    float32 for half-precision bases (small steps would vanish in bfloat16), else the base's own;
-    "base" is the base's own always, as in the released program."""
-    half = base_dtype in (torch.bfloat16, torch.float16)
-    return torch.float32 if half and masters == "fp32" else base_dtype
+    """Returns the dtype of the trained parameters and of sums of gradients.
+
+    With `masters` "fp32" it is float32 for a base in bfloat16 or float16, because small steps
+    would vanish in bfloat16, and the base's dtype otherwise. With "base" it is always the base's
+    dtype, as in the released program.
+    """
+    is_half = base_dtype in (torch.bfloat16, torch.float16)
+    return torch.float32 if is_half and masters == "fp32" else base_dtype
 
 
 _seeds: ContextVar[Sequence[int] | None] = ContextVar("dropout seeds of this call", default=None)
@@ -82,9 +86,9 @@ _seeds: ContextVar[Sequence[int] | None] = ContextVar("dropout seeds of this cal
 
 @contextmanager
 def dropout_seeds(seeds: Sequence[int] | None) -> Iterator[None]:
-    """While open, in this thread, an `AddedLoRA` drops inputs by `seeds`, one for each row;
-    None: drops nothing. A forward that activation checkpointing runs again must open it inside
-    the function that is run again."""
+    """Inside the context, and in this thread only, every `AddedLoRA` drops inputs by `seeds`, one
+    for each row. With None it drops nothing. A function that activation checkpointing runs again
+    must enter the context itself."""
     token = _seeds.set(seeds)
     try:
         yield
@@ -93,11 +97,11 @@ def dropout_seeds(seeds: Sequence[int] | None) -> Iterator[None]:
 
 
 class AddedLoRA(nn.Module):
-    """A frozen linear layer, shared with the base, and the update of a LoRA added to what it
-    gives.
+    """Adds the update of a LoRA to the output of a frozen linear layer, which the base and both
+    roles share.
 
-    `requires_grad` is never touched (PEFT's `set_adapter` would switch the other role's
-    gradients off).
+    It does not change `requires_grad`, as PEFT's `set_adapter` does, which would switch off the
+    gradients of the other role.
     """
 
     def __init__(self, linear: nn.Module, lora: LoRA) -> None:
@@ -105,5 +109,5 @@ class AddedLoRA(nn.Module):
         self.linear, self.lora = linear, lora
 
     def forward(self, x: Tensor) -> Tensor:
-        """[C, T, I] -> [C, T, O]"""
+        """Maps [C, T, I] to [C, T, O]."""
         return self.linear(x) + self.lora(x, _seeds.get())

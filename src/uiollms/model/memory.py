@@ -33,7 +33,7 @@ from uiollms.files.errors import ConfigError, shortened
 from uiollms.files.json_files import loads
 from uiollms.files.reading import check_tree
 from uiollms.model.fingerprint import Fingerprint, fingerprint
-from uiollms.model.state import MemoryState, join_slots, recent_of
+from uiollms.model.state import MemoryState, join_slots, select_recent_ids
 from uiollms.weights.fitness import not_finite
 
 log = logging.getLogger("uiollms")
@@ -147,7 +147,7 @@ class Memory:
             state.num_tokens = chunks * model.memory_config.chunk_size
             if self.chunk_ids is not None:
                 state.text = self.chunk_ids.reshape(1, -1).to(state.open_ids.device)
-                state.recent_ids = recent_of(state.text, model.memory_config)
+                state.recent_ids = select_recent_ids(state.text, model.memory_config)
             else:
                 state.text = None
         return (

@@ -47,10 +47,10 @@ from uiollms.model.layers import (
 )
 from uiollms.model.lora import master_dtype
 from uiollms.model.positions import (
-    describe_positions,
-    find_long_rows,
+    describe_num_positions,
     num_positions,
     rotary_tables,
+    uses_long_factors,
 )
 from uiollms.model.pretrained import PretrainedMixin
 from uiollms.model.roles import Role, check_base
@@ -180,7 +180,7 @@ class MemoryLM(  # type: ignore[misc]
         return Limits(
             self.memory_config,
             num_positions(config),
-            describe_positions(config),
+            describe_num_positions(config),
             config.vocab_size,
         )
 
@@ -272,8 +272,8 @@ class MemoryLM(  # type: ignore[misc]
         m = self.memory_config.num_memory
         positions = to_device(torch.tensor(chunks)[:, None] * m + torch.arange(m), self.device)
         like = torch.empty(0, dtype=memory[0].dtype, device=self.device)
-        is_long = find_long_rows(self.config, [m], 0)  # as for every row that reads slots
-        rotary = rotary_tables(self.base, like, positions, is_long)
+        long_factors = uses_long_factors(self.config, [m], 0)  # as for every row that reads slots
+        rotary = rotary_tables(self.base, like, positions, long_factors)
         keys, values = [], []
         layers: Iterator[Any] = zip(self.decoder_layers, self.decoder.layers, memory, strict=True)
         for layer, loras, slots in layers:

@@ -1,4 +1,5 @@
-"""What a tokenizer returns beside the ids: masks of rows padded on their right, and segments.
+"""Forward passes over rows of different lengths, and checks of the masks and token types that a
+tokenizer returns with its token ids.
 
 Shapes: B rows, T tokens with their padding, V vocabulary.
 """
@@ -12,41 +13,46 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from uiollms.model.state import MemoryState
+from uiollms.model.state import MemoryState, RaggedState, RowGroup
 
 
-def check_segments(token_type_ids: Tensor | None) -> None:
-    """Raises ValueError unless all tokens are of segment 0, as some tokenizers say of any text."""
+def check_token_types(token_type_ids: Tensor | None) -> None:
+    """Raises ValueError unless all token types are 0. Some tokenizers return zeros for any text."""
     if token_type_ids is not None and token_type_ids.any():
         raise ValueError(
-            "token_type_ids: found other segments than 0, a causal model has one; "
+            "token_type_ids: found other values than 0, but a causal model has one segment; "
             "leave them out: tokenizer(..., return_token_type_ids=False)"
         )
 
 
-def row_lengths(mask: Tensor | None, ids: Tensor, num_seen: int) -> Tensor | None:
-    """A mask of ids [B, T] -> the tokens of each row [B] int64; None where nothing is padded. The
-    mask is [B, T], or [B, num_seen + T] where a state has seen so many tokens. Raises ValueError
-    for another shape, values but 0 and 1, padding that is not on the right, empty rows."""
+def row_lengths(mask: Tensor | None, ids: Tensor, num_past: int) -> Tensor | None:
+    """Returns the number of tokens of each row [B] int64 for the attention mask of ids [B, T], or
+    None if nothing is padded.
+
+    The mask is [B, T], or [B, num_past + T] if the stream has read `num_past` tokens before.
+    Raises ValueError for another shape, for values other than 0 and 1, for padding that is not on
+    the right, and for rows without a token.
+    """
     if mask is None:
         return None
     batch, length = ids.shape
-    whole = (batch, num_seen + length)
-    if mask.shape not in ((batch, length), whole):
-        allowed = f"{[batch, length]}, as input_ids" + (f", or {list(whole)}" if num_seen else "")
+    with_past = (batch, num_past + length)
+    if mask.shape not in ((batch, length), with_past):
+        allowed = f"{[batch, length]}, as input_ids"
+        allowed += f", or {list(with_past)}" if num_past else ""
         raise ValueError(f"attention_mask: found {list(mask.shape)}, expected {allowed}")
     if not ((mask == 0) | (mask == 1)).all():
         raise ValueError("attention_mask: found other values than 1 for a token and 0 for padding")
     if mask.all():
         return None
-    kept = mask.bool().to(ids.device)
-    kept, seen = kept[:, -length:], kept[:, :-length]
-    if not seen.all() or (kept[:, 1:] > kept[:, :-1]).any():
+    is_token = mask.bool().to(ids.device)
+    is_token, past_is_token = is_token[:, -length:], is_token[:, :-length]
+    if not past_is_token.all() or (is_token[:, 1:] > is_token[:, :-1]).any():
         raise ValueError(
-            "attention_mask: found zeros in front of tokens; a call takes rows that are padded on "
+            "attention_mask: found zeros before tokens; a call takes rows that are padded on "
             "their right (tokenizer.padding_side = 'right'); generate takes them padded on the left"
         )
-    lengths = kept.sum(1)
+    lengths = is_token.sum(1)
     if not lengths.all():
         row = int((lengths == 0).nonzero()[0])
         raise ValueError(f"attention_mask: row {row} has no token; leave the row out")
@@ -61,23 +67,54 @@ def forward_padded(
     labels: Tensor | None,
     logits_to_keep: int,
 ) -> Any:
-    """`MemoryLM.forward` of ids [B, T] of which the first `lengths` [B] of every row are tokens. No
-    token sees what stands behind it, so every row's logits and loss are those that it has alone.
+    """Calls `MemoryLM.forward` with ids [B, T], of which the first `lengths` [B] of every row are
+    tokens. No token sees the tokens after it, so the logits and the loss of every row are those
+    that it has alone.
 
-    Labels at padding are not scored; logits there mean nothing. Rows of one length leave a state,
-    rows of different lengths none: their chunks end at different places. Raises ValueError with
-    `logits_to_keep`, which counts from an end where there is padding.
+    Labels at padding are not scored, and logits at padding have no meaning. The output has a
+    state only if all rows have the same length, because the chunks of rows of different lengths
+    end at different positions. Raises ValueError if `logits_to_keep` is given, which counts from
+    the end of a row, where the padding is.
     """
     if logits_to_keep:
         raise ValueError(
             f"logits_to_keep {logits_to_keep} counts from the end of rows that are padded there; "
             f"leave it out, or give rows without padding"
         )
-    longest, padding = int(lengths.max()), ids.shape[1] - int(lengths.max())
+    longest = int(lengths.max())
     if labels is not None:
-        outside = torch.arange(longest, device=ids.device) >= lengths[:, None]
-        labels = labels[:, :longest].to(ids.device).masked_fill(outside, -100)
+        is_padding = torch.arange(longest, device=ids.device) >= lengths[:, None]
+        labels = labels[:, :longest].to(ids.device).masked_fill(is_padding, -100)
     output = model(ids[:, :longest], state, labels)
-    logits = F.pad(output.logits, (0, 0, 0, padding))
-    left = None if (lengths < longest).any() else output.past_key_values
-    return CausalLMOutputWithPast(loss=output.loss, logits=logits, past_key_values=left)
+    logits = F.pad(output.logits, (0, 0, 0, ids.shape[1] - longest))
+    next_state = None if (lengths < longest).any() else output.past_key_values
+    return CausalLMOutputWithPast(loss=output.loss, logits=logits, past_key_values=next_state)
+
+
+def forward_ragged(
+    model: Any,
+    ids: Tensor,
+    state: RaggedState,
+    labels: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+) -> CausalLMOutputWithPast:
+    """Calls `MemoryLM.forward` with ids [B, T] for every group of rows of equal length. Returns
+    the logits of the last position [B, 1, V] and the new state. Raises ValueError for labels and
+    for a mask with padding."""
+    if labels is not None or not (attention_mask is None or attention_mask.all()):
+        argument = "attention_mask with zeros" if labels is None else "labels"
+        raise ValueError(
+            f"state: rows of different lengths cannot be combined with {argument}; call the model "
+            "with one row at a time"
+        )
+    logits, groups = [], []
+    for rows, num_padding, group_state in state.groups:
+        group_ids = ids[rows.to(ids.device), num_padding:]
+        output = model(group_ids, group_state, logits_to_keep=1)
+        logits.append(output.logits)
+        groups.append(RowGroup(rows, 0, output.past_key_values))
+    order = torch.cat([group.rows for group in groups]).argsort()
+    grouped = torch.cat(logits)
+    return CausalLMOutputWithPast(
+        logits=grouped[order.to(grouped.device)], past_key_values=RaggedState(groups)
+    )

@@ -1,13 +1,15 @@
-"""How the base tells positions apart: schemes of rotary embeddings, their reach, their tables.
+"""The rotary position embeddings (RoPE) of the base: the supported schemes, the number of positions
+that a base serves, and the tables of cosines and sines.
 
-Two schemes of transformers look at the length of a call, and keep what they have chosen in a module
-that all calls share: a text cut into calls, or other rows beside it, would change what is computed.
-Here the choice is a row's own, whatever came before it:
+Two schemes of transformers choose their frequencies by the length of a call and store the choice
+in a module that all calls share. There, cutting a text into calls, or other rows in the batch,
+would change the results. Here the choice depends only on the row itself:
 
-    dynamic   the plain frequencies, which hold up to max_position_embeddings; no row goes further
-    longrope  a row that reads memory, and every slot, is rotated by the long factors, however few
-              slots there are; a chunk without memory, or one that is encoded, by the short ones, as
-              the base does; a raw text by those that the base takes for its length
+    dynamic   All rows use the plain frequencies, which are valid up to max_position_embeddings.
+              No row is longer.
+    longrope  A row that reads memory, and every slot, uses the long factors, however few slots
+              there are. A chunk that is encoded, or that reads no memory, uses the short factors,
+              as the base does. A raw text uses those that the base chooses for its length.
 
 Shapes: B rows, T tokens, K head size.
 Source: Peng et al. 2023 (YaRN, arXiv 2309.00071), Ding et al. 2024 (LongRoPE, arXiv 2402.13753).
@@ -26,42 +28,47 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from uiollms.kernels.devices import to_device
 
 SCHEMES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
-STRETCHED = ("yarn", "longrope")  # by a factor, from original_max_position_embeddings
-BY_LENGTH = ("dynamic", "longrope")
+# These stretch the positions of the first training, original_max_position_embeddings, by a factor.
+STRETCHED = ("yarn", "longrope")
+LENGTH_DEPENDENT = ("dynamic", "longrope")
 ORIGINAL = "original_max_position_embeddings"
 
 
-def scheme_of(config: Any) -> tuple[Any, Mapping[str, Any]]:
-    """The name of the scheme, None where there is none for all layers, and its parameters."""
+def rope_scheme(config: Any) -> tuple[Any, Mapping[str, Any]]:
+    """Returns the name of the RoPE scheme of a transformers config, None if it has no scheme for
+    all layers, and the parameters of the scheme."""
     parameters = getattr(config, "rope_parameters", None) or {}
     return parameters.get("rope_type"), parameters
 
 
 def num_positions(config: Any) -> int:
-    """How many positions a base of this transformers config serves: max_position_embeddings, or,
-    under yarn and longrope, whose model cards name a factor and the positions of the first training
-    (and may leave max_position_embeddings as it was), the product of these if that is more."""
+    """Returns how many positions a base of this transformers config serves.
+
+    It is max_position_embeddings. Model cards of yarn and longrope give a factor and the positions
+    of the first training, and some leave max_position_embeddings as it was. For these schemes it
+    is the product of factor and positions if that is greater.
+    """
     most: int = config.max_position_embeddings
-    scheme, parameters = scheme_of(config)
+    scheme, parameters = rope_scheme(config)
     if scheme in STRETCHED and parameters.get("factor") is not None:
         most = max(most, int(parameters["factor"] * parameters[ORIGINAL]))
     return most
 
 
-def describe_positions(config: Any) -> str:
-    """`num_positions` and where they come from, for a message."""
+def describe_num_positions(config: Any) -> str:
+    """Returns a phrase for messages with `num_positions` and the fields that it comes from."""
     most = num_positions(config)
     if most == config.max_position_embeddings:
         return f"max_position_embeddings {most}"
-    scheme, parameters = scheme_of(config)
+    scheme, parameters = rope_scheme(config)
     product = f"factor {parameters['factor']:g} * {ORIGINAL} {parameters[ORIGINAL]}"
     return f"{most} positions ({scheme}: {product})"
 
 
-def rope_fault(config: Any, chunk_size: int, recent_tokens: int = 0) -> str | None:
-    """Why a base of this transformers config cannot tell the positions of a chunk, with the recent
-    tokens in front of it, apart; None if it can."""
-    scheme, parameters = scheme_of(config)
+def find_rope_fault(config: Any, chunk_size: int, recent_tokens: int = 0) -> str | None:
+    """Returns the reason why a base of this transformers config cannot rotate a chunk and the
+    recent tokens before it, or None if it can."""
+    scheme, parameters = rope_scheme(config)
     if scheme not in SCHEMES:
         found = f"rope_type {scheme!r}" if scheme else "no rope_type for all layers"
         return f"{found} in rope_parameters; supported are {', '.join(SCHEMES)}"
@@ -73,72 +80,80 @@ def rope_fault(config: Any, chunk_size: int, recent_tokens: int = 0) -> str | No
     half = head_size(config) // 2
     for name in ("short_factor", "long_factor"):
         factors: Any = parameters.get(name)
-        counted = isinstance(factors, list) and len(factors) == half
-        if not counted or not all(map(is_positive, factors)):
+        has_length = isinstance(factors, list) and len(factors) == half
+        if not has_length or not all(map(is_positive, factors)):
             return f"{name} in rope_parameters must be {half} numbers > 0; correct config.json"
     original = parameters[ORIGINAL]
     if original < min(chunk_size + recent_tokens, num_positions(config)):
         and_recent = f" and recent_tokens {recent_tokens}" if recent_tokens else ""
         together = ", both together" if recent_tokens else ""
         return (
-            f"the base reads texts of up to {original} tokens ({ORIGINAL} of longrope) by other "
-            f"factors than longer ones, chunk_size {chunk_size}{and_recent} takes both; "
+            f"longrope uses one set of factors up to {original} tokens ({ORIGINAL}) and another "
+            f"beyond, and chunk_size {chunk_size}{and_recent} would need both; "
             f"use chunks of at most {original} tokens{together}"
         )
     return None
 
 
 def is_positive(value: Any) -> bool:
+    """Returns whether `value` is a finite number greater than 0."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return is_number and 0 < value < math.inf
 
 
 def head_size(config: Any) -> int:
+    """Returns K, the head size."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def find_long_rows(config: Any, num_slots: Sequence[int], length: int) -> list[bool]:
-    """Which rows, behind `num_slots` slots and ending with their own token number `length`, are
-    rotated as parts of a long text. A chunk's cut into calls changes nothing: without memory it is
-    no longer than what the base calls short, see `rope_fault`."""
-    scheme, parameters = scheme_of(config)
+def uses_long_factors(config: Any, num_slots: Sequence[int], length: int) -> list[bool]:
+    """Returns which rows are rotated by the long factors of longrope. Row b reads `num_slots[b]`
+    slots, and its last token is token number `length` of its chunk or raw text.
+
+    How a chunk is cut into calls does not matter: a chunk without memory is never longer than
+    what the base counts as short, see `find_rope_fault`.
+    """
+    scheme, parameters = rope_scheme(config)
     if scheme != "longrope":
         return [False] * len(num_slots)
-    reaches_far = num_positions(config) > parameters[ORIGINAL]
-    return [reaches_far if slots else length > parameters[ORIGINAL] for slots in num_slots]
+    is_extended = num_positions(config) > parameters[ORIGINAL]
+    return [is_extended if slots else length > parameters[ORIGINAL] for slots in num_slots]
 
 
 def rotary_tables(
     base: Any,
     like: Tensor,
     positions: Tensor,
-    far: Sequence[bool],
+    long_factors: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    """Cosines and sines [B, T, K] of positions [B or 1, T], in the dtype and on the device of
-    `like`, as the base's rotary module gives them; where its choice hangs on lengths, its state is
-    neither read nor changed. far: see `find_long_rows`, by row, or one for all."""
-    rotary, (scheme, parameters) = base.model.rotary_emb, scheme_of(base.config)
-    if scheme not in BY_LENGTH:
+    """Returns the cosines and sines [B, T, K] of positions [B or 1, T], in the dtype and on the
+    device of `like`. long_factors: see `uses_long_factors`; one for each row, or one for all.
+
+    The base's rotary module computes them. If its choice depends on lengths, its state is neither
+    read nor changed.
+    """
+    rotary, (scheme, parameters) = base.model.rotary_emb, rope_scheme(base.config)
+    if scheme not in LENGTH_DEPENDENT:
         return tuple(rotary(like, positions))
     short_frequencies = rotary.original_inv_freq
-    short = tables_by(rotary, like, positions, short_frequencies)
-    if not any(far):
+    short = tables_with(rotary, like, positions, short_frequencies)
+    if not any(long_factors):
         return short
     length = parameters[ORIGINAL] + 1  # the shortest long text
     frequencies, _ = ROPE_INIT_FUNCTIONS[scheme](base.config, like.device, seq_len=length)
-    long = tables_by(rotary, like, positions, frequencies.to(short_frequencies.dtype))
-    rows = to_device(torch.tensor(far), like.device)[:, None, None]
+    long = tables_with(rotary, like, positions, frequencies.to(short_frequencies.dtype))
+    rows = to_device(torch.tensor(long_factors), like.device)[:, None, None]
     return tuple(torch.where(rows, *pair) for pair in zip(long, short, strict=True))
 
 
-def tables_by(
+def tables_with(
     rotary: Any,
     like: Tensor,
     positions: Tensor,
     frequencies: Tensor,
 ) -> tuple[Tensor, ...]:
-    """What a rotary module makes of positions by these frequencies [K / 2]: the library's own
-    arithmetic, in a module of our own that does not look at lengths."""
+    """Returns the tables that a rotary module computes with the frequencies [K / 2]. The
+    arithmetic is the library's, in a new module whose scheme does not depend on lengths."""
     fixed: Any = type(rotary)(rotary.config)
     fixed.rope_type = "default"
     fixed.inv_freq = frequencies.to(like.device)

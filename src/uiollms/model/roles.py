@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from uiollms.config.sections import MemoryConfig
 from uiollms.kernels.flash_attention import unsupported_reason, uses_flash_attention
 from uiollms.model.lora import LoRA
-from uiollms.model.positions import describe_positions, num_positions, rope_fault
+from uiollms.model.positions import describe_num_positions, find_rope_fault, num_positions
 from uiollms.model.skeleton import is_sharded
 from uiollms.weights.base_files import FAMILIES
 from uiollms.weights.fitness import eos_fault, narrow_window, wide_rank
@@ -64,14 +64,14 @@ def check_base(base: Any, config: MemoryConfig) -> None:
         )
     faults = (
         narrow_window(base.config, config.chunk_size),
-        rope_fault(base.config, config.chunk_size, config.recent_tokens),
+        find_rope_fault(base.config, config.chunk_size, config.recent_tokens),
         eos_fault(base.config),
         wide_rank(base.config, config.lora_rank),
     )
     if any(faults):
         raise ValueError(next(filter(None, faults)))
     if config.chunk_size > num_positions(base.config):
-        limit = describe_positions(base.config)
+        limit = describe_num_positions(base.config)
         raise ValueError(f"chunk_size {config.chunk_size} is past the base's {limit}")
     if uses_flash_attention(base) and (fault := unsupported_reason(base.dtype, base.config)):
         raise ValueError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -221,7 +221,87 @@ class MemoryState(Cache):
         self.__dict__.update(self.select(beam_idx).__dict__)
 
 
-def recent_of(text: Tensor, config: MemoryConfig) -> Tensor:
+class RowGroup(NamedTuple):
+    """Rows of a batch that have read equally many tokens.
+
+    rows [B'] int64: their indices in the batch, ascending. num_padding: how many leading tokens of
+    these rows are padding in the next call. state: their stream, of B' rows, or of 1 row that all
+    of them start from.
+    """
+
+    rows: Tensor
+    num_padding: int
+    state: MemoryState
+
+
+class RaggedState(Cache):
+    """The state of a batch of rows with different lengths, made from left-padded prompts.
+
+    groups: the rows of equal length, with one state for each length. The chunk boundaries of rows
+    of different lengths do not coincide, so each group is run in a separate call. This is right
+    for any lengths, and its time grows with the number of different lengths.
+    """
+
+    is_croppable = False  # see MemoryState
+
+    def __init__(self, groups: list[RowGroup]) -> None:
+        super().__init__(layers=[])
+        self.groups = groups
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, state: MemoryState | RaggedState) -> RaggedState:
+        """Returns the state of B prompts that start from the B rows of `state`. The mask [B, T]
+        bool is false at the padding, which is on the left of the prompts."""
+        padding = (~mask).sum(1).cpu()
+        groups = []
+        for rows, _, group_state in row_groups(state, len(mask)):
+            for num_padding in padding[rows].unique().tolist():
+                members = (padding[rows] == num_padding).nonzero().squeeze(1)
+                groups.append(RowGroup(rows[members], num_padding, group_state.select(members)))
+        return cls(groups)
+
+    @property
+    def batch_size(self) -> int:
+        """B, the number of rows."""
+        return sum(len(group.rows) for group in self.groups)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Returns the number of tokens of the longest row so far."""
+        return max(group.state.num_tokens for group in self.groups)
+
+    def select(self, rows: Tensor) -> RaggedState:
+        """Returns a new state of the rows [B'] int64, in that order. Rows may be repeated."""
+        groups = []
+        for group in self.groups:
+            new_rows = torch.isin(rows, group.rows).nonzero().squeeze(1)
+            if len(new_rows):
+                members = torch.searchsorted(group.rows, rows[new_rows])
+                groups.append(RowGroup(new_rows, group.num_padding, group.state.select(members)))
+        return RaggedState(groups)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorders the rows in place, as the beam search of transformers expects it."""
+        self.groups = self.select(beam_idx.cpu()).groups
+
+
+def row_groups(state: MemoryState | RaggedState, num_rows: int) -> list[RowGroup]:
+    """Returns the groups of a state that `num_rows` rows start from. A `MemoryState` is one group,
+    without padding."""
+    if isinstance(state, RaggedState):
+        return state.groups
+    return [RowGroup(torch.arange(num_rows), 0, state)]
+
+
+def expand_state(state: MemoryState | RaggedState, num_rows: int) -> MemoryState | RaggedState:
+    """Returns a state of `num_rows` rows, in which each row of `state` is repeated equally often
+    for several prompts or beams."""
+    times = num_rows // state.batch_size
+    if times == 1:
+        return state
+    return state.select(torch.arange(state.batch_size).repeat_interleave(times))
+
+
+def select_recent_ids(text: Tensor, config: MemoryConfig) -> Tensor:
     """Returns the ids [B, w] that are fed again after text [B, T], which ends with a full chunk."""
     return text[:, text.shape[1] - config.recent_tokens :]
 
