@@ -1,5 +1,4 @@
-"""What becomes of a CPU's memory that tensors give back, and how one notices that there is none
-left."""
+"""The C library's heap, where tensors on a CPU are allocated, and the errors of a full memory."""
 
 from __future__ import annotations
 
@@ -10,26 +9,28 @@ import torch
 
 
 def trim_heap(device: torch.device) -> None:
-    """Give the system back what lies free between tensors on a CPU, where the C library is
-    glibc. Its holes are not always of use: a tensor's place, aligned, does not fit the next
-    tensor of its size once a small object has taken a splinter of it."""
+    """Returns free memory between tensors to the system, if `device` is a CPU and the C library
+    is glibc. Some of that memory could not be used again: once a small object has taken a part of
+    a freed block, the next aligned tensor of the same size does not fit."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if device.type == "cpu" and trim:
         trim(0)
 
 
-# Of glibc's malloc.h; another C library has no `mallopt`, and is left alone.
+# Constants of glibc's malloc.h. Other C libraries have no `mallopt` and are not configured.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _LARGEST_MMAP_THRESHOLD = 2**25
-_ALWAYS = 2**30
+_LARGEST_TRIM_THRESHOLD = 2**30
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep, for the tensors to come, what tensors give back. By itself it
-    returns much to the system after every batch, and has it again page by page, zeroed: some 10
-    % of a step, 20 % of scoring. For processes that are all ours, as the commands are; a program
-    that imports uiollms decides for itself, and so does a user who sets a threshold in the
-    environment."""
+    """Configures glibc to reuse the memory of freed tensors for new ones.
+
+    By default it returns most of it to the system after every batch and gets it back page by
+    page, filled with zeros, which takes some 10 % of a training step and 20 % of scoring. Only
+    the commands call this; a program that imports uiollms decides for itself. A threshold that
+    the user sets in the environment has precedence.
+    """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     chosen = "_threshold" in tunables or os.environ.keys() & {
         "MALLOC_MMAP_THRESHOLD_",
@@ -38,10 +39,10 @@ def keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt and not chosen:
         mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
-        mallopt(_TRIM_THRESHOLD, _ALWAYS)
+        mallopt(_TRIM_THRESHOLD, _LARGEST_TRIM_THRESHOLD)
 
 
-# What a CPU's allocator says, and oneDNN where it has no room for the code of a product.
+# Messages of the CPU's allocator, and of oneDNN where it cannot allocate the code of a product.
 NO_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "could not create a primitive")
 
 

@@ -1,5 +1,4 @@
-"""Where a module computes, how tensors get there without waiting, and what becomes of a CPU's
-memory that tensors give back."""
+"""Devices: where a module computes, and how tensors are copied there without waiting for it."""
 
 from __future__ import annotations
 
@@ -15,36 +14,37 @@ from torch import Tensor, nn
 
 
 def device_of(module: Any) -> torch.device:
-    """Where a module with a `weight` computes: where the weight is, or, if it rests on disk,
-    where it will be loaded."""
+    """Returns the device on which a module with a `weight` computes: the weight's device or, if
+    the weight is offloaded, the device to which it will be loaded."""
     hook = getattr(module, "_hf_hook", None)
     return module.weight.device if hook is None else torch.device(hook.execution_device)
 
 
 def has_offloaded_weights(base: nn.Module) -> bool:
-    """Whether weights of the base are loaded for the time of a call only, into the module that
-    all threads share."""
+    """Whether some weights of the base are on disk, and loaded for the time of a call only."""
     return any(
         getattr(getattr(module, "_hf_hook", None), "offload", False) for module in base.modules()
     )
 
 
-_LOADING = threading.RLock()
+# Offloaded weights are loaded into the module that all threads share, so one thread at a time may
+# use modules that have them.
+_OFFLOAD_LOCK = threading.RLock()
 
 
-def loading(module: Any) -> AbstractContextManager[Any]:
-    """While open, no other thread loads weights that are offloaded, if those of `module` are:
-    they are put into the one module that all threads share, for the time of a call."""
+def offload_lock(module: Any) -> AbstractContextManager[Any]:
+    """Returns a context in which no other thread loads offloaded weights, if those of `module`
+    are offloaded."""
     hook = getattr(module, "_hf_hook", None)
-    return _LOADING if getattr(hook, "offload", False) else nullcontext()
+    return _OFFLOAD_LOCK if getattr(hook, "offload", False) else nullcontext()
 
 
 def locked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, in one thread at a time, of all functions that are made so."""
+    """Wraps a function so that one thread at a time runs it, or any other function wrapped so."""
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        with _LOADING:
+        with _OFFLOAD_LOCK:
             return function(*args, **kwargs)
 
     return run
@@ -52,48 +52,56 @@ def locked(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def locked_if_offloaded(method: Callable[..., Any]) -> Callable[..., Any]:
     """Wraps a method of an object with an attribute `has_offloaded_weights`. Where that is true,
-    only one thread at a time runs the method."""
-    alone = locked(method)
+    one thread at a time runs the method."""
+    locked_method = locked(method)
 
     @wraps(method)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return (alone if self.has_offloaded_weights else method)(self, *args, **kwargs)
+        chosen = locked_method if self.has_offloaded_weights else method
+        return chosen(self, *args, **kwargs)
 
     return run
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` on `device`. A copy from the CPU to a GPU does not wait for the GPU's queue
-    (torch stages pageable memory at once, so the original may change or go); every other copy is
-    torch's default. See `cache_transfers`."""
-    kept = _kept.get()
-    if kept is not None and tensor.device.type == "cpu" and device.type != "cpu":
-        numbers = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
-        key = device, tensor.dtype, tensor.shape, numbers
-        if key not in kept:
-            kept[key] = tensor.to(device)
-        return kept[key]
-    return tensor.to(device, non_blocking=tensor.device.type == "cpu" and device.type != "cpu")
+    """Returns `tensor` on `device`.
+
+    A copy from the CPU to a GPU does not wait for the work that is queued there. torch copies
+    pageable memory into a staging buffer at once, so the original may change or be freed. Every
+    other copy is torch's default. See also `cache_transfers`.
+    """
+    to_gpu = tensor.device.type == "cpu" and device.type != "cpu"
+    cache = _transfer_cache.get()
+    if cache is not None and to_gpu:
+        content = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+        key = device, tensor.dtype, tensor.shape, content
+        if key not in cache:
+            cache[key] = tensor.to(device)
+        return cache[key]
+    return tensor.to(device, non_blocking=to_gpu)
 
 
-_kept: ContextVar[dict[Any, Tensor] | None] = ContextVar("what was moved once", default=None)
+_transfer_cache: ContextVar[dict[Any, Tensor] | None] = ContextVar("transfer cache", default=None)
 
 
 @contextmanager
-def cache_transfers(kept: dict[Any, Tensor]) -> Iterator[None]:
-    """Inside, `to_device` keeps in `kept` what it copies from the CPU, and hands the same tensor
-    out where the same numbers are to be moved again. A CUDA graph needs this: it cannot hold a
-    copy from pageable memory, and reads its constants again whenever it is replayed, so `kept`
-    must live as long as the graph, and nobody may write into what is handed out."""
-    token = _kept.set(kept)
+def cache_transfers(cache: dict[Any, Tensor]) -> Iterator[None]:
+    """Inside, `to_device` puts what it copies from the CPU into `cache`, and returns the same
+    tensor for equal contents.
+
+    CUDA graphs need this. A graph cannot record a copy from pageable memory, and it reads the
+    tensors of its recording whenever it is replayed. So `cache` must live as long as the graph,
+    and nobody may write to its tensors.
+    """
+    token = _transfer_cache.set(cache)
     try:
         yield
     finally:
-        _kept.reset(token)
+        _transfer_cache.reset(token)
 
 
 def disable_cudnn_attention() -> None:
-    """Keep SDPA from cuDNN's kernel, which plans every new shape anew: 1.2 ms a call on an H200
-    (docs/benchmarks.md), and nearly every batch of rows has a shape of its own here. For processes
-    that are all ours, as the commands are."""
+    """Excludes cuDNN's kernel from SDPA in this process. It plans every new shape again, which
+    takes 1.2 ms a call on an H200 (docs/benchmarks.md), and nearly every batch of rows has a new
+    shape here. Only the commands call this; a program that imports uiollms decides for itself."""
     torch.backends.cuda.enable_cudnn_sdp(False)

@@ -1,9 +1,9 @@
-"""The loss head: losses of tokens from hidden states, never holding all logits at once.
+"""The loss head: the losses of tokens from their hidden states, without ever holding all logits.
 
-Shapes: N scored tokens, D hidden size, V vocabulary, w tokens of a slice of it, b rows of a
-block. Source of walking along the vocabulary: Wijmans et al. 2024 (Cut Cross-Entropy, arXiv
-2411.09009), without its filter; of the running maximum: Milakov and Gimelshein 2018 (arXiv
-1805.02867).
+Shapes: N scored tokens, D hidden size, V vocabulary, w tokens of one slice of it, b rows of one
+block. Source of going through the vocabulary slice by slice: Wijmans et al. 2024 (Cut
+Cross-Entropy, arXiv 2411.09009), without its filter; of the running maximum: Milakov and
+Gimelshein 2018 (arXiv 1805.02867).
 """
 
 from typing import Any
@@ -13,25 +13,26 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from uiollms.kernels.devices import loading
+from uiollms.kernels.devices import offload_lock
 from uiollms.kernels.frozen_linear import choose_linear, count_padding_rows
 
-# Logits alive at once: on a CPU what stays in a core's cache, elsewhere what keeps a GPU busy (not
-# measured). But always SLICE tokens of the vocabulary, so that a product with all N rows is large
-# enough for full speed.
+# The most logits that exist at a time: on a CPU they stay in a core's cache, on a GPU they keep it
+# busy (not measured). A slice has at least SLICE tokens of the vocabulary, so that a product with
+# all N rows is large enough for full speed.
 LOGITS_CPU, LOGITS = 2**18, 2**25
 SLICE = 1024
-BLOCK = 128  # rows of logits alive at once where there is a teacher, on a GPU more if LOGITS allow
+BLOCK = 128  # with a teacher: rows of logits that exist at a time; on a GPU more, up to LOGITS
 
 
 def linear_nll(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
-    """hidden [N, D], targets [N] int64 -> NLL in nats [N], float32 (float64 for a float64 base)."""
+    """Computes the NLL [N] in nats of targets [N] int64 from hidden states [N, D], in float32
+    (float64 for a float64 base)."""
     return linear_losses(hidden, head, targets)[0]
 
 
 def shifted_nll(hidden: Tensor, labels: Tensor, head: nn.Linear) -> Tensor:
-    """hidden [B, T, D], labels [B, T] of the same tokens, -100 = not scored -> the mean NLL of the
-    scored ones but the first of a row, each from the hidden state before it."""
+    """Computes the mean NLL of labels [B, T], each from the hidden state before it in [B, T, D].
+    Labels of -100, and the first label of every row, are not scored."""
     targets = labels[:, 1:].to(hidden.device)
     scored = targets != -100
     return linear_nll(hidden[:, :-1][scored], head, targets[scored]).mean()
@@ -44,15 +45,15 @@ def linear_losses(
     teacher: Tensor | None = None,
     kl_weight: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """As `linear_nll`, with a teacher's hidden states [N, D] under the same head: loss [N] = (1
-    - kl_weight) * NLL + kl_weight * KL(teacher || student), and the NLL [N] itself, without a
-    gradient.
+    """Computes the loss [N] and the NLL [N] of targets [N] int64 from hidden states [N, D]. With a
+    teacher's hidden states [N, D], which go through the same head, the loss is (1 - kl_weight) *
+    NLL + kl_weight * KL(teacher || student). The NLL has no gradient.
 
-    The head is frozen, so the only gradient is the hidden states'. It is known as soon as the
-    logits are, and is kept ([N, D]) in place of them ([N, V]): the logits of a slice or a block
-    die with it.
+    The head is frozen, so the hidden states are all that has a gradient. It is computed with the
+    logits and saved, [N, D], in their place, [N, V]. The logits of a slice or a block are freed
+    with it.
     """
-    with loading(head), align_module_device(head):  # it may rest on disk
+    with offload_lock(head), align_module_device(head):  # its weights may be on disk
         return _LinearLosses.apply(hidden, head.weight, head.bias, targets, teacher, kl_weight)
 
 
@@ -65,18 +66,12 @@ class _LinearLosses(torch.autograd.Function):
         loss: Any
         grad: Any
         if teacher is None:
-            count, spare = len(hidden), count_padding_rows(hidden, weight, bias)
-            rows, aims = (
-                (F.pad(hidden, (0, 0, 0, spare)), F.pad(targets, (0, spare)))
-                if spare
-                else (hidden, targets)
-            )
-            loss, grad = streaming_nll(rows, weight, bias, aims, with_grad)
-            loss, nll, grad = (
-                loss[:count],
-                loss[:count].clone(),
-                None if grad is None else grad[:count],
-            )
+            num_rows, padding = len(hidden), count_padding_rows(hidden, weight, bias)
+            if padding:
+                hidden, targets = F.pad(hidden, (0, 0, 0, padding)), F.pad(targets, (0, padding))
+            loss, grad = streaming_nll(hidden, weight, bias, targets, with_grad)
+            loss, nll = loss[:num_rows], loss[:num_rows].clone()
+            grad = None if grad is None else grad[:num_rows]
         else:
             size = BLOCK if hidden.device.type == "cpu" else max(BLOCK, LOGITS // len(weight))
             blocks = [slice(start, start + size) for start in range(0, max(1, len(hidden)), size)]
@@ -103,16 +98,18 @@ class _LinearLosses(torch.autograd.Function):
 def streaming_nll(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, with_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """NLL [N] and the hidden states' gradient [N, D], slice by slice of the vocabulary, for all
-    rows at once, so that the head is read once. With l the logits, m their maximum so far and e
-    = exp(l - m), kept are `rest`, the sum of e over all tokens but the target, and `pull`, the
-    sum of e times the token's row of the head; both shrink where m grows. At the end
+    """Computes the NLL [N] and the gradient of the hidden states [N, D], slice by slice of the
+    vocabulary and for all rows at once, so that the head is read once.
+
+    With l the logits, m their maximum so far and e = exp(l - m), two sums are kept: `rest`, the sum
+    of e over all tokens except the target, and `pull`, the sum of e times the token's row of the
+    head. Both are scaled down where m grows. At the end
 
         NLL = log(rest + e[target]) + m - l[target]
         gradient = (pull - rest * head[target]) / (rest + e[target])
 
-    The target stays out of the sums: its e, rounded to half precision, would not cancel against
-    the 1 of a nearly certain token.
+    The target is not part of the sums, because its e, rounded to half precision, would not cancel
+    against the 1 of a nearly certain token.
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
     width = max(
@@ -125,20 +122,20 @@ def streaming_nll(
     multiply = choose_linear(len(hidden))
     for start in range(0, len(weight), width):
         tokens = slice(start, start + width)
-        here = weight[tokens]
-        logits = multiply(hidden, here, None if bias is None else bias[tokens]).to(wide)
-        before, most = most, torch.maximum(most, logits.amax(-1, keepdim=True))
-        # A row whose target is elsewhere writes back what it has read.
-        place = (target - start).clamp(0, len(here) - 1)
-        found, inside = logits.gather(-1, place), place == target - start
+        head_slice = weight[tokens]
+        logits = multiply(hidden, head_slice, None if bias is None else bias[tokens]).to(wide)
+        previous, most = most, torch.maximum(most, logits.amax(-1, keepdim=True))
+        # A row whose target is in another slice writes back the value that it has read.
+        index = (target - start).clamp(0, len(head_slice) - 1)
+        found, inside = logits.gather(-1, index), index == target - start
         at_target = torch.where(inside, found, at_target)
-        logits.scatter_(-1, place, found.masked_fill(inside, -torch.inf))
+        logits.scatter_(-1, index, found.masked_fill(inside, -torch.inf))
         e = logits.sub_(most).exp_()
-        shrink = (before - most).exp_()
+        shrink = (previous - most).exp_()
         rest = rest * shrink + e.sum(-1, keepdim=True)
         if pull is not None:
             pull *= shrink
-            pull += multiply(e.to(weight.dtype), here.T)
+            pull += multiply(e.to(weight.dtype), head_slice.T)
     at_target -= most
     total = rest + at_target.exp()
     nll = (total.log() - at_target).squeeze(-1)
@@ -156,9 +153,9 @@ def distillation_block(
     kl_weight: float,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Loss [b], NLL [b] and the hidden states' gradient [b, D] of a block of rows, with all
-    their logits: where student and teacher agree, their difference must be taken before it is
-    multiplied with the head."""
+    """Computes the loss [b], the NLL [b] and the gradient of the hidden states [b, D] of one block
+    of rows from all their logits. Where student and teacher agree, the difference of their
+    probabilities must be taken before it is multiplied with the head."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     target = targets[:, None]
     multiply = choose_linear(len(hidden))
@@ -166,8 +163,8 @@ def distillation_block(
     logits -= logits.amax(-1, keepdim=True)
     at_target = logits.gather(-1, target).squeeze(-1)
     log_q = multiply(teacher, weight, bias).to(wide).log_softmax(-1)
-    kl = (log_q.exp() * (log_q - logits)).sum(-1)  # but for log(total)
-    p = logits.exp_()  # in place, and to be divided by `total`
+    kl = (log_q.exp() * (log_q - logits)).sum(-1)  # except for log(total)
+    p = logits.exp_()  # in place; divided by `total` below
     total = p.sum(-1)
     nll = total.log() - at_target
     loss = (1 - kl_weight) * nll + kl_weight * (kl + total.log())

@@ -1,4 +1,4 @@
-"""RMS norms of a float64 base in full precision."""
+"""RMS norms that compute a float64 base in full precision."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from uiollms.kernels.devices import has_offloaded_weights
 
 
 class FullPrecisionNorm(nn.Module):
-    """RMS norm in the dtype of its input, for float64 bases: transformers' norms round to
-    float32 inside, which would hide a wrong gradient behind 1e-7 of noise. Holds the same weight
-    under the same name."""
+    """An RMS norm that computes in the dtype of its input, for float64 bases. transformers' norms
+    round to float32 inside, an error of 1e-7 that would hide a wrong gradient. The weight and its
+    name are those of the replaced norm."""
 
     def __init__(self, norm: Any) -> None:
         super().__init__()
@@ -27,8 +27,8 @@ class FullPrecisionNorm(nn.Module):
 
 
 def promote_norms(base: nn.Module) -> None:
-    """Replace, in place, every RMS norm of a float64 `base` by its full-precision twin. Raises
-    ValueError where weights are offloaded already."""
+    """Replaces every RMS norm of a float64 `base` by a `FullPrecisionNorm`. Raises ValueError if
+    weights are offloaded already."""
     for parent in list(base.modules()):
         for name, child in parent.named_children():
             if type(child).__name__.endswith("RMSNorm"):
