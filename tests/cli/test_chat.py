@@ -1,4 +1,4 @@
-"""python -m uiollms compress, ask and chat, and the examples, on the tiny model."""
+"""Runs the commands compress, ask and chat, and the examples, with the tiny model."""
 
 import io
 import json
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def token_ids(tokenizer, text):
-    """[1, T]"""
+    """The token ids [1, T] of a text, without special tokens."""
     return torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
 
 
@@ -36,7 +36,7 @@ TEMPLATE = (
 
 @pytest.fixture
 def trained(workspace) -> MemoryLM:
-    """The workspace with weights at its save_ckp; the model they make."""
+    """Writes random weights to the save_ckp of the workspace. Returns their model."""
     model, _ = load_memory_lm(load_env_config("env.json"), "env.json")
     for parameter in model.trainable_parameters().values():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -99,7 +99,8 @@ EVIL = "\x1b[31m[bold]\u202e\x9b2J.txt"
 
 
 def test_names_of_files_do_not_reach_the_terminal_as_they_are(trained, capsys):
-    """Those that a memory holds; what `ask` and `chat` say of memories that do not fit too."""
+    """The sources of a memory, and the errors of `ask` and `chat` for memories that do not fit, are
+    printed with control characters escaped."""
     Path(EVIL).write_text("A book. " * 9)
     for flags in ((), ("--json",)):
         said = run(capsys, "compress", EVIL, "-o", "evil.mem", *flags)
@@ -114,7 +115,7 @@ def test_names_of_files_do_not_reach_the_terminal_as_they_are(trained, capsys):
 
 
 def test_a_seed_decides_alone(trained, capsys):
-    """Not what was asked before, nor who else draws."""
+    """Neither earlier questions nor other random draws change an answer."""
     run(capsys, "compress", "book0.txt", "-o", "book.mem")
     options = ("--max_new_tokens=9", "--temperature=9", "--seed=1", "--json")
     first = run(capsys, "ask", "book.mem", "Why?", *options)
@@ -151,8 +152,7 @@ def test_several_files_and_several_memories_are_joined(trained, capsys):
 
 @pytest.mark.parametrize("template", [None, TEMPLATE])
 def test_chat_holds_every_turn(trained, tiny_folder, capsys, monkeypatch, template):
-    """Two turns must be the one stream that the whole conversation is; its twin renders it in
-    one piece."""
+    """Two turns give the same stream as the whole conversation, which a twin formats in one piece."""
     trained.save_pretrained("model", tokenizer=tokenizer_with(tiny_folder, template))
     tokenizer = AutoTokenizer.from_pretrained("model")
     arguments = ["chat", "--model", "model", "--max_new_tokens=6"]
@@ -197,8 +197,8 @@ def tokenizer_with(folder, template):
 
 @pytest.mark.parametrize("template", [None, "<s>" + TEMPLATE])
 def test_a_text_starts_once(trained, tiny_folder, template):
-    """A tokenizer that writes BOS: at the start of the stream, not in front of a question behind
-    a document."""
+    """A tokenizer that adds BOS adds it at the start of the stream, and not before a question that
+    follows a document."""
     tokenizer = tokenizer_with(tiny_folder, template)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", 1)]
@@ -210,7 +210,7 @@ def test_a_text_starts_once(trained, tiny_folder, template):
 
 
 def test_a_later_turn_closes_the_answer_before_it(tiny_folder):
-    """Once: an answer that ended by itself has said its end already."""
+    """The end token is added only if the answer did not generate it."""
     tokenizer = tokenizer_with(tiny_folder, TEMPLATE)
     expected = token_ids(tokenizer, "</s>\n<user>Hi</s>\n<assistant>")
     assert torch.equal(later_turn(tokenizer, "Hi", torch.tensor([[2]])), expected)
@@ -227,7 +227,7 @@ def test_chat_with_a_memory_in_mind(trained, capsys):
     ).splitlines()
     memory = Memory.load("book.mem")
     assert json.loads(line)["held"]["slots"] >= memory.num_slots
-    said = run(capsys, "chat", "--memory", "book.mem")  # nothing asked
+    said = run(capsys, "chat", "--memory", "book.mem")  # without a question
     left = len(memory.open_ids)
     weights = "weights: out/ckp, base in torch.float32\n"
     assert (
@@ -274,8 +274,7 @@ def test_without_a_model_or_weights(workspace, capsys):
         run(capsys, "chat", stdin="Hi")
 
 
-# What each example shows: the figures of its own model, or the words that it was given and some of
-# its own behind them.
+# The output of each example: figures of its model, or its input followed by generated text.
 NUMBER = r"\d+\.\d+"
 EXPECTED = {
     "compress_and_ask.py": r"\d+ tokens in \d+ slots a layer, \d+ tokens left as they are\n"

@@ -1,4 +1,4 @@
-"""train.py and test.py as a user runs them, on a tiny model from a local folder and text files."""
+"""Runs train.py and test.py as a user does, with a tiny model and text files."""
 
 import argparse
 import importlib
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(command: str, *arguments: str) -> subprocess.CompletedProcess:
-    """A command in a process of its own, as a user starts it."""
+    """Runs a program in a new process, as a user does."""
     return subprocess.run(
         [sys.executable, str(ROOT / command), *arguments],
         capture_output=True,
@@ -41,13 +41,12 @@ def run(command: str, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def call(command: str, *arguments: str) -> int:
-    """The same command in this process (importing torch again takes longer than most of these
-    tests): its exit code."""
+    """Runs a program in this process, which saves importing torch again. Returns its exit code."""
     return reporting_errors(lambda: loaded(command).main(list(arguments)))
 
 
 def loaded(command: str) -> ModuleType:
-    """A file that is no module of the package."""
+    """Imports a file that is not a module of the package."""
     spec = importlib.util.spec_from_file_location(f"command_{Path(command).stem}", ROOT / command)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -311,7 +310,7 @@ def started_as(command: str) -> str:
 
 
 def help_of(command: str, monkeypatch, capsys, *sub: str) -> tuple[str, list[str]]:
-    """What a command, or one of its subcommands, says of itself, and the subcommands it has."""
+    """The help text of a command or subcommand, and the names of its subcommands."""
     groups, add = [], argparse.ArgumentParser.add_subparsers
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr(

@@ -1,4 +1,4 @@
-"""Letters of every script in files, names and terminals: read and written as UTF-8, never fatal."""
+"""Tests that files, names and terminals with any letters are read and written without errors."""
 
 import ast
 import io
@@ -27,11 +27,11 @@ SOURCES += sorted((ROOT / "src").rglob("*.py"))
 FOREIGN = "東京の朝 \U0001f600 naïve → "
 
 
-# ---- what is written names its encoding ----------------------------------------------------------
+# ---- programs name the encoding of files ---------------------------------------------------------
 
 
 def text_without_encoding(source: str) -> list[int]:
-    """Lines of a program that read or write text in whatever encoding the machine prefers."""
+    """The lines of a program that read or write text without naming an encoding."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call):
@@ -72,7 +72,7 @@ def test_text_files_name_their_encoding(path):
 
 @pytest.fixture(params=["ascii", "cp1252", "utf-8"])
 def printed(request):
-    """Runs something as a command with a stdout of that encoding, as a pipe is: what went to it."""
+    """A function that runs a command with a stdout of an encoding, and returns what was written."""
 
     def run(command) -> str:
         stream = io.TextIOWrapper(io.BytesIO(), encoding=request.param, write_through=True)

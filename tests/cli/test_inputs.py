@@ -1,5 +1,5 @@
-"""What nobody can mean is refused at once, in one line that names it: pipes, devices, endless
-files, absurd numbers, nesting without end, zero bytes; in files, options and the environment."""
+"""Tests that absurd input is refused at once, with one line that names it: pipes, devices, endless
+files, huge numbers, deep nesting and zero bytes, in files, options and the environment."""
 
 import gzip
 import json
@@ -46,12 +46,12 @@ TRAIN = ["train.py", "--env_conf", "env.json"]
 
 
 def one_line(capsys) -> str:
-    """What a refused command has said."""
+    """The only line that a refused command printed to stderr."""
     (said,) = capsys.readouterr().err.strip().splitlines()
     return said
 
 
-# ---- what is no file -----------------------------------------------------------------------------
+# ---- paths that are not files --------------------------------------------------------------------
 
 
 def make_pipe(path: Path) -> None:
@@ -77,8 +77,7 @@ NO_FILES = {
 
 @pytest.mark.parametrize("kind", NO_FILES)
 def test_what_is_no_file_is_never_read(workspace, kind):
-    """Every reader of a file that others have written, on what would be waited for, or has no
-    end."""
+    """All readers of users' files refuse pipes, which would block, and devices, which never end."""
     path = workspace / "odd.json"
     NO_FILES[kind](path)
     expected = f"is {kind}, expected a file"
@@ -145,7 +144,7 @@ def test_links_to_nothing_are_left_to_whoever_needs_them(tmp_path):
     check_tree(tmp_path)
 
 
-# ---- what has no end -----------------------------------------------------------------------------
+# ---- input without an end ------------------------------------------------------------------------
 
 
 def sparse(path: Path, size: int = 2**41) -> Path:
@@ -530,7 +529,7 @@ def test_commands_look_at_the_environment_first(monkeypatch, capsys):
     assert "environment variable WORLD_SIZE" in one_line(capsys)
 
 
-# ---- what is said --------------------------------------------------------------------------------
+# ---- messages ------------------------------------------------------------------------------------
 
 
 def test_what_would_move_the_cursor_is_escaped(capsys):

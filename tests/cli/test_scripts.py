@@ -1,5 +1,5 @@
-"""Every command as a script calls it: --json is JSON alone on stdout, --quiet says nothing; and
-how an interrupt ends one."""
+"""Runs every command as scripts do: --json prints nothing but JSON to stdout, --quiet prints
+nothing, and an interrupt ends a command without a traceback."""
 
 import importlib
 import io
@@ -90,8 +90,8 @@ COMMANDS = {
 
 @pytest.fixture
 def ready(workspace, monkeypatch, capsys):
-    """The workspace with weights, an evaluation, a memory; a small base for `recall`, which
-    trains its own for minutes."""
+    """Adds weights, an evaluation and a memory to the workspace, and a small base for `recall`,
+    which otherwise trains a base for minutes."""
     save_weights(load_memory_lm(load_env_config("env.json"), "env.json")[0], "out/ckp")
     assert call("test.py", *ENV, "--quiet") == 0
     assert started("uiollms", ["compress", "book0.txt", "-o", "book.mem", *ENV]) == 0
@@ -158,7 +158,7 @@ def test_a_bar_shows_how_far_it_is(ready, capsys, command, bar):
 
 
 class Interrupted(io.StringIO):
-    """Keys struck while a command waits for a line."""
+    """An input at which the user presses Ctrl-C."""
 
     def readline(self, *_) -> str:
         raise KeyboardInterrupt

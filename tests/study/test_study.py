@@ -1,5 +1,4 @@
-"""The study's shortcut (all pair gradients, one Gram matrix) against steps that are really
-taken."""
+"""Compares the studies (gradients of all pairs and their Gram matrix) with gradient steps."""
 
 import json
 import random
@@ -48,13 +47,13 @@ def test_pair_gradients_add_up_to_the_steps(monkeypatch):
     t, s = (torch.tensor(x) for x in zip(*pairs, strict=True))
     assert relative_error(weights[t, s] @ vectors, expected) < 1e-10
 
-    seen = []
+    norms_of_step = []
     monkeypatch.setattr(
         "uiollms.training.step.chunk_norms",
-        lambda grads: seen.append(chunk_norms(grads)) or seen[0],
+        lambda grads: norms_of_step.append(chunk_norms(grads)) or norms_of_step[0],
     )
     encoder_gradient(model, estimator=Importance(2), rng=0)
-    assert norms == pytest.approx(seen[0], rel=1e-10)
+    assert norms == pytest.approx(norms_of_step[0], rel=1e-10)
 
 
 def test_statistics_are_those_of_the_drawn_gradients():
@@ -83,7 +82,7 @@ def test_statistics_are_those_of_the_drawn_gradients():
     )
 
 
-def test_the_table_tells_the_biased_from_the_unbiased():
+def test_the_table_distinguishes_biased_from_unbiased_estimators():
     rows = {
         (r["estimator"], r["S"]): r
         for r in study_gradients(make_model(), [random_ids(38)], [1, 9], draws=4000)
@@ -97,7 +96,7 @@ def test_the_table_tells_the_biased_from_the_unbiased():
     assert table.count("\n") == len(rows) + 2 and "| inf |" in table
 
 
-def test_cost_counts_what_is_encoded_again():
+def test_cost_counts_the_chunks_encoded_again():
     model = make_model()
     rows = {(r["estimator"], r["S"]): r for r in study_cost(model, random_ids(38), [1])}
     assert (
@@ -109,22 +108,22 @@ def test_cost_counts_what_is_encoded_again():
     assert [(r["estimator"], r["S"]) for r in chosen] == [("uio", 1), ("uio", 2)]
 
 
-def test_peak_memory_sees_a_large_tensor():
+def test_peak_memory_includes_a_large_tensor():
     with PeakMemory(torch.device("cpu")) as peak:
         torch.ones(64 * 2**20, dtype=torch.uint8).sum()
     assert peak.bytes > 50 * 2**20
 
 
-def test_a_preset_is_left_as_it_was_entered():
+def test_a_preset_is_reset_afterwards():
     model = make_model()
-    own = model.memory_config
+    config = model.memory_config
     with as_preset(model, dict(chunk_size=4, num_memory=1)):
         assert model.encode(random_ids(2, 4)).shape == (3, 2, 1, 32)
-    assert model.memory_config is own
+    assert model.memory_config is config
 
 
 def test_the_comparison_reads_curves_at_equal_iterations_and_at_equal_seconds():
-    """exact needs 2 s an iteration, tbptt 1 s: after tbptt's 10 s exact stands at iteration 5."""
+    """`exact` needs 2 s per iteration and `tbptt` 1 s, so after 10 s they have done 5 and 10."""
     curves = [
         dict(estimator=name, S=1, seed=seed, iterations=[0, 10], nll=[4.0, end + seed])
         for name, end in (("exact", 2.0), ("tbptt", 3.0))
@@ -141,13 +140,13 @@ def test_the_comparison_reads_curves_at_equal_iterations_and_at_equal_seconds():
     assert exact["equal iterations, to exact"] == ""
 
 
-def test_recall_asks_what_was_told_that_many_chunks_ago():
+def test_recall_queries_facts_of_distance_chunks_before():
     ids, answers = draw_documents(torch.Generator().manual_seed(0), torch.tensor([3, 0]))
     for document, distance in zip(ids.view(2, 16, 8), (3, 0), strict=True):
-        told = [{pair // 8: pair % 8 for pair in chunk[:4].tolist()} for chunk in document]
-        assert len(set().union(*told)) == 64  # no key twice
+        facts = [{pair // 8: pair % 8 for pair in chunk[:4].tolist()} for chunk in document]
+        assert len(set().union(*facts)) == 64  # no key twice
         for t, chunk in enumerate(document):
-            source = told[t - distance if t >= distance else t]
+            source = facts[t - distance if t >= distance else t]
             for query, answer in chunk[4:].view(2, 2).tolist():
                 assert source[query - 512] == answer - 576
     sample = recall_sample(ids[0], answers[0], 3)
@@ -155,14 +154,14 @@ def test_recall_asks_what_was_told_that_many_chunks_ago():
     assert all(len(row.scored) == 0 for row in sample.rows[:3])
 
 
-def test_a_truncated_gradient_cannot_learn_what_is_asked_later():
-    """At distance 3 the last chunk's memory is of no use: nothing of tbptt's S = 1 points the
-    encoder to the answer."""
+def test_a_truncated_gradient_cannot_learn_distant_facts():
+    """At distance 3 an answer depends on the memory of 3 chunks before only. tbptt with S = 1 sends
+    no gradient there."""
     model, sample = make_recall_model(), next(recall_samples(3, seed=0))
-    window = make_estimator("tbptt", S=1).weight_matrix(16, random.Random(0))
-    wanted = torch.ones(16, 16).tril(-3).triu(-3)
-    assert (window * wanted).sum() == 0
-    uiollms.gradient_step(model, sample, weights=wanted)
+    weights = make_estimator("tbptt", S=1).weight_matrix(16, random.Random(0))
+    distant = torch.ones(16, 16).tril(-3).triu(-3)
+    assert (weights * distant).sum() == 0
+    uiollms.gradient_step(model, sample, weights=distant)
     assert model.encoder.get_parameter("retrieval_token").grad.norm() > 0
 
 
@@ -171,7 +170,7 @@ def make_recall_model():
     return uiollms.MemoryLM(base, MEMORY)
 
 
-def test_learn_keeps_a_curve_and_the_same_seed_gives_the_same_curve():
+def test_learn_returns_a_curve_that_the_seed_determines():
     train = TrainSection.model_validate(
         dict(
             tbptt=1,
@@ -199,9 +198,8 @@ def test_learn_keeps_a_curve_and_the_same_seed_gives_the_same_curve():
     ]
     assert curves[0]["nll"][0] == curves[1]["nll"][0] and curves[0]["nll"] != curves[1]["nll"]
     again = []
-    compare(
-        estimators, [0], start, held_out, train, curves[:1], again.append
-    )  # the first is done already
+    done = curves[:1]
+    compare(estimators, [0], start, held_out, train, done, again.append)
     assert [c["estimator"] for c in again] == ["exact"] and again[0]["nll"] == curves[1]["nll"]
     by_hand = [score_of(start(0)[0], sample) for sample in held_out]
     assert curves[0]["nll"][0] == pytest.approx(
@@ -210,11 +208,11 @@ def test_learn_keeps_a_curve_and_the_same_seed_gives_the_same_curve():
 
 
 def score_of(model, sample) -> float:
-    """Sum of the NLL as a training step reports it."""
+    """The sum of the NLL that a training step reports."""
     return float(uiollms.gradient_step(model, sample).nll)
 
 
-def test_the_learning_study_trains_compares_and_goes_on(workspace, capsys):
+def test_the_learning_study_trains_compares_and_continues(workspace, capsys):
     arguments = [
         "learning",
         "--env_conf",
