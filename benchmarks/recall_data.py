@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from uiollms.data import open_corpus
 from uiollms.data.corpora.facts import FORMS, PEOPLE, THINGS, VALUES
-from uiollms.data.corpora.local import LIBRARY, held_out, library_files
+from uiollms.data.corpora.local import LIBRARY, is_held_out, library_files
 from uiollms.files.atomic import atomic_file
 from uiollms.files.errors import ConfigError
 
@@ -196,7 +196,7 @@ def read_texts(options: argparse.Namespace) -> tuple[dict[str, list[str]], dict[
         return [f for folder in folders for f in sorted(library_files(folder))]
 
     own = sorted(library_files(LIBRARY.folder))
-    code = [f for f in own if not held_out(f, LIBRARY.folder)] + sources(TRAINED_PACKAGES)
+    code = [f for f in own if not is_held_out(f, LIBRARY.folder)] + sources(TRAINED_PACKAGES)
     unseen = sources(HELD_OUT_PACKAGES)
     rng.shuffle(code)
     rng.shuffle(unseen)

@@ -224,7 +224,7 @@ def examine_sources(
             own = memory and at_size(memory, entry, shape)
         if own and entry.truncation is not None:
             least = shortest(entry, corpus.task, own.chunk_size)
-            least = max(least, corpus.chunks(*arguments)[0] * own.chunk_size)
+            least = max(least, corpus.chunk_range(*arguments)[0] * own.chunk_size)
             if entry.truncation < least:
                 faults.add(
                     f"{path}: {where}.truncation: of {entry.truncation} tokens nothing would read "
@@ -238,7 +238,7 @@ def examine_sources(
             with faults.collect():
                 wanted = [(f"{where}.truncation", entry.truncation)]
                 check_truncations(wanted, own, num_positions(shape), path)
-        taught = corpus.taught(*arguments) if shape is not None else 0
+        taught = corpus.teacher_tokens(*arguments) if shape is not None else 0
         if taught and min(taught, entry.truncation or taught) > (positions := num_positions(shape)):
             faults.add(
                 f"{path}: {where}: the teacher reads samples of up to {taught} tokens raw, the "

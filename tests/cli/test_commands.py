@@ -250,7 +250,7 @@ def test_documents_become_samples_by_their_task(workspace):
     beacon = maker.make(tokens, 80, rng)
     assert beacon.num_scored == 30  # 50 .. 79: the truncation cuts the rest
     with pytest.raises(
-        ConfigError, match="here:1: the response has .* tokens, truncation 80 leaves no room"
+        ConfigError, match="here:1: the response has .* tokens, truncation 80 leaves no tokens"
     ):
         sample(response="x" * 90, task="question answering")
     long = TokenDocument(text, "here:1", kl_weight=1.0, input_ids=(5,) * 200, labels=(5,) * 200)

@@ -28,7 +28,7 @@ from uiollms.cli.study import main as study
 from uiollms.config.load import load_env_config
 from uiollms.config.sections import MemoryConfig
 from uiollms.data import open_corpus
-from uiollms.data.corpora.local import matching
+from uiollms.data.corpora.local import matching_files
 from uiollms.data.readers import json_lines as data_files
 from uiollms.distributed.launch import check_environment
 from uiollms.files.errors import ConfigError, terminal_lines
@@ -214,11 +214,13 @@ def test_links_that_lead_up_again_are_followed_once(tmp_path, monkeypatch):
     for number in range(3):  # 2^40 paths, were each followed to its end
         (tmp_path / f"a/up{number}").symlink_to("..")
     names = ["a/b/two.txt", "a/one.txt", "four.txt"]
-    assert sorted(matching(f"{tmp_path}/**/*.txt")) == [f"{tmp_path}/{name}" for name in names]
+    assert sorted(matching_files(f"{tmp_path}/**/*.txt")) == [
+        f"{tmp_path}/{name}" for name in names
+    ]
     monkeypatch.chdir(tmp_path)
-    assert sorted(matching("**/*.txt")) == names
-    assert sorted(matching("a/**/*.txt")) == ["a/b/two.txt", "a/one.txt", "a/up0/four.txt"]
-    assert matching("a/**/b/*.txt") == ["a/b/two.txt"]
+    assert sorted(matching_files("**/*.txt")) == names
+    assert sorted(matching_files("a/**/*.txt")) == ["a/b/two.txt", "a/one.txt", "a/up0/four.txt"]
+    assert matching_files("a/**/b/*.txt") == ["a/b/two.txt"]
 
 
 def test_an_endless_line_of_a_chat_is_refused():

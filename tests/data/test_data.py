@@ -32,7 +32,7 @@ from uiollms.data import (
 )
 from uiollms.data.corpora import labelled as corpora_tasks
 from uiollms.data.corpora.text import PG19
-from uiollms.data.documents import Lazy
+from uiollms.data.documents import LazyCorpus
 from uiollms.data.readers import beacons
 from uiollms.data.readers.cleaning import article_spans, collapse_repeats
 from uiollms.data.readers.json_lines import RawFile, element_spans
@@ -250,7 +250,7 @@ def test_book_sample_is_its_first_10000_lines(
 def test_every_raw_file_has_an_example_and_a_line_in_the_readme() -> None:
     readme = (ROOT / "raw_data" / "README.md").read_text(encoding="utf-8")
     names = {
-        source.name for entry in REGISTER for source in entry.needs if isinstance(source, RawFile)
+        source.name for entry in REGISTER for source in entry.sources if isinstance(source, RawFile)
     }
     assert names == {path.name for path in EXAMPLES.iterdir()}
     assert not [name for name in names if f"`{name}`" not in readme]
@@ -261,7 +261,8 @@ def test_missing_raw_file_says_where_help_is(
 ) -> None:
     monkeypatch.setenv("UIOLLMS_RAW_DATA", str(tmp_path))
     with pytest.raises(
-        ConfigError, match=r"proof-pile\.json is missing; raw_data/README\.md says how to get it"
+        ConfigError,
+        match=r"proof-pile\.json is missing; raw_data/README\.md describes how to get it",
     ):
         open_corpus("proof-pile")
 
@@ -323,7 +324,7 @@ def test_long_question_loses_its_middle_and_long_text_its_end(
 
 @pytest.mark.parametrize("length, kept", [(1199, None), (1200, 1200), (1300, 1300), (1301, 1300)])
 def test_text_bounds(length: int, kept: int | None) -> None:
-    found = beacons.fit(range(length), None, 0, 1300)
+    found = beacons.fit_tokens(range(length), None, 0, 1300)
     assert found == (None if kept is None else (tuple(range(kept)), tuple(range(kept))))
 
 
@@ -332,11 +333,11 @@ def test_a_text_is_read_to_five_characters_a_token() -> None:
     backend = Tokenizer(models.WordLevel({"<eos>": 0, "word": 1, "<unk>": 2}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
-    rows = Lazy(2, lambda i: Document(("word " if i else "words ") * 5000, str(i)))
-    (_, short), (_, long) = beacons.tokens_of(rows, [0, 1], words, 1200)
+    rows = LazyCorpus(2, lambda i: Document(("word " if i else "words ") * 5000, str(i)))
+    (_, short), (_, long) = beacons.tokenize_documents(rows, [0, 1], words, 1200)
     assert short is None  # 6,000 characters are 1,000 of its words
     assert long == ((1,) * 1200, (1,) * 1200)
-    assert beacons.tokens_of(rows, [0], words, 1440)[0][1] == ((2,) * 1200, (2,) * 1200)
+    assert beacons.tokenize_documents(rows, [0], words, 1440)[0][1] == ((2,) * 1200, (2,) * 1200)
 
 
 def test_input_and_output_are_stripped_joined_and_read_as_one() -> None:
@@ -344,12 +345,12 @@ def test_input_and_output_are_stripped_joined_and_read_as_one() -> None:
     vocab = {"<eos>": 0, "a": 1, "b": 2, "ab": 3, "\n": 4, " ": 5, "\nab": 6}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[("a", "b"), ("\n", "ab")]))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
-    rows = Lazy(
+    rows = LazyCorpus(
         99, lambda i: Document("  " + "b" * 1300 + "\n", str(i), " ab\n", task="question answering")
     )
     seen = {}
     for number in range(99):
-        ((_, found),) = beacons.tokens_of(rows, [number], tokenizer, 8192)
+        ((_, found),) = beacons.tokenize_documents(rows, [number], tokenizer, 8192)
         assert found is not None
         seen[beacons.separator(number)] = found
     ends = {" ": ([5], [3]), "\n": ([], [6]), "\n\n": ([4], [6])}
@@ -378,8 +379,10 @@ def test_an_output_that_leaves_no_room_and_a_short_sample_are_dropped(
         ("q" * 1100, "a" * 97),
         ("q" * 1100, "a" * 98),
     ]
-    rows = Lazy(4, lambda i: Document(texts[i][0], str(i), texts[i][1], task="question answering"))
-    found = [tokens for _, tokens in beacons.tokens_of(rows, range(4), tokenizer, 1300)]
+    rows = LazyCorpus(
+        4, lambda i: Document(texts[i][0], str(i), texts[i][1], task="question answering")
+    )
+    found = [tokens for _, tokens in beacons.tokenize_documents(rows, range(4), tokenizer, 1300)]
     longest = [1100 + len(beacons.separator(i)) + len(texts[i][1]) + 1 for i in (2, 3)]
     assert found[:2] == [None, None]  # the second: 1,299 and EOS fill it
     assert [tokens and len(tokens[0]) for tokens in found[2:]] == [
@@ -390,21 +393,27 @@ def test_an_output_that_leaves_no_room_and_a_short_sample_are_dropped(
 def test_docstring_example_of_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(beacons, "SHORTEST", 0)
     expected = (1, 2, 7, 8, 9, 20, 21, 0), (-100, -100, -100, -100, -100, 20, 21, 0)
-    assert beacons.fit([1, 2, 3, 4, 5, 6, 7, 8, 9], [20, 21], 0, 8) == expected
-    assert beacons.fit([1, 2], [20] * 7, 0, 8) is None  # no room for any prompt
-    assert beacons.fit([1, 2, 3], [20] * 6, 0, 8) == ((3, *[20] * 6, 0), (-100, *[20] * 6, 0))
+    assert beacons.fit_tokens([1, 2, 3, 4, 5, 6, 7, 8, 9], [20, 21], 0, 8) == expected
+    assert beacons.fit_tokens([1, 2], [20] * 7, 0, 8) is None  # no room for any prompt
+    assert beacons.fit_tokens([1, 2, 3], [20] * 6, 0, 8) == (
+        (3, *[20] * 6, 0),
+        (-100, *[20] * 6, 0),
+    )
 
 
 def test_at_most_so_many_samples_drawn_with_the_seed(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = Lazy(
+    rows = LazyCorpus(
         300, lambda i: Document("x" * (1000 + i * 2), str(i))
     )  # those from number 100 on are long enough
     monkeypatch.setattr(beacons, "MOST", 50)
     order = list(range(300))
     random.Random(42).shuffle(order)
-    assert list(beacons.choose(rows, tokenizer, 8192, "")) == [i for i in order if i >= 100][:50]
+    assert (
+        list(beacons.choose_documents(rows, tokenizer, 8192, ""))
+        == [i for i in order if i >= 100][:50]
+    )
 
 
 def test_choice_is_kept_for_the_file_and_the_tokenizer(
@@ -414,8 +423,8 @@ def test_choice_is_kept_for_the_file_and_the_tokenizer(
     path = tmp_path / "redpajama-sample.json"
     path.write_bytes(lines([{"text": "a" * 1500}]))
     calls = []
-    choose = beacons.choose
-    monkeypatch.setattr(beacons, "choose", lambda *args: calls.append(1) or choose(*args))
+    choose = beacons.choose_documents
+    monkeypatch.setattr(beacons, "choose_documents", lambda *args: calls.append(1) or choose(*args))
     for _ in range(2):
         assert len(open_corpus("beacons sampled.8192.no_alpaca", tokenizer)) == 1
     assert len(calls) == 1
@@ -591,7 +600,8 @@ def test_news_with_an_answer_missing(hub: Callable[..., None]) -> None:
 
 def test_unreachable_hub_is_one_line() -> None:
     with pytest.raises(
-        ConfigError, match=r"hub dataset emozilla/pg19, split test: cannot be had .*UIOLLMS_HUB_DIR"
+        ConfigError,
+        match=r"hub dataset emozilla/pg19, split test: cannot be loaded .*UIOLLMS_HUB_DIR",
     ) as caught:
         open_corpus("pg19.test")
     assert "\n" not in str(caught.value)
@@ -599,7 +609,7 @@ def test_unreachable_hub_is_one_line() -> None:
 
 def test_missing_split_and_column_are_named(hub: Callable[..., None]) -> None:
     hub("JeanKaddour/minipile/train.jsonl", [{"content": "x"}])
-    with pytest.raises(ConfigError, match=r"minipile, split test: cannot be had"):
+    with pytest.raises(ConfigError, match=r"minipile, split test: cannot be loaded"):
         open_corpus("minipile.test")
     with pytest.raises(
         ConfigError, match=r"minipile, split train: column 'text' is missing, found \['content'\]"
@@ -665,7 +675,7 @@ def test_folders_and_nothing(tmp_path: Path) -> None:
         open_corpus(f"files:{tmp_path}/*.txt")
     (tmp_path / "x.csv").write_text("a,b")
     with pytest.raises(
-        ConfigError, match=r"x\.csv is none of \.txt, \.jsonl, \.jsonl\.gz, \.parquet"
+        ConfigError, match=r"x\.csv has none of the endings \.txt, \.jsonl, \.jsonl\.gz, \.parquet"
     ):
         open_corpus(f"files:{tmp_path}/*")
 
@@ -744,7 +754,7 @@ BAD_LINES = {
     ),
     "number": (b'{"input": "x", "output": 3}', "line 3: field 'output' is int, expected text"),
     "no object": (b'["x"]', "line 3: expected a JSON object, found list"),
-    "a list": (b"[", r"line 3: not JSON: .*make it lines: jq -c"),
+    "a list": (b"[", r"line 3: not JSON: .*convert it to lines with jq -c"),
     "deep": (b"[" * 100_000, "line 3: lists or objects nested deeper than 100 levels"),
 }
 
@@ -839,8 +849,8 @@ def test_docstring_example_of_spans(tmp_path: Path) -> None:
 # ---- Mixture -------------------------------------------------------------------------------------
 
 
-def numbered(name: str, size: int) -> Lazy:
-    return Lazy(size, lambda i: Document(f"{name}{i}", f"{name}{i}"))
+def numbered(name: str, size: int) -> LazyCorpus:
+    return LazyCorpus(size, lambda i: Document(f"{name}{i}", f"{name}{i}"))
 
 
 def mixture() -> Mixture:
@@ -895,15 +905,15 @@ def test_shares_are_kept() -> None:
 def test_drawing_opens_nothing() -> None:
     opened: list[int] = []
     stream = Mixture(
-        [Lazy(5, lambda i: opened.append(i) or Document(f"a{i}", f"a{i}"))], [1.0], seed=0
+        [LazyCorpus(5, lambda i: opened.append(i) or Document(f"a{i}", f"a{i}"))], [1.0], seed=0
     )
     draws = [next(stream) for _ in range(12)]
     assert opened == [] and [draw.number for draw in draws] == list(range(12))
-    assert stream.open(draws[3]).text == f"a{draws[3].place}" and opened == [draws[3].place]
+    assert stream.open(draws[3]).text == f"a{draws[3].document}" and opened == [draws[3].document]
 
 
 def test_corpora_without_documents_and_changed_corpora_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"train\.corpus\[0\] holds no document"):
+    with pytest.raises(ConfigError, match=r"train\.corpus\[0\] contains no document"):
         next(Mixture([numbered("a", 0)], [1.0], seed=0))
     with pytest.raises(ConfigError, match=r"began with \[3\] documents, now there are \[4\]"):
         Mixture([numbered("a", 4)], [1.0], seed=0).load_state_dict(
@@ -930,7 +940,7 @@ def test_command_lists_every_corpus_once(capsys: pytest.CaptureFixture[str]) -> 
     rows = capsys.readouterr().out.splitlines()
     for entry in REGISTER:
         (row,) = (row for row in rows if row.split("  ")[1:2] == [entry.usage])
-        raw_or_none = all(isinstance(source, RawFile) for source in entry.needs)
+        raw_or_none = all(isinstance(source, RawFile) for source in entry.sources)
         if raw_or_none:
             assert row.rstrip().endswith("ready")
         elif not entry.usage.startswith(("sotu", "stdlib", "recall")):

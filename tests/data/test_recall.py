@@ -19,9 +19,9 @@ from uiollms.config.corpora import CorpusEntry, TaskEntry
 from uiollms.data import RecallDocument, open_corpus
 from uiollms.data.corpora import local as corpora_own
 from uiollms.data.corpora.facts import FARTHEST, with_facts
-from uiollms.data.corpora.local import Library, held_out, library_files
+from uiollms.data.corpora.local import Library, is_held_out, library_files
 from uiollms.data.documents import Document
-from uiollms.data.recall_sample import ROOM, last_value, recall_sample
+from uiollms.data.recall_sample import MOST_PIECES, last_value, recall_sample
 from uiollms.data.sample import IGNORED
 from uiollms.files.errors import ConfigError, Faults
 from uiollms.planning.step_simulation import max_tokens
@@ -64,7 +64,9 @@ def test_stdlib_is_the_same_wherever_the_library_lies(folder, tmp_path):
     to_device = tmp_path / "elsewhere"
     folder.rename(to_device)
     for file in library_files(to_device):
-        assert held_out(file, to_device) == held_out(folder / file.relative_to(to_device), folder)
+        assert is_held_out(file, to_device) == is_held_out(
+            folder / file.relative_to(to_device), folder
+        )
 
 
 def test_the_first_files_of_stdlib_are_a_fair_sample(folder):
@@ -141,9 +143,9 @@ def test_most_of_a_chunk_may_be_facts_and_the_rest_is_the_text_in_order(tokenize
     ids, _ = whole(recall_sample(tokenizer, plain, L, None))
     assert len(ids) == (FARTHEST + 1) * L
     zs = tokenizer.decode(ids).count("z")
-    assert zs >= (1 - ROOM) * len(ids) / 2
+    assert zs >= (1 - MOST_PIECES) * len(ids) / 2
     for chunk in ids.split(L):
-        assert tokenizer.decode(chunk).count("z") >= (1 - ROOM) * L
+        assert tokenizer.decode(chunk).count("z") >= (1 - MOST_PIECES) * L
     text = Document("".join(f"<{i}>" for i in range(3000)), "numbers")
     counted = with_facts(text, "facts", random.Random(0))
     left = tokenizer.decode(whole(recall_sample(tokenizer, counted, L, None))[0])
@@ -182,7 +184,7 @@ def test_training_and_test_documents_share_no_fact_and_no_text(kind):
 
 def test_a_document_of_too_few_chunks_is_refused_before_a_model_is_loaded(tokenizer):
     document = open_corpus("recall.facts.3")[0]
-    with pytest.raises(ValueError, match=f"asks 3 chunks .* needs {4 * L} tokens, found"):
+    with pytest.raises(ValueError, match=f"a question 3 chunks .* needs {4 * L} tokens, found"):
         recall_sample(tokenizer, document, L, 4 * L - 1)
     memory = make_model().memory_config.model_copy(update=dict(chunk_size=L))
     for name, least in (("recall.facts.3", 4 * L), ("recall.keys", 2 * L)):

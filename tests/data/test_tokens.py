@@ -17,15 +17,15 @@ from uiollms.cli.chat import first_turn, later_turn, main
 from uiollms.config.corpora import TaskEntry
 from uiollms.data import Document, NewsDocument
 from uiollms.data.builder import SampleBuilder
-from uiollms.data.documents import Lazy
-from uiollms.data.readers.beacons import tokens_of
-from uiollms.data.retrieval import trials
+from uiollms.data.documents import LazyCorpus
+from uiollms.data.readers.beacons import tokenize_documents
+from uiollms.data.retrieval import make_trials
 from uiollms.data.tokens import (
     continuation_ids,
-    continued_pair,
+    continuation_pair,
     document_ids,
-    first_ids,
     plain_ids,
+    prefix_ids,
     tokenize_pair,
 )
 from uiollms.evaluation.evaluator import Evaluation
@@ -109,7 +109,7 @@ def read_as(tokenizer, ids) -> str:
 
 def written(tokenizer, text: str) -> str:
     """The same of a document, from its text."""
-    return ("<s>" if first_ids(tokenizer) else "") + text
+    return ("<s>" if prefix_ids(tokenizer) else "") + text
 
 
 def rows_of(sample) -> torch.Tensor:
@@ -128,7 +128,7 @@ def ids_of(tokenizer, *tokens: str) -> list[int]:
 
 
 def test_first_tokens_are_those_in_front_alone():
-    found = {kind: first_ids(subword_tokenizer(**options)) for kind, options in KINDS.items()}
+    found = {kind: prefix_ids(subword_tokenizer(**options)) for kind, options in KINDS.items()}
     without = ("EOS alone", "nothing")
     assert found == {kind: [] if kind in without else [BOS] for kind in KINDS}
 
@@ -145,7 +145,7 @@ def test_hand_computed_ids():
     assert continuation_ids(tokenizer, "\nkettle")[:2] == ids_of(tokenizer, "\n", "k")
     pair = [part.tolist() for part in tokenize_pair(tokenizer, ": ket", "tle")]
     assert pair == [[BOS, *ids_of(tokenizer, "\u2581", ":")], word]  # the word holds both
-    pair = [part.tolist() for part in continued_pair(tokenizer, ":", " kettle")]
+    pair = [part.tolist() for part in continuation_pair(tokenizer, ":", " kettle")]
     assert pair == [ids_of(tokenizer, ":"), word]
 
 
@@ -279,8 +279,8 @@ def test_what_is_asked_stands_behind_all_memories(maker):
 def test_a_trial_reads_as_one_text(maker, task_type):
     tokenizer = maker.tokenizer
     texts = ["it hides the kettle " * 3, "abc the " * 90]  # the first is short: the next goes on
-    filler = Lazy(2, lambda i: Document(texts[i], str(i)))
-    found = trials(task_type, filler, tokenizer, 400, 64, 2, (0.0, 0.3, 1.0))
+    filler = LazyCorpus(2, lambda i: Document(texts[i], str(i)))
+    found = make_trials(task_type, filler, tokenizer, 400, 64, 2, (0.0, 0.3, 1.0))
     assert len(found) == 6
     for n, trial in enumerate(found):
         ids = rows_of(trial.sample)
@@ -307,8 +307,10 @@ def test_beacons_question_and_answer_are_one_text():
     """With BOS once, EOS once, and the answer's word whole."""
     tokenizer = subword_tokenizer("prepend", eos=True)
     pairs = [("y" * 1300 + " ", " hides the kettle\n")] * 20
-    rows = Lazy(20, lambda i: Document(pairs[i][0], str(i), pairs[i][1], task="question answering"))
-    for _, (ids, labels) in tokens_of(rows, range(20), tokenizer, 8192):
+    rows = LazyCorpus(
+        20, lambda i: Document(pairs[i][0], str(i), pairs[i][1], task="question answering")
+    )
+    for _, (ids, labels) in tokenize_documents(rows, range(20), tokenizer, 8192):
         assert ids[0] == BOS and ids[-1] == EOS and {BOS, EOS}.isdisjoint(ids[1:-1])
         text = read_as(tokenizer, ids)
         assert (
@@ -317,8 +319,8 @@ def test_beacons_question_and_answer_are_one_text():
         )
         words = ids_of(tokenizer, "\u2581the", "\u2581kettle")
         assert list(ids[-3:-1]) == words and list(labels[-3:]) == [*words, EOS]
-    ((_, (ids, labels)),) = tokens_of(
-        Lazy(1, lambda i: Document("z" * 9000, "d")), [0], tokenizer, 1200
+    ((_, (ids, labels)),) = tokenize_documents(
+        LazyCorpus(1, lambda i: Document("z" * 9000, "d")), [0], tokenizer, 1200
     )
     assert ids == labels == (BOS, *document_ids(tokenizer, "z" * 9000)[1:1200])
 
@@ -370,10 +372,11 @@ def test_turns_go_on_from_what_was_read(folder, template):
     opening = first_turn(tokenizer, "Who?", State)[0].tolist()
     assert (
         read_as(tokenizer, [3, *behind])
-        == "<unk>" + ("<s>" * (bool(template) and not first_ids(tokenizer))) + text
+        == "<unk>" + ("<s>" * (bool(template) and not prefix_ids(tokenizer))) + text
     )
     assert (
-        opening.count(BOS) == bool(first_ids(tokenizer) or template) and EOS not in opening + behind
+        opening.count(BOS) == bool(prefix_ids(tokenizer) or template)
+        and EOS not in opening + behind
     )
     if template is None:
         assert opening == document_ids(tokenizer, text) and behind == continuation_ids(
@@ -402,7 +405,7 @@ def test_the_harness_cuts_one_text(folder, tokenizer):
     from uiollms.evaluation.lm_eval_model import HarnessLM
 
     lm = HarnessLM("env.json")
-    first, word = first_ids(tokenizer), ids_of(tokenizer, "\u2581kettle")
+    first, word = prefix_ids(tokenizer), ids_of(tokenizer, "\u2581kettle")
     context = document_ids(tokenizer, "it:")
     assert (
         lm.tok_encode("it:") == context

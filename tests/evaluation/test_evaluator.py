@@ -20,7 +20,7 @@ from uiollms.config.corpora import TaskEntry, TaskType
 from uiollms.config.load import load_env_config, load_tasks, parse
 from uiollms.data import Document
 from uiollms.data.builder import SampleBuilder
-from uiollms.data.retrieval import WORDS, trials
+from uiollms.data.retrieval import WORDS, make_trials
 from uiollms.data.sample import Sample
 from uiollms.evaluation.copying import written_chunk
 from uiollms.evaluation.evaluator import Evaluation
@@ -594,7 +594,7 @@ def test_the_sentence_is_at_the_given_depth(tiny, task_type, sentence):
     tokenizer = tiny[1]
     filler = [Document(f"{i}. {TEXT}", "here") for i in range(3)]
     depths = [0.0, 0.3, 1.0]
-    found = trials(task_type, filler, tokenizer, 400, 16, 2, depths)
+    found = make_trials(task_type, filler, tokenizer, 400, 16, 2, depths)
     assert [trial.depth for trial in found] == [0, 0, 0.3, 0.3, 1, 1]
     for trial in found:
         text, answer = text_of(trial, tokenizer)
@@ -606,25 +606,27 @@ def test_the_sentence_is_at_the_given_depth(tiny, task_type, sentence):
             text.index(".\n", begins) + 2 if task_type == "passkey" else text.index("stairs.\n") + 8
         )
         filler_length = question - (hidden - begins)  # one byte is one token
-        assert begins == trial.place == round(trial.depth * filler_length)
+        assert begins == trial.position == round(trial.depth * filler_length)
         assert sentence in text[begins:hidden]
     answers = [text_of(trial, tokenizer)[1] for trial in found]
     # Trials have different answers, the same at every depth.
     assert answers[:2] == answers[2:4] == answers[4:] and answers[0] != answers[1]
-    again = trials(task_type, filler, tokenizer, 400, 16, 2, depths)
+    again = make_trials(task_type, filler, tokenizer, 400, 16, 2, depths)
     assert [text_of(t, tokenizer) for t in again] == [text_of(t, tokenizer) for t in found]
 
 
 def test_passkeys_have_five_digits_and_needles_are_words(tiny):
     filler = [Document(TEXT, "here")]
-    keys = [text_of(t, tiny[1])[1] for t in trials("passkey", filler, tiny[1], 400, 16, 30, [0.5])]
+    keys = [
+        text_of(t, tiny[1])[1] for t in make_trials("passkey", filler, tiny[1], 400, 16, 30, [0.5])
+    ]
     assert (
         all(key[0] == " " and len(key) == 6 and key[1:].isdigit() for key in keys)
         and len(set(keys)) == 30
     )
     words = [
         text_of(t, tiny[1])[1].strip()
-        for t in trials("needle", filler, tiny[1], 400, 16, len(WORDS), [0.5])
+        for t in make_trials("needle", filler, tiny[1], 400, 16, len(WORDS), [0.5])
     ]
     assert sorted(words) == sorted(WORDS)
 

@@ -268,7 +268,7 @@ def test_past_the_capacity_is_an_error_with_the_numbers():
         with pytest.raises(
             ValueError,
             match=r"239 tokens, the capacity is 238: max_position_embeddings 64, chunk_size 8 and num_memory 2 allow 29 full "
-            r"chunks and 6 tokens behind them; cut it",
+            r"chunks and 6 tokens after them; cut it",
         ):
             model(random_ids(1, 1), whole.past_key_values)
 

@@ -53,7 +53,7 @@ WRONG = {
     "train.accum_grad=4": "train.train_iters: 3 documents make no step of 4",
     "train.run_dir=book0.txt/run": "train.run_dir: book0.txt/run: cannot be written (",
     "model.save_ckp=book0.txt": "model.save_ckp: book0.txt: weights would replace it, but it is not a folder",
-    "train.corpus.0.name=beacons": "train.corpus[0].name: raw_data/redpajama-sample.json is missing; raw_data/README.md says how",
+    "train.corpus.0.name=beacons": "train.corpus[0].name: raw_data/redpajama-sample.json is missing; raw_data/README.md describes how",
     "train.tasks.0.task_name=files:*.md": "train.tasks[0].task_name: corpus files:*.md: no file matches",
     "train.tasks.0.truncation=1000": "train.tasks[0].truncation: 1000 tokens is past the capacity ",
     "train.corpus.0.truncation=16": "train.corpus[0].truncation: of 16 tokens nothing would read memory, chunk_size is 16; use",
@@ -139,7 +139,7 @@ def test_fields_that_exclude_each_other_are_reported_together():
         load_env_config_of(fields | dict(corpus=[dict(name="sotu.train", partition=0.5)]))
     lines = str(error.value).splitlines()
     assert [line.split(": train: ")[1][:20] for line in lines] == [
-        "the corpus partition", "keep_best needs an e", "chunk_ranks 2 has a "
+        "the corpus partition", "keep_best compares c", "chunk_ranks 2 only h"
     ]  # fmt: skip
 
 
@@ -170,7 +170,7 @@ def test_a_teacher_that_cannot_read_its_samples(workspace, nothing_is_loaded):
     )
     assert faults_of(name, "train.corpus.0.truncation=120", check=check_env) == []
     assert faults_of("train.corpus.0.name=beacons sampled.900")[0].endswith(
-        "no sample has fewer than 1200 tokens; ask for more"
+        "no sample has fewer than 1200 tokens; set a larger number"
     )
 
 
@@ -369,5 +369,5 @@ def test_a_copy_of_a_dataset_without_the_wanted_split(workspace, monkeypatch):
     (found,) = faults_of("train.corpus.0.name=pg19.test")
     assert (
         found
-        == "train.corpus[0].name: copies/pg19 holds no file of split test of the hub dataset emozilla/pg19"
+        == "train.corpus[0].name: copies/pg19 contains no file of split test of the hub dataset emozilla/pg19"
     )

@@ -329,7 +329,7 @@ def test_a_document_past_the_capacity_is_named(workspace, capsys):
     Path("qa.jsonl").write_text(json.dumps({"input": "Why? " * 20, "output": "x" * 1000}))
     assert call(*TRAIN, "--set=train.corpus.0.name=files:qa.jsonl", "--set=train.tasks=[]") == 2
     assert one_line(capsys).startswith(
-        "qa.jsonl: line 1: the response has 1000 tokens, truncation 80 leaves no room for a prompt"
+        "qa.jsonl: line 1: the response has 1000 tokens, truncation 80 leaves no tokens for a prompt"
     )
 
 

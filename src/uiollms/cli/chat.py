@@ -31,7 +31,7 @@ from uiollms.cli.common import Output, output_arguments
 from uiollms.cli.options import MAX_SEED, file_path, fraction, temperature, whole_number
 from uiollms.config.load import load_env_config
 from uiollms.data.readers.json_lines import MOST_TEXT, check_text
-from uiollms.data.tokens import continuation_ids, first_ids, plain_ids, tokenize
+from uiollms.data.tokens import continuation_ids, plain_ids, prefix_ids, tokenize
 from uiollms.files.errors import ConfigError
 from uiollms.files.reading import read_text
 from uiollms.model.memory import Memory, join
@@ -296,7 +296,7 @@ def answer(
 def first_turn(tokenizer: Any, question: str, state: MemoryState) -> Tensor:
     """Token ids [1, T] of a question after `state`. The tokens that the tokenizer starts every text
     with (for some BOS or a space) are added at the start of the stream only."""
-    text, start = turn_text(tokenizer, [question]), first_ids(tokenizer)
+    text, start = turn_text(tokenizer, [question]), prefix_ids(tokenizer)
     if state.num_tokens:  # a chat template may contain BOS
         text = text.removeprefix("".join(tokenizer.convert_ids_to_tokens(start)))
         return torch.tensor([continuation_ids(tokenizer, text)], dtype=torch.int64)

@@ -71,7 +71,7 @@ def print_corpora(output: Output) -> None:
     console = console_of(output)
     table = Table("corpus", "documents for", "on this machine", box=box.SIMPLE)
     for entry in REGISTER:
-        missing = [source.name for source in entry.needs if source.missing()]
+        missing = [source.name for source in entry.sources if source.missing()]
         output.print_json(
             corpus=entry.usage, documents_for=entry.task, ready=not missing, missing=missing
         )

@@ -1,25 +1,22 @@
-"""Corpora: a name -> documents, read one at a time.
+"""Corpora: sequences of documents that are opened by name and read one document at a time.
 
     messages = open_corpus("sotu.train")        # len(messages) == 224, nothing read yet
     messages[0]              # Document(text="Fellow Citizens ...", source="sotu:1790-Washington-1")
     mixture = Mixture([messages, open_corpus("pg19.train.1m")], shares=[0.05, 0.95], seed=0)
-    mixture.open(next(mixture))  # Document(...), for ever; state_dict() remembers the place
+    mixture.open(next(mixture))  # an endless stream; state_dict() contains its position
 
-A corpus is a sequence that knows its length and reads a document only when it is asked for: JSON
-lines through an index of byte offsets (12 bytes a document), hub datasets and parquet through
-memory-mapped Arrow. `python -m uiollms.data` lists all corpora and says which are ready on this
-machine.
+A corpus has a length and reads a document only when it is accessed. JSON lines are read through an
+index of byte offsets (12 bytes per document), hub datasets and parquet files through memory-mapped
+Arrow. `python -m uiollms data` lists all corpora and shows which ones are ready on this machine.
 
-What happens to bad data. A document that cannot be what its author meant stops the run, with the
-file and the line: a broken or truncated JSON line, bytes that are not UTF-8, a missing field, a
-field that is not text. It would otherwise be missing from the training without anybody knowing;
-`python -m uiollms.data --check NAME` finds all of them beforehand. A document that is merely
-empty (blank text, or blank response) carries nothing to learn: training skips and counts it.
-Blank lines are no documents.
+Faulty data stops the run with the file and the line: a broken or truncated JSON line, bytes that
+are not UTF-8, a missing field, or a field that is not text. Otherwise the document would silently
+be missing from the training. `python -m uiollms data --check NAME` finds all such faults
+beforehand. An empty document (blank text or a blank response) teaches nothing; training skips and
+counts it. Blank lines are not documents.
 
-Reading order: documents (what a document is, the register of names), corpora_text, corpora_own,
-corpora_tasks and corpora_recall (the names),
-files, hub and beacons (the readers behind them), mixture.
+Reading order: documents, registry (the names), corpora/ (the openers), readers/ (the file
+formats), mixture, sample, builder, stream.
 """
 
 from transformers import PreTrainedTokenizerBase
@@ -48,14 +45,12 @@ __all__ = [
 
 
 def open_corpus(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Corpus:
-    """The corpus of that name; spaces and case do not matter. The tokenizer is used by `beacons
-    sampled` alone. Raises ConfigError for an unknown name, and for one whose data is not on this
-    machine, with how to get it."""
+    """Open the corpus of a name; spaces and case do not matter. Only `beacons sampled` uses the
+    tokenizer. Raises ConfigError for an unknown name, and for data that is not on this machine; the
+    message describes how to get it."""
     entry, arguments = find_corpus(name)
-    if not entry.tokenized:
+    if not entry.needs_tokenizer:
         return entry.opener(*arguments)
     if tokenizer is None:
-        raise ConfigError(
-            f"corpus {name!r} comes tokenised and needs a tokenizer: open_corpus(name, tokenizer)"
-        )
+        raise ConfigError(f"corpus {name!r} needs a tokenizer: open_corpus(name, tokenizer)")
     return entry.opener(*arguments, tokenizer=tokenizer)

@@ -1,4 +1,4 @@
-"""A document of any corpus -> the sample that training takes a step on and evaluation scores.
+"""Build samples, which training and evaluation use, from the documents of any corpus.
 
 Shapes: T tokens of a document.
 """
@@ -23,10 +23,10 @@ from uiollms.data.recall_sample import recall_sample
 from uiollms.data.sample import PROTOCOLS, Sample
 from uiollms.data.tokens import (
     LONGEST_TOKEN,
-    common,
-    continued_pair,
-    first_ids,
+    common_prefix_length,
+    continuation_pair,
     plain_ids,
+    prefix_ids,
     tokenize,
     tokenize_pair,
 )
@@ -35,9 +35,12 @@ from uiollms.files.errors import ConfigError
 
 @dataclass(frozen=True)
 class SampleBuilder:
-    """Documents -> samples, each by its own task. protocol: who is scored in plain text, "paper"
-    or "document"; weigh: gives a sample's tokens the weights of `token_weighting` "context",
-    where a corpus may ask for it."""
+    """Builds the sample of a document according to its task.
+
+    protocol: which tokens of plain text are scored, "paper" or "document"; weigh: returns a sample
+    with the token weights of `token_weighting` "context", which only corpora with that setting
+    need.
+    """
 
     model: Limited
     tokenizer: PreTrainedTokenizerBase
@@ -47,10 +50,13 @@ class SampleBuilder:
     def make(
         self, document: Document, truncation: int | None, rng: random.Random, crop: str = "start"
     ) -> Sample:
-        """At most `truncation` tokens of a document (None: the capacity), plain text from its
-        start or, with `crop` "random", from a random place. `rng` draws that place, the chunk of
-        auto encoding, the probe of memory utilization and where a news story is hidden. Raises
-        ConfigError, naming the document, where it does not fit."""
+        """Build a sample of at most `truncation` tokens of a document (None: the capacity). Plain
+        text is read from its start or, with `crop` "random", from a random position.
+
+        rng: draws that position, the chunk of auto encoding, the probe of memory utilization and
+        the position of a news story. Raises ConfigError, naming the document, if the sample exceeds
+        the model's limits.
+        """
         try:
             sample = self._build(document, truncation, rng, crop)
             if teaches_memory(sample):
@@ -61,10 +67,12 @@ class SampleBuilder:
             raise ConfigError(f"{document.source}: {error}") from None
 
     def train(self, document: Document, entry: CorpusEntry, rng: random.Random) -> Sample:
-        """The sample of a training document as the corpus's entry wants it: its task, its teacher,
-        the weights of its tokens. Raises ConfigError as `make`, and for a task that the document is
-        not for."""
-        sample = self.make(trained_for(document, entry, rng), entry.truncation, rng, entry.crop)
+        """Build the sample of a training document with the task, teacher and token weights that its
+        corpus entry sets. Raises ConfigError as `make` does, and if the document does not support
+        the task."""
+        sample = self.make(
+            as_training_document(document, entry, rng), entry.truncation, rng, entry.crop
+        )
         if entry.token_weighting != "context" or not teaches_memory(sample):
             return sample
         if self.weigh is None:
@@ -82,16 +90,16 @@ class SampleBuilder:
             ids, labels = (
                 torch.tensor(side[:most]) for side in (document.input_ids, document.labels)
             )
-            return taught(Sample.beacon(ids, labels, chunk_size), document)
+            return with_teacher(Sample.beacon(ids, labels, chunk_size), document)
         if isinstance(document, NewsDocument):
-            return self._ask_news(document, most, rng)
+            return self._news_sample(document, most, rng)
         if isinstance(document, RecallDocument):
             length = truncation and min(truncation, self.model.limits.capacity)
             return recall_sample(self.tokenizer, document, chunk_size, length)
         if document.task == "question answering":
             pair = tokenize_pair(self.tokenizer, document.text, document.response or "")
             answered = Sample.question_answering(*pair, chunk_size, document.train_prompt, most)
-            return taught(answered, document)
+            return with_teacher(answered, document)
         ids = tokenize(self.tokenizer, document.text)
         if document.task == "memory utilization":
             probe = torch.tensor(
@@ -99,89 +107,91 @@ class SampleBuilder:
             )
             ids = ids[: min(most, self.model.limits.positions - chunk_size)]
             context = ids[: self._most_compressed()]
-            enough = len(context) >= chunk_size
-            if enough:
+            if len(context) >= chunk_size:
                 return Sample.memory_utilization(context, probe, chunk_size)
             return Sample.document(ids, chunk_size)
-        if document.task == "auto encoding":  # one chunk, from its own memory alone
+        if document.task == "auto encoding":  # one chunk, copied from its memory
             count = len(ids[:most]) // chunk_size
             start = chunk_size * rng.randrange(count) if count else 0
             ids = ids[start : start + chunk_size]
         if document.task in ("auto encoding", "longdata copy"):
-            # The copies stand behind all memories.
+            # The copies come after all memories.
             ids = ids[: min(most, self._most_compressed(recent=False))]
             return (
                 Sample.copy(ids, chunk_size)
                 if len(ids) >= chunk_size
                 else Sample.document(ids, chunk_size)
             )
-        return taught(
+        return with_teacher(
             PROTOCOLS[self.protocol](self._cut(ids, truncation, rng, crop), chunk_size), document
         )
 
-    def _ask_news(self, document: NewsDocument, most: int, rng: random.Random) -> Sample:
-        """The story hidden in its distractor text, together a whole number of chunks within
-        `most` tokens (and, where a teacher reads them raw, within the base's positions); every
-        question and the summary asked of it."""
+    def _news_sample(self, document: NewsDocument, most: int, rng: random.Random) -> Sample:
+        """Hide the story in its distractor text, and ask every question and for the summary. Story
+        and distractor are a whole number of chunks within `most` tokens (and within the base's
+        positions, if a teacher reads them raw)."""
         chunk_size = self.model.limits.memory.chunk_size
-        most = min(most, self._most_compressed())  # the questions stand behind all memories
+        most = min(most, self._most_compressed())  # the questions come after all memories
         if document.kl_weight:
             most = min(most, self.model.limits.positions - chunk_size)
-        context = self._hide(document, most, rng)
-        asked = [
+        context = self._hide_story(document, most, rng)
+        questions = [
             (f"Question: {question}\nAnswer:", answer) for question, answer in document.questions
         ]
-        asked += [("Summary of the story:", document.summary)] if document.summary.strip() else []
+        questions += (
+            [("Summary of the story:", document.summary)] if document.summary.strip() else []
+        )
         tokens = [
-            continued_pair(self.tokenizer, question, f" {answer}") for question, answer in asked
+            continuation_pair(self.tokenizer, question, f" {answer}")
+            for question, answer in questions
         ]
         fitting = [(q, a[: chunk_size - 1]) for q, a in tokens]
         return Sample.questions(context, fitting, chunk_size, document.kl_weight)
 
-    def _hide(self, document: NewsDocument, most: int, rng: random.Random) -> Tensor:
-        """BOS, if the tokenizer writes one, and a part of the text that has the story on lines
-        of its own at a random place of its distractor: as many whole chunks as `most` tokens and
-        the text allow, the story at a random place of them. A story longer than they are loses
-        its end."""
-        place = rng.randint(0, len(document.distractor))
+    def _hide_story(self, document: NewsDocument, most: int, rng: random.Random) -> Tensor:
+        """Insert the story on separate lines at a random position of its distractor, and cut out as
+        many whole chunks around it as `most` tokens and the text allow. The story has a random
+        position in them; a story that is longer loses its end. Starts with BOS, if the tokenizer
+        adds it."""
+        position = rng.randint(0, len(document.distractor))
         reach = most * LONGEST_TOKEN
-        before = document.distractor[max(0, place - reach) : place]
-        after = document.distractor[place : place + reach]
+        before = document.distractor[max(0, position - reach) : position]
+        after = document.distractor[position : position + reach]
         start_text = f"{before}\n" if before else ""
         story_text = start_text + document.text
-        first = first_ids(self.tokenizer)
+        first = prefix_ids(self.tokenizer)
         ids = plain_ids(self.tokenizer, f"{story_text}\n{after}" if after else story_text)
         chunk_size = self.model.limits.memory.chunk_size
         length = min(most, len(first) + len(ids)) // chunk_size * chunk_size - len(first)
         if length < 1:
             return torch.tensor((first + ids)[:most], dtype=torch.int64)
-        start = common(plain_ids(self.tokenizer, start_text), ids)
-        stop = min(start + length, common(plain_ids(self.tokenizer, story_text), ids))
+        start = common_prefix_length(plain_ids(self.tokenizer, start_text), ids)
+        stop = min(start + length, common_prefix_length(plain_ids(self.tokenizer, story_text), ids))
         cut = rng.randint(max(0, stop - length), min(start, len(ids) - length))
         return torch.tensor(first + ids[cut : cut + length], dtype=torch.int64)
 
     def _most_compressed(self, recent: bool = True) -> int:
-        """Tokens of the chunks whose memories a further full chunk can stand behind; recent: with
-        its recent tokens."""
+        """The number of tokens in the chunks whose memories a further full chunk can read. `recent`
+        also counts that chunk's recent tokens."""
         memory, positions = self.model.limits.memory, self.model.limits.positions
         return memory.most_chunks(positions, recent) * memory.chunk_size
 
     def _cut(self, ids: Tensor, truncation: int | None, rng: random.Random, crop: str) -> Tensor:
-        """At most `truncation` tokens, from the start or from a random place; without one, at
-        most the capacity."""
+        """Cut a text to `truncation` tokens and the capacity, from the start or from a random
+        position."""
         length = min(truncation or len(ids), self.model.limits.capacity)
         start = rng.randint(0, len(ids) - length) if crop == "random" and len(ids) > length else 0
         return ids[start : start + length]
 
 
-def taught(sample: Sample, document: Document) -> Sample:
-    """The sample with the base as its teacher, where the document has a `kl_weight`."""
+def with_teacher(sample: Sample, document: Document) -> Sample:
+    """Add the base as the sample's teacher if the document has a `kl_weight`."""
     return sample.distilled(document.kl_weight) if document.kl_weight else sample
 
 
-def trained_for(document: Document, entry: CorpusEntry, rng: random.Random) -> Document:
-    """A document with the task and the `kl_weight` of its corpus's entry. rng: draws facts. Raises
-    ConfigError where the document is not for that task."""
+def as_training_document(document: Document, entry: CorpusEntry, rng: random.Random) -> Document:
+    """Return a document with the task and the `kl_weight` of its corpus entry. rng: draws the facts
+    of synthetic recall. Raises ConfigError if the document does not support the task."""
     task = entry.task
     if task is not None and task != document.task:
         recall = isinstance(document, RecallDocument)
@@ -196,34 +206,34 @@ def trained_for(document: Document, entry: CorpusEntry, rng: random.Random) -> D
         if task == "synthetic recall":
             document = with_facts(document, rng.choice(("facts", "keys")), rng)
         else:
-            document = as_task(document, task)
+            document = with_task(document, task)
     if entry.kl_weight is None:
         return document
     return replace(document, kl_weight=entry.kl_weight)
 
 
-def as_task(document: Document, task: Task) -> Document:
-    """Plain text for a task; the loss of memory utilization is KL alone."""
+def with_task(document: Document, task: Task) -> Document:
+    """Give plain text a task. The loss of memory utilization is only the KL."""
     return replace(document, task=task, kl_weight=float(task == "memory utilization"))
 
 
 def task_fault(task: str, kind: str) -> str | None:
-    """Why a document of a `kind` cannot be trained on for a task; None where it can."""
+    """Describe why documents of a `kind` do not support a task. Returns None if they do."""
     if task == kind or (task, kind) == ("question answering", "synthetic recall"):
         return None
-    made = [other for other in get_args(TrainingTask) if other != "question answering"]
+    supported = [other for other in get_args(TrainingTask) if other != "question answering"]
     if kind == "language modeling":
-        if task in made:
+        if task in supported:
             return None
         return (
-            f"has plain text, not for {task}, which needs an input and an output; allowed are "
-            f"{', '.join(made)}"
+            f"has plain text, but {task} needs an input and an output; allowed are "
+            f"{', '.join(supported)}"
         )
     return f"has documents for {kind}, task {task!r} is for plain text; leave task out"
 
 
 def teaches_memory(sample: Sample) -> bool:
-    """Whether memory can matter to the sample's loss: some row with a weight reads any."""
+    """Whether the sample's loss depends on memory: a row with a nonzero weight reads one."""
     return any(
         row.num_memories and bool(row.token_weights[row.scored].any()) for row in sample.rows
     )

@@ -1,4 +1,4 @@
-"""What a document is, what a corpus is, and the register of corpora by name."""
+"""Documents, and corpora as lazy sequences of documents."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ Task = Literal[
 
 @dataclass(frozen=True)
 class Document:
-    """One document. text: the prompt where there is a response; source: where it was read, for
-    messages; response: the answer, None for plain text; task: how it becomes a sample, see
-    uiollms/data/sample.py; train_prompt: the prompt is scored like the response; kl_weight: the
-    share of KL(teacher || student) in the loss, the rest is cross entropy (0 = plain, 1 =
-    distilled)."""
+    """One document.
+
+    text: the text, or the prompt of a response; source: where the document was read, for messages;
+    response: the answer, None for plain text; task: how the document becomes a sample, see
+    uiollms/data/sample.py; train_prompt: whether the prompt is scored, too; kl_weight: weight of
+    KL(teacher || student) in the loss, the rest is cross entropy.
+    """
 
     text: str
     source: str
@@ -36,14 +38,14 @@ class Document:
 
     @property
     def is_empty(self) -> bool:
-        """Nothing to learn from: blank text, or a blank response."""
+        """Whether the text or the response is blank, so that there is nothing to learn."""
         return not self.text.strip() or (self.response is not None and not self.response.strip())
 
 
 @dataclass(frozen=True)
 class TokenDocument(Document):
-    """A document that comes tokenised. input_ids [T]; labels [T], not shifted, -100 where
-    nothing is scored."""
+    """A tokenised document. input_ids [T]; labels [T], not shifted, -100 for tokens that are not
+    scored."""
 
     input_ids: tuple[int, ...] = ()
     labels: tuple[int, ...] = ()
@@ -51,8 +53,8 @@ class TokenDocument(Document):
 
 @dataclass(frozen=True)
 class NewsDocument(Document):
-    """A news story (`text`) and what is asked about it. questions: pairs of question and answer;
-    distractor: the long text that the story gets hidden in."""
+    """A news story (`text`) with questions about it. questions: pairs of question and answer;
+    summary: the reference summary; distractor: the long text in which the story is hidden."""
 
     questions: tuple[tuple[str, str], ...] = ()
     summary: str = ""
@@ -60,7 +62,7 @@ class NewsDocument(Document):
 
 
 class Fact(NamedTuple):
-    """What is stated in a text, the question for it, and its value, which both leave to be told."""
+    """A statement that contains a value, the question for the value, and the value itself."""
 
     statement: str
     question: str
@@ -69,8 +71,8 @@ class Fact(NamedTuple):
 
 @dataclass(frozen=True)
 class RecallDocument(Document):
-    """Text (`text`) that facts are hidden in. facts: as many as there is room for, the first first;
-    distance: chunks from a statement to its question, None: drawn for each."""
+    """A filler text (`text`) in which facts are hidden. facts: as many of them as fit are used, in
+    their order; distance: chunks from a statement to its question, None for random distances."""
 
     facts: tuple[Fact, ...] = ()
     distance: int | None = None
@@ -79,8 +81,8 @@ class RecallDocument(Document):
 Corpus = Sequence[Document]
 
 
-class Lazy(Sequence[Document]):
-    """A corpus of `size` documents, each read by `read(i)` when asked for."""
+class LazyCorpus(Sequence[Document]):
+    """A corpus of `size` documents; `read(i)` reads document i at every access."""
 
     def __init__(self, size: int, read: Callable[[int], Document]) -> None:
         self.size, self.read = size, read
@@ -94,31 +96,30 @@ class Lazy(Sequence[Document]):
         return self.read(i % self.size)
 
 
-def joined(parts: Sequence[Corpus]) -> Corpus:
-    """Several corpora, one after another."""
+def concatenate(parts: Sequence[Corpus]) -> Corpus:
+    """Concatenate several corpora."""
     ends = list(itertools.accumulate(len(part) for part in parts))
 
     def read(i: int) -> Document:
         number = bisect.bisect_right(ends, i)
         return parts[number][i - (ends[number] - len(parts[number]))]
 
-    return Lazy(ends[-1] if ends else 0, read)
+    return LazyCorpus(ends[-1] if ends else 0, read)
 
 
-def picked(documents: Corpus, numbers: Sequence[int]) -> Corpus:
-    """Only the documents of those numbers, in that order."""
-    return Lazy(len(numbers), lambda i: documents[numbers[i]])
+def select_documents(documents: Corpus, numbers: Sequence[int]) -> Corpus:
+    """The documents with the given numbers, in that order."""
+    return LazyCorpus(len(numbers), lambda i: documents[numbers[i]])
 
 
-def altered(documents: Corpus, **changes: Any) -> Corpus:
-    """The same documents with other values in some fields: altered(stories, task="longdata
-    copy")."""
-    return Lazy(len(documents), lambda i: replace(documents[i], **changes))
+def with_fields(documents: Corpus, **changes: Any) -> Corpus:
+    """The documents with new values in some fields: with_fields(stories, task="longdata copy")."""
+    return LazyCorpus(len(documents), lambda i: replace(documents[i], **changes))
 
 
-def cut(documents: Corpus, size: str | None) -> Corpus:
-    """The first characters of every document: "128k" = 128 * 1024, "1m" = 1024 * 1024, None =
-    all."""
+def cut_texts(documents: Corpus, size: str | None) -> Corpus:
+    """Keep only the first characters of every document. size: "128k" is 128 * 1024 characters,
+    "1m" is 1024 * 1024, None keeps all."""
     if size is None:
         return documents
     length = int(size[:-1]) * {"k": 1024, "m": 1024 * 1024}[size[-1]]
@@ -127,4 +128,4 @@ def cut(documents: Corpus, size: str | None) -> Corpus:
         document = documents[i]
         return replace(document, text=document.text[:length])
 
-    return Lazy(len(documents), read)
+    return LazyCorpus(len(documents), read)

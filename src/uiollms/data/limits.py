@@ -1,4 +1,4 @@
-"""What a model can read at most, and whether a document or a sample fits.
+"""The limits of a model, and checks that documents and samples are within them.
 
 Shapes: T tokens.
 """
@@ -14,45 +14,48 @@ from uiollms.data.sample import Sample
 
 
 class Limits(NamedTuple):
-    """memory: the compressor; positions: how many the base has, `positions_said` in words with
-    where they come from; vocab_size: of its embeddings."""
+    """The limits of a model.
+
+    memory: the compressor config; positions: number of positions of the base; positions_text: the
+    positions in words, with their origin, for messages; vocab_size: rows of its embedding matrix.
+    """
 
     memory: MemoryConfig
     positions: int
-    positions_said: str
+    positions_text: str
     vocab_size: int
 
     @property
     def capacity(self) -> int:
-        """Tokens of the longest document."""
+        """The length of the longest document in tokens."""
         return self.memory.capacity(self.positions)
 
 
 class Limited(Protocol):
-    """A model, as far as samples depend on it."""
+    """The part of a model on which samples depend."""
 
     @property
     def limits(self) -> Limits: ...
 
 
 def check_length(num_tokens: int, limits: Limits) -> None:
-    """Raises ValueError for a document of `num_tokens` tokens that is past the capacity."""
+    """Raise ValueError if a document of `num_tokens` tokens is longer than the capacity."""
     config, capacity = limits.memory, limits.capacity
     if num_tokens > capacity:
         full, last = divmod(capacity, config.chunk_size)
         recent = f" and recent_tokens {config.recent_tokens}" if config.recent_tokens else ""
         raise ValueError(
             f"the document has {num_tokens} tokens, the capacity is {capacity}: "
-            f"{limits.positions_said}, chunk_size {config.chunk_size}{',' if recent else ' and'} "
+            f"{limits.positions_text}, chunk_size {config.chunk_size}{',' if recent else ' and'} "
             "num_memory "
-            f"{config.num_memory}{recent} allow {full} full chunks and {last} tokens behind them; "
+            f"{config.num_memory}{recent} allow {full} full chunks and {last} tokens after them; "
             f"cut it with `truncation`, or compress harder (smaller num_memory)"
         )
 
 
 def check_ids(ids: Tensor, vocab_size: int) -> None:
-    """Raises ValueError where token ids of any shape hold one that the base has no embedding
-    for: a CPU would raise IndexError, CUDA stop the process."""
+    """Raise ValueError if a token id has no embedding in the base. Otherwise a CPU would raise
+    IndexError, and CUDA would abort the process. ids: a tensor of any shape."""
     if not ids.numel():
         return
     low, high = (int(end) for end in ids.aminmax())
@@ -65,8 +68,8 @@ def check_ids(ids: Tensor, vocab_size: int) -> None:
 
 
 def check_sample(limits: Limits, sample: Sample) -> None:
-    """Raises ValueError if a row and the memories that it reads need more positions than there are:
-    for a document in chunks, one past the capacity. The same for a token without an embedding."""
+    """Raise ValueError if a row and the memories that it reads need more positions than the base
+    has, so that a document in chunks exceeds the capacity, or if a token has no embedding."""
     for ids in (sample.chunks, *(row.input_ids for row in sample.rows)):
         check_ids(ids, limits.vocab_size)
     m, recent = limits.memory.num_memory, limits.memory.recent_tokens
@@ -80,14 +83,14 @@ def check_sample(limits: Limits, sample: Sample) -> None:
     raise ValueError(
         f"{row.num_memories} memories of num_memory {m} slots and the {len(row.input_ids)} tokens "
         f"{f'({recent} of them recent_tokens) ' if row.recent else ''}"
-        f"that read them need {needed} positions, past {limits.positions_said}; cut the "
+        f"that read them need {needed} positions, past {limits.positions_text}; cut the "
         f"document with `truncation`, or compress harder (smaller num_memory)"
     )
 
 
 def check_teacher(limits: Limits, sample: Sample) -> None:
-    """Raises ValueError if a teacher would read past the base's positions, or a token without an
-    embedding."""
+    """Raise ValueError if a teacher's text is longer than the base's number of positions, or
+    contains a token without an embedding."""
     for text in sample.teachers:
         check_ids(text, limits.vocab_size)
         if len(text) > limits.positions:

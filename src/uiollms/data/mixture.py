@@ -1,5 +1,4 @@
-"""Documents for training: corpora mixed by their shares, endless, and able to go on where they
-stopped."""
+"""A mixture of corpora: an endless, resumable stream of documents for training."""
 
 from __future__ import annotations
 
@@ -13,28 +12,30 @@ from uiollms.files.errors import ConfigError
 
 
 class Draw(NamedTuple):
-    """number: of the draw, 0 for the stream's first; corpus, place: which document it gave."""
+    """One drawn document. number: counts the draws of the stream from 0; corpus: number of the
+    corpus; document: number of the document in its corpus."""
 
     number: int
     corpus: int
-    place: int
+    document: int
 
 
 class Mixture(Iterator[Draw]):
-    """An endless stream of documents: corpora drawn by their shares, each corpus shuffled anew
-    every epoch. Drawing opens nothing, so every one of several processes draws all and opens its
-    own. All of its state is `state_dict()`: a stream that is restored goes on with the same
-    documents. Costs 8 bytes a document of memory; the state costs none."""
+    """An endless stream of documents. Corpora are drawn with probabilities in proportion to
+    `shares`, and each corpus is shuffled anew in every epoch.
+
+    Drawing opens no document, so each of several processes draws all documents and opens only some
+    of them. `state_dict()` is the whole state: a restored stream continues with the same documents.
+    The stream needs 8 bytes of memory per document; the size of the state does not depend on them.
+    """
 
     def __init__(self, corpora: Sequence[Corpus], shares: Sequence[float], seed: int | str) -> None:
         self.corpora, self.shares = corpora, shares
         self.rng = random.Random(seed)
-        self.order = [
-            array("q") for _ in corpora
-        ]  # what is left of each corpus's epoch, the next document last
-        self.epochs: list[Any] = [None] * len(
-            corpora
-        )  # the generator's state that each epoch was shuffled from
+        # The remaining documents of each corpus's epoch; the next one is last.
+        self.order = [array("q") for _ in corpora]
+        # The state of the generator from which each epoch was shuffled.
+        self.epochs: list[Any] = [None] * len(corpora)
         self.drawn = 0
 
     def __next__(self) -> Draw:
@@ -46,18 +47,18 @@ class Mixture(Iterator[Draw]):
         return Draw(self.drawn - 1, corpus, self.order[corpus].pop())
 
     def open(self, draw: Draw) -> Document:
-        return self.corpora[draw.corpus][draw.place]
+        return self.corpora[draw.corpus][draw.document]
 
     def shuffled(self, number: int, rng: random.Random) -> array[int]:
         if not len(self.corpora[number]):
-            raise ConfigError(f"train.corpus[{number}] holds no document")
+            raise ConfigError(f"train.corpus[{number}] contains no document")
         order = array("q", range(len(self.corpora[number])))
         rng.shuffle(order)
         return order
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain lists and numbers (JSON), of the same size for any corpus: an epoch's order is
-        given by the generator's state it was shuffled from, and how much of it is left."""
+        """The state as plain lists and numbers (JSON). Its size does not depend on the corpora: the
+        state of the generator and the number of remaining documents determine an epoch's order."""
         return {
             "rng": self.rng.getstate(),
             "epochs": list(self.epochs),
@@ -67,13 +68,13 @@ class Mixture(Iterator[Draw]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ConfigError if the corpora have changed since the state was taken."""
+        """Restore a state. Raises ConfigError if the corpora have changed since then."""
         sizes = [len(documents) for documents in self.corpora]
         if sizes != list(state["sizes"]):
             raise ConfigError(
                 f"train.corpus: the run began with {list(state['sizes'])} documents, now there are "
                 f"{sizes}; it can only go on "
-                f"with the same data"
+                "with the same data"
             )
         shuffler = random.Random()
         for number, (epoch, left) in enumerate(zip(state["epochs"], state["left"], strict=True)):
@@ -87,7 +88,6 @@ class Mixture(Iterator[Draw]):
 
 
 def generator_state(state: Any) -> tuple[Any, ...]:
-    """What random.Random.setstate takes, from a state that may have been through JSON, which
-    knows no tuples."""
+    """Convert a state that was read from JSON, which has no tuples, for random.Random.setstate."""
     version, numbers, gauss = state
     return version, tuple(numbers), gauss

@@ -1,4 +1,4 @@
-"""A text and facts -> a sample that states each fact in a chunk and asks for it some chunks later.
+"""Build samples of synthetic recall: a chunk states a fact, and a later chunk asks for it.
 
 Shapes: T tokens of a document, N its chunks, l chunk_size.
 """
@@ -14,15 +14,15 @@ import torch
 from uiollms.data import RecallDocument
 from uiollms.data.corpora.facts import FARTHEST
 from uiollms.data.sample import IGNORED, Sample
-from uiollms.data.tokens import continuation_ids, continued_pair, first_ids, plain_ids
+from uiollms.data.tokens import continuation_ids, continuation_pair, plain_ids, prefix_ids
 
-ROOM = 3 / 4  # of a chunk that statements and questions take at most, the rest is filler
-CHARACTERS = 6  # of filler read a token; where a tokenizer makes fewer of them it begins again
-TOKENS_PER_FACT = 64  # of the document but its last chunk: so many facts are hidden
+MOST_PIECES = 3 / 4  # of a chunk, for statements and questions; the rest is filler
+CHARACTERS = 6  # of filler text per token; if they give too few tokens, the filler is repeated
+TOKENS_PER_FACT = 64  # the document without its last chunk gets one fact for so many tokens
 
 
 class Piece(NamedTuple):
-    """Tokens of a statement or a question with its value; scored: which of them, the value's."""
+    """The tokens of a statement, or of a question with its value. scored: True for the value's."""
 
     ids: list[int]
     scored: list[bool]
@@ -34,22 +34,24 @@ def recall_sample(
     chunk_size: int,
     most: int | None,
 ) -> Sample:
-    """As many whole chunks as `most` tokens allow (None: FARTHEST + 1). Each fact is stated in one
-    chunk and asked for `document.distance` chunks later (None: drawn for each from 1 to 8, as far
-    as there are chunks); only values are scored, and the loss is their mean NLL. Where each stands
-    is drawn from the document's name. Facts that do not fit are left out. Raises ValueError where
-    the document has too few chunks."""
+    """Build a sample of as many whole chunks as `most` tokens allow (None: FARTHEST + 1 chunks).
+
+    One chunk states a fact, and the question follows `document.distance` chunks later (None: a
+    random distance from 1 to 8, within the document). Only values are scored; the loss is their
+    mean NLL. The document's name determines all positions. Facts that do not fit are left out.
+    Raises ValueError if the document has too few chunks.
+    """
     count = FARTHEST + 1 if most is None else most // chunk_size
     fewest = (document.distance or 1) + 1
     if count < fewest:
         raise ValueError(
-            f"asks {fewest - 1} chunks of {chunk_size} tokens later and needs {fewest * chunk_size}"
-            f" tokens, found truncation {most}; raise it"
+            f"a question {fewest - 1} chunks of {chunk_size} tokens after its fact needs "
+            f"{fewest * chunk_size} tokens, found truncation {most}; raise it"
         )
     rng = random.Random(document.source)
-    pieces = placed(tokenizer, document, count, chunk_size, rng)
+    pieces = place_pieces(tokenizer, document, count, chunk_size, rng)
     filler = itertools.cycle(plain_ids(tokenizer, document.text[: count * chunk_size * CHARACTERS]))
-    ids = first_ids(tokenizer)
+    ids = prefix_ids(tokenizer)
     labels = [IGNORED] * len(ids)
     for t, inside in enumerate(pieces):
         free = (t + 1) * chunk_size - len(ids) - sum(len(piece.ids) for piece in inside)
@@ -64,41 +66,41 @@ def recall_sample(
     return sample.distilled(document.kl_weight) if document.kl_weight else sample
 
 
-def placed(
+def place_pieces(
     tokenizer: Any,
     document: RecallDocument,
     count: int,
     chunk_size: int,
     rng: random.Random,
 ) -> list[list[Piece]]:
-    """What each of `count` chunks states and asks."""
-    rooms = [int(ROOM * chunk_size)] * count
-    pieces: list[list[Piece]] = [[] for _ in rooms]
+    """Choose the statements and questions of each of `count` chunks."""
+    free = [int(MOST_PIECES * chunk_size)] * count
+    pieces: list[list[Piece]] = [[] for _ in range(count)]
     line = continuation_ids(tokenizer, "\n")
-    wanted = max(1, (count - 1) * chunk_size // TOKENS_PER_FACT)
-    for fact in document.facts[:wanted]:
+    num_facts = max(1, (count - 1) * chunk_size // TOKENS_PER_FACT)
+    for fact in document.facts[:num_facts]:
         distance = document.distance or rng.randint(1, min(FARTHEST, count - 1))
-        told = rng.randrange(count - distance)
-        asked = told + distance
+        stated = rng.randrange(count - distance)
+        queried = stated + distance
         statement = continuation_ids(tokenizer, fact.statement)
-        pair = continued_pair(tokenizer, fact.question, fact.value)
+        pair = continuation_pair(tokenizer, fact.question, fact.value)
         question, value = (part.tolist() for part in pair)
-        asking = question + value + line
-        if len(statement) > rooms[told] or len(asking) > rooms[asked]:
+        query = question + value + line
+        if len(statement) > free[stated] or len(query) > free[queried]:
             continue
         scored = [False] * len(question) + [True] * len(value) + [False] * len(line)
-        pieces[told].append(Piece(statement, [False] * len(statement)))
-        pieces[asked].append(Piece(asking, scored))
-        rooms[told] -= len(statement)
-        rooms[asked] -= len(asking)
+        pieces[stated].append(Piece(statement, [False] * len(statement)))
+        pieces[queried].append(Piece(query, scored))
+        free[stated] -= len(statement)
+        free[queried] -= len(query)
     return pieces
 
 
 def last_value(sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
-    """(all tokens in front of the last value that is asked for, the value), both [T]."""
+    """Return all tokens before the last scored value, and that value, both [T]."""
     ids = torch.cat([row.input_ids for row in sample.rows])
-    places = torch.cat([row.start + row.scored + 1 for row in sample.rows]).tolist()
-    start = stop = places[-1] + 1
-    while start - 1 in places:
+    positions = torch.cat([row.start + row.scored + 1 for row in sample.rows]).tolist()
+    start = stop = positions[-1] + 1
+    while start - 1 in positions:
         start -= 1
     return ids[:start], ids[start:stop]

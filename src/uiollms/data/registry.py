@@ -11,41 +11,50 @@ from typing import Protocol
 from uiollms.data.documents import Corpus
 from uiollms.files.errors import ConfigError
 
-SIZE = r"(?:\.([1-9]\d*[km]))?"  # the optional argument of a corpus name that `cut` understands
+SIZE = r"(?:\.([1-9]\d*[km]))?"  # the optional argument of a corpus name that `cut_texts` takes
 
 
 class Source(Protocol):
-    """Something a corpus is read from: a raw_data file, a hub dataset, a Python package."""
+    """What a corpus is read from: a raw_data file, a hub dataset or a Python package."""
 
     @property
     def name(self) -> str: ...
 
     def missing(self) -> str | None:
-        """What is not on this machine and how to get it, in one line; None if it is there."""
+        """Describe in one line what is missing on this machine and how to get it. Returns None if
+        nothing is missing."""
 
 
 @dataclass(frozen=True)
 class NamedCorpus:
-    """An entry of the register. usage: the name as people write it, {a,b} one of, [.x] optional;
-    pattern: of the name in lower case without spaces, its groups are the opener's arguments;
-    tokenized: the opener also takes a tokenizer, and its first argument is how many tokens a
-    document has at most. mixed: not all documents are of kind `task`; needs: sources of all that
-    the name may stand for; reads: of the same arguments, those that the opener reads; taught: of
-    the same arguments, the most tokens that a teacher reads raw (0: none does, or it depends on
-    the truncation alone); chunks: of the same arguments, the fewest chunks that a document
-    needs, and how many it has without a truncation (0, 0: any); version: of the same arguments,
-    which of several states of the corpus this machine has, for results (None: there is one)."""
+    """An entry of the register of corpora.
+
+    usage: the name as users write it; {a,b} lists alternatives, [.x] is optional.
+    pattern: matches the name in lower case without spaces; its groups are the arguments of the
+        opener and of the callables below.
+    task: the task of the corpus's documents; with `mixed_tasks` some have other tasks.
+    sources: everything that the name can be read from.
+    needs_tokenizer: whether the opener also takes a tokenizer. Its first argument is then the
+        largest number of tokens of a document.
+    sources_read: returns those sources that the opener reads.
+    teacher_tokens: returns the largest number of tokens that a teacher reads raw; 0 if there is no
+        teacher, or if only the truncation limits its tokens.
+    chunk_range: returns the smallest number of chunks that a document needs, and the number that
+        it has without a truncation; (0, 0) if there is no such limit.
+    version: returns the version of the corpus on this machine, which results record; None if the
+        corpus never changes.
+    """
 
     usage: str
     pattern: re.Pattern[str]
     task: str
-    needs: tuple[Source, ...]
-    tokenized: bool
+    sources: tuple[Source, ...]
+    needs_tokenizer: bool
     opener: Callable[..., Corpus]
-    mixed: bool
-    reads: Callable[..., Sequence[Source]]
-    taught: Callable[..., int]
-    chunks: Callable[..., tuple[int, int]]
+    mixed_tasks: bool
+    sources_read: Callable[..., Sequence[Source]]
+    teacher_tokens: Callable[..., int]
+    chunk_range: Callable[..., tuple[int, int]]
     version: Callable[..., str | None]
 
 
@@ -53,32 +62,32 @@ REGISTER: list[NamedCorpus] = []
 Opener = Callable[..., Corpus]
 
 
-def corpus(
+def register_corpus(
     usage: str,
     pattern: str,
     task: str = "language modeling",
-    needs: Sequence[Source] = (),
-    tokenized: bool = False,
-    mixed: bool = False,
-    reads: Callable[..., Sequence[Source]] | None = None,
-    taught: Callable[..., int] = lambda *arguments: 0,
-    chunks: Callable[..., tuple[int, int]] = lambda *arguments: (0, 0),
+    sources: Sequence[Source] = (),
+    needs_tokenizer: bool = False,
+    mixed_tasks: bool = False,
+    sources_read: Callable[..., Sequence[Source]] | None = None,
+    teacher_tokens: Callable[..., int] = lambda *arguments: 0,
+    chunk_range: Callable[..., tuple[int, int]] = lambda *arguments: (0, 0),
     version: Callable[..., str | None] = lambda *arguments: None,
 ) -> Callable[[Opener], Opener]:
-    """Register the decorated opener under a name, see NamedCorpus."""
+    """Return a decorator that registers an opener; `NamedCorpus` describes the arguments."""
 
     def register(opener: Opener) -> Opener:
         found = NamedCorpus(
             usage=usage,
             pattern=re.compile(pattern),
             task=task,
-            needs=tuple(needs),
-            tokenized=tokenized,
+            sources=tuple(sources),
+            needs_tokenizer=needs_tokenizer,
             opener=opener,
-            mixed=mixed,
-            reads=reads or (lambda *arguments: needs),
-            taught=taught,
-            chunks=chunks,
+            mixed_tasks=mixed_tasks,
+            sources_read=sources_read or (lambda *arguments: sources),
+            teacher_tokens=teacher_tokens,
+            chunk_range=chunk_range,
             version=version,
         )
         REGISTER.append(found)
@@ -88,9 +97,9 @@ def corpus(
 
 
 def find_corpus(name: str) -> tuple[NamedCorpus, tuple[str | None, ...]]:
-    """The entry of that name and the arguments in it; case and spaces do not matter (in a
-    `files:` pattern they do). Opens nothing, so it also checks a config's names in no time.
-    Raises ConfigError for an unknown name, with the nearest known one.
+    """Find the entry for a name, and the arguments that the name contains. Case and spaces do not
+    matter, except in a `files:` pattern. Nothing is opened, so the function also checks the names
+    in a config. Raises ConfigError for an unknown name, with the nearest known one.
 
     "RedPajama book sample.train.1M" -> (entry of redpajama book sample, ("1m",))
     """

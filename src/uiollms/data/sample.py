@@ -1,4 +1,4 @@
-"""Tasks: how a document becomes chunks to compress and rows to score, and who is scored when.
+"""Samples: the chunks of a document that are compressed, and the rows that are decoded and scored.
 
 Shapes: T tokens of a document, C complete chunks, l chunk_size.
 Source: UIO-LLMs section 3.3 and the released program's losses, see the protocols below.
@@ -13,19 +13,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-IGNORED = -100  # transformers' label for "not scored"
+IGNORED = -100  # the label of transformers for tokens that are not scored
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One decoder call. input_ids [T] int64; targets [T] int64: the token that each position
-    must predict, -100 where nothing is scored; token_weights [T] float64: the weight of that
-    position's NLL in the sample's loss; num_memories: how many of the sample's chunks, from
-    number `first_memory` on, it reads; start: the place of its first token in the document;
-    repeat: its first token is replaced by the `repeat_token` embedding; teacher: (which of the
-    sample's teacher texts, where in it) the row's first token stands, for losses with a teacher;
-    recent: how many of its first tokens are those of the chunk before, fed again and not scored
-    (see `Sample.with_recent`)."""
+    """The tokens of one decoder call.
+
+    input_ids [T] int64.
+    targets [T] int64: the token that each position must predict, -100 for positions that are not
+        scored.
+    token_weights [T] float64: the weight of each position's NLL in the sample's loss.
+    num_memories: the number of the sample's memories, from number `first_memory` on, that the row
+        reads.
+    start: index of the row's first token in the document.
+    repeat: whether the `repeat_token` embedding replaces the first token.
+    teacher: (number of the teacher text, index in it) of the row's first token.
+    recent: number of first tokens that are repeated from the previous chunk and are not scored
+        (see `Sample.with_recent`).
+    """
 
     input_ids: Tensor
     targets: Tensor
@@ -39,25 +45,25 @@ class Row:
 
     @property
     def memories(self) -> range:
-        """The numbers of the chunks whose memories it reads."""
+        """The numbers of the chunks whose memories the row reads."""
         return range(self.first_memory, self.first_memory + self.num_memories)
 
     @property
     def scored(self) -> Tensor:
-        """Indices [T'] of the positions that are scored."""
+        """The indices [T'] of the scored positions."""
         return (self.targets != IGNORED).nonzero().squeeze(1)
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A document cut into chunks with its loss: `chunks` [C, l] are compressed, `rows` are
-    decoded and scored. The loss is the sum over all rows of token weight * NLL (nats).
+    """A document in chunks with its loss. The `chunks` [C, l] are compressed, the `rows` are
+    decoded and scored. The loss is the sum of token weight * NLL over all rows, in nats.
 
-    With `teachers`, token texts [T'] that the base reads raw, without memory, NLL is replaced by
-    (1 - kl_weight) * NLL + kl_weight * KL(teacher || student).
-
-    documents: how many of the chunks, in order, each document has, where the sample holds
-    several (see `joined`)."""
+    teachers: texts of token ids [T'] that the base reads raw, without memory. With them
+        (1 - kl_weight) * NLL + kl_weight * KL(teacher || student) replaces NLL.
+    documents: the number of chunks of each document, in order, if the sample contains several
+        documents (see `joined`).
+    """
 
     chunks: Tensor
     rows: tuple[Row, ...]
@@ -67,8 +73,9 @@ class Sample:
 
     @classmethod
     def joined(cls, samples: Sequence[Sample]) -> Sample:
-        """Several samples with one `kl_weight` as one, whose loss is the sum of theirs: chunks,
-        rows and teachers behind each other, every row still reading its own document's memories.
+        """Join several samples with the same `kl_weight` to one whose loss is the sum of their
+        losses. Chunks, rows and teachers are concatenated; every row still reads the memories of
+        its document.
 
             chunks [0 1] [2 3] and chunk [7 8], with a row each that reads all
             -> chunks [0 1] [2 3] [7 8], rows that read chunks 0 and 1, and chunk 2
@@ -95,7 +102,7 @@ class Sample:
 
     @property
     def chunk_numbers(self) -> list[int]:
-        """The place of every chunk in its document."""
+        """The number of every chunk within its document."""
         return [
             number for count in self.documents or (len(self.chunks),) for number in range(count)
         ]
@@ -106,14 +113,14 @@ class Sample:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the decoder reads, recent ones not again: for plain text the document's."""
+        """The number of tokens that the decoder reads, without recent tokens. For plain text it is
+        the document's length."""
         return sum(len(row.input_ids) - row.recent for row in self.rows)
 
     def with_recent(self, count: int) -> Sample:
-        """With the last `count` tokens of the chunks that it reads (at most a chunk of them) in
-        front of every row that goes on where these end: a document's rows but the first,
-        questions and probes, but no copies. They are not scored, and the teacher's text stays as
-        it is.
+        """Put the last `count` tokens (at most a chunk) of the chunks that a row reads before every
+        row that directly follows them in the text: a document's rows except the first, questions
+        and probes, but not copies. They are not scored; the teacher's text does not change.
 
             chunks [0 1 2 3], rows [0 1 2 3] and [4 5] scored at 5, count 2
             -> the second row is [2 3 4 5]
@@ -124,21 +131,21 @@ class Sample:
     def _with_recent(self, row: Row, count: int) -> Row:
         if not row.num_memories or row.start != row.num_memories * self.chunks.shape[1]:
             return row
-        text, place = row.teacher
+        text, index = row.teacher
         return replace(
             row,
             input_ids=torch.cat([self.chunks[row.memories.stop - 1][-count:], row.input_ids]),
             targets=F.pad(row.targets, (count, 0), value=IGNORED),
             token_weights=F.pad(row.token_weights, (count, 0)),
             start=row.start - count,
-            teacher=(text, place - count),
+            teacher=(text, index - count),
             recent=count,
         )
 
     @classmethod
     def language_modeling(cls, input_ids: Tensor, chunk_size: int) -> Sample:
-        """The paper's protocol: per chunk the mean NLL of all tokens but its first; the means
-        are summed.
+        """The paper's protocol. The loss is the sum over chunks of the mean NLL of all tokens
+        except the chunk's first.
 
             ids 0..9, chunk_size 4 -> reads [0 1 2 3] scores 1 2 3, 1/3 each
                                     | reads [4 5 6 7] scores 5 6 7, 1/3 each
@@ -146,7 +153,7 @@ class Sample:
 
         Tokens 4 and 8 are never scored. A last chunk of one token scores nothing.
         """
-        ids = flat(input_ids)
+        ids = flatten_ids(input_ids)
         targets = torch.full_like(ids, IGNORED)
         targets[:-1] = ids[1:]
         targets[chunk_size - 1 :: chunk_size] = IGNORED
@@ -158,8 +165,8 @@ class Sample:
 
     @classmethod
     def document(cls, input_ids: Tensor, chunk_size: int) -> Sample:
-        """Our protocol: every token but the document's first is scored exactly once; the loss is
-        their mean NLL.
+        """Our protocol. Every token except the document's first is scored exactly once; the loss
+        is their mean NLL.
 
             ids 0..9, chunk_size 4 -> reads [0 1 2 3] scores 1 2 3 4, 1/9 each
                                     | reads [4 5 6 7] scores 5 6 7 8, 1/9 each
@@ -167,35 +174,35 @@ class Sample:
 
         Token 4 is predicted from chunk 0, whose last token is 3.
         """
-        return cls.beacon(input_ids, flat(input_ids), chunk_size)
+        return cls.beacon(input_ids, flatten_ids(input_ids), chunk_size)
 
     @classmethod
     def later(cls, input_ids: Tensor, chunk_size: int) -> Sample:
-        """As `document`, without the tokens that no memory is read for: those of the first
-        chunk, and the one behind it, which its last token predicts.
+        """As `document`, without the tokens that are predicted without memory: those of the first
+        chunk, and the next one, which the chunk's last token predicts.
 
             ids 0..9, chunk_size 4 -> reads [0 1 2 3] scores nothing
                                     | reads [4 5 6 7] scores 5 6 7 8, 1/5 each
                                     | reads [8 9] scores 9, 1/5
         """
-        labels = flat(input_ids).clone()
+        labels = flatten_ids(input_ids).clone()
         labels[: chunk_size + 1] = IGNORED
         return cls.beacon(input_ids, labels, chunk_size)
 
     @classmethod
     def beacon(cls, input_ids: Tensor, labels: Tensor, chunk_size: int) -> Sample:
-        """Pre-tokenised with labels (Activation Beacon, Zhang et al. 2024): labels [T], not
-        shifted, -100 where not scored, are shifted over the whole document; the loss is the mean
-        NLL over the document's scored tokens.
+        """A tokenised document with labels (Activation Beacon, Zhang et al. 2024). The labels [T]
+        are not shifted, and -100 for tokens that are not scored. The loss is the mean NLL of the
+        document's scored tokens.
 
             ids 0..5, labels -100 -100 -100 -100 4 5, chunk_size 4
             -> reads [0 1 2 3] scores 4, 1/2
              | reads [4 5] scores 5, 1/2
         """
-        ids, labels = flat(input_ids), flat(labels)
+        ids, labels = flatten_ids(input_ids), flatten_ids(labels)
         if len(ids) != len(labels):
             raise ValueError(
-                f"a sample needs one label a token, found {len(ids)} tokens and {len(labels)} "
+                f"a sample needs one label per token, found {len(ids)} tokens and {len(labels)} "
                 "labels"
             )
         targets = torch.full_like(ids, IGNORED)
@@ -213,10 +220,9 @@ class Sample:
         train_prompt: bool = False,
         truncation: int | None = None,
     ) -> Sample:
-        """Prompt, then response; the response is scored (with `train_prompt` the prompt too),
-        but nothing in chunk 0, which reads no memory. The loss is the mean NLL of the scored
-        tokens. A prompt that makes the sample longer than `truncation` tokens keeps its two
-        ends.
+        """A prompt and its response. The response is scored, and with `train_prompt` the prompt
+        too, but no token of chunk 0, which reads no memory. The loss is the mean NLL of the scored
+        tokens. If the sample is longer than `truncation` tokens, the prompt loses its middle.
 
             prompt 0 1 2 3 4, response 5 6, chunk_size 4
             -> reads [0 1 2 3] scores nothing
@@ -226,13 +232,15 @@ class Sample:
         """
         prompt, response = (torch.as_tensor(side).cpu().flatten() for side in (prompt, response))
         if truncation is not None and len(prompt) + len(response) > truncation:
-            room = truncation - len(response)
-            if room < 1:
+            length = truncation - len(response)  # of the prompt
+            if length < 1:
                 raise ValueError(
                     f"the response has {len(response)} tokens, truncation {truncation} leaves no "
-                    "room for a prompt"
+                    "tokens for a prompt"
                 )
-            prompt = torch.cat([prompt[: room // 2], prompt[len(prompt) - (room - room // 2) :]])
+            prompt = torch.cat(
+                [prompt[: length // 2], prompt[len(prompt) - (length - length // 2) :]]
+            )
         ids = torch.cat([prompt, response])
         labels = ids.clone()
         if not train_prompt:
@@ -241,24 +249,24 @@ class Sample:
         return cls.beacon(ids, labels, chunk_size)
 
     def distilled(self, kl_weight: float = 1.0) -> Sample:
-        """The same document and scored tokens, taught by the base reading all of it raw: row t's
-        token i has the teacher's prediction at the same place of the document."""
+        """Add a teacher: the base, which reads the whole document raw. The target distribution of a
+        token is the teacher's prediction at the same position of the document."""
         text = torch.cat([row.input_ids for row in self.rows])
         rows = tuple(replace(row, teacher=(0, row.start)) for row in self.rows)
         return replace(self, rows=rows, teachers=(text,), kl_weight=kl_weight)
 
     @classmethod
     def memory_utilization(cls, context: Tensor, probe: Tensor, chunk_size: int) -> Sample:
-        """The context's complete chunks are compressed; a probe of random tokens (at most a
-        chunk) then shows whether memory moves the predictions as the raw context does: mean
-        KL(teacher || student) over the probe, whose teacher reads the same chunks raw in front
-        of it. Raises ValueError without a complete chunk or with a longer probe.
+        """Measure whether memory changes predictions as the raw context does. The context's
+        complete chunks are compressed, and a probe of random tokens (at most a chunk) is decoded.
+        The loss is the mean KL(teacher || student) over the probe; the teacher reads the same
+        chunks raw before it. Raises ValueError without a complete chunk or for a longer probe.
 
             context 0..9, probe 60 61 62, chunk_size 4
             -> compresses [0 1 2 3] [4 5 6 7]
              | reads [60 61 62], scored at 60 and 61 against a teacher that reads 0..7 60 61 62
         """
-        context, probe = flat(context), flat(probe)
+        context, probe = flatten_ids(context), flatten_ids(probe)
         chunks = context[: len(context) // chunk_size * chunk_size].view(-1, chunk_size)
         if not len(chunks) or len(probe) > chunk_size:
             raise ValueError(
@@ -278,29 +286,31 @@ class Sample:
     def questions(
         cls,
         context: Tensor,
-        asked: Sequence[tuple[Tensor, Tensor]],
+        pairs: Sequence[tuple[Tensor, Tensor]],
         chunk_size: int,
         kl_weight: float = 0.0,
     ) -> Sample:
-        """News question answering: the context's complete chunks are compressed once; each
-        (question, answer) is then asked of a copy of that memory, none seeing the others; the
-        answers are scored, every one's mean loss, summed. A question that does not fit a chunk
-        with its answer loses its start. With kl_weight the teacher reads the same context raw.
-        Raises ValueError without a complete chunk, or for an answer that fills a chunk.
+        """News question answering. The context's complete chunks are compressed once; each pair of
+        question and answer is a separate row that reads all memories. The loss is the sum over
+        answers of their mean NLL. A question that does not fit a chunk with its answer loses its
+        start. With kl_weight the teacher reads the same context raw. Raises ValueError without a
+        complete chunk, or for an answer that fills a chunk.
 
-            context 0..7, asked (20 21, 22 23), chunk_size 4
+            context 0..7, pairs (20 21, 22 23), chunk_size 4
             -> compresses [0 1 2 3] [4 5 6 7]
              | reads [20 21 22 23] scores 22 23, 1/2 each
         """
-        chunks = flat(context)[: len(flat(context)) // chunk_size * chunk_size].view(-1, chunk_size)
+        chunks = flatten_ids(context)[: len(flatten_ids(context)) // chunk_size * chunk_size].view(
+            -1, chunk_size
+        )
         if not len(chunks):
             raise ValueError(
                 f"news question answering needs a complete chunk of {chunk_size} tokens, found "
-                f"{len(flat(context))}"
+                f"{len(context)}"
             )
         rows: list[Row] = []
         teachers: list[Tensor] = []
-        for question, answer in asked:
+        for question, answer in pairs:
             if len(answer) >= chunk_size or not len(answer):
                 raise ValueError(
                     f"an answer must have 1 to {chunk_size - 1} tokens, to fit a chunk; found "
@@ -329,24 +339,23 @@ class Sample:
 
     @classmethod
     def copy(cls, input_ids: Tensor, chunk_size: int) -> Sample:
-        """Auto-encoding (paper Table 1) and longdata copy: all complete chunks are compressed,
-        then each is reproduced from all memories, given its true tokens so far. The first chunk
-        starts with the `repeat_token` embedding, a later one with the last token of the chunk
-        before. The loss is every chunk's mean NLL, summed. Raises ValueError if no chunk is
-        full.
+        """Auto encoding (paper Table 1) and longdata copy. All complete chunks are compressed; then
+        each is reproduced from all memories and its previous true tokens. The first chunk starts
+        with the `repeat_token` embedding, later chunks with the last token of the previous chunk.
+        The loss is the sum of the chunks' mean NLL. Raises ValueError without a complete chunk.
 
             ids 0..9, chunk_size 4 -> compresses [0 1 2 3] [4 5 6 7]
                                     | reads [repeat 0 1 2] scores 0 1 2 3, 1/4 each
                                     | reads [3 4 5 6] scores 4 5 6 7, 1/4 each
         """
-        ids = flat(input_ids)
+        ids = flatten_ids(input_ids)
         chunks = ids[: len(ids) // chunk_size * chunk_size].view(-1, chunk_size)
         if not len(chunks):
             raise ValueError(
                 f"copying needs a complete chunk of {chunk_size} tokens, found {len(ids)} tokens"
             )
         weights = torch.full((chunk_size,), 1 / chunk_size, dtype=torch.float64)
-        fed = torch.cat([ids[:1], ids])  # its first token only holds the place of the repeat token
+        fed = torch.cat([ids[:1], ids])  # the repeat token replaces the first one
         rows = tuple(
             Row(
                 fed[start : start + chunk_size],
@@ -362,8 +371,8 @@ class Sample:
 
     @classmethod
     def _cut(cls, ids: Tensor, targets: Tensor, weights: Tensor, chunk_size: int) -> Sample:
-        """Row t reads the memories of chunks 0 .. t-1; the last chunk's memory would have no
-        reader."""
+        """Cut a document into rows, of which row t reads the memories of chunks 0 .. t-1. The last
+        chunk is not compressed, since no row would read its memory."""
         parts = zip(
             ids.split(chunk_size), targets.split(chunk_size), weights.split(chunk_size), strict=True
         )
@@ -373,8 +382,8 @@ class Sample:
         return cls(ids[: (len(rows) - 1) * chunk_size].view(-1, chunk_size), rows)
 
 
-def flat(ids: Tensor) -> Tensor:
-    """[T] or [1, T] -> [T], on the CPU. Raises ValueError for anything else, and for an empty
+def flatten_ids(ids: Tensor) -> Tensor:
+    """Convert [T] or [1, T] to [T] on the CPU. Raises ValueError for other shapes and for an empty
     document."""
     ids = torch.as_tensor(ids).cpu()
     ids = ids[0] if ids.dim() == 2 and len(ids) == 1 else ids

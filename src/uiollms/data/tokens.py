@@ -1,10 +1,10 @@
-"""Text -> token ids, the same everywhere: whole texts are read as one and cut afterwards.
+"""Tokenise texts, prompts with responses, and continuations of other text.
 
-Many tokenizers do something at the ends of whatever they are given: Llama 2's puts a space in
-front, most begin with BOS, some end with EOS. All that belongs to a document, not to a piece of
-one. So a document starts with what the tokenizer writes in front of a text; nothing ends with
-EOS unless its task says so; a prompt and its response are tokenised as one text; and what goes
-on from other text is tokenised as it stands there.
+Many tokenizers add something at the ends of a text: Llama 2's adds a space before it, most add
+BOS, some add EOS. These additions belong to a document and not to a part of one. Therefore a text
+is tokenised as a whole and cut afterwards. A document starts with the tokenizer's prefix and ends
+with EOS only if its task needs it. A prompt and its response are tokenised as one text. Text that
+continues other text is tokenised as it would be after that text.
 
 Shapes: T tokens of a text.
 """
@@ -17,60 +17,66 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LONGEST_TOKEN = 16  # characters of a text read a token, where a number of tokens is to be filled
+# Characters of text that are tokenised for each needed token; hardly any token has more.
+LONGEST_TOKEN = 16
 
-# Text that others are tokenised behind. A tokenizer may join one of them to what follows (two line
-# breaks, two letters), hardly both.
+# Texts after which a continuation is tokenised. A tokenizer may merge one of them with the text
+# that follows (two line breaks, two letters), but hardly both.
 ANCHORS = ("\n", "a")
 
 
+def call_tokenizer(tokenizer: Any, text: str | list[str], special_tokens: bool) -> Any:
+    """Call the tokenizer; all of this package's calls are here. `verbose` is off because it warns
+    of texts that are longer than the base's positions, for which memory exists."""
+    return tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"]
+
+
 def plain_ids(tokenizer: Any, text: str) -> list[int]:
-    """[T], with nothing in front or behind; the warning about length is off: memory is there for
-    that."""
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    """Tokenise a text without special tokens: [T]."""
+    return list(call_tokenizer(tokenizer, text, special_tokens=False))
 
 
-def first_ids(tokenizer: Any) -> list[int]:
-    """What the tokenizer writes in front of every text: BOS, or nothing."""
-    whole = list(tokenizer("a", verbose=False)["input_ids"])
+def prefix_ids(tokenizer: Any) -> list[int]:
+    """The tokens that the tokenizer adds before every text: BOS, or none."""
+    whole = list(call_tokenizer(tokenizer, "a", special_tokens=True))
     text = plain_ids(tokenizer, "a")
-    places = range(len(whole) - len(text) + 1)
-    start = next((i for i in places if text and whole[i : i + len(text)] == text), 0)
+    starts = range(len(whole) - len(text) + 1)
+    start = next((i for i in starts if text and whole[i : i + len(text)] == text), 0)
     return whole[:start]
 
 
 def document_ids(tokenizer: Any, text: str) -> list[int]:
-    """[T], from BOS, if the tokenizer writes one, to the text's last token."""
-    return first_ids(tokenizer) + plain_ids(tokenizer, text)
+    """Tokenise a document: [T], from BOS, if the tokenizer adds one, to the text's last token."""
+    return prefix_ids(tokenizer) + plain_ids(tokenizer, text)
 
 
 def batch_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """`document_ids` of several documents, tokenised on all cores."""
+    """Tokenise several documents as `document_ids` does, on all cores."""
     if not texts:
         return []
-    first = first_ids(tokenizer)
-    found = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    first = prefix_ids(tokenizer)
+    found = call_tokenizer(tokenizer, list(texts), special_tokens=False)
     return [first + list(ids) for ids in found]
 
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:
-    """`document_ids` as a tensor [T] int64."""
+    """Tokenise a document as `document_ids` does, into a tensor [T] int64."""
     return torch.tensor(document_ids(tokenizer, text), dtype=torch.int64)
 
 
 def tokenize_pair(tokenizer: Any, prompt: str, response: str) -> tuple[Tensor, Tensor]:
-    """A document of a prompt and the response right behind it, tokenised as one -> the tokens of
-    each, int64. A token that holds characters of both is the response's, but for the document's
-    first, which nothing could predict.
+    """Tokenise a document of a prompt and a response as one text, and return the tokens of each,
+    int64. A token with characters of both belongs to the response, unless it is the document's
+    first token, which nothing can predict.
 
     "Answer: ket" + "tle" -> BOS Answer : | _kettle
     """
     ids = document_ids(tokenizer, prompt + response)
-    return split(ids, max(1, common(document_ids(tokenizer, prompt), ids)))
+    return split(ids, max(1, common_prefix_length(document_ids(tokenizer, prompt), ids)))
 
 
 def continuation_ids(tokenizer: Any, text: str) -> list[int]:
-    """[T] token ids of a text that goes on from another: no BOS, no space that it does not have."""
+    """Tokenise a text that continues another text: [T], without BOS and without an added space."""
     for anchor in ANCHORS:
         before, whole = plain_ids(tokenizer, anchor), plain_ids(tokenizer, anchor + text)
         if whole[: len(before)] == before:
@@ -78,14 +84,14 @@ def continuation_ids(tokenizer: Any, text: str) -> list[int]:
     return plain_ids(tokenizer, text)
 
 
-def continued_pair(tokenizer: Any, prompt: str, response: str) -> tuple[Tensor, Tensor]:
-    """As `tokenize_pair`, for a prompt that goes on from another text."""
+def continuation_pair(tokenizer: Any, prompt: str, response: str) -> tuple[Tensor, Tensor]:
+    """Tokenise a prompt and a response as `tokenize_pair` does, after another text."""
     ids = continuation_ids(tokenizer, prompt + response)
-    return split(ids, common(continuation_ids(tokenizer, prompt), ids))
+    return split(ids, common_prefix_length(continuation_ids(tokenizer, prompt), ids))
 
 
-def common(first: Sequence[int], second: Sequence[int]) -> int:
-    """With how many equal tokens both begin."""
+def common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """The number of equal tokens with which both sequences begin."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 

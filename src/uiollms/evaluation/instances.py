@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from uiollms.config.corpora import COPY_TASKS, RETRIEVAL_TASKS, TEXT_TASKS, TaskEntry
 from uiollms.data import Document, RecallDocument, open_corpus
-from uiollms.data.builder import SampleBuilder, as_task, teaches_memory
-from uiollms.data.documents import Lazy, Task
+from uiollms.data.builder import SampleBuilder, teaches_memory, with_task
+from uiollms.data.documents import LazyCorpus, Task
 from uiollms.data.recall_sample import last_value
-from uiollms.data.retrieval import DEPTHS, trials
+from uiollms.data.retrieval import DEPTHS, make_trials
 from uiollms.data.sample import PROTOCOLS, Sample
 from uiollms.data.tokens import tokenize, tokenize_pair
 from uiollms.files.errors import ConfigError
@@ -81,7 +81,7 @@ def task_instances(
     if task.task_type in RETRIEVAL_TASKS:
         length = task.truncation or model.capacity
         filler, depths = task_documents(task, tokenizer), task.depths or DEPTHS
-        found = trials(
+        found = make_trials(
             task.task_type, filler, tokenizer, length, chunk_size, task.num_instance, depths
         )
         return {None: [Instance((trial.sample,), trial.depth) for trial in found]}
@@ -143,10 +143,10 @@ def task_documents(task: TaskEntry, tokenizer: PreTrainedTokenizerBase) -> Seque
                 f"{task.task_type!r} takes documents for {' or '.join(kinds)}"
             )
         if document.task == PLAIN and task.task_type not in (*TEXT_TASKS, *RETRIEVAL_TASKS):
-            return as_task(document, cast(Task, task.task_type))
+            return with_task(document, cast(Task, task.task_type))
         return document
 
-    return Lazy(len(corpus), read)
+    return LazyCorpus(len(corpus), read)
 
 
 def evaluation_documents(

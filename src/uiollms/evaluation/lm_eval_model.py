@@ -37,7 +37,7 @@ from tqdm import tqdm
 from uiollms.build import load_trained
 from uiollms.config.load import load_env_config
 from uiollms.data.sample import IGNORED, Sample
-from uiollms.data.tokens import common, document_ids, plain_ids
+from uiollms.data.tokens import common_prefix_length, document_ids, plain_ids
 from uiollms.evaluation.scoring import token_losses
 from uiollms.files.errors import ConfigError, shortened
 from uiollms.kernels.devices import to_device
@@ -135,7 +135,7 @@ class HarnessLM(TemplateLM):
         """
         stripped = context.rstrip()
         whole = self.tok_encode(context + continuation)
-        count = common(self.tok_encode(stripped), whole)
+        count = common_prefix_length(self.tok_encode(stripped), whole)
         return whole[:count] or [self.prefix_token_id], whole[count:]
 
     @property

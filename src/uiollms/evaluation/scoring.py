@@ -25,7 +25,7 @@ from torch import Tensor
 
 from uiollms.config.sections import MemoryConfig
 from uiollms.data.limits import check_sample
-from uiollms.data.sample import IGNORED, PROTOCOLS, Row, Sample, flat
+from uiollms.data.sample import IGNORED, PROTOCOLS, Row, Sample, flatten_ids
 from uiollms.kernels.devices import to_device
 from uiollms.kernels.indexing import batched
 from uiollms.kernels.linear_cross_entropy import linear_losses
@@ -86,7 +86,7 @@ def score(
     l = model.memory_config.chunk_size
     sample = PROTOCOLS[protocol](input_ids, l)
     if other is not None:
-        other = flat(other)
+        other = flatten_ids(other)
         other = other[: len(other) // l * l].view(-1, l)
     return Score(token_losses(model, sample, mode, other)[1], scored_positions(sample))
 

@@ -318,7 +318,7 @@ def max_tokens(entry: CorpusEntry, capacity: int, chunk_size: int) -> int:
     if entry.task == "auto encoding":  # a sample is one chunk
         return chunk_size
     # The name of a tokenised corpus contains the number of tokens: beacons sampled.8192.
-    limits = [int(arguments[0] or capacity)] if corpus.tokenized else []
-    if entry.truncation is None and (chunks := corpus.chunks(*arguments)[1]):
+    limits = [int(arguments[0] or capacity)] if corpus.needs_tokenizer else []
+    if entry.truncation is None and (chunks := corpus.chunk_range(*arguments)[1]):
         limits.append(chunks * chunk_size)
     return min(capacity, entry.truncation or capacity, *limits)

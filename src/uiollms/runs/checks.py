@@ -31,7 +31,7 @@ from uiollms.config.load import load_tasks
 from uiollms.config.sections import EnvConfig, MemoryConfig
 from uiollms.data import find_corpus
 from uiollms.data.builder import task_fault
-from uiollms.data.readers.hub import HubDataset, Split
+from uiollms.data.readers.hub import HubDataset, HubSplit
 from uiollms.distributed.device_map import resolved, this_machine
 from uiollms.evaluation.instances import ACCEPTED_KINDS
 from uiollms.files.atomic import make_folder, read_whole, recover, reporting_write_errors
@@ -118,13 +118,13 @@ def examine_data(sources: Sources, path: str | Path, faults: Faults) -> None:
         field, name = corpus_of(entry)
         try:
             corpus, arguments = find_corpus(name)
-            needed = corpus.reads(*arguments)
+            needed = corpus.sources_read(*arguments)
         except ConfigError as error:
             faults.add(f"{path}: {where}.{field}: {error}")
             continue
         for source in needed:
             message = source.missing()
-            if isinstance(source, HubDataset | Split) and source.local_folder() is None:
+            if isinstance(source, HubDataset | HubSplit) and source.local_folder() is None:
                 message = message and (
                     None
                     if hub_reachable()
@@ -132,11 +132,11 @@ def examine_data(sources: Sources, path: str | Path, faults: Faults) -> None:
                 )
             if message:
                 faults.add(f"{path}: {where}.{field}: {message}")
-        if isinstance(entry, CorpusEntry) and entry.task and not corpus.mixed:
-            kind = "synthetic recall" if any(corpus.chunks(*arguments)) else corpus.task
+        if isinstance(entry, CorpusEntry) and entry.task and not corpus.mixed_tasks:
+            kind = "synthetic recall" if any(corpus.chunk_range(*arguments)) else corpus.task
             if fault := task_fault(entry.task, kind):
                 faults.add(f"{path}: {where}.task: corpus {name!r} {fault}")
-        if isinstance(entry, TaskEntry) and not corpus.mixed:
+        if isinstance(entry, TaskEntry) and not corpus.mixed_tasks:
             kinds = ACCEPTED_KINDS.get(entry.task_type, (entry.task_type,))
             if corpus.task not in kinds:
                 faults.add(

@@ -36,7 +36,7 @@ from uiollms.config.corpora import Checked
 from uiollms.config.load import parse
 from uiollms.config.sections import EnvConfig, MemoryConfig
 from uiollms.data.mixture import generator_state
-from uiollms.data.readers.beacons import fingerprint
+from uiollms.data.readers.beacons import tokenizer_fingerprint
 from uiollms.data.stream import SampleStream
 from uiollms.distributed.groups import Group
 from uiollms.files.atomic import (
@@ -251,7 +251,7 @@ def save_state(
         config=config,
         compressor=compressor,
         config_hash=config_hash(config, compressor),
-        tokenizer=fingerprint(state.tokenizer),
+        tokenizer=tokenizer_fingerprint(state.tokenizer),
         environment=environment,
     )
     path = folder / f"step-{state.iteration:08d}"
@@ -336,7 +336,7 @@ def load_state(state: TrainingState, path: Path, record: CheckpointInfo) -> None
     """Put everything of a checkpoint back. Raises ConfigError if it does not fit the model, the
     tokenizer or the data."""
     position = parse(ResumePoint, read_json(path / "rank-0.json"), path / "rank-0.json")
-    if record.tokenizer != fingerprint(state.tokenizer):
+    if record.tokenizer != tokenizer_fingerprint(state.tokenizer):
         raise ConfigError(
             f"{path}: the run's vocabulary was another one: {record.config.model.model_name} has "
             "changed since"

@@ -1,9 +1,9 @@
-"""Facts hidden in real text and asked for some chunks later: the cheapest teacher of retrieval.
+"""Synthetic recall: facts hidden in real text, with questions about them some chunks later. It is
+the cheapest training data for retrieval.
 
-A document is filler text and a list of facts. Where in the filler each fact is stated and where
-it is asked for depends on the size of a chunk, which a corpus does not know:
-uiollms/data/recall_sample.py. All of it is drawn from the document's number and split, so a
-document is the same everywhere.
+A document contains filler text and a list of facts. uiollms/data/recall_sample.py chooses where
+each fact is stated and where its question follows, since that depends on the chunk size. The
+document's number and split determine everything, so a document is the same everywhere.
 
     statement   The harbour of Alma is amber.       lookup["3fa9c"] = 4821
     question    Question: What is Alma's harbour?   assert lookup["3fa9c"] ==
@@ -16,14 +16,14 @@ from __future__ import annotations
 import random
 
 from uiollms.data.corpora.local import LIBRARY, PYTHON, stdlib
-from uiollms.data.documents import Corpus, Document, Fact, Lazy, RecallDocument
-from uiollms.data.registry import corpus
+from uiollms.data.documents import Corpus, Document, Fact, LazyCorpus, RecallDocument
+from uiollms.data.registry import register_corpus
 
-FARTHEST = 8  # chunks from a statement to its question
-DOCUMENTS = 2**17  # of a split
-MOST_FACTS = 128  # of a document; one of few or short chunks has room for the first of them
-FILLER = 64 * 1024  # characters of a document; a longer one begins again
-HELD_OUT = 8  # every so-manieth fact that there is belongs to the test documents alone
+FARTHEST = 8  # largest distance in chunks from a statement to its question
+DOCUMENTS = 2**17  # in each split
+MOST_FACTS = 128  # per document; a document of few or short chunks contains only the first ones
+FILLER = 64 * 1024  # characters of filler text, which longer documents repeat
+HELD_OUT = 8  # one in so many of all possible facts occurs in test documents only
 
 THINGS = """
     number code colour price address password owner author teacher capital weight height age name
@@ -53,18 +53,19 @@ KEY_FORMS = (
 )
 
 
-@corpus(
+@register_corpus(
     "recall.{facts,keys}[.{train,test}][.CHUNKS]",
     rf"recall\.(facts|keys)(?:\.(train|test))?(?:\.([1-{FARTHEST}]))?",
     task="question answering",
-    needs=[LIBRARY],
-    chunks=lambda kind, split, distance: (int(distance or 1) + 1, FARTHEST + 1),
+    sources=[LIBRARY],
+    chunk_range=lambda kind, split, distance: (int(distance or 1) + 1, FARTHEST + 1),
     version=lambda *arguments: PYTHON,
 )
 def recall(kind: str, split: str | None, distance: str | None) -> Corpus:
-    """Statements about people (facts), or keys and their values (keys), in Python sources of the
-    same split; without one `train`. Each is asked for CHUNKS chunks later, 1 to 8; without the
-    number a distance drawn for each. No fact or file of a test document is in a training one."""
+    """Statements about people (facts), or keys with values (keys), hidden in Python sources of the
+    same split (`train` by default). The question follows CHUNKS chunks later, 1 to 8; without
+    that number every fact has a random distance. Training and test documents have no fact and no
+    file in common."""
     split = split or "train"
     sources = stdlib(split, None)
     chunks = int(distance) if distance else None
@@ -75,7 +76,7 @@ def recall(kind: str, split: str | None, distance: str | None) -> Corpus:
         text = Document(filler_text(sources, rng), name)
         return with_facts(text, kind, rng, split == "test", chunks)
 
-    return Lazy(DOCUMENTS, read)
+    return LazyCorpus(DOCUMENTS, read)
 
 
 def with_facts(
@@ -85,9 +86,12 @@ def with_facts(
     held_out: bool = False,
     distance: int | None = None,
 ) -> RecallDocument:
-    """A text with facts of a kind, "facts" or "keys", to be hidden in it. held_out: facts that no
-    other document has; distance: chunks from statement to question, None: drawn for each."""
-    drawn = drawn_facts(rng, held_out) if kind == "facts" else drawn_keys(rng, held_out)
+    """Add random facts of a kind, "facts" or "keys", to a text.
+
+    held_out: use facts that occur in test documents only; distance: chunks from statement to
+    question, None for a random distance of each fact.
+    """
+    drawn = draw_facts(rng, held_out) if kind == "facts" else draw_keys(rng, held_out)
     return RecallDocument(
         document.text,
         document.source,
@@ -99,19 +103,20 @@ def with_facts(
 
 
 def filler_text(sources: Corpus, rng: random.Random) -> str:
-    """FILLER characters, from a random line of a random document on and of those behind it."""
-    place = rng.randrange(len(sources))
-    text = sources[place].text
+    """Return FILLER characters that start at a random line of a random document and continue with
+    the documents after it."""
+    first = rng.randrange(len(sources))
+    text = sources[first].text
     text = text[text.find("\n", rng.randrange(len(text))) + 1 :]
     for step in range(1, len(sources)):
         if len(text) >= FILLER:
             break
-        text += "\n" + sources[(place + step) % len(sources)].text
+        text += "\n" + sources[(first + step) % len(sources)].text
     return text[:FILLER]
 
 
-def drawn_facts(rng: random.Random, held_out: bool) -> list[Fact]:
-    """Of each thing of a person at most one."""
+def draw_facts(rng: random.Random, held_out: bool) -> list[Fact]:
+    """Draw facts about people, at most one for each thing of a person."""
     pairs = [
         (thing, person)
         for i, thing in enumerate(THINGS)
@@ -122,22 +127,23 @@ def drawn_facts(rng: random.Random, held_out: bool) -> list[Fact]:
     for thing, person in rng.sample(pairs, MOST_FACTS):
         number = rng.choice((rng.randrange(10, 100), rng.randrange(10_000, 100_000)))
         value = rng.choice((str(number), rng.choice(VALUES)))
-        facts.append(fact(rng.choice(FORMS), value, thing=thing, person=person))
+        facts.append(make_fact(rng.choice(FORMS), value, thing=thing, person=person))
     return facts
 
 
-def drawn_keys(rng: random.Random, held_out: bool) -> list[Fact]:
-    """Keys of five hexadecimal digits and values of four digits, no key twice."""
+def draw_keys(rng: random.Random, held_out: bool) -> list[Fact]:
+    """Draw distinct keys of five hexadecimal digits and values of four digits."""
     keys = range(0, 16**5, HELD_OUT) if held_out else range(16**5)
-    wanted = [k for k in rng.sample(keys, 2 * MOST_FACTS) if (k % HELD_OUT == 0) == held_out]
+    allowed = [k for k in rng.sample(keys, 2 * MOST_FACTS) if (k % HELD_OUT == 0) == held_out]
     facts = []
-    for key in wanted[:MOST_FACTS]:
+    for key in allowed[:MOST_FACTS]:
         value = str(rng.randrange(1000, 10_000))
-        facts.append(fact(rng.choice(KEY_FORMS), value, key=f"{key:05x}"))
+        facts.append(make_fact(rng.choice(KEY_FORMS), value, key=f"{key:05x}"))
     return facts
 
 
-def fact(form: tuple[str, str], value: str, **names: str) -> Fact:
+def make_fact(form: tuple[str, str], value: str, **names: str) -> Fact:
+    """Fill the templates of a statement and a question."""
     statement, question = form
     stated = statement.format(value=f" {value}", **names)
     return Fact(f"\n{stated}\n", f"\n{question.format(**names)}", f" {value}")

@@ -1,1 +1,1 @@
-"""Where documents come from: JSON lines, hub datasets, tokenised beacon samples."""
+"""Readers of documents: JSON lines, hub datasets and tokenised beacon samples."""

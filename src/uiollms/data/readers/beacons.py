@@ -1,8 +1,8 @@
-"""Tokenised samples as Activation Beacon (Zhang et al. 2024) makes them: cut to a number of
-tokens, and chosen by it.
+"""Tokenised samples as Activation Beacon (Zhang et al. 2024) makes them: documents are chosen by
+their number of tokens and cut to a maximum.
 
-To choose them, both files are tokenised once; which documents were chosen is kept in the cache
-(see paths.py) for each state of the file, tokenizer and max_length. After that a sample is
+The choice tokenises both files once. The numbers of the chosen documents are stored in the cache
+folder (files/folders.py) for each state of the file, tokenizer and max_length. Later a sample is
 tokenised when it is read.
 """
 
@@ -18,35 +18,37 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from uiollms.data.documents import Corpus, Document, Lazy, TokenDocument
-from uiollms.data.readers.json_lines import state_of
-from uiollms.data.tokens import batch_ids, common
+from uiollms.data.documents import Corpus, Document, LazyCorpus, TokenDocument
+from uiollms.data.readers.json_lines import file_state
+from uiollms.data.tokens import batch_ids, common_prefix_length
 from uiollms.files.atomic import atomic_file, make_folder
 from uiollms.files.errors import ConfigError
 from uiollms.files.folders import cache_dir
 
 SHORTEST = 1200  # tokens
-MOST = 200_000  # samples a file
+MOST = 200_000  # samples per file
 SEED = 42
-CHARACTERS = 5  # of a text for each token of max_length; what lies behind them is not tokenised
+CHARACTERS = 5  # of a text per token of max_length; the text after them is not tokenised
 SEPARATORS = (" ", "\n", "\n\n")
-RULES = 2  # of what is chosen, of all above; a choice made by others is not taken from the cache
+RULES = 2  # version of the rules above; choices under other versions are not used from the cache
 BATCH = 64  # documents tokenised at once, on all cores
 IGNORED = -100
 
 Tokens = tuple[tuple[int, ...], tuple[int, ...]]  # (input_ids [T], labels [T])
 
 
-def fit(
+def fit_tokens(
     prompt: Sequence[int], response: Sequence[int] | None, eos: int | None, max_length: int
 ) -> Tokens | None:
-    """Token ids and labels of a sample of at most max_length tokens, or None if it has fewer
-    than 1,200, or a response that leaves no room for a prompt.
+    """Build the token ids and labels of a sample of at most max_length tokens. Returns None if it
+    has fewer than 1,200 tokens, or if the response leaves no tokens for the prompt.
 
-    Text: the first max_length tokens, all of them labels. Question answering: the response and
-    its EOS are; a prompt that is too long loses its middle, the first half of the room (rounded
-    down) keeps its start. max_length 8 (and no lower limit), prompt 1 2 3 4 5 6 7 8 9, response
-    20 21, EOS 0 -> ids 1 2 7 8 9 20 21 0, labels -100 -100 -100 -100 -100 20 21 0
+    Plain text keeps its first max_length tokens, all of which are labels. In question answering
+    only the response and its EOS are labels. A prompt that is too long loses its middle; half of
+    the remaining tokens (rounded down) are from its start.
+
+    max_length 8 (without the lower limit), prompt 1 2 3 4 5 6 7 8 9, response 20 21, EOS 0
+    -> ids 1 2 7 8 9 20 21 0, labels -100 -100 -100 -100 -100 20 21 0
     """
     if response is None:
         ids = tuple(prompt[:max_length])
@@ -54,26 +56,26 @@ def fit(
     if eos is None:
         raise ConfigError("beacons sampled: the tokenizer has no EOS token to end a response with")
     answer = (*response, eos)
-    room = max_length - len(answer)
-    if room < 1:
+    length = max_length - len(answer)  # of the prompt
+    if length < 1:
         return None
-    if len(prompt) > room:
-        prompt = (*prompt[: room // 2], *prompt[len(prompt) - (room - room // 2) :])
+    if len(prompt) > length:
+        prompt = (*prompt[: length // 2], *prompt[len(prompt) - (length - length // 2) :])
     ids = (*prompt, *answer)
     return (ids, (IGNORED,) * len(prompt) + answer) if len(ids) >= SHORTEST else None
 
 
 def separator(number: int) -> str:
-    """What stands between input and output of a file's document of that number: one of three at
-    random, the same at every reading."""
+    """The text between input and output of a document: one of three, which the document's number
+    determines."""
     return random.Random(f"{SEED} {number}").choice(SEPARATORS)
 
 
-def tokens_of(
+def tokenize_documents(
     documents: Corpus, numbers: Sequence[int], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[tuple[Document, Tokens | None]]:
-    """The documents of those numbers, and the samples that they make: a text of its first
-    5 * max_length characters, input and output as one text."""
+    """Return the documents with the given numbers, and the sample of each. Plain text is tokenised
+    up to 5 * max_length characters, input and output as one text."""
     found = [documents[i] for i in numbers]
     prompts, texts = [], []
     for i, document in zip(numbers, found, strict=True):
@@ -82,32 +84,32 @@ def tokens_of(
             prompt = document.text.strip() + separator(i)
         prompts.append(prompt)
         texts.append(prompt + (document.response or "").strip())
-    asked = [n for n, document in enumerate(found) if document.response is not None]
+    answered = [n for n, document in enumerate(found) if document.response is not None]
     ids = batch_ids(tokenizer, texts)
-    heads = dict(zip(asked, batch_ids(tokenizer, [prompts[n] for n in asked]), strict=True))
+    heads = dict(zip(answered, batch_ids(tokenizer, [prompts[n] for n in answered]), strict=True))
     samples = []
     for n, document in enumerate(found):
-        count = len(ids[n]) if n not in heads else max(1, common(heads[n], ids[n]))
+        count = len(ids[n]) if n not in heads else max(1, common_prefix_length(heads[n], ids[n]))
         response = ids[n][count:] if n in heads else None
         samples.append(
-            (document, fit(ids[n][:count], response, tokenizer.eos_token_id, max_length))
+            (document, fit_tokens(ids[n][:count], response, tokenizer.eos_token_id, max_length))
         )
     return samples
 
 
-def sampled(
+def sampled_corpus(
     documents: Corpus,
     path: Path,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     kl_weight: float,
 ) -> Corpus:
-    """The documents of one file (`path`, for the cache) that fit, at most 200,000, in an order
-    drawn with seed 42."""
-    kept = chosen(documents, path, tokenizer, max_length)
+    """The suitable documents of one file, at most 200,000, in a random order of seed 42. `path` is
+    the file, for the cache."""
+    kept = load_choice(documents, path, tokenizer, max_length)
 
     def read(i: int) -> Document:
-        ((document, tokens),) = tokens_of(documents, [kept[i]], tokenizer, max_length)
+        ((document, tokens),) = tokenize_documents(documents, [kept[i]], tokenizer, max_length)
         if tokens is None:
             raise ConfigError(
                 f"{document.source}: has changed since it was chosen; start the run again"
@@ -122,19 +124,20 @@ def sampled(
             labels=tokens[1],
         )
 
-    return Lazy(len(kept), read)
+    return LazyCorpus(len(kept), read)
 
 
-def chosen(
+def load_choice(
     documents: Corpus, path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Sequence[int]:
-    """Numbers of the chosen documents, from the cache if they are there."""
-    key = f"{state_of(path)} {fingerprint(tokenizer)} {SHORTEST} {max_length} {MOST} {SEED} {RULES}"
+    """Return the numbers of the chosen documents, from the cache if it contains them."""
+    state = f"{file_state(path)} {tokenizer_fingerprint(tokenizer)}"
+    key = f"{state} {SHORTEST} {max_length} {MOST} {SEED} {RULES}"
     kept = (
         cache_dir() / "beacons" / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
     )
     if not kept.exists():
-        numbers = choose(
+        numbers = choose_documents(
             documents, tokenizer, max_length, f"choosing samples of {path.name} (once)"
         )
         make_folder(kept.parent)
@@ -143,7 +146,7 @@ def chosen(
     return [int(number) for number in np.load(kept)]
 
 
-def choose(
+def choose_documents(
     documents: Corpus, tokenizer: PreTrainedTokenizerBase, max_length: int, title: str
 ) -> array[int]:
     order = array("q", range(len(documents)))
@@ -153,15 +156,15 @@ def choose(
         range(0, len(order), BATCH), desc=title, unit_scale=BATCH, unit="doc", disable=None
     ):
         numbers = order[start : start + BATCH]
-        samples = tokens_of(documents, numbers, tokenizer, max_length)
+        samples = tokenize_documents(documents, numbers, tokenizer, max_length)
         kept.extend(i for i, (_, tokens) in zip(numbers, samples, strict=True) if tokens)
         if len(kept) >= MOST:
             return kept[:MOST]
     return kept
 
 
-def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Tells tokenizers apart by what they do, wherever they were loaded from."""
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of the tokenizer's rules, independent of where it was loaded from."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(f"{rules} {tokenizer.eos_token_id}".encode()).hexdigest()

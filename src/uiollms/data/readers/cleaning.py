@@ -1,5 +1,4 @@
-"""What is done to the text of single corpora: articles out of lines, long repetitions out of
-crawled text."""
+"""Clean the texts of single corpora: join lines to articles, and shorten repetitions."""
 
 from __future__ import annotations
 
@@ -7,7 +6,7 @@ import re
 from array import array
 from collections.abc import Iterable
 
-LONGEST_STRING = 100  # of a repeated string that is looked for: bounds the time a character takes
+LONGEST_STRING = 100  # characters of a repeated string; the limit bounds the time per character
 
 _SIGNS = re.compile(r"([\W_])\1{4,}")
 _STRINGS = re.compile(rf"([^\W_]{{3,{LONGEST_STRING}}}?)\1+")
@@ -16,9 +15,10 @@ _TITLE = re.compile(r"\s*= (?!=).*(?<!=) =\s*")  # " = Title = ", but not " = = 
 
 
 def collapse_repeats(text: str) -> str:
-    """Of 5 or more equal characters that are neither letters nor digits 4 stay; a string of 3 to
-    100 letters and digits that follows itself directly stays once, the shortest such string
-    counting. The released program's rules, but for the 100; time linear in the text's length.
+    """Shorten repetitions. Five or more equal characters that are neither letters nor digits become
+    four. A string of 3 to 100 letters and digits that is repeated directly occurs once afterwards;
+    the shortest such string is used. These are the released program's rules, except for the limit
+    of 100, which makes the time linear in the text's length.
 
     "........ 12" -> ".... 12"      "hahahaha, nonono" -> "haha, nonono"      "1000000" -> "1000"
     """
@@ -26,9 +26,9 @@ def collapse_repeats(text: str) -> str:
 
 
 def article_spans(lines: Iterable[str], longer_than: int = 100) -> tuple[array[int], array[int]]:
-    """Where the bodies of articles start and end in lines of WikiText. An article begins at a
-    level-1 heading, which is left out; as in the released program so are the first article and all
-    whose body has at most `longer_than` characters.
+    """Find the line numbers at which the bodies of articles start and end in WikiText. An article
+    begins after a level-1 heading. As in the released program, the first article and all articles
+    whose bodies have at most `longer_than` characters are left out.
 
     " = Jam = ", "Fruit ...", " = Tea = ", "Leaves ...", " = = History = = ", " = Cup = ", "(stub)"
     -> ([3], [5])

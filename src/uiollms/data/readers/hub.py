@@ -1,9 +1,10 @@
-"""Datasets of the Hugging Face hub, and parquet files: rows read from memory-mapped Arrow.
+"""Read documents from datasets of the Hugging Face hub and from parquet files, through
+memory-mapped Arrow.
 
-A dataset's files come from $UIOLLMS_HUB_DIR/<org>/<name> if that folder exists, else from the
-hub's cache on this machine, else they are downloaded into it; then the `datasets` library turns
-them into Arrow files, once. No program that a dataset brings along is run. The token for gated
-datasets is read from the environment, HF_TOKEN, and from nowhere else.
+A dataset's files come from $UIOLLMS_HUB_DIR/<org>/<name> if that folder exists, else from the hub's
+cache on this machine, into which they are downloaded if they are missing. The `datasets` library
+converts them to Arrow files once. Programs in a dataset's repository are never run. The token for
+gated datasets is read only from the environment variable HF_TOKEN.
 """
 
 from __future__ import annotations
@@ -16,21 +17,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from uiollms.data.documents import Corpus, Lazy
+from uiollms.data.documents import Corpus, LazyCorpus
 from uiollms.data.readers.json_lines import MakeDocument, text_or_qa
 from uiollms.files.errors import ConfigError
 from uiollms.files.folders import hub_dir
 
 SPLITS = ("train", "validation", "test")
-BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}  # by file ending, .gz aside
+BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}  # by file ending without .gz
 
 
 @dataclass(frozen=True)
 class HubDataset:
-    """A dataset of the hub. name: its id; aliases: other ids that $UIOLLMS_HUB_DIR may hold it
-    under; files: a glob of the files of each split, where the dataset's own layout does not say
-    it. Of a dataset whose file names tell the splits apart, only the wanted split is downloaded
-    (of pg19 the test books, without 6 GB of training books)."""
+    """A dataset of the hub.
+
+    name: its id; aliases: other ids under which $UIOLLMS_HUB_DIR may contain it; files: a glob of
+    the files of each split, if the file names do not contain the split. If the names of the files
+    determine the splits, only the files of one split are downloaded (for example the test books of
+    pg19 without 6 GB of training books).
+    """
 
     name: str
     aliases: tuple[str, ...] = ()
@@ -41,9 +45,9 @@ class HubDataset:
             return None
         return f"hub dataset {self.name} is not on this machine; it is downloaded when first used"
 
-    def split(self, name: str) -> Split:
-        """One split as a source of its own."""
-        return Split(self, name)
+    def split(self, name: str) -> HubSplit:
+        """Return one split as a source."""
+        return HubSplit(self, name)
 
     def local_folder(self) -> Path | None:
         root = hub_dir()
@@ -51,7 +55,7 @@ class HubDataset:
         return next((folder for folder in folders if folder.is_dir()), None)
 
     def cached_folder(self) -> Path | None:
-        """The folder of an earlier download, of whatever splits."""
+        """Return the folder of an earlier download of any split, or None."""
         from huggingface_hub.errors import LocalEntryNotFoundError
 
         try:
@@ -60,14 +64,15 @@ class HubDataset:
             return None
 
     def has(self, split: str, folder: Path) -> bool:
-        """Whether the files of a split lie in a folder, as far as their names tell."""
+        """Whether a folder contains the files of a split, judged by their names."""
         return bool(self.paths(split, folder)) or not any(
             self.paths(other, folder) for other in SPLITS
         )
 
     def paths(self, split: str, folder: Path) -> list[str]:
-        """The data files that a split is read from: those of its glob, else those that name it
-        (data/test-00000-of-00001.parquet); none where names do not tell splits apart."""
+        """Return the data files of a split: those that match its glob, else those whose names
+        contain the split (data/test-00000-of-00001.parquet). Returns none if the names of the
+        files do not determine the splits."""
         if self.files:
             found = folder.glob(self.files[split]) if split in self.files else []
             return sorted(str(path) for path in found if path.is_file())
@@ -80,8 +85,8 @@ class HubDataset:
         return [str(path) for path in found if path.is_file() and suffix_of(str(path)) in BUILDERS]
 
     def download(self, split: str) -> Path:
-        """The folder with the files of a split; all of the dataset's where names do not tell
-        them."""
+        """Download the files of a split, or of the whole dataset if the file names do not determine
+        the splits, and return their folder."""
         folder = self.fetch([self.files[split]] if self.files else [f"*{split}*"])
         return folder if self.files or self.paths(split, folder) else self.fetch(None)
 
@@ -92,21 +97,20 @@ class HubDataset:
             self.name,
             repo_type="dataset",
             allow_patterns=patterns,
-            token=os.environ.get("HF_TOKEN")
-            or False,  # False: not even one that a login has left on the disk
+            # False: do not use a token that an earlier login stored on the disk.
+            token=os.environ.get("HF_TOKEN") or False,
             local_files_only=local_files_only,
         )
         return Path(folder)
 
     def load(self, split: str, columns: Sequence[str]) -> Any:
-        """The rows of a split, as a datasets.Dataset of those columns. Raises ConfigError with
-        one line."""
+        """Load the columns of a split as a datasets.Dataset. Raises ConfigError with one line."""
         import datasets
 
         try:
             folder = self.local_folder() or self.download(split)
             if paths := self.paths(split, folder):
-                # The library takes names for globs.
+                # The library interprets names as globs.
                 named = [glob.escape(path) for path in paths]
                 kind = builder_of(paths[0])
                 dataset = datasets.load_dataset(kind, data_files=named, split="train")
@@ -114,26 +118,23 @@ class HubDataset:
                 raise FileNotFoundError(f"no file matches {folder / self.files[split]}")
             else:
                 dataset = datasets.load_dataset(str(folder), split=split)
-        except (
-            Exception
-        ) as error:  # network, disk and file formats fail in a dozen libraries' own ways
+        except Exception as error:  # network, disk and formats raise errors of many libraries
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise ConfigError(
-                f"hub dataset {self.name}, split {split}: cannot be had ({reason}); check the "
-                "network, and HF_TOKEN if the "
-                "dataset is gated, or set UIOLLMS_HUB_DIR to a folder that holds a copy of it as "
-                f"{self.name}"
+                f"hub dataset {self.name}, split {split}: cannot be loaded ({reason}); check the "
+                "network, and HF_TOKEN if the dataset is gated, or set UIOLLMS_HUB_DIR to a folder "
+                f"that contains a copy of it as {self.name}"
             ) from error
-        return with_columns(dataset, columns, f"hub dataset {self.name}, split {split}")
+        return select_columns(dataset, columns, f"hub dataset {self.name}, split {split}")
 
     def rows(self, split: str, columns: Sequence[str], make: MakeDocument) -> Corpus:
-        """The documents of a split, one a row."""
-        return documents_of(self.load(split, columns), f"hub:{self.name}/{split}", make)
+        """Open the documents of a split, one per row."""
+        return dataset_documents(self.load(split, columns), f"hub:{self.name}/{split}", make)
 
 
 @dataclass(frozen=True)
-class Split:
-    """One split of a hub dataset, as a source."""
+class HubSplit:
+    """One split of a hub dataset as a source."""
 
     dataset: HubDataset
     split: str
@@ -150,9 +151,9 @@ class Split:
         folder = local or self.dataset.cached_folder()
         if folder and self.dataset.has(self.split, folder):
             return None
-        if local:  # which nothing is added to
+        if local:  # nothing is downloaded into this folder
             return (
-                f"{local} holds no file of split {self.split} of the hub dataset "
+                f"{local} contains no file of split {self.split} of the hub dataset "
                 f"{self.dataset.name}"
             )
         return (
@@ -172,9 +173,9 @@ def builder_of(path: str) -> str:
     return BUILDERS[suffix]
 
 
-def with_columns(dataset: Any, columns: Sequence[str], source: str) -> Any:
-    """Only those columns, so that reading a row reads nothing else. Raises ConfigError for one
-    that is not there."""
+def select_columns(dataset: Any, columns: Sequence[str], source: str) -> Any:
+    """Select columns, so that reading a row reads only these. Raises ConfigError for a missing
+    column."""
     for column in columns:
         if column not in dataset.column_names:
             raise ConfigError(
@@ -183,24 +184,25 @@ def with_columns(dataset: Any, columns: Sequence[str], source: str) -> Any:
     return dataset.select_columns(list(columns))
 
 
-def documents_of(dataset: Any, source: str, make: MakeDocument) -> Corpus:
+def dataset_documents(dataset: Any, source: str, make: MakeDocument) -> Corpus:
     def read(i: int) -> Any:
         return make(dataset[i], f"{source}: row {i + 1}")
 
-    return Lazy(len(dataset), read)
+    return LazyCorpus(len(dataset), read)
 
 
 def parquet_file(path: str) -> Corpus:
-    """A parquet file with a column `text`, or columns `input` and `output`; or all, with nulls."""
+    """Open a parquet file with a column `text`, or columns `input` and `output`, or all three with
+    nulls."""
     import datasets
 
     try:
         dataset = datasets.load_dataset("parquet", data_files=glob.escape(path), split="train")
-    except Exception as error:  # as above
+    except Exception as error:  # raises errors of many libraries
         raise ConfigError(
             f"{path}: cannot be read as parquet ({' '.join(str(error).split())[:300]})"
         ) from error
     columns = ["input", "output"]
     if "text" in dataset.column_names:
         columns = ["text", *(name for name in columns if name in dataset.column_names)]
-    return documents_of(with_columns(dataset, columns, path), path, text_or_qa)
+    return dataset_documents(select_columns(dataset, columns, path), path, text_or_qa)

@@ -1,10 +1,9 @@
-"""Files -> documents, lazily: JSON lines, JSON lines in .gz, lists inside one big JSON file,
-plain text.
+"""Read documents lazily from files: JSON lines, JSON lines in .gz, lists in one large JSON file,
+and plain text.
 
-Memory: 12 bytes a document (16 in a big JSON file) and the document that is being read. Time:
-opening reads a file once from end to end; after that every document costs one seek. A .gz cannot
-be entered in the middle, so it is unpacked once into the cache (see paths.py), which costs disk
-space of three to five times its size.
+An open file needs 12 bytes of memory per document (16 in a large JSON file). Opening reads the file
+once; after that, reading a document needs one seek. A .gz file does not allow seeks, so it is
+unpacked once into the cache folder (files/folders.py), which needs three to five times its size.
 """
 
 from __future__ import annotations
@@ -23,33 +22,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from uiollms.data.documents import Corpus, Document, Lazy
+from uiollms.data.documents import Corpus, Document, LazyCorpus
 from uiollms.files.atomic import atomic_file, make_folder
 from uiollms.files.errors import ConfigError, shortened
 from uiollms.files.folders import cache_dir, raw_dir
 from uiollms.files.json_files import loads
 from uiollms.files.reading import check_file, decode_utf8, open_file, read_text
 
-MOST_TEXT = 2**30  # bytes of a text, or of a line of JSON: some 250 million tokens
-# Bytes that a .gz may unpack to however small it is, and how often its own size: text hardly
-# shrinks to a fifth, and what shrinks to a thousandth was made to fill disks.
+MOST_TEXT = 2**30  # bytes of a text, or of a line of JSON; about 250 million tokens
+# A .gz file may unpack to so many bytes, or to so many times its size. Text compresses to about a
+# fifth; a file that compresses to a thousandth was made to fill disks.
 MOST_UNPACKED, MOST_GROWTH = 2**30, 200
 Fields = dict[str, Any]
-MakeDocument = Callable[
-    [Fields, str], Document
-]  # (fields, source) -> document; raises ConfigError naming the source
+# (fields, source) -> document; raises ConfigError naming the source
+MakeDocument = Callable[[Fields, str], Document]
 
 
 @dataclass(frozen=True)
 class RawFile:
-    """A file of raw_data/README.md."""
+    """A file that raw_data/README.md describes."""
 
     name: str
 
     def missing(self) -> str | None:
         path = raw_dir() / self.name
         return (
-            None if path.is_file() else f"{path} is missing; raw_data/README.md says how to get it"
+            None
+            if path.is_file()
+            else f"{path} is missing; raw_data/README.md describes how to get it"
         )
 
     def path(self) -> Path:
@@ -58,8 +58,8 @@ class RawFile:
         return raw_dir() / self.name
 
 
-def text_of(fields: Fields, name: str, source: str) -> str:
-    """The text in a field. Raises ConfigError if there is none, or if it is not text that a
+def text_field(fields: Fields, name: str, source: str) -> str:
+    """Return the text of a field. Raises ConfigError if the field is missing or is not text that a
     tokenizer can read."""
     if name not in fields:
         raise ConfigError(
@@ -74,8 +74,8 @@ def text_of(fields: Fields, name: str, source: str) -> str:
 
 
 def check_text(text: str, source: str) -> None:
-    """Raises ConfigError for what no tokenizer can read: JSON can write half of a surrogate pair,
-    and a shell hands on a byte that is no text as one."""
+    """Raise ConfigError for half of a surrogate pair, which no tokenizer can read. It can be in
+    JSON, and a shell passes on bytes that are not text as one."""
     if not text.isascii():
         try:
             text.encode()
@@ -86,18 +86,20 @@ def check_text(text: str, source: str) -> None:
 
 def plain_text(fields: Fields, source: str) -> Document:
     """{"text": ...}"""
-    return Document(text_of(fields, "text", source), source)
+    return Document(text_field(fields, "text", source), source)
 
 
 def input_output(fields: Fields, source: str) -> Document:
     """{"input": ..., "output": ...}"""
-    response = text_of(fields, "output", source)
-    return Document(text_of(fields, "input", source), source, response, task="question answering")
+    response = text_field(fields, "output", source)
+    return Document(
+        text_field(fields, "input", source), source, response, task="question answering"
+    )
 
 
 def text_or_qa(fields: Fields, source: str) -> Document:
-    """{"text": ...} or {"input": ..., "output": ...}; a field that is null is none, as in lines
-    that were written out of a table."""
+    """{"text": ...} or {"input": ..., "output": ...}. A field that is null counts as missing, as in
+    lines that were exported from a table."""
     given = {name for name, value in fields.items() if value is not None}
     if "text" in given:
         return plain_text(fields, source)
@@ -105,19 +107,17 @@ def text_or_qa(fields: Fields, source: str) -> Document:
         return input_output(fields, source)
     nulls = sorted(fields.keys() - given)
     found = f"{shortened(str(sorted(given)))}" + (f", and null {nulls}" if nulls else "")
-    wanted = "expected a field 'text', or fields 'input' and 'output'"
-    raise ConfigError(f"{source}: {wanted}; found {found}")
+    expected = "expected a field 'text', or fields 'input' and 'output'"
+    raise ConfigError(f"{source}: {expected}; found {found}")
 
 
 def json_lines(
     path: str | Path, make: MakeDocument = text_or_qa, limit: int | None = None, shown: str = ""
 ) -> Corpus:
-    """A JSON-lines file, its first `limit` documents, through an index of where its lines start.
-    shown: the name of the file in messages, if not its path."""
-    starts, numbers = (
-        array("q"),
-        array("I"),
-    )  # byte offsets; line numbers, which count blank lines too
+    """Open a JSON-lines file, or its first `limit` documents, through an index of its lines. shown:
+    the name of the file in messages, by default its path."""
+    # Byte offsets, and line numbers, which also count blank lines.
+    starts, numbers = array("q"), array("I")
     with open_file(path) as file:
         position = 0
         for number, line in enumerate(iter(lambda: file.readline(MOST_TEXT + 1), b""), start=1):
@@ -137,23 +137,23 @@ def json_lines(
             source = f"{shown or path}: line {numbers[i]}"
             return make(json_object(file.readline(), source), source)
 
-    return Lazy(len(starts), read)
+    return LazyCorpus(len(starts), read)
 
 
 def json_lines_gz(path: str | Path) -> Corpus:
-    return json_lines(unpacked(path), shown=str(path))
+    return json_lines(unpack(path), shown=str(path))
 
 
 def json_object(data: bytes, source: str) -> Fields:
-    """Raises ConfigError for bytes that are not UTF-8, broken JSON, a key that stands twice in an
-    object, and values that are not objects."""
+    """Parse a JSON object. Raises ConfigError for bytes that are not UTF-8, broken JSON, a key that
+    occurs twice in an object, and values that are not objects."""
     try:
         value = loads(decode_utf8(data, source), source)
     except ConfigError as error:
-        raise ConfigError(str(error).split("\n")[0]) from None  # a document's faults are one line
+        raise ConfigError(str(error).split("\n")[0]) from None  # report one line per document
     except json.JSONDecodeError as error:
         hint = (
-            "; this file is one JSON list, make it lines: jq -c '.[]' FILE"
+            "; this file is one JSON list; convert it to lines with jq -c '.[]' FILE"
             if data.lstrip()[:1] == b"["
             else ""
         )
@@ -164,15 +164,16 @@ def json_object(data: bytes, source: str) -> Fields:
 
 
 def text_file(path: str | Path) -> Corpus:
-    """A corpus of one document, a whole text file."""
-    return Lazy(1, lambda _: Document(read_text(path, MOST_TEXT), str(path)))
+    """Open a text file as a corpus of one document."""
+    return LazyCorpus(1, lambda _: Document(read_text(path, MOST_TEXT), str(path)))
 
 
-def unpacked(path: str | Path) -> Path:
-    """The unpacked copy of a .gz in the cache, made on the first call; a changed file gets a new
-    copy. Raises ConfigError for a damaged one, and one that does not end in sensible time."""
+def unpack(path: str | Path) -> Path:
+    """Return the path of the unpacked copy of a .gz file in the cache folder. The first call writes
+    it; a changed file gets a new copy. Raises ConfigError for a damaged file, and for one that
+    unpacks to far more than its size."""
     check_file(path)
-    state = state_of(path)
+    state = file_state(path)
     most = max(MOST_UNPACKED, MOST_GROWTH * os.path.getsize(path))
     copy = (
         cache_dir()
@@ -196,9 +197,9 @@ def unpacked(path: str | Path) -> Path:
     return copy
 
 
-def state_of(path: str | Path) -> str:
-    """Which file in which state: place, size, time of its last change. Raises ConfigError if
-    there is none."""
+def file_state(path: str | Path) -> str:
+    """Identify a file and its state by path, size and time of the last change. Raises ConfigError
+    if it does not exist."""
     try:
         stat = os.stat(path)
     except OSError as error:
@@ -207,8 +208,8 @@ def state_of(path: str | Path) -> str:
 
 
 def json_list(path: str | Path, key: str, make: MakeDocument) -> Corpus:
-    """The list of objects under a key of one big JSON object, {"train": [{...}, ...], "test":
-    [...]}, through an index of where its elements start and end."""
+    """Open the list of objects under a key of one large JSON object, {"train": [{...}, ...],
+    "test": [...]}, through an index of its elements."""
     starts, ends = element_spans(path, key)
 
     def read(i: int) -> Document:
@@ -222,31 +223,30 @@ def json_list(path: str | Path, key: str, make: MakeDocument) -> Corpus:
             file.seek(starts[i])
             return make(json_object(file.read(ends[i] - starts[i]), source), source)
 
-    return Lazy(len(starts), read)
+    return LazyCorpus(len(starts), read)
 
 
-_MARK = re.compile(
-    rb'"(?:[^"\\]++|\\.)*+"|["{}\[\]]', re.DOTALL
-)  # a whole string, or a quote without end, or a bracket
+# A whole string, a quote that is not closed, or a bracket.
+_MARK = re.compile(rb'"(?:[^"\\]++|\\.)*+"|["{}\[\]]', re.DOTALL)
 
 
 def element_spans(path: str | Path, key: str) -> tuple[array[int], array[int]]:
-    """Byte offsets (starts, ends) of the objects in the list under a key, without parsing them.
+    """Find the byte offsets (starts, ends) of the objects in the list under a key, without parsing
+    them.
 
     {"a": [{"x": 1}], "b": [{"x": 2}, {"x": 3}]}, key "b" -> ([24, 34], [32, 42])
     """
     starts, ends = array("q"), array("q")
     depth, name, names = 0, "", set()
-    for mark, position in marks(path):
+    for mark, position in structure_marks(path):
         if len(mark) > 1:
-            if (
-                depth == 1
-            ):  # a key of the whole object, or a text value, which the next key replaces
+            # At depth 1 a key of the whole object, or a text value, which the next key replaces.
+            if depth == 1:
                 name = mark[1:-1].decode("utf-8", "replace")
             elif depth == 2 and name == key:
                 raise ConfigError(
-                    f"{path}: {key}: byte {position}: expected a list of objects, found a text in "
-                    "it"
+                    f"{path}: {key}: byte {position}: expected a list of objects, found a text "
+                    "in it"
                 )
         elif mark == b'"':
             raise ConfigError(
@@ -273,9 +273,9 @@ def element_spans(path: str | Path, key: str) -> tuple[array[int], array[int]]:
     return starts, ends
 
 
-def marks(path: str | Path) -> Iterator[tuple[bytes, int]]:
-    """What gives a JSON file its structure, each with its place: brackets, and texts (only the
-    short ones that can be keys are copied, the others are b"..")."""
+def structure_marks(path: str | Path) -> Iterator[tuple[bytes, int]]:
+    """Yield the brackets and strings of a JSON file with their byte offsets. Only strings that are
+    short enough for keys are copied; the others are b".." instead."""
     with open_file(path) as file:
         if os.fstat(file.fileno()).st_size == 0:
             raise ConfigError(f"{path}: is empty")
