@@ -15,7 +15,8 @@ import uiollms.model.fingerprint as fingerprints
 from uiollms import ConfigError, Memory, MemoryLM
 from uiollms.distributed.device_map import place
 from uiollms.model.fingerprint import fingerprint
-from uiollms.model.memory import checksum, join
+from uiollms.model.memory import join
+from uiollms.model.memory_file import checksum
 from uiollms.model.state import join_slots
 
 ROUNDING = 1e-12  # float64, a few thousand operations
@@ -288,9 +289,9 @@ def test_a_base_on_disk_is_the_same(tmp_path):
 def test_the_base_is_hashed_once_and_again_where_it_changes(monkeypatch):
     model = make_model()
     hashed = []
-    original = fingerprints.tensor_hash
+    original = fingerprints.hash_tensor
     monkeypatch.setattr(
-        fingerprints, "tensor_hash", lambda t: hashed.append(t.shape) or original(t)
+        fingerprints, "hash_tensor", lambda t: hashed.append(t.shape) or original(t)
     )
     trained = len(model.trainable_parameters())
     memory = model.compress(random_ids(20))
@@ -510,7 +511,7 @@ def test_names_are_kept_and_shown_safely(model, tmp_path, name):
     memory.save(tmp_path / "a.mem")
     (source,) = Memory.load(tmp_path / "a.mem", model).sources
     assert source.name == name.replace("\udcff", "\\udcff")
-    assert source.shown.isprintable() and len(source.shown) < 300
+    assert source.display_name.isprintable() and len(source.display_name) < 300
     other = make_model(seed=1).compress(random_ids(20), source=name)
     with pytest.raises(ConfigError, match="cannot be joined") as error:
         join([memory, other])

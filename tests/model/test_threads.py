@@ -20,7 +20,7 @@ from uiollms import MemoryLM, gradient_step, score
 from uiollms.data.sample import Sample
 from uiollms.distributed.device_map import place
 from uiollms.evaluation.attention_mass import attention_fractions
-from uiollms.model.fingerprint import tensors_hash
+from uiollms.model.fingerprint import hash_tensors
 from uiollms.model.skeleton import make_skeleton
 from uiollms.model.state import KVBuffer
 
@@ -45,10 +45,10 @@ def test_hashing_survives_a_fork():
     thread first works in parallel, which several must not do at once."""
     torch.set_num_threads(torch.get_num_threads())
     tensors = {f"{i}": torch.randn(256, 256) for i in range(64)}
-    expected = tensors_hash(tensors)
+    expected = hash_tensors(tensors)
 
     def hash_again() -> int:
-        return int(tensors_hash(tensors) != expected)
+        return int(hash_tensors(tensors) != expected)
 
     assert [forked(hash_again) for _ in range(40)] == [0] * 40
 

@@ -35,8 +35,8 @@ from uiollms.model.passes import (
     decode_scored,
     empty_prefix,
     encode_and_project_all,
+    scored_teacher_hidden,
     teacher_hidden,
-    teacher_hidden_at,
 )
 from uiollms.model.state import SharedPrefix, supports_in_place
 
@@ -114,7 +114,7 @@ def token_losses(
     teachers = teacher_hidden(model, sample)
     parts = []
     for rows, hidden, targets in scored_hidden(model, sample, mode, other):
-        teacher = teacher_hidden_at(model, teachers, rows) if teachers else None
+        teacher = scored_teacher_hidden(model, teachers, rows) if teachers else None
         losses = linear_losses(hidden, model.base.lm_head, targets, teacher, sample.kl_weight)
         parts.append(losses)
     # This copy is the only point at which the CPU waits for the device.
@@ -146,7 +146,7 @@ def scored_hidden(
         sample = with_raw_texts(sample)
         rows = [row for row in sample.rows if len(row.scored)]
         targets = torch.cat([row.targets[row.scored] for row in rows])
-        hidden = teacher_hidden_at(model, teacher_hidden(model, sample), rows)
+        hidden = scored_teacher_hidden(model, teacher_hidden(model, sample), rows)
         yield rows, hidden, to_device(targets, hidden.device)
         return
     # The model's recent tokens are read in every mode.

@@ -1,8 +1,8 @@
-"""The passes of encoder and decoder over all chunks and rows of a sample, batch by batch, and
-the teacher's.
+"""The passes of encoder, decoder and teacher over all chunks and rows of a sample, batch by batch.
 
-Shapes: N rows, C chunks, B rows of a batch, n chunks of this process, T tokens, m num_memory, M
-= C * m slots, L layers, H key/value heads, K head size, D hidden size.
+Shapes: N rows, N' scored tokens of a batch, C chunks, l chunk_size, n chunks of this process, T
+tokens, T' tokens of a teacher text, m num_memory, M = C * m slots, L layers, H key/value heads, K
+head size, D hidden size.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from uiollms.model.state import KVPrefix, join_slots
 
 
 def empty_prefix(model: MemoryLM) -> KVPrefix:
+    """Returns a prefix without keys and values."""
     layers = range(len(model.base.model.layers))
     return KVPrefix([[] for _ in layers], [[] for _ in layers])
 
@@ -36,14 +37,15 @@ def encode_all(
     with_graph: Sequence[int] = (),
     seeds: Sequence[int] | None = None,
 ) -> tuple[LayerMemory, LayerMemory]:
-    """All chunks [C, l] of a document -> their memories, L detached tensors [C, m, D] (none for
-    C = 0), and those of the chunks `with_graph` once more, with their graph."""
+    """Encodes all chunks [C, l] of a document. Returns their memories, L detached tensors [C, m, D]
+    (none for C = 0), and the memories of the chunks `with_graph` a second time, with their graph.
+    `seeds`, one for each chunk, switch LoRA dropout on."""
     graph: LayerMemory = []
     if not len(chunks):
         return [], graph
     m, size = model.memory_config.num_memory, model.config.hidden_size
-    # Made first and filled in place: what a document keeps does not lie scattered among what its
-    # batches give back.
+    # Allocated before the batches and filled in place, so that these long-lived tensors do not
+    # fragment the memory that the batches free.
     layers = model.base.model.layers
     whole = [
         torch.empty(len(chunks), m, size, dtype=model.dtype, device=layer_device(layer))
@@ -63,9 +65,9 @@ def encode_all(
 
 
 def projection_batch(model: MemoryLM) -> int:
-    """Chunks whose memories are projected in one batch: a quarter as many slots as `chunk_batch`
-    chunks have tokens, which is little beside what the other passes hold. The slots of a chunk
-    alone would make narrow, slow products."""
+    """Returns how many chunks are projected in one batch. They have a quarter as many slots as
+    `chunk_batch` chunks have tokens, which needs little memory compared with the other passes. The
+    slots of a single chunk would make narrow, slow matrix products."""
     config = model.memory_config
     return model.chunk_batch * max(1, config.chunk_size // (4 * config.num_memory))
 
@@ -78,32 +80,37 @@ def project_all(
     seeds: Sequence[int] | None = None,
     chunk_numbers: Sequence[int] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Memories of this process's chunks (without a `division` all), L x [n, m, D] -> keys and
-    values of all chunks', as they stand in front of any later chunk, L x [1, H, M, K].
-    chunk_numbers: the place of every chunk in its document, for several documents."""
+    """Projects the memories of this process's chunks, L x [n, m, D]. Returns the keys and values of
+    all chunks, L x [1, H, M, K] each, as any later chunk reads them.
+
+    division: which chunks are those of this process; without it, all are. seeds: one for each
+    chunk of this process; they switch LoRA dropout on. chunk_numbers: the number of every chunk in
+    its document, if the chunks belong to several documents.
+    """
     if not memory:
         return [], []
     division = division or Division(ALONE, len(memory[0]), ())
-    own = empty_slots(model, len(division.local_chunks))
-    for batch in batched(
-        range(len(division.local_chunks)), max(model.chunks_per_batch, projection_batch(model))
-    ):
-        own_numbers = [division.local_chunks[i] for i in batch]
-        numbers = own_numbers if chunk_numbers is None else [chunk_numbers[c] for c in own_numbers]
+    local_chunks = division.local_chunks
+    local = empty_slots(model, len(local_chunks))
+    batch_size = max(model.chunks_per_batch, projection_batch(model))
+    for batch in batched(range(len(local_chunks)), batch_size):
+        numbers = [local_chunks[i] for i in batch]
+        if chunk_numbers is not None:
+            numbers = [chunk_numbers[c] for c in numbers]
         keys, values = model.project(
             [layer[batch[0] : batch[-1] + 1] for layer in memory],
             numbers,
             select_seeds(seeds, batch),
         )
-        write_rows(own, batch, [*keys, *values])
-    joined = [join_slots(division.gather(part), 1) for part in own]
+        write_rows(local, batch, [*keys, *values])
+    joined = [join_slots(division.gather(part), 1) for part in local]
     return joined[: len(memory)], joined[len(memory) :]
 
 
 @torch.no_grad()
 def encode_and_project_all(model: MemoryLM, chunks: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """All chunks [C, l] of a document -> the keys and values of their memories, L x [1, H, M, K]
-    (none for C = 0), where the memories themselves are not needed any more."""
+    """Encodes and projects all chunks [C, l] of a document. Returns the keys and values of their
+    memories, L x [1, H, M, K] each (none for C = 0), without holding all memories at a time."""
     if not len(chunks):
         return [], []
     whole = empty_slots(model, len(chunks))
@@ -115,8 +122,8 @@ def encode_and_project_all(model: MemoryLM, chunks: Tensor) -> tuple[list[Tensor
 
 
 def empty_slots(model: MemoryLM, count: int) -> list[Tensor]:
-    """Room for the keys, then the values, of `count` chunks: 2L x [count, H, m, K], which
-    `join_slots` need not copy."""
+    """Allocates tensors for the keys, then the values, of `count` chunks: 2L x [count, H, m, K].
+    Their strides allow `join_slots` to return views."""
     layers, heads = model.base.model.layers, model.config.num_key_value_heads
     shape = heads, count, model.memory_config.num_memory, layers[0].self_attn.head_dim
     return [
@@ -127,8 +134,8 @@ def empty_slots(model: MemoryLM, count: int) -> list[Tensor]:
 
 @torch.no_grad()
 def teacher_hidden(model: MemoryLM, sample: Sample) -> list[Tensor]:
-    """The base's normed hidden states [T', D] over every raw teacher text. Raises ValueError
-    past the base's positions."""
+    """Returns the base's normed hidden states [T', D] of every teacher text, read raw. Raises
+    ValueError if a text is longer than the base's positions."""
     check_teacher(model.limits, sample)
     return [model.decode(text[None], empty_prefix(model), [0])[0] for text in sample.teachers]
 
@@ -136,10 +143,12 @@ def teacher_hidden(model: MemoryLM, sample: Sample) -> list[Tensor]:
 def decode_scored(
     model: MemoryLM, sample: Sample, batch: Sequence[int], prefix: AnyPrefix
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A batch of the sample's rows behind `prefix` -> normed hidden states [N', D] of their
-    scored positions, row after row, their targets [N'], both on the LM head's device, and the
-    number within the batch of the row that each belongs to [N']. Shorter rows are padded at
-    their end, where causality hides it."""
+    """Decodes the sample's rows `batch`, which read `prefix`. Shorter rows are padded at their end,
+    which no token sees.
+
+    Returns the normed hidden states [N', D] of the scored tokens, row after row, and their targets
+    [N'], both on the LM head's device, and the index in the batch of each token's row [N'].
+    """
     rows = [sample.rows[t] for t in batch]
     ids = pad_sequence([row.input_ids for row in rows], batch_first=True)
     targets = pad_sequence([row.targets for row in rows], batch_first=True, padding_value=IGNORED)
@@ -147,15 +156,17 @@ def decode_scored(
     repeat = torch.tensor([row.repeat for row in rows]) if any(row.repeat for row in rows) else None
     first_slots = [row.first_memory * model.memory_config.num_memory for row in rows]
     hidden = model.decode(ids, prefix, num_slots, repeat=repeat, first_slots=first_slots)
-    row_of, place = (targets != IGNORED).nonzero(as_tuple=True)
-    picked = hidden[to_device(row_of, hidden.device), to_device(place, hidden.device)]
+    row_of, column = (targets != IGNORED).nonzero(as_tuple=True)
+    scored = hidden[to_device(row_of, hidden.device), to_device(column, hidden.device)]
     device = device_of(model.base.lm_head)
-    return to_device(picked, device), to_device(targets[row_of, place], device), row_of
+    return to_device(scored, device), to_device(targets[row_of, column], device), row_of
 
 
-def teacher_hidden_at(model: MemoryLM, teachers: Sequence[Tensor], rows: Sequence[Row]) -> Tensor:
-    """The teacher's hidden states [N', D] at the rows' scored positions, on the LM head's
-    device."""
+def scored_teacher_hidden(
+    model: MemoryLM, teachers: Sequence[Tensor], rows: Sequence[Row]
+) -> Tensor:
+    """Returns the teacher's hidden states [N', D] at the scored tokens of the rows, on the LM
+    head's device."""
     parts = [
         teachers[row.teacher[0]][to_device(row.scored + row.teacher[1], teachers[0].device)]
         for row in rows
@@ -170,10 +181,13 @@ def decode_rows(
     prefix: AnyPrefix,
     teachers: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A batch of the sample's rows behind `prefix` -> loss and NLL of their scored tokens [N'],
-    row after row, and the number within the batch of the row that each belongs to [N']."""
+    """Decodes the sample's rows `batch`, which read `prefix`. Returns the loss and the NLL, in
+    nats, of their scored tokens [N'], row after row, and the index in the batch of each token's
+    row [N']. teachers: the result of `teacher_hidden`, if the sample is distilled."""
     hidden, targets, row_of = decode_scored(model, sample, batch, prefix)
     teacher = (
-        teacher_hidden_at(model, teachers, [sample.rows[t] for t in batch]) if teachers else None
+        scored_teacher_hidden(model, teachers, [sample.rows[t] for t in batch])
+        if teachers
+        else None
     )
     return *linear_losses(hidden, model.base.lm_head, targets, teacher, sample.kl_weight), row_of
