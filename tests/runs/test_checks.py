@@ -50,7 +50,7 @@ WRONG = {
     "model.model_structure=qwen2": "model.model_structure: 'qwen2', but ",
     'model.device_map={"model":"cpu"}': "model.device_map: no key places 'lm_head'",
     "model.attn_implementation=flash_attention_2": 'model.attn_implementation: "flash_attention_2": ',
-    "train.accum_grad=4": "train.train_iters: 3 documents make no step of 4",
+    "train.accum_grad=4": "train.train_iters: 3 documents are less than one step of 4",
     "train.run_dir=book0.txt/run": "train.run_dir: book0.txt/run: cannot be written (",
     "model.save_ckp=book0.txt": "model.save_ckp: book0.txt: weights would replace it, but it is not a folder",
     "train.corpus.0.name=beacons": "train.corpus[0].name: raw_data/redpajama-sample.json is missing; raw_data/README.md describes how",
@@ -122,7 +122,7 @@ def test_a_dry_run_reports_all_faults_of_what_it_reads(workspace, capsys):
     assert [line.split(": ")[1] for line in lines] == ["train.max_rl", "model.model_structure"]
     assert call("train.py", "--env_conf", "env.json", "--dry_run", "--set=train.accum_grad=4") == 2
     assert capsys.readouterr().err.startswith(
-        "env.json: train.train_iters: 3 documents make no step of 4"
+        "env.json: train.train_iters: 3 documents are less than one step of 4"
     )
 
 

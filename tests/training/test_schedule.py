@@ -90,7 +90,8 @@ def test_a_multiple_is_reached_by_the_first_step_that_passes_it():
 
 def test_too_few_documents_for_one_step():
     with pytest.raises(
-        ConfigError, match="train.train_iters: 7 documents make no step of 8 .* use at least 8"
+        ConfigError,
+        match="train.train_iters: 7 documents are less than one step of 8 .* use at least 8",
     ):
         Schedule(section(train_iters=7, accum_grad=4), 8)
 
@@ -118,7 +119,7 @@ def test_a_run_counts_documents(workspace, capsys):
 
 def test_a_run_that_is_too_short_is_refused_before_the_model_loads(workspace, capsys):
     assert call(*TRAIN, "--set=train.accum_grad=4") == 2
-    assert "3 documents make no step of 4" in capsys.readouterr().err
+    assert "3 documents are less than one step of 4" in capsys.readouterr().err
 
 
 def test_an_evaluation_that_was_missed_is_made_though_a_step_is_smaller_now(workspace):

@@ -28,7 +28,7 @@ from uiollms.planning.planner import make_plan
 from uiollms.reports.curves import stage_starts
 from uiollms.reports.page import stage_words
 from uiollms.training.schedule import Course, Schedule, rate_of_document
-from uiollms.training.weighting import multiplied, relative, weigh_tokens
+from uiollms.training.weighting import normalize_gains, scale_token_weights, weigh_tokens
 
 STAGES = [
     dict(
@@ -114,7 +114,7 @@ def test_a_longer_run_lengthens_its_last_stage_alone():
 
 
 def test_a_stage_without_a_step_is_refused():
-    with pytest.raises(ConfigError, match=r"train.stages\[1\]: of 100 documents .* no step of 8"):
+    with pytest.raises(ConfigError, match=r"train.stages\[1\]: .* of 100 .* less than one step of 8"):
         Schedule(section(train_iters=100, stages=stages(0.5, 0.02, 0.48)), 8)
     with pytest.raises(
         ConfigError, match=r"train.stages\[1\]"
@@ -373,11 +373,13 @@ def test_weights_of_tokens_are_what_raw_context_is_worth(maker):
 
 
 def test_a_document_whose_context_is_worth_nothing_teaches_nothing():
-    assert relative(torch.tensor([-1.0, -0.5])).tolist() == [0, 0]
-    assert relative(torch.tensor([-1.0, 1.0, 3.0])).tolist() == pytest.approx([0, 0.75, 2.25])
+    assert normalize_gains(torch.tensor([-1.0, -0.5])).tolist() == [0, 0]
+    assert normalize_gains(torch.tensor([-1.0, 1.0, 3.0])).tolist() == pytest.approx(
+        [0, 0.75, 2.25]
+    )
     sample = Sample.document(random_ids(20), 8)
     assert teaches_memory(sample)
-    assert not teaches_memory(multiplied(sample, torch.zeros(19, dtype=torch.float64)))
+    assert not teaches_memory(scale_token_weights(sample, torch.zeros(19, dtype=torch.float64)))
 
 
 def test_weighting_is_for_documents_with_a_truncation():

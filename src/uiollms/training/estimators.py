@@ -1,9 +1,10 @@
-"""Gradient estimators: which memory gradients reach the encoder, and with what weight.
+"""Gradient estimators: which gradients at memories reach the encoder, and with what weight.
 
-Loss t reads memories 0 .. t-1. An estimator replaces the exact encoder gradient, the sum over t
-> s of dJ_t/dm_s, by the sum of W[t, s] * dJ_t/dm_s. It is unbiased if E[W[t, s]] = 1 for every s
-< t. Every estimator here is one small class with two methods; a new one is a class and a line in
-`ESTIMATORS` (see CONTRIBUTING.md).
+Loss t reads the memories 0 .. t-1. The exact encoder gradient at memory s is the sum of dJ_t/dm_s
+over all t > s. An estimator replaces it by the sum of W[t, s] * dJ_t/dm_s, where the weight matrix
+W is drawn at random. It is unbiased if E[W[t, s]] = 1 for every s < t. Every estimator is a small
+class with one or two methods. A new one is a class and a line in `ESTIMATORS` (see
+docs/extending.md).
 
 Shapes: N chunks, W [N, N] float64, row = loss, column = memory, zero on and above the diagonal.
 Source: UIO-LLMs section 3.3; reservoir: Vitter 1985, algorithm R; systematic sampling: Madow
@@ -22,18 +23,18 @@ from torch import Tensor
 
 
 class Estimator:
-    """Base class. `weight_matrix` is drawn before anything is computed; `columns` may look at the
-    gradients' norms after the decoder pass and scale whole columns (a column of zeros saves that
-    chunk's encoder backward)."""
+    """The base class. `weight_matrix` is drawn before anything is computed. `columns` is called
+    after the decoder pass; it may read the norms of the gradients and scale whole columns. A
+    column of zeros saves the encoder's backward pass of that chunk."""
 
     def weight_matrix(self, num_chunks: int, rng: random.Random) -> Tensor:
-        """W [N, N] for one document of N chunks."""
+        """Draws W [N, N] for one document of N chunks."""
         raise NotImplementedError
 
     def columns(self, norms: Sequence[float], rng: random.Random) -> list[float] | None:
-        """norms [N]: size of every memory's summed gradient -> factor of every column, or None:
-        leave all as they are. Estimators that do not override this spare the host
-        synchronisation that reading norms costs."""
+        """Returns a factor for every column, given the norms [N] of the memories' summed gradients,
+        or None to leave the columns as they are. Reading norms makes the step wait for the
+        device, so a step reads them only for estimators that override this method."""
         return None
 
     @property
@@ -43,7 +44,8 @@ class Estimator:
 
 @dataclass(frozen=True)
 class Exact(Estimator):
-    """Every gradient, weight 1: no bias, no variance, an encoder backward for every chunk."""
+    """Every gradient with weight 1. There is no bias and no variance, and every chunk is encoded
+    with a graph."""
 
     def weight_matrix(self, num_chunks: int, rng: random.Random) -> Tensor:
         return all_pairs(num_chunks)
@@ -51,8 +53,8 @@ class Exact(Estimator):
 
 @dataclass(frozen=True)
 class TBPTT(Estimator):
-    """Truncated backpropagation through time: loss t reaches the last S memories. Biased: it
-    never sees further."""
+    """Truncated backpropagation through time: loss t reaches the last S memories. It is biased,
+    because it never reaches earlier ones."""
 
     S: int
 
@@ -62,9 +64,10 @@ class TBPTT(Estimator):
 
 @dataclass(frozen=True)
 class UIO(Estimator):
-    """The paper's: loss t reaches the memories in a reservoir of S, a uniform sample of chunks 0
-    .. t-1. `compensate` multiplies by max(1, t / S), the inverse of the probability of being in
-    it; the released program leaves that out and is then biased towards zero by min(1, S / t)."""
+    """The paper's estimator: loss t reaches the memories in a reservoir of size S, a uniform sample
+    of the chunks 0 .. t-1. `compensate` multiplies by max(1, t / S), the inverse of the probability
+    that a chunk is in the reservoir. The released program omits this factor, which biases its
+    gradients towards zero by min(1, S / t)."""
 
     S: int
     compensate: bool = True
@@ -76,12 +79,12 @@ class UIO(Estimator):
 
 @dataclass(frozen=True)
 class Importance(Estimator):
-    """S chunks chosen after the decoder pass, with inclusion probability growing with the norm
-    of their summed memory gradient; all of a chosen chunk's gradients count, times the inverse
-    of that probability. Unbiased; on the released adapter it had half the variance of `UIO` at
-    four encoder backwards, and more at equal S (docs/results.md).
+    """Chooses S chunks after the decoder pass. The probability of a chunk grows with the norm of
+    its summed memory gradient. All gradients of a chosen chunk count, times the inverse of its
+    probability. This is unbiased. On the released adapter its variance was half that of `UIO` at
+    four encoder backward passes, and larger at equal S (docs/results.md).
 
-    floor: share of the probability that is spread evenly, so that no chunk has probability 0.
+    floor: the part of the probability that is spread evenly, so that no chunk has probability 0.
     """
 
     S: int
@@ -97,26 +100,28 @@ class Importance(Estimator):
 
 
 def inclusion_probabilities(norms: Sequence[float], size: int, floor: float) -> list[float]:
-    """pi [N], summing to min(size, N), each in (0, 1]: proportional to (1 - floor) * norm share
-    + floor / N, with what would exceed 1 set to 1 and the rest scaled up again."""
+    """Returns the probabilities pi [N] that chunks are chosen. Each is in (0, 1], and their sum is
+    min(size, N). They are proportional to (1 - floor) * norm / sum(norms) + floor / N, but those
+    that would exceed 1 are set to 1 and the rest is scaled up again."""
     count, total = len(norms), sum(norms)
-    share = [(1 - floor) * (n / total if total else 1 / count) + floor / count for n in norms]
+    portions = [(1 - floor) * (n / total if total else 1 / count) + floor / count for n in norms]
     certain: set[int] = set()
     while True:
-        rest = [i for i in range(count) if i not in certain]
+        uncertain = [i for i in range(count) if i not in certain]
         left = min(size, count) - len(certain)
-        mass = sum(share[i] for i in rest)
-        over = {i for i in rest if left * share[i] >= mass}
+        mass = sum(portions[i] for i in uncertain)
+        over = {i for i in uncertain if left * portions[i] >= mass}
         if not over:
             break
         certain |= over
-    return [1.0 if i in certain else left * share[i] / mass for i in range(count)]
+    return [1.0 if i in certain else left * portions[i] / mass for i in range(count)]
 
 
 def systematic_sample(inclusion: Sequence[float], u: float) -> list[bool]:
-    """One number u in [0, 1) decides: item i, owning the stretch of length pi_i of a line, is
-    chosen if one of the points u, u + 1, u + 2, ... falls on it, which happens with probability
-    pi_i. The sample's size is the sum of the pi_i, up to the rounding of that sum."""
+    """Chooses items with probabilities pi from one random number u in [0, 1). The items are
+    stretches of lengths pi_i, laid end to end on a line. Item i is chosen if one of the points u, u
+    + 1, u + 2, ... is on its stretch, which has probability pi_i. The size of the sample is the
+    sum of the pi_i, except for the rounding of that sum."""
     chosen, end = [], 0.0
     for p in inclusion:
         start, end = end, end + p
@@ -126,26 +131,23 @@ def systematic_sample(inclusion: Sequence[float], u: float) -> list[bool]:
 
 
 def all_pairs(num_chunks: int) -> Tensor:
-    """W of the exact gradient: 1 for every s < t."""
+    """Returns the W of the exact gradient: 1 for every s < t."""
     return torch.ones(num_chunks, num_chunks, dtype=torch.float64).tril(-1)
 
 
 def window_from_draws(
     draws: Sequence[int], S: int, compensate: bool, num_chunks: int | None = None
 ) -> Tensor:
-    """The reservoir estimator's W [N, N] from its random integers: `draws` holds randint(0, c),
-    ends included, for every chunk c >= S in order, so N = S + len(draws) unless the document has
-    fewer than S chunks (then say `num_chunks`).
+    """Returns the W [N, N] of the reservoir estimator for its random integers. `draws` contains
+    randint(0, c), both ends included, for every chunk c >= S in order. So N = S + len(draws),
+    unless the document has fewer than S chunks; then `num_chunks` is needed.
 
-    Chunk c enters after its own loss: into slot c while c < S, then into slot j = draw if j < S. As
-    in the released program the last chunk is drawn for too, though no loss can read it.
-
-        S 1, draws [1, 0], compensate -> the reservoir is {0} before loss 1 and, because chunk 1
-        was rejected, {0} before loss 2
-
-        W = 0 0 0
-            1 0 0
-            2 0 0
+    Chunk c enters the reservoir after its own loss: at index c while c < S, else at index j = draw
+    if j < S. As in the released program the last chunk has a draw too, though no loss can read it.
+    S 1, draws [1, 0], compensate -> reservoir before loss 1: {0}, before loss 2: {0} (1 was
+    rejected); W = 0 0 0
+                   1 0 0
+                   2 0 0
     """
     count = S + len(draws) if num_chunks is None else num_chunks
     weights = torch.zeros(count, count, dtype=torch.float64)
@@ -163,13 +165,13 @@ ESTIMATORS: dict[str, Any] = {"exact": Exact, "tbptt": TBPTT, "uio": UIO, "impor
 
 
 def make_estimator(name: str, S: int = 2, compensate: bool = True) -> Estimator:
-    """The estimator called `name` in a config's `train.estimator`, with `train.tbptt` = S and
-    `train.compensate`."""
+    """Returns the estimator with this name in `train.estimator`, with S = `train.tbptt` and
+    `train.compensate`. Raises ValueError for an unknown name."""
     if name not in ESTIMATORS:
         raise ValueError(f"estimator {name!r} is unknown; known: {', '.join(ESTIMATORS)}")
-    given = {"S": S, "compensate": compensate}
-    wanted = {field.name for field in fields(ESTIMATORS[name])}
-    return ESTIMATORS[name](**{k: v for k, v in given.items() if k in wanted})
+    settings = {"S": S, "compensate": compensate}
+    names = {field.name for field in fields(ESTIMATORS[name])}
+    return ESTIMATORS[name](**{name: settings[name] for name in names & settings.keys()})
 
 
 def draw_window(
@@ -178,9 +180,9 @@ def draw_window(
     rng: random.Random | int | None = None,
     **settings: int | bool,
 ) -> Tensor:
-    """The weight matrix W [N, N] float64 of one draw. estimator: an object of this module, or a
-    name with `S` and `compensate` as settings (S = 2 and compensated by default); rng: a
-    `random.Random`, or a seed for a fresh one."""
+    """Draws the weight matrix W [N, N] float64 once. estimator: an object of this module, or a name
+    with the settings `S` and `compensate` (by default S = 2, compensated); rng: a
+    `random.Random`, or the seed of a new one."""
     if isinstance(estimator, str):
         estimator = make_estimator(estimator, **settings)  # type: ignore[arg-type]
     return estimator.weight_matrix(

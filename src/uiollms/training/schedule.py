@@ -1,14 +1,13 @@
-"""When a run's optimizer steps are due and at which learning rate: everything is counted in
+"""When the optimizer's steps of a run are due, and their learning rate. Everything is counted in
 documents.
 
-`train_iters`, `save`, `eval` and `warmup` number documents of all processes together, as the
-loop index of the released program does. A step takes `accum_grad` documents of every process
-that has its own, and is due with the last of them; what is left over at the end fills no step
-and trains nothing, there as here. Runs begun before documents were counted here number steps,
-and go on as they began.
+`train_iters`, `save`, `eval` and `warmup` count documents of all processes together, as the loop
+index of the released program does. A step takes `accum_grad` documents of every process that has
+documents of its own, and is due after the last of them. Documents that are left at the end and
+fill no step are not trained on, as in the released program. Runs that were begun before documents
+were counted count steps, and continue to do so.
 
-A run in stages is several such schedules, one after the other, whose borders lie between two
-steps.
+A run in stages has several such schedules, one after the other. They meet between two steps.
 """
 
 from __future__ import annotations
@@ -29,68 +28,70 @@ Counts = Literal["documents", "steps"]
 
 @dataclass(frozen=True)
 class Schedule:
-    """documents: of a step, all processes together; counts: what an iteration is, a document or
-    a step; begun: the borders of a run that goes on, which hold however long it is now. Raises
-    ConfigError where `train_iters` is not enough for one step of every stage."""
+    """documents: the documents of one step, of all processes together; counts: what an iteration
+    is, a document or a step; fixed_borders: the borders of a run that continues, which do not
+    move if `train_iters` does. Raises ConfigError if `train_iters` does not give every stage one
+    step."""
 
     train: TrainSection
     documents: int
     counts: Counts = "documents"
-    begun: tuple[int, ...] = ()
+    fixed_borders: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         iterations = self.train.train_iters
         if iterations < self.stride:
             raise ConfigError(
-                f"train.train_iters: {iterations} documents make no step of {self.documents} "
-                f"(train.accum_grad {self.train.accum_grad} of every process); use at least "
-                f"{self.documents}"
+                f"train.train_iters: {iterations} documents are less than one step of "
+                f"{self.documents} (train.accum_grad {self.train.accum_grad} of every process); "
+                f"use at least {self.documents}"
             )
         for number, (start, stop) in enumerate(itertools.pairwise((0, *self.borders, iterations))):
             if stop - start < self.stride:
                 raise ConfigError(
-                    f"train.stages[{number}]: of {iterations} documents (train.train_iters) it has "
-                    f"those behind {start} up to {stop}, no step of {self.documents}; raise "
-                    "train_iters or its share"
+                    f"train.stages[{number}]: it has the documents {start} to {stop} of "
+                    f"{iterations} (train.train_iters), less than one step of {self.documents}; "
+                    "raise train_iters or the stage's share"
                 )
 
     @property
     def stride(self) -> int:
-        """Iterations of a step."""
+        """The iterations of one step."""
         return self.documents if self.counts == "documents" else 1
 
     @property
     def borders(self) -> tuple[int, ...]:
-        """Iterations done where a stage ends and the next one begins, the end of the last left
-        out."""
-        if self.begun:
-            return self.begun
-        shares = itertools.accumulate(stage.share for stage in self.train.stages[:-1])
+        """The iterations after which a stage ends and the next one begins; without the end of the
+        last stage."""
+        if self.fixed_borders:
+            return self.fixed_borders
+        ends = itertools.accumulate(stage.share for stage in self.train.stages[:-1])
         steps = self.train.train_iters / self.stride
-        return tuple(round(share * steps) * self.stride for share in shares)
+        return tuple(round(end * steps) * self.stride for end in ends)
 
     def steps(self, done: int = 0) -> range:
-        """Of every step that is left after `done` iterations, how many are done at its end."""
+        """Returns, for every step that follows after `done` iterations, the iterations at its
+        end."""
         return range(done + self.stride, self.train.train_iters + 1, self.stride)
 
     def left_over(self, done: int) -> int:
-        """Iterations of `train_iters` that fill no step, for a run that has ended after `done`."""
-        return max(
-            0, self.train.train_iters - done
-        )  # a run that goes on may have gone further before
+        """Returns how many iterations of `train_iters` fill no step, for a run that ended after
+        `done` iterations. A resumed run may have done more than `train_iters` before."""
+        return max(0, self.train.train_iters - done)
 
     def reaches(self, done: int, every: int) -> bool:
         """Whether the step that ended after `done` iterations reached a multiple of `every`."""
         return done // every > max(0, done - self.stride) // every
 
     def stage(self, done: int) -> int:
-        """The number of the stage, from 0 on, of the step that ends after `done` iterations:
-        that of its last document. Without stages the run is one."""
+        """Returns the number of the stage, from 0 on, of the step that ends after `done`
+        iterations. Without stages it is 0."""
         return bisect_right(self.borders, done - 1)
 
     def size(self, done: int) -> Size | None:
-        """chunk_size and num_memory of the step that ends after `done` iterations, drawn from
-        the seed and the step; None: the compressor config's."""
+        """Returns chunk_size and num_memory of the step that ends after `done` iterations. They are
+        drawn from the stage's sizes by the seed and the step; None means the compressor config's.
+        """
         stages = self.train.stages
         sizes = stages[self.stage(done)].sizes if stages else None
         if sizes is None:
@@ -98,23 +99,23 @@ class Schedule:
         return random.Random(f"{self.train.seed} size {done // self.stride}").choice(sizes)
 
     def learning_rate(self, done: int) -> float:
-        """Of the step that ends after `done` iterations: that of its last document, number `done
-        - 1` (of its stage), whose turn it is when the released loop steps."""
+        """Returns the learning rate of the step that ends after `done` iterations. It is the rate
+        of the step's last document, number `done - 1` in its stage, as in the released program."""
         stage, ends = self.stage(done), (0, *self.borders, self.train.train_iters)
         start, stop = ends[stage], ends[stage + 1]
         max_lr, warmup = self.train.max_lr, self.train.warmup
         if self.train.stages:
-            own = self.train.stages[stage]
-            max_lr = max_lr if own.max_lr is None else own.max_lr
-            warmup = warmup if own.warmup is None else own.warmup
+            section = self.train.stages[stage]
+            max_lr = max_lr if section.max_lr is None else section.max_lr
+            warmup = warmup if section.warmup is None else section.warmup
         course = Course(stop - start, max_lr, warmup)
         rate = rate_of_document if self.counts == "documents" else rate_of_step
         return rate(done - 1 - start, course)
 
 
 class Course(NamedTuple):
-    """A learning rate's rise and fall over `train_iters` iterations; warmup: the share in which
-    it rises."""
+    """The course of a learning rate over `train_iters` iterations: it rises to `max_lr` during the
+    first part `warmup` of them, a fraction, then falls."""
 
     train_iters: int
     max_lr: float
@@ -122,9 +123,9 @@ class Course(NamedTuple):
 
 
 def rate_of_document(i: int, course: Course) -> float:
-    """The released program's rate at document i, from 0 on: with T = train_iters and w = int(T *
-    warmup) linear from 0 while i / T < warmup, then cosine to 0. w = 0 means no warm-up (it
-    divides by it)."""
+    """Returns the released program's rate at document i, from 0 on. With T = train_iters and w =
+    int(T * warmup) it rises linearly from 0 while i / T < warmup, then follows a cosine to 0. With
+    w = 0 there is no warm-up (the released program divides by w)."""
     T, w = course.train_iters, int(course.train_iters * course.warmup)
     if w and i / T < course.warmup:
         return course.max_lr * i / w
@@ -132,8 +133,9 @@ def rate_of_document(i: int, course: Course) -> float:
 
 
 def rate_of_step(i: int, course: Course) -> float:
-    """Of runs that count steps: step i, from 0 on, has (i + 1) / w of the peak, w = train_iters
-    * warmup rounded up; then cosine to 0."""
+    """Returns the rate at step i, from 0 on, of runs that count steps. It is (i + 1) / w of the
+    peak during the first w steps, with w = train_iters * warmup rounded up, then follows a cosine
+    to 0."""
     w = math.ceil(course.warmup * course.train_iters)
     if i < w:
         return course.max_lr * (i + 1) / w

@@ -1,23 +1,24 @@
-"""One training step for every estimator, whose graphs hold at most one batch of chunks of either
-role, whatever S is.
+"""One training step, for every estimator. Whatever S is, its graphs contain at most one batch of
+chunks of the encoder, or of rows of the decoder.
 
-    1  encode all chunks without a graph; turn their memories into keys and values
-    2  decode the rows in batches; each backward ends at the keys and values, where two sums are
-       kept: all gradients (for the decoder's LoRA) and the W-weighted ones (for the encoder, at
-       chunks whose weights are not all zero)
-    3  backward through the projections: the first sum to the decoder's LoRA, the second to the
-       memories
-    4  encode again, with a graph, only the chunks whose weighted gradient is not zero, and go
-       backward from their memories (where a whole document fits one batch of chunks, the graph of
-       those chunks is kept in 1 and they are not encoded again)
+    1  Encode all chunks without a graph, and project their memories to keys and values.
+    2  Decode the rows in batches. Every backward pass ends at the keys and values, where two sums
+       are kept: of all gradients, for the decoder's LoRA, and of the gradients weighted by W, for
+       the encoder, at the chunks whose weights are not all zero.
+    3  Backpropagate through the projections: the first sum to the decoder's LoRA, the second to
+       the memories.
+    4  Encode the chunks whose weighted gradient is not zero once more, with a graph, and
+       backpropagate from their memories. (Where the whole document fits one batch of chunks,
+       stage 1 builds the graph of these chunks, and they are not encoded again.)
 
-With a group of several processes each does 1, 3 and 4 for its own chunks and 2 for its own rows;
-keys and values are gathered before 2, their gradients summed at the chunks' owners after it
-(distributed/groups.py). Gradients of the group add up to the document's.
+In a group of several processes each process does stages 1, 3 and 4 for its own chunks and stage 2
+for its own rows. Keys and values are gathered before stage 2, and their gradients are summed at
+the chunks' owners after it (distributed/division.py). The gradients of all processes add up to
+the document's.
 
 Shapes: N rows, C chunks, B rows of a batch, T tokens, m num_memory, M = C * m slots, L layers, H
-key/value heads, K head size, D hidden size. Source: UIO-LLMs section 3.3; the two passes:
-GradCache (Gao et al. 2021, arXiv 2101.06983).
+key/value heads, K head size, D hidden size, n chunks of this process. Source: UIO-LLMs section
+3.3; the two passes: GradCache (Gao et al. 2021, arXiv 2101.06983).
 """
 
 from __future__ import annotations
@@ -89,43 +90,51 @@ def gradient_step(
     group: Group = ALONE,
     **settings: int | bool,
 ) -> StepResult | list[StepResult]:
-    """Run the two-pass step on one sample and ADD the gradients of `scale` * loss into `.grad`
-    of the trained parameters. The decoder's gradient is exact; the encoder's is weighted by
-    `weights` [N, N] (row: the sample's row, column: memory) if given, else by a draw of
-    `estimator` (an object, or a name with settings `S` and `compensate`; by default the exact
-    gradient) with `rng`. Raises ValueError past the capacity.
+    """Runs one training step on a sample and ADDS the gradients of `scale` * loss to the `.grad` of
+    the trained parameters. Returns the losses of the rows and what else `StepResult` contains.
 
-    Several samples, with a list of weights or of rngs, go through encoder and decoder together,
-    in batches of `chunk_batch` chunks or rows of any of them: the same gradients as one after
-    the other, and a result for each.
+    The decoder's gradient is exact. The encoder's is weighted by `weights` [N, N], whose rows are
+    the sample's rows and whose columns are memories. Without `weights` they are drawn from
+    `estimator` with `rng`. The estimator is an object, or a name with the settings `S` and
+    `compensate`; by default it is the exact gradient. Raises ValueError past the capacity.
 
-    report_all: also compute the losses that nothing trained can change (rows that read no
-    memory), for the report; without, they count as 0 losses of 0 tokens. group: the processes
-    that share the samples, with equal weights and an `rng` in the same state.
+    A list of samples, with a list of weights or of rngs, goes through encoder and decoder
+    together, in batches of `chunk_batch` chunks or rows of any of them. It gives the same
+    gradients as one sample after another, and a list of results.
+
+    report_all: also compute the losses that nothing trained can change, those of rows that read
+    no memory. Without it they count as 0 losses of 0 tokens. group: the processes that compute
+    the step together; they must pass equal samples, equal weights and rngs in the same state.
     """
     if isinstance(estimator, str):
         estimator = make_estimator(estimator, **settings)  # type: ignore[arg-type]
     estimator = estimator or make_estimator("exact")
     if isinstance(sample, Sample):
-        alone: Any = None if weights is None else [weights]
-        seed: Any = [rng]
-        return _steps(model, [sample], alone, estimator, seed, scale, report_all, group)[0]
+        one_weights: Any = None if weights is None else [weights]
+        one_rng: Any = [rng]
+        return _run_stages(
+            model, [sample], one_weights, estimator, one_rng, scale, report_all, group
+        )[0]
     rngs: Any = [None] * len(sample) if rng is None else rng
     results: dict[int, StepResult] = {}
-    for kl_weight in dict.fromkeys(
-        one.kl_weight for one in sample
-    ):  # a batch of rows has one kind of loss
-        chosen = [i for i, one in enumerate(sample) if one.kl_weight == kl_weight]
-        given = None if weights is None else [weights[i] for i in chosen]
-        own = [rngs[i] for i in chosen]
-        found = _steps(
-            model, [sample[i] for i in chosen], given, estimator, own, scale, report_all, group
+    for kl_weight in dict.fromkeys(each.kl_weight for each in sample):
+        # All rows of a batch have the same kind of loss, so samples are grouped by kl_weight.
+        chosen = [i for i, each in enumerate(sample) if each.kl_weight == kl_weight]
+        found = _run_stages(
+            model,
+            [sample[i] for i in chosen],
+            None if weights is None else [weights[i] for i in chosen],
+            estimator,
+            [rngs[i] for i in chosen],
+            scale,
+            report_all,
+            group,
         )
         results |= zip(chosen, found, strict=True)
     return [results[i] for i in range(len(sample))]
 
 
-def _steps(
+def _run_stages(
     model: MemoryLM,
     samples: Sequence[Sample],
     weights: Sequence[Tensor] | None,
@@ -135,8 +144,8 @@ def _steps(
     report_all: bool,
     group: Group,
 ) -> list[StepResult]:
-    """The step on samples with one `kl_weight`: what is drawn, then the four stages of this
-    module's docstring."""
+    """Runs the step on samples with the same `kl_weight`: draws weights and seeds, then runs the
+    four stages."""
     for each in samples:
         check_sample(model.limits, each)
     samples = [each.with_recent(model.memory_config.recent_tokens) for each in samples]
@@ -152,14 +161,15 @@ def _steps(
 
 @dataclass
 class Step:
-    """What the four stages share. All samples are joined: their rows, chunks and the columns of the
-    weights are numbered through. `local` are this process's chunks, in the order of
-    `division.local_chunks`.
+    """The value that the four stages work on. All samples are joined: their rows, their chunks
+    and the columns of the weights are numbered consecutively. Local chunks are those of this
+    process, in the order of `division.local_chunks`.
 
-    weights: [N, at least C], of every row's loss at every memory;
+    weights: [N, at least C], the weight of each row's loss at each memory;
     with_gradient: the chunks, ascending, at which some weight is not zero;
-    local_chunks: [n, l] token ids; local_seeds: of their LoRA dropout, None without any;
-    local_with_gradient: which of the local chunks get their gradient in this process.
+    local_ids: [n, l], the token ids of the local chunks; local_seeds: their dropout seeds, None
+    without dropout;
+    local_with_gradient: the indices of the local chunks whose gradient this process computes.
     """
 
     model: MemoryLM
@@ -170,13 +180,12 @@ class Step:
     group: Group
     division: Division
     with_gradient: list[int]
-    local_chunks: Tensor
+    local_ids: Tensor
     local_seeds: list[int] | None
     local_with_gradient: list[int]
     memory: LayerMemory = field(default_factory=list)  # L x [n, m, D]
-    graph: LayerMemory = field(
-        default_factory=list
-    )  # L x [len(local_with_gradient), m, D], if kept
+    # L x [len(local_with_gradient), m, D], where stage 1 builds the graph of stage 4
+    graph: LayerMemory = field(default_factory=list)
 
 
 def draw_weights(
@@ -187,25 +196,24 @@ def draw_weights(
     rngs: Sequence[Rng],
     group: Group,
 ) -> Step:
-    """Each sample's weights and dropout seeds, drawn from its own generator, and who
-    encodes which chunk."""
+    """Draws the weights and dropout seeds of each sample from its own generator, and divides the
+    chunks over the group."""
     generators = [rng if isinstance(rng, random.Random) else random.Random(rng) for rng in rngs]
-    drawn: list[Tensor] = []
+    sample_weights: list[Tensor] = []
     seeds: list[int] | None = [] if model.training and model.memory_config.lora_dropout else None
     for i, (each, generator) in enumerate(zip(samples, generators, strict=True)):
-        count = len(each.chunks)
-        window = (
-            None
-            if weights is not None
-            else row_weights(each, estimator.weight_matrix(count + 1, generator))
-        )
-        drawn.append((weights[i] if window is None else window)[:, :count])  # type: ignore[index]
+        num_chunks = len(each.chunks)
+        if weights is None:
+            matrix = estimator.weight_matrix(num_chunks + 1, generator)
+            sample_weights.append(row_weights(each, matrix)[:, :num_chunks])
+        else:
+            sample_weights.append(weights[i][:, :num_chunks])
         if seeds is not None:
-            seeds += [generator.getrandbits(62) for _ in range(count)]
-    sample, joined = Sample.joined(samples), torch.block_diag(*drawn)
+            seeds += [generator.getrandbits(62) for _ in range(num_chunks)]
+    sample, joined = Sample.joined(samples), torch.block_diag(*sample_weights)
     with_gradient = chunks_with_gradient(sample, joined)
     division = Division(group, len(sample.chunks), with_gradient)
-    mine = {*with_gradient} & division.owned_chunks
+    with_local_gradient = {*with_gradient} & division.owned_chunks
     return Step(
         model,
         sample,
@@ -215,21 +223,23 @@ def draw_weights(
         group,
         division,
         with_gradient,
-        local_chunks=sample.chunks[division.local_chunks],
+        local_ids=sample.chunks[division.local_chunks],
         local_seeds=select_seeds(seeds, division.local_chunks),
-        local_with_gradient=[i for i, chunk in enumerate(division.local_chunks) if chunk in mine],
+        local_with_gradient=[
+            i for i, chunk in enumerate(division.local_chunks) if chunk in with_local_gradient
+        ],
     )
 
 
 def encode_and_project(step: Step) -> MemoryGradients:
-    """Stage 1: memories of all chunks and their keys and values, which all processes get, as the
-    leaves of the decoder's graphs."""
+    """Stage 1: encodes all chunks and projects their memories. Every process gets the keys and
+    values of all chunks, the leaves of the decoder's graphs."""
     model, sample, division = step.model, step.sample, step.division
-    # Chunks that fit one batch are not encoded twice, unless their gradients' norms decide which of
-    # them are drawn: the graph of those with a gradient is kept for stage 4.
-    once = len(step.local_chunks) <= model.chunk_batch and not step.estimator.reads_norms
-    with_graph = step.local_with_gradient if once else []
-    step.memory, step.graph = encode_all(model, step.local_chunks, with_graph, step.local_seeds)
+    # Chunks that fit one batch are encoded once, with the graph that stage 4 needs. The exception
+    # is an estimator that chooses chunks by the norms of their gradients, after stage 3.
+    fits = len(step.local_ids) <= model.chunk_batch and not step.estimator.reads_norms
+    with_graph = step.local_with_gradient if fits else []
+    step.memory, step.graph = encode_all(model, step.local_ids, with_graph, step.local_seeds)
     keys, values = project_all(model, step.memory, division, step.local_seeds, sample.chunk_numbers)
     m, dtype = model.memory_config.num_memory, model.master_dtype
     return MemoryGradients(keys, values, step.weights, sample, m, step.with_gradient, dtype)
@@ -238,12 +248,12 @@ def encode_and_project(step: Step) -> MemoryGradients:
 def decode_losses(
     step: Step, gradients: MemoryGradients, scale: float, report_all: bool
 ) -> LossTally:
-    """Stage 2: the losses of this process's rows, batch by batch, and backward to the memories'
-    keys and values, where `gradients` adds up what arrives."""
+    """Stage 2: computes the losses of this process's rows, batch by batch, and backpropagates them
+    to the memories' keys and values, where `gradients` sums them."""
     model, sample = step.model, step.sample
     teachers = teacher_hidden(model, sample)
-    exact = torch.promote_types(model.dtype, torch.float32)
-    tally = LossTally(sample, exact, device_of(model.base.lm_head))
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    tally = LossTally(sample, dtype, device_of(model.base.lm_head))
     for batch in row_batches(sample, step.group, model.chunk_batch, with_memory=False):
         if report_all:
             with torch.no_grad():
@@ -251,17 +261,15 @@ def decode_losses(
     for batch in row_batches(sample, step.group, model.chunk_batch, with_memory=True):
         with torch.enable_grad():
             prefix = gradients.prefix(batch, supports_in_place(model.base))
-            backward(
-                model,
-                scale * tally.add(batch, *decode_rows(model, sample, batch, prefix, teachers)),
-            )
+            loss = tally.add(batch, *decode_rows(model, sample, batch, prefix, teachers))
+            backward(model, scale * loss)
     return tally
 
 
 def backward_encoder(step: Step, memory_grads: LayerMemory) -> list[int]:
-    """Stage 4: from the memories' gradients, L x [len(local_with_gradient), m, D], through the
-    encoder, whose graph stage 1 kept or is made now, batch by batch. Returns the chunks that went
-    through it with a graph."""
+    """Stage 4: backpropagates the memories' gradients, L x [len(local_with_gradient), m, D],
+    through the encoder. Its graph is stage 1's, or is built here, batch by batch. Returns the
+    numbers of the chunks that were encoded with a graph."""
     model, division, local = step.model, step.division, step.local_with_gradient
     selected: Sequence[int] = range(len(local))
     if step.estimator.reads_norms and step.with_gradient:
@@ -279,9 +287,9 @@ def backward_encoder(step: Step, memory_grads: LayerMemory) -> list[int]:
             encoded = [local[j] for j in batch]
             with torch.enable_grad():
                 graph = model.encode_layers(
-                    step.local_chunks[encoded], select_seeds(step.local_seeds, encoded)
+                    step.local_ids[encoded], select_seeds(step.local_seeds, encoded)
                 )
-        # Under slot_input "last" layer 0's memory has no graph: nothing trained lies below it.
+        # With slot_input "last" the memory of layer 0 has no graph: it depends on nothing trained.
         pairs = zip(graph, memory_grads, strict=True)
         outputs = [(layer, take_rows(grad, batch)) for layer, grad in pairs if layer.requires_grad]
         if outputs:
@@ -290,36 +298,36 @@ def backward_encoder(step: Step, memory_grads: LayerMemory) -> list[int]:
 
 
 def draw_column_factors(step: Step, norms: Sequence[float]) -> list[float]:
-    """A factor for every chunk, drawn document by document from the norms of the chunks' memory
-    gradients."""
+    """Draws a factor for every chunk, document by document, from the norms [C] of the chunks'
+    memory gradients. The factor is 1 in documents without gradients."""
     columns: list[float] = []
-    for count, rng in zip(step.sample.documents, step.generators, strict=True):
-        own = range(len(columns), len(columns) + count)
-        drawn = {*step.with_gradient} & {*own}
-        factors = step.estimator.columns([norms[c] for c in own], rng) if drawn else None
-        columns += factors or [1.0] * count
+    for num_chunks, rng in zip(step.sample.documents, step.generators, strict=True):
+        chunks = range(len(columns), len(columns) + num_chunks)
+        has_gradient = not {*step.with_gradient}.isdisjoint(chunks)
+        factors = step.estimator.columns([norms[c] for c in chunks], rng) if has_gradient else None
+        columns += factors or [1.0] * num_chunks
     return columns
 
 
 def backward(
     model: MemoryLM, outputs: Tensor | Sequence[Tensor], gradients: Sequence[Tensor] | None = None
 ) -> None:
-    """Backward from a graph that is whole, when memory is at its peak: where the least is asked
-    for, what lies free between tensors goes first."""
+    """Backpropagates from a complete graph, which is when memory is at its peak. With chunk_batch
+    1, the setting for the least memory, the heap is trimmed before."""
     if model.chunk_batch == 1:
         trim_heap(model.device)
     torch.autograd.backward(outputs, gradients)
 
 
-def row_weights(sample: Sample, window: Tensor) -> Tensor:
-    """An estimator's window [C + 1, C + 1], whose row n is for a loss that reads the first n
-    memories, handed to the sample's rows: [N, C + 1]. For a document in chunks row t reads t
-    memories, and this is the window itself."""
-    return window[[row.num_memories for row in sample.rows]]
+def row_weights(sample: Sample, matrix: Tensor) -> Tensor:
+    """Selects the weights [N, C + 1] of the sample's rows from an estimator's weight matrix [C + 1,
+    C + 1], whose row n is for a loss that reads the first n memories. For a document in chunks
+    row t reads t memories, so the result is the matrix itself."""
+    return matrix[[row.num_memories for row in sample.rows]]
 
 
 def chunks_with_gradient(sample: Sample, weights: Tensor) -> list[int]:
-    """The chunks whose memory some scored row reads with a weight that is not zero."""
+    """Returns the chunks whose memory some scored row reads with a weight that is not zero."""
     spans = [
         (row.memories.start, row.memories.stop) if len(row.scored) else (0, 0)
         for row in sample.rows
@@ -335,8 +343,8 @@ def chunks_with_gradient(sample: Sample, weights: Tensor) -> list[int]:
 def row_batches(
     sample: Sample, group: Group, size: int, with_memory: bool
 ) -> Iterator[Sequence[int]]:
-    """Numbers of this process's rows that score anything and that do, or do not, read memory, in
-    batches. Rows go round the group one by one, because later rows read more."""
+    """Yields the numbers of this process's rows in batches: those that score a token, and read
+    memory or do not. Rows are dealt to the group one by one, because later rows read more."""
     numbers = [
         t
         for t, row in enumerate(sample.rows)
@@ -346,8 +354,8 @@ def row_batches(
 
 
 def chunk_norms(memory_grads: LayerMemory) -> Tensor:
-    """The Euclidean norm of every chunk's memory gradient over all layers, [n] float64, on the
-    last layer's device: a step waits for the devices only where these are read."""
+    """Computes the Euclidean norm of every chunk's memory gradient over all layers, [n] float64,
+    on the last layer's device. The step waits for the devices only where the norms are read."""
     squares = [
         to_device(layer.double().pow(2).sum((1, 2)), memory_grads[-1].device)
         for layer in memory_grads
@@ -356,7 +364,7 @@ def chunk_norms(memory_grads: LayerMemory) -> Tensor:
 
 
 def scale_chunks(layer: Tensor, factors: Sequence[float]) -> Tensor:
-    """[C, m, D] times a factor for every chunk."""
+    """Multiplies every chunk of a layer's gradients [n, m, D] by its factor."""
     return layer * torch.tensor(factors, dtype=torch.float64)[:, None, None].to(
         layer, non_blocking=True
     )

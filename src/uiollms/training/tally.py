@@ -1,4 +1,4 @@
-"""What a training step reports: losses, scored tokens and NLL of every row.
+"""The results of a training step: losses, scored tokens and NLL.
 
 Shapes: N rows, N' scored tokens of a batch.
 """
@@ -16,10 +16,11 @@ from uiollms.kernels.devices import to_device
 
 
 class StepResult(NamedTuple):
-    """losses [N]: every row's share of the sample's loss; scored [N] int64: its scored tokens;
-    reencoded: the chunks that went through the encoder with a graph; nll: the sum of the scored
-    tokens' NLL, in nats, unweighted (a tensor: reading it waits for the device). In a group of
-    several processes: of this one's rows and chunks, zero elsewhere."""
+    """losses [N]: every row's part of the sample's loss; scored [N] int64: its number of scored
+    tokens; reencoded: the chunks that were encoded with a graph; nll: the unweighted sum of the
+    scored tokens' NLL in nats (a tensor, because reading it waits for the device). In a group of
+    several processes the values are those of this process's rows and chunks, with zeros
+    elsewhere."""
 
     losses: Tensor
     scored: Tensor
@@ -28,7 +29,7 @@ class StepResult(NamedTuple):
 
 
 class LossTally:
-    """Losses, scored tokens and NLL of a step's rows, added up on the device without waiting for
+    """Adds up losses, scored tokens and NLL of a step's rows on the device, without waiting for
     it."""
 
     def __init__(self, sample: Sample, dtype: torch.dtype, device: torch.device) -> None:
@@ -38,30 +39,27 @@ class LossTally:
         self.nll = torch.zeros(len(sample.rows), dtype=dtype, device=device)
 
     def add(self, batch: Sequence[int], loss: Tensor, nll: Tensor, row_of: Tensor) -> Tensor:
-        """Book loss and NLL [N'] of a batch's scored tokens; return the batch's share of the
-        sample's loss."""
+        """Adds loss and NLL [N'] of a batch's scored tokens; `row_of` [N'] is the number of each
+        token's row in the batch. Returns the batch's part of the sample's loss, with its graph."""
         rows = [self.sample.rows[t] for t in batch]
         weighted = loss * torch.cat([row.token_weights[row.scored] for row in rows]).to(
             loss, non_blocking=True
         )
         numbers = torch.tensor(batch)[row_of]
-        for booked, arrived in ((self.losses, weighted), (self.nll, nll)):
-            booked.index_add_(0, to_device(numbers, booked.device), arrived.detach().to(booked))
+        for total, values in ((self.losses, weighted), (self.nll, nll)):
+            total.index_add_(0, to_device(numbers, total.device), values.detach().to(total))
         self.scored += torch.bincount(numbers, minlength=len(self.scored))
         return weighted.sum()
 
     def results(self, samples: Sequence[Sample], reencoded: Sequence[int]) -> list[StepResult]:
-        """For each of the samples that were joined, its own rows and chunks."""
+        """Splits the totals into one result for each of the joined samples."""
         parts = [
-            column.split([len(one.rows) for one in samples])
+            column.split([len(each.rows) for each in samples])
             for column in (self.losses, self.scored, self.nll)
         ]
         results, first = [], 0
-        for one, losses, scored, nll in zip(samples, *parts, strict=True):
-            own = range(first, first := first + len(one.chunks))
-            results.append(
-                StepResult(
-                    losses, scored, tuple(c - own.start for c in reencoded if c in own), nll.sum()
-                )
-            )
+        for each, losses, scored, nll in zip(samples, *parts, strict=True):
+            chunks = range(first, first := first + len(each.chunks))
+            numbers = tuple(c - chunks.start for c in reencoded if c in chunks)
+            results.append(StepResult(losses, scored, numbers, nll.sum()))
         return results

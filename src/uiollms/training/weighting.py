@@ -1,5 +1,7 @@
-"""Weights of a document's tokens by what raw context is worth for each: most tokens are guessed
-from a few words before them, and a plain mean lets them decide what memory learns.
+"""Weights of a document's tokens by how much the base gains from the context before their chunk.
+
+Most tokens can be predicted from a few words before them. In a plain mean they decide what memory
+learns; with these weights the tokens do that need the context.
 
 Shapes: T' scored tokens of a sample.
 """
@@ -16,31 +18,33 @@ from uiollms.model.memory_lm import MemoryLM
 
 
 def weigh_tokens(model: MemoryLM, sample: Sample) -> Sample:
-    """The sample with every scored token's weight times g / mean(g), where
+    """Multiplies the weight of every scored token by g / mean(g), where
 
         g = max(0, nll_window - nll_raw)
 
-    is what the frozen base gains by reading everything before the token in place of its chunk
-    alone. Where it gains nothing all weights are 0. Raises ValueError past the base's positions."""
+    nll_window is the token's NLL by the frozen base that reads its chunk alone, nll_raw by the
+    base that reads everything before it. If no g is above 0, all weights become 0. Raises
+    ValueError past the base's positions.
+    """
     plain = replace(sample, teachers=(), kl_weight=0.0)
     window, raw = (token_losses(model, plain, mode)[1].double() for mode in ("window", "raw"))
-    return multiplied(sample, relative(window - raw))
+    return scale_token_weights(sample, normalize_gains(window - raw))
 
 
-def relative(gain: Tensor) -> Tensor:
-    """[T'] nats -> [T'] with a mean of 1, or 0 where no gain is above 0."""
-    gain = gain.clamp(min=0)
-    mean = gain.mean()
-    return gain / mean if mean > 0 else gain
+def normalize_gains(gains: Tensor) -> Tensor:
+    """Scales gains [T'] in nats to a mean of 1. Negative gains count as 0. Returns zeros if none is
+    above 0."""
+    gains = gains.clamp(min=0)
+    mean = gains.mean()
+    return gains / mean if mean > 0 else gains
 
 
-def multiplied(sample: Sample, factors: Tensor) -> Sample:
-    """The sample with its scored tokens' weights times `factors` [T'], row after row."""
+def scale_token_weights(sample: Sample, factors: Tensor) -> Sample:
+    """Multiplies the weights of the sample's scored tokens by `factors` [T'], row after row."""
     rows = []
-    for row, own in zip(
-        sample.rows, factors.split([len(row.scored) for row in sample.rows]), strict=True
-    ):
+    row_factors = factors.split([len(row.scored) for row in sample.rows])
+    for row, token_factors in zip(sample.rows, row_factors, strict=True):
         weights = row.token_weights.clone()
-        weights[row.scored] *= own
+        weights[row.scored] *= token_factors
         rows.append(replace(row, token_weights=weights))
     return replace(sample, rows=tuple(rows))
