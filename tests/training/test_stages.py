@@ -114,7 +114,9 @@ def test_a_longer_run_lengthens_its_last_stage_alone():
 
 
 def test_a_stage_without_a_step_is_refused():
-    with pytest.raises(ConfigError, match=r"train.stages\[1\]: .* of 100 .* less than one step of 8"):
+    with pytest.raises(
+        ConfigError, match=r"train.stages\[1\]: .* of 100 .* less than one step of 8"
+    ):
         Schedule(section(train_iters=100, stages=stages(0.5, 0.02, 0.48)), 8)
     with pytest.raises(
         ConfigError, match=r"train.stages\[1\]"
