@@ -15,13 +15,12 @@ from functools import partial
 from pathlib import Path
 
 try:
-    import uiollms.cli.common  # noqa: F401  # and with it torch and transformers
+    import uiollms.cli.common  # noqa: F401  # imports torch and transformers, too
 except ImportError as error:
     how = "`make setup` and then .venv/bin/python, or `pip install -e .` in an environment of yours"
     sys.exit(f"{error}; run {how}: see Set-up in README.md")
 
 import torch
-from torch.nn.utils import clip_grad_norm_
 
 from uiollms.build import check_env, count_parameters, load_memory_lm
 from uiollms.cli.common import SILENT, Output, parse_arguments, reporting_errors, step_text
@@ -40,7 +39,12 @@ from uiollms.runs.run import Run, open_run
 from uiollms.runs.state import TrainingState
 from uiollms.training.estimators import make_estimator
 from uiollms.training.failures import reporting_step_errors
-from uiollms.training.optimizer import gradient_norms, make_optimizer
+from uiollms.training.optimizer import (
+    apply_gradients,
+    clip_gradients,
+    gradient_norms,
+    make_optimizer,
+)
 from uiollms.training.step import gradient_step
 from uiollms.training.weighting import weigh_tokens
 from uiollms.weights.adapters import load_weights
@@ -48,10 +52,10 @@ from uiollms.weights.adapters import load_weights
 
 def main(arguments: list[str] | None = None) -> int | None:
     args = parse_arguments(__doc__, arguments)
-    if args.dry_run:  # reads no data, writes nothing
+    if args.dry_run:  # reads no data and writes nothing
         config = load_env_config(args.env_conf, args.set, partial(check_env, path=args.env_conf))
         return dry_run(config, args.env_conf, args.device_memory, args.output)
-    check = partial(check_training, path=args.env_conf, going_on=args.resume is not None)
+    check = partial(check_training, path=args.env_conf, resumes=args.resume is not None)
     with watching(number_of_processes() > 1) as watch:
         config = load_env_config(args.env_conf, args.set, check)
         compressor = check(config)
@@ -60,12 +64,13 @@ def main(arguments: list[str] | None = None) -> int | None:
             open_world(config, watch) as world,
             open_run(config, compressor, args.env_conf, args.resume, args.restart, world) as run,
         ):
-            run.echo = args.output.print_json_line
+            run.log.echo = args.output.print_json_line
             fit(config, args.env_conf, run, world, args.output if world.is_main_process else SILENT)
     return 0
 
 
 def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output: Output) -> None:
+    """Train the model of `config` from where `run` begins to the end."""
     train = config.train
     model, tokenizer = load_memory_lm(config, env_conf)
     if config.model.load_ckp:
@@ -80,52 +85,63 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
         f"trained parameters {trained / 1e6:.1f} M, frozen {frozen / 1e6:.1f} M in {model.dtype}"
     )
 
-    state = TrainingState(model, tokenizer, optimizer, samples)  # all that changes from here on
-    run.begin(state)  # at document 0, or where a checkpoint stands; in all processes alike
-    schedule = run.schedule  # which documents make a step, and its learning rate: schedule.py
+    state = TrainingState(model, tokenizer, optimizer, samples)  # all that training changes
+    run.begin(state)  # at document 0, or at the state of a checkpoint, in all processes
+    schedule = run.schedule  # the documents of a step and its learning rate
+    progress = run.stack.enter_context(
+        output.bar(
+            None,
+            desc="train",
+            unit=f" {schedule.counts}",
+            initial=state.iteration,
+            total=train.train_iters,
+            smoothing=0.1,
+        )
+    )
 
     def evaluate() -> None:
         try:
             if world.is_main_process:
                 scores = evaluation.run(
                     lambda documents: output.bar(
-                        run.until_signal(documents), desc="evaluate", leave=False
+                        run.signals.until_signal(documents), desc="evaluate", leave=False
                     )
                 )
                 results = [task.summarize() for task in scores]
-                run.log(iteration=state.iteration, eval=[result.as_json() for result in results])
+                run.log.add(
+                    iteration=state.iteration, eval=[result.as_json() for result in results]
+                )
                 plot_run(run.folder, train.loss, schedule.counts)
                 progress.clear()
                 if output.prints_text:
                     print_results(results)
         finally:
-            run.agree_on_signals()  # here the other processes wait for the first
-        run.exit_if_signalled()
+            run.signals.agree()  # the other processes wait here for the first one
+        run.signals.exit_if_agreed()
 
     model.train()
-    shown = dict(
-        desc="train", unit=f" {schedule.counts}", initial=state.iteration, total=train.train_iters
-    )
-    progress = run.stack.enter_context(output.bar(None, **shown, smoothing=0.1))
     if run.evaluation_missing(state.iteration):
         evaluate()
-    for done in run.timed(schedule.steps(state.iteration)):  # documents, this step's included
+    for iteration in run.log.timed(schedule.steps(state.iteration)):  # documents after the step
         # ---- the algorithm -----------------------------------------------------------------------
         nll, scored, tokens, sources = 0.0, 0, 0, []
-        # Of the step's documents this process's, cut into chunks; each is shared by the
-        # world.chunks.
-        stage, size = schedule.stage(done), schedule.size(done)
-        with model.sized(size):  # the compressor config's, or one that the stage draws
-            taken = samples.take(schedule.documents, world.data, stage)
-            for documents in pack_documents(taken, model.chunk_batch):
-                names = [document.source for document in documents]
-                # Draw the windows, encode, losses, gradients: see uiollms/training/step.py
+        stage, size = schedule.stage(iteration), schedule.size(iteration)
+        with model.sized(size):  # another chunk size and number of slots, if the stage draws them
+            # This process takes its part of the step's documents, cut into chunks. Processes of
+            # the same group `world.chunks` take the same documents and divide their chunks.
+            documents = samples.take(schedule.documents, world.data, stage)
+            for batch in pack_documents(documents, model.chunk_batch):
+                names = [document.source for document in batch]
                 with reporting_step_errors(", ".join(names), train):
+                    # Draw each document's reservoir of S chunks, as a weight matrix; encode all
+                    # chunks into memories; decode the chunks with these memories and compute the
+                    # losses; add the gradients to `.grad`: see the four stages of
+                    # src/uiollms/training/step.py.
                     results = gradient_step(
                         model,
-                        [document.sample for document in documents],
+                        [document.sample for document in batch],
                         estimator=estimator,
-                        rng=[document.rng for document in documents],
+                        rng=[document.rng for document in batch],
                         scale=1 / schedule.documents,
                         report_all=False,
                         group=world.chunks,
@@ -133,48 +149,44 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
                 sources += names
                 nll += float(torch.stack([result.nll for result in results]).sum())
                 scored += sum(int(result.scored.sum()) for result in results)
-                tokens += (
-                    sum(document.sample.num_tokens for document in documents)
-                    * world.chunks.is_main_process
-                )
+                if world.chunks.is_main_process:  # so that each document counts once
+                    tokens += sum(document.sample.num_tokens for document in batch)
         world.sum_gradients(parameters)
         nll, scored, tokens = world.sum(nll, scored, tokens)
-        norms = gradient_norms(model)
-        grad_norm = clip_grad_norm_(parameters, train.clip_grad or math.inf).item()
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.learning_rate(done)
-        good = math.isfinite(grad_norm) and math.isfinite(nll)
-        lr, mean_nll = optimizer.param_groups[0]["lr"], nll / scored
-        if not good:
+        norms, lr = gradient_norms(model), schedule.learning_rate(iteration)
+        grad_norm = clip_gradients(optimizer, train.clip_grad).item()
+        mean_nll, finite = nll / scored, math.isfinite(grad_norm) and math.isfinite(nll)
+        if not finite:
             sources = [name for names in world.data.all_gather(sources) for name in names]
-        with world.watch.undisturbed():  # what follows is done as a whole, or not at all
-            if good:
-                optimizer.step()
-            optimizer.zero_grad()
+        with world.watch.undisturbed():  # a signal finds the step whole, or not taken at all
+            if finite:
+                apply_gradients(optimizer, lr)
+            else:
+                optimizer.zero_grad()  # the step is skipped
             # --------------------------------------------------------------------------------------
-            state.advance(done, good)
-            part = dict(stage=stage + 1, size=size) if train.stages else {}
-            if good:
-                run.log(
-                    iteration=done,
+            state.advance(iteration, finite)
+            step = {"stage": stage + 1, "size": size} if train.stages else {}
+            if finite:
+                run.log.add(
+                    iteration=iteration,
                     nll=mean_nll,
                     lr=lr,
                     grad_norm=grad_norm,
                     grad_norms=norms,
                     tokens=int(tokens),
-                    **part,
+                    **step,
                 )
             else:
-                run.log(iteration=done, skipped=sources, lr=lr, **part)
-        said = step_text(mean_nll, lr, tokens, run.step_seconds)
-        progress.set_postfix_str(said, refresh=False)
+                run.log.add(iteration=iteration, skipped=sources, lr=lr, **step)
+        words = step_text(mean_nll, lr, tokens, run.log.step_seconds)
+        progress.set_postfix_str(words, refresh=False)
         progress.update(schedule.stride)
 
-        run.agree_on_signals()
-        if run.saves(state):
+        run.signals.agree()
+        if run.should_save(state):
             run.save(state)
-        run.stop_if_asked(state, sources)
-        if run.evaluates(done):
+        run.stop_if_necessary(state, sources)
+        if run.should_evaluate(iteration):
             evaluate()
     progress.close()
     if world.is_main_process and not train.tasks:
@@ -182,7 +194,7 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
 
     if samples.skipped:
         output.print_text(
-            f"{samples.skipped} documents that are blank or fit one chunk were skipped"
+            f"{samples.skipped} documents were skipped: they are blank or fit one chunk"
         )
     if left := schedule.left_over(state.iteration):
         output.print_text(
@@ -190,7 +202,7 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
         )
     if state.skipped_steps:
         output.print_text(
-            f"{state.skipped_steps} steps were skipped, their loss or gradient was not finite"
+            f"{state.skipped_steps} steps were skipped: their loss or gradient was not finite"
         )
     output.print_text(
         f"metrics and curve.png are in {run.folder}, weights in "

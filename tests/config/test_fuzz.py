@@ -30,7 +30,7 @@ from uiollms.data import open_corpus
 from uiollms.data.stream import SampleStream
 from uiollms.files.atomic import sha256, verify_checksums
 from uiollms.files.errors import ConfigError, json_path
-from uiollms.runs.state import NEEDED, TrainingState, load_state, read_record
+from uiollms.runs.state import REQUIRED, TrainingState, load_state, read_info
 from uiollms.training.optimizer import make_optimizer
 from uiollms.training.weighting import weigh_tokens
 from uiollms.weights.adapters import load_weights, save_weights
@@ -382,7 +382,7 @@ def test_any_broken_byte_of_a_checkpoint_is_found(checkpoint):
         broken = data.draw(broken_bytes(whole))
         path.write_bytes(broken)
         try:
-            verify_checksums(checkpoint, NEEDED)
+            verify_checksums(checkpoint, REQUIRED)
             same = broken == whole
             assert (
                 same or path.name == "checksums.json" and json.loads(broken) == json.loads(whole)
@@ -422,7 +422,7 @@ def test_checkpoints_made_to_mislead(checkpoint):
         sums[str(changed)] = sha256(checkpoint / changed)
         (checkpoint / "checksums.json").write_text(json.dumps(sums))
         try:
-            load_state(state, checkpoint, read_record(checkpoint))
+            load_state(state, checkpoint, read_info(checkpoint))
             state.samples.take(1)
         except ConfigError as error:
             assert "step-00000002" in str(error) or "train.corpus" in str(error), error

@@ -412,8 +412,8 @@ def test_runs_of_more_processes_are_the_run_of_one(run_folder):
     assert worst_error(outcome("alone")[1], expected) < 1e-8
     said = Path("alone/log.txt").read_text()
     assert (
-        "changed since: processes: 2 -> 1" in said
-        and "changed since: train.accum_grad: 1 -> 2" in said
+        "changed since the checkpoint: processes: 2 -> 1" in said
+        and "changed since the checkpoint: train.accum_grad: 1 -> 2" in said
     )
     assert json.loads(Path("two/versions.json").read_text())["processes"] == "2"
 

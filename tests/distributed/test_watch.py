@@ -65,7 +65,7 @@ MOMENTS = {
     "in a step of the other": (uiollms.training.step, "gradient_step", 5, "other"),
     "in an evaluation": (uiollms.evaluation.evaluator.Evaluation, "run", 1, "first"),
     "while a checkpoint is written": (uiollms.runs.run, "save_state", 1, "short"),
-    "between steps": (uiollms.runs.run.Run, "stop_if_asked", 5, None),
+    "between steps": (uiollms.runs.run.Run, "stop_if_necessary", 5, None),
 }
 
 
@@ -110,7 +110,7 @@ def test_a_signal_at_any_moment(run_folder, moment, victim):  # noqa: F811
     lines = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
     last = max(line["iteration"] for line in lines)
     assert checkpoints[-1].name == f"step-{last:08d}" and 0 < last < 400
-    assert said.count("stopped by SIGTERM; --resume goes on") == 1
+    assert said.count("stopped by SIGTERM; --resume continues the run") == 1
     end = f"--set=train.train_iters={last + 4}"
     assert call(*TRAIN, "--resume", end, "--set=train.tasks=[]") == 0
 

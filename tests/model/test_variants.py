@@ -93,7 +93,10 @@ def test_small_steps_vanish_in_the_bases_dtype(workspace, capsys):
     assert to_device["fp32"] > 0.9 and to_device["base"] < 0.5
     other = [flag.replace("master_dtype=base", "master_dtype=fp32") for flag in flags]
     assert call(*TRAIN, "--resume", *other) == 2
-    assert 'train.master_dtype: "base" -> "fp32": the run cannot go on' in capsys.readouterr().err
+    assert (
+        'train.master_dtype: "base" -> "fp32": a resumed run cannot change this'
+        in capsys.readouterr().err
+    )
     assert call(*TRAIN, "--resume", *flags, "--set=train.train_iters=4") == 0
 
 

@@ -68,7 +68,7 @@ def test_a_full_disk_while_saving(two_checkpoints, size):
     last = said.splitlines()[-1]
     # safetensors wraps it
     assert "step-00000006: cannot be written (" in last and "File too large" in last
-    assert "); step-00000004 is whole: make room, then go on with --resume" in last
+    assert "); step-00000004 is whole: free space, then continue with --resume" in last
     assert contents(two_checkpoints) == before
     assert call(*TRAIN, *RESUME) == 0
 
@@ -146,7 +146,7 @@ def test_no_whole_checkpoint_at_all(two_checkpoints, capsys):
 HOSTILE = {
     "a moment of another shape": ("optimizer.safetensors", "encoder.retrieval_token: shapes"),
     "a moment of no parameter": ("optimizer.safetensors", "nobody.exp_avg belongs to no parameter"),
-    "a generator that is none": ("rank-0.json", "not the state of such a run"),
+    "a generator that is none": ("rank-0.json", "its state does not fit this run"),
     "a place past the generator's end": (
         "rank-0.json",
         "rank-0.json: numpy[2]: Input should be less than or equal to 624",
@@ -198,8 +198,8 @@ def test_checksums_lead_nowhere_else(two_checkpoints, capsys):
 def test_weights_without_a_state_are_no_place_to_go_on_from(two_checkpoints, capsys):
     assert call("train.py", "--env_conf", "env.json", "--resume", "out/ckp") == 2
     assert (
-        "out/ckp: no training state is here (state.json); weights alone can be a new run's "
-        "model.load_ckp" in one_line(capsys)
+        "out/ckp: contains no training state (state.json); to start a new run from weights alone, "
+        "set its model.load_ckp" in one_line(capsys)
     )
 
 
@@ -221,7 +221,9 @@ def test_a_tokenizer_that_has_changed(two_checkpoints, capsys):
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     Path("model/tokenizer.json").write_text(json.dumps(rules))
     assert call(*TRAIN, "--resume", *changes) == 2
-    assert "the run's vocabulary was another one: model has changed since" in one_line(capsys)
+    assert "the tokenizer of model has changed since the run saved this checkpoint" in one_line(
+        capsys
+    )
 
 
 # ---- numbers and memory --------------------------------------------------------------------------
@@ -243,7 +245,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(workspace, capsys, mo
     Path("book2.txt").write_text("~" * 100)
     changes = ("--set=train.tasks=[]", "--set=train.train_iters=8")
     assert call(*TRAIN, *changes) == 0
-    assert "2 steps were skipped, their loss or gradient was not finite" in capsys.readouterr().out
+    assert "2 steps were skipped: their loss or gradient was not finite" in capsys.readouterr().out
     lines = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == list(range(1, 9))
     assert [line["skipped"] for line in lines if "nll" not in line] == [["book2.txt"]] * 2

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from uiollms.build import load_memory_lm
 from uiollms.config.load import load_env_config
 from uiollms.data.stream import SampleStream
-from uiollms.runs.run import Run
+from uiollms.runs.signals import StopSignals
 
 
 @pytest.fixture
@@ -111,15 +111,15 @@ def test_a_signal_ends_an_evaluation_which_is_made_again(run_folder):
     metrics = metrics_of(run_folder)
 
     def at_the_second_document() -> int:
-        until_signal = Run.until_signal
+        until_signal = StopSignals.until_signal
 
-        def signalling(self: Run, items: Iterable) -> Iterator:
+        def signalling(self: StopSignals, items: Iterable) -> Iterator:
             for number, item in enumerate(until_signal(self, items)):
                 if number == 1:
                     os.kill(os.getpid(), signal.SIGTERM)
                 yield item
 
-        Run.until_signal = signalling
+        StopSignals.until_signal = signalling
         return call(*TRAIN, *evaluating)
 
     assert forked(at_the_second_document) == 143
@@ -157,11 +157,11 @@ def test_an_unfinished_run_is_not_lost_by_accident(run_folder, capsys):
     steps = steps_in(run_folder)
     assert call(*TRAIN) == 2
     message = capsys.readouterr().err
-    said = (
-        f"out: holds an unfinished run, {steps[-1]} of 10 documents done; go on with --resume, or "
-        "begin anew"
+    assert (
+        f"out: contains an unfinished run, {steps[-1]} of 10 documents done; continue it with "
+        "--resume, or begin a new run with --restart (the files of the unfinished one then move to "
+        "earlier-1/)" in message
     )
-    assert said in message
     assert len(message.splitlines()) == 1 and steps_in(run_folder) == steps
     assert call(*TRAIN, "--restart", "--set=train.train_iters=2") == 0
     assert (
@@ -178,6 +178,8 @@ def test_an_unfinished_run_is_not_lost_by_accident(run_folder, capsys):
 def test_resume_begins_where_there_is_nothing_yet(run_folder):
     assert call(*TRAIN, "--resume", "--set=train.train_iters=2") == 0
     assert steps_in(run_folder) == [2]
+    path = run_folder / "checkpoints" / "step-00000002" / "state.json"
+    assert "config_hash" not in json.loads(path.read_text()), "only earlier versions wrote it"
 
 
 def test_what_a_run_is_cannot_change(run_folder, capsys):
@@ -195,8 +197,8 @@ def test_what_a_run_is_cannot_change(run_folder, capsys):
         "compressor.num_memory", "compressor.lora_rank", "compressor.chunk_size", "train.max_lr", "train.corpus"
     ]  # fmt: skip
     assert (
-        "compressor.chunk_size: 16 -> 32: the run cannot go on with another one; put it back, or "
-        "start a new run" in lines[2]
+        "compressor.chunk_size: 16 -> 32: a resumed run cannot change this; restore it, or start a "
+        "new run" in lines[2]
     )
     assert steps_in(run_folder) == [2]
 
@@ -219,7 +221,10 @@ def test_what_may_change_is_logged(run_folder):
         "chunk_batch: 4 -> 1",
         'device_map: "cpu" -> {"model"',
     ):
-        assert f"changed since: {'model' if 'map' in change else 'train'}.{change}" in said
+        assert (
+            f"changed since the checkpoint: {'model' if 'map' in change else 'train'}.{change}"
+            in said
+        )
     assert [line["iteration"] for line in metrics_of(run_folder) if "nll" in line] == [2, 4, 6]
 
 
@@ -240,7 +245,10 @@ def test_the_checkpoints_kept(run_folder, capsys):
         )
     assert steps_in(run_folder) == [4, 8]
     assert call(*TRAIN, "--set=train.keep_best=true", "--set=train.tasks=[]") == 2
-    assert "env.json: train: keep_best needs an evaluation" in capsys.readouterr().err
+    assert (
+        "env.json: train: keep_best compares checkpoints by an evaluation"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_checkpoint_serves_as_weights(run_folder):

@@ -162,7 +162,7 @@ def test_a_run_of_an_older_folder_keeps_counting_steps(workspace, tiny_folder, c
 
     assert call(*TRAIN, *flags) == 2
     assert (
-        "out: holds an unfinished run, 3 of 6 steps done; go on with --resume"
+        "out: contains an unfinished run, 3 of 6 steps done; continue it with --resume"
         in capsys.readouterr().err
     )
     assert call(*TRAIN, *flags, "--resume") == 0
@@ -183,7 +183,7 @@ def test_a_run_of_an_older_folder_keeps_counting_steps(workspace, tiny_folder, c
         json.loads(Path("out/checkpoints/step-00000006/state.json").read_text())["counts"]
         == "steps"
     )
-    assert "3 of 6 steps done" in Path("out/log.txt").read_text()
+    assert "after 3 of 6 steps" in Path("out/log.txt").read_text()
     assert (
         call(*TRAIN, *flags, "--resume", "--set=train.train_iters=8") == 0
     )  # once more, from a folder of today's

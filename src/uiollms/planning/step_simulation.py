@@ -11,7 +11,6 @@ Shapes: C chunks in memory, m num_memory, D hidden size, H key/value heads, K he
 
 from __future__ import annotations
 
-import math
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -45,7 +44,7 @@ from uiollms.model.positions import num_positions
 from uiollms.planning.flops import Flops
 from uiollms.planning.simulated_devices import SimulatedDevices, simulated
 from uiollms.training.estimators import Estimator, all_pairs, make_estimator
-from uiollms.training.optimizer import make_optimizer
+from uiollms.training.optimizer import make_optimizer, optimizer_step
 from uiollms.training.step import chunks_with_gradient, gradient_step
 from uiollms.weights.base_models import DTYPES, base_config, computes_bf16
 
@@ -194,8 +193,7 @@ class StepSimulation:
                 rng=0,
                 report_all=False,
             )
-            torch.nn.utils.clip_grad_norm_(parameters, train.clip_grad or math.inf)
-            optimizer.step()
+            optimizer_step(optimizer, train.max_lr, train.clip_grad)
             before, after = fixed.peak or simulation.peak, simulation.peak
 
             # Weights on disk are in memory one module at a time.

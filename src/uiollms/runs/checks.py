@@ -48,7 +48,7 @@ from uiollms.weights.packaged import package_folder
 ENDING = 10.0  # seconds that a run which was told to stop may still need for its last save
 
 
-def check_training(config: EnvConfig, path: str | Path, going_on: bool = False) -> MemoryConfig:
+def check_training(config: EnvConfig, path: str | Path, resumes: bool = False) -> MemoryConfig:
     """Everything that train.py reads and writes; the compressor config. going_on: a checkpoint
     says what an iteration is. Raises ConfigError with a line for every fault."""
     faults = Faults()
@@ -73,7 +73,7 @@ def check_training(config: EnvConfig, path: str | Path, going_on: bool = False) 
             check_target(Path(save_ckp))
         with faults.collect(where), reporting_write_errors(save_ckp):
             check_folder(Path(os.path.realpath(save_ckp)).parent, Path(save_ckp).parent)
-    if not going_on:
+    if not resumes:
         with faults.collect(f"{path}: "):
             Schedule(config.train, config.train.accum_grad)
     faults.report()

@@ -1,26 +1,23 @@
-"""The run folder: one run at a time, through its first process, writes metrics, log and
-checkpoints; one that stops can go on.
+"""A training run in its folder: where it begins, when it saves and evaluates, and when it ends.
+
+Only the first of a run's processes touches the folder, and only one run at a time may use it.
 
 <run folder>/config.json, versions.json   the config with all defaults written out; versions, git
-                                          revision, machine
-             log.txt, metrics.jsonl       what happened; a line for every step and every evaluation
-             tensorboard/, curve.png      the same to look at
+                                          revision and machine
+             log.txt, metrics.jsonl       events; one line for every step and every evaluation
+             tensorboard/, curve.png      the same numbers for TensorBoard and as a plot
              checkpoints/step-00000120/   see state.py
-             earlier-1/ ...               whatever lay here when a new run began, or beyond the
-                                          checkpoint one went on from
+             earlier-1/ ...               files of earlier runs, and files newer than the checkpoint
+                                          from which a run was resumed
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import signal
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
 
 from uiollms.config.sections import EnvConfig, MemoryConfig
 from uiollms.distributed.groups import World
@@ -31,30 +28,24 @@ from uiollms.files.atomic import (
     remove,
     replace_text,
     reporting_write_errors,
-    sync,
     work_path,
 )
 from uiollms.files.errors import ConfigError
 from uiollms.files.folders import run_folder
-from uiollms.files.json_files import as_json, replace_nonfinite
-from uiollms.runs.board import Board
+from uiollms.files.json_files import as_json
 from uiollms.runs.checks import check_can_save
 from uiollms.runs.environment import device_name, environment
-from uiollms.runs.metrics import (
-    ITERATIONS,
-    cut_metrics,
-    machine_use,
-    perplexities,
-    read_metrics,
-    scalars,
-)
+from uiollms.runs.log import RunLog
+from uiollms.runs.metrics import ITERATIONS, perplexities, read_metrics
 from uiollms.runs.own_files import FILES, LOCK, free_name, held, put_back, set_aside
+from uiollms.runs.signals import StopSignals
 from uiollms.runs.state import (
     CheckpointInfo,
     TrainingState,
     check_same_run,
+    is_whole,
     load_state,
-    read_record,
+    read_info,
     save_state,
     saved_steps,
     seed_generators,
@@ -66,8 +57,6 @@ from uiollms.weights.adapters import save_weights
 
 log = logging.getLogger("uiollms")
 
-Item = TypeVar("Item")
-
 
 @contextmanager
 def open_run(
@@ -78,9 +67,17 @@ def open_run(
     restart: bool,
     world: World,
 ) -> Iterator[Run]:
-    """The run folder, for this run alone, with the checkpoint to go on from found, checked and
-    compared with the config; nothing in it is touched yet. resume: a checkpoint, "" = the newest
-    one if there is any; restart: leave an unfinished run. Raises ConfigError."""
+    """Lock the run folder, and find and check the checkpoint to resume from. `Run.begin` then
+    changes the folder. If the block ends with a signal or because another process was lost, the
+    last whole step is saved.
+
+    resume:  the path of a checkpoint; "" for the newest of the folder, if there is one; None for a
+             new run
+    restart: begin a new run even if the folder contains an unfinished one
+
+    Raises ConfigError if the folder cannot be used, the checkpoint is damaged or belongs to
+    another run, or an unfinished run would be abandoned.
+    """
     folder = run_folder(config.train.run_dir, config.model.save_ckp, env_conf)
     with ExitStack() as stack:
         if not world.is_main_process:
@@ -88,8 +85,8 @@ def open_run(
             return
         with reporting_write_errors(folder):
             make_folder(folder)
-            said = "another process is training in this folder; choose another train.run_dir"
-            stack.enter_context(held(folder / LOCK, f"{folder}: {said}"))
+            fault = "another process is training in this folder; choose another train.run_dir"
+            stack.enter_context(held(folder / LOCK, f"{folder}: {fault}"))
             put_back(folder)
         check_can_save(config.model.save_ckp, stack)
         run = Run(folder, config, compressor, resume, restart, stack, world)
@@ -101,8 +98,8 @@ def open_run(
 
 
 class Run:
-    """One training run in its folder; made by `open_run`, started by `begin`. All processes of a
-    run have one, and make the same calls; only the first one's touches the folder."""
+    """One training run, which `open_run` makes and `begin` starts. Every process of a run has a
+    `Run` and makes the same calls."""
 
     def __init__(
         self,
@@ -114,176 +111,157 @@ class Run:
         stack: ExitStack,
         world: World,
     ) -> None:
-        self.folder, self.config, self.compressor, self.stack, self.world = (
-            folder,
-            config,
-            compressor,
-            stack,
-            world,
-        )
+        self.folder, self.config, self.compressor = folder, config, compressor
+        self.stack, self.world, self.watch = stack, world, world.watch
+        self.log, self.signals = RunLog(folder, config.train.loss), StopSignals(world)
         self.checkpoints = folder / "checkpoints"
-        self.metrics = folder / "metrics.jsonl"
-        # what else a line of metrics.jsonl goes to
-        self.echo: Callable[[str], None] = lambda line: None
-        self.watch = world.watch
-        self.stopped_by: signal.Signals | None = None  # what all processes have agreed upon
-        self.state: TrainingState | None = None  # once there is one
-        self.record: CheckpointInfo | None = None
+        self.state: TrainingState | None = None  # set by `begin`
+        # The checkpoint from which the run is resumed, and its state.json; None for a new run.
+        self.origin: Path | None = None
+        self.origin_info: CheckpointInfo | None = None
         saved = saved_steps(self.checkpoints)
-        self.start = (
-            None if resume is None else Path(resume) if resume else saved[-1] if saved else None
-        )
-        if self.start:
-            self.record = self.checked(self.start, saved)
-            self.changes = check_same_run(self.record, config, compressor, self.start)
+        if resume is not None:
+            self.origin = Path(resume) if resume else saved[-1] if saved else None
+        if self.origin:
+            self.origin_info = self.read_checkpoint(self.origin, saved)
+            self.changes = check_same_run(self.origin_info, config, compressor, self.origin)
         elif saved and resume is None and not restart:
             self.refuse_unfinished(saved[-1])
-        begun = (self.record.counts, self.record.borders) if self.record else ("documents", ())
-        self.schedule = Schedule(
-            config.train, config.train.accum_grad * world.data.size, *world.broadcast(begun)
+        counts, borders = world.broadcast(
+            (self.origin_info.counts, self.origin_info.borders)
+            if self.origin_info
+            else ("documents", ())
         )
+        documents = config.train.accum_grad * world.data.size
+        self.schedule = Schedule(config.train, documents, counts, borders)
 
-    def checked(self, path: Path, saved: list[Path]) -> CheckpointInfo:
-        """The record of a whole checkpoint. Raises ConfigError that offers the newest whole one
-        before it."""
+    def read_checkpoint(self, path: Path, saved: list[Path]) -> CheckpointInfo:
+        """Check the files of a checkpoint and return its state.json. Raises ConfigError, which
+        offers the newest whole checkpoint before it, if the checkpoint is damaged."""
         try:
-            return read_record(path)
+            return read_info(path)
         except ConfigError as error:
-            for other in reversed([p for p in saved if step_of(p) < step_of(path)]):
-                try:
-                    read_record(other)
-                except ConfigError:
-                    continue
-                raise ConfigError(
-                    f"{error}; the one before it is whole: --resume {other}"
-                ) from None
-            raise ConfigError(f"{error}; no other whole checkpoint is there") from None
+            older = [other for other in saved if step_of(other) < step_of(path)]
+            whole = next((other for other in reversed(older) if is_whole(other)), None)
+            remedy = f"the one before it is whole: --resume {whole}"
+            if whole is None:
+                remedy = "no other whole checkpoint is there"
+            raise ConfigError(f"{error}; {remedy}") from None
 
     def refuse_unfinished(self, newest: Path) -> None:
-        done, of, finished = step_of(newest), "", False
-        with suppress(ConfigError):  # a damaged checkpoint is no finished run
-            schedule = read_record(newest).schedule
-            of, finished = (
-                f" of {schedule.train.train_iters} {schedule.counts}",
-                not schedule.steps(done),
-            )
+        """Raise ConfigError if the run of the folder has not reached its end."""
+        progress, finished = str(step_of(newest)), False
+        with suppress(ConfigError):  # a run whose newest checkpoint is damaged is not finished
+            schedule = read_info(newest).schedule
+            progress += f" of {schedule.train.train_iters} {schedule.counts}"
+            finished = not schedule.steps(step_of(newest))
         if not finished:
             raise ConfigError(
-                f"{self.folder}: holds an unfinished run, {done}{of} done; go on with --resume, or "
-                "begin "
-                f"anew with --restart (its files then move to {free_name(self.folder).name}/)"
+                f"{self.folder}: contains an unfinished run, {progress} done; continue it with "
+                "--resume, or begin a new run with --restart (the files of the unfinished one then "
+                f"move to {free_name(self.folder).name}/)"
             )
 
     def begin(self, state: TrainingState) -> None:
-        """Restore `state` from the checkpoint, if there is one to go on from, in all processes,
-        and open the folder's files. From here SIGINT and SIGTERM let the step finish."""
+        """Give all processes the state of the checkpoint, or that of the first process in a new
+        run, and open the folder's files. From here on SIGINT and SIGTERM let the step finish."""
         seed_generators(self.config.train.seed)
-        if self.start and self.record:
-            load_state(state, self.start, self.record)
+        if self.origin and self.origin_info:
+            load_state(state, self.origin, self.origin_info)
         share_state(state, self.world)
-        state.set_mark()
+        state.take_snapshot()
         if self.world.is_main_process:
             self.open_files(state)
         self.state = state
         self.watch.begin()
 
     def open_files(self, state: TrainingState) -> None:
-        going_on = (
-            self.start is not None and self.start.resolve().parent == self.checkpoints.resolve()
-        )
+        """Move files that do not belong to this run out of the way, and write those that describe
+        it."""
         with reporting_write_errors(self.folder):
-            newer = [
-                path for path in saved_steps(self.checkpoints) if step_of(path) > state.iteration
-            ]
-            self.set_aside(
-                newer
-                if going_on
-                else [self.folder / name for name in FILES if (self.folder / name).exists()]
-            )
+            if self.origin and self.origin.resolve().parent == self.checkpoints.resolve():
+                saved = saved_steps(self.checkpoints)
+                others = [path for path in saved if step_of(path) > state.iteration]
+            else:
+                others = [self.folder / name for name in FILES if (self.folder / name).exists()]
+            if others:
+                target = set_aside(self.folder, others)
+                log.info("moved %s to %s", ", ".join(path.name for path in others), target)
             make_folder(self.checkpoints)
             clear_leftovers(self.checkpoints)
-            seconds = cut_metrics(self.folder, state.iteration)
+        self.stack.callback(self.log.close)
+        self.log.open(state.iteration, resumed=self.origin is not None)
+        self.environment = environment() | {
+            "dtype": str(state.model.dtype),
+            "device": device_name(),
+            "processes": str(self.world.size),
+        }
+        with reporting_write_errors(self.folder):
             replace_text(self.folder / "config.json", self.config.model_dump_json(indent=4) + "\n")
-            here: dict[str, str | None] = {
-                "dtype": str(state.model.dtype),
-                "device": device_name(),
-                "processes": str(self.world.size),
-            }
-            self.environment = environment() | here
             versions = as_json(self.environment | {ITERATIONS: self.schedule.counts}, indent=4)
             replace_text(self.folder / "versions.json", versions + "\n")
-            self.open_log()
-        self.board = Board(self.folder / "tensorboard", state.iteration + 1 if self.start else None)
-        self.began = time.time() - seconds
-        if self.record:
-            goal, counts = self.config.train.train_iters, self.schedule.counts
-            log.info("goes on from %s, %d of %d %s done", self.start, state.iteration, goal, counts)
-            was = self.record.environment
-            to_device = [
-                f"{name}: {was.get(name)} -> {now}"
-                for name, now in self.environment.items()
-                if was.get(name) != now
-            ]
-            for change in (*self.changes, *to_device):
-                log.info("changed since: %s", change)
+        if self.origin_info:
+            self.log_changes(self.origin_info.environment, state.iteration)
 
-    def set_aside(self, paths: list[Path]) -> None:
-        """Move what another run left into the next free earlier-<n>/: nothing is lost."""
-        if paths:
-            target = set_aside(self.folder, paths)
-            log.info("%s kept in %s", ", ".join(path.name for path in paths), target)
+    def log_changes(self, before: dict[str, str | None], iteration: int) -> None:
+        """Log what differs from the checkpoint: fields of the config, versions and machine."""
+        total, counts = self.config.train.train_iters, self.schedule.counts
+        log.info("resumed from %s after %d of %d %s", self.origin, iteration, total, counts)
+        changes = [
+            f"{name}: {before.get(name)} -> {now}"
+            for name, now in self.environment.items()
+            if before.get(name) != now
+        ]
+        for change in (*self.changes, *changes):
+            log.info("changed since the checkpoint: %s", change)
 
-    def open_log(self) -> None:
-        handler = logging.FileHandler(self.folder / "log.txt", encoding="utf-8")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-        log.addHandler(handler)
-        log.setLevel(logging.INFO)
-        self.stack.callback(handler.close)
-        self.stack.callback(log.removeHandler, handler)
+    # ---- saving and evaluating -------------------------------------------------------------------
 
-    # ---- while it runs ---------------------------------------------------------------------------
+    def should_evaluate(self, iteration: int) -> bool:
+        """Whether an evaluation follows the step that ended at `iteration`: it does at the first
+        step that reaches a multiple of `eval`, and at the end."""
+        train, schedule = self.config.train, self.schedule
+        return bool(train.tasks) and (
+            schedule.reaches(iteration, train.eval) or not schedule.steps(iteration)
+        )
 
-    def log(self, **values: Any) -> None:
-        """Append one line to metrics.jsonl, with the seconds that the run has taken, and its
-        numbers to TensorBoard. Numbers that are not finite become null. tokens: read in the
-        step, from which follow those a second."""
-        if not self.world.is_main_process:
-            return
-        line = {"seconds": round(time.time() - self.began, 2), **values}
-        if "tokens" in values:
-            line["machine"] = machine_use(values["tokens"], self.step_seconds)
-        line = replace_nonfinite(line)
-        text = json.dumps(line)
-        with reporting_write_errors(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
-            file.write(text + "\n")
-        self.echo(text)
-        self.board.add(values["iteration"], scalars(line, self.config.train.loss))
+    def evaluation_missing(self, iteration: int) -> bool:
+        """Whether the run was stopped between a checkpoint and the evaluation that follows it."""
+        missing = False
+        if self.origin_info and self.config.train.tasks:
+            # A step of the earlier process may have had another number of documents.
+            last = replace(self.schedule, documents=self.origin_info.documents)
+            due = last.reaches(iteration, self.config.train.eval) or not self.schedule.steps(
+                iteration
+            )
+            lines = [line for line in read_metrics(self.folder) if line["iteration"] == iteration]
+            missing = due and not any("eval" in line for line in lines)
+        return self.world.broadcast(missing)
 
-    def timed(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The items. The clock behind tokens a second starts anew with each: evaluations and
-        checkpoints do not count."""
-        for item in items:
-            self.clock = time.perf_counter()
-            yield item
-
-    @property
-    def step_seconds(self) -> float:
-        """Since the current item of `timed` was handed out."""
-        return time.perf_counter() - self.clock
+    def should_save(self, state: TrainingState) -> bool:
+        """Whether a checkpoint follows the step, which is the same in all processes: it does at the
+        first step that reaches a multiple of `save`, before an evaluation, at the end, and before
+        the run stops."""
+        iteration, schedule = state.iteration, self.schedule
+        return (
+            not schedule.steps(iteration)
+            or schedule.reaches(iteration, self.config.train.save)
+            or self.should_evaluate(iteration)
+            or self.must_stop(state)
+        )
 
     def save(self, state: TrainingState) -> None:
-        """Weights to `save_ckp`, then everything to a checkpoint; older ones than the config
-        keeps are deleted once it is whole. Raises ConfigError if the disk is full; the
-        checkpoints before stay."""
+        """Write the weights to `save_ckp`, then the whole state to a checkpoint, and delete older
+        checkpoints beyond `keep_last`. Raises ConfigError if the disk is full; the older
+        checkpoints then stay."""
         if self.world.is_main_process:
             with self.watch.undisturbed():
-                self.write(state)
+                self.write_checkpoint(state)
 
-    def write(self, state: TrainingState) -> None:
+    def write_checkpoint(self, state: TrainingState) -> None:
         if self.config.model.save_ckp:
             save_weights(state.model, self.config.model.save_ckp)
-        with reporting_write_errors(self.metrics):
-            sync(self.metrics)  # a checkpoint never knows of more steps than the metrics
+        self.log.sync()  # no checkpoint is ahead of metrics.jsonl
         save_state(
             state, self.schedule, self.checkpoints, self.config, self.compressor, self.environment
         )
@@ -292,99 +270,50 @@ class Run:
         with reporting_write_errors(self.checkpoints):
             for path in saved[: -self.config.train.keep_last]:
                 if path != best:
-                    gone = work_path(self.checkpoints)
-                    path.rename(gone)
-                    remove(gone)
+                    discarded = work_path(self.checkpoints)
+                    path.rename(discarded)  # a partly removed folder is no checkpoint
+                    remove(discarded)
 
     def best(self, saved: list[Path]) -> Path | None:
-        """The checkpoint with the lowest perplexity of the first task."""
+        """The checkpoint with the lowest perplexity of the first task, None if none has one."""
         perplexity = perplexities(self.folder)
-        return min(
-            (p for p in saved if step_of(p) in perplexity),
-            key=lambda p: perplexity[step_of(p)],
-            default=None,
+        evaluated = [path for path in saved if step_of(path) in perplexity]
+        return min(evaluated, key=lambda path: perplexity[step_of(path)], default=None)
+
+    # ---- stopping --------------------------------------------------------------------------------
+
+    def must_stop(self, state: TrainingState) -> bool:
+        """Whether the run ends now, after a signal or too many bad steps in a row."""
+        return (
+            self.signals.agreed is not None or state.bad_in_a_row >= self.config.train.max_bad_steps
         )
 
-    def evaluation_missing(self, iteration: int) -> bool:
-        """Whether the run was stopped between a checkpoint and the evaluation that follows it."""
-        missing = False
-        if self.record and self.config.train.tasks:
-            # steps may have another size now
-            last = replace(self.schedule, documents=self.record.documents)
-            due = last.reaches(iteration, self.config.train.eval) or not self.schedule.steps(
-                iteration
-            )
-            lines = [line for line in read_metrics(self.folder) if line["iteration"] == iteration]
-            missing = due and not any("eval" in line for line in lines)
-        return self.world.broadcast(missing)
-
-    def evaluates(self, iteration: int) -> bool:
-        """An evaluation is due after a step: at the first that reaches a multiple of `eval`, and
-        at the end."""
-        train, schedule = self.config.train, self.schedule
-        return bool(train.tasks) and (
-            schedule.reaches(iteration, train.eval) or not schedule.steps(iteration)
-        )
-
-    def saves(self, state: TrainingState) -> bool:
-        """A checkpoint is due, for all processes alike: at the first step that reaches a
-        multiple of `save`, before an evaluation, at the end, and when the run has to stop."""
-        train, schedule = self.config.train, self.schedule
-        last = not schedule.steps(state.iteration)
-        due = (
-            last or schedule.reaches(state.iteration, train.save) or self.evaluates(state.iteration)
-        )
-        return due or self.stopped_by is not None or state.bad_in_a_row >= train.max_bad_steps
-
-    def stop_if_asked(self, state: TrainingState, sources: list[str]) -> None:
-        """Called by all processes alike, once all is saved. Raises SystemExit after a signal,
-        ConfigError after too many bad steps in a row."""
-        if self.stopped_by is not None or state.bad_in_a_row >= self.config.train.max_bad_steps:
-            # a launcher ends all others once one has ended: not while the first one saves
-            self.world.barrier()
+    def stop_if_necessary(self, state: TrainingState, sources: list[str]) -> None:
+        """Raise SystemExit after a signal, or ConfigError after too many bad steps in a row, which
+        names the last step's documents `sources`. All processes must call this, after a save."""
+        if not self.must_stop(state):
+            return
+        # Launchers end all processes once one has ended, so all wait until the first has saved.
+        self.world.barrier()
         if state.bad_in_a_row >= self.config.train.max_bad_steps:
             raise ConfigError(
                 f"{self.folder}: the loss or gradient of {state.bad_in_a_row} steps in a row was "
-                "not finite, the last at "
-                f"iteration {state.iteration} on {', '.join(sources)}; none of them changed the "
-                "weights, which are saved; lower "
-                f"train.max_lr, or look at the documents that metrics.jsonl names"
+                f"not finite, the last at iteration {state.iteration} on {', '.join(sources)}; "
+                "none of them changed the weights, which are saved; lower train.max_lr, or look at "
+                "the documents that metrics.jsonl names"
             )
-        self.exit_if_signalled()
-
-    def agree_on_signals(self) -> None:
-        """What one process was told, all do."""
-        if self.watch.lost:
-            raise self.watch.reason()
-        number = self.world.max(self.watch.asked or 0)
-        if number:
-            self.stopped_by = signal.Signals(number)
-            self.watch.ask(self.stopped_by)
-
-    def exit_if_signalled(self) -> None:
-        if self.stopped_by is not None:
-            raise SystemExit(128 + self.stopped_by)
-
-    def until_signal(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The items, until a signal comes: an evaluation is given up, and made again when the
-        run goes on."""
-        for item in items:
-            if self.watch.asked:  # the others wait for this process, and agree later
-                raise self.watch.reason()
-            yield item
+        self.signals.exit_if_agreed()
 
     def save_last_step(self) -> None:
-        """In the first process of a run that ends before its end: save the last whole step, where
-        that is not saved yet, and say how it goes on."""
+        """Save the last whole step, if it is not saved yet, before the first process exits, and
+        log how the run can be continued."""
         self.watch.leaving = True
         state, saved = self.state, saved_steps(self.checkpoints)
         if state and state.iteration > (step_of(saved[-1]) if saved else 0):
             try:
                 self.save(state)
-            except ConfigError as error:  # why the run ends is said too
+            except ConfigError as error:  # the signal or loss that ended the run is reported too
                 log.warning("%s", error)
             else:
-                log.info("iteration %d, the last whole step, is saved", state.iteration)
-        if self.watch.asked:
-            then = "--resume goes on" if state else "nothing was trained yet"
-            log.info("stopped by %s; %s", self.watch.asked.name, then)
+                log.info("saved iteration %d, the last whole step", state.iteration)
+        self.signals.log_signal(resumable=state is not None)

@@ -1,22 +1,22 @@
-"""The whole state of a training run, on disk, so that a stopped run goes on bit for bit.
+"""The whole state of a training run on disk, from which a stopped run continues bit for bit.
 
 <run folder>/checkpoints/step-00000120/
     memory_config.json, tokens.safetensors, encoder/, decoder/    the weights, as in
-                                weights/adapters.py: load_ckp and PEFT read them
+                                weights/adapters.py; load_ckp and PEFT read them
     optimizer.safetensors       AdamW's "<parameter>.step", ".exp_avg", ".exp_avg_sq"
-    state.json                  iteration (documents, the number in the folder's name), counters,
-                                the resolved configs and their hash, versions
-    rank-0.json                 place in the data, and the first process's global random generators
+    state.json                  iteration (documents; the number in the folder's name), counters,
+                                the resolved configs and versions
+    rank-0.json                 the position in the data, and the global random generators of the
+                                first process
     checksums.json              sha256 of every file
 
-The learning rate follows from the iteration, and what is random about a document from the seed
-and its number in the data: no other process has anything of its own, so a run may go on with
-more or fewer of them. Nothing is pickled.
+The learning rate follows from the iteration. What is random about a document follows from the seed
+and the document's number in the data. So the other processes have no state of their own, and a run
+may be resumed with more or fewer of them. Nothing is pickled.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import re
@@ -53,7 +53,7 @@ from uiollms.weights.adapters import load_weights, write_weights
 from uiollms.weights.fitness import not_finite
 
 STEP = re.compile(r"step-(\d{8,})")
-NEEDED = (
+REQUIRED = (
     "state.json",
     "rank-0.json",
     "optimizer.safetensors",
@@ -62,14 +62,21 @@ NEEDED = (
 )
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
-# Fields that may differ when a run goes on: they move, measure, share out or end it. Every change
-# is logged.
+# The fields that may differ when a run is resumed. They move files, evaluate, divide the work or
+# end the run, but do not change what a step computes. Every change is logged.
 MAY_CHANGE = {
     *(
         f"model.{name}"
-        for name in ("config", "model_method", "save_ckp", "load_ckp", "released_ckp", "device_map")
+        for name in (
+            "config",
+            "model_method",
+            "save_ckp",
+            "load_ckp",
+            "released_ckp",
+            "device_map",
+            "attn_implementation",
+        )
     ),
-    "model.attn_implementation",
     *(
         f"train.{name}"
         for name in (
@@ -80,25 +87,33 @@ MAY_CHANGE = {
             "run_dir",
             "chunk_batch",
             "checkpointing",
+            "keep_last",
+            "keep_best",
+            "max_bad_steps",
+            "chunk_parallel",
+            "chunk_ranks",
+            # Another number of processes needs another one for as many documents per step.
+            "accum_grad",
         )
     ),
-    *(
-        f"train.{name}"
-        for name in ("keep_last", "keep_best", "max_bad_steps", "chunk_parallel", "chunk_ranks")
-    ),
-    "train.accum_grad",  # with it, another number of processes takes as many documents a step
     "test",
 }
 
 Count = Annotated[int, Field(ge=0)]
-Generator = tuple[int, tuple[int, ...], float | None]  # what random.Random.getstate gives
+PythonGenerator = tuple[int, tuple[int, ...], float | None]  # of random.Random.getstate
 
 
 class CheckpointInfo(Checked):
-    """state.json. config and compressor: all fields written out; tokenizer: a hash of what it
-    does; environment: versions, dtype and device, for the log. counts, documents: of the run's
-    schedule; a folder that names neither was written before documents were counted. borders:
-    between the run's stages, in iterations."""
+    """The contents of state.json.
+
+    counts, documents: of the run's schedule. Checkpoints from before documents were counted lack
+        both fields.
+    borders: the iterations at which the run's stages end, except the last
+    config, compressor: with all defaults written out
+    config_hash: read from checkpoints of earlier versions, and ignored
+    tokenizer: a hash of the tokenizer
+    environment: versions, dtype and device, which are logged if they have changed
+    """
 
     format: Literal[1] = 1
     iteration: Count
@@ -109,7 +124,7 @@ class CheckpointInfo(Checked):
     bad_in_a_row: Count
     config: EnvConfig
     compressor: MemoryConfig
-    config_hash: str
+    config_hash: Annotated[str, Field(exclude=True)] = ""
     tokenizer: str
     environment: dict[str, str | None]
 
@@ -119,10 +134,10 @@ class CheckpointInfo(Checked):
 
 
 class ResumePoint(Checked):
-    """rank-0.json. python, numpy, torch, cuda: the global generators (torch's in hex); samples:
-    place in the data."""
+    """The contents of rank-0.json. python, numpy, torch, cuda: the states of the global random
+    generators, torch's in hexadecimal digits; samples: the position in the data."""
 
-    python: Generator
+    python: PythonGenerator
     numpy: tuple[str, tuple[int, ...], Annotated[int, Field(ge=0, le=624)], int, float]
     torch: str
     cuda: tuple[str, ...]
@@ -130,8 +145,8 @@ class ResumePoint(Checked):
 
 
 @dataclass(frozen=True)
-class Mark:
-    """What `ResumePoint` holds, as the libraries give it."""
+class Snapshot:
+    """The values of `ResumePoint` as the libraries return them."""
 
     python: Any
     numpy: Any
@@ -142,9 +157,13 @@ class Mark:
 
 @dataclass
 class TrainingState:
-    """All that a run changes as it goes on. iteration: documents (or steps: schedule.py) done,
-    those of skipped steps included; skipped_steps: steps whose loss or gradient was not finite;
-    bad_in_a_row: those since the last good one."""
+    """Everything that a run changes while it trains.
+
+    iteration: documents (or steps, see training/schedule.py) done, skipped steps included
+    skipped_steps: steps whose loss or gradient was not finite
+    bad_in_a_row: skipped steps since the last one that was not
+    snapshot: generators and position in the data after the last whole step
+    """
 
     model: MemoryLM
     tokenizer: PreTrainedTokenizerBase
@@ -153,67 +172,56 @@ class TrainingState:
     iteration: int = 0
     skipped_steps: int = 0
     bad_in_a_row: int = 0
-    mark: Mark | None = None  # of the last whole step
+    snapshot: Snapshot | None = None
 
-    def advance(self, iteration: int, good: bool) -> None:
-        """Count a step, taken (`good`) or skipped, after which so many iterations are done. From
-        here to the next call this step can be saved, whatever the one that follows has drawn by
-        then."""
+    def advance(self, iteration: int, finite: bool) -> None:
+        """Count a step that ended at `iteration`; it was skipped unless loss and gradient were
+        `finite`. Until the next call this step can be saved, although the next one already draws
+        documents and random numbers."""
         self.iteration = iteration
-        self.skipped_steps += not good
-        self.bad_in_a_row = 0 if good else self.bad_in_a_row + 1
-        self.set_mark()
+        self.skipped_steps += not finite
+        self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
+        self.take_snapshot()
 
-    def set_mark(self) -> None:
+    def take_snapshot(self) -> None:
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        place = self.samples.state_dict()
-        self.mark = Mark(
-            random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda, place
+        self.snapshot = Snapshot(
+            random.getstate(),
+            np.random.get_state(),
+            torch.get_rng_state(),
+            cuda,
+            self.samples.state_dict(),
         )
 
 
 # ---- what may change -----------------------------------------------------------------------------
 
 
-def fields_of(config: EnvConfig, compressor: MemoryConfig) -> dict[str, Any]:
-    """ "train.max_lr" -> its value, for every field of both files."""
-    found: dict[str, Any] = {
-        f"compressor.{name}": value for name, value in compressor.model_dump().items()
-    }
+def all_fields(config: EnvConfig, compressor: MemoryConfig) -> dict[str, Any]:
+    """The value of every field of both configs by its name, such as "train.max_lr"."""
+    fields = {f"compressor.{name}": value for name, value in compressor.model_dump().items()}
     for section, value in config.model_dump().items():
-        found |= (
-            {f"{section}.{name}": v for name, v in value.items()}
-            if isinstance(value, dict)
-            else {section: value}
-        )
-    return found
-
-
-def config_hash(config: EnvConfig, compressor: MemoryConfig) -> str:
-    """Of the fields that make a run what it is; equal hashes may go on with each other's
-    checkpoints."""
-    fixed = {
-        name: value
-        for name, value in sorted(fields_of(config, compressor).items())
-        if name not in MAY_CHANGE
-    }
-    return hashlib.sha256(json.dumps(fixed).encode()).hexdigest()
+        if isinstance(value, dict):
+            fields |= {f"{section}.{name}": v for name, v in value.items()}
+        else:
+            fields[section] = value
+    return fields
 
 
 def check_same_run(
-    record: CheckpointInfo, config: EnvConfig, compressor: MemoryConfig, path: Path
+    info: CheckpointInfo, config: EnvConfig, compressor: MemoryConfig, path: Path
 ) -> list[str]:
-    """The fields that have changed since the checkpoint and may, one line each. Raises
-    ConfigError with a line for each of those that may not."""
-    old, new = fields_of(record.config, record.compressor), fields_of(config, compressor)
+    """Describe the fields that have changed since the checkpoint, one line each. Raises
+    ConfigError with a line for each of them that may not change."""
+    old, new = all_fields(info.config, info.compressor), all_fields(config, compressor)
     changes = {
         name: f"{name}: {shown(old[name])} -> {shown(new[name])}"
         for name in new
         if old[name] != new[name]
     }
     faults = [
-        f"{path}: {line}: the run cannot go on with another one; put it back, or start a new run "
-        f"with model.load_ckp = {path}"
+        f"{path}: {line}: a resumed run cannot change this; restore it, or start a new run with "
+        f"model.load_ckp = {path}"
         for name, line in changes.items()
         if name not in MAY_CHANGE
     ]
@@ -238,10 +246,10 @@ def save_state(
     compressor: MemoryConfig,
     environment: dict[str, str | None],
 ) -> Path:
-    """Write checkpoints/step-<iteration>; it has that name only once all of it is on the disk.
-    Raises ConfigError if it cannot be written; nothing of it stays then, and what was there
-    before is untouched."""
-    record = CheckpointInfo(
+    """Write the checkpoint step-<iteration> into `folder` and return its path. It gets this name
+    only after all of it is on the disk. Raises ConfigError if it cannot be written; the folder then
+    has the same contents as before."""
+    info = CheckpointInfo(
         iteration=state.iteration,
         counts=schedule.counts,
         documents=schedule.documents,
@@ -250,24 +258,25 @@ def save_state(
         bad_in_a_row=state.bad_in_a_row,
         config=config,
         compressor=compressor,
-        config_hash=config_hash(config, compressor),
         tokenizer=tokenizer_fingerprint(state.tokenizer),
         environment=environment,
     )
     path = folder / f"step-{state.iteration:08d}"
-    before = saved_steps(folder)
-    remedy = f"; {before[-1].name} is whole: make room, then go on with --resume" if before else ""
+    remedy = ""
+    if before := saved_steps(folder):
+        remedy = f"; {before[-1].name} is whole: free space, then continue with --resume"
     with reporting_write_errors(path, remedy), atomic_folder(path) as work:
         write_weights(state.model, work)
         save_file(optimizer_tensors(state), work / "optimizer.safetensors")
-        (work / "state.json").write_text(record.model_dump_json(indent=1), encoding="utf-8")
-        position = position_of(state).model_dump_json()
-        (work / "rank-0.json").write_text(position, encoding="utf-8")
+        (work / "state.json").write_text(info.model_dump_json(indent=1), encoding="utf-8")
+        point = resume_point(state).model_dump_json()
+        (work / "rank-0.json").write_text(point, encoding="utf-8")
         write_checksums(work)
     return path
 
 
 def optimizer_tensors(state: TrainingState) -> dict[str, Tensor]:
+    """AdamW's state as "<parameter>.<key>" -> tensor, on the CPU."""
     names = list(state.model.trainable_parameters())
     saved = state.optimizer.state_dict()["state"]
     return {
@@ -277,27 +286,28 @@ def optimizer_tensors(state: TrainingState) -> dict[str, Tensor]:
     }
 
 
-def position_of(state: TrainingState) -> ResumePoint:
-    if state.mark is None:
-        state.set_mark()
-    mark = state.mark
-    assert mark is not None
-    algorithm, numbers, *rest = mark.numpy
+def resume_point(state: TrainingState) -> ResumePoint:
+    if state.snapshot is None:
+        state.take_snapshot()
+    snapshot = state.snapshot
+    assert snapshot is not None
+    algorithm, numbers, *rest = snapshot.numpy
     return ResumePoint(
-        python=mark.python,
+        python=snapshot.python,
         numpy=(algorithm, tuple(int(n) for n in numbers), *rest),
-        torch=hex_of(mark.torch),
-        cuda=tuple(hex_of(generator) for generator in mark.cuda),
-        samples=mark.samples,
+        torch=to_hex(snapshot.torch),
+        cuda=tuple(to_hex(generator) for generator in snapshot.cuda),
+        samples=snapshot.samples,
     )
 
 
-def hex_of(generator: Tensor) -> str:
+def to_hex(generator: Tensor) -> str:
     return generator.numpy().tobytes().hex()
 
 
 def seed_generators(seed: int) -> None:
-    """The global generators: nothing here draws from them, but libraries may."""
+    """Seed the global random generators. This package does not draw from them, but libraries
+    may."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -307,52 +317,60 @@ def seed_generators(seed: int) -> None:
 
 
 def saved_steps(folder: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first; one that is being written, or deleted, has another
-    name."""
-    found = (
-        [path for path in folder.iterdir() if STEP.fullmatch(path.name)] if folder.is_dir() else []
-    )
-    return sorted(found, key=step_of)
+    """The checkpoints in a folder, oldest first. A checkpoint that is being written or deleted has
+    another name."""
+    names = folder.iterdir() if folder.is_dir() else ()
+    return sorted((path for path in names if STEP.fullmatch(path.name)), key=step_of)
 
 
 def step_of(path: Path) -> int:
+    """The iteration in the name of a checkpoint, -1 for another name."""
     match = STEP.fullmatch(path.name)
     return int(match[1]) if match else -1
 
 
-def read_record(path: Path) -> CheckpointInfo:
-    """state.json of a checkpoint, all of whose files are checked first. Raises ConfigError
-    naming what is wrong."""
+def read_info(path: Path) -> CheckpointInfo:
+    """Read state.json of a checkpoint after comparing all files with their checksums. Raises
+    ConfigError that names the damaged or missing file."""
     if not (path / "state.json").exists():
         raise ConfigError(
-            f"{path}: no training state is here (state.json); weights alone can be a new run's "
-            "model.load_ckp"
+            f"{path}: contains no training state (state.json); to start a new run from weights "
+            "alone, set its model.load_ckp"
         )
-    verify_checksums(path, NEEDED)
+    verify_checksums(path, REQUIRED)
     return parse(CheckpointInfo, read_json(path / "state.json"), path / "state.json")
 
 
-def load_state(state: TrainingState, path: Path, record: CheckpointInfo) -> None:
-    """Put everything of a checkpoint back. Raises ConfigError if it does not fit the model, the
-    tokenizer or the data."""
-    position = parse(ResumePoint, read_json(path / "rank-0.json"), path / "rank-0.json")
-    if record.tokenizer != tokenizer_fingerprint(state.tokenizer):
+def is_whole(path: Path) -> bool:
+    """Whether `read_info` can read a checkpoint."""
+    try:
+        read_info(path)
+    except ConfigError:
+        return False
+    return True
+
+
+def load_state(state: TrainingState, path: Path, info: CheckpointInfo) -> None:
+    """Restore the state from a checkpoint, whose state.json is `info`. Raises ConfigError if it
+    does not fit the model, the tokenizer or the data."""
+    point = parse(ResumePoint, read_json(path / "rank-0.json"), path / "rank-0.json")
+    if info.tokenizer != tokenizer_fingerprint(state.tokenizer):
         raise ConfigError(
-            f"{path}: the run's vocabulary was another one: {record.config.model.model_name} has "
-            "changed since"
+            f"{path}: the tokenizer of {info.config.model.model_name} has changed since the run "
+            "saved this checkpoint"
         )
     load_weights(state.model, path)
     try:
         load_optimizer(state, load_file(path / "optimizer.safetensors"))
-        state.samples.load_state_dict(position.samples)
-        random.setstate(generator_state(position.python))
-        algorithm, numbers, place, has_gauss, gauss = position.numpy
+        state.samples.load_state_dict(point.samples)
+        random.setstate(generator_state(point.python))
+        algorithm, numbers, index, has_gauss, gauss = point.numpy
         np.random.set_state(
-            (algorithm, np.array(numbers, dtype=np.uint32), place, has_gauss, gauss)
+            (algorithm, np.array(numbers, dtype=np.uint32), index, has_gauss, gauss)
         )
-        torch.set_rng_state(generator_of(position.torch))
-        for device, generator in enumerate(position.cuda[: torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(generator_of(generator), device)
+        torch.set_rng_state(from_hex(point.torch))
+        for device, generator in enumerate(point.cuda[: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(from_hex(generator), device)
     except ConfigError:
         raise
     except (
@@ -364,32 +382,34 @@ def load_state(state: TrainingState, path: Path, record: CheckpointInfo) -> None
         ValueError,
     ) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ConfigError(f"{path}: not the state of such a run ({reason})") from None
-    state.iteration, state.skipped_steps = record.iteration, record.skipped_steps
-    state.bad_in_a_row = record.bad_in_a_row
+        raise ConfigError(f"{path}: its state does not fit this run ({reason})") from None
+    state.iteration, state.skipped_steps = info.iteration, info.skipped_steps
+    state.bad_in_a_row = info.bad_in_a_row
 
 
 def share_state(state: TrainingState, world: Group) -> None:
-    """What the first process has, fresh or loaded, to all."""
+    """Copy the state of the first process, new or loaded, to all others."""
     if world.size == 1:
         return
     weights = {name: tensor.cpu() for name, tensor in state.model.memory_state_dict().items()}
     counters = state.iteration, state.skipped_steps, state.bad_in_a_row
-    weights, moments, place, counters = world.broadcast(
+    weights, moments, position, counters = world.broadcast(
         (weights, optimizer_tensors(state), state.samples.state_dict(), counters)
     )
     state.model.load_memory_state_dict(weights)
     load_optimizer(state, moments)
-    state.samples.load_state_dict(place)
+    state.samples.load_state_dict(position)
     state.iteration, state.skipped_steps, state.bad_in_a_row = counters
 
 
 def load_optimizer(state: TrainingState, tensors: dict[str, Tensor]) -> None:
+    """Restore AdamW's state from `optimizer_tensors`. Raises ValueError if a tensor has another
+    shape, is not finite or belongs to no parameter."""
     parameters = state.model.trainable_parameters()
     entries: dict[int, dict[str, Tensor]] = {}
     for i, (name, parameter) in enumerate(parameters.items()):
         entry = {key: tensors.pop(f"{name}.{key}") for key in MOMENTS if f"{name}.{key}" in tensors}
-        if not entry:  # it has had no gradient yet
+        if not entry:  # the parameter has had no gradient yet
             continue
         shapes = [list(entry[key].shape) if key in entry else None for key in MOMENTS]
         if shapes != [[], list(parameter.shape), list(parameter.shape)]:
@@ -407,5 +427,5 @@ def load_optimizer(state: TrainingState, tensors: dict[str, Tensor]) -> None:
     )
 
 
-def generator_of(text: str) -> Tensor:
+def from_hex(text: str) -> Tensor:
     return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)

@@ -24,7 +24,7 @@ from uiollms.files.atomic import atomic_file
 from uiollms.model.memory_lm import MemoryLM
 from uiollms.study.gradients import INFINITE
 from uiollms.training.estimators import Estimator
-from uiollms.training.optimizer import make_optimizer
+from uiollms.training.optimizer import make_optimizer, optimizer_step
 from uiollms.training.schedule import Schedule
 from uiollms.training.step import gradient_step
 
@@ -52,7 +52,6 @@ def learn(
     """Trains a model on `train.train_iters` documents -> its held-out NLL in nats, after every
     `train.eval` documents, and the iterations, which are optimizer steps here."""
     optimizer = make_optimizer(model, train)
-    parameters = list(model.trainable_parameters().values())
     schedule = Schedule(train, train.accum_grad)
     steps = schedule.steps()
     warmup = max(1, math.ceil(train.warmup * len(steps)))
@@ -69,11 +68,7 @@ def learn(
                 scale=1 / train.accum_grad,
                 report_all=False,
             )
-        torch.nn.utils.clip_grad_norm_(parameters, train.clip_grad or math.inf)
-        for group in optimizer.param_groups:
-            group["lr"] = train.max_lr * min(1, iteration / warmup)
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizer_step(optimizer, train.max_lr * min(1, iteration / warmup), train.clip_grad)
         if schedule.reaches(done, train.eval):
             iterations.append(iteration)
             nll.append(held_out_nll(model, held_out))

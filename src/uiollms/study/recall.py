@@ -27,6 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from uiollms.config.sections import MemoryConfig
 from uiollms.data.sample import IGNORED, Sample
 from uiollms.files.atomic import atomic_folder
+from uiollms.training.optimizer import optimizer_step
 from uiollms.weights.base_models import load_causal_lm
 
 KEYS, VALUES, PAIRS, QUERIES = 64, 8, 4, 2
@@ -112,10 +113,8 @@ def train_base(
             distances = torch.randint(num_chunks - 1, (512 // num_chunks,), generator=generator)
             ids, answers = draw_documents(generator, distances, num_chunks)
             logits, targets = base(ids).logits[:, :-1][answers[:, 1:]], ids[:, 1:][answers[:, 1:]]
-            optimizer.zero_grad()
             F.cross_entropy(logits, targets).backward()
-            torch.nn.utils.clip_grad_norm_(base.parameters(), 1.0)
-            optimizer.step()
+            optimizer_step(optimizer, lr=1e-3, clip_grad=1.0)
             accuracy = 0.9 * accuracy + 0.1 * (logits.argmax(-1) == targets).float().mean().item()
             if accuracy > goal:
                 break

@@ -1,15 +1,18 @@
-"""The optimizer, and norms of the gradients by what is trained."""
+"""The optimizer, its step, and the norms of the gradients."""
 
 from __future__ import annotations
 
+import math
+
 import torch
-from torch.nn.utils import get_total_norm
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from uiollms.config.sections import TrainSection
 from uiollms.model.memory_lm import MemoryLM
 
 
 def make_optimizer(model: MemoryLM, config: TrainSection) -> torch.optim.AdamW:
+    """Create AdamW for the trained parameters of a model."""
     return torch.optim.AdamW(
         model.trainable_parameters().values(),
         lr=config.max_lr,
@@ -18,9 +21,34 @@ def make_optimizer(model: MemoryLM, config: TrainSection) -> torch.optim.AdamW:
     )
 
 
+def optimizer_step(
+    optimizer: torch.optim.Optimizer, lr: float, clip_grad: float | None
+) -> torch.Tensor:
+    """Clip the gradients, update the parameters at the learning rate `lr` and clear the gradients.
+    Returns the norm of all gradients before clipping."""
+    norm = clip_gradients(optimizer, clip_grad)
+    apply_gradients(optimizer, lr)
+    return norm
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, clip_grad: float | None) -> torch.Tensor:
+    """Scale the gradients so that the Euclidean norm of all of them is at most `clip_grad`; None
+    or 0 means no limit. Returns the norm before."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return clip_grad_norm_(parameters, clip_grad or math.inf)
+
+
+def apply_gradients(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Update the parameters at the learning rate `lr` and clear the gradients."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def gradient_norms(model: MemoryLM) -> dict[str, float]:
-    """Euclidean norms of the gradients, by what is trained: encoder_lora, decoder_lora,
-    token_embeddings (both together)."""
+    """The Euclidean norms of the gradients of each part that is trained: encoder_lora,
+    decoder_lora and token_embeddings (both roles together)."""
     parts: dict[str, list[torch.Tensor]] = {
         "encoder_lora": [],
         "decoder_lora": [],
