@@ -1,1 +1,1 @@
-"""How fast, how small, how close to the machine: `python -m benchmarks --help`."""
+"""Measures speed, memory and utilisation: `python -m benchmarks --help`."""

@@ -1,9 +1,9 @@
-"""One command, one table: `python -m benchmarks`; JSON, tables and plots in `--out`.
+"""Measures speed and memory, and writes bench.json, bench.md and bench.png into `--out`.
 
-Every figure is a ratio within this run (or comes with what it is a ratio of); alternatives take
-turns, medians count, memory is that of a new process; freed memory is kept as the commands keep
-it, for all alike. GEMM peak: this run's, at the model's own shapes. FLOPs: what
-`uiollms/planning/flops.py` writes down.
+Numbers are ratios within one run, or are given together with the number that they are compared
+with. Alternatives take turns, and medians are reported. Memory is measured in a new process. The
+allocator holds freed memory as in the other commands. The GEMM peak is measured in the same run, at
+the shapes of the model. FLOPs are counted as in uiollms/planning/flops.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import cases, plots
+from benchmarks import comparisons, plots
 from benchmarks.measure import machine
 from benchmarks.models import MODELS
 from uiollms.files.atomic import replace_text
@@ -30,28 +30,32 @@ BATCHES = [1, 2, 4, 8, 16]
 
 
 def measure(name: str, model: MemoryLM, options: argparse.Namespace) -> dict[str, Any]:
-    """The tables of one model that were asked for."""
+    """The tables of one model that `--what` selects."""
     l, what, quick = model.memory_config.chunk_size, options.what, options.quick
     compared = 8 * l if quick else 8192
-    bench = cases.Bench(name, model, options.chunk_batch, options.repeats, fresh=not quick)
-    bench.watch_peak()
-    tables: dict[str, cases.Table] = {}
+    bench = comparisons.Bench(name, model, options.chunk_batch, options.repeats, fresh=not quick)
+    bench.measure_peak()
+    tables: dict[str, comparisons.Table] = {}
     if "baseline" in what:
-        tables["against the baseline"] = cases.against_baseline(bench, compared)
+        tables["against the baseline"] = comparisons.against_baseline(bench, compared)
     if "length" in what:
         lengths = options.lengths or ([4 * l, 8 * l] if quick else LENGTHS)
         for kind, title in (("uio", "training"), ("score", "scoring")):
-            tables[f"{title} against length"] = cases.against_length(bench, kind, lengths)
+            tables[f"{title} against length"] = comparisons.against_length(bench, kind, lengths)
     if "S" in what:
-        tables["training against S"] = cases.against_S(
+        tables["training against S"] = comparisons.against_S(
             bench, compared, WINDOWS[: 2 if quick else None]
         )
     if "chunk_batch" in what:
         sizes = BATCHES[: 2 if quick else None]
-        tables["training against chunk_batch"] = cases.against_chunk_batch(bench, compared, sizes)
+        tables["training against chunk_batch"] = comparisons.against_chunk_batch(
+            bench, compared, sizes
+        )
     if "generation" in what:
         pasts = [4 * l, 8 * l] if quick else [n for n in PASTS if n + l <= model.capacity]
-        tables["generation against past"] = cases.against_past(bench, pasts, 4 if quick else 16)
+        tables["generation against past"] = comparisons.against_past(
+            bench, pasts, 4 if quick else 16
+        )
     return {"gemm": bench.gemm, "chunk_batch": model.chunk_batch, "tables": tables}
 
 
@@ -129,7 +133,7 @@ def main(arguments: list[str] | None = None) -> None:
         model = MODELS[name]()
         model.chunk_batch = options.chunk_batch[0]
         report["models"][name] = measure(name, model, options)
-        # After every model: hours may follow.
+        # Written after every model, because the next one can take hours.
         replace_text(options.out / "bench.json", as_json(report, indent=1))
         replace_text(options.out / "bench.md", markdown(report))
     plots.draw(report, options.out / "bench.png")

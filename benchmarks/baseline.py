@@ -1,11 +1,11 @@
-"""The straightforward algorithm, the twin to beat: three copies of the model, one chunk at a
-time, graphs retained.
+"""The baseline: the straightforward algorithm, with three copies of the model, one chunk at a time
+and retained graphs.
 
-For every chunk t: all memories so far are projected again, the decoder reads them, the loss goes
-backward through the retained encoder graphs of the S chunks in the reservoir; then chunk t is
-encoded, with its graph, and may enter the reservoir. Dense masks, all logits of a chunk at once,
-library cross-entropy. It gives the same gradients as `uiollms.gradient_step` with the same draws
-(tests/benchmarks/test_benchmarks.py).
+For every chunk t, all memories so far are projected again and read by the decoder. The loss goes
+backward through the retained encoder graphs of the S chunks in the reservoir. Then chunk t is
+encoded with its graph and may enter the reservoir. Masks are dense, all logits of a chunk exist at
+once, and the loss is torch's cross-entropy. The gradients equal those of `uiollms.gradient_step`
+with the same draws (tests/benchmarks/test_benchmarks.py).
 
 Shapes: l chunk_size, m num_memory, T tokens of a chunk, L layers, D hidden size, H key/value
 heads, K head size. Source: UIO-LLMs section 3.3.
@@ -44,11 +44,12 @@ class WithLoRA(nn.Module):
 
 
 class Baseline(nn.Module):
-    """Encoder, decoder and teacher as three models, their trained weights copied from `model` (a
-    Llama).
+    """Encoder, decoder and teacher as three models, with trained weights copied from `model`, which
+    must be a Llama.
 
-    whole: the encoder also runs what nobody reads, its last layer and LM head, as the released
-    program does."""
+    whole: whether the encoder also runs its last layer and LM head, whose results are not used. The
+           released program runs them.
+    """
 
     def __init__(self, model: MemoryLM) -> None:
         super().__init__()
@@ -72,7 +73,7 @@ class Baseline(nn.Module):
             )
 
     def gradients(self) -> dict[str, Tensor]:
-        """Gradients under the names of `MemoryLM.trainable_parameters`."""
+        """Returns the gradients, with the names of `MemoryLM.trainable_parameters`."""
         found: dict[str, Tensor | None] = {"encoder.retrieval_token": self.retrieval_token.grad}
         for i, (layer, pair) in enumerate(
             zip(self.encoder.model.layers, self.transfer, strict=True)
@@ -87,8 +88,8 @@ class Baseline(nn.Module):
         return {name: grad for name, grad in found.items() if grad is not None}
 
     def encode(self, ids: Tensor) -> list[Tensor]:
-        """[l] -> L x [1, m, D]; one chunk, a dense mask, every layer in full but (unless
-        `whole`) the last."""
+        """Encodes one chunk with a dense mask: [l] token ids -> L tensors [1, m, D]. Without
+        `whole`, the last layer runs its input norm only."""
         l, m = self.config.chunk_size, self.config.num_memory
         model = self.encoder.model
         hidden = torch.cat(
@@ -116,7 +117,7 @@ class Baseline(nn.Module):
         return memory
 
     def project(self, memories: Sequence[list[Tensor]]) -> DynamicCache:
-        """All memories so far -> a KV cache in front of the next chunk."""
+        """Projects all memories so far into a KV cache, which the next chunk reads."""
         cache = DynamicCache()
         if not memories:
             return cache
@@ -134,22 +135,22 @@ class Baseline(nn.Module):
         return cache
 
     def nll(self, ids: Tensor, targets: Tensor, memories: Sequence[list[Tensor]]) -> Tensor:
-        """[T] tokens behind their memories -> NLL [T], 0 where not scored; all logits [T, V] at
-        once."""
+        """NLL [T] of [T] tokens that read the memories, 0 where a token is not scored. All logits
+        [T, V] exist at once."""
         logits = self.decoder(ids[None], past_key_values=self.project(memories)).logits[0]
         wide = torch.promote_types(logits.dtype, torch.float32)
         return F.cross_entropy(logits.to(wide), targets, ignore_index=IGNORED, reduction="none")
 
     def train_step(self, sample: Sample, S: int, draws: Sequence[int]) -> float:
-        """One iteration of the `uio` estimator on a document in chunks; `draws` as in
-        `window_from_draws`."""
+        """Runs one training step of the `uio` estimator on a document and returns its loss. `draws`
+        are those of `window_from_draws`."""
         weights = window_from_draws(draws, S, True, len(sample.rows))
         memories: list[list[Tensor]] = []  # with their graphs while in the reservoir
         reservoir: list[int] = []
         total = 0.0
         for t, row in enumerate(sample.rows):
-            # The value of w * m + (1 - w) * detach(m) is m, its gradient w times as large: the
-            # compensation.
+            # w * m + (1 - w) * detach(m) has the value m and w times its gradient, which is the
+            # compensation of the estimator.
             w = weights[t].max().item()
             read = [
                 [w * m + (1 - w) * m.detach() if m.requires_grad else m for m in memory]
@@ -175,7 +176,7 @@ class Baseline(nn.Module):
 
     @torch.no_grad()
     def score(self, sample: Sample) -> Tensor:
-        """NLL of all scored tokens, chunk by chunk."""
+        """NLL [T'] of all scored tokens of a document, computed chunk by chunk."""
         memories: list[list[Tensor]] = []
         parts = []
         for t, row in enumerate(sample.rows):

@@ -1,5 +1,5 @@
-"""A training step's kernels recorded once and replayed: for small models on a GPU, where Python
-launches kernels more slowly than the GPU computes them.
+"""Records the kernels of a training step once and replays them. This makes small models faster on a
+GPU, where Python launches kernels more slowly than the GPU computes them.
 
 Source: PyTorch's notes on CUDA graphs (whole-network capture).
 """
@@ -16,22 +16,22 @@ from uiollms.kernels.devices import cache_transfers
 
 
 class Recorded(NamedTuple):
-    """A recorded function: called with tensors like those it was recorded with, it returns its
-    result, which the next call of any function of the recorder may overwrite."""
+    """A recorded function. It is called with tensors of the shapes and dtypes that it was recorded
+    with. The next call of any function of the same recorder may overwrite its result."""
 
     graph: torch.cuda.CUDAGraph
     inputs: list[Tensor]
     result: Tensor
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        for own, given in zip(self.inputs, inputs, strict=True):
-            own.copy_(given, non_blocking=True)
+        for recorded, given in zip(self.inputs, inputs, strict=True):
+            recorded.copy_(given, non_blocking=True)
         self.graph.replay()
         return self.result
 
 
 class Recorder:
-    """Records functions one after the other; they share their memory, so no two run at once."""
+    """Records functions. They share one memory pool, so they must not run at the same time."""
 
     def __init__(self) -> None:
         self.stream = torch.cuda.Stream()
@@ -39,19 +39,20 @@ class Recorder:
         self.constants: dict[Any, Tensor] = {}
 
     def record(self, function: Callable[..., Tensor], *inputs: Tensor) -> Recorded:
-        """function: of tensors; it waits for nothing, and its kernels depend on the shapes alone.
-        It runs twice before it is recorded, so that nothing is compiled or made for the first time
-        then; gradients that it adds to must be zeroed afterwards."""
-        own = [tensor.clone() for tensor in inputs]
+        """Records a function of tensors that does not synchronise with the device and whose kernels
+        depend on the shapes alone. It runs twice before it is recorded, so that nothing is compiled
+        or allocated for the first time while recording. Gradients that it adds to must be zeroed
+        afterwards."""
+        buffers = [tensor.clone() for tensor in inputs]
         self.stream.wait_stream(torch.cuda.current_stream())
         with cache_transfers(self.constants), torch.cuda.stream(self.stream):
             for _ in range(2):
-                function(*own)
+                function(*buffers)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with (
             cache_transfers(self.constants),
             torch.cuda.graph(graph, pool=self.pool, stream=self.stream),
         ):
-            result = function(*own)
-        return Recorded(graph, own, result)
+            result = function(*buffers)
+        return Recorded(graph, buffers, result)

@@ -1,5 +1,4 @@
-"""The GEMM peak: how fast the machine multiplies matrices of the model's own shapes, measured in
-the same run."""
+"""The GEMM peak: the speed at which the machine multiplies matrices of the model's shapes."""
 
 from __future__ import annotations
 
@@ -16,10 +15,12 @@ WAYS = {"torch": F.linear, "uiollms": linear}
 
 
 def gemm_peak(flops: Flops, rows: int, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
-    """FLOP/s of every product of the model for `rows` tokens at once, the faster of torch's way
-    and of `products.linear`, and `peak`: of all of them together, each as often as the model
-    needs it (FLOPs over seconds). The best of the repeats counts: a peak is what is possible.
-    ways: seconds of torch's way over those of `products.linear`."""
+    """Measures the matrix products of the model for `rows` tokens. The fastest repeat counts.
+
+    shapes: FLOP/s of each product, by the faster of torch's `linear` and `frozen_linear.linear`
+    ways:   seconds of torch's `linear` divided by those of `frozen_linear.linear`
+    peak:   FLOP/s of all products together, each as often as one pass computes it
+    """
     shapes = gemm_shapes(flops, rows)
     calls = {}
     for (n, inputs, outputs), _ in shapes:
@@ -34,10 +35,9 @@ def gemm_peak(flops: Flops, rows: int, dtype: torch.dtype, repeats: int) -> dict
     return {
         "peak": sum(times * work[shape] for shape, times in shapes)
         / sum(times * seconds[shape] for shape, times in shapes),
-        "shapes": {named(shape): work[shape] / seconds[shape] for shape in seconds},
-        "ways": {named(shape): best[shape, "torch"] / best[shape, "uiollms"] for shape in seconds},
+        "shapes": {"x".join(map(str, shape)): work[shape] / seconds[shape] for shape in seconds},
+        "ways": {
+            "x".join(map(str, shape)): best[shape, "torch"] / best[shape, "uiollms"]
+            for shape in seconds
+        },
     }
-
-
-def named(shape: tuple[int, int, int]) -> str:
-    return "x".join(map(str, shape))

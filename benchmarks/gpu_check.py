@@ -1,13 +1,14 @@
-"""The prepared check for a rented GPU: is it right, is it fast, does it learn.
+"""Checks a GPU in three parts: whether results are correct, how fast passes are, and whether
+training learns.
 
     python -m benchmarks.gpu_check --part correctness     150 s
     python -m benchmarks.gpu_check --part speed           200 s
     python -m benchmarks.gpu_check --part train           300 s
     python -m benchmarks.gpu_check --part all --device cpu --model tiny      a rehearsal
 
-Needs no installed uiollms, only its dependencies (torch >= 2.9, transformers >= 5.0); `src` goes on
-the path by itself. Every step is a process with a limit of its own; what it printed last, its exit
-status and its seconds are appended to report.jsonl at once, and a failure is noted and passed over.
+uiollms need not be installed, only its dependencies (torch >= 2.9, transformers >= 5.0). Every step
+is a process with a time limit. After each step, its exit status, its seconds and its last 40 lines
+are appended to report.jsonl. A step that fails does not stop the others.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ VERSIONS = (
 
 
 class Step(NamedTuple):
-    """One process of a part: its name, what python runs, and its limit in seconds."""
+    """One process of a part. limit: seconds after which it is stopped."""
 
     name: str
     arguments: list[str]
@@ -84,7 +85,7 @@ def steps(part: str, options: argparse.Namespace) -> list[Step]:
 
 
 def run(step: Step, options: argparse.Namespace) -> dict[str, object]:
-    """Run a step; its output goes to a file of its own, the end of it into the report."""
+    """Runs a step. Its output goes to NAME.log, and the last lines also to the report."""
     path = os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {
         "PYTHONPATH": path,

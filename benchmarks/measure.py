@@ -1,5 +1,5 @@
-"""How things are measured: alternatives take turns within one run, medians count, and memory is
-measured in a new process."""
+"""Measures time and memory. Alternatives take turns within one run, the median of the turns is
+reported, and memory is measured in a new process."""
 
 from __future__ import annotations
 
@@ -18,11 +18,8 @@ import psutil
 import torch
 from torch.profiler import profile
 
-ENVIRONMENT = (
-    "GLIBC_TUNABLES",
-    "OMP_NUM_THREADS",
-    "OMP_WAIT_POLICY",
-)  # what changes time or memory and may be set
+# Environment variables that change time or memory; a report contains those that are set.
+ENVIRONMENT = ("GLIBC_TUNABLES", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -31,8 +28,9 @@ def interleaved(
     repeats: int,
     warm: Iterable[Callable[[], object]] | None = None,
 ) -> dict[Key, list[float]]:
-    """Seconds of every call, `repeats` times, taking turns, so that a busy neighbour or a hot
-    CPU meets all alike. Before, each of `warm` is called once; without it, each of the calls."""
+    """Times every call `repeats` times and returns the seconds of each turn. The calls take turns,
+    so that other load and the CPU's temperature affect all of them alike. Before the first turn,
+    each function of `warm` is called once; by default, these are the calls themselves."""
     for call in calls.values() if warm is None else warm:
         call()
     seconds: dict[Key, list[float]] = {key: [] for key in calls}
@@ -50,12 +48,12 @@ def median_ratio(ours: list[float], theirs: list[float]) -> float:
 
 
 def in_new_process(case: dict[str, Any]) -> dict[str, Any]:
-    """`benchmarks.alone.run_alone(case)` in a process of its own, whose allocator has kept
-    nothing from before."""
+    """Returns `benchmarks.worker.run_case(case)`, computed in a new process, whose allocator holds
+    no freed memory. Raises RuntimeError if the process fails."""
     command = [
         sys.executable,
         "-m",
-        "benchmarks.alone",
+        "benchmarks.worker",
         json.dumps(case),
         str(torch.get_num_threads()),
     ]
@@ -70,14 +68,13 @@ def in_new_process(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def most_alive(call: Callable[[], object]) -> int:
-    """The most bytes that the tensors alive at once take during a call, above those alive
-    before: what torch's allocator reports, not what the C library keeps between them."""
-    with profile(profile_memory=True) as has_forward_hooks:
+    """Peak bytes of the tensors that are alive at once during a call, without those that were alive
+    before. The number comes from torch's allocator, so it excludes memory that the C library holds
+    between tensors."""
+    with profile(profile_memory=True) as profiled:
         call()
     reports = [
-        event
-        for event in has_forward_hooks.profiler.kineto_results.events()
-        if event.name() == "[memory]"
+        event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"
     ]
     alive = most = 0
     for report in sorted(reports, key=lambda event: event.start_ns()):
@@ -87,7 +84,7 @@ def most_alive(call: Callable[[], object]) -> int:
 
 
 def machine() -> dict[str, Any]:
-    """What ran this: CPU, memory, libraries, and how busy the machine was at the start."""
+    """Describes the machine: CPU, memory, library versions, and its load at the start."""
     model = next(
         (line.split(":")[1].strip() for line in cpu_info() if line.startswith("model name")),
         platform.processor(),

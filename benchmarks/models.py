@@ -37,7 +37,7 @@ def random_llama(
 
 
 def trained(model: MemoryLM) -> MemoryLM:
-    """Random LoRA weights, so that no product is one with zeros."""
+    """Replaces the zeros of LoRA's B by random numbers, so that LoRA changes the result."""
     for name, parameter in model.trainable_parameters().items():
         if name.endswith("lora_B"):
             torch.nn.init.normal_(parameter, std=0.02)
@@ -45,7 +45,7 @@ def trained(model: MemoryLM) -> MemoryLM:
 
 
 def tiny() -> MemoryLM:
-    """For the tests: everything runs, nothing is fast."""
+    """A model for the tests, which runs every pass in seconds."""
     return random_llama(
         32, 2, 3, 48, 61, MemoryConfig(chunk_size=16, num_memory=2, lora_rank=4, lora_alpha=8)
     )
@@ -79,7 +79,7 @@ MODELS: dict[str, Callable[[], MemoryLM]] = {
 
 
 def random_document(model: MemoryLM, length: int) -> Tensor:
-    """[length] int64: which tokens they are changes no time."""
+    """[length] int64 random token ids. The ids do not change the time."""
     return torch.randint(
         3, model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(0)
     )

@@ -1,8 +1,8 @@
-"""Many documents in one pass of encoder and decoder, with one graph: what fills a GPU.
+"""Runs many documents in one pass of encoder and decoder, with one graph, which uses a GPU fully.
 
-Documents of a batch have equally many chunks. Everything fits in memory at once here, so plain
-autograd gives the exact gradient of all of them; `uiollms.gradient_step` gives the same, document
-by document, with bounded memory (tests/benchmarks/test_packed.py holds them against each other).
+All documents of a batch have the same number of chunks. The whole graph fits in memory here, so
+autograd computes the exact gradient of all documents. `uiollms.gradient_step` computes the same
+gradient with bounded memory (tests/benchmarks/test_packed.py compares them).
 
 Shapes: B documents, N chunks of each, l chunk_size, m num_memory, R rows of the decoder pass,
 A of them copies, L layers, H key/value heads, K head size, D hidden size.
@@ -26,16 +26,19 @@ from uiollms.model.state import KVPrefix, join_slots
 
 
 class Memories(NamedTuple):
-    """memory: L x [B * C, m, D] of all chunks, document after document; keys, values: those that
-    stand in front of a document's rows, L x [B, H, C * m, K]."""
+    """Compressed chunks of a batch of documents, with C chunks each.
+
+    memory:       L tensors [B * C, m, D], document after document
+    keys, values: L tensors [B, H, C * m, K], which the rows of a document read
+    """
 
     memory: LayerMemory
     keys: list[Tensor]
     values: list[Tensor]
 
 
-def remember(model: MemoryLM, ids: Tensor) -> Memories:
-    """Compress [B, C * l] token ids, complete chunks."""
+def encode_documents(model: MemoryLM, ids: Tensor) -> Memories:
+    """Compresses [B, C * l] token ids, which are complete chunks."""
     l = model.memory_config.chunk_size
     count = ids.shape[1] // l
     memory = model.encode_layers(ids.reshape(-1, l))
@@ -46,11 +49,12 @@ def remember(model: MemoryLM, ids: Tensor) -> Memories:
 def decode_documents(
     model: MemoryLM, ids: Tensor, memories: Memories | None, copied: Sequence[int] = ()
 ) -> tuple[Tensor, Tensor]:
-    """The rows of chunks 1 .. N-1 of [B, N * l] token ids behind the memories of their chunks 0 ..
-    N-2 (none: the window alone) -> normed hidden states [B, (N - 1) * l, D]; and those of chunks
-    that are copied from their own memory alone, [A, l, D], behind the `repeat_token` embedding.
+    """Decodes chunks 1 to N - 1 of [B, N * l] token ids and, in the same pass, copies of chunks.
 
-    copied: which of the B * (N - 1) compressed chunks.
+    memories: of chunks 0 to N - 2, or None for the no-memory mode
+    copied:   numbers of the compressed chunks, 0 to B * (N - 1) - 1, that are copied. A copy starts
+              with the `repeat_token` embedding and reads the memory of its chunk alone.
+    returns:  normed hidden states of the chunks [B, (N - 1) * l, D] and of the copies [A, l, D]
     """
     c, documents = model.memory_config, len(ids)
     rows = ids[:, c.chunk_size :].reshape(-1, c.chunk_size)
@@ -63,18 +67,18 @@ def decode_documents(
     keys, values = ([kv.repeat_interleave(per_document, dim=0) for kv in of] for of in memories[1:])
     repeat = None
     if copied:
-        places = to_device(torch.tensor(copied), ids.device)
-        chunks = ids[:, : -c.chunk_size].reshape(-1, c.chunk_size)[places]
+        selected = to_device(torch.tensor(copied), ids.device)
+        chunks = ids[:, : -c.chunk_size].reshape(-1, c.chunk_size)[selected]
         rows = torch.cat([rows, F.pad(chunks[:, :-1], (1, 0))])
         repeat = torch.arange(len(rows)) >= len(rows) - len(copied)
-        own = model.project([layer[places] for layer in memories.memory], [0] * len(copied))
+        copy_kv = model.project([layer[selected] for layer in memories.memory], [0] * len(copied))
         width = keys[0].shape[2] - c.num_memory
         keys, values = (
             [
-                torch.cat([kv, F.pad(mine, (0, 0, 0, width))])
-                for kv, mine in zip(of, by_layer, strict=True)
+                torch.cat([kv, F.pad(single, (0, 0, 0, width))])
+                for kv, single in zip(of, by_layer, strict=True)
             ]
-            for of, by_layer in zip((keys, values), own, strict=True)
+            for of, by_layer in zip((keys, values), copy_kv, strict=True)
         )
     prefix = KVPrefix([[k] for k in keys], [[v] for v in values])
     hidden = model.decode(rows, prefix, num_slots, repeat=repeat)
@@ -83,8 +87,8 @@ def decode_documents(
 
 
 def copy_chunks(model: MemoryLM, chunks: Tensor) -> Tensor:
-    """Auto-encoding: [A, l] token ids, each chunk from its own memory -> hidden states [A, l,
-    D]."""
+    """Hidden states [A, l, D] of auto-encoding [A, l] token ids: each chunk is predicted from its
+    memory alone."""
     keys, values = model.project(model.encode_layers(chunks), [0] * len(chunks))
     prefix = KVPrefix([[k] for k in keys], [[v] for v in values])
     slots, repeat = [model.memory_config.num_memory] * len(chunks), torch.ones(len(chunks)).bool()
@@ -93,8 +97,8 @@ def copy_chunks(model: MemoryLM, chunks: Tensor) -> Tensor:
 
 @torch.no_grad()
 def read_raw(model: MemoryLM, ids: Tensor) -> Tensor:
-    """What the base makes of [B, N * l] token ids when it reads all of them: hidden states of
-    chunks 1 .. N-1, [B, (N - 1) * l, D]."""
+    """Hidden states [B, (N - 1) * l, D] of chunks 1 to N - 1 when the base reads all of the
+    [B, N * l] token ids, without memory."""
     return model.decode(ids, empty_prefix(model), [0] * len(ids))[
         :, model.memory_config.chunk_size :
     ]
@@ -107,7 +111,7 @@ def losses(
     teacher: Tensor | None = None,
     kl_weight: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Hidden states [..., D] and targets [...] -> loss and NLL in nats, in the targets' shape."""
+    """Loss and NLL in nats, in the shape of the targets [...], from hidden states [..., D]."""
     device = device_of(model.base.lm_head)
     flat = [None if h is None else to_device(h.flatten(0, -2), device) for h in (hidden, teacher)]
     found = linear_losses(flat[0], model.base.lm_head, targets.flatten(), flat[1], kl_weight)
@@ -115,9 +119,13 @@ def losses(
 
 
 class Losses(NamedTuple):
-    """Weighted sums over scored tokens, in nats: of text and of the values asked for in
-    documents with facts (KL to the raw-context teacher weighed in), text's NLL, and the mean NLL
-    of copies."""
+    """Losses of a batch, in nats.
+
+    text, recall: weighted sums of the loss, which includes the KL to the raw-context teacher, over
+                  the tokens of text and over the values that questions ask for
+    text_nll:     weighted sum of the NLL over the tokens of text
+    copy:         mean NLL of the copies
+    """
 
     text: Tensor
     text_nll: Tensor
@@ -133,12 +141,13 @@ def document_losses(
     copied: Sequence[int],
     kl_weight: float,
 ) -> Losses:
-    """One graph for a batch: [B, N * l + 1] token ids, and the weights [B, (N - 1) * l] of the
-    tokens behind chunk 0 (the `document` protocol) as text and as values that are asked for.
-    Nothing but the numbers in these tensors differs from one batch to the next of its size."""
+    """Computes the losses of a batch in one graph, from [B, N * l + 1] token ids and the weights
+    [B, (N - 1) * l] of the tokens after chunk 0 (the `document` protocol), as text and as values
+    that questions ask for. Batches of one size differ in the contents of these tensors only, so
+    that the graph can be recorded."""
     l = model.memory_config.chunk_size
     read, targets = ids[:, :-1], ids[:, l + 1 :]
-    memories = remember(model, read[:, :-l])
+    memories = encode_documents(model, read[:, :-l])
     hidden, copies = decode_documents(model, read, memories, copied)
     teacher = read_raw(model, read) if kl_weight else None
     loss, nll = losses(model, hidden, targets, teacher, kl_weight)

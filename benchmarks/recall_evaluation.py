@@ -1,10 +1,11 @@
-"""Held-out text, scored with memory and beside its controls, many documents in one pass.
+"""Scores held-out text with memory and with its controls, many documents in one pass. Every chunk
+but the first is scored in these modes:
 
-    window     every chunk on its own
-    shuffled   as many memories, of the next document
-    own        the document's own memories
-    recent     as many raw tokens as memory has slots, right in front of the chunk
-    raw        everything before, raw
+    window     the chunk reads nothing before it (the no-memory mode)
+    shuffled   the chunk reads as many memories, of the next document
+    own        the chunk reads the memories of its document
+    recent     the chunk reads as many raw tokens before it as memory has slots
+    raw        the chunk reads all tokens before it
 
 Shapes: B documents, N chunks of each, T = N * l tokens of a document, l chunk_size, m num_memory.
 """
@@ -27,7 +28,7 @@ MODES = ("window", "shuffled", "own", "recent", "raw")
 
 
 class Size(NamedTuple):
-    """What documents are cut into."""
+    """Sizes into which documents are cut."""
 
     chunk_size: int
     num_memory: int
@@ -38,10 +39,13 @@ class Size(NamedTuple):
 def evaluate(
     model: MemoryLM, testing: Mapping[str, Corpus], sizes: Sequence[Size], count: int
 ) -> Iterator[dict[str, Any]]:
-    """By corpus and size: mean NLL over the tokens of all chunks but the first, by mode; `bound`
-    (shuffled - own), `below_window` and `below_recent`, with 95 % intervals over documents drawn
-    with replacement; `last`, the same of the last chunk alone; and the share of tokens right when
-    a chunk is written down from its own memory behind the true tokens before."""
+    """Yields one result for each size and corpus.
+
+    Each mode has the mean NLL over the tokens of all chunks but the first. `bound` (shuffled -
+    own), `below_window` and `below_recent` have 95 % intervals, from documents drawn with
+    replacement. `last` has the same numbers for the last chunk alone. `copied_right` is the
+    fraction of right tokens when a chunk is predicted from its memory and its true tokens
+    before."""
     model.eval()
     trained = model.memory_config
     for size in sizes:
@@ -56,7 +60,7 @@ def evaluate(
 
 
 def document_nlls(model: MemoryLM, ids: Tensor) -> dict[str, Any]:
-    """[B, T + 1] token ids -> the figures of `evaluate`."""
+    """The numbers of `evaluate` for [B, T + 1] token ids."""
     l = model.memory_config.chunk_size
     by_mode: dict[str, list[Tensor]] = {mode: [] for mode in MODES}
     right: list[Tensor] = []
@@ -64,14 +68,14 @@ def document_nlls(model: MemoryLM, ids: Tensor) -> dict[str, Any]:
         part = ids[i : i + 8]
         other = ids[torch.arange(i + 1, i + 1 + len(part)) % len(ids)]
         read, targets = part[:, :-1], part[:, l + 1 :]
-        memories = packed.remember(model, read[:, :-l])
+        memories = packed.encode_documents(model, read[:, :-l])
         hidden = {
             "window": packed.decode_documents(model, read, None)[0],
             "own": packed.decode_documents(model, read, memories)[0],
             "recent": read_recent(model, read),
             "raw": packed.read_raw(model, read),
         }
-        borrowed = packed.remember(model, other[:, : read.shape[1] - l])
+        borrowed = packed.encode_documents(model, other[:, : read.shape[1] - l])
         hidden["shuffled"] = packed.decode_documents(model, read, borrowed)[0]
         for mode, states in hidden.items():
             by_mode[mode].append(packed.losses(model, states, targets)[1])
@@ -87,7 +91,7 @@ def document_nlls(model: MemoryLM, ids: Tensor) -> dict[str, Any]:
 
 
 def compared(nll: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Mean NLLs of documents [B] by mode -> their means, and what the own memory gains."""
+    """The mean over documents of NLLs [B] by mode, and the gains of memory over its controls."""
     found: dict[str, Any] = {mode: float(of.mean()) for mode, of in nll.items()}
     by_document = {mode: dict(enumerate(of.split(1))) for mode, of in nll.items()}
     for name, mode in dict(bound="shuffled", below_window="window", below_recent="recent").items():
@@ -98,9 +102,8 @@ def compared(nll: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def read_recent(model: MemoryLM, ids: Tensor) -> Tensor:
-    """What the base makes of chunks 1 .. N-1 of [B, N * l] token ids when each reads, in the
-    place of memory, the raw tokens right in front of it, as many as memory has slots: hidden
-    states [B, (N - 1) * l, D]."""
+    """Hidden states [B, (N - 1) * l, D] of chunks 1 to N - 1 of [B, N * l] token ids when each
+    reads, instead of memory, as many raw tokens directly before it as memory has slots."""
     l, m = model.memory_config.chunk_size, model.memory_config.num_memory
     rows = []
     for t in range(1, ids.shape[1] // l):

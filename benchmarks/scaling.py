@@ -1,5 +1,4 @@
-"""Steps of a random model in one process and in two, each pinned to a core of its own: what a
-second process brings.
+"""Measures training steps of a random model in one process and in two, each pinned to one core.
 
 python benchmarks/scaling.py   # minutes, on a machine whose cores have nothing else to do
 python benchmarks/scaling.py --hidden 64 --layers 2 --chunks 4   # seconds, to see that it runs
@@ -39,8 +38,8 @@ def make_model(hidden: int, layers: int) -> MemoryLM:
 def timed(
     rank: int, size: int, mode: str, port: int, args: argparse.Namespace, results: object
 ) -> None:
-    """Seconds of a step over `args.chunks` + 1 chunks, with all that it sends: of one document a
-    process, or of one in all."""
+    """Measures the median seconds of a training step with its communication, over `args.chunks` + 1
+    chunks. In mode "documents" every process has a document; in mode "chunks" they divide one."""
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank]})
     torch.set_num_threads(1)
     world = World()

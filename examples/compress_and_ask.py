@@ -1,4 +1,5 @@
-"""Compress a document once, keep it in a file, ask it twice, and ask it together with another.
+"""Compresses a document once, saves its memory, asks two questions about it, and asks about it
+together with another document.
 
 python examples/compress_and_ask.py adapters/smollm2-8x README.md
 """
@@ -9,31 +10,29 @@ from pathlib import Path
 
 import torch
 
-from uiollms import Memory, MemoryLM, join, load_tokenizer
-from uiollms.data.tokens import continuation_ids
+from uiollms import Memory, MemoryLM, continuation_ids, join, load_tokenizer
 
 folder, document = sys.argv[1:]
 model, tokenizer = MemoryLM.from_pretrained(folder), load_tokenizer(folder)
 
 
 def ask(memory: Memory, question: str) -> str:
-    ids = torch.tensor(
-        [continuation_ids(tokenizer, f"\n\nQuestion: {question}\nAnswer:")]
-    )  # no BOS behind a document
+    # The question goes on from the document, so it has no BOS.
+    ids = torch.tensor([continuation_ids(tokenizer, f"\n\nQuestion: {question}\nAnswer:")])
     output = model.generate(ids, state=memory.state(model), do_sample=False, max_new_tokens=20)
     return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
 
 
 memory = model.compress(Path(document).read_text(encoding="utf-8"), tokenizer, source=document)
 print(
-    f"{memory.num_tokens} tokens in {memory.num_slots} slots a layer, {len(memory.open_ids)} "
-    "tokens left as they are"
+    f"{memory.num_tokens} tokens: {memory.num_slots} slots per layer and {len(memory.open_ids)} "
+    "uncompressed tokens"
 )
 
 with tempfile.TemporaryDirectory() as cache:
     path = Path(cache) / "document.mem"
     memory.save(path)
-    memory = Memory.load(path, model)  # refused if another model made it
+    memory = Memory.load(path, model)  # an error if another model made it
 
 for question in ("What is this about?", "How does it begin?"):
     print(f"{question} {ask(memory, question)}")

@@ -1,5 +1,5 @@
-"""Your own text with memory, without, and with the raw context: one table, and the same numbers
-as JSON.
+"""Evaluates text files with memory, without memory and with the raw context, and prints a table
+and the same numbers as JSON.
 
 python examples/evaluate.py adapters/smollm2-8x README.md CONTRIBUTING.md
 """
@@ -7,8 +7,7 @@ python examples/evaluate.py adapters/smollm2-8x README.md CONTRIBUTING.md
 import json
 import sys
 
-from uiollms import Evaluation, MemoryLM, TaskEntry, load_tokenizer
-from uiollms.reports.tables import print_results
+from uiollms import Evaluation, MemoryLM, TaskEntry, load_tokenizer, print_results
 
 folder, *documents = sys.argv[1:]
 model, tokenizer = MemoryLM.from_pretrained(folder), load_tokenizer(folder)

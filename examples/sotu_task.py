@@ -6,10 +6,9 @@ from uiollms import open_corpus
 
 
 def documents(**metadata) -> dict[str, Dataset]:
-    """The held-out messages, whole, as lm-eval wants them; metadata: the model's arguments, not
-    needed here."""
-    return {
-        "test": Dataset.from_list(
-            [{"text": document.text} for document in open_corpus("sotu.test")]
-        )
-    }
+    """The held-out messages as lm-eval's test split.
+
+    metadata: the model's arguments, which lm-eval passes; unused
+    """
+    texts = [{"text": document.text} for document in open_corpus("sotu.test")]
+    return {"test": Dataset.from_list(texts)}

@@ -1,5 +1,5 @@
-"""A training loop of your own: three steps of the exact gradient on one document, and what they
-did to its perplexity.
+"""A minimal training loop: three steps with the exact gradient on one document, with its perplexity
+before and after.
 
 python examples/train.py adapters/smollm2-8x README.md
 """
@@ -10,23 +10,21 @@ from pathlib import Path
 import torch
 
 import uiollms
-from uiollms import load_tokenizer
 
 folder, document = sys.argv[1:]
-model, tokenizer = uiollms.MemoryLM.from_pretrained(folder), load_tokenizer(folder)
+model, tokenizer = uiollms.MemoryLM.from_pretrained(folder), uiollms.load_tokenizer(folder)
 chunk_size = model.memory_config.chunk_size
 text = Path(document).read_text(encoding="utf-8")
 ids = tokenizer(text, return_tensors="pt").input_ids[0, : 4 * chunk_size]
 sample = uiollms.Sample.language_modeling(ids, chunk_size)
 
-parameters = list(
-    model.trainable_parameters().values()
-)  # LoRA and two embeddings; the base is frozen
+# The LoRA weights and two embeddings. The base is frozen.
+parameters = list(model.trainable_parameters().values())
 optimizer = torch.optim.AdamW(parameters, lr=1e-3)
 print(f"{len(ids)} tokens, perplexity {uiollms.score(model, ids, 'paper').perplexity:.2f}")
 model.train()
 for step in range(3):
-    # "uio" with S=1 is the paper's; gradients are added to .grad, so documents may be accumulated.
+    # estimator="uio", S=1 is the paper's. Gradients are added to .grad, so documents accumulate.
     result = uiollms.gradient_step(model, sample, estimator="exact")
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
@@ -36,6 +34,5 @@ for step in range(3):
         f"{list(result.reencoded)}"
     )
 model.eval()
-print(
-    f"perplexity {uiollms.score(model, ids, 'paper').perplexity:.2f}"
-)  # model.save_pretrained("my-model") would keep it
+print(f"perplexity {uiollms.score(model, ids, 'paper').perplexity:.2f}")
+# model.save_pretrained("my-model") saves the result.

@@ -279,7 +279,7 @@ def test_documents_become_samples_by_their_task(workspace):
         assert torch.isfinite(uiollms.gradient_step(model, found).losses).all()
 
 
-# Every file that can be started: a new command is tested without being named here. alone.py is
+# Every file that can be started: a new command is tested without being named here. worker.py is
 # started by benchmarks alone.
 FOLDERS = [
     path
@@ -289,7 +289,7 @@ FOLDERS = [
 FILES = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in folder.rglob("*.py"))]
 STARTED = {str(p.relative_to(ROOT)) for p in FILES if '__name__ == "__main__"' in p.read_text()}
 OWN = {f"src/uiollms/cli/{name}.py" for name in MODULES.values()}
-COMMANDS = sorted(STARTED - {"benchmarks/alone.py", "src/uiollms/__main__.py"} | OWN)
+COMMANDS = sorted(STARTED - {"benchmarks/worker.py", "src/uiollms/__main__.py"} | OWN)
 # its command line is lm-eval's, its example that of the command `lm_eval`
 HARNESS = "src/uiollms/cli/lm_eval.py"
 

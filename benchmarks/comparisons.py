@@ -1,4 +1,5 @@
-"""What is measured: training, scoring and generation, ours and the obvious alternative.
+"""The tables of a report. Each compares training, scoring or generation with an alternative, or
+over a range of one setting.
 
 Shapes: H key/value heads, M memory slots, K head size, n tokens of a past.
 """
@@ -16,11 +17,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from benchmarks.alone import run_alone
+from benchmarks import worker
 from benchmarks.gemm import gemm_peak
 from benchmarks.measure import in_new_process, interleaved, median_ratio
 from benchmarks.models import random_document
-from benchmarks.passes import memory_formula, passes, useful
+from benchmarks.passes import memory_formula, passes, useful_flops
 from uiollms.model.memory_lm import MemoryLM
 from uiollms.model.state import MemoryState
 from uiollms.planning.flops import Flops
@@ -30,9 +31,13 @@ Table = list[dict[str, Any]]
 
 @dataclass
 class Bench:
-    """One model under measurement. sizes: of chunk_batch, the first is what all tables but one
-    have; fresh: memory in new processes (else in this one, which is quick, and hides what the
-    allocator has kept); gemm: `gemm_peak` by chunk_batch."""
+    """One model and how it is measured.
+
+    sizes: values of chunk_batch; all tables but the first use sizes[0]
+    fresh: whether memory is measured in new processes. In this process it is faster to measure, but
+           the result misses memory that the allocator already holds.
+    gemm:  the result of `gemm_peak` for each chunk_batch
+    """
 
     name: str
     model: MemoryLM
@@ -41,9 +46,9 @@ class Bench:
     fresh: bool
     gemm: dict[int, dict[str, Any]] = field(default_factory=dict)
 
-    def watch_peak(self) -> None:
-        """Measure the GEMMs' peak. Called before and after what is timed, because the machine is
-        not always equally fast: the best of the run counts."""
+    def measure_peak(self) -> None:
+        """Measures the GEMM peak and keeps it if it exceeds the earlier ones. It is called before
+        and after the timed passes, because the speed of the machine varies during a run."""
         for size in self.sizes:
             rows = size * self.model.memory_config.chunk_size
             found = gemm_peak(Flops.of(self.model), rows, self.model.dtype, self.repeats)
@@ -51,13 +56,13 @@ class Bench:
                 self.gemm[size] = found
 
     def peak(self, chunk_batch: int | None = None) -> float:
-        """FLOP/s, by default of the model's own chunk_batch."""
+        """GEMM peak in FLOP/s, by default for the model's current chunk_batch."""
         return self.gemm[chunk_batch or self.model.chunk_batch]["peak"]
 
-    def alone(
+    def run_case(
         self, kind: str, length: int, S: int = 2, chunk_batch: int | None = None, **more: bool
     ) -> dict[str, float]:
-        """What `run_alone` says of one pass, bytes in MiB."""
+        """Measures one pass with `worker.run_case` and converts its bytes to MiB."""
         size = chunk_batch or self.model.chunk_batch
         case = {
             "model": self.name,
@@ -66,16 +71,16 @@ class Bench:
             "S": S,
             "chunk_batch": size,
         } | more
-        result = (in_new_process if self.fresh else run_alone)(case)
+        result = (in_new_process if self.fresh else worker.run_case)(case)
         return {
             name: value if name == "seconds" else value / 2**20 for name, value in result.items()
         }
 
 
 def against_baseline(bench: Bench, length: int) -> Table:
-    """Time and memory of every pass over one document, S = 2, with every chunk_batch, beside the
-    straightforward algorithm, and time also beside the one whose encoder is run as a whole. All
-    take turns."""
+    """Compares time and memory of every pass over one document, at S = 2 and every chunk_batch,
+    with the baseline. Time is also compared with the baseline whose encoder runs its last layer and
+    LM head. All passes take turns."""
     model, before = bench.model, bench.model.chunk_batch
     document = random_document(model, length)
     calls, short = (
@@ -83,20 +88,17 @@ def against_baseline(bench: Bench, length: int) -> Table:
     )
     twins = {"uio": "baseline uio", "exact": "baseline uio", "score": "baseline score"}
 
-    def sized(kind: str, size: int) -> object:
+    def run_sized(kind: str, size: int) -> object:
         model.chunk_batch = size
         return calls[kind]()
 
-    ours = {(kind, size): partial(sized, kind, size) for kind in twins for size in bench.sizes}
-    theirs = {
-        (kind, None): call for kind, call in calls.items() if kind not in twins
-    }  # knows no chunk_batch
+    ours = {(kind, size): partial(run_sized, kind, size) for kind in twins for size in bench.sizes}
+    # The baseline has no chunk_batch.
+    theirs = {(kind, None): call for kind, call in calls.items() if kind not in twins}
     seconds = interleaved({**ours, **theirs}, bench.repeats, short.values())
-    bench.watch_peak()
-    flops, alone = (
-        useful(model, document, 2),
-        {twin: bench.alone(twin, length, alive=True) for twin in set(twins.values())},
-    )
+    bench.measure_peak()
+    flops = useful_flops(model, document, 2)
+    baseline = {twin: bench.run_case(twin, length, alive=True) for twin in set(twins.values())}
     rows = []
     for kind, size in ours:
         turns, twin = seconds[kind, size], twins[kind]
@@ -109,7 +111,7 @@ def against_baseline(bench: Bench, length: int) -> Table:
             at_once = model.chunks_per_batch
         peak = bench.peak(at_once if at_once in bench.sizes else size)
         median = statistics.median(turns)
-        memory = bench.alone(kind, length, chunk_batch=size, alive=True)
+        memory = bench.run_case(kind, length, chunk_batch=size, alive=True)
         rows.append(
             {
                 "pass": kind,
@@ -121,11 +123,11 @@ def against_baseline(bench: Bench, length: int) -> Table:
                 "floor / baseline": flops[kind] / peak / statistics.median(plain),
                 "utilisation": flops[kind] / median / peak,
                 "peak MiB": memory["bytes"],
-                "memory / baseline": memory["bytes"] / alone[twin]["bytes"]
-                if alone[twin]["bytes"]
+                "memory / baseline": memory["bytes"] / baseline[twin]["bytes"]
+                if baseline[twin]["bytes"]
                 else None,
                 "tensors MiB": memory["alive"],
-                "tensors / baseline": memory["alive"] / alone[twin]["alive"],
+                "tensors / baseline": memory["alive"] / baseline[twin]["alive"],
             }
         )
     model.chunk_batch = before
@@ -133,12 +135,12 @@ def against_baseline(bench: Bench, length: int) -> Table:
 
 
 def against_length(bench: Bench, kind: str, lengths: Sequence[int]) -> Table:
-    """Time a token, utilisation and peak memory against length, S = 2, both of the same new
-    processes. All lengths take turns."""
+    """Measures time per token, utilisation and peak memory for documents of several lengths, at
+    S = 2. Time and memory come from the same processes. All lengths take turns."""
     model = bench.model
     fitting = [n for n in lengths if n <= model.capacity]
-    turns = [{n: bench.alone(kind, n) for n in fitting} for _ in range(bench.repeats)]
-    bench.watch_peak()
+    turns = [{n: bench.run_case(kind, n) for n in fitting} for _ in range(bench.repeats)]
+    bench.measure_peak()
     rows: Table = []
     for n in fitting:
         seconds = [turn[n]["seconds"] for turn in turns]
@@ -157,7 +159,7 @@ def against_length(bench: Bench, kind: str, lengths: Sequence[int]) -> Table:
                 )
                 * fitting[0]
                 / n,
-                "utilisation": useful(model, random_document(model, n), 2)[kind]
+                "utilisation": useful_flops(model, random_document(model, n), 2)[kind]
                 / median
                 / bench.peak(),
                 "peak MiB": grown,
@@ -173,7 +175,7 @@ def against_length(bench: Bench, kind: str, lengths: Sequence[int]) -> Table:
 
 
 def against_S(bench: Bench, length: int, windows: Sequence[int]) -> Table:
-    """A training step against S."""
+    """Measures a training step for several values of S."""
     document = random_document(bench.model, length)
     seconds = interleaved(
         {S: passes(bench.model, document, S, only="uio")["uio"] for S in windows}, bench.repeats
@@ -183,14 +185,14 @@ def against_S(bench: Bench, length: int, windows: Sequence[int]) -> Table:
             "S": S,
             "tokens": length,
             "time / first": median_ratio(seconds[S], seconds[windows[0]]),
-            "peak MiB": bench.alone("uio", length, S)["bytes"],
+            "peak MiB": bench.run_case("uio", length, S)["bytes"],
         }
         for S in windows
     ]
 
 
 def against_chunk_batch(bench: Bench, length: int, sizes: Sequence[int]) -> Table:
-    """A training step against the chunks computed at once."""
+    """Measures a training step for several values of chunk_batch."""
     model = bench.model
     document, before = random_document(model, length), model.chunk_batch
     call = passes(model, document, 2, only="uio")["uio"]
@@ -208,16 +210,16 @@ def against_chunk_batch(bench: Bench, length: int, sizes: Sequence[int]) -> Tabl
             "chunk_batch": size,
             "tokens": length,
             "time / first": median_ratio(seconds[size], seconds[sizes[0]]),
-            "peak MiB": bench.alone("uio", length, chunk_batch=size)["bytes"],
+            "peak MiB": bench.run_case("uio", length, chunk_batch=size)["bytes"],
         }
         for size in sizes
     ]
 
 
 def against_past(bench: Bench, pasts: Sequence[int], new_tokens: int) -> Table:
-    """Greedy decoding of `new_tokens` tokens, crossing a chunk boundary, behind pasts of random
-    contents; beside it the base with a full KV cache of equal length, where that fits its
-    positions."""
+    """Measures greedy decoding of `new_tokens` tokens, across a chunk boundary, after pasts of
+    several lengths and random contents. Where the past fits the base's positions, it is compared
+    with the base and a full KV cache of the same length."""
     model = bench.model
     calls: dict[tuple[str, int], Callable[[], float]] = {}
     for n in pasts:
@@ -230,7 +232,7 @@ def against_past(bench: Bench, pasts: Sequence[int], new_tokens: int) -> Table:
     for _ in range(bench.repeats):
         for key, call in calls.items():
             seconds[key].append(call())
-    bench.watch_peak()
+    bench.measure_peak()
     rows: Table = []
     for n in pasts:
         ours = seconds["memory", n]
@@ -251,8 +253,8 @@ def against_past(bench: Bench, pasts: Sequence[int], new_tokens: int) -> Table:
 
 
 def random_state(model: MemoryLM, past: int) -> MemoryState:
-    """A stream after `past` tokens, at the middle of a chunk; what its memories hold changes no
-    time."""
+    """The state after `past` tokens and half a chunk. Its memories are random, which does not
+    change the time."""
     size, l = model.base.model.layers[0].self_attn.head_dim, model.memory_config.chunk_size
     slots = past // l * model.memory_config.num_memory
     heads, layers = model.config.num_key_value_heads, range(model.config.num_hidden_layers)
@@ -275,7 +277,7 @@ def random_state(model: MemoryLM, past: int) -> MemoryState:
 
 @torch.no_grad()
 def continue_stream(model: MemoryLM, state: MemoryState, new_tokens: int) -> float:
-    """Seconds for `new_tokens` greedy tokens."""
+    """Seconds to generate `new_tokens` tokens greedily from a state."""
     token = torch.zeros(1, 1, dtype=torch.int64)
 
     def decode() -> None:
@@ -284,12 +286,13 @@ def continue_stream(model: MemoryLM, state: MemoryState, new_tokens: int) -> flo
             output = model(token, state, logits_to_keep=1)
             state, token = output.past_key_values, output.logits[:, -1:].argmax(-1)
 
-    return clocked(decode)
+    return seconds_of(decode)
 
 
 @torch.no_grad()
 def continue_base(model: MemoryLM, past: int, new_tokens: int) -> float:
-    """The same for the base with its library KV cache, filled with random keys and values."""
+    """Seconds to generate `new_tokens` tokens greedily with the base alone, whose KV cache contains
+    `past` random keys and values."""
     size, cache = model.base.model.layers[0].self_attn.head_dim, DynamicCache()
     for i in range(model.config.num_hidden_layers):
         shape = (1, model.config.num_key_value_heads, past, size)
@@ -305,10 +308,10 @@ def continue_base(model: MemoryLM, past: int, new_tokens: int) -> float:
                 model.base(token, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
             )
 
-    return clocked(decode)
+    return seconds_of(decode)
 
 
-def clocked(call: Callable[[], None]) -> float:
+def seconds_of(call: Callable[[], None]) -> float:
     start = perf_counter()
     call()
     return perf_counter() - start

@@ -1,5 +1,5 @@
-"""One memory figure, in the process that `measure.in_new_process` starts: a case as JSON in, its
-result as JSON out."""
+"""The program that `measure.in_new_process` starts. It reads one case as JSON from its command line
+and prints the case's time and peak memory as JSON."""
 
 from __future__ import annotations
 
@@ -17,14 +17,19 @@ from uiollms.kernels.allocator import keep_freed_memory
 from uiollms.study.cost import PeakMemory
 
 
-def run_alone(case: dict[str, Any]) -> dict[str, Any]:
-    """case: model, pass (a name of `passes.passes`), length, S, chunk_batch -> seconds and peak
-    bytes above the loaded weights, of one pass after a warm-up on three chunks; with `alive`
-    set, of another pass also the bytes of the tensors alive at once."""
+def run_case(case: dict[str, Any]) -> dict[str, Any]:
+    """Measures one pass over a document, after a warm-up on three chunks.
+
+    case:    model, pass (a name of `passes.passes`), length (tokens), S, chunk_batch; optionally
+             alive
+    returns: seconds; bytes, the peak above the loaded weights; and if `alive` is set, the peak
+             bytes of the tensors that are alive at once, measured in another pass
+    """
     model = MODELS[case["model"]]()
     model.chunk_batch = case["chunk_batch"]
     document = random_document(model, case["length"])
-    # the baseline's copies are weights too, and are loaded before the measurement
+    # Building the passes copies the model for the baseline. The copies are weights, so they are
+    # made before the measurement.
     lengths = 3 * model.memory_config.chunk_size, len(document)
     calls = {n: passes(model, document[:n], case["S"], only=case["pass"]) for n in lengths}
     for length, call in calls.items():
@@ -41,4 +46,4 @@ def run_alone(case: dict[str, Any]) -> dict[str, Any]:
 if __name__ == "__main__":
     keep_freed_memory()
     torch.set_num_threads(int(sys.argv[2]))
-    print(json.dumps(run_alone(json.loads(sys.argv[1]))))
+    print(json.dumps(run_case(json.loads(sys.argv[1]))))
