@@ -1,13 +1,12 @@
-"""Small random models of every family, and a tiny trained-nowhere model folder that the commands
+"""Small random models of every family, and the folder of a tiny untrained model that the commands
 can load."""
 
 import json
 import os
 from pathlib import Path
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "PASSIVE"
-)  # idle threads do not spin: tests share the machine
+# Idle threads do not spin, because the tests share the machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
@@ -23,7 +22,8 @@ from transformers import (
 
 from uiollms import MemoryConfig, MemoryLM
 
-torch.set_num_threads(1)  # the models are tiny: more threads cost more than they bring
+# The models are so small that more threads cost more than they gain.
+torch.set_num_threads(1)
 
 SHAPE = dict(
     vocab_size=61,
@@ -51,15 +51,14 @@ MEMORY = MemoryConfig(num_memory=2, chunk_size=8, lora_rank=3, lora_alpha=6)
 
 
 def make_base(family: str = "llama", dtype: torch.dtype = torch.float64, seed: int = 0, **changes):
+    """Returns a small random base model. `changes` are attributes of its transformers config."""
     torch.manual_seed(seed)
     config = FAMILIES[family]()
     for name, value in changes.items():
         setattr(config, name, value)
     base = AutoModelForCausalLM.from_config(config).to(dtype)
-    for (
-        name,
-        parameter,
-    ) in base.named_parameters():  # biases and norms start at 0 and 1: make them count
+    # Biases start at 0 and norms at 1. Random values make errors in them visible.
+    for name, parameter in base.named_parameters():
         if name.endswith("bias") or "norm" in name:
             torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.3)
     return base
@@ -71,7 +70,7 @@ def make_model(
     seed: int = 0,
     config: MemoryConfig = MEMORY,
 ) -> MemoryLM:
-    """A small random model whose LoRA and tokens are all non-zero."""
+    """Returns a small random model whose LoRA weights and token embeddings are all non-zero."""
     model = MemoryLM(make_base(family, dtype, seed), config)
     for parameter in model.trainable_parameters().values():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -79,11 +78,12 @@ def make_model(
 
 
 def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Returns token ids of the given shape, without the special tokens 0, 1 and 2."""
     return torch.randint(3, 61, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def gradients(model: MemoryLM) -> dict[str, torch.Tensor]:
-    """Gradients by name, zeros where there is none; and clears them."""
+    """Returns the gradients by parameter name, with zeros where there is none, and clears them."""
     found = {
         n: torch.zeros_like(p) if p.grad is None else p.grad.clone()
         for n, p in model.trainable_parameters().items()
@@ -94,15 +94,14 @@ def gradients(model: MemoryLM) -> dict[str, torch.Tensor]:
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """||found - expected|| / ||expected||; 0 where both vanish."""
-    difference, size = (
-        (found.double() - expected.double()).norm().item(),
-        expected.double().norm().item(),
-    )
+    """Returns ||found - expected|| / ||expected||, and ||found|| if `expected` is all zeros."""
+    difference = (found.double() - expected.double()).norm().item()
+    size = expected.double().norm().item()
     return difference / size if size else difference
 
 
 def worst_error(found: dict, expected: dict) -> float:
+    """Returns the largest relative error of the tensors of two dicts with the same keys."""
     assert found.keys() == expected.keys()
     return max(relative_error(found[name], expected[name]) for name in found)
 
@@ -114,7 +113,8 @@ def family(request) -> str:
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Path:
-    """A Llama of 3 layers with a one-byte-one-token tokenizer, as a local Hugging Face folder."""
+    """The local Hugging Face folder of a Llama with 3 layers and a tokenizer that makes one token
+    of every byte."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
@@ -135,8 +135,8 @@ def tiny_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def workspace(tmp_path, monkeypatch, tiny_folder) -> Path:
-    """A working directory with a config that trains the tiny model on a few text files in a
-    second or two."""
+    """The working directory, with a config that trains the tiny model on a few text files in one
+    or two seconds."""
     monkeypatch.chdir(tmp_path)
     text = "It was a bright cold day, and the clocks were striking. " * 8
     for i in range(4):

@@ -1,5 +1,5 @@
-"""Training in forked children, which start in milliseconds and can be killed, starved or filled
-up."""
+"""Training in forked child processes. They start in milliseconds, and tests can kill them or limit
+their memory and disk."""
 
 import os
 import signal
@@ -10,7 +10,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-import matplotlib.figure  # noqa: F401  slow imports happen here, once, for all children
+# These slow imports run here once, so that no child repeats them.
+import matplotlib.figure  # noqa: F401
 import tensorboard.compat.proto.event_pb2  # noqa: F401
 from test_commands import call
 from tqdm import tqdm
@@ -20,18 +21,21 @@ from uiollms.runs.environment import environment
 TRAIN = ["train.py", "--env_conf", "env.json"]
 
 
-def forked(
+def run_forked(
     function: Callable[[], int],
     kill_after: float | None = None,
     output: str = os.devnull,
     wait: bool = True,
 ) -> Any:
-    """Run in a forked child, killed after some seconds if asked; its exit code, or minus the
-    signal that ended it. Without `wait`, a function that waits for it and returns that."""
-    environment()  # asks git, once for all children
+    """Runs a function in a forked child, which is killed after `kill_after` seconds, and returns
+    the child's exit code, or minus the number of the signal that ended it. The child writes its
+    stdout and stderr to the file `output`. Without `wait`, returns at once a function that waits
+    for the child and returns its exit code."""
+    # `environment` calls git and caches the answer, here once for all children.
+    environment()
     child = os.fork()
     if not child:
-        # Bars of all forks share one lock, which a child that is killed would keep for ever.
+        # The bars of all forks share one lock, which a killed child would hold for ever.
         tqdm.set_lock(threading.RLock())
         file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for standard in (sys.stdout, sys.stderr):
@@ -57,12 +61,13 @@ def forked(
 
 
 def train(*flags: str) -> Callable[[], int]:
+    """Returns a function that trains with these flags and returns the exit code."""
     return lambda: call(*TRAIN, *flags)
 
 
-def train_and_at(event: int, action: Callable[[], None], *flags: str) -> Callable[[], int]:
-    """Training that does something when it opens, makes, renames or deletes its `event`-th file
-    in ./out."""
+def train_with_action(event: int, action: Callable[[], None], *flags: str) -> Callable[[], int]:
+    """Returns a function that trains, and that calls `action` when the training opens, creates,
+    renames or deletes a file in ./out for the `event`-th time."""
     folder, seen = os.path.join(os.getcwd(), "out"), 0
 
     def watch(name: str, arguments: tuple) -> None:
@@ -82,5 +87,6 @@ def train_and_at(event: int, action: Callable[[], None], *flags: str) -> Callabl
     return function
 
 
-def signalled(number: int) -> Callable[[], None]:
+def send_signal(number: int) -> Callable[[], None]:
+    """Returns a function that sends this signal to the process that calls it."""
     return lambda: os.kill(os.getpid(), number)

@@ -20,7 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import MEMORY, gradients, make_model, random_ids, worst_error
-from processes import TRAIN, forked, signalled
+from processes import TRAIN, run_forked, send_signal
 from safetensors.torch import load_file
 from test_commands import ROOT, call
 from test_step import PROVEN, protocols, taught_samples
@@ -66,7 +66,7 @@ def launched(
 
     output = said if said == os.devnull else f"{said}-{{}}"
     waits = [
-        forked(lambda rank=rank: child(rank), output=output.format(rank), wait=False)
+        run_forked(lambda rank=rank: child(rank), output=output.format(rank), wait=False)
         for rank in range(size)
     ]
     return [wait() for wait in waits]
@@ -437,7 +437,7 @@ def test_a_killed_process_ends_the_run(run_folder):
 
     def child(rank: int) -> int:
         if rank:
-            once_saved(signalled(signal.SIGKILL))
+            once_saved(send_signal(signal.SIGKILL))
         return call(*TRAIN, *LONG)
 
     assert launched(2, child, said="said") == [2, -signal.SIGKILL]
@@ -459,9 +459,9 @@ def test_a_signal_to_one_process_stops_all(run_folder):
     end it at once."""
 
     def both() -> None:
-        signalled(signal.SIGINT)()
+        send_signal(signal.SIGINT)()
         time.sleep(0.1)
-        signalled(signal.SIGTERM)()
+        send_signal(signal.SIGTERM)()
 
     def child(rank: int) -> int:
         if rank:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from processes import TRAIN, signalled
+from processes import TRAIN, send_signal
 from test_commands import call
 from test_distributed import launched, run_folder  # noqa: F401  a fixture
 
@@ -80,7 +80,7 @@ def test_a_signal_at_any_moment(run_folder, moment, victim):  # noqa: F811
 
     def child(rank: int) -> int:
         quick()
-        send = signalled(signal.SIGTERM)
+        send = send_signal(signal.SIGTERM)
 
         def here() -> None:
             if rank == victim:
@@ -127,7 +127,7 @@ def test_a_step_given_up_is_taken_again(run_folder):  # noqa: F811
             uiollms.training.step,
             "gradient_step",
             6,
-            lambda: (soon(signalled(signal.SIGTERM)), time.sleep(LONG)),
+            lambda: (soon(send_signal(signal.SIGTERM)), time.sleep(LONG)),
         )
         return call(*TRAIN, *flags)
 
@@ -156,7 +156,7 @@ def test_a_process_that_does_not_end_is_ended(run_folder):  # noqa: F811
                 uiollms.build,
                 "load_memory_lm",
                 1,
-                lambda: (soon(signalled(signal.SIGINT)), store.wait(["no"])),
+                lambda: (soon(send_signal(signal.SIGINT)), store.wait(["no"])),
             )
         return call(*TRAIN, *FLAGS)
 
@@ -195,7 +195,7 @@ def test_a_lost_process_is_found_while_the_other_is_busy(run_folder, victim, num
                     time.sleep(8)
                     os.kill(child, signal.SIGKILL)
                     os._exit(0)
-            at_call(uiollms.training.step, "gradient_step", 5, signalled(number))
+            at_call(uiollms.training.step, "gradient_step", 5, send_signal(number))
         else:
             at_call(uiollms.training.step, "gradient_step", 5, lambda: time.sleep(LONG))
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import MEMORY, make_base
-from processes import TRAIN, forked, train
+from processes import TRAIN, run_forked, train
 from test_commands import ROOT, call
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -61,7 +61,7 @@ def killed_at(event: int, folder: Path, action: Callable[[], object]) -> int:
         action()
         return 0
 
-    return forked(child)
+    return run_forked(child)
 
 
 @pytest.fixture(params=["exchanged", "renamed twice"])
@@ -245,7 +245,7 @@ def test_every_command_finds_the_weights_of_a_killed_run(workspace, monkeypatch,
         number += 1
         Path("whole").unlink(missing_ok=True)
         uiollms.files.atomic.remove(Path("out"))
-        code = forked(killed_after(number))
+        code = run_forked(killed_after(number))
         assert code in (0, -signal.SIGKILL)
         if not Path("whole").exists():
             continue
@@ -256,7 +256,7 @@ def test_every_command_finds_the_weights_of_a_killed_run(workspace, monkeypatch,
             capsys.readouterr()
             assert call("test.py", "--env_conf", "env.json", "--use_env_conf_tasks") == 0
             assert "weights: out/ckp" in capsys.readouterr().out
-            assert forked(train("--resume", *flags)) == 0
+            assert run_forked(train("--resume", *flags)) == 0
             assert Path("out/ckp").exists()
         names = {path.name for path in Path("out").iterdir()}
     assert missing == 2 and number > 12  # three saves, of which two replace one
@@ -450,7 +450,7 @@ def test_a_disk_that_is_full_for_tensorboard(workspace):
         Board.append = full
         return call(*TRAIN, "--set=train.tasks=[]")
 
-    assert forked(run, output="said") == 0
+    assert run_forked(run, output="said") == 0
     assert "Traceback" not in Path("said").read_text()
     assert Path("out/log.txt").read_text().count("the run goes on without TensorBoard") == 1
     assert len(Path("out/metrics.jsonl").read_text().splitlines()) == 3

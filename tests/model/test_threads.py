@@ -13,7 +13,7 @@ import accelerate
 import pytest
 import torch
 from conftest import MEMORY, gradients, make_base, make_model, random_ids
-from processes import forked
+from processes import run_forked
 from torch import Tensor
 
 from uiollms import MemoryLM, gradient_step, score
@@ -50,7 +50,7 @@ def test_hashing_survives_a_fork():
     def hash_again() -> int:
         return int(hash_tensors(tensors) != expected)
 
-    assert [forked(hash_again) for _ in range(40)] == [0] * 40
+    assert [run_forked(hash_again) for _ in range(40)] == [0] * 40
 
 
 def mixed_calls(model: MemoryLM) -> list[Callable[[], Tensor]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SHAPE
-from processes import TRAIN, forked, train_and_at
+from processes import TRAIN, run_forked, train_with_action
 from safetensors.torch import load_file, save_file
 from test_commands import ROOT, call
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
@@ -62,7 +62,7 @@ def test_a_full_disk_while_saving(two_checkpoints, size):
         return call(*TRAIN, *RESUME, "--set=model.save_ckp=null")
 
     Path("out/log.txt").unlink()
-    assert forked(train_with_room_for_small_files, output="said") == 2
+    assert run_forked(train_with_room_for_small_files, output="said") == 2
     said = Path("said").read_text()
     assert "Traceback" not in said
     last = said.splitlines()[-1]
@@ -310,7 +310,7 @@ def test_too_little_memory_in_a_run(workspace):
         "train.tasks=[]",
     )
     changes = [f"--set={field}" for field in (*fields, "model.model_name=model")]
-    assert forked(train_and_at(12, no_more_memory, *changes), output="said") == 2, Path(
+    assert run_forked(train_with_action(12, no_more_memory, *changes), output="said") == 2, Path(
         "said"
     ).read_text()
     assert (

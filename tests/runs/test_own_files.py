@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_model
-from processes import TRAIN, forked
+from processes import TRAIN, run_forked
 from test_checks import faults_of, nothing_is_loaded  # noqa: F401  a fixture
 from test_commands import call
 
@@ -193,7 +193,7 @@ def test_results_that_cannot_be_written_leave_those_before(workspace, capsys):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
         return call(*TEST[:-1], "--json")
 
-    assert forked(on_a_full_disk, output="/dev/null") == 2
+    assert run_forked(on_a_full_disk, output="/dev/null") == 2
     assert files_in(Path("out")) == before
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from peft import PeftModel
-from processes import TRAIN, forked, signalled, train, train_and_at
+from processes import TRAIN, run_forked, send_signal, train, train_with_action
 from test_commands import call
 from transformers import AutoModelForCausalLM
 
@@ -63,7 +63,7 @@ def test_killed_fifty_times(run_folder):
     """SIGKILL at random moments and at random file operations, those within the writing of a
     checkpoint included."""
     started = time.time()
-    assert forked(train()) == 0
+    assert run_forked(train()) == 0
     whole_run = time.time() - started
     metrics, tensors = metrics_of(run_folder), tensors_of(run_folder)
     assert [line["iteration"] for line in metrics if "nll" in line] == [2, 4, 6, 8, 10]
@@ -76,10 +76,10 @@ def test_killed_fifty_times(run_folder):
         code, flags = None, ("--restart",)
         while code != 0:
             if chance.random() < 0.2:
-                code = forked(train(*flags), kill_after=chance.uniform(0, whole_run))
+                code = run_forked(train(*flags), kill_after=chance.uniform(0, whole_run))
             else:
-                code = forked(
-                    train_and_at(chance.randint(1, 170), signalled(signal.SIGKILL), *flags)
+                code = run_forked(
+                    train_with_action(chance.randint(1, 170), send_signal(signal.SIGKILL), *flags)
                 )
             assert code in (0, -signal.SIGKILL), code
             kills += code != 0
@@ -93,13 +93,15 @@ def test_killed_fifty_times(run_folder):
 
 
 def test_a_signal_lets_the_step_finish_and_saves(run_folder):
-    assert forked(train()) == 0
+    assert run_forked(train()) == 0
     metrics, tensors = metrics_of(run_folder), tensors_of(run_folder)
     for number, event in ((signal.SIGTERM, 60), (signal.SIGINT, 150)):
-        assert forked(train_and_at(event, signalled(number), "--restart")) == 128 + number
+        assert (
+            run_forked(train_with_action(event, send_signal(number), "--restart")) == 128 + number
+        )
         stopped = steps_in(run_folder)[-1]
         assert 0 < stopped < 10 and metrics_of(run_folder)[-1]["iteration"] == stopped
-        assert forked(train("--resume")) == 0
+        assert run_forked(train("--resume")) == 0
         assert metrics_of(run_folder) == metrics and tensors_of(run_folder) == tensors
 
 
@@ -107,7 +109,7 @@ def test_a_signal_ends_an_evaluation_which_is_made_again(run_folder):
     evaluating = [
         f"--set=train.{change}" for change in ("eval=2", "train_iters=2", "tasks.0.num_instance=4")
     ]
-    assert forked(train(*evaluating)) == 0
+    assert run_forked(train(*evaluating)) == 0
     metrics = metrics_of(run_folder)
 
     def at_the_second_document() -> int:
@@ -122,11 +124,11 @@ def test_a_signal_ends_an_evaluation_which_is_made_again(run_folder):
         StopSignals.until_signal = signalling
         return call(*TRAIN, *evaluating)
 
-    assert forked(at_the_second_document) == 143
+    assert run_forked(at_the_second_document) == 143
     assert steps_in(run_folder) == [2] and not any(
         "eval" in line for line in metrics_of(run_folder)
     )
-    assert forked(train("--resume", *evaluating)) == 0
+    assert run_forked(train("--resume", *evaluating)) == 0
     assert metrics_of(run_folder) == metrics
 
 
@@ -135,7 +137,7 @@ def test_a_second_signal_ends_at_once(run_folder):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    assert forked(train_and_at(60, twice)) == -signal.SIGTERM
+    assert run_forked(train_with_action(60, twice)) == -signal.SIGTERM
 
 
 def test_evaluation_does_not_disturb_training(run_folder):
@@ -153,7 +155,7 @@ def test_evaluation_does_not_disturb_training(run_folder):
 
 
 def test_an_unfinished_run_is_not_lost_by_accident(run_folder, capsys):
-    assert forked(train_and_at(100, signalled(signal.SIGKILL))) == -signal.SIGKILL
+    assert run_forked(train_with_action(100, send_signal(signal.SIGKILL))) == -signal.SIGKILL
     steps = steps_in(run_folder)
     assert call(*TRAIN) == 2
     message = capsys.readouterr().err

@@ -7,7 +7,7 @@ import random
 
 import pytest
 from conftest import random_ids
-from processes import forked, train
+from processes import run_forked, train
 from test_resume import metrics_of, run_folder  # noqa: F401  # run_folder: a fixture
 
 from uiollms import Sample
@@ -46,7 +46,7 @@ def test_packing_changes_no_result_of_a_run(run_folder):  # noqa: F811
     lost, or weighted twice, is 0.1."""
     found = []
     for batch in (1, 64):
-        assert forked(train(f"--set=train.chunk_batch={batch}", "--restart")) == 0
+        assert run_forked(train(f"--set=train.chunk_batch={batch}", "--restart")) == 0
         found.append([line for line in metrics_of(run_folder) if "nll" in line])
     assert len(found[0]) == len(found[1]) == 5
     for one, other in zip(*found, strict=True):

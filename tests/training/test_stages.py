@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random_ids
-from processes import TRAIN, forked, signalled, train, train_and_at
+from processes import TRAIN, run_forked, send_signal, train, train_with_action
 from test_commands import call
 from test_resume import metrics_of, tensors_of
 from test_schedule import section
@@ -137,7 +137,7 @@ def test_sizes_are_drawn_from_the_seed_and_the_step():
 
 
 def test_a_run_in_stages_goes_on_bit_for_bit_across_borders(staged):
-    assert forked(train()) == 0
+    assert run_forked(train()) == 0
     metrics, tensors = metrics_of(staged), tensors_of(staged)
     steps = [line for line in metrics if "nll" in line]
     assert [line["stage"] for line in steps] == [1, 1, 2, 3, 3]
@@ -150,9 +150,9 @@ def test_a_run_in_stages_goes_on_bit_for_bit_across_borders(staged):
         code, flags = None, "--restart"
         while code != 0:
             code = (
-                forked(train_and_at(event, signalled(15), flags))
+                run_forked(train_with_action(event, send_signal(15), flags))
                 if code is None
-                else forked(train(flags))
+                else run_forked(train(flags))
             )
             flags = "--resume"
         assert metrics_of(staged) == metrics and tensors_of(staged) == tensors

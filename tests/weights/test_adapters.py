@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import MEMORY, make_base, make_model, random_ids, relative_error
 from peft import PeftModel
-from processes import forked
+from processes import run_forked
 
 from uiollms import ConfigError, MemoryConfig, MemoryLM
 from uiollms.weights.adapters import load_weights, save_weights
@@ -120,7 +120,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, name):
         return 0
 
     for size in (0, 100, 1000, 4000):
-        assert forked(lambda size=size: save_with_room_for(size)) == 0
+        assert run_forked(lambda size=size: save_with_room_for(size)) == 0
         assert [p.name for p in tmp_path.iterdir()] == [name]
     load_weights(model, tmp_path / name)
     assert all(torch.equal(t, before[n]) for n, t in model.memory_state_dict().items())
