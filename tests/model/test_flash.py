@@ -1,7 +1,7 @@
-"""The flash-attn path: a float64 stand-in with flash-attn 2's signatures, shapes and alignment,
-against the SDPA path.
+"""Attention with flash-attn against attention with SDPA. A fake module in float64 has the signatures,
+shapes and alignment of flash-attn 2.
 
-1e-10 relative leaves room for another order of summation in float64, and for nothing else.
+The relative tolerance of 1e-10 allows for another order of summation in float64 and nothing else.
 """
 
 import sys
@@ -38,30 +38,30 @@ from uiollms.model.attention_patterns import PackedRowsPattern
 from uiollms.runs.state import MAY_CHANGE
 from uiollms.weights.base_models import load
 
-PROVEN = 1e-10
+TOLERANCE = 1e-10
 FAMILIES = ["llama", "qwen3", "mistral"]
 
 
-class StandIn(ModuleType):
-    """`flash_attn`: one softmax a row, written out. aligned "top-left" is what flash-attn did
-    before 2.1."""
+class FakeFlashAttn(ModuleType):
+    """A module `flash_attn` that computes one softmax for each row. The alignment "top-left" is
+    that of flash-attn before 2.1."""
 
-    def __init__(self, aligned: str = "bottom-right") -> None:
+    def __init__(self, alignment: str = "bottom-right") -> None:
         super().__init__("flash_attn")
         self.__spec__ = ModuleSpec("flash_attn", None)
-        self.aligned = aligned
+        self.alignment = alignment
         self.calls: list[tuple[str, bool]] = []  # function, deterministic
 
     def row(self, q, k, v, scale, window=(-1, -1)):
-        """[T, N, K], twice [S, H, K] -> [T, N, K]; window: keys before and behind a query's own,
-        -1: all."""
+        """Attends from queries [T, N, K] to keys and values [S, H, K]. Returns [T, N, K]. window:
+        how many keys before and after the one of the same position a query sees, -1 for all."""
         queries, keys = len(q), len(k)
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
         scores = torch.einsum("tnk,snk->nts", q, k) * scale
-        behind = keys - queries if self.aligned == "bottom-right" else 0
-        hidden = torch.ones(queries, keys, dtype=torch.bool).triu(behind + 1)
+        offset = keys - queries if self.alignment == "bottom-right" else 0
+        hidden = torch.ones(queries, keys, dtype=torch.bool).triu(offset + 1)
         if window[0] >= 0:
-            hidden |= torch.ones(queries, keys, dtype=torch.bool).tril(behind - window[0] - 1)
+            hidden |= torch.ones(queries, keys, dtype=torch.bool).tril(offset - window[0] - 1)
         return torch.einsum("nts,snk->tnk", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
 
     def check(
@@ -168,8 +168,8 @@ class StandIn(ModuleType):
 
 
 @pytest.fixture
-def kernel(monkeypatch) -> StandIn:
-    module = StandIn()
+def kernel(monkeypatch) -> FakeFlashAttn:
+    module = FakeFlashAttn()
     monkeypatch.setitem(sys.modules, "flash_attn", module)
     monkeypatch.setattr(flash, "DEVICE_TYPES", ("cpu",))
     return module
@@ -180,9 +180,9 @@ def dense_mask(*size):
 
 
 @contextmanager
-def asking(model: MemoryLM):
-    """flash-attn asked of the base (transformers would not let a model without CUDA ask); dense
-    masks cannot be built."""
+def flash_attention(model: MemoryLM):
+    """Inside the context, the base is set to flash-attn, which transformers would refuse without
+    CUDA, and building a dense mask is an error."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (base, attention_patterns):
             patch.setattr(module, "decoder_mask", dense_mask)
@@ -195,20 +195,20 @@ def asking(model: MemoryLM):
         )
 
 
-def agree(model: MemoryLM, run) -> None:
-    """run(model) -> tensors, with SDPA and with the stand-in."""
+def check_equal(model: MemoryLM, run) -> None:
+    """Checks that run(model) returns the same tensors with SDPA and with the fake module."""
     expected = run(model)
-    with asking(model):
+    with flash_attention(model):
         found = run(model)
     assert len(found) == len(expected) > 0
     for a, b in zip(found, expected, strict=True):
-        assert relative_error(a, b) < PROVEN
+        assert relative_error(a, b) < TOLERANCE
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("pieces", [(29,), (3, 5, 1, 13, 7), (8, 20, 1)])
 @torch.no_grad()
-def test_a_stream(kernel, family, pieces):
+def test_streams_are_equal(kernel, family, pieces):
     def run(model):
         state, logits = None, []
         for piece in random_ids(2, 29).split(pieces, dim=1):
@@ -217,7 +217,7 @@ def test_a_stream(kernel, family, pieces):
             logits.append(output.logits)
         return [torch.cat(logits, dim=1), *state.memory_keys, *state.memory_values]
 
-    agree(make_model(family), run)
+    check_equal(make_model(family), run)
     assert {name for name, _ in kernel.calls} == {"dense"}
 
 
@@ -226,33 +226,35 @@ def test_a_stream(kernel, family, pieces):
     [("llama", dict(estimator=e)) for e in ("uio", "tbptt", "exact", "importance")],
 )
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_step_with_every_estimator(kernel, family, settings, checkpointing):
-    step_agrees(kernel, make_model(family), settings, checkpointing)
+def test_gradients_of_every_estimator_are_equal(kernel, family, settings, checkpointing):
+    check_step(kernel, make_model(family), settings, checkpointing)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "mistral"])
-def test_a_step_of_other_families(kernel, family):
-    step_agrees(kernel, make_model(family), {}, False)
+def test_gradients_of_other_families_are_equal(kernel, family):
+    check_step(kernel, make_model(family), {}, False)
 
 
-def step_agrees(kernel, model, settings, checkpointing):
-    """Batches of rows that read unequally many slots, and a row that is shorter than its batch."""
+def check_step(kernel, model, settings, checkpointing):
+    """Compares gradients and losses of a step. Its batches have rows that read different numbers of
+    slots, and a row that is shorter than the others."""
     model.chunk_batch, model.checkpointing = 2, checkpointing
     sample = Sample.language_modeling(random_ids(37), 8)
     settings = settings | ({"S": 2} if settings.get("estimator") not in (None, "exact") else {})
     first = uiollms.gradient_step(model, sample, rng=3, **settings)
     expected = gradients(model)
-    with asking(model):
+    with flash_attention(model):
         second = uiollms.gradient_step(model, sample, rng=3, **settings)
-    assert worst_error(gradients(model), expected) < PROVEN
+    assert worst_error(gradients(model), expected) < TOLERANCE
     assert (
-        relative_error(second.losses, first.losses) < PROVEN and second.reencoded == first.reencoded
+        relative_error(second.losses, first.losses) < TOLERANCE
+        and second.reencoded == first.reencoded
     )
     assert {name for name, _ in kernel.calls} == {"dense", "varlen"}
 
 
-def test_recent_tokens(kernel):
-    """In streams, in every mode, and in a step with an estimator."""
+def test_recent_tokens_are_supported(kernel):
+    """Compares streams, scores in every mode, and the gradients of a step."""
     model = make_model(config=MEMORY.model_copy(update={"recent_tokens": 3}))
 
     @torch.no_grad()
@@ -267,13 +269,13 @@ def test_recent_tokens(kernel):
         scores = [token_losses(model, sample, mode, other)[1] for mode in modes]
         return [torch.cat(logits, 1), *scores]
 
-    agree(model, run)
-    step_agrees(kernel, model, dict(estimator="uio"), False)
+    check_equal(model, run)
+    check_step(kernel, model, dict(estimator="uio"), False)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_scores_in_every_mode(kernel, family):
+def test_scores_in_every_mode_are_equal(kernel, family):
     def run(model):
         model.chunk_batch = 3
         sample = Sample.document(random_ids(37), 8)
@@ -282,26 +284,26 @@ def test_scores_in_every_mode(kernel, family):
         copy = [token_losses(model, Sample.copy(random_ids(20), 8))[1], model.reconstruct(other)]
         return [*scores, token_losses(model, sample, "shuffled", other)[1], *copy]
 
-    agree(make_model(family), run)
+    check_equal(make_model(family), run)
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen3"])
 @torch.no_grad()
-def test_raw_texts_past_a_window(kernel, family):
-    """All layers slide, or one of three; no dense mask is built."""
+def test_raw_texts_longer_than_a_sliding_window_are_equal(kernel, family):
+    """All layers have a sliding window, or one of three has. No dense mask is built."""
     changes = dict(sliding_window=8)
     if family == "qwen3":
         changes["layer_types"] = ["full_attention", "sliding_attention", "full_attention"]
     model = MemoryLM(make_base(family, **changes), MEMORY)
     sample = Sample.document(random_ids(37), 8)
-    agree(model, lambda model: [token_losses(model, sample, "raw")[1]])
+    check_equal(model, lambda model: [token_losses(model, sample, "raw")[1]])
     wide = MemoryLM(make_base(family), MEMORY)
     full, narrow = (token_losses(of, sample, "raw")[1] for of in (wide, model))
-    assert relative_error(full[:7], narrow[:7]) < PROVEN
-    assert relative_error(full, narrow) > 1e6 * PROVEN
+    assert relative_error(full[:7], narrow[:7]) < TOLERANCE
+    assert relative_error(full, narrow) > 1e6 * TOLERANCE
 
 
-def test_generation(kernel):
+def test_generated_tokens_are_equal(kernel):
     def run(model):
         mask = torch.ones(2, 13, dtype=torch.int64)
         mask[0, :5] = 0
@@ -316,14 +318,14 @@ def test_generation(kernel):
         beams = model.generate(random_ids(1, 13), num_beams=2, max_new_tokens=9, do_sample=False)
         return [greedy.sequences, torch.stack(greedy.logits), beams]
 
-    agree(make_model(), run)
+    check_equal(make_model(), run)
 
 
 @pytest.mark.parametrize("num_memory", [1, 2, 8])
 @torch.no_grad()
-def test_the_encoder(kernel, num_memory):
+def test_memories_are_equal(kernel, num_memory):
     config = MemoryConfig(**MEMORY.model_dump() | dict(num_memory=num_memory))
-    agree(make_model(config=config), lambda model: [model.encode(random_ids(3, 8))])
+    check_equal(make_model(config=config), lambda model: [model.encode(random_ids(3, 8))])
 
 
 @pytest.mark.parametrize(
@@ -332,12 +334,15 @@ def test_the_encoder(kernel, num_memory):
 )
 @pytest.mark.parametrize("window", [None, 2, 100])
 @pytest.mark.parametrize("documents", [False, True])
-def test_rows_are_the_decoder_mask(kernel, slots, past, length, window, documents):
-    """Values and gradients of one attention, 4 heads over 2 key/value heads. With a window that
-    hides anything behind memory flash-attn is not asked."""
+def test_packed_rows_attend_as_the_decoder_mask_allows(
+    kernel, slots, past, length, window, documents
+):
+    """Compares values and gradients of one attention, with 4 heads over 2 key/value heads.
+    flash-attn is not called for rows that read memory in a layer whose sliding window hides
+    tokens."""
     first = (
         list(accumulate(slots[:-1], initial=0)) if documents else [0] * len(slots)
-    )  # one behind the other
+    )  # documents are joined, one after another
     rows, keys = len(slots), max(map(sum, zip(first, slots, strict=True))) + past + length
     shapes = (rows, 4, length, 8), (rows, 2, keys, 8), (rows, 2, keys, 8)
     tensors = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
@@ -353,45 +358,47 @@ def test_rows_are_the_decoder_mask(kernel, slots, past, length, window, document
         decoder_mask(slots, past, length, pattern.device, window, first),
         is_causal=keys == length > 1 and window is None,
     ).transpose(1, 2)
-    assert relative_error(found, expected) < PROVEN
-    of = torch.randn_like(found)
+    assert relative_error(found, expected) < TOLERANCE
+    output_gradient = torch.randn_like(found)
     pairs = zip(
-        torch.autograd.grad(found, tensors, of),
-        torch.autograd.grad(expected, tensors, of),
+        torch.autograd.grad(found, tensors, output_gradient),
+        torch.autograd.grad(expected, tensors, output_gradient),
         strict=True,
     )
-    assert all(relative_error(*pair) < PROVEN for pair in pairs)
+    assert all(relative_error(*pair) < TOLERANCE for pair in pairs)
     called = ["varlen" if len(set(slots)) > 1 or any(first) else "dense"]
     assert [name for name, _ in kernel.calls] == (called if window is None or slots == [0] else [])
 
 
 @torch.no_grad()
-def test_another_alignment_would_be_seen(kernel):
+def test_another_alignment_changes_the_logits(kernel):
     model, ids = make_model(), random_ids(1, 21)
     expected = model(ids).logits
-    kernel.aligned = "top-left"
-    with asking(model):
+    kernel.alignment = "top-left"
+    with flash_attention(model):
         found = model(ids).logits
-    assert relative_error(found[:, :8], expected[:, :8]) < PROVEN  # as many keys as queries
+    assert (
+        relative_error(found[:, :8], expected[:, :8]) < TOLERANCE
+    )  # the first chunk has as many keys as queries
     assert relative_error(found[:, 8:], expected[:, 8:]) > 1e-2
 
 
 @torch.no_grad()
-def test_the_base_is_what_was_loaded_in_a_call_too(kernel, monkeypatch):
+def test_a_call_does_not_change_the_attention_implementation_of_the_base(kernel, monkeypatch):
     model, inside = make_model(), []
     monkeypatch.setattr(
         kernel, "row", lambda *_: inside.append(model.base.config._attn_implementation) or 1 / 0
     )
-    with asking(model):  # checks the name afterwards
+    with flash_attention(model):  # checks the name afterwards
         with pytest.raises(ZeroDivisionError):
             model(random_ids(1, 5))
     assert inside == [flash.NAME]
 
 
 @torch.no_grad()
-def test_torchs_switch_for_deterministic_algorithms_is_handed_on(kernel):
+def test_torchs_deterministic_mode_is_passed_to_flash_attn(kernel):
     model = make_model()
-    with asking(model):
+    with flash_attention(model):
         model(random_ids(1, 5))
         torch.use_deterministic_algorithms(True)
         try:
@@ -402,29 +409,30 @@ def test_torchs_switch_for_deterministic_algorithms_is_handed_on(kernel):
     assert kernel.calls == [("dense", False)] * half + [("dense", True)] * half
 
 
-def test_layers_that_are_not_on_cuda_compute_as_with_sdpa(monkeypatch):
-    """Without the package; to rounding, since SDPA alone leaves the memory where it lies."""
+def test_layers_on_a_cpu_use_sdpa(monkeypatch):
+    """The package need not be installed. The results differ by rounding, because only a
+    base that is set to SDPA reads memory in place."""
     monkeypatch.setitem(sys.modules, "flash_attn", None)  # importing it raises
     model, sample = make_model(), Sample.language_modeling(random_ids(37), 8)
     first = uiollms.gradient_step(model, sample, estimator="uio", S=2, rng=3)
     expected = gradients(model)
     monkeypatch.setattr(model.base.config, "_attn_implementation", flash.NAME)
     second = uiollms.gradient_step(model, sample, estimator="uio", S=2, rng=3)
-    assert relative_error(second.losses, first.losses) < PROVEN
-    assert worst_error(gradients(model), expected) < PROVEN
+    assert relative_error(second.losses, first.losses) < TOLERANCE
+    assert worst_error(gradients(model), expected) < TOLERANCE
 
 
-# ---- asked where it cannot run -------------------------------------------------------------------
+# ---- missing requirements ------------------------------------------------------------------------
 
 
-def refused(call, pattern: str, error: type = ConfigError) -> None:
-    with pytest.raises(error, match=pattern) as caught:
+def check_error(call, pattern: str, error: type = ConfigError) -> None:
+    with pytest.raises(error, match=pattern) as raised:
         call()
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(raised.value)
 
 
-def test_what_is_missing_is_said_in_one_line(monkeypatch, tmp_path):
-    def asked(dtype=torch.bfloat16, device_map="auto", config=None):
+def test_missing_requirements_are_errors_of_one_line(monkeypatch, tmp_path):
+    def request(dtype=torch.bfloat16, device_map="auto", config=None):
         flash.check_request(
             flash.NAME, "env.json: model.attn_implementation", dtype, device_map, config
         )
@@ -432,52 +440,52 @@ def test_what_is_missing_is_said_in_one_line(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     flash.check_request("sdpa", "env.json: model.attn_implementation", torch.float32, "cpu")
     field = r'^env.json: model.attn_implementation: "flash_attention_2": '
-    refused(
-        asked,
+    check_error(
+        request,
         field
         + r'the package flash-attn is not installed; run: pip install .* flash-attn; or use "sdpa"$',
     )
-    refused(
-        lambda: asked(torch.float32),
+    check_error(
+        lambda: request(torch.float32),
         field + "flash-attn computes in bfloat16 and float16, found float32",
     )
     wide = make_base().config
     wide.head_dim = 320
-    refused(lambda: asked(config=wide), "heads of at most 256 numbers, found 320")
+    check_error(lambda: request(config=wide), "heads of at most 256 numbers, found 320")
 
     (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol:\\n _ZN3c10')")
     monkeypatch.delitem(sys.modules, "flash_attn")
     monkeypatch.syspath_prepend(tmp_path)
-    refused(asked, r"cannot be imported \(undefined symbol: _ZN3c10\)")
+    check_error(request, r"cannot be imported \(undefined symbol: _ZN3c10\)")
 
-    monkeypatch.setitem(sys.modules, "flash_attn", StandIn())
+    monkeypatch.setitem(sys.modules, "flash_attn", FakeFlashAttn())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    refused(asked, "needs a CUDA device, this machine has none")
+    check_error(request, "needs a CUDA device, this machine has none")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(flash, "is_flash_attn_2_available", lambda: False)
-    refused(asked, "too old")
+    check_error(request, "too old")
     monkeypatch.setattr(flash, "is_flash_attn_2_available", lambda: True)
-    asked()
-    refused(lambda: asked(device_map="cpu"), 'device_map is "cpu"')
+    request()
+    check_error(lambda: request(device_map="cpu"), 'device_map is "cpu"')
 
 
-def test_it_may_be_asked_for_wherever_a_base_is_loaded(workspace, tiny_folder, monkeypatch):
+def test_every_way_of_loading_a_base_accepts_flash_attention(workspace, tiny_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     changes = ["model.attn_implementation=flash_attention_2", "model.model_dtype=bf16"]
     field = r'^env.json: model.attn_implementation: "flash_attention_2": the package flash-attn is not installed'
-    refused(lambda: load_memory_lm(load_env_config("env.json", changes), "env.json"), field)
+    check_error(lambda: load_memory_lm(load_env_config("env.json", changes), "env.json"), field)
     model, _ = load_memory_lm(load_env_config("env.json"), "env.json")
     assert model.base.config._attn_implementation == "sdpa"  # "auto"
 
     model.save_pretrained("saved")
-    asked = dict(dtype="bf16", attn_implementation=flash.NAME)
-    refused(
-        lambda: MemoryLM.from_pretrained("saved", **asked),
+    settings = dict(dtype="bf16", attn_implementation=flash.NAME)
+    check_error(
+        lambda: MemoryLM.from_pretrained("saved", **settings),
         r'^saved: attn_implementation: "flash_attention_2": ',
     )
     own = load(AutoModelForCausalLM, str(tiny_folder), dtype=torch.float32)
     monkeypatch.setattr(own.config, "_attn_implementation", flash.NAME)
-    refused(
+    check_error(
         lambda: MemoryLM(own, MEMORY),
         "computes in bfloat16 and float16, found float32; load the base in",
         ValueError,
@@ -488,9 +496,9 @@ def test_it_may_be_asked_for_wherever_a_base_is_loaded(workspace, tiny_folder, m
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_real_kernels(family):
-    """bfloat16 keeps 8 bits: 3e-2 is a few roundings of each of three layers. A wrong alignment
-    is off by tenths."""
+def test_the_real_kernels_give_the_same_gradients(family):
+    """bfloat16 has 8 bits of precision. The tolerance 3e-2 is a few roundings in each of three
+    layers. With a wrong alignment the error would be some tenths."""
     pytest.importorskip("flash_attn")
     model, sample = (
         make_model(family, torch.bfloat16).to("cuda"),

@@ -1,5 +1,5 @@
-"""generate(): the options of transformers' own that make sense, on streams that go on, stand
-still, or differ in length."""
+"""generate(): the options of transformers that are supported, continued states, and prompts of
+different lengths."""
 
 import dataclasses
 import threading
@@ -21,9 +21,8 @@ from uiollms import MemoryConfig, MemoryLM
 from uiollms.model.memory import join
 from uiollms.model.sampling import IsolatedSampling
 
-GREEDY = dict(
-    do_sample=False, max_new_tokens=11, eos_token_id=None
-)  # 11: every row crosses a chunk boundary (8)
+# With 11 new tokens every row crosses a chunk boundary (chunks have 8 tokens).
+GREEDY = dict(do_sample=False, max_new_tokens=11, eos_token_id=None)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +31,7 @@ def model():
 
 
 def padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows [T_i] -> left-padded ids and mask [B, T]."""
+    """Returns ids and mask [B, T] of rows [T_i], padded on the left."""
     width = max(len(row) for row in rows)
     ids = torch.stack([torch.nn.functional.pad(row, (width - len(row), 0)) for row in rows])
     return ids, torch.stack([torch.arange(width) >= width - len(row) for row in rows]).long()
@@ -55,7 +54,7 @@ def test_a_left_padded_row_is_generated_as_if_alone(model, with_mask):
         assert torch.equal(tokens[21 - len(row) :], alone)
 
 
-def test_beams_and_return_sequences_of_padded_rows(model):
+def test_beams_of_a_left_padded_row_are_those_of_the_row_alone(model):
     ids, mask = padded(ROWS)
     beams = dict(num_beams=3, num_return_sequences=2, **GREEDY)
     found = model.generate(ids, attention_mask=mask, **beams).view(4, 2, -1)
@@ -63,9 +62,9 @@ def test_beams_and_return_sequences_of_padded_rows(model):
         assert torch.equal(sequences[:, 21 - len(row) :], model.generate(row[None], **beams))
 
 
-def test_a_beams_score_is_that_of_its_own_tokens(model):
-    """Beams change rows at every step; were a state left behind, its row would be scored as
-    another's continuation."""
+def test_the_score_of_a_beam_is_the_sum_of_its_log_probabilities(model):
+    """Beams change rows at every step. If a state did not follow its row, the row would be scored as
+    the continuation of another."""
     prompts = random_ids(2, 6)
     options = dict(
         do_sample=False,
@@ -85,7 +84,7 @@ def test_a_beams_score_is_that_of_its_own_tokens(model):
 
 
 @pytest.mark.parametrize("mask", [[[1, 1, 0]], [[1, 0, 1]], [[0, 0, 0]], [[1, 1]]])
-def test_padding_elsewhere_is_refused(model, mask):
+def test_padding_that_is_not_on_the_left_raises_an_error(model, mask):
     with pytest.raises(ValueError, match="zeros only before"):
         model.generate(
             random_ids(1, 3),
@@ -95,7 +94,7 @@ def test_padding_elsewhere_is_refused(model, mask):
         )
 
 
-def test_sampling_with_its_options_repeats_under_a_seed(model):
+def test_sampling_repeats_with_the_same_seed(model):
     options = dict(
         do_sample=True,
         temperature=0.7,
@@ -112,7 +111,7 @@ def test_sampling_with_its_options_repeats_under_a_seed(model):
     assert torch.equal(cold, model.generate(random_ids(1, 13), do_sample=False, max_new_tokens=6))
 
 
-def test_one_state_is_asked_again_and_again(model):
+def test_several_calls_can_continue_one_state(model):
     text, first, second = (
         random_ids(1, 19, seed=1),
         random_ids(1, 4, seed=2),
@@ -133,7 +132,7 @@ def test_one_state_is_asked_again_and_again(model):
             before, (*state.memory_keys, *state.local_values, state.open_ids), strict=True
         )
     )
-    # a batch of questions of one memory, of different lengths
+    # a batch of prompts of different lengths that continue one state
     ids, mask = padded([first[0], second[0]])
     found = model.generate(ids, attention_mask=mask, state=state, **GREEDY)
     assert torch.equal(found[0, 2:], model.generate(first, state=state, **GREEDY)[0])
@@ -141,16 +140,16 @@ def test_one_state_is_asked_again_and_again(model):
 
 
 @pytest.mark.parametrize("beams", [1, 2])
-def test_a_padded_batch_goes_on_each_row_from_its_own_state(model, beams):
-    """The twin: every row alone, all the way. The rows of the second call are padded differently
-    from the first's."""
+def test_each_row_continues_its_row_of_a_padded_batchs_state(model, beams):
+    """Every row is compared with the row generated alone. In the second call the rows are padded
+    differently from the first."""
     ids, mask = padded(ROWS)
     start = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **GREEDY)
     questions = [random_ids(n, seed=n) for n in (7, 4, 4, 12)]
     again, again_mask = padded(
         [torch.cat([s[-1:], q]) for s, q in zip(start.sequences, questions, strict=True)]
     )
-    for _ in range(2):  # the state is left as it was
+    for _ in range(2):  # a call does not change the state
         found = model.generate(
             again, attention_mask=again_mask, state=start.past_key_values, num_beams=beams, **GREEDY
         )
@@ -162,7 +161,7 @@ def test_a_padded_batch_goes_on_each_row_from_its_own_state(model, beams):
                 tokens[-11:],
                 model.generate(whole[None], num_beams=beams, **GREEDY)[0, len(whole) :],
             )
-    # without a mask, a token each
+    # without a mask, one token for each row
     found = model.generate(
         start.sequences[:, -1:], state=start.past_key_values, num_beams=beams, **GREEDY
     )
@@ -173,7 +172,7 @@ def test_a_padded_batch_goes_on_each_row_from_its_own_state(model, beams):
         )
 
 
-def test_what_a_padded_batchs_state_cannot_do_is_said(model):
+def test_unsupported_uses_of_a_padded_batchs_state_raise_an_error(model):
     ids, mask = padded(ROWS)
     start = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **GREEDY)
     with pytest.raises(
@@ -183,21 +182,20 @@ def test_what_a_padded_batchs_state_cannot_do_is_said(model):
         model.generate(start.sequences, past_key_values=start.past_key_values)
     with pytest.raises(ValueError, match="state has 4 rows, the prompts 3"):
         model.generate(random_ids(3, 2), state=start.past_key_values)
-    longest = dict(
-        state=start.past_key_values, do_sample=False, eos_token_id=None
-    )  # 31 tokens seen by the longest row
-    room = torch.tensor([[1, 1], [0, 1], [1, 1], [0, 1]])  # which reads one more
+    # The longest row has read 31 tokens and reads one more.
+    options = dict(state=start.past_key_values, do_sample=False, eos_token_id=None)
+    prompt_mask = torch.tensor([[1, 1], [0, 1], [1, 1], [0, 1]])
     assert model.generate(
-        random_ids(4, 2), attention_mask=room, **longest, max_new_tokens=207
+        random_ids(4, 2), attention_mask=prompt_mask, **options, max_new_tokens=207
     ).shape == (4, 209)
     with pytest.raises(
         ValueError, match=r"come to 239 tokens \(31 of them in the state\), the capacity is 238"
     ):
-        model.generate(random_ids(4, 2), attention_mask=room, **longest, max_new_tokens=208)
+        model.generate(random_ids(4, 2), attention_mask=prompt_mask, **options, max_new_tokens=208)
 
 
-def test_past_key_values_as_transformers_means_them(model):
-    """The state of one generate() call and all tokens so far go into the next."""
+def test_past_key_values_continue_a_call_with_all_tokens_given(model):
+    """As in transformers, the next call gets the state of one call and all tokens so far."""
     start = model.generate(random_ids(2, 9), return_dict_in_generate=True, **GREEDY)
     assert start.past_key_values.num_tokens == start.sequences.shape[1] - 1
     longer = torch.cat([start.sequences, random_ids(2, 5, seed=7)], 1)
@@ -216,23 +214,20 @@ def test_past_key_values_as_transformers_means_them(model):
         model.generate(random_ids(3, 5), state=start.past_key_values)
 
 
-def test_a_prompt_past_the_bases_positions_just_works(model):
+def test_a_prompt_may_be_longer_than_the_bases_positions(model):
     ids = random_ids(1, 120)  # 64 positions
-    assert model.generate(ids, do_sample=False, eos_token_id=None).shape == (
-        1,
-        140,
-    )  # transformers' default: 20 more
+    # The default of transformers is 20 new tokens.
+    assert model.generate(ids, do_sample=False, eos_token_id=None).shape == (1, 140)
     assert model.generate(ids, do_sample=False, eos_token_id=None, max_length=123).shape == (1, 123)
     config = GenerationConfig(max_new_tokens=2, do_sample=False)
     assert model.generate(ids, config).shape == (1, 122)
 
 
-def test_past_the_capacity_is_refused_before_a_token_is_made(model):
+def test_more_tokens_than_the_capacity_raise_an_error_before_generation(model):
     ids = random_ids(1, 220)
-    assert model.generate(ids, do_sample=False, max_new_tokens=19, eos_token_id=None).shape == (
-        1,
-        239,
-    )  # the last is not fed
+    # The last token is not fed, so it needs no position.
+    greedy = dict(do_sample=False, eos_token_id=None)
+    assert model.generate(ids, max_new_tokens=19, **greedy).shape == (1, 239)
     with pytest.raises(
         ValueError, match=r"come to 239 tokens \(0 of them in the state\), the capacity is 238"
     ):
@@ -258,7 +253,7 @@ def test_past_the_capacity_is_refused_before_a_token_is_made(model):
     ],
     ids=lambda option: next(iter(option)),
 )
-def test_options_without_meaning_are_refused_by_name(model, option):
+def test_unsupported_options_raise_an_error_with_their_name(model, option):
     name = next(iter(option))
     name = "cache_implementation" if name == "generation_config" else name
     with pytest.raises(ValueError, match=f"generate: {name} is not supported with memory"):
@@ -267,7 +262,7 @@ def test_options_without_meaning_are_refused_by_name(model, option):
         model.generate(random_ids(1, 3), max_new_tokenz=2)
 
 
-def test_continuous_batching_is_refused_by_name(model):
+def test_continuous_batching_raises_an_error(model):
     with pytest.raises(
         NotImplementedError, match="generate_batch .* is not supported with memory: .* left-padded"
     ):
@@ -284,7 +279,7 @@ def no_token_twice(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
 
 
 PROMPT = random_ids(1, 13, seed=5)
-# option -> its value, and the processor that does it; both from the tokens that come without it
+# Option -> its value and the processor that it sets, given the tokens that come without it.
 PROCESSED = {
     "repetition_penalty": lambda plain: (1.8, RepetitionPenaltyLogitsProcessor(1.8)),
     "no_repeat_ngram_size": lambda plain: (2, NoRepeatNGramLogitsProcessor(2)),
@@ -298,9 +293,9 @@ PROCESSED = {
 
 
 @pytest.mark.parametrize("name", PROCESSED)
-def test_what_changes_the_scores_does_so(model, name):
-    """Two twins: every token by hand, from the whole text read anew; and the base's own
-    generate, where no chunk fills up."""
+def test_options_that_change_the_scores_give_the_expected_tokens(model, name):
+    """The tokens are compared with those chosen one by one from the logits of the whole text. In a
+    model whose chunk does not fill up, they are compared with those that the base generates."""
     plain = model.generate(PROMPT, **GREEDY)[0, 13:].tolist()
     value, processor = PROCESSED[name](plain)
     options = (
@@ -313,15 +308,17 @@ def test_what_changes_the_scores_does_so(model, name):
         expected = torch.cat([expected, scores.argmax(-1, keepdim=True)], 1)
     assert expected[0, 13:].tolist() != plain
     assert torch.equal(model.generate(PROMPT, **options), expected)
-    roomy = MemoryLM(
+    one_chunk = MemoryLM(
         model.base, MemoryConfig(num_memory=2, chunk_size=32, lora_rank=3, lora_alpha=6)
     )
-    assert torch.equal(roomy.generate(PROMPT, **options), model.base.generate(PROMPT, **options))
+    assert torch.equal(
+        one_chunk.generate(PROMPT, **options), model.base.generate(PROMPT, **options)
+    )
 
 
 @pytest.fixture(scope="module")
 def states(model) -> dict[str, object]:
-    """Streams that have read the same 9 tokens, in the ways there are."""
+    """States that have read the same 9 tokens, made in every way that there is."""
     text = PROMPT[:, :9]
     with torch.no_grad():
         read = model(text).past_key_values
@@ -337,22 +334,22 @@ def states(model) -> dict[str, object]:
     )
 
 
-WAYS = ["read", "in_steps", "memory", "joined", "selected"]
+ORIGINS = ["read", "in_steps", "memory", "joined", "selected"]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("origin", ORIGINS)
 @pytest.mark.parametrize("name", PROCESSED)
 @pytest.mark.parametrize("beams", [1, 2])
-def test_processors_see_the_whole_text_wherever_it_came_from(model, states, name, way, beams):
+def test_processors_get_the_whole_text_of_every_state(model, states, name, origin, beams):
     plain = model.generate(PROMPT, **GREEDY)[0, 13:].tolist()
     value, _ = PROCESSED[name](plain)
     options = GREEDY | {name: value, "num_beams": beams}
     options |= dict(eos_token_id=plain[2]) if name == "min_new_tokens" else {}
     expected = model.generate(PROMPT, **options)[:, 9:]
-    found = model.generate(PROMPT[:, 9:], state=states[way], **options)
+    found = model.generate(PROMPT[:, 9:], state=states[origin], **options)
     assert torch.equal(found, expected)
     again = model.generate(
-        PROMPT[:, 9:], state=states[way], return_dict_in_generate=True, **options
+        PROMPT[:, 9:], state=states[origin], return_dict_in_generate=True, **options
     )
     assert (
         torch.equal(again.sequences, expected)
@@ -360,34 +357,34 @@ def test_processors_see_the_whole_text_wherever_it_came_from(model, states, name
     )
 
 
-def test_what_looks_at_the_text_is_shown_all_of_it(model, states):
-    shown = []
+def test_functions_that_process_the_text_get_all_of_it(model, states):
+    received = []
 
     def look(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        shown.append(ids)
+        received.append(ids)
         return scores
 
     def stop(ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
-        shown.append(ids)
+        received.append(ids)
         return torch.zeros(len(ids), dtype=torch.bool)
 
     def allow(row: int, ids: torch.Tensor) -> list[int]:
-        shown.append(ids[None])
+        received.append(ids[None])
         return list(range(61))
 
-    looking = dict(
+    functions = dict(
         logits_processor=[look], stopping_criteria=[stop], prefix_allowed_tokens_fn=allow
     )
-    found = model.generate(PROMPT[:, 9:], state=states["memory"], **looking, **GREEDY)
+    found = model.generate(PROMPT[:, 9:], state=states["memory"], **functions, **GREEDY)
     whole = torch.cat([PROMPT[:, :9], found], 1)
-    assert len(shown) == 33 and {ids.shape[1] for ids in shown} == set(range(13, 25))
-    assert all(torch.equal(ids, whole[:, : ids.shape[1]]) for ids in shown)
+    assert len(received) == 33 and {ids.shape[1] for ids in received} == set(range(13, 25))
+    assert all(torch.equal(ids, whole[:, : ids.shape[1]]) for ids in received)
 
 
 @pytest.mark.parametrize("beams", [1, 2])
 @pytest.mark.parametrize("penalty", [dict(repetition_penalty=3.0), dict(no_repeat_ngram_size=1)])
-def test_rows_of_other_lengths_and_states_do_not_reach_each_other(model, beams, penalty):
-    """Each row, its own state included, is what it is alone; padding is not a part of any text."""
+def test_penalties_of_a_row_do_not_depend_on_other_rows(model, beams, penalty):
+    """Each row with its state gives the tokens that it gives alone. Padding does not count as text."""
     ids, mask = padded(ROWS)
     options = GREEDY | dict(num_beams=beams) | penalty
     for row, tokens in zip(ROWS, model.generate(ids, attention_mask=mask, **options), strict=True):
@@ -406,7 +403,7 @@ def test_rows_of_other_lengths_and_states_do_not_reach_each_other(model, beams, 
         assert torch.equal(tokens[-11:], model.generate(whole[None], **options)[0, len(whole) :])
 
 
-def test_one_state_for_many_prompts_and_answers(model, states):
+def test_one_state_serves_several_prompts_with_several_results(model, states):
     ids, mask = padded([PROMPT[0, 9:], random_ids(7, seed=3)])
     options = GREEDY | dict(repetition_penalty=3.0, num_beams=3, num_return_sequences=2)
     found = model.generate(ids, attention_mask=mask, state=states["memory"], **options)
@@ -418,7 +415,7 @@ def test_one_state_for_many_prompts_and_answers(model, states):
         )
 
 
-def test_lengths_are_those_of_the_result(model, states):
+def test_length_limits_do_not_count_tokens_of_the_state(model, states):
     new = PROMPT[:, 9:]
     greedy = dict(state=states["memory"], do_sample=False)
     assert model.generate(new, max_length=7, eos_token_id=None, **greedy).shape == (1, 7)
@@ -434,26 +431,28 @@ def test_lengths_are_those_of_the_result(model, states):
         model.generate(new, max_length=4, **greedy)
 
 
-class Told(BaseStreamer):
-    def __init__(self, then=lambda: None):
-        self.values, self.then = [], then
+class RecordingStreamer(BaseStreamer):
+    """Records what is streamed, and calls `callback` for each value."""
+
+    def __init__(self, callback=lambda: None):
+        self.values, self.callback = [], callback
 
     def put(self, value):
         self.values.append(value)
-        self.then()
+        self.callback()
 
     def end(self):
         self.values.append(None)
 
 
-def test_a_streamer_is_told_what_the_result_holds(model, states):
-    told = Told()
-    found = model.generate(PROMPT[:, 9:], state=states["memory"], streamer=told, **GREEDY)
-    assert told.values[-1] is None and torch.equal(told.values[0], PROMPT[:, 9:])
-    assert torch.equal(torch.cat([value.flatten() for value in told.values[:-1]]), found[0])
+def test_a_streamer_gets_the_tokens_of_the_result(model, states):
+    streamer = RecordingStreamer()
+    found = model.generate(PROMPT[:, 9:], state=states["memory"], streamer=streamer, **GREEDY)
+    assert streamer.values[-1] is None and torch.equal(streamer.values[0], PROMPT[:, 9:])
+    assert torch.equal(torch.cat([value.flatten() for value in streamer.values[:-1]]), found[0])
 
 
-LOOKING_AT = {
+TEXT_OPTIONS = {
     "repetition_penalty": 1.5,
     "no_repeat_ngram_size": 2,
     "encoder_repetition_penalty": 1.5,
@@ -466,44 +465,46 @@ LOOKING_AT = {
 }
 
 
-@pytest.mark.parametrize("name", LOOKING_AT)
-def test_a_state_that_does_not_know_its_text_says_what_cannot_be_had(model, name):
-    """As of a .mem of version 0.1."""
+@pytest.mark.parametrize("name", TEXT_OPTIONS)
+def test_options_that_need_the_text_raise_an_error_for_a_state_without_it(model, name):
+    """A state of a `.mem` of version 0.1 does not contain its text."""
     memory = dataclasses.replace(model.compress(PROMPT[:, :9]), chunk_ids=None)
     state = memory.state(model)
     assert state.text is None
     with pytest.raises(
         ValueError, match=f"generate: {name} needs the whole text, .* compress the text again"
     ):
-        model.generate(PROMPT[:, 9:], state=state, **{name: LOOKING_AT[name]}, **GREEDY)
+        model.generate(PROMPT[:, 9:], state=state, **{name: TEXT_OPTIONS[name]}, **GREEDY)
     neutral = dict(
         repetition_penalty=1.0, no_repeat_ngram_size=0, logits_processor=LogitsProcessorList()
     )
     found = model.generate(PROMPT[:, 9:], state=state, **neutral, **GREEDY)
     assert torch.equal(found, model.generate(PROMPT, **GREEDY)[:, 9:])
-    # all tokens given, nothing is missing
+    # With past_key_values all tokens are given, so nothing is missing.
     if name != "stopping_criteria":
-        whole = model.generate(PROMPT, past_key_values=state, **{name: LOOKING_AT[name]}, **GREEDY)
-        assert torch.equal(whole, model.generate(PROMPT, **{name: LOOKING_AT[name]}, **GREEDY))
+        whole = model.generate(
+            PROMPT, past_key_values=state, **{name: TEXT_OPTIONS[name]}, **GREEDY
+        )
+        assert torch.equal(whole, model.generate(PROMPT, **{name: TEXT_OPTIONS[name]}, **GREEDY))
 
 
-def test_all_tokens_given_must_be_those_that_the_state_has_read(model, states):
+def test_input_ids_must_begin_with_the_tokens_of_past_key_values(model, states):
     other = PROMPT.clone()
-    other[0, 2] += 1  # in a chunk that is memory by now
+    other[0, 2] += 1  # in a chunk that is compressed already
     with pytest.raises(
         ValueError, match="contains 9 tokens, and input_ids .* do not begin with them"
     ):
         model.generate(other, past_key_values=states["read"], **GREEDY)
 
 
-# ---- what is drawn -------------------------------------------------------------------------------
+# ---- random numbers ------------------------------------------------------------------------------
 
 
 SAMPLED = dict(do_sample=True, temperature=3.0, max_new_tokens=12, eos_token_id=None)
 
 
 @pytest.mark.parametrize("beams", [1, 2])
-def test_a_request_draws_from_a_generator_of_its_own(model, beams):
+def test_a_call_draws_from_a_separate_generator(model, beams):
     options = SAMPLED | dict(num_beams=beams)
 
     def sample(seed: int, **more) -> torch.Tensor:
@@ -514,11 +515,11 @@ def test_a_request_draws_from_a_generator_of_its_own(model, beams):
     first = sample(1)
     before = torch.get_rng_state()
     assert torch.equal(sample(1), first) and not torch.equal(sample(2), first)
-    assert torch.equal(torch.get_rng_state(), before)  # others' draws are as they would have been
-    if beams == 1:  # another request, and whoever draws or seeds, in the midst of it
-        disturb = Told(lambda: (torch.manual_seed(3), sample(5), torch.rand(2)))
-        assert torch.equal(sample(1, streamer=disturb), first)
-    # without one: the global generator decides, by one draw
+    assert torch.equal(torch.get_rng_state(), before)  # the global generator is not used
+    if beams == 1:  # another call and other draws between the tokens
+        disturbing = RecordingStreamer(lambda: (torch.manual_seed(3), sample(5), torch.rand(2)))
+        assert torch.equal(sample(1, streamer=disturbing), first)
+    # Without a generator, one draw from the global generator seeds the call.
     torch.manual_seed(0)
     found, after = model.generate(PROMPT, **options), torch.get_rng_state()
     torch.manual_seed(0)
@@ -527,20 +528,20 @@ def test_a_request_draws_from_a_generator_of_its_own(model, beams):
     )
     assert not torch.equal(model.generate(PROMPT, **options), found)
     model.generate(PROMPT, **GREEDY)
-    # one generator for several requests: they differ
+    # Several calls with one generator differ.
     shared = torch.Generator().manual_seed(1)
     several = [model.generate(PROMPT, generator=shared, **options) for _ in range(2)]
     assert torch.equal(several[0], first) and not torch.equal(several[1], first)
 
 
-def test_greedy_requests_draw_nothing(model):
+def test_greedy_calls_draw_no_random_numbers(model):
     before = torch.get_rng_state()
     model.generate(PROMPT, **GREEDY)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_draws_of_other_threads_are_their_own(model):
-    """The request's generator is not that of a thread that draws while it runs."""
+def test_other_threads_do_not_draw_from_the_generator_of_a_call(model):
+    """A thread that draws during a call uses the global generator."""
     weights, drawn = torch.ones(1000), []
 
     def draw() -> None:
@@ -561,13 +562,13 @@ def test_draws_of_other_threads_are_their_own(model):
 
 @pytest.mark.parametrize("beams", [1, 2])
 def test_use_cache_changes_nothing(model, beams):
-    """Models switch it off for training with checkpointing; a stream has no other way to go on."""
+    """Models switch it off for training with checkpointing. A stream always uses its state."""
     options = GREEDY | dict(num_beams=beams)
     assert torch.equal(
         model.generate(PROMPT, use_cache=False, **options), model.generate(PROMPT, **options)
     )
 
 
-def test_transformers_is_told_that_tokens_cannot_be_taken_back(model):
-    """It would try on a Mac; none is needed to see what it asks."""
+def test_a_state_is_not_croppable(model):
+    """On a Mac, transformers crops a cache that is croppable. This attribute is what it checks."""
     assert not model.new_state().is_croppable

@@ -1,4 +1,4 @@
-"""Documents compressed once: kept, joined, asked again, refused by other models."""
+"""Compressed documents: they are saved, loaded, joined, read by streams, and checked."""
 
 import copy
 import json
@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save as save_bytes
 from transformers import AutoModelForCausalLM
 
-import uiollms.model.fingerprint as fingerprints
+import uiollms.model.fingerprint as fingerprint_module
 from uiollms import ConfigError, Memory, MemoryLM
 from uiollms.distributed.device_map import place
 from uiollms.model.fingerprint import fingerprint
@@ -19,7 +19,7 @@ from uiollms.model.memory import join
 from uiollms.model.memory_file import checksum
 from uiollms.model.state import join_slots
 
-ROUNDING = 1e-12  # float64, a few thousand operations
+ROUNDING = 1e-12  # a few thousand operations in float64
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def model():
 
 @torch.no_grad()
 @pytest.mark.parametrize("length", [5, 16, 61])
-def test_a_memory_answers_as_the_stream_that_read_the_text(family, length):
+def test_the_state_of_a_memory_equals_that_of_a_stream(family, length):
     model = make_model(family)
     text, question = random_ids(length), random_ids(1, 12, seed=1)
     memory = model.compress(text, source="a book")
@@ -47,9 +47,9 @@ def test_a_memory_answers_as_the_stream_that_read_the_text(family, length):
 
 
 @torch.no_grad()
-def test_joined_memories_are_chunks_in_order_then_what_was_left_over(model):
-    """The slow twin encodes every full chunk anew, gives it its place by hand, and streams the
-    left-over tokens."""
+def test_joined_memories_are_all_full_chunks_and_then_the_remaining_tokens(model):
+    """Compares them with a state made step by step: every full chunk is encoded and projected to its
+    positions, and then the remaining tokens are streamed."""
     texts = [
         random_ids(length, seed=length) for length in (19, 3, 30)
     ]  # 2 chunks + 3, 0 + 3, 3 + 6 tokens
@@ -81,7 +81,7 @@ def test_joined_memories_are_chunks_in_order_then_what_was_left_over(model):
     assert (
         relative_error(model(question, found).logits, model(question, expected).logits) < ROUNDING
     )
-    # documents of whole chunks: the same as reading one text behind the other
+    # Documents of full chunks equal the concatenated text.
     whole = [random_ids(16, seed=5), random_ids(8, seed=6)]
     together = join([model.compress(text) for text in whole]).state(model)
     one = model(torch.cat(whole)[None]).past_key_values
@@ -89,7 +89,7 @@ def test_joined_memories_are_chunks_in_order_then_what_was_left_over(model):
 
 
 @pytest.mark.parametrize("length", [3, 16, 30])
-def test_a_saved_memory_is_the_same_to_the_bit(model, tmp_path, length):
+def test_a_loaded_memory_equals_the_saved_one_to_the_bit(model, tmp_path, length):
     memory = model.compress(random_ids(length), source="ein Büchlein")
     memory.save(tmp_path / "new" / "book.mem")
     loaded = Memory.load(tmp_path / "new" / "book.mem", model)
@@ -99,7 +99,7 @@ def test_a_saved_memory_is_the_same_to_the_bit(model, tmp_path, length):
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["book.mem"]
 
 
-def test_questions_do_not_change_a_memory(model):
+def test_generation_does_not_change_a_memory(model):
     memory = model.compress(random_ids(30))
     before = memory.slots.clone()
     question, options = (
@@ -114,7 +114,7 @@ def test_questions_do_not_change_a_memory(model):
     assert torch.equal(memory.slots, before)
 
 
-def test_another_models_memory_is_refused_by_name(model, tmp_path):
+def test_the_memory_of_another_model_raises_an_error(model, tmp_path):
     memory = model.compress(random_ids(20))
     memory.save(tmp_path / "a.mem")
     adapted = copy.deepcopy(model)
@@ -131,10 +131,10 @@ def test_another_models_memory_is_refused_by_name(model, tmp_path):
         with pytest.raises(ConfigError, match="different models and cannot be joined"):
             join([memory, other.compress(random_ids(8))])
     with pytest.raises(ConfigError, match="made by another model: adapter"):
-        memory.state(adapted)  # and nothing else differs
+        memory.state(adapted)  # nothing else differs
 
 
-def test_another_dtype_of_the_same_model_is_the_same_model(model):
+def test_a_model_in_another_dtype_can_read_the_memory(model):
     memory = model.compress(random_ids(20))
     single = MemoryLM(copy.deepcopy(model.base).float(), MEMORY)
     single.load_memory_state_dict(model.memory_state_dict())
@@ -142,19 +142,18 @@ def test_another_dtype_of_the_same_model_is_the_same_model(model):
     assert single.compress(random_ids(20)).state(model).memory_keys[0].dtype == torch.float64
 
 
-def test_past_the_capacity(model):
+def test_longer_documents_than_the_capacity_raise_an_error(model):
     with pytest.raises(ValueError, match="239 tokens, the capacity is 238"):
         model.compress(random_ids(239))
-    whole = model.compress(random_ids(238)).state(
-        model
-    )  # 29 memories and 6 tokens: all 64 positions
+    # 29 memories and 6 tokens use all 64 positions.
+    whole = model.compress(random_ids(238)).state(model)
     assert (whole.num_tokens, whole.num_slots, whole.open_ids.shape) == (238, 58, (1, 6))
     half = model.compress(random_ids(120))
     with pytest.raises(ValueError, match="240 tokens, the capacity is 238"):
         join([half, half]).state(model)
 
 
-def test_files_that_are_no_memories(model, tmp_path):
+def test_loading_other_files_raises_an_error(model, tmp_path):
     from safetensors.torch import save_file
 
     (tmp_path / "text.mem").write_text("a book")
@@ -168,7 +167,7 @@ def test_files_that_are_no_memories(model, tmp_path):
             Memory.load(tmp_path / name)
 
 
-def test_what_compress_takes(model):
+def test_compress_takes_one_document_of_text_or_ids(model):
     with pytest.raises(ValueError, match="a text needs its tokenizer"):
         model.compress("It was a bright cold day")
     with pytest.raises(ValueError, match="one document"):
@@ -178,12 +177,11 @@ def test_what_compress_takes(model):
         assert torch.equal(model.compress(same).slots, model.compress(ids).slots)
 
 
-# ---- whose memory it is --------------------------------------------------------------------------
+# ---- fingerprints --------------------------------------------------------------------------------
 
 
-def changed(model: MemoryLM, name: str) -> MemoryLM:
-    """A copy with one number of one tensor of the base changed by a thousandth of the tensor's
-    largest."""
+def with_changed_base(model: MemoryLM, name: str) -> MemoryLM:
+    """Returns a copy in which the largest number of one tensor of the base is 1 % larger."""
     other = copy.deepcopy(model)
     with torch.no_grad():
         weight = other.base.get_parameter(name)
@@ -191,14 +189,14 @@ def changed(model: MemoryLM, name: str) -> MemoryLM:
     return other
 
 
-def test_a_base_that_differs_in_any_tensor_is_another(model, tmp_path):
+def test_a_change_of_any_tensor_changes_the_fingerprint(model, tmp_path):
     memory = model.compress(random_ids(20))
     memory.save(tmp_path / "a.mem")
     names = [name for name, _ in model.base.named_parameters()]
     assert len(names) == 3 * 9 + 3
     for name in names:
         with pytest.raises(ConfigError, match="a.mem: made by another model: base_weights "):
-            Memory.load(tmp_path / "a.mem", changed(model, name))
+            Memory.load(tmp_path / "a.mem", with_changed_base(model, name))
     for name in model.trainable_parameters():
         other = copy.deepcopy(model)
         with torch.no_grad():
@@ -207,15 +205,15 @@ def test_a_base_that_differs_in_any_tensor_is_another(model, tmp_path):
             memory.state(other)
 
 
-def test_tensors_that_change_places_are_noticed(model):
+def test_exchanging_two_tensors_changes_the_fingerprint(model):
     other = copy.deepcopy(model)
     first, second = (
         other.base.get_parameter(f"model.layers.{i}.mlp.up_proj.weight") for i in (0, 1)
     )
     with torch.no_grad():
-        kept = first.clone()
+        copied = first.clone()
         first.copy_(second)
-        second.copy_(kept)
+        second.copy_(copied)
     assert fingerprint(other).base_weights != fingerprint(model).base_weights
 
 
@@ -227,7 +225,7 @@ def test_tensors_that_change_places_are_noticed(model):
         ("hidden_act", "gelu"),
     ],
 )
-def test_a_base_that_computes_otherwise_is_another(field, value):
+def test_a_change_of_the_bases_config_changes_the_fingerprint(field, value):
     model, other = make_model(), MemoryLM(make_base(**{field: value}), MEMORY)
     other.load_memory_state_dict(model.memory_state_dict())
     with pytest.raises(ConfigError, match="made by another model: base_config [0-9a-f]{16}, this"):
@@ -235,7 +233,8 @@ def test_a_base_that_computes_otherwise_is_another(field, value):
 
 
 def in_bfloat16(family: str) -> MemoryLM:
-    """A model whose numbers all are bfloat16's, as published checkpoints are."""
+    """Returns a model whose numbers can all be represented in bfloat16, as in published
+    checkpoints."""
     model = make_model(family, torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -244,37 +243,33 @@ def in_bfloat16(family: str) -> MemoryLM:
     return model
 
 
-def test_one_checkpoint_is_one_model_in_every_dtype(family, tmp_path):
+def test_a_checkpoint_has_the_same_fingerprint_in_every_dtype(family, tmp_path):
     model = in_bfloat16(family)
-    own = fingerprint(model)
+    expected = fingerprint(model)
     model.base.save_pretrained(tmp_path / "base")
-    for dtype in (
-        torch.bfloat16,
-        torch.float16,
-        torch.float32,
-        torch.float64,
-    ):  # float64: promoted norms
+    # A float64 base gets float64 norms.
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         for tied in (False, True)[: 1 + (family == "smollm2")]:
             base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype)
-            if tied:  # the same numbers, not tied
+            if tied:  # an untied copy with the same numbers
                 base.lm_head.weight = torch.nn.Parameter(base.lm_head.weight.detach().clone())
             other = MemoryLM(base, MEMORY)
             other.load_memory_state_dict(model.memory_state_dict())
             found = fingerprint(other)
-            assert found.model_copy(update=dict(base=own.base)) == own, dtype
-    assert fingerprint(MemoryLM(base, MEMORY)).adapter != own.adapter
+            assert found.model_copy(update=dict(base=expected.base)) == expected, dtype
+    assert fingerprint(MemoryLM(base, MEMORY)).adapter != expected.adapter
 
 
-def test_a_copy_of_the_base_under_another_name_is_the_same(model):
+def test_the_name_of_the_base_may_differ(model):
     memory = model.compress(random_ids(20))
     other = copy.deepcopy(model)
     other.config._name_or_path = "/elsewhere/renamed"
     assert memory.state(other).num_tokens == 20
 
 
-def test_a_base_on_disk_is_the_same(tmp_path):
+def test_an_offloaded_base_has_the_same_fingerprint(tmp_path):
     model = in_bfloat16("smollm2")
-    own = fingerprint(model)
+    expected = fingerprint(model)
     base = copy.deepcopy(model.base)
     place(
         base, {"": "cpu", "model.layers.1": "disk", "model.embed_tokens": "disk"}, "here", tmp_path
@@ -282,16 +277,16 @@ def test_a_base_on_disk_is_the_same(tmp_path):
     assert base.model.layers[1].mlp.up_proj.weight.device.type == "meta"
     other = MemoryLM(base, MEMORY)
     other.load_memory_state_dict(model.memory_state_dict())
-    assert fingerprint(other) == own
+    assert fingerprint(other) == expected
     assert model.compress(random_ids(20)).state(other).num_tokens == 20
 
 
-def test_the_base_is_hashed_once_and_again_where_it_changes(monkeypatch):
+def test_the_base_is_hashed_again_only_after_a_change(monkeypatch):
     model = make_model()
     hashed = []
-    original = fingerprints.hash_tensor
+    original = fingerprint_module.hash_tensor
     monkeypatch.setattr(
-        fingerprints, "hash_tensor", lambda t: hashed.append(t.shape) or original(t)
+        fingerprint_module, "hash_tensor", lambda t: hashed.append(t.shape) or original(t)
     )
     trained = len(model.trainable_parameters())
     memory = model.compress(random_ids(20))
@@ -299,7 +294,7 @@ def test_the_base_is_hashed_once_and_again_where_it_changes(monkeypatch):
     hashed.clear()
     memory.state(model)
     assert len(hashed) == trained
-    # each way in which trained tensors change
+    # every way in which trained tensors change
     before = model.memory_state_dict()
     before = {name: tensor.clone() for name, tensor in before.items()}
     model.load_memory_state_dict({name: 2 * tensor for name, tensor in before.items()})
@@ -315,11 +310,11 @@ def test_the_base_is_hashed_once_and_again_where_it_changes(monkeypatch):
         memory.state(model)
     model.load_memory_state_dict(before)
     for parameter in model.trainable_parameters().values():
-        parameter.data.add_(0.1)  # no version counts this
+        parameter.data.add_(0.1)  # this does not change the version of the tensor
     with pytest.raises(ConfigError, match="made by another model: adapter"):
         memory.state(model)
     model.load_memory_state_dict(before)
-    # and the base
+    # a change of the base
     hashed.clear()
     with torch.no_grad():
         model.base.lm_head.weight[0, 0] += 1
@@ -340,16 +335,17 @@ def test_a_base_loaded_in_inference_mode_has_a_fingerprint():
 # ---- files ---------------------------------------------------------------------------------------
 
 
-def test_a_flipped_bit_anywhere_is_refused(model, tmp_path):
-    """Every bit of the header, and of the tensors one in each byte: the checksum covers all."""
+def test_any_flipped_bit_raises_an_error(model, tmp_path):
+    """Every bit of the header is flipped, and one bit in each byte of the tensors. Then the file is
+    cut at several lengths."""
     path = tmp_path / "a.mem"
     model.compress(random_ids(20), source="a book").save(path)
     whole = path.read_bytes()
     end = 8 + int.from_bytes(whole[:8], "little")
     assert 600 < end < len(whole)
-    for spot in range(len(whole)):
-        for bit in range(8) if spot < end else (spot % 8,):
-            path.write_bytes(whole[:spot] + bytes([whole[spot] ^ 1 << bit]) + whole[spot + 1 :])
+    for i in range(len(whole)):
+        for bit in range(8) if i < end else (i % 8,):
+            path.write_bytes(whole[:i] + bytes([whole[i] ^ 1 << bit]) + whole[i + 1 :])
             with pytest.raises(ConfigError, match="^[^\n]*a.mem: [^\n]*$"):
                 Memory.load(path)
     for cut in range(0, len(whole), 7):
@@ -360,8 +356,8 @@ def test_a_flipped_bit_anywhere_is_refused(model, tmp_path):
     assert Memory.load(path, model).num_tokens == 20
 
 
-def written(path, tensors: dict, header: dict) -> None:
-    """A file whose checksum is right, whatever is in it."""
+def write_file(path, tensors: dict, header: dict) -> None:
+    """Writes a file with a right checksum, whatever its tensors and header are."""
     text = json.dumps(header | dict(sha256="0" * 64), separators=(",", ":"))
     data = save_bytes(tensors, metadata=dict(uiollms=text))
     end = 8 + int.from_bytes(data[:8], "little")
@@ -369,7 +365,8 @@ def written(path, tensors: dict, header: dict) -> None:
     path.write_bytes(data.replace(b"0" * 64, checksum(data[:end], [data[end:]]).encode(), 1))
 
 
-def deep(value: dict, path: str, new: object) -> dict:
+def with_field(value: dict, path: str, new: object) -> dict:
+    """Returns a copy of a JSON object in which the field at a dotted path is `new`."""
     value = json.loads(json.dumps(value))
     *parents, last = path.split(".")
     inner = value
@@ -379,7 +376,7 @@ def deep(value: dict, path: str, new: object) -> dict:
     return value
 
 
-HEADERS = {
+INVALID_FIELDS = {
     "format": ["uiollms memory 3", 2, None],
     "made_by": ["me", {}],
     "made_by.base": [7, None],
@@ -398,16 +395,16 @@ HEADERS = {
 }
 
 
-@pytest.mark.parametrize("field", HEADERS)
+@pytest.mark.parametrize("field", INVALID_FIELDS)
 def test_every_field_of_the_header_is_checked(model, tmp_path, field):
     model.compress(random_ids(20), source="a book").save(tmp_path / "good.mem")
     with safe_open(tmp_path / "good.mem", "pt") as file:
         header = json.loads(file.metadata()["uiollms"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-    written(tmp_path / "again.mem", tensors, header)
+    write_file(tmp_path / "again.mem", tensors, header)
     assert Memory.load(tmp_path / "again.mem", model).num_tokens == 20
-    for value in HEADERS[field]:
-        written(tmp_path / "bad.mem", tensors, deep(header, field, value))
+    for value in INVALID_FIELDS[field]:
+        write_file(tmp_path / "bad.mem", tensors, with_field(header, field, value))
         with pytest.raises(ConfigError, match="bad.mem: ") as error:
             Memory.load(tmp_path / "bad.mem", model)
         assert "damaged" not in str(error.value), value
@@ -418,9 +415,9 @@ def test_every_tensor_is_checked(model, tmp_path):
     memory.save(tmp_path / "good.mem")
     with safe_open(tmp_path / "good.mem", "pt") as file:
         header = json.loads(file.metadata()["uiollms"])
-    good = dict(slots=memory.slots, open_ids=memory.open_ids, chunk_ids=memory.chunk_ids)
+    tensors = dict(slots=memory.slots, open_ids=memory.open_ids, chunk_ids=memory.chunk_ids)
     assert memory.slots.shape == (3, 2, 2, 32)
-    bad = {
+    invalid = {
         "slots": [
             memory.slots.long(),
             memory.slots.to(torch.float8_e4m3fn),
@@ -449,13 +446,13 @@ def test_every_tensor_is_checked(model, tmp_path):
         ],
         "more": [torch.zeros(1)],
     }
-    for name, tensors in bad.items():
-        for tensor in tensors:
-            written(tmp_path / "bad.mem", good | {name: tensor.contiguous()}, header)
+    for name, values in invalid.items():
+        for tensor in values:
+            write_file(tmp_path / "bad.mem", tensors | {name: tensor.contiguous()}, header)
             with pytest.raises(ConfigError, match="^[^\n]*bad.mem: [^\n]*$"):
                 Memory.load(tmp_path / "bad.mem", model)
     for name in ("slots", "open_ids"):
-        written(tmp_path / "bad.mem", {k: v for k, v in good.items() if k != name}, header)
+        write_file(tmp_path / "bad.mem", {k: v for k, v in tensors.items() if k != name}, header)
         with pytest.raises(ConfigError, match="bad.mem: a safetensors file, but not a memory"):
             Memory.load(tmp_path / "bad.mem", model)
 
@@ -471,13 +468,13 @@ def test_every_tensor_is_checked(model, tmp_path):
         b"\xff\xff\x00" + b"\0" * 5,
     ],
 )
-def test_what_is_no_file_of_tensors_is_one_line(tmp_path, header):
+def test_a_file_without_a_safetensors_header_is_an_error_of_one_line(tmp_path, header):
     (tmp_path / "a.mem").write_bytes(header)
     with pytest.raises(ConfigError, match="a.mem: not a memory, or damaged"):
         Memory.load(tmp_path / "a.mem")
 
 
-def test_nested_headers_pipes_and_folders_are_one_line(model, tmp_path):
+def test_nested_headers_pipes_and_folders_are_errors_of_one_line(model, tmp_path):
     for nested in (
         "[" * 900 + "]" * 900,
         "[" * 100_000 + "]" * 100_000,
@@ -506,7 +503,7 @@ NAMES += ["0" * 64, '"sha256":"' + "0" * 64]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_names_are_kept_and_shown_safely(model, tmp_path, name):
+def test_any_source_name_can_be_saved_and_is_displayed_safely(model, tmp_path, name):
     memory = model.compress(random_ids(20), source=name)
     memory.save(tmp_path / "a.mem")
     (source,) = Memory.load(tmp_path / "a.mem", model).sources
@@ -522,11 +519,11 @@ def test_names_are_kept_and_shown_safely(model, tmp_path, name):
 
 
 @torch.no_grad()
-def test_a_memory_keeps_its_text_in_the_order_of_the_stream(model, tmp_path):
+def test_the_text_of_a_state_is_in_the_order_of_the_stream(model, tmp_path):
     texts = [random_ids(length, seed=length) for length in (19, 3, 30)]
     joined = join([model.compress(text) for text in texts])
     joined.save(tmp_path / "a.mem")
     state = Memory.load(tmp_path / "a.mem", model).state(model)
     full = [text[: len(text) // 8 * 8] for text in texts]
-    left = [text[len(text) // 8 * 8 :] for text in texts]
-    assert torch.equal(state.text[0], torch.cat(full + left))
+    remaining = [text[len(text) // 8 * 8 :] for text in texts]
+    assert torch.equal(state.text[0], torch.cat(full + remaining))

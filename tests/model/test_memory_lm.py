@@ -1,4 +1,4 @@
-"""The invariants that every family must hold, on small random models in float64."""
+"""Invariants of a MemoryLM in every family, on small random models in float64."""
 
 import copy
 
@@ -19,19 +19,19 @@ import uiollms
 from uiollms import MemoryConfig, MemoryLM, Sample
 from uiollms.model.passes import empty_prefix
 
-ROUNDING = 1e-12  # float64, a few thousand operations
+ROUNDING = 1e-12  # a few thousand operations in float64
 
 
 @torch.no_grad()
-def test_without_memory_it_is_the_base_model(family):
+def test_a_batch_without_memory_equals_the_base(family):
     base = make_base(family)
     model = MemoryLM(base, MEMORY)
     ids = random_ids(2, 7)
-    assert torch.equal(model(ids).logits, base(ids).logits)  # the same kernels: the same bits
+    assert torch.equal(model(ids).logits, base(ids).logits)  # the same kernels give the same bits
 
 
 @torch.no_grad()
-def test_without_memory_it_is_the_base_model_in_float32(family):
+def test_a_batch_without_memory_equals_the_base_in_float32(family):
     base = make_base(family, torch.float32)
     ids = random_ids(2, 7)
     alone = base(ids).logits
@@ -54,7 +54,7 @@ def test_any_split_of_calls_gives_the_same_logits(family, pieces):
 
 
 @torch.no_grad()
-def test_batched_equals_one_by_one(family):
+def test_a_batch_equals_its_rows_alone(family):
     model = make_model(family)
     ids = random_ids(3, 21)
     batched = model(ids).logits
@@ -63,7 +63,7 @@ def test_batched_equals_one_by_one(family):
 
 
 @torch.no_grad()
-def test_a_chunk_is_encoded_without_regard_to_its_batch(family):
+def test_a_memory_does_not_depend_on_the_batch(family):
     model = make_model(family)
     chunks = random_ids(4, 8)
     together = model.encode(chunks)
@@ -73,9 +73,9 @@ def test_a_chunk_is_encoded_without_regard_to_its_batch(family):
 
 
 @torch.no_grad()
-def test_a_chunk_sees_nothing_of_earlier_raw_tokens_but_memory(family):
-    """With the memories of chunk 0 replaced by those of another text, its tokens have no way
-    left into chunk 1."""
+def test_a_chunk_depends_on_earlier_chunks_only_through_memory(family):
+    """If the memories of chunk 0 are replaced by those of another text, the logits of chunk 1 are
+    those after the other text."""
     model = make_model(family)
     a, b, tail = random_ids(1, 8, seed=1), random_ids(1, 8, seed=2), random_ids(1, 6, seed=3)
     state_a, state_b = model(a).past_key_values, model(b).past_key_values
@@ -86,8 +86,8 @@ def test_a_chunk_sees_nothing_of_earlier_raw_tokens_but_memory(family):
 
 
 def test_exact_step_is_autograd_through_everything(family):
-    """The two-pass step against one undetached graph over all chunks: forward() with grad
-    enabled."""
+    """Compares the gradients of the two-pass step with those of forward(), which builds one graph
+    over all chunks."""
     model = make_model(family)
     ids = random_ids(1, 29)
     model(ids, labels=ids).loss.backward()
@@ -95,10 +95,8 @@ def test_exact_step_is_autograd_through_everything(family):
     result = uiollms.gradient_step(model, Sample.document(ids, 8), estimator="exact")
     found = gradients(model)
     assert worst_error(found, plain) < 1e-10
-    for role in (
-        "encoder",
-        "decoder",
-    ):  # both adapters learn in one step (PEFT's set_adapter would silence one)
+    # Both roles get gradients in one step. With PEFT's set_adapter one of them would not.
+    for role in ("encoder", "decoder"):
         names = [
             n
             for n in found
@@ -109,19 +107,18 @@ def test_exact_step_is_autograd_through_everything(family):
 
 
 @torch.no_grad()
-def test_one_shared_frozen_base():
+def test_the_base_is_shared_and_frozen():
     base = make_base()
     weights = copy.deepcopy(base.state_dict())
     model = MemoryLM(base, MEMORY)
     assert model.base is base and not any(p.requires_grad for p in base.parameters())
-    own = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in base.parameters())
-    assert own == sum(p.numel() for p in model.trainable_parameters().values())
+    added = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in base.parameters())
+    assert added == sum(p.numel() for p in model.trainable_parameters().values())
     assert all(torch.equal(weights[k], v) for k, v in base.state_dict().items())
 
 
-def test_encoder_does_not_run_what_nobody_reads():
-    """The last layer's attention and MLP, the final norm and the head do no work for the
-    encoder."""
+def test_the_encoder_does_not_run_modules_whose_results_nothing_reads():
+    """These are the last layer's attention and MLP, the final norm and the LM head."""
     model = make_model()
     ran = []
     last = model.base.model.layers[-1]
@@ -132,7 +129,7 @@ def test_encoder_does_not_run_what_nobody_reads():
 
 
 @torch.no_grad()
-def test_the_past_is_neither_encoded_nor_projected_again():
+def test_earlier_chunks_are_not_encoded_or_projected_again():
     model = make_model()
     state = model(random_ids(1, 16)).past_key_values
     keys = [k.clone() for k in state.memory_keys]
@@ -141,36 +138,35 @@ def test_the_past_is_neither_encoded_nor_projected_again():
         lambda m, args, out: calls.append(args[0].shape[1])
     )
     after = model(random_ids(1, 3), state).past_key_values
-    assert calls == [3]  # the three new tokens, nothing else
+    assert calls == [3]  # the three new tokens only
     assert all(torch.equal(a, b) for a, b in zip(after.memory_keys, keys, strict=True))
 
 
 @torch.no_grad()
-def test_memories_keep_nothing_else_alive():
-    """The release keeps a view of all hidden states, 33 times as large
-    (6-faults-of-the-release.md, 7)."""
+def test_memories_are_no_views_of_larger_tensors():
+    """In the release they are views of all hidden states, which are 33 times as large."""
     model = make_model()
     state = model(random_ids(1, 20)).past_key_values
     for memory in [*model.encode_layers(random_ids(2, 8)), model.encode(random_ids(2, 8))]:
         assert memory.untyped_storage().nbytes() == memory.nbytes
-    for keys in (
-        *state.memory_keys,
-        *state.memory_values,
-    ):  # 4 slots, with room for the open chunk of 8 behind them
+    # 4 slots, and in the same buffer the open chunk of up to 8 tokens
+    for keys in (*state.memory_keys, *state.memory_values):
         assert keys.untyped_storage().nbytes() <= keys.nbytes // 4 * (4 + 8)
 
 
 @torch.no_grad()
-def test_continuations_that_share_room_do_not_see_each_other():
-    """Without a graph, new tokens are written behind a state's own instead of copying all;
-    crossing a boundary on the way."""
+def test_continuations_of_one_state_do_not_affect_each_other():
+    """Without a graph, new tokens are appended to the buffer that the states share. The texts cross
+    a chunk boundary."""
     model, ids, other = make_model(), random_ids(2, 27), random_ids(2, 27, seed=1)
     expected = {
         name: model(torch.cat([ids[:, :11], more], dim=1)).logits[:, 11:]
         for name, more in (("a", ids), ("b", other))
     }
     states = dict.fromkeys(expected, model(ids[:, :11]).past_key_values)
-    assert all(room.length == 5 for room in states["a"].buffers.values()) and states["a"].buffers
+    assert (
+        all(buffer.length == 5 for buffer in states["a"].buffers.values()) and states["a"].buffers
+    )
     for t in range(27):
         for name, more in (("a", ids), ("b", other)):
             output = model(more[:, t : t + 1], states[name])
@@ -191,7 +187,7 @@ def test_continuations_that_share_room_do_not_see_each_other():
     )
 
 
-def test_a_state_is_a_value():
+def test_a_call_does_not_change_its_state():
     model = make_model()
     state = model(random_ids(1, 11)).past_key_values
     first = model(random_ids(1, 9, seed=1), state).logits
@@ -201,7 +197,7 @@ def test_a_state_is_a_value():
 
 
 @torch.no_grad()
-def test_generation_crosses_boundaries_and_keeps_compressing(family):
+def test_generation_continues_across_chunk_boundaries(family):
     model = make_model(family)
     ids = random_ids(2, 13)
     found = model.generate(ids, do_sample=False, max_new_tokens=9, eos_token_id=None)
@@ -212,7 +208,7 @@ def test_generation_crosses_boundaries_and_keeps_compressing(family):
     sampled = model.generate(ids, do_sample=True, top_p=0.9, max_new_tokens=4, eos_token_id=None)
     beams = model.generate(ids, num_beams=3, do_sample=False, max_new_tokens=4, eos_token_id=None)
     assert sampled.shape == beams.shape == (2, 17)
-    ones = torch.ones_like(ids)  # as a tokenizer gives it
+    ones = torch.ones_like(ids)  # as a tokenizer returns it
     assert torch.equal(
         model.generate(
             ids, attention_mask=ones, do_sample=False, max_new_tokens=9, eos_token_id=None
@@ -222,7 +218,7 @@ def test_generation_crosses_boundaries_and_keeps_compressing(family):
 
 
 @torch.no_grad()
-def test_logits_to_keep_skips_work_not_results():
+def test_logits_to_keep_decodes_the_last_chunk_only():
     model = make_model()
     ids = random_ids(1, 27)
     decoded = []
@@ -230,7 +226,7 @@ def test_logits_to_keep_skips_work_not_results():
         lambda m, args, out: decoded.append(args[0].shape[1])
     )
     last = model(ids, logits_to_keep=1)
-    assert decoded == [3]  # only the tail is decoded
+    assert decoded == [3]  # only the open chunk is decoded
     whole = model(ids)
     assert relative_error(last.logits, whole.logits[:, -1:]) < ROUNDING
     more = random_ids(1, 4, seed=5)
@@ -242,7 +238,7 @@ def test_logits_to_keep_skips_work_not_results():
     )
 
 
-def test_labels_give_the_document_loss():
+def test_labels_give_the_loss_of_the_document_protocol():
     model = make_model()
     ids = random_ids(2, 19)
     labels = ids.clone()
@@ -254,9 +250,9 @@ def test_labels_give_the_document_loss():
     assert relative_error(output.loss, nll) < ROUNDING
 
 
-def test_past_the_capacity_is_an_error_with_the_numbers():
+def test_a_longer_text_than_the_capacity_is_an_error_with_the_numbers():
     model = make_model()  # 64 positions, chunks of 8, 2 slots
-    # 29 full chunks, the last behind 28 * 2 = 56 slots; then 64 - 58 = 6 positions are left.
+    # The last of 29 full chunks follows 28 * 2 = 56 slots. Then 64 - 58 = 6 positions are left.
     assert model.capacity == 29 * 8 + 6 == 238
     ids = random_ids(1, 238)
     with torch.no_grad():
@@ -267,8 +263,8 @@ def test_past_the_capacity_is_an_error_with_the_numbers():
         assert relative_error(torch.cat([p.logits for p in pieces[1:]], 1), whole.logits) < ROUNDING
         with pytest.raises(
             ValueError,
-            match=r"239 tokens, the capacity is 238: max_position_embeddings 64, chunk_size 8 and num_memory 2 allow 29 full "
-            r"chunks and 6 tokens after them; cut it",
+            match="239 tokens, the capacity is 238: max_position_embeddings 64, chunk_size 8 and "
+            "num_memory 2 allow 29 full chunks and 6 tokens after them; cut it",
         ):
             model(random_ids(1, 1), whole.past_key_values)
 
@@ -276,21 +272,19 @@ def test_past_the_capacity_is_an_error_with_the_numbers():
 @pytest.mark.parametrize(
     "num_memory, chunk_size, positions, capacity",
     [
-        (
-            32,
-            1024,
-            4096,
-            100_320,
-        ),  # 32x.json: 97 full chunks behind up to 3,072 slots, 992 tokens behind 3,104
-        (128, 1024, 4096, 26_496),  # 8x.json: 25 and 4,096 - 25 * 128 = 896
-        (32, 256, 8192, 63_968),  # smollm2-8x.json: 249 and 8,192 - 249 * 32 = 224
-        (2, 8, 8, 8 + 6),  # one chunk fills all positions, then 2 slots leave 6
-        (8, 8, 16, 16),  # nothing is left behind 2 chunks
-        (4, 8, 15, 16 + 7),  # behind 2 chunks 7 positions: a chunk less one token
+        # 32x.json: 97 full chunks after up to 3,072 slots, then 992 tokens after 3,104 slots
+        (32, 1024, 4096, 100_320),
+        # 8x.json: 25 full chunks and 4,096 - 25 * 128 = 896 tokens
+        (128, 1024, 4096, 26_496),
+        # smollm2-8x.json: 249 full chunks and 8,192 - 249 * 32 = 224 tokens
+        (32, 256, 8192, 63_968),
+        (2, 8, 8, 8 + 6),  # one chunk fills all positions, then 2 slots leave 6 of them
+        (8, 8, 16, 16),  # no position is left after 2 chunks
+        (4, 8, 15, 16 + 7),  # 7 positions are left after 2 chunks, one less than a chunk
     ],
 )
-def test_capacities(num_memory, chunk_size, positions, capacity):
-    """Beside the definition: the first length that any of its chunks has no room for."""
+def test_capacity_follows_its_definition(num_memory, chunk_size, positions, capacity):
+    """The capacity is one less than the first length at which a chunk needs more positions."""
     memory = MemoryConfig(
         num_memory=num_memory, chunk_size=chunk_size, lora_rank=128, lora_alpha=512
     )
@@ -304,7 +298,7 @@ def test_capacities(num_memory, chunk_size, positions, capacity):
     assert fits(capacity) and not fits(capacity + 1)
 
 
-def test_tokens_start_as_the_eos_embedding_and_share_no_storage():
+def test_learned_tokens_start_as_copies_of_the_eos_embedding():
     model = MemoryLM(make_base(), MEMORY)
     tensors = model.memory_state_dict()
     eos = model.base.model.embed_tokens.weight[2]
@@ -316,7 +310,7 @@ def test_tokens_start_as_the_eos_embedding_and_share_no_storage():
     )
 
 
-def test_strict_loading_lists_every_fault():
+def test_strict_loading_lists_every_wrong_tensor():
     model = make_model()
     tensors = dict(model.memory_state_dict())
     tensors["encoder.extra"] = tensors.pop("decoder.repeat_token")
@@ -333,7 +327,7 @@ def test_strict_loading_lists_every_fault():
     model.load_memory_state_dict(tensors, strict=False)
 
 
-def test_unfit_bases_are_refused_by_name():
+def test_unsupported_bases_raise_an_error():
     base = make_base("mistral")
     with pytest.raises(ValueError, match="sliding_window"):
         MemoryLM(base, MemoryConfig(num_memory=2, chunk_size=48, lora_rank=2, lora_alpha=2))
@@ -343,7 +337,7 @@ def test_unfit_bases_are_refused_by_name():
         MemoryLM(base, MEMORY)
 
 
-def test_bfloat16_base_trains_float32_masters():
+def test_a_bfloat16_base_has_float32_trained_parameters():
     model = make_model("smollm2", torch.bfloat16)
     uiollms.gradient_step(model, Sample.language_modeling(random_ids(24), 8))
     found = gradients(model)
@@ -353,7 +347,7 @@ def test_bfloat16_base_trains_float32_masters():
     reference.load_memory_state_dict(model.memory_state_dict())
     uiollms.gradient_step(reference, Sample.language_modeling(random_ids(24), 8))
     exact = gradients(reference)
-    # bfloat16 carries 8 bits; three layers of them leave a few per cent
+    # bfloat16 has 8 bits of precision, and the errors of three layers are a few per cent
     assert (
         relative_error(
             found["decoder.layers.0.v_proj.lora_B"], exact["decoder.layers.0.v_proj.lora_B"]
@@ -366,11 +360,11 @@ def test_five_families_are_tested():
     assert set(FAMILIES) == {"llama", "smollm2", "mistral", "qwen2", "qwen3"}
 
 
-# float32 and bfloat16, whose products with frozen weights have a kernel of their own elsewhere
+# Products of these dtypes with frozen weights use another kernel where memory is read.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["llama", "smollm2", "mistral", "qwen2", "qwen3"])
 @torch.no_grad()
-def test_without_memory_the_model_is_the_base_to_the_bit(family, dtype):
+def test_one_row_without_memory_equals_the_base_to_the_bit(family, dtype):
     model = make_model(family, dtype)
     for length in (1, 5, 7, 8):
         ids = random_ids(1, length)
@@ -380,7 +374,7 @@ def test_without_memory_the_model_is_the_base_to_the_bit(family, dtype):
 
 
 @torch.no_grad()
-def test_rows_packed_into_a_batch_are_the_base_to_rounding():
+def test_rows_of_a_batch_equal_the_base_up_to_rounding():
     model, ids = make_model(), random_ids(5, 8)
     hidden = model.decode(ids, empty_prefix(model), [0] * 5)
     assert relative_error(hidden, model.base.model(ids).last_hidden_state) < 1e-10

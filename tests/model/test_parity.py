@@ -1,8 +1,8 @@
-"""The authors' program, recorded: every vector of every case, values and gradients.
+"""Comparison with recordings of the authors' program: all values and gradients of every case.
 
-Tolerances: float64 1e-9 relative against `f64r32` (transformers' RoPE tables are float32, so are
-that recording's); float32 1e-4 (both sides round at every operation, in different orders).
-Cases: tests/parity/, and ../shared/golden/ where it exists.
+The relative tolerance is 1e-9 in float64, against `f64r32`, a recording whose RoPE tables are float32
+like those of transformers. It is 1e-4 in float32, where both sides round at every operation and in
+different orders. The cases are in tests/parity/ and, where it exists, in ../shared/golden/.
 """
 
 import json
@@ -69,8 +69,8 @@ class Case:
         assert error <= self.tolerance, f"{what}: relative error {error:.1e}"
 
     def recording(self, name: str) -> tuple[uiollms.Sample, torch.Tensor, dict[str, torch.Tensor]]:
-        """ "lm.tbptt2" -> the sample, its weights, and the gradients by name. Skips the test
-        where this precision has no such recording."""
+        """Returns the sample, the weight matrix and the gradients by name of a recording, such as
+        "lm.tbptt2". Skips the test if this precision has no such recording."""
         protocol, mode = name.split(".")
         found = {
             k.removeprefix(f"{name}."): v for k, v in self.grads.items() if k.startswith(f"{name}.")
@@ -98,7 +98,7 @@ def case(request) -> Case:
     return _built.setdefault(request.param, Case(CASES[name], precision))
 
 
-def test_memories(case):
+def test_memories_equal_the_recording(case):
     full = case.ids.shape[1] // case.chunk_size
     memory = case.model.encode(case.ids[0, : full * case.chunk_size].view(full, -1))
     case.check(
@@ -106,11 +106,11 @@ def test_memories(case):
     )
 
 
-def test_logits_of_whole_chunks_and_the_last_partial_one(case):
+def test_logits_of_full_and_open_chunks_equal_the_recording(case):
     case.check(case.model(case.ids).logits, case.forward["logits.chunked"], "logits")
 
 
-def test_logits_under_aligned_pieces(case):
+def test_logits_of_several_calls_equal_the_recording(case):
     expected = case.forward.get("logits.pieces_aligned", case.forward["logits.chunked"])
     state, pieces, start = None, [], 0
     for length in case.facts["pieces_aligned"]["lengths"]:
@@ -120,7 +120,7 @@ def test_logits_under_aligned_pieces(case):
     case.check(torch.cat(pieces, 1), expected, "logits by pieces")
 
 
-def test_perplexity(case):
+def test_perplexity_equals_the_recording(case):
     score = uiollms.score(case.model, case.ids, "paper")
     case.check(-score.nll, case.forward["ppl.logprobs"], "log-probabilities")
     facts = case.facts["perplexity"]
@@ -132,7 +132,7 @@ def test_perplexity(case):
 
 
 @pytest.mark.parametrize("kind", ["ids", "ids_eos"])
-def test_greedy_generation_across_a_chunk_boundary(case, kind):
+def test_greedy_generation_equals_the_recording(case, kind):
     facts = case.facts["generate"]
     found = case.model.generate(
         case.ids[:, : facts["prompt_len"]],
@@ -143,8 +143,8 @@ def test_greedy_generation_across_a_chunk_boundary(case, kind):
     assert torch.equal(found, case.forward[f"generate.{kind}"])
 
 
-def test_generation_logits(case):
-    """Each new token fed alone, as generation does."""
+def test_logits_during_generation_equal_the_recording(case):
+    """Each new token is fed in a separate call, as in generation."""
     prompt = case.facts["generate"]["prompt_len"]
     new = case.forward["generate.ids"][:, prompt:]
     state = case.model(case.forward["generate.ids"][:, :prompt]).past_key_values
@@ -158,7 +158,7 @@ def test_generation_logits(case):
     )
 
 
-def test_auto_encoding(case):
+def test_auto_encoding_equals_the_recording(case):
     case.check(
         case.model.reconstruct(case.ids[:, : case.chunk_size]),
         case.forward["ae.logits"],
@@ -179,7 +179,7 @@ RECORDED = [
 
 @pytest.mark.parametrize("chunk_batch", [1, 3, 8])
 @pytest.mark.parametrize("recorded", RECORDED)
-def test_gradients_and_losses(case, recorded, chunk_batch):
+def test_gradients_and_losses_equal_the_recording(case, recorded, chunk_batch):
     protocol = recorded.split(".")[0]
     sample, weights, expected = case.recording(recorded)
     case.model.chunk_batch = chunk_batch
@@ -190,7 +190,7 @@ def test_gradients_and_losses(case, recorded, chunk_batch):
     for name, parameter in case.model.trainable_parameters().items():
         if name in expected:
             case.check(parameter.grad, expected[name], name)
-        else:  # the last layer's encoder LoRA and the repeat token: nothing reads them here
+        else:  # nothing reads the last layer's encoder LoRA and the repeat token here
             assert parameter.grad is None, name
     losses = case.forward[f"{protocol}.losses"]
     scored = ~losses.isnan()
@@ -199,7 +199,7 @@ def test_gradients_and_losses(case, recorded, chunk_batch):
     assert result.scored.tolist() == facts["scored_tokens_per_chunk"]
 
 
-def test_the_authors_checkpoint_is_read_and_written(tmp_path):
+def test_the_authors_checkpoint_can_be_loaded_and_saved(tmp_path):
     folder = CASES["c32_m4"]
     model = Case(folder, "f32").model
     expected = {k: v.clone() for k, v in model.memory_state_dict().items()}

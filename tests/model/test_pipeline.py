@@ -1,4 +1,4 @@
-"""generate() with text: stop strings, streamers, transformers' text-generation pipeline."""
+"""generate() with text: stop strings, streamers, and the text-generation pipeline of transformers."""
 
 import pytest
 import torch
@@ -11,16 +11,16 @@ GREEDY = dict(do_sample=False, max_new_tokens=12, return_full_text=False)
 
 
 @pytest.fixture(scope="module")
-def speaking(tiny_folder) -> tuple[MemoryLM, object]:
-    """A model with text: bytes as tokens."""
+def model_and_tokenizer(tiny_folder) -> tuple[MemoryLM, object]:
+    """A small random model and its tokenizer, whose tokens are bytes."""
     base = load(AutoModelForCausalLM, str(tiny_folder), dtype=torch.float64)
     torch.manual_seed(0)
     model = MemoryLM(base, MemoryConfig(num_memory=2, chunk_size=16, lora_rank=2, lora_alpha=4))
     return model, AutoTokenizer.from_pretrained(tiny_folder)
 
 
-def test_stop_strings_and_streamer(speaking):
-    model, tokenizer = speaking
+def test_generation_ends_at_a_stop_string_and_is_streamed(model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
     ids = tokenizer("Once upon a time there was", return_tensors="pt").input_ids
     options = dict(do_sample=True, max_new_tokens=40, eos_token_id=None)
     torch.manual_seed(1)
@@ -38,69 +38,70 @@ def test_stop_strings_and_streamer(speaking):
 
 
 @pytest.fixture
-def write(speaking):
-    """The pipeline; its twin in every test is `generate` on the token ids."""
-    model, tokenizer = speaking
+def generator(model_and_tokenizer):
+    """The pipeline. Every test compares it with `generate` on the token ids."""
+    model, tokenizer = model_and_tokenizer
     tokenizer.padding_side = "left"  # newer transformers do so themselves
     return pipeline("text-generation", model=model, tokenizer=tokenizer)
 
 
-def continued(speaking, prompt: str, **options) -> str:
-    """What `generate` writes behind `prompt`."""
-    model, tokenizer = speaking
+def continuation(model_and_tokenizer, prompt: str, **options) -> str:
+    """Returns the text that `generate` adds to `prompt`."""
+    model, tokenizer = model_and_tokenizer
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     return tokenizer.decode(
         model.generate(ids, **options)[0, ids.shape[1] :], skip_special_tokens=True
     )
 
 
-def test_prompts_of_different_length(speaking, write):
+def test_a_batch_of_prompts_gives_the_texts_of_single_prompts(model_and_tokenizer, generator):
     prompts = ["A short one", "A longer one, past a chunk's boundary"]
-    alone = [write(prompt, **GREEDY)[0]["generated_text"] for prompt in prompts]
+    alone = [generator(prompt, **GREEDY)[0]["generated_text"] for prompt in prompts]
     assert alone == [
-        continued(speaking, prompt, do_sample=False, max_new_tokens=12) for prompt in prompts
+        continuation(model_and_tokenizer, prompt, do_sample=False, max_new_tokens=12)
+        for prompt in prompts
     ]
-    together = write(prompts, batch_size=2, **GREEDY)
+    together = generator(prompts, batch_size=2, **GREEDY)
     assert [found[0]["generated_text"] for found in together] == alone
 
 
-def test_a_prompt_past_the_bases_positions(speaking, write):
+def test_a_prompt_may_be_longer_than_the_bases_positions(model_and_tokenizer, generator):
     prompt = (
         "It was a bright cold day, and the clocks were striking. " * 5
     )  # 280 tokens, the base has 128 positions
-    (found,) = write(prompt, **GREEDY)
-    assert found["generated_text"] == continued(
-        speaking, prompt, do_sample=False, max_new_tokens=12
+    (found,) = generator(prompt, **GREEDY)
+    assert found["generated_text"] == continuation(
+        model_and_tokenizer, prompt, do_sample=False, max_new_tokens=12
     )
 
 
-def test_its_own_settings_repeat_under_a_seed(speaking, write):
-    """Without any option it samples 256 tokens at temperature 0.7."""
+def test_default_sampling_repeats_with_the_same_seed(model_and_tokenizer, generator):
+    """Without options the pipeline samples 256 tokens at temperature 0.7."""
     texts = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        texts.append(write("Once upon a time")[0]["generated_text"])
+        texts.append(generator("Once upon a time")[0]["generated_text"])
     assert texts[0] == texts[1] != texts[2]
     torch.manual_seed(1)
-    own = continued(
-        speaking, "Once upon a time", do_sample=True, temperature=0.7, max_new_tokens=256
+    expected = continuation(
+        model_and_tokenizer, "Once upon a time", do_sample=True, temperature=0.7, max_new_tokens=256
     )
-    assert texts[0] == "Once upon a time" + own
+    assert texts[0] == "Once upon a time" + expected
 
 
-def test_a_state_and_what_comes_after_it_are_the_text_in_one_piece(speaking, write):
-    model, tokenizer = speaking
+def test_a_prompt_after_a_state_gives_the_text_of_the_whole_prompt(model_and_tokenizer, generator):
+    model, tokenizer = model_and_tokenizer
     with torch.no_grad():
         state = model(
             tokenizer("A text of more than a chunk,", return_tensors="pt").input_ids
         ).past_key_values
-    (whole,) = write("A text of more than a chunk, and more", **GREEDY)
+    (whole,) = generator("A text of more than a chunk, and more", **GREEDY)
     for _ in range(2):
-        assert write(" and more", state=state, **GREEDY) == [whole]
+        assert generator(" and more", state=state, **GREEDY) == [whole]
 
 
-def test_chat_messages(speaking, write, monkeypatch):
-    _, tokenizer = speaking
+def test_chats_of_different_length_can_be_batched(model_and_tokenizer, generator, monkeypatch):
+    _, tokenizer = model_and_tokenizer
     template = (
         "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}{% if "
         "add_generation_prompt %}<a>{% endif %}"
@@ -110,16 +111,16 @@ def test_chat_messages(speaking, write, monkeypatch):
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Who wrote the letter?"},
     ]
-    (found,) = write(messages, do_sample=False, max_new_tokens=12)
-    said = continued(
-        speaking,
+    (found,) = generator(messages, do_sample=False, max_new_tokens=12)
+    reply = continuation(
+        model_and_tokenizer,
         "<system>Be brief.</s><user>Who wrote the letter?</s><a>",
         do_sample=False,
         max_new_tokens=12,
     )
-    assert found["generated_text"] == [*messages, {"role": "assistant", "content": said}]
+    assert found["generated_text"] == [*messages, {"role": "assistant", "content": reply}]
     longer = [*found["generated_text"], {"role": "user", "content": "Why?"}]
-    both = write(
+    both = generator(
         [messages, longer], batch_size=2, do_sample=False, max_new_tokens=12
     )  # two chats of different length
     assert both[0] == [found] and len(both[1][0]["generated_text"]) == 5

@@ -1,7 +1,8 @@
-"""`recent_tokens: w`: the last w ids before a chunk are fed again in front of it, unscored.
+"""The field `recent_tokens`: with w, the last w ids before a chunk are fed again before it, without
+being scored.
 
-float64; ROUNDING and PROVEN between two ways through the same tables; TABLES where the oracle
-computes its rotary tables in float64 and the library takes float32.
+All numbers are float64. ROUNDING and PROVEN are the tolerances between two computations with the
+same rotary tables, TABLES where the library computes them in float32 and the oracle in float64.
 """
 
 import json
@@ -58,8 +59,8 @@ def oracle_of(model: MemoryLM, trained: dict | None = None) -> Oracle:
     return Oracle(Variant("llama"), SHAPE, model.base.state_dict(), weights, model.memory_config)
 
 
-def fed(model: MemoryLM, ids: torch.Tensor, pieces: list[int]) -> torch.Tensor:
-    """[B, T] in several calls -> logits [B, T, V]"""
+def stream_logits(model: MemoryLM, ids: torch.Tensor, pieces: list[int]) -> torch.Tensor:
+    """Returns the logits [B, T, V] of ids [B, T], fed in several calls."""
     state, logits = None, []
     for piece in ids.split(pieces, dim=1):
         output = model(piece, state)
@@ -68,12 +69,13 @@ def fed(model: MemoryLM, ids: torch.Tensor, pieces: list[int]) -> torch.Tensor:
     return torch.cat(logits, dim=1)
 
 
-# ---- what is computed -------------------------------------------------------------------------
+# ---- rows, logits and gradients ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("recent", SIZES)
-def test_logits_and_gradients_are_the_oracles(recent):
-    """Position by position, written from the definition; and another w is another model."""
+def test_logits_and_gradients_equal_the_oracle(recent):
+    """The oracle follows the definition position by position. Without recent tokens the logits are
+    different."""
     model, ids = model_of(recent), random_ids(29)
     trained = {n: t.clone().requires_grad_() for n, t in model.memory_state_dict().items()}
     expected = oracle_of(model, trained).stream(ids)
@@ -88,18 +90,18 @@ def test_logits_and_gradients_are_the_oracles(recent):
         assert torch.equal(plain[:8], found[:8])
         assert all(relative_error(plain[t], found[t]) > 1e-3 for t in range(8, 29))
     uiollms.gradient_step(model, Sample.document(ids, 8), estimator="exact")
-    wanted = {n: torch.zeros_like(t) if t.grad is None else t.grad for n, t in trained.items()}
-    assert worst_error(gradients(model), wanted) < 10 * TABLES
+    expected = {n: torch.zeros_like(t) if t.grad is None else t.grad for n, t in trained.items()}
+    assert worst_error(gradients(model), expected) < 10 * TABLES
 
 
-def test_rows_by_hand():
-    """Chunks 0-3, 4-7 and 8 9, w 3, by the paper's protocol and ours."""
+def test_rows_begin_with_the_recent_tokens():
+    """The chunks are 0-3, 4-7 and 8 9, w is 3; in the paper's protocol and the document protocol."""
     ids = torch.arange(10)
     paper, document = (make(ids, 4) for make in (Sample.language_modeling, Sample.document))
     for sample, scored in ((paper, ([1, 2, 3], [5, 6, 7], [9])), (document, None)):
         rows = sample.with_recent(3).rows
-        reads = [[0, 1, 2, 3], [1, 2, 3, 4, 5, 6, 7], [5, 6, 7, 8, 9]]
-        assert [row.input_ids.tolist() for row in rows] == reads
+        inputs = [[0, 1, 2, 3], [1, 2, 3, 4, 5, 6, 7], [5, 6, 7, 8, 9]]
+        assert [row.input_ids.tolist() for row in rows] == inputs
         assert [row.recent for row in rows] == [0, 3, 3]
         targets = [row.targets[row.scored].tolist() for row in rows]
         assert targets == [*(scored or ([1, 2, 3, 4], [5, 6, 7, 8], [9]))]
@@ -107,7 +109,9 @@ def test_rows_by_hand():
             assert torch.equal(row.token_weights[row.scored], before.token_weights[before.scored])
             assert torch.equal(row.scored + row.start, before.scored + before.start)
         again = sample.with_recent(3).with_recent(3)
-        assert [row.input_ids.tolist() for row in again.rows] == reads  # not fed three times
+        assert [
+            row.input_ids.tolist() for row in again.rows
+        ] == inputs  # the second call adds nothing
         assert sample.with_recent(3).num_tokens == sample.num_tokens == 10
     assert document.with_recent(0).rows is document.rows
     copies = Sample.copy(ids, 4)
@@ -115,34 +119,36 @@ def test_rows_by_hand():
 
 
 @torch.no_grad()
-def test_questions_and_probes_stand_behind_the_contexts_last_tokens():
-    """As if the text went on with them, its last tokens in front; the teacher reads as always."""
+def test_questions_and_probes_follow_the_last_tokens_of_the_context():
+    """They are read as a continuation of the text, after its last w tokens. The teacher reads the
+    raw text."""
     model, ids = model_of(3), random_ids(16)
     oracle = oracle_of(model)
     slots = oracle.slots(ids.split(8))
-    asked = [(random_ids(3, seed=s), random_ids(2, seed=9 + s)) for s in (1, 2)]
-    rows = [torch.cat(pair) for pair in asked] + [random_ids(6, seed=3)]
-    samples = Sample.questions(ids, asked, 8, 0.5), Sample.memory_utilization(ids, rows[2], 8)
-    expected, taught = [], []
+    questions = [(random_ids(3, seed=s), random_ids(2, seed=9 + s)) for s in (1, 2)]
+    rows = [torch.cat(pair) for pair in questions] + [random_ids(6, seed=3)]
+    samples = Sample.questions(ids, questions, 8, 0.5), Sample.memory_utilization(ids, rows[2], 8)
+    expected, divergences = [], []
     for row in rows:
         student = oracle.read(torch.cat([ids[-3:], row]), slots)[3:].log_softmax(-1)
         teacher = oracle.read(torch.cat([ids, row]))[16:].log_softmax(-1)
         start = 2 if len(row) == 5 else 0
         expected += [-student[i, row[i + 1]] for i in range(start, len(row) - 1)]
         kl = (teacher.exp() * (teacher - student)).sum(-1)
-        taught += [kl[i] for i in range(start, len(row) - 1)]
-    expected, taught = torch.stack(expected), torch.stack(taught)
+        divergences += [kl[i] for i in range(start, len(row) - 1)]
+    expected, divergences = torch.stack(expected), torch.stack(divergences)
     parts = [token_losses(model, sample) for sample in samples]
     loss, nll = (torch.cat(column) for column in zip(*parts, strict=True))
     assert relative_error(nll, expected) < TABLES
     weights = torch.tensor([0.5] * 4 + [1.0] * 5)
-    assert relative_error(loss, (1 - weights) * expected + weights * taught) < TABLES
+    assert relative_error(loss, (1 - weights) * expected + weights * divergences) < TABLES
 
 
 @torch.no_grad()
-def test_controls_keep_the_own_tokens():
-    """Window: the w tokens and the chunk, nothing else; shuffled: another document's memories, but
-    the own tokens; raw: the base's text, as always."""
+def test_controls_read_the_recent_tokens_of_the_document():
+    """In no-memory mode (`window`), a row reads its w recent tokens and the chunk. In the mode
+    shuffled, it reads another document's memories but its own document's tokens. In the mode raw,
+    the base reads the text."""
     model, ids, other = model_of(3), random_ids(29), random_ids(24, seed=1)
     sample = Sample.document(ids, 8)
 
@@ -168,15 +174,15 @@ def test_controls_keep_the_own_tokens():
 @pytest.mark.parametrize("pieces", [[1] * 27, [8, 8, 8, 3], [3, 13, 1, 10], [16, 11], [7, 2, 18]])
 def test_any_split_of_calls_gives_the_same_logits(recent, pieces):
     model, ids = model_of(recent), random_ids(2, 27)
-    assert relative_error(fed(model, ids, pieces), model(ids).logits) < ROUNDING
+    assert relative_error(stream_logits(model, ids, pieces), model(ids).logits) < ROUNDING
 
 
 @torch.no_grad()
-def test_any_split_in_every_family(family):
+def test_any_split_gives_the_same_logits_and_scores_in_every_family(family):
     model, ids = model_of(5, family), random_ids(2, 27)
     whole = model(ids).logits
     for pieces in ([1] * 27, [9, 7, 11]):
-        assert relative_error(fed(model, ids, pieces), whole) < ROUNDING
+        assert relative_error(stream_logits(model, ids, pieces), whole) < ROUNDING
     rows = [score(model, row, "document").nll for row in ids]
     for nll, logits, row in zip(rows, whole, ids, strict=True):
         expected = torch.nn.functional.cross_entropy(logits[:-1], row[1:], reduction="none")
@@ -184,8 +190,9 @@ def test_any_split_in_every_family(family):
 
 
 @torch.no_grad()
-def test_with_a_window_the_recent_tokens_are_tokens_of_the_chunk():
-    """Mistral's window of 8 tokens, chunks of 8, w 5: in any split, and in rows."""
+def test_a_sliding_window_counts_recent_tokens_as_tokens_of_the_chunk():
+    """Mistral has a sliding window of 8 tokens, chunks have 8 tokens, and w is 5. The logits of
+    several splits and the scores are compared with the oracle."""
     model = MemoryLM(make_base("mistral", sliding_window=8), config_of(5))
     for parameter in model.trainable_parameters().values():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -196,27 +203,28 @@ def test_with_a_window_the_recent_tokens_are_tokens_of_the_chunk():
     weights = model.base.state_dict()
     oracle = Oracle(variant, shape, weights, model.memory_state_dict(), model.memory_config)
     assert relative_error(whole[0], oracle.stream(ids[0])) < TABLES
-    assert relative_error(fed(model, ids, [1] * 27), whole) < ROUNDING
+    assert relative_error(stream_logits(model, ids, [1] * 27), whole) < ROUNDING
     expected = torch.nn.functional.cross_entropy(whole[0, :-1], ids[0, 1:], reduction="none")
     assert relative_error(score(model, ids, "document").nll, expected) < ROUNDING
 
 
 @torch.no_grad()
-def test_a_state_is_a_value_and_selects_and_shares_room():
-    """Several continuations of one state, before and behind a boundary, rows in another order."""
+def test_a_call_does_not_change_a_state_with_recent_tokens():
+    """Several texts continue one state, before and after a chunk boundary, with rows in another
+    order."""
     model, ids = model_of(3), random_ids(2, 30)
-    for pattern in (8, 11, 16):
-        state = model(ids[:, :pattern]).past_key_values
-        assert torch.equal(state.recent_ids, ids[:, pattern // 8 * 8 - 3 : pattern // 8 * 8])
+    for num_read in (8, 11, 16):
+        state = model(ids[:, :num_read]).past_key_values
+        assert torch.equal(state.recent_ids, ids[:, num_read // 8 * 8 - 3 : num_read // 8 * 8])
         for seed in (1, 2):
             more = random_ids(2, 7, seed=seed)
-            expected = model(torch.cat([ids[:, :pattern], more], 1)).logits[:, pattern:]
+            expected = model(torch.cat([ids[:, :num_read], more], 1)).logits[:, num_read:]
             for rows in ([0, 1], [1, 0], [1, 1]):
-                own = state.select(torch.tensor(rows))
+                selected = state.select(torch.tensor(rows))
                 found = []
                 for i in range(7):
-                    output = model(more[rows, i : i + 1], own)
-                    own = output.past_key_values
+                    output = model(more[rows, i : i + 1], selected)
+                    selected = output.past_key_values
                     found.append(output.logits)
                 assert relative_error(torch.cat(found, 1), expected[rows]) < ROUNDING
     fresh = model(ids[:, :5]).past_key_values
@@ -224,19 +232,19 @@ def test_a_state_is_a_value_and_selects_and_shares_room():
 
 
 @torch.no_grad()
-def test_logits_to_keep_skips_work_not_results():
+def test_logits_to_keep_decodes_the_last_chunk_only():
     model, ids = model_of(3), random_ids(1, 27)
     decoded = []
     norm = model.base.model.norm
     handle = norm.register_forward_hook(lambda m, args, out: decoded.append(args[0].shape[1]))
     last = model(ids, logits_to_keep=1)
     handle.remove()
-    assert decoded == [3 + 3]  # the tail and what stands in front of it
+    assert decoded == [3 + 3]  # the open chunk and the recent tokens before it
     assert relative_error(last.logits, model(ids).logits[:, -1:]) < ROUNDING
 
 
 @torch.no_grad()
-def test_generation_crosses_boundaries(family):
+def test_generation_continues_across_chunk_boundaries(family):
     model, ids = model_of(3, family), random_ids(2, 13)
     found = model.generate(ids, do_sample=False, max_new_tokens=14, eos_token_id=None)
     expected = ids
@@ -261,8 +269,8 @@ def test_generation_crosses_boundaries(family):
     assert torch.equal(both[1, 13:], alone[0, 9:])
 
 
-def test_forward_is_differentiable_and_the_step_agrees(family):
-    """One undetached graph over all chunks; no gradient crosses rows but through memories."""
+def test_the_gradients_of_a_step_equal_those_of_forward(family):
+    """forward builds one graph over all chunks. Gradients pass between rows through memories only."""
     model, ids = model_of(5, family), random_ids(1, 29)
     model(ids, labels=ids).loss.backward()
     plain = gradients(model)
@@ -277,7 +285,7 @@ def test_forward_is_differentiable_and_the_step_agrees(family):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("chunk_batch", [1, 3])
-def test_the_step_is_autograd_for_any_weights(chunk_batch, checkpointing):
+def test_the_step_equals_autograd_for_any_weights(chunk_batch, checkpointing):
     model = model_of(3, lora_dropout=0.3)
     model.chunk_batch, model.checkpointing = chunk_batch, checkpointing
     model.eval()
@@ -290,7 +298,7 @@ def test_the_step_is_autograd_for_any_weights(chunk_batch, checkpointing):
 
 
 @pytest.mark.parametrize("name", ["exact", "tbptt", "uio", "importance"])
-def test_several_documents_together_are_each_alone(name):
+def test_a_step_on_several_documents_sums_their_gradients(name):
     model, samples = model_of(3, lora_dropout=0.3), several_samples()
     model.train()
     options = dict(estimator=name, S=1, scale=0.5)
@@ -312,8 +320,8 @@ def test_uio_is_unbiased():
     assert worst_error(expectation(model, sample, outcomes), exact) < PROVEN
 
 
-def test_attention_apart_and_joined_agree(monkeypatch):
-    """The memory where it lies, and a copy of it in front of every row."""
+def test_memory_read_in_place_equals_joined_memory(monkeypatch):
+    """The memory is read in place, or copied before the keys and values of every row."""
     found = []
     for in_place in (True, False):
         monkeypatch.setattr(
@@ -331,28 +339,28 @@ def test_attention_apart_and_joined_agree(monkeypatch):
 
 
 @torch.no_grad()
-def test_shares_of_attention_are_of_the_chunks_own_tokens(monkeypatch):
-    """From the weights themselves: the recent tokens are read, but do not count as readers."""
-    model, ids, pattern = model_of(3), random_ids(29), []
+def test_attention_fractions_leave_out_queries_of_recent_tokens(monkeypatch):
+    """They are compared with the attention weights. Recent tokens count as keys, not as queries."""
+    model, ids, recorded = model_of(3), random_ids(29), []
     eager = modeling_llama.eager_attention_forward
 
-    def has_forward_hooks(*args, **kwargs):
+    def recording(*args, **kwargs):
         output, weights = eager(*args, **kwargs)
-        pattern.append(weights[0])
+        recorded.append(weights[0])
         return output, weights
 
-    monkeypatch.setattr(modeling_llama, "eager_attention_forward", has_forward_hooks)
-    shares = attention_fractions(model, ids)
-    assert torch.allclose(shares.sum(-1), torch.ones(3, 3))
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", recording)
+    fractions = attention_fractions(model, ids)
+    assert torch.allclose(fractions.sum(-1), torch.ones(3, 3))
     for t, length in ((1, 8), (2, 8), (3, 5)):
         for layer in range(3):
-            weights = pattern[3 * (t - 1) + layer]  # [H, queries, keys]
+            weights = recorded[3 * (t - 1) + layer]  # [H, queries, keys]
             assert weights.shape[1:] == (3 + length, 2 * t + 3 + length)
-            own = weights[:, 3:, 2 * t :].sum(-1).mean().float()
-            assert abs(shares[layer, t - 1, 0] - own) < 1e-6
+            local = weights[:, 3:, 2 * t :].sum(-1).mean().float()
+            assert abs(fractions[layer, t - 1, 0] - local) < 1e-6
 
 
-# ---- how much fits ----------------------------------------------------------------------------
+# ---- the capacity -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -360,8 +368,8 @@ def test_shares_of_attention_are_of_the_chunks_own_tokens(monkeypatch):
     [(32, 1024, 64, 4096), (2, 8, 0, 64), (2, 8, 3, 64), (2, 8, 8, 64), (8, 8, 8, 24)]
     + [(2, 8, 8, 16), (4, 8, 5, 13), (4, 8, 5, 8), (1, 4, 2, 9), (4, 4, 4, 12)],
 )
-def test_capacities(num_memory, chunk_size, recent, positions):
-    """The issue's formula, beside the definition: the first length that a chunk has no room for."""
+def test_capacity_follows_the_formula_and_the_definition(num_memory, chunk_size, recent, positions):
+    """The capacity is one less than the first length at which a row needs more positions."""
     sizes = dict(num_memory=num_memory, chunk_size=chunk_size, recent_tokens=recent)
     memory = MemoryConfig(**sizes, lora_rank=1, lora_alpha=1)
     n = 1 + max(0, (positions - recent - chunk_size) // num_memory)
@@ -376,27 +384,30 @@ def test_capacities(num_memory, chunk_size, recent, positions):
     assert fits(memory.capacity(positions)) and not fits(memory.capacity(positions) + 1)
 
 
-def test_past_the_capacity_is_refused_by_number():
-    """64 positions, 2 slots, chunks of 8, w 3: 27 (26 * 2 + 3 + 8 = 63), then 64 - 57 = 7."""
+def test_longer_texts_than_the_capacity_raise_an_error():
+    """With 64 positions, 2 slots, chunks of 8 and w 3, 27 full chunks fit (26 * 2 + 3 + 8 = 63), and
+    then 64 - 57 = 7 tokens."""
     model = model_of(3)
     assert model.capacity == 27 * 8 + 7 == 223
     ids = random_ids(1, 223)
     with torch.no_grad():
         whole = model(ids, logits_to_keep=9)
-        pieces = model(ids[:, :214], logits_to_keep=1).past_key_values
-        logits = fed_from(model, pieces, ids[:, 214:])
+        state = model(ids[:, :214], logits_to_keep=1).past_key_values
+        logits = logits_token_by_token(model, state, ids[:, 214:])
         assert relative_error(logits, whole.logits) < ROUNDING
-        words = "224 tokens, the capacity is 223: .* num_memory 2 and recent_tokens 3 allow 27 full"
-        with pytest.raises(ValueError, match=words):
+        message = (
+            "224 tokens, the capacity is 223: .* num_memory 2 and recent_tokens 3 allow 27 full"
+        )
+        with pytest.raises(ValueError, match=message):
             model(random_ids(1, 1), whole.past_key_values)
     with pytest.raises(ValueError, match="prompt and new tokens come to 224"):
         model.generate(ids, max_new_tokens=2)
     uiollms.gradient_step(model, Sample.document(ids, 8), estimator="exact")
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         uiollms.gradient_step(model, Sample.document(random_ids(224), 8))
 
 
-def fed_from(model: MemoryLM, state, ids: torch.Tensor) -> torch.Tensor:
+def logits_token_by_token(model: MemoryLM, state, ids: torch.Tensor) -> torch.Tensor:
     logits = []
     for i in range(ids.shape[1]):
         output = model(ids[:, i : i + 1], state)
@@ -405,39 +416,39 @@ def fed_from(model: MemoryLM, state, ids: torch.Tensor) -> torch.Tensor:
     return torch.cat(logits, 1)
 
 
-def test_questions_behind_all_memories_need_room_for_the_recent_tokens():
-    """64 positions: a copy of 28 chunks takes 28 * 2 + 8 = 64; a question of 7 tokens behind 27
-    memories and 3 tokens, too."""
+def test_recent_tokens_before_questions_count_as_positions():
+    """There are 64 positions. A copy of 28 chunks needs 28 * 2 + 8 = 64 of them, and so does a
+    question of 7 tokens after 27 memories and 3 recent tokens."""
     model, ids = model_of(3), random_ids(232)
     check_sample(model.limits, Sample.copy(ids[:224], 8))
     check_sample(model.limits, Sample.questions(ids[:216], [(ids[:2], ids[2:7])], 8))
-    words = r"28 memories .* and the 9 tokens \(3 of them recent_tokens\) that read them need 65"
-    with pytest.raises(ValueError, match=words):
+    message = r"28 memories .* and the 9 tokens \(3 of them recent_tokens\) that read them need 65"
+    with pytest.raises(ValueError, match=message):
         check_sample(model.limits, Sample.questions(ids[:224], [(ids[:2], ids[2:6])], 8))
     with pytest.raises(ValueError, match="29 memories .* and the 8 tokens that read them need 66"):
         check_sample(model.limits, Sample.copy(ids, 8))
 
 
-def test_documents_are_cut_to_what_the_recent_tokens_leave_room_for(monkeypatch):
-    """64 positions, 8 slots a chunk of 8: with w 8 a probe of 8 stands behind 6 chunks, a copy, and
-    without w a probe, behind 7."""
+def test_recent_tokens_reduce_the_length_that_documents_are_cut_to(monkeypatch):
+    """There are 64 positions and 8 slots for each chunk of 8 tokens. With w 8, a probe of 8 tokens
+    follows 6 chunks, and a copy follows 7. Without recent tokens, a probe follows 7."""
     monkeypatch.setattr("uiollms.data.builder.tokenize", lambda tokenizer, text: random_ids(80))
     cases = (8, "memory utilization", 6), (8, "longdata copy", 7), (0, "memory utilization", 7)
     for recent, task, chunks in cases:
-        maker = SampleBuilder(model_of(recent, num_memory=8), tokenizer=None)
-        sample = maker.make(Document("", "book", task=task), None, random.Random(0))
+        builder = SampleBuilder(model_of(recent, num_memory=8), tokenizer=None)
+        sample = builder.make(Document("", "book", task=task), None, random.Random(0))
         assert len(sample.chunks) == chunks
 
 
-def test_longropes_short_texts_hold_a_chunk_and_its_recent_tokens():
-    """A row without memory (window) is rotated as a short text, whatever stands beside it."""
+def test_longropes_short_texts_must_be_as_long_as_a_chunk_and_its_recent_tokens():
+    """A row without memory is rotated as a short text, whatever the other rows are."""
     half = SHAPE["hidden_size"] // SHAPE["num_attention_heads"] // 2
     rope = dict(rope_type="longrope", rope_theta=10000.0, short_factor=[1.0] * half)
     rope |= dict(long_factor=[2.0] * half, original_max_position_embeddings=12, factor=4.0)
     base = make_base(rope_parameters=rope)
     MemoryLM(base, config_of(4))
-    words = "chunk_size 8 and recent_tokens 5 would need both; use chunks of at most 12 .* both together"
-    with pytest.raises(ValueError, match=words):
+    message = "recent_tokens 5 would need both; use chunks of at most 12 .* both together"
+    with pytest.raises(ValueError, match=message):
         MemoryLM(base, config_of(5))
 
 
@@ -446,8 +457,9 @@ def test_longropes_short_texts_hold_a_chunk_and_its_recent_tokens():
 
 @torch.no_grad()
 @pytest.mark.parametrize("recent", SIZES)
-def test_memories_on_disk_and_joined_go_on_as_the_text(tmp_path, recent):
-    """Of whole chunks, and with an open one; two documents, then: all full chunks, the rest raw."""
+def test_loaded_and_joined_memories_continue_as_the_text_does(tmp_path, recent):
+    """The texts end with a full or an open chunk. Joined, all full chunks come first and then the
+    remaining tokens."""
     model, ids, more = model_of(recent), random_ids(1, 40), random_ids(1, 11, seed=1)
     for length in (16, 21):
         compress(model, ids[:, :length], "text").save(tmp_path / "text.mem")
@@ -469,7 +481,7 @@ def test_memories_on_disk_and_joined_go_on_as_the_text(tmp_path, recent):
         assert relative_error(model(more, state).logits, expected) < PROVEN
 
 
-def test_a_memory_is_for_its_own_w_and_needs_its_text(tmp_path):
+def test_a_memory_with_another_w_or_without_its_text_raises_an_error(tmp_path):
     model = model_of(3)
     memory = compress(model, random_ids(1, 19), "text")
     memory.save(tmp_path / "text.mem")
@@ -480,14 +492,14 @@ def test_a_memory_is_for_its_own_w_and_needs_its_text(tmp_path):
         bare.state(model)
 
 
-def test_wrong_numbers_are_refused():
+def test_invalid_values_of_recent_tokens_raise_an_error():
     base = dict(num_memory=2, chunk_size=8, lora_rank=1, lora_alpha=1)
-    for value, words in (
+    for value, message in (
         (9, "m.json: recent_tokens 9 must be at most chunk_size 8"),
         (-1, "m.json: recent_tokens: Input should be greater than or equal to 0, found -1"),
         (2.5, "m.json: recent_tokens: Input should be a valid integer"),
     ):
-        with pytest.raises(ConfigError, match=words):
+        with pytest.raises(ConfigError, match=message):
             parse(MemoryConfig, base | dict(recent_tokens=value), "m.json")
     with pytest.raises(ConfigError) as error:
         parse(MemoryConfig, base | dict(num_memory=3, recent_tokens=9), "m.json")
@@ -495,7 +507,7 @@ def test_wrong_numbers_are_refused():
     assert parse(MemoryConfig, base | dict(recent_tokens=8), "m.json").recent_tokens == 8
 
 
-def test_a_stage_with_chunks_shorter_than_w_is_refused(workspace):
+def test_a_stage_with_chunks_shorter_than_w_raises_an_error(workspace):
     memory = json.loads(Path("memory.json").read_text())
     Path("memory.json").write_text(json.dumps(memory | dict(recent_tokens=9)))
     stages = [[[16, 2], [8, 2]], [[9, 3]]]
@@ -503,11 +515,11 @@ def test_a_stage_with_chunks_shorter_than_w_is_refused(workspace):
     config = load_env_config("env.json", [f"train.stages={stages}"])
     with pytest.raises(ConfigError) as error:
         check_env(config, "env.json")
-    words = "chunk_size 8 is less than the compressor's recent_tokens 9; use at least that"
-    assert str(error.value) == f"env.json: train.stages[0].sizes[1]: {words}"
+    message = "chunk_size 8 is less than the compressor's recent_tokens 9; use at least that"
+    assert str(error.value) == f"env.json: train.stages[0].sizes[1]: {message}"
 
 
-def test_a_preset_of_a_study_feeds_no_more_than_a_chunk_again():
+def test_a_preset_of_a_study_limits_recent_tokens_to_its_chunk_size():
     model = model_of(8)
     with as_preset(model, dict(chunk_size=4, num_memory=2)):
         assert model.memory_config == config_of(4, chunk_size=4)
@@ -515,7 +527,8 @@ def test_a_preset_of_a_study_feeds_no_more_than_a_chunk_again():
 
 
 def test_a_run_with_recent_tokens(workspace, capsys):
-    """Trains, resumes, evaluates in every mode, plans, compresses, and is no run without them."""
+    """It trains, resumes, evaluates in every mode and plans. It cannot resume, and its weights
+    cannot be loaded, without recent tokens."""
     memory = json.loads(Path("memory.json").read_text())
     Path("memory.json").write_text(json.dumps(memory | dict(recent_tokens=6)))
     assert call(*TRAIN) == 0
@@ -527,16 +540,16 @@ def test_a_run_with_recent_tokens(workspace, capsys):
         dict(task_type="memory utilization", truncation=64),
         dict(task_type="passkey", truncation=300),
     ]
-    own = dict(task_name="files:book*.txt", num_instance=2)
-    Path("test.json").write_text(json.dumps(dict(tasks=[own | task for task in tasks])))
+    common = dict(task_name="files:book*.txt", num_instance=2)
+    Path("test.json").write_text(json.dumps(dict(tasks=[common | task for task in tasks])))
     assert call("test.py", "--env_conf", "env.json") == 0
     plan = make_plan(load_env_config("env.json"), "env.json")
     (need,) = plan.need.values()
     capsys.readouterr()
     assert call(*TRAIN, "--dry_run", "--set=train.corpus.0.truncation=1000") == 2
     # 128 positions: 54 full chunks (53 * 2 + 6 + 16 = 128), then 128 - 6 - 108 = 14 tokens
-    words = "past the capacity 878 (chunk_size 16, num_memory 2, recent_tokens 6, 128"
-    assert words in capsys.readouterr().err
+    message = "past the capacity 878 (chunk_size 16, num_memory 2, recent_tokens 6, 128"
+    assert message in capsys.readouterr().err
     Path("memory.json").write_text(json.dumps(memory))
     less = make_plan(load_env_config("env.json"), "env.json")
     assert plan.flops > less.flops and plan.capacity == 878 < less.capacity

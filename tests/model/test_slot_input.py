@@ -1,7 +1,8 @@
-"""`"slot_input": "last"`: a slot starts from the embedding of the last token of its own span.
+"""The config `"slot_input": "last"`, with which the input of a slot is the embedding of the last
+token of its span.
 
-float64; 1e-10 relative between two ways through the same tables; TABLES where the oracle computes
-its rotary tables itself, in float64 where the library takes float32.
+All numbers are float64. The relative tolerance is 1e-10 between two computations with the same
+rotary tables, and TABLES where the library computes them in float32 and the oracle in float64.
 """
 
 import json
@@ -36,8 +37,9 @@ TRAIN = ["train.py", "--env_conf", "env.json"]
 
 
 @torch.no_grad()
-def test_slots_start_from_the_last_tokens_of_their_spans():
-    """8 tokens, 2 slots: tokens 3 and 7, whose normed embeddings are the first layer's memory."""
+def test_the_inputs_of_slots_are_the_last_tokens_of_their_spans():
+    """With 8 tokens and 2 slots these are tokens 3 and 7. Their normed embeddings are the memory of the
+    first layer."""
     model, ids = make_model(config=LAST), random_ids(3, 8)
     rows = model.base.model.embed_tokens(ids[:, [3, 7]])
     assert torch.equal(model.encode(ids)[0], model.base.model.layers[0].input_layernorm(rows))
@@ -45,7 +47,7 @@ def test_slots_start_from_the_last_tokens_of_their_spans():
     assert model.trainable_parameters().keys() == model.memory_state_dict().keys()
 
 
-def test_logits_and_gradients_are_the_oracles():
+def test_logits_and_gradients_equal_the_oracle():
     model, ids = make_model(config=LAST), random_ids(27)
     trained = {n: t.clone().requires_grad_() for n, t in model.memory_state_dict().items()}
     variant = Variant("llama")
@@ -62,13 +64,13 @@ def test_logits_and_gradients_are_the_oracles():
     assert relative_error(torch.cat(parts), expected.detach()) < TABLES
     uiollms.gradient_step(model, Sample.document(ids, 8), estimator="exact")
     found = gradients(model)
-    wanted = {n: torch.zeros_like(t) if t.grad is None else t.grad for n, t in trained.items()}
-    assert worst_error(found, wanted) < 10 * TABLES
+    expected = {n: torch.zeros_like(t) if t.grad is None else t.grad for n, t in trained.items()}
+    assert worst_error(found, expected) < 10 * TABLES
     assert found["encoder.layers.0.v_proj.lora_A"].abs().max() > 0
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_step_is_autograd(family, checkpointing):
+def test_the_step_equals_autograd(family, checkpointing):
     model = make_model(family, config=LAST)
     model.checkpointing = checkpointing
     for sample in (Sample.language_modeling(random_ids(29), 8), Sample.copy(random_ids(16), 8)):
@@ -95,7 +97,7 @@ def test_streams_generation_and_files_work(tmp_path):
 
 @pytest.mark.parametrize("name", ["folder", "list.pth"])
 @pytest.mark.parametrize("saved, other", [("token", "last"), ("last", "token")])
-def test_weights_of_one_kind_are_refused_by_the_other(tmp_path, name, saved, other):
+def test_weights_trained_with_another_slot_input_raise_an_error(tmp_path, name, saved, other):
     base = make_base(dtype=torch.float32)
     configs = {"token": MEMORY, "last": LAST}
     model, again = MemoryLM(base, configs[saved]), MemoryLM(base, configs[saved])
@@ -110,15 +112,16 @@ def test_weights_of_one_kind_are_refused_by_the_other(tmp_path, name, saved, oth
     with pytest.raises(ConfigError, match="slot_input") as error:
         load_weights(fresh, tmp_path / name)
     assert "\n" not in str(error.value) and saved in str(error.value) and other in str(error.value)
-    words = f'"{other}", these weights were trained with "{saved}"'
-    with pytest.raises(ValueError, match=words) as error:
+    message = f'"{other}", these weights were trained with "{saved}"'
+    with pytest.raises(ValueError, match=message) as error:
         fresh.load_memory_state_dict(model.memory_state_dict())
     assert "\n" not in str(error.value)
     assert all(torch.equal(t, before[n]) for n, t in fresh.memory_state_dict().items())
 
 
 def test_a_run_with_last_tokens_as_slots(workspace, capsys):
-    """Trains, resumes, saves, plans, and is no run with the memory token."""
+    """It trains, resumes, saves and plans. It cannot resume, and its weights cannot be loaded, with
+    the learned memory token."""
     memory = json.loads(Path("memory.json").read_text())
     Path("memory.json").write_text(json.dumps(memory | dict(slot_input="last")))
     assert call(*TRAIN) == 0

@@ -1,5 +1,5 @@
-"""One model used by many threads: each gets the answer that it would get alone, and nobody's
-base is changed."""
+"""One model used by many threads. Each thread gets the result that it would get alone, and the base
+is not changed."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ THREADS = 50
 DROPPING = MEMORY.model_copy(update={"lora_dropout": 0.5})
 
 
-def together(calls: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
-    """What the calls give, each in a thread of its own, all begun at once."""
+def run_concurrently(calls: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
+    """Runs each call in its own thread, all started at the same time, and returns the results."""
     start = threading.Barrier(len(calls))
 
     def run(call: Callable[[], Tensor]) -> Tensor:
@@ -40,9 +40,9 @@ def together(calls: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
         return list(pool.map(run, calls))
 
 
-def test_hashing_survives_a_fork():
-    """In a child of a process that has set its number of threads, torch makes its pool anew when a
-    thread first works in parallel, which several must not do at once."""
+def test_hashing_works_in_a_forked_process():
+    """In the child of a process that has set its number of threads, torch makes its thread pool
+    again at the first parallel operation, which two threads must not do at the same time."""
     torch.set_num_threads(torch.get_num_threads())
     tensors = {f"{i}": torch.randn(256, 256) for i in range(64)}
     expected = hash_tensors(tensors)
@@ -54,8 +54,8 @@ def test_hashing_survives_a_fork():
 
 
 def mixed_calls(model: MemoryLM) -> list[Callable[[], Tensor]]:
-    """Scoring in every mode, generating, compressing, streams with and without a graph, the base
-    alone."""
+    """Returns calls that score, generate, compress, run streams with and without a graph, and run
+    the base alone."""
     texts = [random_ids(20 + i % 9, seed=i) for i in range(THREADS)]
 
     def encoder_gradient(ids: Tensor) -> Tensor:
@@ -77,12 +77,12 @@ def mixed_calls(model: MemoryLM) -> list[Callable[[], Tensor]]:
     return [lambda i=i: kinds[i % len(kinds)](texts[i]) for i in range(THREADS)]  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("rests", ["in memory", "on disk"])
-def test_fifty_threads_get_their_own_answers(tmp_path: Path, rests: str) -> None:
-    """Bit for bit: the same kernels on the same numbers. On disk, weights are put into modules
-    for the time of a call."""
+@pytest.mark.parametrize("weights", ["in memory", "on disk"])
+def test_fifty_threads_get_the_results_of_single_calls(tmp_path: Path, weights: str) -> None:
+    """The results are equal to the bit, because the same kernels run on the same numbers. Weights on
+    disk are loaded into the modules during a call."""
     base = make_base("qwen3")
-    if rests == "on disk":
+    if weights == "on disk":
         place(
             base, {"model": "cpu", "model.layers.1": "disk", "lm_head": "disk"}, "e.json", tmp_path
         )
@@ -93,11 +93,11 @@ def test_fifty_threads_get_their_own_answers(tmp_path: Path, rests: str) -> None
         calls = mixed_calls(model)
         alone = [call() for call in calls]
         for _ in range(2):
-            for i, (found, expected) in enumerate(zip(together(calls), alone, strict=True)):
+            for i, (found, expected) in enumerate(zip(run_concurrently(calls), alone, strict=True)):
                 assert torch.equal(found, expected), i
 
 
-def test_threads_share_a_base_that_accelerate_offloads() -> None:
+def test_threads_can_share_a_base_that_accelerate_offloads() -> None:
     base, texts = (
         make_base(dtype=torch.float32),
         [random_ids(20 + i % 9, seed=i) for i in range(THREADS)],
@@ -111,30 +111,34 @@ def test_threads_share_a_base_that_accelerate_offloads() -> None:
     model = MemoryLM(accelerate.cpu_offload(base), MEMORY)
     model.load_memory_state_dict(plain.memory_state_dict())
     calls = [lambda ids=ids: score(model, ids).nll for ids in texts]
-    for found, expected in zip(together(calls), alone, strict=True):
+    for found, expected in zip(run_concurrently(calls), alone, strict=True):
         assert torch.equal(found, expected)
 
 
 @torch.no_grad()
-def test_many_threads_go_on_from_one_state() -> None:
-    """The keys and values of an open chunk lie in one buffer: one thread may write behind them,
-    the others copy."""
+def test_many_threads_can_continue_one_state() -> None:
+    """The keys and values of an open chunk are in one buffer. One thread may append to it, and the
+    others copy it."""
     model, ids = make_model(), random_ids(1, 19)
     state = model(ids).past_key_values
-    state = model(ids[:, :1], state).past_key_values  # the open chunk now lies in buffers with room
+    state = model(
+        ids[:, :1], state
+    ).past_key_values  # the open chunk is now in buffers with free entries
     assert state.buffers
     calls = [lambda i=i: model(random_ids(1, 3, seed=i), state).logits for i in range(THREADS)]
     fresh = [
         model(torch.cat([ids, ids[:, :1], random_ids(1, 3, seed=i)], 1)).logits[:, -3:]
         for i in range(THREADS)
     ]
-    for found, expected in zip(together(calls), fresh, strict=True):
-        assert torch.allclose(found, expected, atol=1e-12)  # float64, other splits of the same sums
+    for found, expected in zip(run_concurrently(calls), fresh, strict=True):
+        assert torch.allclose(
+            found, expected, atol=1e-12
+        )  # float64; the same sums are split in another way
 
 
-def test_one_claim_of_a_room_succeeds() -> None:
-    room = KVBuffer(torch.zeros(1, 1, 9, 1), torch.zeros(1, 1, 9, 1), 4)
-    assert [room.claim(4, 2), room.claim(4, 2), room.claim(6, 1), room.length] == [
+def test_entries_of_a_buffer_can_be_claimed_once() -> None:
+    buffer = KVBuffer(torch.zeros(1, 1, 9, 1), torch.zeros(1, 1, 9, 1), 4)
+    assert [buffer.claim(4, 2), buffer.claim(4, 2), buffer.claim(6, 1), buffer.length] == [
         True,
         False,
         True,
@@ -142,8 +146,8 @@ def test_one_claim_of_a_room_succeeds() -> None:
     ]
 
 
-def test_gradient_steps_of_two_models_on_one_base() -> None:
-    """Both models add LoRA of their own to the layers that they share."""
+def test_models_with_one_base_can_train_concurrently() -> None:
+    """Each model adds its LoRA to the layers that all of them share."""
     base = make_base()
     models = [MemoryLM(base, DROPPING) for _ in range(4)]
     for seed, model in enumerate(models):
@@ -162,14 +166,14 @@ def test_gradient_steps_of_two_models_on_one_base() -> None:
 
     calls = [lambda i=i: step(i) for i in range(len(models))]
     alone = [call() for call in calls]
-    for found, expected in zip(together(calls), alone, strict=True):
+    for found, expected in zip(run_concurrently(calls), alone, strict=True):
         assert torch.equal(found, expected)
 
 
 # ---- shells --------------------------------------------------------------------------------------
 
 
-def test_a_skeleton_shares_the_parts_and_leaves_the_base_alone() -> None:
+def test_a_skeleton_shares_the_parts_of_the_base_and_does_not_change_it() -> None:
     base = make_base("qwen3")
     base.set_attn_implementation("eager")
     names, before = set(dict(base.named_modules())), base.config.to_dict()
@@ -186,9 +190,9 @@ def test_a_skeleton_shares_the_parts_and_leaves_the_base_alone() -> None:
 
 
 @torch.no_grad()
-def test_what_a_library_bound_around_a_layer_is_not_bound_to_its_shell() -> None:
-    """As accelerate and torch.compile do: a `forward` in the instance, which would run the
-    original."""
+def test_a_forward_that_a_library_replaces_on_a_layer_is_not_used_by_its_shell() -> None:
+    """accelerate and torch.compile set a `forward` on the instance, which would run the original
+    layer."""
     base = make_base()
     expected = MemoryLM(base, MEMORY)(random_ids(1, 20)).logits
     for layer in base.model.layers:
@@ -197,7 +201,7 @@ def test_what_a_library_bound_around_a_layer_is_not_bound_to_its_shell() -> None
 
 
 @torch.no_grad()
-def test_a_copy_of_a_model_stands_alone() -> None:
+def test_a_copy_of_a_model_shares_no_weights() -> None:
     model, ids = make_model(), random_ids(1, 20)
     expected = model(ids).logits
     other = copy.deepcopy(model)
@@ -210,8 +214,8 @@ def test_a_copy_of_a_model_stands_alone() -> None:
     )
 
 
-def test_a_sharded_base_is_refused() -> None:
-    """The class that fully_shard gives a module is made of the module's own and FSDPModule."""
+def test_a_base_with_sharded_layers_raises_an_error() -> None:
+    """fully_shard gives a module a class that inherits from the module's class and FSDPModule."""
     from torch.distributed.fsdp import FSDPModule
 
     base = make_base()
@@ -225,12 +229,12 @@ def test_a_sharded_base_is_refused() -> None:
 
 
 @torch.no_grad()
-def test_hooks_that_a_user_puts_on_layers_run_for_shells() -> None:
-    base, pattern = make_base(), []
+def test_forward_hooks_of_a_layer_run_for_its_shell() -> None:
+    base, shapes = make_base(), []
     base.model.layers[1].register_forward_hook(
-        lambda module, args, output: pattern.append(output.shape)
+        lambda module, args, output: shapes.append(output.shape)
     )
     layers = make_skeleton(base)
     model = MemoryLM(base, MEMORY)
     model(random_ids(1, 8))
-    assert len(layers) == 3 and pattern
+    assert len(layers) == 3 and shapes

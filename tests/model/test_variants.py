@@ -1,4 +1,4 @@
-"""What the release, or a table of the paper, has otherwise: masters in the base's dtype, no
+"""Settings of the release and of a table in the paper: trained parameters in the base's dtype, and no
 transfer head."""
 
 import json
@@ -24,8 +24,9 @@ WITHOUT = MemoryConfig(**MEMORY.model_dump() | dict(transfer_head=False))
 
 
 @pytest.mark.parametrize("masters, expected", [("fp32", torch.float32), ("base", torch.bfloat16)])
-def test_all_that_is_trained_has_the_masters_dtype(masters, expected):
-    """Parameters, gradients, moments; a float64 base keeps float64 either way."""
+def test_trained_parameters_have_the_master_dtype(masters, expected):
+    """Their gradients and the optimizer's moments have it too. With a float64 base it is always
+    float64."""
     model = MemoryLM(make_base(dtype=torch.bfloat16), MEMORY, masters)
     parameters = list(model.trainable_parameters().values())
     optimizer = torch.optim.AdamW(parameters, lr=1e-2)
@@ -40,27 +41,27 @@ def test_all_that_is_trained_has_the_masters_dtype(masters, expected):
     assert MemoryLM(make_base(dtype=torch.float64), MEMORY, masters).master_dtype == torch.float64
 
 
-def test_sums_of_memory_gradients_have_the_masters_dtype(monkeypatch):
-    pattern = []
-    made = uiollms.training.step.MemoryGradients.__init__
+def test_sums_of_memory_gradients_have_the_master_dtype(monkeypatch):
+    dtypes = []
+    original = uiollms.training.step.MemoryGradients.__init__
 
-    def has_forward_hooks(self, *args):
-        made(self, *args)
-        pattern.append({t.dtype for t in (*self.total, *self.weighted)})
+    def recording(self, *args):
+        original(self, *args)
+        dtypes.append({t.dtype for t in (*self.total, *self.weighted)})
 
-    monkeypatch.setattr(uiollms.training.step.MemoryGradients, "__init__", has_forward_hooks)
+    monkeypatch.setattr(uiollms.training.step.MemoryGradients, "__init__", recording)
     for masters in ("fp32", "base"):
         model = MemoryLM(make_base(dtype=torch.bfloat16), MEMORY, masters)
         result = uiollms.gradient_step(
             model, Sample.document(random_ids(30), 8), estimator="uio", S=1, rng=0
         )
-        assert result.nll.dtype == torch.float32  # a report is no sum of gradients
-    assert pattern == [{torch.float32}, {torch.bfloat16}]
+        assert result.nll.dtype == torch.float32  # a reported loss is no sum of gradients
+    assert dtypes == [{torch.float32}, {torch.bfloat16}]
 
 
 def test_small_steps_vanish_in_the_bases_dtype(workspace, capsys):
-    """Page 6, row 17: with weight decay alone nothing moves in bfloat16, in float32 it does. And
-    a run resumes only under the dtype it began with; its checkpoint holds that dtype."""
+    """With small updates most parameters do not change in bfloat16, while in float32 they do. The
+    checkpoint has the master dtype of the run, and the run resumes only with that dtype."""
     changes = (
         "model.model_dtype=bf16",
         "train.tasks=[]",
@@ -68,14 +69,14 @@ def test_small_steps_vanish_in_the_bases_dtype(workspace, capsys):
         "train.warmup=0",
         "train.save=1",
     )
-    to_device = {}
+    changed = {}
     for masters in ("fp32", "base"):
-        own = (
+        settings = (
             f"train.master_dtype={masters}",
             f"train.run_dir={masters}",
             f"model.save_ckp={masters}.pth",
         )
-        flags = [f"--set={change}" for change in (*changes, *own)]
+        flags = [f"--set={change}" for change in (*changes, *settings)]
         assert call(*TRAIN, *flags) == 0
         saved = Path(masters) / "checkpoints" / "step-00000003"
         dtype = torch.float32 if masters == "fp32" else torch.bfloat16
@@ -87,10 +88,10 @@ def test_small_steps_vanish_in_the_bases_dtype(workspace, capsys):
         )
         fresh = model.trainable_parameters()["encoder.layers.0.q_proj.lora_A"].detach().clone()
         load_weights(model, saved)
-        to_device[masters] = (
+        changed[masters] = (
             (model.trainable_parameters()["encoder.layers.0.q_proj.lora_A"] != fresh).float().mean()
         )
-    assert to_device["fp32"] > 0.9 and to_device["base"] < 0.5
+    assert changed["fp32"] > 0.9 and changed["base"] < 0.5
     other = [flag.replace("master_dtype=base", "master_dtype=fp32") for flag in flags]
     assert call(*TRAIN, "--resume", *other) == 2
     assert (
@@ -100,7 +101,7 @@ def test_small_steps_vanish_in_the_bases_dtype(workspace, capsys):
     assert call(*TRAIN, "--resume", *flags, "--set=train.train_iters=4") == 0
 
 
-def test_the_plan_knows_the_masters(workspace):
+def test_the_plan_depends_on_the_master_dtype(workspace):
     needs = {}
     for masters in ("fp32", "base"):
         changes = ["model.model_dtype=bf16", f"train.master_dtype={masters}"]
@@ -114,8 +115,8 @@ def test_the_plan_knows_the_masters(workspace):
 
 
 def test_without_a_transfer_head_memory_is_read_through_the_frozen_weights(family):
-    """Logits and gradients are those of a decoder LoRA that is zero; the decoder has nothing to
-    train but its token."""
+    """Logits and gradients equal those with a decoder LoRA of zeros. The token is the only trained
+    parameter of the decoder."""
     whole = make_model(family)
     for name, parameter in whole.trainable_parameters().items():
         if name.startswith("decoder.layers."):
@@ -140,7 +141,7 @@ def test_without_a_transfer_head_memory_is_read_through_the_frozen_weights(famil
 
 
 @pytest.mark.parametrize("name", ["folder", "list.pth"])
-def test_weights_without_a_transfer_head(tmp_path, name):
+def test_weights_without_a_transfer_head_are_saved_and_loaded(tmp_path, name):
     base = make_base(dtype=torch.float32)
     model, other = MemoryLM(base, WITHOUT), MemoryLM(base, WITHOUT)
     torch.nn.init.normal_(model.encoder.get_parameter("retrieval_token"))
@@ -157,7 +158,7 @@ def test_weights_without_a_transfer_head(tmp_path, name):
 
 
 def test_a_run_without_a_transfer_head(workspace):
-    """Trains, resumes, plans, and is no run with one."""
+    """It trains, resumes and plans. It cannot resume with a transfer head."""
     Path("memory.json").write_text(
         json.dumps(json.loads(Path("memory.json").read_text()) | dict(transfer_head=False))
     )
