@@ -1,5 +1,5 @@
-"""Evaluate a model with memory on the tasks of test.json (or of the file that the config's
-`test` names).
+"""Evaluate a model with memory on the tasks of test.json, or of another file that the config names
+in the field `test`.
 
 python test.py --env_conf smollm2-8x.json
 python test.py --env_conf smollm2-8x.json --use_env_conf_tasks
@@ -11,12 +11,12 @@ import tempfile
 from functools import partial
 
 try:
-    import uiollms.cli.common  # noqa: F401  # and with it torch and transformers
+    import uiollms.cli.common  # noqa: F401  # imports torch and transformers, too
 except ImportError as error:
     how = "`make setup` and then .venv/bin/python, or `pip install -e .` in an environment of yours"
     sys.exit(f"{error}; run {how}: see Set-up in README.md")
 
-from uiollms.build import load_memory_lm, weights_of, weights_words
+from uiollms.build import describe_weights, find_weights, load_memory_lm
 from uiollms.cli.common import parse_arguments, reporting_errors
 from uiollms.config.load import load_env_config
 from uiollms.evaluation.evaluator import Evaluation
@@ -34,19 +34,19 @@ from uiollms.weights.adapters import load_weights
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(__doc__, arguments, evaluation=True)
-    check = partial(check_evaluation, path=args.env_conf, own_tasks=args.use_env_conf_tasks)
+    check = partial(check_evaluation, path=args.env_conf, env_conf_tasks=args.use_env_conf_tasks)
     config = load_env_config(args.env_conf, args.set, check)
     tasks = check(config)
     config = choose_chunk_batch(config, args.env_conf)
     folder = run_folder(config.train.run_dir, config.model.save_ckp, args.env_conf)
-    with reporting_write_errors(folder):  # now rather than after hours of scoring
+    with reporting_write_errors(folder):  # checked now rather than after hours of scoring
         make_folder(folder)
         tempfile.NamedTemporaryFile(dir=folder).close()
     model, tokenizer = load_memory_lm(config, args.env_conf)
-    weights = weights_of(config)
+    weights = find_weights(config)
     if weights:
         load_weights(model, weights)
-    args.output.print_text(weights_words(weights, model))
+    args.output.print_text(describe_weights(weights, model))
 
     evaluation = Evaluation(model, tokenizer, tasks)
     scores = evaluation.run(
@@ -65,13 +65,13 @@ def main(arguments: list[str] | None = None) -> None:
     args.output.print_json_line(as_json(contents))
     text = as_json(contents, indent=4) + "\n"
     with reporting_write_errors(folder):
-        # All are on the disk before the first gets its name: test.json, which marks the folder as a
-        # run's.
+        # Both files are complete before either replaces an older one. test.json is renamed first,
+        # because it marks the folder as a run's.
         with (
-            atomic_file(folder / "test-nll.safetensors") as nlls,
+            atomic_file(folder / "test-nll.safetensors") as work_nlls,
             atomic_file(folder / "test.json") as work,
         ):
-            save_token_nlls(scores, nlls, test_json=text)
+            save_token_nlls(scores, work_nlls, test_json=text)
             work.write_text(text, encoding="utf-8")
         plot_results(results, folder / "test.png")
     args.output.print_text(

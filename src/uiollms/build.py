@@ -1,5 +1,11 @@
-"""The model that an environment config describes, and what can be checked of it before its
-weights are loaded."""
+"""Make the model of an environment config, and check the config before any weights are loaded.
+
+A function named `examine_...` adds the faults that it finds to a `Faults` object, so that a command
+can report all of them at once; one named `check_...` raises ConfigError.
+
+In these functions `shape` is the base model's transformers config, which has its sizes; `memory` is
+the compressor config. Each is None if it could not be read, which is a fault of its own.
+"""
 
 from __future__ import annotations
 
@@ -30,45 +36,84 @@ from uiollms.weights.base_models import (
 )
 from uiollms.weights.fitness import eos_fault, narrow_window, wide_rank
 
+# ---- the model -----------------------------------------------------------------------------------
+
 
 def load_memory_lm(config: EnvConfig, path: str | Path) -> tuple[MemoryLM, PreTrainedTokenizerBase]:
-    """The model an environment config (read from `path`) describes, its trained tensors fresh
-    from `train.seed`, and its tokenizer. Everything that can be checked without the weights is
-    checked before they are loaded."""
+    """Load the base model of an environment config, which was read from `path`, and its tokenizer,
+    and add the compressor's trained tensors, initialised from `train.seed`. Everything that can be
+    checked without the weights is checked first. Raises ConfigError."""
     memory = check_model(config, path)
-    name = config.model.model_name
-    first_device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name, attention = config.model.model_name, config.model.attn_implementation
     tokenizer = load_tokenizer_for(base_config(name), name)
-    dtype, kernel = (
-        resolve_dtype(config.model.model_dtype, first_device),
-        config.model.attn_implementation,
-    )
-    kernel = "sdpa" if kernel == "auto" else kernel
+    first_device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = resolve_dtype(config.model.model_dtype, first_device)
+    attention = "sdpa" if attention == "auto" else attention
     check_request(
-        kernel,
+        attention,
         f"{path}: model.attn_implementation",
         dtype,
         config.model.device_map,
         base_config(name),
     )
-    base = load_causal_lm(name, dtype=dtype, attn_implementation=kernel)
+    base = load_causal_lm(name, dtype=dtype, attn_implementation=attention)
     place(base, config.model.device_map, path, config.model.offload_dir)
     torch.manual_seed(config.train.seed)
     model = MemoryLM(base, memory, config.train.master_dtype)
-    if (
-        config.train.chunk_batch != "auto"
-    ):  # train.py and test.py have chosen (planning/planner.py); other tools take the default
+    # train.py and test.py replace "auto" by a number (planning/planner.py); the other commands use
+    # the model's default.
+    if config.train.chunk_batch != "auto":
         model.chunk_batch = config.train.chunk_batch
     model.checkpointing = config.train.checkpointing
     return model, tokenizer
 
 
+def load_trained(
+    config: EnvConfig, path: str | Path, weights: str | None = None
+) -> tuple[MemoryLM, PreTrainedTokenizerBase, str]:
+    """Load the model of an environment config with the trained `weights`, by default those of
+    `find_weights`. Returns model, tokenizer and the path of the weights. Raises ConfigError if
+    there are none."""
+    weights = weights or find_weights(config)
+    if weights is None:
+        raise ConfigError(
+            f"{path}: there are no trained weights yet: neither {config.model.save_ckp}, load_ckp "
+            "nor released_ckp; run train.py"
+        )
+    model, tokenizer = load_memory_lm(config, path)
+    load_weights(model, weights)
+    return model, tokenizer, weights
+
+
+def find_weights(config: EnvConfig) -> str | None:
+    """The path of the weights with which a config is evaluated and used: save_ckp, the result of
+    its training, if it exists; else load_ckp, from which training starts; else released_ckp."""
+    saved = config.model.save_ckp
+    if saved and whole_folder(Path(saved)).exists():
+        return saved
+    return config.model.load_ckp or config.model.released_ckp
+
+
+def describe_weights(weights: str | Path | None, model: MemoryLM) -> str:
+    """The line in which a command reports its weights."""
+    return f"weights: {weights or 'untrained'}, base in {model.dtype}"
+
+
+def count_parameters(model: MemoryLM) -> tuple[int, int]:
+    """The numbers of trained and of frozen parameters."""
+    trained = sum(p.numel() for p in model.trainable_parameters().values())
+    return trained, sum(p.numel() for p in model.base.parameters())
+
+
+# ---- checks of base model and compressor ---------------------------------------------------------
+
+
 def check_env(config: EnvConfig, path: str | Path) -> MemoryConfig:
-    """All checks of an environment config that need neither weights nor data; the compressor
-    config it names. Raises ConfigError with a line for every fault."""
+    """Check everything in an environment config that needs neither weights nor data, and return
+    its compressor config. Raises ConfigError with a line for every fault."""
     faults = Faults()
     memory, shape = examine_model(config, path, faults)
-    examine_sources(sources_of(config), memory, shape, path, faults)
+    examine_entries(data_entries(config), memory, shape, path, faults)
     examine_stages(config, memory, shape, path, faults)
     faults.report()
     assert memory is not None
@@ -76,7 +121,7 @@ def check_env(config: EnvConfig, path: str | Path) -> MemoryConfig:
 
 
 def check_model(config: EnvConfig, path: str | Path) -> MemoryConfig:
-    """As `check_env`, of the base and the compressor alone."""
+    """Check only the base model and the compressor, as `check_env` does."""
     faults = Faults()
     memory, _ = examine_model(config, path, faults)
     faults.report()
@@ -87,8 +132,8 @@ def check_model(config: EnvConfig, path: str | Path) -> MemoryConfig:
 def examine_model(
     config: EnvConfig, path: str | Path, faults: Faults
 ) -> tuple[MemoryConfig | None, Any]:
-    """The compressor config and the base's transformers config, each None where it cannot be
-    had."""
+    """Check that base model and compressor fit each other. Returns `memory` and `shape`; either is
+    None if it is faulty, so that later checks skip what depends on it."""
     memory = shape = None
     with faults.collect():
         memory = load_memory_config(config.model.config)
@@ -97,8 +142,7 @@ def examine_model(
     if shape is not None and shape.model_type != config.model.model_structure:
         faults.add(
             f"{path}: model.model_structure: {config.model.model_structure!r}, but "
-            f"{config.model.model_name} is a "
-            f"{shape.model_type!r}"
+            f"{config.model.model_name} is a {shape.model_type!r}"
         )
     if shape is not None and (fault := eos_fault(shape)):
         faults.add(f"{path}: model.model_name: {config.model.model_name}: {fault}")
@@ -110,7 +154,7 @@ def examine_model(
             faults.add(f"{path}: model.model_name: {config.model.model_name}: {fault}")
         if fault := find_rope_fault(shape, memory.chunk_size, memory.recent_tokens):
             faults.add(f"{path}: model.model_name: {config.model.model_name}: {fault}")
-            return memory, None  # nothing can be said of its positions
+            return memory, None  # its number of positions is unknown
     if memory and shape is not None and memory.chunk_size > (positions := num_positions(shape)):
         faults.add(
             f"{config.model.config}: chunk_size: {memory.chunk_size} is past the {positions} "
@@ -120,53 +164,10 @@ def examine_model(
     return memory, shape
 
 
-Sources = Mapping[str, CorpusEntry | TaskEntry]  # JSON path in a file -> entry
-
-
-def sources_of(config: EnvConfig) -> Sources:
-    """What an environment config trains on and evaluates."""
-    sources: dict[str, CorpusEntry | TaskEntry] = {
-        f"train.corpus[{i}]": c for i, c in enumerate(config.train.corpus)
-    }
-    return sources | {f"train.tasks[{i}]": t for i, t in enumerate(config.train.tasks)}
-
-
-def stage_sources(config: EnvConfig, number: int) -> Sources:
-    """What a stage of a training names itself."""
-    own = config.train.stages[number].corpus or ()
-    return {f"train.stages[{number}].corpus[{i}]": entry for i, entry in enumerate(own)}
-
-
-def examine_stages(
-    config: EnvConfig, memory: MemoryConfig | None, shape: Any, path: str | Path, faults: Faults
-) -> None:
-    """What the stages train on, at each of their sizes."""
-    for number, stage in enumerate(config.train.stages):
-        own = stage_sources(config, number)
-        if stage.sizes is None or memory is None:
-            examine_sources(own, memory, shape, path, faults)
-            continue
-        inherited = sources_of(config) if stage.corpus is None else {}
-        trained = own or {
-            where: entry for where, entry in inherited.items() if isinstance(entry, CorpusEntry)
-        }
-        for i, size in enumerate(dict.fromkeys(stage.sizes)):
-            where = f"train.stages[{number}].sizes[{i}]"
-            try:
-                sized = resized(memory, size, shape)
-            except ConfigError as error:
-                faults.add(f"{path}: {where}: {error}")
-                continue
-            found = Faults()
-            examine_sources(trained, sized, shape, path, found)
-            for line in found.lines:
-                faults.add(line if line in faults.lines else f"{line} (under {where})")
-
-
 def resized(memory: MemoryConfig, size: Size, shape: Any) -> MemoryConfig:
-    """The compressor with chunks of another size: LoRA and tokens do not depend on it. shape: the
-    base's transformers config, None where it could not be had. Raises ConfigError where the base
-    cannot read such chunks, with the recent tokens in front of them."""
+    """The compressor config with another (chunk_size, num_memory), for which the same trained
+    weights serve. Raises ConfigError if the base cannot read such chunks after the compressor's
+    recent tokens."""
     chunk_size, num_memory = size
     recent = memory.recent_tokens
     if recent > chunk_size:
@@ -183,146 +184,163 @@ def resized(memory: MemoryConfig, size: Size, shape: Any) -> MemoryConfig:
     return memory.model_copy(update=dict(chunk_size=chunk_size, num_memory=num_memory))
 
 
-def check_truncations(
-    wanted: list[tuple[str, int | None]], memory: MemoryConfig, positions: int, path: str | Path
+def resized_for_task(
+    memory: MemoryConfig, entry: CorpusEntry | TaskEntry, shape: Any
+) -> MemoryConfig:
+    """The compressor config at the size that a task sets, if it sets one. Raises ConfigError if
+    chunk_size is no multiple of num_memory, and as `resized`."""
+    if not isinstance(entry, TaskEntry) or (entry.chunk_size, entry.num_memory) == (None, None):
+        return memory
+    chunk_size = entry.chunk_size or memory.chunk_size
+    num_memory = entry.num_memory or memory.num_memory
+    if chunk_size % num_memory:
+        sets_both = entry.chunk_size and entry.num_memory
+        hint = "" if sets_both else "; the other of the two is the compressor config's"
+        raise ConfigError(
+            f"chunk_size {chunk_size} must be a multiple of num_memory {num_memory}{hint}"
+        )
+    return resized(memory, (chunk_size, num_memory), shape)
+
+
+# ---- checks of corpora and tasks -----------------------------------------------------------------
+
+Entries = Mapping[str, CorpusEntry | TaskEntry]  # JSON path of an entry in its file -> the entry
+
+
+def data_entries(config: EnvConfig) -> Entries:
+    """The entries of `train.corpus` and `train.tasks`."""
+    entries: dict[str, CorpusEntry | TaskEntry] = {
+        f"train.corpus[{i}]": entry for i, entry in enumerate(config.train.corpus)
+    }
+    return entries | {f"train.tasks[{i}]": entry for i, entry in enumerate(config.train.tasks)}
+
+
+def stage_entries(config: EnvConfig, number: int) -> Entries:
+    """The entries of a stage's corpus. There are none if the stage uses `train.corpus`."""
+    corpus = config.train.stages[number].corpus or ()
+    return {f"train.stages[{number}].corpus[{i}]": entry for i, entry in enumerate(corpus)}
+
+
+def corpus_field(entry: CorpusEntry | TaskEntry) -> tuple[str, str]:
+    """The field of an entry that names its corpus, and the corpus's name."""
+    if isinstance(entry, CorpusEntry):
+        return "name", entry.name
+    return "task_name", entry.task_name
+
+
+def examine_stages(
+    config: EnvConfig, memory: MemoryConfig | None, shape: Any, path: str | Path, faults: Faults
 ) -> None:
-    """wanted: (JSON path, truncation) pairs of the file `path`."""
+    """Check the corpus of every stage at each of the stage's sizes."""
+    for number, stage in enumerate(config.train.stages):
+        entries = stage_entries(config, number)
+        if stage.sizes is None or memory is None:
+            examine_entries(entries, memory, shape, path, faults)
+            continue
+        if stage.corpus is None:
+            entries = {
+                where: entry
+                for where, entry in data_entries(config).items()
+                if isinstance(entry, CorpusEntry)
+            }
+        for i, size in enumerate(dict.fromkeys(stage.sizes)):
+            where = f"train.stages[{number}].sizes[{i}]"
+            try:
+                sized = resized(memory, size, shape)
+            except ConfigError as error:
+                faults.add(f"{path}: {where}: {error}")
+                continue
+            found = Faults()
+            examine_entries(entries, sized, shape, path, found)
+            for line in found.lines:
+                faults.add(line if line in faults.lines else f"{line} (under {where})")
+
+
+def examine_entries(
+    entries: Entries, memory: MemoryConfig | None, shape: Any, path: str | Path, faults: Faults
+) -> None:
+    """Find corpora that do not exist, truncations past the capacity or so short that no token is
+    predicted from memory, and texts that are too long for a teacher. Without `memory` and `shape`
+    only the names are checked."""
+    for where, entry in entries.items():
+        field, name = corpus_field(entry)
+        try:
+            corpus, arguments = find_corpus(name)
+        except ConfigError as error:
+            faults.add(f"{path}: {where}.{field}: {error}")
+            continue
+        sized = None  # the compressor config at the entry's size
+        with faults.collect(f"{path}: {where}: "):
+            sized = memory and resized_for_task(memory, entry, shape)
+        if sized and entry.truncation is not None:
+            least = shortest_length(entry, corpus.task, sized.chunk_size)
+            least = max(least, corpus.chunk_range(*arguments)[0] * sized.chunk_size)
+            if entry.truncation < least:
+                faults.add(
+                    f"{path}: {where}.truncation: of {entry.truncation} tokens nothing would read "
+                    f"memory, chunk_size is {sized.chunk_size}; use at least {least}"
+                )
+        if isinstance(entry, CorpusEntry) and (fault := raw_text_fault(entry, corpus.task, shape)):
+            faults.add(f"{path}: {where}.truncation: {fault}")
+            continue
+        if sized and shape is not None:
+            with faults.collect():
+                truncations = [(f"{where}.truncation", entry.truncation)]
+                check_truncations(truncations, sized, num_positions(shape), path)
+        longest = corpus.teacher_tokens(*arguments) if shape is not None else 0
+        longest = min(longest, entry.truncation or longest)
+        if longest and longest > (positions := num_positions(shape)):
+            faults.add(
+                f"{path}: {where}: the teacher reads samples of up to {longest} tokens raw, the "
+                f"base has {positions} positions; set truncation to {positions} or less"
+            )
+
+
+def check_truncations(
+    truncations: list[tuple[str, int | None]],
+    memory: MemoryConfig,
+    positions: int,
+    path: str | Path,
+) -> None:
+    """Raise ConfigError for every truncation of the file `path`, given with its JSON path, that is
+    past the capacity of `memory` on a base with so many positions."""
     capacity = memory.capacity(positions)
     recent = f", recent_tokens {memory.recent_tokens}" if memory.recent_tokens else ""
     faults = [
         f"{path}: {where}: {length} tokens is past the capacity {capacity} (chunk_size "
-        f"{memory.chunk_size}, num_memory "
-        f"{memory.num_memory}{recent}, {positions} positions); use at most {capacity}"
-        for where, length in wanted
+        f"{memory.chunk_size}, num_memory {memory.num_memory}{recent}, {positions} positions); "
+        f"use at most {capacity}"
+        for where, length in truncations
         if length is not None and length > capacity
     ]
     if faults:
         raise ConfigError("\n".join(faults))
 
 
-def corpus_of(entry: CorpusEntry | TaskEntry) -> tuple[str, str]:
-    """(field that names the corpus, its name)"""
-    return (
-        ("name", entry.name) if isinstance(entry, CorpusEntry) else ("task_name", entry.task_name)
-    )
-
-
-def examine_sources(
-    sources: Sources, memory: MemoryConfig | None, shape: Any, path: str | Path, faults: Faults
-) -> None:
-    """Corpora that do not exist; truncations past the capacity, or so short that nothing reads
-    memory; texts too long for a teacher. Without `memory` or `shape` names alone."""
-    for where, entry in sources.items():
-        field, name = corpus_of(entry)
-        try:
-            corpus, arguments = find_corpus(name)
-        except ConfigError as error:
-            faults.add(f"{path}: {where}.{field}: {error}")
-            continue
-        own = None  # the entry's compressor
-        with faults.collect(f"{path}: {where}: "):
-            own = memory and at_size(memory, entry, shape)
-        if own and entry.truncation is not None:
-            least = shortest(entry, corpus.task, own.chunk_size)
-            least = max(least, corpus.chunk_range(*arguments)[0] * own.chunk_size)
-            if entry.truncation < least:
-                faults.add(
-                    f"{path}: {where}.truncation: of {entry.truncation} tokens nothing would read "
-                    "memory, "
-                    f"chunk_size is {own.chunk_size}; use at least {least}"
-                )
-        if isinstance(entry, CorpusEntry) and (fault := raw_fault(entry, corpus.task, shape)):
-            faults.add(f"{path}: {where}.truncation: {fault}")
-            continue
-        if own and shape is not None:
-            with faults.collect():
-                wanted = [(f"{where}.truncation", entry.truncation)]
-                check_truncations(wanted, own, num_positions(shape), path)
-        taught = corpus.teacher_tokens(*arguments) if shape is not None else 0
-        if taught and min(taught, entry.truncation or taught) > (positions := num_positions(shape)):
-            faults.add(
-                f"{path}: {where}: the teacher reads samples of up to {taught} tokens raw, the "
-                "base has "
-                f"{positions} positions; set truncation to {positions} or less"
-            )
-
-
-def at_size(memory: MemoryConfig, entry: CorpusEntry | TaskEntry, shape: Any) -> MemoryConfig:
-    """The compressor at the size that a task asks for. Raises ConfigError as `resized`, and
-    where the size is none."""
-    if not isinstance(entry, TaskEntry) or (entry.chunk_size, entry.num_memory) == (None, None):
-        return memory
-    chunk_size = entry.chunk_size or memory.chunk_size
-    num_memory = entry.num_memory or memory.num_memory
-    if chunk_size % num_memory:
-        both = entry.chunk_size and entry.num_memory
-        where = "" if both else "; the other of the two is the compressor config's"
-        raise ConfigError(
-            f"chunk_size {chunk_size} must be a multiple of num_memory {num_memory}{where}"
-        )
-    return resized(memory, (chunk_size, num_memory), shape)
-
-
-def raw_fault(entry: CorpusEntry, kind: str, shape: Any) -> str | None:
-    """Why the base cannot read raw what a teacher, or the weights of tokens, ask of it. kind: what
-    the corpus is for."""
-    if shape is None or kind == "news qa summation":  # which cuts its context to what fits
+def raw_text_fault(entry: CorpusEntry, task: str, shape: Any) -> str | None:
+    """Why the base cannot read documents as raw text of this length, where a teacher or the
+    weights of tokens need that. `task` is the corpus's task."""
+    if shape is None or task == "news qa summation":  # it cuts its context to what fits
         return None
-    weighs = entry.token_weighting == "context"
-    wanted = "token_weighting context" if weighs else f"kl_weight {entry.kl_weight or 0:g}"
+    weighted = entry.token_weighting == "context"
+    if not (entry.kl_weight or weighted):
+        return None
     positions = num_positions(shape)
-    if not (entry.kl_weight or weighs) or (entry.truncation or positions + 1) <= positions:
+    if entry.truncation is not None and entry.truncation <= positions:
         return None
+    reason = "token_weighting context" if weighted else f"kl_weight {entry.kl_weight or 0:g}"
     found = "none" if entry.truncation is None else f"{entry.truncation} tokens"
     return (
-        f"found {found}; with {wanted} the base reads documents raw and has {positions} "
+        f"found {found}; with {reason} the base reads documents raw and has {positions} "
         f"positions; set truncation to {positions} or less"
     )
 
 
-def shortest(entry: CorpusEntry | TaskEntry, task: str, chunk_size: int) -> int:
-    """Tokens of the shortest document that makes a sample. task: what the corpus is for."""
-    kind = entry.task_type if isinstance(entry, TaskEntry) else entry.task or task
-    whole = ("memory utilization", "news qa summation", "news qa summation v2")
-    if kind in (*COPY_TASKS, *whole):
-        return chunk_size  # one chunk is compressed, then asked for
-    # Training needs a loss that reads memory: the second token behind the first chunk is the first
-    # to have one, the one before it is not scored, or is predicted from the first chunk.
+def shortest_length(entry: CorpusEntry | TaskEntry, corpus_task: str, chunk_size: int) -> int:
+    """The number of tokens of the shortest document from which a sample can be made."""
+    task = entry.task_type if isinstance(entry, TaskEntry) else entry.task or corpus_task
+    if task in (*COPY_TASKS, "memory utilization", "news qa summation", "news qa summation v2"):
+        return chunk_size  # one chunk is compressed, and then asked about
+    # In training a loss must read memory. The first token after the first chunk is not scored, or
+    # is predicted from within the first chunk, so the second one is the first that does.
     return chunk_size + (1 if isinstance(entry, TaskEntry) else 2)
-
-
-def count_parameters(model: MemoryLM) -> tuple[int, int]:
-    """Trained and frozen parameters."""
-    trained = sum(p.numel() for p in model.trainable_parameters().values())
-    return trained, sum(p.numel() for p in model.base.parameters())
-
-
-def weights_of(config: EnvConfig) -> str | None:
-    """The weights that a config is evaluated and used with: what it has trained (save_ckp, if it
-    is there), else what it starts from (load_ckp), else released_ckp."""
-    saved = config.model.save_ckp
-    if saved and whole_folder(Path(saved)).exists():
-        return saved
-    return config.model.load_ckp or config.model.released_ckp
-
-
-def weights_words(weights: str | Path | None, model: MemoryLM) -> str:
-    """The first line of the commands that use a model: which weights."""
-    return f"weights: {weights or 'untrained'}, base in {model.dtype}"
-
-
-def load_trained(
-    config: EnvConfig, path: str | Path, weights: str | None = None
-) -> tuple[MemoryLM, PreTrainedTokenizerBase, str]:
-    """What an environment config describes with the weights that test.py would take, or with
-    `weights`, its tokenizer, and where the weights are from. Raises ConfigError if there are
-    none."""
-    weights = weights or weights_of(config)
-    if weights is None:
-        raise ConfigError(
-            f"{path}: there are no trained weights yet: neither {config.model.save_ckp}, load_ckp "
-            "nor released_ckp; run train.py"
-        )
-    model, tokenizer = load_memory_lm(config, path)
-    load_weights(model, weights)
-    return model, tokenizer, weights

@@ -36,7 +36,7 @@ from uiollms.files.json_files import find_unusable, loads, read_json
 from uiollms.files.reading import check_tree, read_bytes
 from uiollms.model.memory import Memory
 from uiollms.runs.checks import check_weights
-from uiollms.runs.own_files import LOCK, check_run_folder
+from uiollms.runs.run_files import LOCK, check_run_folder
 from uiollms.weights.adapters import load_weights
 from uiollms.weights.base_files import BaseConfig, least_parameters
 from uiollms.weights.base_models import load_config

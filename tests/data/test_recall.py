@@ -14,7 +14,7 @@ from test_commands import call
 from transformers import AutoTokenizer
 
 import uiollms
-from uiollms.build import examine_sources
+from uiollms.build import examine_entries
 from uiollms.config.corpora import CorpusEntry, TaskEntry
 from uiollms.data import RecallDocument, open_corpus
 from uiollms.data.corpora import local as corpora_own
@@ -194,7 +194,7 @@ def test_a_document_of_too_few_chunks_is_refused_before_a_model_is_loaded(tokeni
             entry = CorpusEntry(name=name, partition=1, truncation=length)
             sources = {"tasks[0]": task, "train.corpus[0]": entry}
             faults = Faults()
-            examine_sources(sources, memory, None, "x.json", faults)
+            examine_entries(sources, memory, None, "x.json", faults)
             assert len(faults.lines) == 2 * told
 
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import uiollms.files.atomic
 from uiollms import Memory, MemoryLM
-from uiollms.build import weights_of
+from uiollms.build import find_weights
 from uiollms.config.load import load_env_config
 from uiollms.files.atomic import (
     WORK,
@@ -36,7 +36,7 @@ from uiollms.files.atomic import (
 from uiollms.files.errors import ConfigError
 from uiollms.runs.board import Board
 from uiollms.runs.checks import check_weights
-from uiollms.runs.own_files import MOVING, put_back, set_aside
+from uiollms.runs.run_files import MOVING, put_back, set_aside
 from uiollms.weights.adapters import load_weights, save_weights
 from uiollms.weights.model_folder import load_tokenizer
 
@@ -249,7 +249,7 @@ def test_every_command_finds_the_weights_of_a_killed_run(workspace, monkeypatch,
         assert code in (0, -signal.SIGKILL)
         if not Path("whole").exists():
             continue
-        assert weights_of(config) == "out/ckp"
+        assert find_weights(config) == "out/ckp"
         check_weights("out/ckp", None)
         if not Path("out/ckp").exists():
             missing += 1
@@ -369,7 +369,7 @@ WRITING |= {"move", "savez", "to_csv", "to_html", "NamedTemporaryFile", "mkdtemp
 # Calls that move finished files, and calls that only test whether a folder is writable.
 ALLOWED = {
     "src/uiollms/files/atomic.py": {"write_text", "replace", "rename"},
-    "src/uiollms/runs/own_files.py": {"rename"},
+    "src/uiollms/runs/run_files.py": {"rename"},
     "src/uiollms/runs/run.py": {"rename"},
     "src/uiollms/runs/checks.py": {"NamedTemporaryFile"},
     "test.py": {"NamedTemporaryFile"},
@@ -402,7 +402,7 @@ def test_all_writes_are_atomic():
 def warned(caplog) -> str:
     (record,) = caplog.records
     said = record.getMessage()
-    assert said.endswith("the run goes on without TensorBoard, metrics.jsonl has all numbers")
+    assert said.endswith("the run continues without TensorBoard, metrics.jsonl has all numbers")
     assert "\n" not in said
     return said
 
@@ -452,7 +452,7 @@ def test_a_disk_that_is_full_for_tensorboard(workspace):
 
     assert run_forked(run, output="said") == 0
     assert "Traceback" not in Path("said").read_text()
-    assert Path("out/log.txt").read_text().count("the run goes on without TensorBoard") == 1
+    assert Path("out/log.txt").read_text().count("the run continues without TensorBoard") == 1
     assert len(Path("out/metrics.jsonl").read_text().splitlines()) == 3
 
 

@@ -14,7 +14,7 @@ from huggingface_hub.utils import filter_repo_objects
 from test_commands import call
 
 from uiollms import ConfigError, MemoryLM
-from uiollms.build import check_env, load_memory_lm, weights_of
+from uiollms.build import check_env, find_weights, load_memory_lm
 from uiollms.config.load import load_env_config, load_memory_config, parse
 from uiollms.config.sections import EnvConfig, TrainSection
 from uiollms.data import open_corpus
@@ -65,7 +65,7 @@ def test_weights_that_are_no_checkpoint_are_found_before_anything_is_loaded(
     workspace, nothing_is_loaded, weights
 ):
     expected = (
-        f"model.load_ckp: {weights}: no checkpoint: neither a .pth file nor a folder with "
+        f"model.load_ckp: {weights}: is no checkpoint: it is neither a .pth file nor a folder with "
         "memory_config.json"
     )
     (found,) = faults_of(f"model.load_ckp={weights}")
@@ -244,7 +244,7 @@ def test_the_faults_of_an_evaluation(workspace, nothing_is_loaded):
         "env.json", ["train.run_dir=book0.txt", "model.save_ckp=null", "model.load_ckp=nowhere"]
     )
     with pytest.raises(ConfigError) as error:
-        check_evaluation(config, "env.json", own_tasks=False)
+        check_evaluation(config, "env.json", env_conf_tasks=False)
     lines = str(error.value).splitlines()
     assert [line[:30] for line in lines] == [
         "test.json: tasks[1].task_name:", "test.json: tasks[0].task_name:",
@@ -252,13 +252,13 @@ def test_the_faults_of_an_evaluation(workspace, nothing_is_loaded):
     ]  # fmt: skip
     Path("test.json").unlink()
     with pytest.raises(ConfigError, match="test.json: cannot be read") as error:
-        check_evaluation(config, "env.json", own_tasks=False)
+        check_evaluation(config, "env.json", env_conf_tasks=False)
     assert len(str(error.value).splitlines()) == 3
     with pytest.raises(
         ConfigError, match="env.json: train.tasks: is empty, there is nothing to evaluate"
     ):
         check_evaluation(
-            load_env_config("env.json", ["train.tasks=[]"]), "env.json", own_tasks=True
+            load_env_config("env.json", ["train.tasks=[]"]), "env.json", env_conf_tasks=True
         )
 
 
@@ -281,7 +281,7 @@ def test_a_folder_without_permission(tmp_path, monkeypatch):
         check_folder(tmp_path / "closed" / "run", tmp_path / "closed" / "run")
     assert str(error.value) == (
         f"{tmp_path}/closed/run: cannot be written (no permission to write in {tmp_path}/closed); "
-        "choose another place"
+        "choose another path"
     )
 
 
@@ -298,7 +298,7 @@ def test_what_a_config_trained_comes_before_what_it_started_from(workspace, caps
         save_weights(model, name)
     stage = ["--set=model.load_ckp=first", "--set=model.released_ckp=released"]
     changes = [change[6:] for change in stage]
-    assert weights_of(load_env_config("env.json", changes)) == "first"
+    assert find_weights(load_env_config("env.json", changes)) == "first"
     assert call("test.py", "--env_conf", "env.json", *stage) == 0
     assert capsys.readouterr().out.startswith("weights: first, base in torch.float32\n")
     assert call("train.py", "--env_conf", "env.json", *stage, "--set=train.tasks=[]") == 0
@@ -306,9 +306,9 @@ def test_what_a_config_trained_comes_before_what_it_started_from(workspace, caps
     assert call("test.py", "--env_conf", "env.json", *stage) == 0
     assert capsys.readouterr().out.startswith("weights: out/ckp, base in torch.float32\n")
     assert json.loads(Path("out/test.json").read_text())["weights"] == "out/ckp"
-    assert weights_of(load_env_config("env.json", [*changes, "model.save_ckp=null"])) == "first"
+    assert find_weights(load_env_config("env.json", [*changes, "model.save_ckp=null"])) == "first"
     assert (
-        weights_of(
+        find_weights(
             load_env_config("env.json", ["model.save_ckp=null", "model.released_ckp=released"])
         )
         == "released"

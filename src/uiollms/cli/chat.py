@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from uiollms.build import load_trained, weights_words
+from uiollms.build import describe_weights, load_trained
 from uiollms.cli.common import Output, output_arguments
 from uiollms.cli.options import MAX_SEED, file_path, fraction, temperature, whole_number
 from uiollms.config.load import load_env_config
@@ -333,14 +333,14 @@ def open_model(
             load_tokenizer(args.model),
         )
         check_tokenizer(tokenizer, model.config, args.model)
-        output.print_text(weights_words(args.model, model))
+        output.print_text(describe_weights(args.model, model))
         return model, tokenizer
     if args.env_conf == DEFAULT_CONFIG and not Path(DEFAULT_CONFIG).exists():
         raise ConfigError(
             f"there is no {DEFAULT_CONFIG} here; give --env_conf FILE or --model FOLDER"
         )
     model, tokenizer, weights = load_trained(load_env_config(args.env_conf), args.env_conf)
-    output.print_text(weights_words(weights, model))
+    output.print_text(describe_weights(weights, model))
     return model, tokenizer
 
 

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from rich.markdown import Markdown
 
-from uiollms.build import load_memory_lm, weights_of
+from uiollms.build import find_weights, load_memory_lm
 from uiollms.cli.common import Output, output_arguments
 from uiollms.cli.options import file_path, whole_number
 from uiollms.config.corpora import TaskEntry
@@ -226,7 +226,7 @@ def measure(args: argparse.Namespace, out: Path) -> Result:
     preset = PRESETS[args.preset]
     config = load_env_config(args.env_conf, args.set)
     model, tokenizer = load_memory_lm(config, args.env_conf)
-    weights = weights_of(config)
+    weights = find_weights(config)
     with as_preset(model, preset):
         count = args.documents or preset["documents"]
         limits = dict(num_instance=count, truncation=preset["tokens"], documents="full")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from uiollms.build import at_size
+from uiollms.build import resized_for_task
 from uiollms.config.corpora import COPY_TASKS, RETRIEVAL_TASKS, Size, TaskEntry
 from uiollms.data.registry import find_corpus
 from uiollms.data.sample import Sample
@@ -64,7 +64,7 @@ class Evaluation:
         self._base_scores: dict[int, Scores] = {}  # by index of the measurement
         for task in tasks:
             try:
-                size = at_size(model.memory_config, task, model.config).size
+                size = resized_for_task(model.memory_config, task, model.config).size
             except ConfigError as error:
                 raise ConfigError(f"{task.task_name}: {error}") from None
             with model.sized(size):

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
-from uiollms.build import weights_of
+from uiollms.build import find_weights
 from uiollms.config.load import load_memory_config, parse
 from uiollms.config.sections import EnvConfig, MemoryConfig
 from uiollms.evaluation.attention_mass import AttentionMass
@@ -166,7 +166,7 @@ def read_folder(path: Path) -> RunFolder:
     run.weights = (
         str(newest)
         if newest
-        else tested.get("weights") or (weights_of(run.config) if run.config else None)
+        else tested.get("weights") or (find_weights(run.config) if run.config else None)
     )
     run.compressor = find_compressor(run, newest)
     return run

@@ -1,8 +1,9 @@
-"""A run's numbers for TensorBoard. They are a second copy of metrics.jsonl, so whatever goes wrong
-with them is one warning, and the run goes on.
+"""Write a run's numbers for TensorBoard. They are a second copy of metrics.jsonl, so an error
+causes one warning and the run continues.
 
-The event file is opened for every line of metrics and written in this thread: the package's own
-writer has a thread whose exceptions nobody catches, and does not notice that its folder is gone.
+The event file is opened for every line of metrics and written in the calling thread. The writer of
+the tensorboard package is not used: nobody catches the exceptions of its thread, and it does not
+notice that its folder has been removed.
 """
 
 from __future__ import annotations
@@ -22,16 +23,17 @@ log = logging.getLogger("uiollms")
 
 
 class Board:
-    """One event file in `folder`. purge: the first iteration of which TensorBoard is to forget what
-    it has read from older files in the folder (the run has gone back), None for a new run."""
+    """A new event file in `folder`. `purge` is None for a new run. For a resumed run it is the
+    first iteration after the checkpoint: TensorBoard drops what it has read from that iteration on
+    in older files of the folder."""
 
     def __init__(self, folder: Path, purge: int | None = None) -> None:
         self.folder, self.works = folder, True
         began = time.time()
-        place = f"{socket.gethostname()}.{os.getpid()}.{time.time_ns() % 10**9}"
-        name = f"events.out.tfevents.{int(began)}.{place}"
+        process = f"{socket.gethostname()}.{os.getpid()}.{time.time_ns() % 10**9}"
+        name = f"events.out.tfevents.{int(began)}.{process}"
         self.path = folder / name
-        with self.trying():
+        with self.reporting_errors():
             from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # slow to import
 
             events = [Event(wall_time=began, file_version="brain.Event:2")]
@@ -42,10 +44,10 @@ class Board:
             self.append(events, "xb")
 
     def add(self, iteration: int, scalars: Iterable[tuple[str, float]]) -> None:
-        """The numbers of one iteration, (name, number)."""
+        """Write the numbers of one iteration, given as (name, number)."""
         if not self.works:
             return
-        with self.trying():
+        with self.reporting_errors():
             from tensorboard.compat.proto.event_pb2 import Event
             from tensorboard.compat.proto.summary_pb2 import Summary
 
@@ -54,7 +56,8 @@ class Board:
             self.append([Event(wall_time=time.time(), step=iteration, summary=summary)], "r+b")
 
     def append(self, events: Iterable[object], mode: str) -> None:
-        """mode: of `open`; one that makes no file shows when the file has gone."""
+        """Append events to the file, opened in `mode`. The mode "r+b" creates no file, so it fails
+        if the file has been removed."""
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         buffer = io.BytesIO()
@@ -65,12 +68,13 @@ class Board:
             file.write(buffer.getbuffer())
 
     @contextmanager
-    def trying(self) -> Iterator[None]:
-        """Around whatever needs the package, its folder or room on the disk."""
+    def reporting_errors(self) -> Iterator[None]:
+        """Turn any error of a block, such as a missing package or a full disk, into a warning, and
+        write nothing more."""
         try:
             yield
-        except Exception as error:  # of any kind: none is worth a run
+        except Exception as error:  # no error of any kind is worth the run
             self.works = False
             reason = " ".join(str(error).split()) or type(error).__name__
-            said = "the run goes on without TensorBoard, metrics.jsonl has all numbers"
-            log.warning("%s: cannot be written (%s); %s", self.folder, reason, said)
+            effect = "the run continues without TensorBoard, metrics.jsonl has all numbers"
+            log.warning("%s: cannot be written (%s); %s", self.folder, reason, effect)

@@ -1,7 +1,7 @@
-"""What a config decides, decided before a model or a corpus is fetched: each command looks at
-what it will read and write, and reports all faults together, one line each.
+"""Check a config before a model or a corpus is downloaded. Each command checks everything that it
+will read and write, and reports all faults together, one line each.
 
-The base's own config may be asked of the hub for this (a few kilobytes), its weights are not.
+Of the base model only its config (a few kilobytes) may be downloaded for this, not its weights.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from huggingface_hub import constants
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from uiollms.build import (
-    Sources,
-    corpus_of,
+    Entries,
+    corpus_field,
+    data_entries,
+    examine_entries,
     examine_model,
-    examine_sources,
     examine_stages,
-    sources_of,
-    stage_sources,
-    weights_of,
+    find_weights,
+    stage_entries,
 )
 from uiollms.config.corpora import CorpusEntry, TaskEntry
 from uiollms.config.load import load_tasks
@@ -39,36 +39,43 @@ from uiollms.files.errors import ConfigError, Faults
 from uiollms.files.folders import run_folder
 from uiollms.files.reading import check_tree
 from uiollms.kernels.flash_attention import check_request
-from uiollms.runs.own_files import FILES, RESULTS, check_run_folder, check_save_place, held
+from uiollms.runs.run_files import (
+    RUN_FILES,
+    TEST_RESULTS,
+    check_run_folder,
+    check_save_path,
+    locked,
+)
 from uiollms.training.schedule import Schedule
 from uiollms.weights.adapters import check_compressor, check_target
 from uiollms.weights.base_models import KNOWN_SHAPES, hub_reachable, load, resolve_dtype
 from uiollms.weights.packaged import package_folder
 
-ENDING = 10.0  # seconds that a run which was told to stop may still need for its last save
+ENDING = 10.0  # seconds that a run which is stopping may need for its last checkpoint
 
 
 def check_training(config: EnvConfig, path: str | Path, resumes: bool = False) -> MemoryConfig:
-    """Everything that train.py reads and writes; the compressor config. going_on: a checkpoint
-    says what an iteration is. Raises ConfigError with a line for every fault."""
+    """Check everything that train.py reads and writes, and return the compressor config. With
+    `resumes` the schedule is left out, because it depends on the checkpoint. Raises ConfigError
+    with a line for every fault."""
     faults = Faults()
     memory, shape = examine_model(config, path, faults)
-    sources = sources_of(config)
-    examine_sources(sources, memory, shape, path, faults)
+    entries = data_entries(config)
+    examine_entries(entries, memory, shape, path, faults)
     examine_stages(config, memory, shape, path, faults)
     for number in range(len(config.train.stages)):
-        sources = {**sources, **stage_sources(config, number)}
-    examine_data(sources, path, faults)
+        entries = {**entries, **stage_entries(config, number)}
+    examine_data(entries, path, faults)
     examine_base(config, shape, path, faults)
     with faults.collect(f"{path}: model.load_ckp: "):
         check_weights(config.model.load_ckp, memory)
     folder = run_folder(config.train.run_dir, config.model.save_ckp, path)
-    can_be = examine_run_folder(folder, FILES, path, faults)
+    usable = examine_run_folder(folder, RUN_FILES, path, faults)
     if save_ckp := config.model.save_ckp:
         where = f"{path}: model.save_ckp: "
         with faults.collect(where), reporting_write_errors(save_ckp):
-            if can_be:
-                check_save_place(Path(save_ckp), folder)
+            if usable:
+                check_save_path(Path(save_ckp), folder)
         with faults.collect(where), reporting_write_errors(save_ckp):
             check_target(Path(save_ckp))
         with faults.collect(where), reporting_write_errors(save_ckp):
@@ -81,41 +88,44 @@ def check_training(config: EnvConfig, path: str | Path, resumes: bool = False) -
     return memory
 
 
-def check_evaluation(config: EnvConfig, path: str | Path, own_tasks: bool) -> tuple[TaskEntry, ...]:
-    """Everything that test.py reads and writes; the tasks, of the config if `own_tasks`, else of
-    the file that its `test` names. Raises ConfigError with a line for every fault."""
+def check_evaluation(
+    config: EnvConfig, path: str | Path, env_conf_tasks: bool
+) -> tuple[TaskEntry, ...]:
+    """Check everything that test.py reads and writes, and return the tasks: those of `train.tasks`
+    with `env_conf_tasks`, else those of the file that the field `test` names. Raises ConfigError
+    with a line for every fault."""
     faults = Faults()
     memory, shape = examine_model(config, path, faults)
     tasks, file, prefix = config.train.tasks, path, "train.tasks"
-    if not own_tasks:
+    if not env_conf_tasks:
         tasks, file, prefix = (), config.test, "tasks"
         with faults.collect():
             tasks = load_tasks(config.test)
     elif not tasks:
         faults.add(f"{path}: train.tasks: is empty, there is nothing to evaluate")
-    sources = {f"{prefix}[{i}]": task for i, task in enumerate(tasks)}
-    examine_sources(sources, memory, shape, file, faults)
-    examine_data(sources, file, faults)
+    entries = {f"{prefix}[{i}]": task for i, task in enumerate(tasks)}
+    examine_entries(entries, memory, shape, file, faults)
+    examine_data(entries, file, faults)
     examine_base(config, shape, path, faults)
-    weights = weights_of(config)
-    fields = (
+    weights = find_weights(config)
+    field = next(
         field
         for field in ("save_ckp", "load_ckp", "released_ckp")
         if getattr(config.model, field) == weights
     )
-    with faults.collect(f"{path}: model.{next(fields)}: "):
+    with faults.collect(f"{path}: model.{field}: "):
         check_weights(weights, memory)
     folder = run_folder(config.train.run_dir, config.model.save_ckp, path)
-    examine_run_folder(folder, RESULTS, path, faults)
+    examine_run_folder(folder, TEST_RESULTS, path, faults)
     faults.report()
     return tasks
 
 
-def examine_data(sources: Sources, path: str | Path, faults: Faults) -> None:
-    """Files and packages that are not here, datasets that cannot be had, tasks that a corpus has
-    no documents for."""
-    for where, entry in sources.items():
-        field, name = corpus_of(entry)
+def examine_data(entries: Entries, path: str | Path, faults: Faults) -> None:
+    """Find files and packages that are missing, datasets that can neither be read nor downloaded,
+    and tasks for which a corpus has no documents."""
+    for where, entry in entries.items():
+        field, name = corpus_field(entry)
         try:
             corpus, arguments = find_corpus(name)
             needed = corpus.sources_read(*arguments)
@@ -146,13 +156,13 @@ def examine_data(sources: Sources, path: str | Path, faults: Faults) -> None:
 
 
 def examine_base(config: EnvConfig, shape: Any, path: str | Path, faults: Faults) -> None:
-    """Whether the base can be had, as far as that costs nothing, and computed where and as the
-    config says."""
+    """Check, without a download, that the base model is available and that this machine has the
+    devices, dtypes and kernels that the config sets."""
     model = config.model
     if model.model_name.startswith("package:"):
         with faults.collect():
             package_folder(model.model_name.removeprefix("package:"))
-    elif model.model_name in KNOWN_SHAPES and not hub_reachable():  # its shape was not looked up
+    elif model.model_name in KNOWN_SHAPES and not hub_reachable():  # its shape came from a table
         with faults.collect():
             load(AutoConfig, model.model_name)
     if model.offload_dir is not None:
@@ -177,14 +187,14 @@ def examine_base(config: EnvConfig, shape: Any, path: str | Path, faults: Faults
 
 
 def check_weights(weights: str | None, memory: MemoryConfig | None) -> None:
-    """Raises ConfigError for weights that are to be loaded and are not there, or not of this
+    """Raise ConfigError if the weights to be loaded do not exist or were trained with another
     compressor."""
     if weights is not None:
         read_whole(Path(weights), lambda path: examine_weights(path, memory))
 
 
 def examine_weights(path: Path, memory: MemoryConfig | None) -> None:
-    """As `check_weights`, of a file or folder as it lies."""
+    """Check one version of a file or folder of weights, for `check_weights`."""
     if not path.exists():
         raise ConfigError(
             f"{path}: no checkpoint can be read here: there is no such file or folder; give the "
@@ -195,8 +205,8 @@ def examine_weights(path: Path, memory: MemoryConfig | None) -> None:
         return
     if not (path / "memory_config.json").is_file():
         raise ConfigError(
-            f"{path}: no checkpoint: neither a .pth file nor a folder with memory_config.json; "
-            f"give the path of one that train.py or save_pretrained wrote"
+            f"{path}: is no checkpoint: it is neither a .pth file nor a folder with "
+            "memory_config.json; give the path of one that train.py or save_pretrained wrote"
         )
     if memory:
         try:
@@ -210,42 +220,42 @@ def examine_weights(path: Path, memory: MemoryConfig | None) -> None:
 def examine_run_folder(
     folder: Path, names: tuple[str, ...], path: str | Path, faults: Faults
 ) -> bool:
-    """Whether a run can keep its files `names` in a folder, and nothing but a run's lies there;
-    whether the folder can be at all. path: of the config."""
-    before = len(faults.lines)
+    """Check that a run can write its files `names` into a folder, without replacing files that no
+    run has written. Returns whether the folder can exist at all. `path` is that of the config."""
+    usable = False
     with faults.collect(f"{path}: train.run_dir: "):
         check_folder(folder, folder)
-    if len(faults.lines) > before:
-        return False
-    with faults.collect(f"{path}: train.run_dir: "):
+        usable = True
         check_run_folder(folder, names)
-    return True
+    return usable
 
 
 def check_folder(folder: Path, shown: Path) -> None:
-    """Raises ConfigError for a folder that cannot be written in, or made, without making it.
-    shown: its name in the message."""
+    """Raise ConfigError if a folder can neither be written nor created, without creating it.
+    `shown` is its name in the message."""
     with reporting_write_errors(shown):
-        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not there.is_dir():
+        existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not existing.is_dir():
         raise ConfigError(
-            f"{shown}: cannot be written (Not a directory: {there}); choose another place"
+            f"{shown}: cannot be written (Not a directory: {existing}); choose another path"
         )
-    if not os.access(there, os.W_OK | os.X_OK):
+    if not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(
-            f"{shown}: cannot be written (no permission to write in {there}); choose another place"
+            f"{shown}: cannot be written (no permission to write in {existing}); choose another "
+            "path"
         )
 
 
 def check_can_save(save_ckp: str | None, stack: ExitStack) -> None:
-    """Raises ConfigError now, not at the first save; the place is this run's from here on."""
+    """Lock the path of the weights until `stack` is closed, and check that they can be written,
+    before training rather than at the first save. Raises ConfigError."""
     if save_ckp is not None:
         with reporting_write_errors(save_ckp):
             path = Path(os.path.realpath(save_ckp))
             make_folder(path.parent)
-            said = "another run saves its weights here; choose another model.save_ckp"
+            fault = "another run saves its weights here; choose another model.save_ckp"
             lock = path.with_name(f".{path.name}-lock")
-            stack.enter_context(held(lock, f"{save_ckp}: {said}", ENDING))
+            stack.enter_context(locked(lock, f"{save_ckp}: {fault}", ENDING))
             recover(path)
             check_target(Path(save_ckp))
             tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-").close()

@@ -1,4 +1,4 @@
-"""What a run ran on: versions, git revision, machine."""
+"""Software versions, git revision and machine of a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ PACKAGES = ("uiollms", "torch", "transformers", "peft", "safetensors", "numpy", 
 
 @cache
 def environment() -> dict[str, str | None]:
-    """What ran: versions, and the git revision of this program where it is a clone."""
+    """The versions of Python and of the packages that compute, the platform, and the git revision
+    of this program if it runs from a clone."""
     found: dict[str, str | None] = {
         "python": platform.python_version(),
         "git": git_revision(Path(__file__).parents[2]),
@@ -26,14 +27,14 @@ def environment() -> dict[str, str | None]:
     for package in PACKAGES:
         try:
             found[package] = version(package)
-        except PackageNotFoundError:  # used from its source folder
+        except PackageNotFoundError:  # for example when it is imported from its source folder
             found[package] = None
     return found | {"platform": platform.platform()}
 
 
 def git_revision(root: Path) -> str | None:
-    """The commit of a clone, with "+" behind it where tracked files have changed since; None
-    outside of one."""
+    """The commit of a clone, followed by "+" if tracked files have changed since then. None if
+    `root` is no clone."""
     if not (root / ".git").exists():
         return None
 
@@ -49,12 +50,13 @@ def git_revision(root: Path) -> str | None:
 
 
 def output_of(command: list[str]) -> str:
-    """What a program prints. Raises OSError or SubprocessError where it cannot be had."""
-    done = subprocess.run(command, capture_output=True, timeout=10, check=True)
-    return done.stdout.decode("utf-8", "replace")
+    """Run a program and return what it prints. Raises OSError or SubprocessError if it fails."""
+    finished = subprocess.run(command, capture_output=True, timeout=10, check=True)
+    return finished.stdout.decode("utf-8", "replace")
 
 
 def device_name() -> str:
+    """The name of the first GPU, or of the processor if there is none."""
     return (
         torch.cuda.get_device_name()
         if torch.cuda.is_available()
@@ -63,12 +65,12 @@ def device_name() -> str:
 
 
 def unused_gpu() -> str | None:
-    """A line for whoever has an NVIDIA GPU that the installed torch cannot use. None where torch
-    can, where there is no such GPU, and where CUDA_VISIBLE_DEVICES hides it."""
+    """A warning of one line if the machine has an NVIDIA GPU that the installed torch cannot use.
+    None if torch can use it, if there is no such GPU, or if CUDA_VISIBLE_DEVICES hides it."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own words on an old driver take several lines
+        warnings.simplefilter("ignore")  # torch's warning about an old driver takes several lines
         if torch.cuda.is_available():
             return None
     gpu = nvidia_gpu()
@@ -84,14 +86,14 @@ def unused_gpu() -> str | None:
 
 
 def nvidia_gpu() -> str | None:
-    """The first NVIDIA GPU and its driver, from `nvidia-smi` or from the kernel, which does not
-    name the GPU."""
+    """The first NVIDIA GPU and its driver, as `nvidia-smi` reports them; without that program only
+    that the kernel has a driver. None if there is neither."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
-        shown = output_of(query)
+        table = output_of(query)
     except (OSError, subprocess.SubprocessError):
-        shown = ""
-    if "," in shown:
-        name, driver = shown.splitlines()[0].rsplit(", ", 1)
+        table = ""
+    if "," in table:
+        name, driver = table.splitlines()[0].rsplit(", ", 1)
         return f"{name} (driver {driver})"
     return "an NVIDIA driver" if NVIDIA_DRIVER.exists() else None

@@ -1,5 +1,5 @@
-"""The lines of metrics.jsonl: what a step takes of the machine, and what its numbers are called
-in TensorBoard."""
+"""Read and cut the lines of metrics.jsonl, measure a step's use of the machine, and name a line's
+numbers for TensorBoard."""
 
 from __future__ import annotations
 
@@ -18,20 +18,23 @@ from uiollms.files.errors import ConfigError, json_path
 from uiollms.files.json_files import as_json, replace_nonfinite
 from uiollms.files.reading import read_bytes
 
-MOST_METRICS = 2**30  # bytes: millions of steps
-ITERATIONS = "iterations"  # in versions.json: what `iteration` counts, "documents" or "steps"
+MOST_METRICS = 2**30  # bytes, enough for millions of steps
+ITERATIONS = "iterations"  # key in versions.json: what `iteration` counts, "documents" or "steps"
 
 
 def iterations_of(versions: dict[str, Any]) -> str:
-    """What a run's metrics count: run folders that do not say it were written when steps were
-    counted."""
+    """What the iterations of a run count, by its versions.json. Folders without this key are from
+    earlier versions, which counted steps."""
     return versions.get(ITERATIONS, "steps")
 
 
 def machine_use(tokens: int, seconds: float) -> dict[str, float]:
-    """What varies from machine to machine, and from run to run: tokens read in a step a second
-    (all processes'), and the most memory that this process has held so far, in GiB: resident,
-    and allocated by torch on the GPU where that is most."""
+    """Speed and memory, which vary from machine to machine and from run to run.
+
+    tokens_per_second: of a step with so many tokens, which all processes read, in so many seconds
+    resident_gib:      the largest resident set that this process has had, in GiB
+    gpu_gib:           the most memory that torch has allocated on one GPU, in GiB
+    """
     use = {"tokens_per_second": tokens / seconds, "resident_gib": peak_resident() / 2**30}
     if torch.cuda.is_initialized():
         use["gpu_gib"] = (
@@ -42,13 +45,13 @@ def machine_use(tokens: int, seconds: float) -> dict[str, float]:
 
 
 def peak_resident() -> int:
-    """Bytes of the largest resident set that this process has had."""
+    """The largest resident set that this process has had, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
 class Line(BaseModel):
-    """A line of metrics.jsonl: what is read of it, and of which type that is."""
+    """The fields of a line of metrics.jsonl that are read, with their types."""
 
     model_config = ConfigDict(strict=True)
 
@@ -65,65 +68,68 @@ class Line(BaseModel):
 
 
 def examine_lines(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[str]]:
-    """The JSON objects in the lines of a file, with their numbers, but for a last one that a
-    killed process or a full disk left without its end; numbers that JSON does not know are None.
-    And a sentence, with its number, for every other line that is no JSON object."""
-    found, faults = [], []
+    """Read the JSON objects in the lines of a file. Returns (line number, object) for each, and a
+    fault for every other line.
+
+    A last line whose end is missing, because a process was killed or the disk was full, is
+    dropped. NaN and infinite numbers become None.
+    """
+    objects, faults = [], []
     lines = read_bytes(path, MOST_METRICS).split(b"\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             value = replace_nonfinite(json.loads(line))
-        except (ValueError, RecursionError):  # no JSON, or half a character
+        except (ValueError, RecursionError):  # no JSON, or part of a character
             value = None
         if isinstance(value, dict):
-            found.append((number, value))
-        elif number < len(lines):  # the last has no line break behind it
+            objects.append((number, value))
+        elif number < len(lines):  # only the last line has no line break at its end
             faults.append(f"line {number} is no JSON object")
-    return found, faults
+    return objects, faults
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects in the lines of a file, as `examine_lines`. Raises ConfigError for
-    another line."""
-    return refused(path, *examine_lines(path))
+    """Read the JSON objects in the lines of a file, as `examine_lines` does. Raises ConfigError
+    with a line for every fault."""
+    return without_faults(path, *examine_lines(path))
 
 
 def examine_metrics(run: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[str]]:
-    """The lines of a run's metrics.jsonl that are such, as `examine_lines`, and what is wrong
-    with others."""
-    found, faults = examine_lines(run / "metrics.jsonl")
-    right = []
-    for number, line in found:
+    """Read the lines of a run's metrics.jsonl, as `examine_lines` does. A line whose fields have
+    other types is a fault, too."""
+    objects, faults = examine_lines(run / "metrics.jsonl")
+    valid = []
+    for number, line in objects:
         try:
             Line.model_validate(line)
         except ValidationError as error:
             fault = error.errors()[0]
             faults.append(f"line {number}: {json_path(fault['loc'])}: {fault['msg']}")
         else:
-            right.append((number, line))
-    return right, faults
+            valid.append((number, line))
+    return valid, faults
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl. Raises ConfigError for one that is none."""
-    return refused(run / "metrics.jsonl", *examine_metrics(run))
+    """Read the lines of a run's metrics.jsonl. Raises ConfigError with a line for every fault."""
+    return without_faults(run / "metrics.jsonl", *examine_metrics(run))
 
 
-def refused(
-    path: Path, found: list[tuple[int, dict[str, Any]]], faults: list[str]
+def without_faults(
+    path: Path, lines: list[tuple[int, dict[str, Any]]], faults: list[str]
 ) -> list[dict[str, Any]]:
     if faults:
         raise ConfigError(
             "\n".join(f"{path}: {f}; remove it, or move the file away" for f in faults)
         )
-    return [line for _, line in found]
+    return [line for _, line in lines]
 
 
 def cut_metrics(run: Path, iteration: int) -> float:
-    """Leave the lines of metrics.jsonl up to an iteration, so that none stands twice; the
-    seconds of the last."""
+    """Remove the lines of metrics.jsonl after an iteration, so that a resumed run writes no line
+    twice. Returns the seconds in the last line that stays, 0 if there is none."""
     path, kept = run / "metrics.jsonl", []
     if path.exists():
         kept = [line for line in read_metrics(run) if line["iteration"] <= iteration]
@@ -132,7 +138,7 @@ def cut_metrics(run: Path, iteration: int) -> float:
 
 
 def perplexities(run: Path) -> dict[int, float]:
-    """Iteration -> the perplexity with memory of the first task that was evaluated there."""
+    """The first task's perplexity with memory by the iteration at which it was evaluated."""
     found = {}
     for line in read_metrics(run):
         memory = line["eval"][0].get("memory") if line.get("eval") else None
@@ -143,12 +149,13 @@ def perplexities(run: Path) -> dict[int, float]:
 
 
 def scalars(line: dict[str, Any], protocol: str) -> Iterator[tuple[str, float]]:
-    """The numbers of a line by their names in TensorBoard; protocol: of the training loss.
+    """Yield the numbers of a line with their names in TensorBoard. `protocol` is that of the
+    training loss.
 
     a step          train/nll/paper, train/lr, train/grad_norm/all, train/grad_norm/encoder_lora,
                     train/tokens_per_second ...
-    an evaluation   eval/0.perplexity.paper.sotu.test.2048/memory/perplexity ...: the task's number
-                    and name, mode, measure
+    an evaluation   eval/0.perplexity.paper.sotu.test.2048/memory/perplexity ... (number and
+                    name of the task, mode, measure)
     """
     named = {
         f"nll/{protocol}": line.get("nll"),
@@ -159,18 +166,16 @@ def scalars(line: dict[str, Any], protocol: str) -> Iterator[tuple[str, float]]:
     named |= line.get("machine", {})
     yield from ((f"train/{name}", number) for name, number in named.items() if number is not None)
     for i, result in enumerate(line.get("eval", [])):
-        words = (i, result["task_type"], result["protocol"], result["task"], result["truncation"])
+        parts = (i, result["task_type"], result["protocol"], result["task"], result["truncation"])
         task = ".".join(
-            str(word).replace("/", "_").replace(" ", "_") for word in words if word is not None
+            str(part).replace("/", "_").replace(" ", "_") for part in parts if part is not None
         )
         for key, value in result.items():
-            numbers = (
+            measures = (
                 {f"{key}/{name}": v for name, v in value.items()}
                 if isinstance(value, dict)
                 else {key: value}
             )
-            yield from (
-                (f"eval/{task}/{name}", v)
-                for name, v in numbers.items()
-                if isinstance(v, int | float)
-            )
+            for name, number in measures.items():
+                if isinstance(number, int | float):
+                    yield f"eval/{task}/{name}", number

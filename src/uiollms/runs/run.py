@@ -37,7 +37,7 @@ from uiollms.runs.checks import check_can_save
 from uiollms.runs.environment import device_name, environment
 from uiollms.runs.log import RunLog
 from uiollms.runs.metrics import ITERATIONS, perplexities, read_metrics
-from uiollms.runs.own_files import FILES, LOCK, free_name, held, put_back, set_aside
+from uiollms.runs.run_files import LOCK, RUN_FILES, locked, next_earlier, put_back, set_aside
 from uiollms.runs.signals import StopSignals
 from uiollms.runs.state import (
     CheckpointInfo,
@@ -86,7 +86,7 @@ def open_run(
         with reporting_write_errors(folder):
             make_folder(folder)
             fault = "another process is training in this folder; choose another train.run_dir"
-            stack.enter_context(held(folder / LOCK, f"{folder}: {fault}"))
+            stack.enter_context(locked(folder / LOCK, f"{folder}: {fault}"))
             put_back(folder)
         check_can_save(config.model.save_ckp, stack)
         run = Run(folder, config, compressor, resume, restart, stack, world)
@@ -159,7 +159,7 @@ class Run:
             raise ConfigError(
                 f"{self.folder}: contains an unfinished run, {progress} done; continue it with "
                 "--resume, or begin a new run with --restart (the files of the unfinished one then "
-                f"move to {free_name(self.folder).name}/)"
+                f"move to {next_earlier(self.folder).name}/)"
             )
 
     def begin(self, state: TrainingState) -> None:
@@ -183,7 +183,7 @@ class Run:
                 saved = saved_steps(self.checkpoints)
                 others = [path for path in saved if step_of(path) > state.iteration]
             else:
-                others = [self.folder / name for name in FILES if (self.folder / name).exists()]
+                others = [self.folder / name for name in RUN_FILES if (self.folder / name).exists()]
             if others:
                 target = set_aside(self.folder, others)
                 log.info("moved %s to %s", ", ".join(path.name for path in others), target)

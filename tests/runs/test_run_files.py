@@ -20,7 +20,7 @@ from uiollms.cli.chat import main as compress
 from uiollms.files.atomic import atomic_file
 from uiollms.runs import checks
 from uiollms.runs.checks import check_evaluation
-from uiollms.runs.own_files import FILES, RESULTS
+from uiollms.runs.run_files import RUN_FILES, TEST_RESULTS
 from uiollms.weights.adapters import load_weights, save_weights
 
 QUICK = ("--set=train.tasks=[]", "--quiet")
@@ -35,11 +35,11 @@ def files_in(folder: Path) -> dict[str, bytes]:
 # ---- the run folder ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*FILES, "lock"])
+@pytest.mark.parametrize("name", [*RUN_FILES, "lock"])
 def test_a_file_of_the_users_is_neither_moved_nor_replaced(workspace, capsys, name):
     Path("mine").mkdir()
     Path("mine", name).write_text("a year of work", encoding="utf-8")
-    for command in (TRAIN, TEST) if name in RESULTS else (TRAIN,):
+    for command in (TRAIN, TEST) if name in TEST_RESULTS else (TRAIN,):
         assert call(*command, "--set=train.run_dir=mine") == 2
         line = capsys.readouterr().err.strip()
         assert line.startswith(f"env.json: train.run_dir: mine/{name}: ")
@@ -65,12 +65,12 @@ def test_a_run_in_the_folder_of_its_configs(workspace, capsys):
     assert Path("test.json").read_text(encoding="utf-8") == tasks
 
 
-def test_a_runs_own_files_move_as_before(workspace):
+def test_files_of_a_run_move_to_earlier(workspace):
     assert call(*TEST, "--set=train.run_dir=out") == 0
     assert call(*TEST, "--set=train.run_dir=out") == 0, "the results of test.py are a run's"
     assert not Path("out/lock").exists()
     assert call(*TRAIN, *QUICK) == 0
-    assert {path.name for path in Path("out/earlier-1").iterdir()} == set(RESULTS)
+    assert {path.name for path in Path("out/earlier-1").iterdir()} == set(TEST_RESULTS)
     assert call(*TRAIN, *QUICK) == 0
     assert Path("out/earlier-2/metrics.jsonl").exists()
     Path("out/versions.json").unlink()  # a process that was killed before it wrote this one
@@ -104,7 +104,7 @@ def test_weights_inside_a_runs_own_folders(workspace, nothing_is_loaded, place):
     assert wanted in found
     found = faults_of(f"model.save_ckp={place}", check=lambda *a: check_evaluation(*a, True))
     # What does not exist yet is not evaluated; the working directory does, and holds no weights.
-    assert [line.split(": ")[2] for line in found] == ["no checkpoint"] * (place == ".")
+    assert [line.split(": ")[2] for line in found] == ["is no checkpoint"] * (place == ".")
 
 
 @pytest.mark.parametrize("name", ["ckp", "ckp.pth"])
