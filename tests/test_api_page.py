@@ -126,11 +126,15 @@ def test_the_files_that_docstrings_name_exist(page):
     assert named and {path for path in named if not (ROOT / path).exists()} == set()
 
 
-def test_docstrings_read_on_the_page_as_in_the_source(page):
-    """Markdown joins the lines of a paragraph, so what is aligned has to be indented by four
-    spaces; and it takes some characters of formulas for markup."""
+def test_docstrings_read_on_the_page_as_in_the_source(folder, page):
+    """Markdown takes some characters of formulas for markup. The page keeps the lines of a
+    paragraph, but not its fixed-width font, so anything aligned within a line has to be indented
+    by four spaces, but for the text after the name of an argument."""
     assert page.tags <= MARKUP
-    assert [text for text in page.paragraphs if re.search(r"\n |\S  +\S", text)] == []
+    assert "white-space:pre-wrap" in (folder / "uiollms.html").read_text().replace(" ", "")
+    lines = [line for text in page.paragraphs for line in text.splitlines()]
+    aligned = [line for line in lines if re.search(r"\S  +\S", line)]
+    assert [line for line in aligned if not re.match(r"[\w, ]+: +\S+( \S+)*$", line)] == []
 
 
 def test_the_wheel_holds_the_marker_of_types(tmp_path):

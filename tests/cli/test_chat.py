@@ -277,7 +277,7 @@ def test_without_a_model_or_weights(workspace, capsys):
 # The output of each example: figures of its model, or its input followed by generated text.
 NUMBER = r"\d+\.\d+"
 EXPECTED = {
-    "compress_and_ask.py": r"\d+ tokens in \d+ slots a layer, \d+ tokens left as they are\n"
+    "compress_and_ask.py": r"\d+ tokens: \d+ slots per layer and \d+ uncompressed tokens\n"
     r"What is this about\? .+How does it begin\? .+What does the note say\? ",
     "evaluate.py": rf"no memory \(window only\).*{NUMBER}.*with memory.*{NUMBER}.*raw context.*{NUMBER}.*"
     r'\[\{"task": "files:book0.txt", "task_type": "perplexity",',
