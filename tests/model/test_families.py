@@ -94,24 +94,24 @@ VARIANTS = {
     "longrope": Variant(
         "llama",
         rope("longrope", **LONG, factor=4.0, original_max_position_embeddings=16),
-        near=16,
+        num_short=16,
     ),
     "longrope, a ratio of positions": Variant(
         "llama",
         rope("longrope", **LONG) | {ORIGINAL: 24},
-        near=24,
+        num_short=24,
     ),
     "longrope, unchanged max_position_embeddings": Variant(
         "qwen2",
         rope("longrope", **LONG, factor=2.0, attention_factor=1.2) | {ORIGINAL: 64},
         positions=128,
-        near=64,
+        num_short=64,
     ),
     "longrope with sliding windows": Variant(
         "mistral",
         rope("longrope", **LONG, original_max_position_embeddings=16) | dict(sliding_window=12),
         windows=(12, 12, 12),
-        near=16,
+        num_short=16,
     ),
     "biases": Variant("llama", dict(attention_bias=True, mlp_bias=True)),
     "head_dim": Variant("llama", dict(head_dim=12)),
@@ -229,7 +229,7 @@ def test_decoding_without_memory_equals_the_base_in_batches_and_in_parts(name):
     ids = torch.stack([random_ids(LONGEST, seed=s) for s in range(2)])
     whole = model.base.model(ids).last_hidden_state
     assert relative_error(model.decode(ids, empty_prefix(model), [0, 0]), whole) < TOLERANCE
-    cut = 27 if VARIANTS[name].near != 64 else 33
+    cut = 27 if VARIANTS[name].num_short != 64 else 33
     prefix = replace(empty_prefix(model), num_local=cut)
     first = model.decode(ids[:, :cut], prefix, [0, 0])
     keys, values = ([[part[i]] for _, part in sorted(prefix.local.items())] for i in (0, 1))

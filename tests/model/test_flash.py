@@ -483,10 +483,10 @@ def test_every_way_of_loading_a_base_accepts_flash_attention(workspace, tiny_fol
         lambda: MemoryLM.from_pretrained("saved", **settings),
         r'^saved: attn_implementation: "flash_attention_2": ',
     )
-    own = load(AutoModelForCausalLM, str(tiny_folder), dtype=torch.float32)
-    monkeypatch.setattr(own.config, "_attn_implementation", flash.NAME)
+    base_model = load(AutoModelForCausalLM, str(tiny_folder), dtype=torch.float32)
+    monkeypatch.setattr(base_model.config, "_attn_implementation", flash.NAME)
     check_error(
-        lambda: MemoryLM(own, MEMORY),
+        lambda: MemoryLM(base_model, MEMORY),
         "computes in bfloat16 and float16, found float32; load the base in",
         ValueError,
     )

@@ -70,7 +70,7 @@ def test_joined_memories_are_all_full_chunks_and_then_the_remaining_tokens(model
         state.num_tokens += 8
     rest = torch.cat(
         [text[len(text) // 8 * 8 :] for text in texts]
-    )  # 12 tokens: a chunk of their own, and 4
+    )  # 12 tokens, which are a full chunk and 4 more
     expected = model(rest[None], state).past_key_values
     found = joined.state(model)
     assert (

@@ -32,7 +32,7 @@ from uiollms.weights.fitness import not_finite
 
 OLD_FORMAT: Literal["uiollms memory 1"] = "uiollms memory 1"  # of version 0.1
 FORMAT: Literal["uiollms memory 2"] = "uiollms memory 2"
-NO_CHECKSUM = "0" * 64  # stands in the header while the checksum is computed
+NO_CHECKSUM = "0" * 64  # its value in the header while the checksum is computed
 CHECKSUM_FIELD = re.compile(rb'\\"sha256\\":\\"([0-9a-f]{64})\\"')
 LONGEST_NAME = 60  # characters of a document's name in a message
 LONGEST_HEADER = 100 * 2**20  # bytes; the limit of safetensors
