@@ -158,7 +158,7 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
         mean_nll, finite = nll / scored, math.isfinite(grad_norm) and math.isfinite(nll)
         if not finite:
             sources = [name for names in world.data.all_gather(sources) for name in names]
-        with world.watch.undisturbed():  # a signal finds the step whole, or not taken at all
+        with world.watch.uninterrupted():  # a signal finds the step whole, or not taken at all
             if finite:
                 apply_gradients(optimizer, lr)
             else:

@@ -20,7 +20,7 @@ from uiollms.config.corpora import COPY_TASKS, CorpusEntry, Size, TaskEntry
 from uiollms.config.load import load_memory_config
 from uiollms.config.sections import EnvConfig, MemoryConfig
 from uiollms.data import find_corpus
-from uiollms.distributed.device_map import place
+from uiollms.distributed.device_map import place_modules
 from uiollms.files.atomic import whole_folder
 from uiollms.files.errors import ConfigError, Faults
 from uiollms.kernels.flash_attention import check_request
@@ -34,7 +34,7 @@ from uiollms.weights.base_models import (
     load_tokenizer_for,
     resolve_dtype,
 )
-from uiollms.weights.fitness import eos_fault, narrow_window, wide_rank
+from uiollms.weights.fitness import eos_fault, rank_fault, window_fault
 
 # ---- the model -----------------------------------------------------------------------------------
 
@@ -57,7 +57,7 @@ def load_memory_lm(config: EnvConfig, path: str | Path) -> tuple[MemoryLM, PreTr
         base_config(name),
     )
     base = load_causal_lm(name, dtype=dtype, attn_implementation=attention)
-    place(base, config.model.device_map, path, config.model.offload_dir)
+    place_modules(base, config.model.device_map, path, config.model.offload_dir)
     torch.manual_seed(config.train.seed)
     model = MemoryLM(base, memory, config.train.master_dtype)
     # train.py and test.py replace "auto" by a number (planning/planner.py); the other commands use
@@ -146,11 +146,11 @@ def examine_model(
         )
     if shape is not None and (fault := eos_fault(shape)):
         faults.add(f"{path}: model.model_name: {config.model.model_name}: {fault}")
-    if memory and shape is not None and (fault := wide_rank(shape, memory.lora_rank)):
+    if memory and shape is not None and (fault := rank_fault(shape, memory.lora_rank)):
         faults.add(f"{config.model.config}: lora_rank: {fault}")
         return None, shape
     if memory and shape is not None and shape.model_type in FAMILIES:
-        if fault := narrow_window(shape, memory.chunk_size):
+        if fault := window_fault(shape, memory.chunk_size):
             faults.add(f"{path}: model.model_name: {config.model.model_name}: {fault}")
         if fault := find_rope_fault(shape, memory.chunk_size, memory.recent_tokens):
             faults.add(f"{path}: model.model_name: {config.model.model_name}: {fault}")
@@ -176,7 +176,7 @@ def resized(memory: MemoryConfig, size: Size, shape: Any) -> MemoryConfig:
             "least that"
         )
     if shape is not None:
-        fault = narrow_window(shape, chunk_size) or find_rope_fault(shape, chunk_size, recent)
+        fault = window_fault(shape, chunk_size) or find_rope_fault(shape, chunk_size, recent)
         if not fault and chunk_size > (positions := num_positions(shape)):
             fault = f"chunk_size {chunk_size} is past the base's {positions} positions"
         if fault:

@@ -134,7 +134,7 @@ def test_every_estimator_trains(workspace, estimator):
         ("train.max_lrr=1", "env.json: train.max_lrr: unknown key; did you mean 'max_lr'?"),
         ("model.config=nowhere.json", "nowhere.json: cannot be read"),
         ("model.model_name=./no/model", "model.model_name: cannot get './no/model'"),
-        ("model.model_name=package:nothing", "package 'nothing' is not known to carry a model"),
+        ("model.model_name=package:nothing", "package 'nothing' is not known to contain a model"),
         ("model.load_ckp=nowhere", "nowhere"),
         (
             "model.device_map=7",

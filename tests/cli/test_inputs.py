@@ -329,7 +329,7 @@ def test_a_rank_without_a_meaning(workspace, capsys, rank, expected):
 
 def test_a_rank_past_a_loaded_base(tmp_path):
     wide = MemoryConfig(**MEMORY.model_dump() | {"lora_rank": 33})
-    with pytest.raises(ValueError, match="lora_rank 33 is past the base's hidden_size 32"):
+    with pytest.raises(ValueError, match="lora_rank 33 exceeds the base's hidden_size 32"):
         MemoryLM(make_base(), wide)
 
 

@@ -11,7 +11,7 @@ from uiollms.config.corpora import TaskEntry
 from uiollms.config.json_schema import SCHEMAS, config_page, schema_text
 from uiollms.config.load import load_env_config, load_memory_config, load_tasks, parse
 from uiollms.config.sections import EnvConfig, MemoryConfig, TestFile
-from uiollms.distributed.device_map import normalised
+from uiollms.distributed.device_map import normalise_map
 from uiollms.files.errors import ConfigError
 from uiollms.files.json_files import read_json
 from uiollms.weights.base_models import KNOWN_SHAPES
@@ -141,13 +141,13 @@ AUTHORS_STYLE = {
 
 def test_the_authors_device_map_style_is_stripped():
     expected = {"model.embed_tokens": 0, "model.layers.0": 0, "lm_head": 1}
-    assert normalised(AUTHORS_STYLE, "32x.json") == expected
+    assert normalise_map(AUTHORS_STYLE, "32x.json") == expected
     split = AUTHORS_STYLE | {"decoder.decoder.base_model.model.model.layers.0": 1}
     with pytest.raises(
         ConfigError,
         match=r"layers.0'\]: device 1, but .* same module on 0: .* name one device for both",
     ):
-        normalised(split, "32x.json")
+        normalise_map(split, "32x.json")
 
 
 @pytest.mark.skipif(
@@ -158,7 +158,7 @@ def test_the_authors_own_files(monkeypatch):
     old = load_env_config(AUTHORS / "authors-32x-2024-06.json")
     check_env(old, "old")
     assert (
-        normalised(old.model.device_map, "old")
+        normalise_map(old.model.device_map, "old")
         == load_env_config(ROOT / "32x.json").model.device_map
     )
     assert old.train == load_env_config(ROOT / "32x.json").train

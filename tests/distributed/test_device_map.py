@@ -13,7 +13,7 @@ from test_commands import call
 
 import uiollms
 from uiollms import MemoryLM, Sample
-from uiollms.distributed.device_map import CPU, on_disk, place, place_of, resolved
+from uiollms.distributed.device_map import CPU, device_of, on_disk, place_modules, resolve_map
 from uiollms.distributed.offload import _Resting
 from uiollms.files.errors import ConfigError
 from uiollms.training.estimators import ESTIMATORS
@@ -32,8 +32,8 @@ NAMES = ["model.rotary_emb", *SPLIT]
 
 
 def places(device_map, machine=TWO) -> list:
-    found = resolved(make_base(), device_map, "e.json", machine)
-    return [place_of(name, found) for name in NAMES]
+    found = resolve_map(make_base(), device_map, "e.json", machine)
+    return [device_of(name, found) for name in NAMES]
 
 
 @pytest.mark.parametrize(
@@ -69,14 +69,16 @@ def test_words_spread_over_all_gpus():
 
     def layers(word, *gpus) -> list:
         machine = dict(zip(GPUS, gpus, strict=True)) | {CPU: 2**40}
-        found = resolved(base, word, "e.json", machine)
-        return [place_of(f"model.layers.{i}", found) for i in range(8)]
+        found = resolve_map(base, word, "e.json", machine)
+        return [device_of(f"model.layers.{i}", found) for i in range(8)]
 
     assert layers("sequential", 2 * size, 2 * size) == [0] * 8
     assert layers("auto", 2 * size, 2 * size) == layers("balanced", 2 * size, 2 * size)
     assert layers("auto", 2 * size, 2 * size).count(0) in (3, 4, 5)
     order = [0, 1, "cpu"]
-    found = [order.index(place) for place in layers("sequential", size // 2, size // 2)]
+    found = [
+        order.index(place_modules) for place_modules in layers("sequential", size // 2, size // 2)
+    ]
     assert found == sorted(found) and set(found) == {0, 1, 2}
     assert places("auto", {CPU: 2**40}) == ["cpu"] * 7
 
@@ -104,11 +106,11 @@ def test_words_spread_over_all_gpus():
 def test_what_a_map_gets_wrong(changes, message):
     wrong = {k: v for k, v in (SPLIT | changes).items() if v is not None}
     with pytest.raises(ConfigError, match=message):
-        resolved(make_base(), wrong, "e.json", TWO)
+        resolve_map(make_base(), wrong, "e.json", TWO)
     with pytest.raises(
         ConfigError, match="e.json: model.device_map: GPU 5 does not exist, this machine has 2"
     ):
-        resolved(make_base(), 5, "e.json", TWO)
+        resolve_map(make_base(), 5, "e.json", TWO)
 
 
 DISK = {
@@ -124,7 +126,7 @@ DISK = {
 
 def on_disk_model(device_map, folder: Path, family: str = "llama") -> MemoryLM:
     base = make_base(family)
-    place(base, device_map, "e.json", folder)
+    place_modules(base, device_map, "e.json", folder)
     model = MemoryLM(base, MEMORY)
     model.load_memory_state_dict(make_model(family).memory_state_dict())
     return model
@@ -200,8 +202,8 @@ def test_weights_on_disk_are_not_in_memory(tmp_path, monkeypatch):
 
 def test_the_folder_goes_with_the_model(tmp_path):
     base = make_base()
-    place(base, DISK["ends"], "e.json", tmp_path)
-    wanted = resolved(base, DISK["ends"], "e.json", {})
+    place_modules(base, DISK["ends"], "e.json", tmp_path)
+    wanted = resolve_map(base, DISK["ends"], "e.json", {})
     assert on_disk(base, wanted) == ["model.embed_tokens", "model.norm", "lm_head"]
     (folder,) = tmp_path.iterdir()
     assert (folder / "lm_head.weight.dat").stat().st_size == 61 * 32 * 8

@@ -30,7 +30,7 @@ from uiollms.evaluation.scoring import score, token_losses
 from uiollms.model.positions import find_rope_fault, num_positions
 from uiollms.planning.planner import make_plan
 from uiollms.training.step import empty_prefix, teacher_hidden
-from uiollms.weights.fitness import narrow_window
+from uiollms.weights.fitness import window_fault
 
 TABLES, TOLERANCE = 2e-5, 1e-11
 MEMORY = MemoryConfig(num_memory=2, chunk_size=8, lora_rank=3, lora_alpha=6)
@@ -433,12 +433,12 @@ INVALID = {
     "a sliding window without width": (
         "qwen2",
         dict(layer_types=MIXED),
-        "layer_types holds sliding_attention, but no window is set; set use_sliding_window and",
+        "layer_types contains sliding_attention, but no window is set; set use_sliding_window and",
     ),
     "another kind of layer": (
         "qwen3",
         dict(layer_types=["full_attention", "chunked_attention", "full_attention"]),
-        "layer_types holds 'chunked_attention'; allowed are full_attention and sliding_attention;",
+        "layer_types contains 'chunked_attention'; allowed are full_attention and sliding_attention;",
     ),
     "a narrow sliding window": (
         "qwen2",
@@ -453,7 +453,7 @@ def test_an_invalid_config_is_an_error_of_one_line(case):
     """The fault is found in the config alone, and making a model raises it."""
     family, fields, expected = INVALID[case]
     config = make_config(Variant(family, fields))
-    fault = narrow_window(config, 8) or find_rope_fault(config, 8)
+    fault = window_fault(config, 8) or find_rope_fault(config, 8)
     assert expected in fault and "\n" not in fault
     base = AutoModelForCausalLM.from_config(make_config(Variant(family)))
     base.config = config

@@ -36,7 +36,7 @@ from uiollms.model import layers as base
 from uiollms.model.attention import decoder_mask
 from uiollms.model.attention_patterns import PackedRowsPattern
 from uiollms.runs.state import MAY_CHANGE
-from uiollms.weights.base_models import load
+from uiollms.weights.base_models import load_pretrained
 
 TOLERANCE = 1e-10
 FAMILIES = ["llama", "qwen3", "mistral"]
@@ -483,7 +483,7 @@ def test_every_way_of_loading_a_base_accepts_flash_attention(workspace, tiny_fol
         lambda: MemoryLM.from_pretrained("saved", **settings),
         r'^saved: attn_implementation: "flash_attention_2": ',
     )
-    base_model = load(AutoModelForCausalLM, str(tiny_folder), dtype=torch.float32)
+    base_model = load_pretrained(AutoModelForCausalLM, str(tiny_folder), dtype=torch.float32)
     monkeypatch.setattr(base_model.config, "_attn_implementation", flash.NAME)
     check_error(
         lambda: MemoryLM(base_model, MEMORY),

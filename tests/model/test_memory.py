@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import uiollms.model.fingerprint as fingerprint_module
 from uiollms import ConfigError, Memory, MemoryLM
-from uiollms.distributed.device_map import place
+from uiollms.distributed.device_map import place_modules
 from uiollms.model.fingerprint import fingerprint
 from uiollms.model.memory import join
 from uiollms.model.memory_file import checksum
@@ -271,7 +271,7 @@ def test_an_offloaded_base_has_the_same_fingerprint(tmp_path):
     model = in_bfloat16("smollm2")
     expected = fingerprint(model)
     base = copy.deepcopy(model.base)
-    place(
+    place_modules(
         base, {"": "cpu", "model.layers.1": "disk", "model.embed_tokens": "disk"}, "here", tmp_path
     )
     assert base.model.layers[1].mlp.up_proj.weight.device.type == "meta"

@@ -32,9 +32,9 @@ def test_forward_takes_all_that_a_tokenizer_returns(tiny_folder, texts):
     from transformers import AutoModelForCausalLM
 
     from uiollms import MemoryConfig, MemoryLM
-    from uiollms.weights.base_models import load
+    from uiollms.weights.base_models import load_pretrained
 
-    base = load(AutoModelForCausalLM, str(tiny_folder))
+    base = load_pretrained(AutoModelForCausalLM, str(tiny_folder))
     config = MemoryConfig(num_memory=2, chunk_size=8, lora_rank=2, lora_alpha=4)
     model, tokenizer = MemoryLM(base, config).eval(), AutoTokenizer.from_pretrained(tiny_folder)
     tokenizer.padding_side = "right"

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer, pipeline
 
 from uiollms import MemoryConfig, MemoryLM
-from uiollms.weights.base_models import load
+from uiollms.weights.base_models import load_pretrained
 
 GREEDY = dict(do_sample=False, max_new_tokens=12, return_full_text=False)
 
@@ -13,7 +13,7 @@ GREEDY = dict(do_sample=False, max_new_tokens=12, return_full_text=False)
 @pytest.fixture(scope="module")
 def model_and_tokenizer(tiny_folder) -> tuple[MemoryLM, object]:
     """A small random model and its tokenizer, whose tokens are bytes."""
-    base = load(AutoModelForCausalLM, str(tiny_folder), dtype=torch.float64)
+    base = load_pretrained(AutoModelForCausalLM, str(tiny_folder), dtype=torch.float64)
     torch.manual_seed(0)
     model = MemoryLM(base, MemoryConfig(num_memory=2, chunk_size=16, lora_rank=2, lora_alpha=4))
     return model, AutoTokenizer.from_pretrained(tiny_folder)

@@ -557,4 +557,4 @@ def test_a_run_with_recent_tokens(workspace, capsys):
     assert call(*TRAIN, "--resume", "--set=train.train_iters=5") == 2
     assert "compressor.recent_tokens: 6 -> 0" in capsys.readouterr().err
     assert call("test.py", "--env_conf", "env.json") == 2
-    assert "recent_tokens 6, the config says 0" in capsys.readouterr().err
+    assert "recent_tokens 6, the config has 0" in capsys.readouterr().err

@@ -134,4 +134,4 @@ def test_a_run_with_last_tokens_as_slots(workspace, capsys):
     assert call(*TRAIN, "--resume", "--set=train.train_iters=5") == 2
     assert 'compressor.slot_input: "last" -> "token"' in capsys.readouterr().err
     assert call("test.py", "--env_conf", "env.json") == 2
-    assert "slot_input last, the config says token" in capsys.readouterr().err
+    assert "slot_input last, the config has token" in capsys.readouterr().err

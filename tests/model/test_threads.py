@@ -18,7 +18,7 @@ from torch import Tensor
 
 from uiollms import MemoryLM, gradient_step, score
 from uiollms.data.sample import Sample
-from uiollms.distributed.device_map import place
+from uiollms.distributed.device_map import place_modules
 from uiollms.evaluation.attention_mass import attention_fractions
 from uiollms.model.fingerprint import hash_tensors
 from uiollms.model.skeleton import make_skeleton
@@ -83,7 +83,7 @@ def test_fifty_threads_get_the_results_of_single_calls(tmp_path: Path, weights: 
     disk are loaded into the modules during a call."""
     base = make_base("qwen3")
     if weights == "on disk":
-        place(
+        place_modules(
             base, {"model": "cpu", "model.layers.1": "disk", "lm_head": "disk"}, "e.json", tmp_path
         )
     model = MemoryLM(base, DROPPING)

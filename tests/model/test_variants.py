@@ -151,7 +151,7 @@ def test_weights_without_a_transfer_head_are_saved_and_loaded(tmp_path, name):
         torch.equal(t, other.memory_state_dict()[k]) for k, t in model.memory_state_dict().items()
     )
     message = (
-        "transfer_head False, the config says True" if name == "folder" else "expected a list of"
+        "transfer_head False, the config has True" if name == "folder" else "expected a list of"
     )
     with pytest.raises(ConfigError, match=message):
         load_weights(MemoryLM(base, MEMORY), tmp_path / name)

@@ -12,7 +12,7 @@ import uiollms
 from uiollms import MemoryLM, Sample
 from uiollms.config.load import load_env_config, load_memory_config
 from uiollms.config.sections import MemoryConfig
-from uiollms.distributed.device_map import CPU, resolved, send
+from uiollms.distributed.device_map import CPU, move_modules, resolve_map
 from uiollms.model.layers import layer_device
 from uiollms.model.passes import encode_all, project_all
 from uiollms.planning.simulated_devices import HOST, SimulatedDevices, SimulationError
@@ -27,7 +27,7 @@ TWO = dict.fromkeys([*GPUS, CPU], 2**40)
 def placed(
     devices: SimulatedDevices, base, device_map, memory: MemoryConfig, path="e.json"
 ) -> MemoryLM:
-    send(base, resolved(base, device_map, path, TWO))
+    move_modules(base, resolve_map(base, device_map, path, TWO))
     model = MemoryLM(base, memory)
     model.chunk_batch = 2
     devices.reset_counts()

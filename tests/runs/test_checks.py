@@ -269,7 +269,7 @@ def test_weights_of_another_compressor_are_found_without_the_model(workspace, no
     memory = json.loads(Path("memory.json").read_text())
     Path("memory.json").write_text(json.dumps(memory | dict(num_memory=4)))
     assert faults_of("model.load_ckp=trained") == [
-        "model.load_ckp: trained: trained with another compressor: num_memory 2, the config says 4"
+        "model.load_ckp: trained: trained with another compressor: num_memory 2, the config has 4"
     ]
 
 

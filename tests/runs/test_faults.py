@@ -87,7 +87,7 @@ def test_a_folder_that_cannot_be_written(workspace, capsys, field, place, reason
 
 def test_save_ckp_takes_the_place_of_nothing_else(workspace, capsys):
     assert call(*TRAIN, "--set=model.save_ckp=.") == 2
-    assert ".: weights would replace it, but it holds other files" in one_line(capsys)
+    assert ".: weights would replace it, but it contains other files" in one_line(capsys)
     assert Path("book0.txt").exists()
 
 

@@ -60,7 +60,7 @@ def test_another_compressor_is_refused(tmp_path):
     save_weights(make_model(), tmp_path / "ckp")
     wider = make_model(config=MemoryConfig(**MEMORY.model_dump() | dict(num_memory=4)))
     with pytest.raises(
-        ConfigError, match="trained with another compressor: num_memory 2, the config says 4"
+        ConfigError, match="trained with another compressor: num_memory 2, the config has 4"
     ):
         load_weights(wider, tmp_path / "ckp")
 
@@ -148,7 +148,7 @@ def test_every_flipped_bit_is_noticed(tmp_path):
         ConfigError,
         match=(
             "list.pth: not a list of tensors saved by torch .damaged: the checksum of "
-            "archive/data/0 is another"
+            "archive/data/0 differs"
         ),
     ):
         load_weights(model, tmp_path / "list.pth")
@@ -169,7 +169,8 @@ def test_weights_take_the_place_of_nothing_else(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "book.txt").write_text("a year of work")
     with pytest.raises(
-        ConfigError, match=r"data: weights would replace it, but it holds other files \(book.txt\)"
+        ConfigError,
+        match=r"data: weights would replace it, but it contains other files \(book.txt\)",
     ):
         save_weights(model, tmp_path / "data")
     with pytest.raises(

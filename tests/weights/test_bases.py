@@ -24,7 +24,7 @@ from uiollms.files.atomic import write_checksums
 from uiollms.files.json_files import as_json
 from uiollms.model.memory import Memory
 from uiollms.weights.adapters import load_weights, save_weights
-from uiollms.weights.base_models import load, load_causal_lm
+from uiollms.weights.base_models import load_causal_lm, load_pretrained
 from uiollms.weights.fitness import not_finite
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 123456\n"
@@ -139,9 +139,9 @@ def added(folder: Path) -> None:
 
 GPTQ = dict(quant_method="gptq", bits=4, group_size=128)
 DAMAGED = {
-    "lfs weights": (lambda d: (d / "model.safetensors").write_text(POINTER), "model.safetensors: no more than a git-lfs po"),
-    "lfs tokenizer": (lambda d: (d / "tokenizer.json").write_text(POINTER), "tokenizer.json: no more than a git-lfs pointer"),
-    "lfs config": (lambda d: (d / "config.json").write_text(POINTER), "config.json: no more than a git-lfs pointer; run"),
+    "lfs weights": (lambda d: (d / "model.safetensors").write_text(POINTER), "model.safetensors: only a git-lfs po"),
+    "lfs tokenizer": (lambda d: (d / "tokenizer.json").write_text(POINTER), "tokenizer.json: only a git-lfs pointer"),
+    "lfs config": (lambda d: (d / "config.json").write_text(POINTER), "config.json: only a git-lfs pointer; run"),
     "cut short": (cut, "the folder base cannot be loaded (SafetensorError: "),
     "no header": (lambda d: (d / "model.safetensors").write_bytes(b"\xff" * 64), "the folder base cannot be loaded ("),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "the folder base cannot be loaded ("),
@@ -204,7 +204,7 @@ def test_from_pretrained_says_why_a_base_cannot_carry_the_memory(tmp_path):
     change_config(tmp_path / "saved/base", eos_token_id=None)
     with pytest.raises(
         ConfigError,
-        match="saved: its base cannot carry its memory: the base's config names no eos_token_id",
+        match="saved: its base does not support its memory: the base's config names no eos_token_id",
     ):
         MemoryLM.from_pretrained(tmp_path / "saved")
 
@@ -258,7 +258,7 @@ def test_what_is_no_folder_is_said(tmp_path, monkeypatch, name, reason):
     monkeypatch.chdir(tmp_path)
     Path("model.gguf").write_bytes(b"GGUF")
     with pytest.raises(ConfigError) as refusal:
-        load(AutoTokenizer, name)
+        load_pretrained(AutoTokenizer, name)
     assert f"cannot get {name!r}: " in str(refusal.value) and reason in str(refusal.value)
 
 
@@ -320,7 +320,8 @@ def test_weights_past_float16_are_not_written_in_it(tmp_path):
         model.trainable_parameters()["encoder.retrieval_token"][0, 0, 0] = 1e5
     save_weights(model, tmp_path / "fp32")
     with pytest.raises(
-        ConfigError, match="encoder.retrieval_token holds NaN or infinite numbers in torch.float16"
+        ConfigError,
+        match="encoder.retrieval_token holds NaN or infinite numbers in torch.float16",
     ):
         save_weights(model, tmp_path / "fp16", torch.float16)
     assert not (tmp_path / "fp16").exists()

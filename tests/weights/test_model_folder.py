@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from uiollms import ConfigError, MemoryConfig, MemoryLM
 from uiollms.model.roles import PROJECTIONS
 from uiollms.weights.adapters import ROLES, WEIGHT_FILES
-from uiollms.weights.base_models import KNOWN_SHAPES, load
-from uiollms.weights.model_folder import as_dtype, load_tokenizer, public_name
+from uiollms.weights.base_models import KNOWN_SHAPES, load_pretrained
+from uiollms.weights.model_folder import load_tokenizer, parse_dtype, public_name
 from uiollms.weights.packaged import PACKAGED, converted_folder
 
 SHIPPED = Path(__file__).parents[2] / "adapters" / "smollm2-8x"
@@ -23,7 +23,7 @@ MEMORY = MemoryConfig(num_memory=2, chunk_size=16, lora_rank=2, lora_alpha=4)
 
 @pytest.fixture
 def model(tiny_folder) -> MemoryLM:
-    base = load(AutoModelForCausalLM, str(tiny_folder), dtype=torch.float64)
+    base = load_pretrained(AutoModelForCausalLM, str(tiny_folder), dtype=torch.float64)
     torch.manual_seed(0)
     model = MemoryLM(base, MEMORY)
     for parameter in model.trainable_parameters().values():
@@ -56,7 +56,7 @@ def test_the_same_model_comes_back(model, tmp_path, tiny_folder, include_base):
 @pytest.mark.parametrize("role", ROLES)
 def test_peft_loads_the_adapters(model, tmp_path, tiny_folder, role):
     model.save_pretrained(tmp_path / "model")
-    base = load(AutoModelForCausalLM, str(tiny_folder), dtype=torch.float64)
+    base = load_pretrained(AutoModelForCausalLM, str(tiny_folder), dtype=torch.float64)
     check_lora(PeftModel.from_pretrained(base, str(tmp_path / "model" / role)), model, role)
 
 
@@ -114,11 +114,11 @@ def test_the_base_may_be_given(model, tmp_path, tiny_folder):
 
 def test_what_cannot_be_loaded_is_said_in_one_line(model, tmp_path, tiny_folder):
     shutil.copytree(tiny_folder, tmp_path / "moved")
-    lost = MemoryLM(load(AutoModelForCausalLM, str(tmp_path / "moved")), MEMORY)
+    lost = MemoryLM(load_pretrained(AutoModelForCausalLM, str(tmp_path / "moved")), MEMORY)
     lost.save_pretrained(tmp_path / "model")
     shutil.rmtree(tmp_path / "moved")
     with pytest.raises(
-        ConfigError, match=r"model: its base '.*moved' cannot be had .*include_base=True"
+        ConfigError, match=r"model: its base '.*moved' cannot be loaded .*include_base=True"
     ) as error:
         MemoryLM.from_pretrained(tmp_path / "model")
     assert "\n" not in str(error.value)
@@ -137,10 +137,10 @@ def test_a_saved_model_takes_the_place_of_nothing_else(model, tmp_path, tiny_fol
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     model.save_pretrained(tmp_path / "adapters" / "mine")
     for folder, name, found in (
-        ("adapters", "notes.txt", r"holds other files \(mine\)"),
-        ("data", "book.txt", r"holds other files \(book.txt\)"),
-        ("tokenizer", "tokenizer.json", "holds no memory_config.json, so it is no saved model"),
-        ("adapters/mine", "base/README.md", r"holds other files \(base/README.md\)"),
+        ("adapters", "notes.txt", r"contains other files \(mine\)"),
+        ("data", "book.txt", r"contains other files \(book.txt\)"),
+        ("tokenizer", "tokenizer.json", "contains no memory_config.json, so it is no saved model"),
+        ("adapters/mine", "base/README.md", r"contains other files \(base/README.md\)"),
         ("adapters/mine/base/README.md", ".", "is not a folder"),
     ):
         path = tmp_path / folder / name
@@ -223,4 +223,4 @@ def test_names_that_others_can_load(tmp_path, monkeypatch):
     assert public_name("mine") == str(tmp_path / "mine")
     assert public_name("meta-llama/Llama-2-7b-chat-hf") == "meta-llama/Llama-2-7b-chat-hf"
     with pytest.raises(ValueError, match="'floaty' is not known"):
-        as_dtype("floaty", torch.device("cpu"))
+        parse_dtype("floaty", torch.device("cpu"))

@@ -25,7 +25,7 @@ from uiollms.data import open_corpus
 from uiollms.data.documents import Corpus, Document, NewsDocument, RecallDocument, TokenDocument
 from uiollms.data.registry import REGISTER
 from uiollms.files.errors import ConfigError, shortened
-from uiollms.weights.base_models import load
+from uiollms.weights.base_models import load_pretrained
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     args = parser.parse_args(arguments)
     output = Output.from_arguments(args)
-    tokenizer = load(AutoTokenizer, args.tokenizer) if args.tokenizer else None
+    tokenizer = load_pretrained(AutoTokenizer, args.tokenizer) if args.tokenizer else None
     if args.sample:
         print_samples(args.sample, open_corpus(args.sample, tokenizer), args.n, output)
     if args.check:

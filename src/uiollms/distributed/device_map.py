@@ -45,7 +45,7 @@ def this_machine() -> dict[torch.device, int]:
     }
 
 
-def normalised(device_map: dict[str, Any], path: str | Path) -> dict[str, Any]:
+def normalise_map(device_map: dict[str, Any], path: str | Path) -> dict[str, Any]:
     """Base module -> device, prefixes of the authors' style stripped. Raises ConfigError where
     two roles disagree."""
     result: dict[str, Any] = {}
@@ -64,73 +64,78 @@ def normalised(device_map: dict[str, Any], path: str | Path) -> dict[str, Any]:
     return result
 
 
-def place(
+def place_modules(
     base: nn.Module, device_map: Any, path: str | Path, offload_dir: str | Path | None = None
 ) -> None:
     """Move the modules of `base` to their devices on this machine, in place; what the map puts
     on "disk" goes to a folder of its own in `offload_dir` (default: the cache) that is removed
     with the base. Raises ConfigError as `resolved` does."""
-    wanted = resolved(base, device_map, path, this_machine())
-    send(base, wanted)
-    if resting := on_disk(base, wanted):
-        put_on_disk(base, resting, as_device(worker(wanted)), offload_dir)
+    resolved = resolve_map(base, device_map, path, this_machine())
+    move_modules(base, resolved)
+    if resting := on_disk(base, resolved):
+        put_on_disk(base, resting, as_device(compute_device(resolved)), offload_dir)
 
 
-def resolved(
+def resolve_map(
     base: nn.Module, device_map: Any, path: str | Path, machine: Machine
 ) -> dict[str, Any]:
     """Any accepted form of a map -> module -> GPU number, "cpu" or "disk", which together cover
     the base. Raises ConfigError for a device or module that does not exist, and for a module
     that no key covers."""
-    wanted = as_map(base, device_map, path, machine)
+    resolved = expand_map(base, device_map, path, machine)
     modules = dict(base.named_modules())
-    for name, place in wanted.items():
+    for name, device in resolved.items():
         where = (
             f"model.device_map[{name!r}]" if isinstance(device_map, dict) else "model.device_map"
         )
         if name not in modules:
             raise ConfigError(f"{path}: {where}: {no_such_module(name, modules)}")
-        check_device(place, where, path, machine)
+        check_device(device, where, path, machine)
     for name, _ in base.named_parameters():
-        if place_of(name, wanted) is None:
+        if device_of(name, resolved) is None:
             raise ConfigError(
                 f"{path}: model.device_map: no key places {name.rsplit('.', 1)[0]!r}; name it, or "
                 "a prefix of it such as 'model'"
             )
     # The rotary table is a buffer that maps do not name; it is asked where the tokens are.
-    first = place_of("model.embed_tokens", wanted)
-    return {"model.rotary_emb": worker(wanted) if first == "disk" else first} | wanted
+    first = device_of("model.embed_tokens", resolved)
+    return {"model.rotary_emb": compute_device(resolved) if first == "disk" else first} | resolved
 
 
-def send(base: nn.Module, wanted: Mapping[str, Any]) -> None:
+def move_modules(base: nn.Module, resolved: Mapping[str, Any]) -> None:
     """Move modules to the devices of a resolved map; those on disk stay where they are."""
     modules = dict(base.named_modules())
-    for name in sorted(wanted, key=len):  # a longer name is more specific: it moves last
-        if wanted[name] != "disk":
-            modules[name].to(as_device(wanted[name]))
+    for name in sorted(resolved, key=len):  # a longer name is more specific: it moves last
+        if resolved[name] != "disk":
+            modules[name].to(as_device(resolved[name]))
 
 
-def on_disk(base: nn.Module, wanted: Mapping[str, Any]) -> list[str]:
+def on_disk(base: nn.Module, resolved: Mapping[str, Any]) -> list[str]:
     """The modules, each with parameters of its own, that a resolved map puts on disk."""
     owners = {name.rpartition(".")[0] for name, _ in base.named_parameters(remove_duplicate=False)}
     return [
         name
         for name, _ in base.named_modules()
-        if name in owners and place_of(name, wanted) == "disk"
+        if name in owners and device_of(name, resolved) == "disk"
     ]
 
 
-def worker(wanted: Mapping[str, Any]) -> int | str:
+def compute_device(resolved: Mapping[str, Any]) -> int | str:
     """Where modules that rest on disk compute: the first GPU that a map names, else the CPU."""
-    return next((place for place in wanted.values() if isinstance(place, int)), "cpu")
+    return next(
+        (device for device in resolved.values() if isinstance(device, int)),
+        "cpu",
+    )
 
 
-def as_map(base: nn.Module, device_map: Any, path: str | Path, machine: Machine) -> dict[str, Any]:
+def expand_map(
+    base: nn.Module, device_map: Any, path: str | Path, machine: Machine
+) -> dict[str, Any]:
     """Any accepted form -> base module (or a prefix; "" is all of it) -> place. A word spreads
     the weights over all GPUs of the machine, then the CPU, then disk: "sequential" fills one
     after the other, "auto" and "balanced" evenly."""
     if isinstance(device_map, dict):
-        return normalised(device_map, path)
+        return normalise_map(device_map, path)
     gpus = [device for device in machine if device.type == "cuda"]
     if isinstance(device_map, int) or device_map == "cpu" or not gpus:
         return {"": device_map if isinstance(device_map, int) else "cpu"}
@@ -144,14 +149,14 @@ def as_map(base: nn.Module, device_map: Any, path: str | Path, machine: Machine)
     return dict(infer_auto_device_map(base, limits, no_split_module_classes=whole))
 
 
-def place_of(name: str, wanted: Mapping[str, Any]) -> Any:
+def device_of(name: str, resolved: Mapping[str, Any]) -> Any:
     """The place of a module or parameter: its longest named prefix's. None: no key covers it."""
-    covering = [key for key in wanted if not key or name == key or name.startswith(f"{key}.")]
-    return wanted[max(covering, key=len)] if covering else None
+    covering = [key for key in resolved if not key or name == key or name.startswith(f"{key}.")]
+    return resolved[max(covering, key=len)] if covering else None
 
 
-def as_device(place: int | str) -> torch.device:
-    return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
+def as_device(device: int | str) -> torch.device:
+    return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
 
 
 def no_such_module(name: str, modules: Mapping[str, nn.Module]) -> str:
@@ -172,10 +177,10 @@ def no_such_module(name: str, modules: Mapping[str, nn.Module]) -> str:
     return f"the base has no module of that name; {hint}"
 
 
-def check_device(place: Any, where: str, path: str | Path, machine: Machine) -> None:
-    if isinstance(place, int) and as_device(place) not in machine:
+def check_device(device: Any, where: str, path: str | Path, machine: Machine) -> None:
+    if isinstance(device, int) and as_device(device) not in machine:
         raise ConfigError(
-            f"{path}: {where}: GPU {place} does not exist, this machine has "
+            f"{path}: {where}: GPU {device} does not exist, this machine has "
             f"{len(machine) - (CPU in machine)}; "
             f'use "cpu", or --set model.device_map=auto'
         )

@@ -58,7 +58,7 @@ Value = TypeVar("Value")
 
 
 @contextmanager
-def talking() -> Iterator[None]:
+def reporting_lost_processes() -> Iterator[None]:
     """Around every message: the error of a process whose partner is gone, in one line."""
     try:
         yield
@@ -92,7 +92,7 @@ class Group:
         flat = torch.cat(
             [part.flatten().to(self.device, grads[0].dtype) for part in (*grads, held)]
         )
-        with talking():
+        with reporting_lost_processes():
             dist.all_reduce(flat, group=self.group)
         *sums, holders = flat.split([*(p.numel() for p in parameters), len(parameters)])
         for parameter, total, count in zip(parameters, sums, holders.tolist(), strict=True):
@@ -111,7 +111,7 @@ class Group:
         if self.size == 1:
             return list(numbers)
         tensor = torch.tensor(numbers, dtype=dtype, device=self.device)
-        with talking():
+        with reporting_lost_processes():
             dist.all_reduce(tensor, operation, group=self.group)
         return tensor.tolist()
 
@@ -123,7 +123,7 @@ class Group:
         """What the first process has, tensors on the CPU, in all of them."""
         values = [value]
         if self.size > 1:
-            with talking():
+            with reporting_lost_processes():
                 dist.broadcast_object_list(values, group=self.group, group_src=0)
         return values[0]
 
@@ -131,7 +131,7 @@ class Group:
         """The values of all processes, in their order."""
         values = [value] * self.size
         if self.size > 1:
-            with talking():
+            with reporting_lost_processes():
                 dist.all_gather_object(values, value, group=self.group)
         return values
 
@@ -140,7 +140,7 @@ class Group:
         if self.size == 1:
             return own
         whole = own.new_empty(self.size * len(own), *own.shape[1:], device=self.device)
-        with talking():
+        with reporting_lost_processes():
             all_gather(whole, own.to(self.device).contiguous(), group=self.group)
         return whole.to(own.device)
 
@@ -149,7 +149,7 @@ class Group:
         if self.size == 1:
             return whole
         own = whole.new_empty(len(whole) // self.size, *whole.shape[1:], device=self.device)
-        with talking():
+        with reporting_lost_processes():
             reduce_scatter(own, whole.to(self.device).contiguous(), group=self.group)
         return own.to(whole.device)
 
@@ -190,7 +190,7 @@ def open_world(config: EnvConfig, watch: Watch) -> Iterator[World]:
     srun, mpirun); without any, a world of one. Raises ConfigError if train.chunk_ranks does not
     divide their number, LostProcess where not all come within JOINING."""
     cpu = config.model.device_map == "cpu" or not torch.cuda.is_available()
-    with talking():
+    with reporting_lost_processes():
         state = PartialState(cpu=cpu, timeout=JOINING)
     size = state.num_processes
     try:
@@ -224,7 +224,7 @@ def has_forward_hooks(world: World) -> Iterator[None]:
         yield
         return
     host = os.environ.get("MASTER_ADDR", "localhost")
-    with talking():
+    with reporting_lost_processes():
         port = world.broadcast(watch.host(host) if world.is_main_process else 0)
         watch.join(host, port, world.rank, world.size)
     try:
@@ -232,15 +232,15 @@ def has_forward_hooks(world: World) -> Iterator[None]:
         world.barrier()  # so that nobody's end looks like a loss
         watch.leaving = True
     except LostProcess:
-        watch.hear_why()
+        watch.wait_for_reason()
         watch.leaving = True
-        if watch.asked is None:
+        if watch.stop_signal is None:
             raise
-        raise watch.reason() from None
+        raise watch.exit_exception() from None
     finally:
         watch.leaving = True
         if world.is_main_process:
-            watch.let_others_hear()
+            watch.wait_until_heard()
 
 
 def number_of_processes() -> int:

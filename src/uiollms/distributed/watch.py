@@ -64,19 +64,19 @@ class Watch:
     """
 
     def __init__(self) -> None:
-        self.asked: signal.Signals | None = None
+        self.stop_signal: signal.Signals | None = None
         self.lost: str | None = None
-        self.since = 0.0  # when either appeared, in seconds of time.monotonic
-        self.told: float | None = (
+        self.noticed_at = 0.0  # when either appeared, in seconds of time.monotonic
+        self.announced_at: float | None = (
             None  # when the others could first know that this process was asked
         )
-        self.begun = False  # there is something to finish and to save
+        self.started = False  # there is something to finish and to save
         self.writing = 0  # depth of `undisturbed`
         self.leaving = False  # the main thread is on its way out
-        self.several = False
+        self.multi_process = False
         self.rank, self.size = 0, 1
         self.store: Any = None
-        self.heard_from_first = time.monotonic()
+        self.last_contact = time.monotonic()
         self.closed = threading.Event()
         self.stack = ExitStack()
 
@@ -84,23 +84,23 @@ class Watch:
 
     def begin(self) -> None:
         """From here on a signal lets the step finish, and it can be saved."""
-        self.begun = True
-        if not self.several and threading.current_thread() is threading.main_thread():
+        self.started = True
+        if not self.multi_process and threading.current_thread() is threading.main_thread():
             for each in ASKED:
                 before = signal.signal(each, self.on_signal)
                 self.stack.callback(signal.signal, each, before)
 
     def on_signal(self, number: int, frame: Any) -> None:
         """Of a process alone."""
-        if self.asked is None:
-            self.say(f"{self.promise}; a second signal ends it at once")
-            self.ask(signal.Signals(number))
+        if self.stop_signal is None:
+            self.print_line(f"{self.announcement}; a second signal ends it at once")
+            self.request_stop(signal.Signals(number))
         else:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
     @contextmanager
-    def undisturbed(self) -> Iterator[None]:
+    def uninterrupted(self) -> Iterator[None]:
         """Around what is whole only at its end: no exception of this watch is raised inside, no
         further signal ends it, and the end of the process waits for it, up to WRITING seconds."""
         self.writing += 1
@@ -109,42 +109,44 @@ class Watch:
         finally:
             self.writing -= 1
 
-    def reason(self) -> SystemExit | LostProcess:
+    def exit_exception(self) -> SystemExit | LostProcess:
         """What the main thread ends with."""
-        return SystemExit(128 + self.asked) if self.asked else LostProcess(str(self.lost))
+        return (
+            SystemExit(128 + self.stop_signal) if self.stop_signal else LostProcess(str(self.lost))
+        )
 
     @property
-    def promise(self) -> str:
-        return "finishes the step, saves and stops" if self.begun else "stops"
+    def announcement(self) -> str:
+        return "finishes the step, saves and stops" if self.started else "stops"
 
-    def say(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         """A line on stderr, from any thread and in a signal handler."""
         os.write(2, f"\n{line}\n".encode())
 
     # ---- from any thread -------------------------------------------------------------------------
 
-    def ask(self, number: signal.Signals) -> None:
-        if self.asked is None:
+    def request_stop(self, number: signal.Signals) -> None:
+        if self.stop_signal is None:
             if self.lost is None:
-                self.since = time.monotonic()
-            self.asked = number
+                self.noticed_at = time.monotonic()
+            self.stop_signal = number
 
-    def lose(self, reason: str) -> None:
-        if self.lost is None and self.asked is None and not self.leaving:
-            self.since = time.monotonic()
+    def report_lost(self, reason: str) -> None:
+        if self.lost is None and self.stop_signal is None and not self.leaving:
+            self.noticed_at = time.monotonic()
             self.lost = " ".join(reason.split())
 
     # ---- several processes -----------------------------------------------------------------------
 
     def listen_for_signals(self) -> None:
         """Hear signals from now on, in a thread."""
-        self.several = True
+        self.multi_process = True
         read, write = os.pipe()
         for end in (read, write):
             self.stack.callback(os.close, end)
             os.set_blocking(end, False)
         self.stack.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(write))
-        for number, handler in (*((each, self.ignore) for each in ASKED), (POKE, self.poked)):
+        for number, handler in (*((each, self.ignore) for each in ASKED), (POKE, self.interrupt)):
             self.stack.callback(self.restore, number, signal.signal(number, handler))
         self.start(partial(self.listen, read), wake=partial(os.write, write, b"\0"))
 
@@ -157,14 +159,14 @@ class Watch:
     def restore(self, number: int, before: Any) -> None:
         """A handler as it was; but a process that stops because it was asked to is on its way
         out, and what a launcher sends once more must not change its exit code."""
-        signal.signal(number, signal.SIG_IGN if self.asked and number in ASKED else before)
+        signal.signal(number, signal.SIG_IGN if self.stop_signal and number in ASKED else before)
 
     def ignore(self, number: int, frame: Any) -> None:
         """The thread that listens has heard it."""
 
-    def poked(self, number: int, frame: Any) -> None:
+    def interrupt(self, number: int, frame: Any) -> None:
         if not (self.writing or self.leaving or self.closed.is_set()):
-            raise self.reason()
+            raise self.exit_exception()
 
     def listen(self, pipe: int) -> None:
         poked = 0.0
@@ -172,37 +174,39 @@ class Watch:
             if select.select([pipe], [], [], POLL)[0]:
                 for number in os.read(pipe, 4096):
                     if number in ASKED:
-                        self.hear(signal.Signals(number))
+                        self.handle_signal(signal.Signals(number))
             now = time.monotonic()
-            if self.store is not None and self.rank and now - self.heard_from_first > SILENCE:
-                self.lose(f"nothing was heard of process 0 for {SILENCE:.0f} s")
-            if self.asked is None and self.lost is None:
+            if self.store is not None and self.rank and now - self.last_contact > SILENCE:
+                self.report_lost(f"nothing was heard of process 0 for {SILENCE:.0f} s")
+            if self.stop_signal is None and self.lost is None:
                 continue
-            if now - self.since >= self.end_after and not self.closed.is_set():
+            if now - self.noticed_at >= self.end_after and not self.closed.is_set():
                 self.end()
             # Once more after a while: an exception can get lost in a destructor.
-            if now - self.since >= self.poke_after and now - poked >= REPEATED:
+            if now - self.noticed_at >= self.poke_after and now - poked >= REPEATED:
                 poked = now
                 main = threading.main_thread().ident
                 assert main is not None
                 signal.pthread_kill(main, POKE)
 
-    def hear(self, number: signal.Signals) -> None:
-        if self.asked is None:
-            self.say(f"{self.promise}, with all processes; a second signal ends this one at once")
-            self.ask(number)
-        elif time.monotonic() - self.since >= REPEATED and not self.writing:
+    def handle_signal(self, number: signal.Signals) -> None:
+        if self.stop_signal is None:
+            self.print_line(
+                f"{self.announcement}, with all processes; a second signal ends this one at once"
+            )
+            self.request_stop(number)
+        elif time.monotonic() - self.noticed_at >= REPEATED and not self.writing:
             os.kill(os.getpid(), signal.SIGKILL)
 
     @property
     def poke_after(self) -> float:
         """Seconds until the main thread is interrupted. One that has not met the others yet is
         not: it has to tell them."""
-        if self.asked is None:
+        if self.stop_signal is None:
             return 0.0
-        if self.begun:
+        if self.started:
             return FINISH
-        return END if self.told is None else self.told - self.since + TELLING
+        return END if self.announced_at is None else self.announced_at - self.noticed_at + TELLING
 
     @property
     def end_after(self) -> float:
@@ -210,12 +214,16 @@ class Watch:
 
     def end(self) -> None:
         """End the process from a thread, the main one does not come back."""
-        seconds = time.monotonic() - self.since
-        said = f"stopped by {self.asked.name}" if self.asked else str(LostProcess(str(self.lost)))
-        self.say(
+        seconds = time.monotonic() - self.noticed_at
+        said = (
+            f"stopped by {self.stop_signal.name}"
+            if self.stop_signal
+            else str(LostProcess(str(self.lost)))
+        )
+        self.print_line(
             f"{said}: ended after {seconds:.0f} s in which it did not come to an end by itself"
         )
-        os._exit(128 + self.asked if self.asked else 2)
+        os._exit(128 + self.stop_signal if self.stop_signal else 2)
 
     # ---- the store -------------------------------------------------------------------------------
 
@@ -227,12 +235,12 @@ class Watch:
     def join(self, host: str, port: int, rank: int, size: int) -> None:
         """Talk to the other processes from now on, in a thread."""
         self.rank, self.size = rank, size
-        self.heard_from_first = time.monotonic()
+        self.last_contact = time.monotonic()
         if self.store is None:
             self.store = dist.TCPStore(host, port, timeout=timedelta(seconds=SILENCE))
-        self.start(self.talk)
+        self.start(self.exchange_state)
 
-    def talk(self) -> None:
+    def exchange_state(self) -> None:
         beats = (
             {rank: (0, time.monotonic()) for rank in range(1, self.size)} if not self.rank else {}
         )
@@ -240,40 +248,40 @@ class Watch:
         try:
             while not self.closed.wait(POLL):
                 self.store.add(f"beat {self.rank}", 1)
-                self.heard_from_first = time.monotonic()
-                if self.asked:
-                    self.store.set("asked", str(int(self.asked)))
-                    self.told = self.told or time.monotonic()
+                self.last_contact = time.monotonic()
+                if self.stop_signal:
+                    self.store.set("asked", str(int(self.stop_signal)))
+                    self.announced_at = self.announced_at or time.monotonic()
                 elif self.store.check(["asked"]):
-                    self.ask(signal.Signals(int(self.store.get("asked"))))
+                    self.request_stop(signal.Signals(int(self.store.get("asked"))))
                 if self.lost:
                     self.store.set("lost", self.lost)
                 elif self.store.check(["lost"]):
-                    self.lose(self.store.get("lost").decode())
-                if (self.asked or self.lost) and not heard:
+                    self.report_lost(self.store.get("lost").decode())
+                if (self.stop_signal or self.lost) and not heard:
                     heard = bool(self.store.add("heard", 1))
                 for rank, (count, since) in beats.items():
                     now = self.store.add(f"beat {rank}", 0)
                     if now != count:
                         beats[rank] = now, time.monotonic()
                     elif time.monotonic() - since > SILENCE:
-                        self.lose(f"nothing was heard of process {rank} for {SILENCE:.0f} s")
+                        self.report_lost(f"nothing was heard of process {rank} for {SILENCE:.0f} s")
         except (RuntimeError, ValueError) as error:  # the first process is gone, and its store
             if not self.closed.wait(2 * POLL):  # not because the run is over
-                self.lose(f"process 0: {error}")
+                self.report_lost(f"process 0: {error}")
 
-    def hear_why(self) -> None:
+    def wait_for_reason(self) -> None:
         """Once a message has failed: whether the other process was asked to stop may be heard a
         moment later."""
         until = time.monotonic() + TELLING
-        while self.asked is None and self.lost is None and time.monotonic() < until:
+        while self.stop_signal is None and self.lost is None and time.monotonic() < until:
             time.sleep(POLL / 10)
 
-    def let_others_hear(self) -> None:
+    def wait_until_heard(self) -> None:
         """In the first process, before its store goes: until all have heard why, or no longer
         are."""
         until = time.monotonic() + TELLING
-        while (self.asked or self.lost) and time.monotonic() < until:
+        while (self.stop_signal or self.lost) and time.monotonic() < until:
             if self.store.add("heard", 0) >= self.size:
                 break
             time.sleep(POLL / 10)

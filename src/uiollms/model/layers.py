@@ -29,7 +29,7 @@ from uiollms.model.attention_patterns import EncoderPattern, PackedRowsPattern, 
 from uiollms.model.lora import dropout_seeds
 from uiollms.model.positions import rotary_tables, uses_long_factors
 from uiollms.model.state import KVPrefix, SharedPrefix
-from uiollms.weights.fitness import smallest_window, window_of
+from uiollms.weights.fitness import attention_window, smallest_window
 
 AnyPrefix = KVPrefix | SharedPrefix  # the keys and values that a decoder call reads before its own
 
@@ -61,7 +61,7 @@ class LayerInputs(NamedTuple):
 
     def pattern_in(self, layer: Any) -> AttentionPattern:
         attention = layer.self_attn
-        if self.sliding is None or window_of(attention.config, attention.layer_idx) is None:
+        if self.sliding is None or attention_window(attention.config, attention.layer_idx) is None:
             return self.pattern
         return self.sliding
 

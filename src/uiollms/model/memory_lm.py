@@ -57,7 +57,7 @@ from uiollms.model.roles import Role, check_base
 from uiollms.model.skeleton import make_skeleton
 from uiollms.model.state import KVPrefix
 from uiollms.model.streaming import Streaming
-from uiollms.weights.fitness import check_tensors, eos_of, not_finite
+from uiollms.weights.fitness import check_tensors, first_eos, not_finite
 
 LayerMemory = list[Tensor]  # L tensors [C, m, D], each on its layer's device
 
@@ -96,7 +96,7 @@ class MemoryLM(  # type: ignore[misc]
         self.checkpointing = False
         embedding = base.model.embed_tokens
         with align_module_device(embedding):  # its weights may be on disk
-            token = embedding.weight.detach()[eos_of(base.config)].to(
+            token = embedding.weight.detach()[first_eos(base.config)].to(
                 master_dtype(base.dtype, masters)
             )[None, None]
         self.masters = masters

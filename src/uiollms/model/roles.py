@@ -13,7 +13,7 @@ from uiollms.model.lora import LoRA
 from uiollms.model.positions import describe_num_positions, find_rope_fault, num_positions
 from uiollms.model.skeleton import is_sharded
 from uiollms.weights.base_files import FAMILIES
-from uiollms.weights.fitness import eos_fault, narrow_window, wide_rank
+from uiollms.weights.fitness import eos_fault, rank_fault, window_fault
 
 PROJECTIONS = {"encoder": ("q_proj", "v_proj"), "decoder": ("k_proj", "v_proj")}
 
@@ -63,10 +63,10 @@ def check_base(base: Any, config: MemoryConfig) -> None:
             "device_map"
         )
     faults = (
-        narrow_window(base.config, config.chunk_size),
+        window_fault(base.config, config.chunk_size),
         find_rope_fault(base.config, config.chunk_size, config.recent_tokens),
         eos_fault(base.config),
-        wide_rank(base.config, config.lora_rank),
+        rank_fault(base.config, config.lora_rank),
     )
     if any(faults):
         raise ValueError(next(filter(None, faults)))

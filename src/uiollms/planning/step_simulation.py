@@ -30,11 +30,11 @@ from uiollms.data.sample import PROTOCOLS, Sample
 from uiollms.distributed.device_map import (
     CPU,
     as_device,
+    compute_device,
+    move_modules,
     on_disk,
-    resolved,
-    send,
+    resolve_map,
     this_machine,
-    worker,
 )
 from uiollms.files.errors import ConfigError
 from uiollms.model.layers import layer_device
@@ -162,13 +162,13 @@ class StepSimulation:
         train = self.config.train
         with torch.device("meta"):
             base = AutoModelForCausalLM.from_config(self.shape, dtype=self.dtype)
-        device_map = resolved(base, self.config.model.device_map, self.path, self.machine)
-        disk_modules, disk_worker = on_disk(base, device_map), worker(device_map)
+        device_map = resolve_map(base, self.config.model.device_map, self.path, self.machine)
+        disk_modules, disk_worker = on_disk(base, device_map), compute_device(device_map)
         device_map = {
             name: disk_worker if device == "disk" else device for name, device in device_map.items()
         }
         with SimulatedDevices() as simulation:
-            send(base, device_map)
+            move_modules(base, device_map)
             weights = Counter(simulation.live)
             model = MemoryLM(base, self.memory, train.master_dtype)
             model.chunk_batch, model.checkpointing = batch, train.checkpointing

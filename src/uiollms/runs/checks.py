@@ -32,7 +32,7 @@ from uiollms.config.sections import EnvConfig, MemoryConfig
 from uiollms.data import find_corpus
 from uiollms.data.builder import task_fault
 from uiollms.data.readers.hub import HubDataset, HubSplit
-from uiollms.distributed.device_map import resolved, this_machine
+from uiollms.distributed.device_map import resolve_map, this_machine
 from uiollms.evaluation.instances import ACCEPTED_KINDS
 from uiollms.files.atomic import make_folder, read_whole, recover, reporting_write_errors
 from uiollms.files.errors import ConfigError, Faults
@@ -48,7 +48,7 @@ from uiollms.runs.run_files import (
 )
 from uiollms.training.schedule import Schedule
 from uiollms.weights.adapters import check_compressor, check_target
-from uiollms.weights.base_models import KNOWN_SHAPES, hub_reachable, load, resolve_dtype
+from uiollms.weights.base_models import KNOWN_SHAPES, hub_reachable, load_pretrained, resolve_dtype
 from uiollms.weights.packaged import package_folder
 
 ENDING = 10.0  # seconds that a run which is stopping may need for its last checkpoint
@@ -164,7 +164,7 @@ def examine_base(config: EnvConfig, shape: Any, path: str | Path, faults: Faults
             package_folder(model.model_name.removeprefix("package:"))
     elif model.model_name in KNOWN_SHAPES and not hub_reachable():  # its shape came from a table
         with faults.collect():
-            load(AutoConfig, model.model_name)
+            load_pretrained(AutoConfig, model.model_name)
     if model.offload_dir is not None:
         with faults.collect(f"{path}: model.offload_dir: "):
             check_folder(Path(model.offload_dir), Path(model.offload_dir))
@@ -183,7 +183,7 @@ def examine_base(config: EnvConfig, shape: Any, path: str | Path, faults: Faults
         with torch.device("meta"):
             base = AutoModelForCausalLM.from_config(shape, dtype=dtype)
         with faults.collect():
-            resolved(base, model.device_map, path, this_machine())
+            resolve_map(base, model.device_map, path, this_machine())
 
 
 def check_weights(weights: str | None, memory: MemoryConfig | None) -> None:

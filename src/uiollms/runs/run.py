@@ -255,7 +255,7 @@ class Run:
         checkpoints beyond `keep_last`. Raises ConfigError if the disk is full; the older
         checkpoints then stay."""
         if self.world.is_main_process:
-            with self.watch.undisturbed():
+            with self.watch.uninterrupted():
                 self.write_checkpoint(state)
 
     def write_checkpoint(self, state: TrainingState) -> None:

@@ -31,11 +31,11 @@ class StopSignals:
         call this at the same line. Raises LostProcess, or SystemExit after a signal, if another
         process has ended."""
         if self.watch.lost:
-            raise self.watch.reason()
-        number = self.world.max(self.watch.asked or 0)
+            raise self.watch.exit_exception()
+        number = self.world.max(self.watch.stop_signal or 0)
         if number:
             self.agreed = signal.Signals(number)
-            self.watch.ask(self.agreed)
+            self.watch.request_stop(self.agreed)
 
     def exit_if_agreed(self) -> None:
         """Raise SystemExit with the exit code of the signal if the processes have agreed on one."""
@@ -47,13 +47,13 @@ class StopSignals:
         reads its documents through this, so that a signal interrupts it; the resumed run repeats
         it. The other processes wait meanwhile, so no agreement is needed."""
         for item in items:
-            if self.watch.asked:
-                raise self.watch.reason()
+            if self.watch.stop_signal:
+                raise self.watch.exit_exception()
             yield item
 
     def log_signal(self, resumable: bool) -> None:
         """Log which signal has ended the run, if one has. `resumable` is False if the signal came
         before the first step could be trained."""
-        if self.watch.asked:
+        if self.watch.stop_signal:
             remedy = "--resume continues the run" if resumable else "nothing was trained yet"
-            log.info("stopped by %s; %s", self.watch.asked.name, remedy)
+            log.info("stopped by %s; %s", self.watch.stop_signal.name, remedy)

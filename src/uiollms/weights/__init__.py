@@ -1,1 +1,1 @@
-"""Weights on disk: base models, adapters, whole model folders."""
+"""Load and save weights: base models, adapters and whole model folders."""

@@ -1,10 +1,11 @@
-"""Trained weights on disk: PEFT adapter folders in safetensors, or the authors' list of tensors.
+"""Save and load trained weights: PEFT adapter folders in safetensors, or the authors' list of
+tensors.
 
 <folder>/memory_config.json   the compressor they were trained for
          encoder/ decoder/    PEFT adapters: adapter_config.json, adapter_model.safetensors (no
                               decoder/ without a transfer head)
-         tokens.safetensors   the two token embeddings (with slot_input "last" the repeat token
-                              alone); its header names the base's vocabulary size
+         tokens.safetensors   the two token embeddings (with slot_input "last" only the repeat
+                              token); its header contains the base's vocabulary size
          checksums.json       sha256 of every file, written last
 <name>.pth                    the released program's format: a pickled list, encoder then decoder,
                               each its token and then, layer by layer, A and B of its two
@@ -40,7 +41,7 @@ from uiollms.files.atomic import (
 )
 from uiollms.files.errors import ConfigError
 from uiollms.files.reading import check_tree, file_kind
-from uiollms.weights.fitness import TOKEN, not_finite, other_slots
+from uiollms.weights.fitness import TOKEN, not_finite, slot_input_fault
 
 if TYPE_CHECKING:
     from uiollms.model.memory_lm import MemoryLM
@@ -56,10 +57,9 @@ WEIGHT_FILES = ["memory_config.json", "tokens.safetensors", *ADAPTERS, CHECKSUMS
 
 
 def save_weights(model: MemoryLM, path: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write the trained tensors, in `dtype` if given (smaller), as a whole: what was at `path`
-    stays until they are on the disk, and where the save fails, with a ConfigError. A link stays
-    and what it leads to is replaced. Raises ConfigError where anything but weights lies at
-    `path`."""
+    """Save the trained tensors atomically, in `dtype` if given. The old weights at `path` stay
+    until the new ones are on the disk, and if saving fails. If `path` is a link, its target is
+    replaced. Raises ConfigError if writing fails, or if `path` contains anything but weights."""
     named = Path(path)
     check_target(named)
     remedy = f"; {named} is as it was" if named.exists() else ""
@@ -77,30 +77,29 @@ def save_weights(model: MemoryLM, path: str | Path, dtype: torch.dtype | None = 
 
 
 def write_weights(model: MemoryLM, work: Path, dtype: torch.dtype | None = None) -> None:
-    """The files of the folder format, but for the checksums, in an empty folder."""
+    """Write the files of the folder format except the checksums into an empty folder."""
     tensors = cpu_tensors(model, dtype)
     compressor = model.memory_config.model_dump_json(indent=4) + "\n"
     (work / "memory_config.json").write_text(compressor, encoding="utf-8")
-    header = {
-        "vocab_size": str(model.config.vocab_size)
-    }  # one key: more would be written in a random order
+    # One key only, because safetensors writes several keys in a random order.
+    header = {"vocab_size": str(model.config.vocab_size)}
     tokens = {name: tensors[name] for name in TOKENS if name in tensors}
     save_file(tokens, work / "tokens.safetensors", metadata=header)
-    for role in roles(model.memory_config):
+    for role in lora_roles(model.memory_config):
         adapter = {
             peft_name(name): t.contiguous() for name, t in tensors.items() if is_lora_of(role, name)
         }
-        peft_config(model, projections(adapter)).save_pretrained(str(work / role))
+        peft_config(model, lora_projections(adapter)).save_pretrained(str(work / role))
         save_file(adapter, work / role / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def roles(memory: MemoryConfig) -> tuple[str, ...]:
-    """The roles that have a LoRA: without a transfer head the decoder has none."""
+def lora_roles(memory: MemoryConfig) -> tuple[str, ...]:
+    """The roles that have a LoRA. Without a transfer head the decoder has none."""
     return ROLES if memory.transfer_head else ROLES[:1]
 
 
 def cpu_tensors(model: MemoryLM, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """What is written. Raises ConfigError for NaN and infinite numbers."""
+    """Return the trained tensors on the CPU. Raises ConfigError for NaN and infinite numbers."""
     tensors = {
         name: t.to(device="cpu", dtype=dtype or t.dtype)
         for name, t in model.memory_state_dict().items()
@@ -108,15 +107,14 @@ def cpu_tensors(model: MemoryLM, dtype: torch.dtype | None) -> dict[str, Tensor]
     if name := not_finite(tensors.items()):
         kind = tensors[name].dtype
         raise ConfigError(
-            f"weights are not saved: {name} holds NaN or infinite numbers in {kind}; go back to "
-            "weights "
-            f"saved before, and lower train.max_lr, or write another dtype"
+            f"weights are not saved: {name} holds NaN or infinite numbers in {kind}; go back "
+            "to weights saved before, and lower train.max_lr, or use another dtype"
         )
     return tensors
 
 
 def check_target(path: Path) -> None:
-    """Raises ConfigError unless weights can go to `path` without taking anything else's place."""
+    """Raise ConfigError if saving weights to `path` would replace anything but weights."""
     if not (path.exists() or path.is_symlink()):
         return
     remedy = "move it, or choose another model.save_ckp"
@@ -131,32 +129,34 @@ def check_target(path: Path) -> None:
             raise ConfigError(f"{path}: weights would replace it, but {what}; {remedy}")
         return
     if path.is_symlink() and os.path.ismount(os.path.realpath(path)):
-        raise ConfigError(f"{path}: is a link to a whole disk; let it lead to a folder on it")
+        raise ConfigError(f"{path}: is a link to a whole disk; link to a folder on it")
     others = [
         p
         for p in path.rglob("*")
         if p.is_file() and p.relative_to(path).as_posix() not in WEIGHT_FILES
     ]
     if others or not path.is_dir():
-        what = f"holds other files ({others[0].relative_to(path)})" if others else "is not a folder"
+        what = (
+            f"contains other files ({others[0].relative_to(path)})" if others else "is not a folder"
+        )
         raise ConfigError(f"{path}: weights would replace it, but it {what}; {remedy}")
 
 
 def holds_tensors(path: Path) -> bool:
-    """Whether a file is a list of tensors, as the .pth format is."""
-    if file_kind(path):  # a pipe would be waited for
+    """Whether a file contains a list of tensors, as the .pth format does."""
+    if file_kind(path):  # reading a pipe would block
         return False
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # whatever another file makes the unpickler raise
+    except Exception:  # the unpickler can raise anything for other files
         return False
     return isinstance(found, list) and all(isinstance(t, Tensor) for t in found)
 
 
 def load_weights(model: MemoryLM, path: str | Path) -> None:
-    """Read trained tensors into `model`. Raises ConfigError for files that are missing, broken
-    or not those that checksums.json names (where there is one), a compressor or vocabulary other
-    than the model's, and tensors that do not fit."""
+    """Load trained tensors into `model`. Raises ConfigError for files that are missing, broken or
+    differ from checksums.json (if it exists), for a compressor or vocabulary that differs from the
+    model's, and for tensors of other names or shapes."""
     path = Path(path)
     try:
         if path.suffix == ".pth":
@@ -175,9 +175,8 @@ def load_weights(model: MemoryLM, path: str | Path) -> None:
 
 def read_folder(model: MemoryLM, path: Path) -> dict[str, Tensor]:
     check_tree(path)
-    absent = (
-        () if (path / "decoder").exists() else ("decoder",)
-    )  # no transfer head, or missed below
+    # Without a transfer head there is no decoder; otherwise reading it fails below.
+    absent = () if (path / "decoder").exists() else ("decoder",)
     files = [
         name for name in WEIGHT_FILES if name != CHECKSUMS and name.split("/")[0] not in absent
     ]
@@ -194,17 +193,17 @@ def read_folder(model: MemoryLM, path: Path) -> dict[str, Tensor]:
             f"trained with a vocabulary of {vocabulary} tokens, the model has "
             f"{model.config.vocab_size}"
         )
-    for role in roles(model.memory_config):
+    for role in lora_roles(model.memory_config):
         adapter = load_file(path / role / "adapter_model.safetensors")
         tensors |= {plain_name(role, name): t for name, t in adapter.items()}
     return tensors
 
 
 def check_compressor(path: Path, memory: MemoryConfig) -> None:
-    """Raises ValueError where the weights in a folder were trained for another compressor."""
+    """Raise ValueError if the weights in a folder were trained for another compressor."""
     saved = load_memory_config(path / "memory_config.json")
     differing = [
-        f"{field} {getattr(saved, field)}, the config says {getattr(memory, field)}"
+        f"{field} {getattr(saved, field)}, the config has {getattr(memory, field)}"
         for field in (
             "num_memory",
             "chunk_size",
@@ -221,18 +220,18 @@ def check_compressor(path: Path, memory: MemoryConfig) -> None:
 
 
 def read_pth(model: MemoryLM, path: Path) -> dict[str, Tensor]:
-    """The authors' list, with torch's weights-only loader: nothing in the file is executed."""
+    """Read the authors' list with torch's weights-only loader, which runs nothing in the file."""
     if path.exists() and not path.is_file():
-        raise ValueError("not a file")  # a pipe would be waited for, a device may have no end
+        raise ValueError("not a file")  # reading a pipe would block, a device may have no end
     try:
-        if zipfile.is_zipfile(path):  # torch does not look at the checksums in its own files
+        if zipfile.is_zipfile(path):  # torch does not check the checksums in its files
             with zipfile.ZipFile(path) as archive:
                 if bad := archive.testzip():
-                    raise zipfile.BadZipFile(f"damaged: the checksum of {bad} is another")
+                    raise zipfile.BadZipFile(f"damaged: the checksum of {bad} differs")
         listed = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # a file that means harm can fail in any way the unpickler knows
+    except Exception as error:  # the unpickler can raise anything for malicious files
         raise ValueError(
             f"not a list of tensors saved by torch ({' '.join(str(error).split())[:120]})"
         ) from None
@@ -240,7 +239,7 @@ def read_pth(model: MemoryLM, path: Path) -> dict[str, Tensor]:
     if isinstance(listed, list) and all(isinstance(t, Tensor) for t in listed):
         more, learned = len(listed) - len(names), TOKEN in names
         if (more, learned) in ((1, False), (-1, True)) and (listed[0].dim() == 3) == (not learned):
-            raise ValueError(other_slots(not learned))
+            raise ValueError(slot_input_fault(not learned))
     if (
         not isinstance(listed, list)
         or len(listed) != len(names)
@@ -253,23 +252,22 @@ def read_pth(model: MemoryLM, path: Path) -> dict[str, Tensor]:
     return dict(zip(names, listed, strict=True))
 
 
-def projections(adapter: Iterable[str]) -> list[str]:
-    """Which of a layer's projections have LoRA, by the names of its tensors."""
+def lora_projections(adapter: Iterable[str]) -> list[str]:
+    """Return the projections of a layer that have LoRA, from the names of the tensors."""
     return list(dict.fromkeys(name.split(".")[6] for name in adapter))
 
 
-def peft_config(model: MemoryLM, projections: list[str]) -> LoraConfig:
+def peft_config(model: MemoryLM, lora_projections: list[str]) -> LoraConfig:
     config = model.memory_config
     base = model.config._name_or_path
     return LoraConfig(
         task_type="CAUSAL_LM",
-        base_model_name_or_path=Path(base).name
-        if Path(base).is_dir()
-        else base,  # no path of this machine in a shared file
+        # A shared file must not contain a path of this machine.
+        base_model_name_or_path=Path(base).name if Path(base).is_dir() else base,
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
         lora_dropout=config.lora_dropout,
-        target_modules=projections,
+        target_modules=lora_projections,
         inference_mode=True,
     )
 
@@ -286,7 +284,7 @@ def peft_name(name: str) -> str:
 
 
 def plain_name(role: str, name: str) -> str:
-    """The inverse of `peft_name`. Raises ValueError for a name that PEFT would not have written."""
+    """The inverse of `peft_name`. Raises ValueError for a name that PEFT does not write."""
     parts = name.split(".")
     if len(parts) != 9 or parts[:4] != ["base_model", "model", "model", "layers"]:
         raise ValueError(f"{role}: {name!r} is not the name of a LoRA tensor")

@@ -1,5 +1,5 @@
-"""The folder of a base model before anything is built of it: files only, and a config.json whose
-sizes some model has, and its weight files have room for."""
+"""Check the folder of a base model before anything is loaded: it contains only regular files, and
+the sizes in config.json are possible and agree with the sizes of the weight files."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from uiollms.files.json_files import find_unusable, read_json
 from uiollms.files.reading import check_file
 
 MOST_LAYERS = 2**12
-MOST_WORDS = 2**30  # bytes of a tokenizer's file, or a config
-FEW = (
-    2**24
-)  # parameters that take no time to build: what is wrong is said by the loader, tensor by tensor
+MOST_WORDS = 2**30  # bytes of a config or a tokenizer file
+# A model of so few parameters is built in no time, and its loader reports faults tensor by tensor.
+FEW = 2**24
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 
@@ -27,8 +26,8 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class BaseConfig(BaseModel):
-    """What is read of a llama's, mistral's or qwen's config.json, within ten times the largest
-    there are. Fields that are not there have the library's defaults."""
+    """The fields of config.json that llama, mistral and qwen models read. The limits are about ten
+    times the largest existing sizes. Missing fields have the library's defaults."""
 
     model_config = ConfigDict(
         extra="ignore", strict=True, allow_inf_nan=False, protected_namespaces=()
@@ -62,7 +61,7 @@ class BaseConfig(BaseModel):
 
 
 class GenerationFile(BaseModel):
-    """What is read of a generation_config.json where a text is answered."""
+    """The fields of generation_config.json that generation reads."""
 
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
 
@@ -71,14 +70,14 @@ class GenerationFile(BaseModel):
     pad_token_id: Tokens = None
 
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # that can carry memory; SmolLM2 is a llama
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # supported bases; SmolLM2 is a llama
 
 
 def check_folder_files(folder: Path) -> None:
-    """Raises ConfigError for anything in a model's folder that is neither file nor folder, and
-    for a file of words (not of weights) that is absurdly large."""
+    """Raise ConfigError if a model's folder contains something other than files and folders, or a
+    config or tokenizer file that is far too large."""
     for path in sorted(folder.iterdir()):
-        if not path.exists() or path.is_dir():  # a link to nothing
+        if not path.exists() or path.is_dir():  # skip links without a target
             continue
         check_file(path)
         if (
@@ -91,20 +90,20 @@ def check_folder_files(folder: Path) -> None:
 
 
 def check_base_config(path: Path) -> None:
-    """Raises ConfigError, a line for each, for fields of a config.json that no model can have,
-    and for sizes together that the weight files beside it are too small for."""
+    """Raise ConfigError, with one line for each fault, for impossible fields of a config.json, and
+    for sizes for which the weight files in the folder are too small."""
     value = read_object(path)
-    if value.get("model_type") not in FAMILIES:  # refused by whoever knows what it is for
+    if value.get("model_type") not in FAMILIES:  # the model builder refuses it
         layers = value.get("num_hidden_layers")
         value = {"num_hidden_layers": layers} if isinstance(layers, int) else {}
-    config = checked(BaseConfig, value, path)
-    held = sum(
+    config = parse_config(BaseConfig, value, path)
+    weight_bytes = sum(
         file.stat().st_size
         for file in path.parent.iterdir()
         if file.suffix in WEIGHTS and file.exists()
     )
     parameters = least_parameters(config)
-    if held and parameters > max(FEW, 2 * held):
+    if weight_bytes and parameters > max(FEW, 2 * weight_bytes):
         names = (
             "num_hidden_layers",
             "hidden_size",
@@ -114,15 +113,15 @@ def check_base_config(path: Path) -> None:
         )
         sizes = ", ".join(f"{name} {getattr(config, name)}" for name in names)
         raise ConfigError(
-            f"{path}: a model of these sizes ({sizes}) has {parameters:,} parameters, the weight "
-            "files "
-            f"beside it have {held:,} bytes; copy the config.json that belongs to them"
+            f"{path}: a model of these sizes ({sizes}) has {parameters:,} parameters, but the "
+            f"weight files in the folder have {weight_bytes:,} bytes; copy the config.json that "
+            "belongs to them"
         )
 
 
 def check_generation(path: Path) -> None:
-    """Raises ConfigError for a generation_config.json whose tokens are none."""
-    checked(GenerationFile, read_object(path), path)
+    """Raise ConfigError for a generation_config.json with impossible token ids."""
+    parse_config(GenerationFile, read_object(path), path)
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -134,8 +133,8 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def checked(model: type[Model], value: dict[str, Any], path: Path) -> Model:
-    """Raises ConfigError with a line for every fault."""
+def parse_config(model: type[Model], value: dict[str, Any], path: Path) -> Model:
+    """Parse a JSON object. Raises ConfigError with one line for each fault."""
     try:
         return model.model_validate(value)
     except ValidationError as error:
@@ -144,7 +143,7 @@ def checked(model: type[Model], value: dict[str, Any], path: Path) -> Model:
 
 
 def least_parameters(config: BaseConfig) -> int:
-    """Parameters of a model of this config, but for norms, biases and a head of its own."""
+    """The number of parameters of a model of this config without norms, biases and lm_head."""
     heads = config.num_attention_heads
     head_dim = config.head_dim or config.hidden_size // heads
     attention = 2 * (heads + (config.num_key_value_heads or heads)) * head_dim

@@ -1,5 +1,4 @@
-"""Getting a base model's files: from a hub, a local folder, or a model shipped inside an
-installed Python package; whatever is wrong with them is one line."""
+"""Load base models from a hub, a local folder or a Python package. Errors are one line."""
 
 from __future__ import annotations
 
@@ -20,13 +19,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from uiollms.data.tokens import plain_ids
 from uiollms.files.errors import ConfigError
 from uiollms.kernels.allocator import is_out_of_memory
 from uiollms.weights.base_files import check_base_config, check_folder_files, check_generation
-from uiollms.weights.fitness import few, not_finite, unfilled
+from uiollms.weights.fitness import list_names, loading_fault, not_finite
 from uiollms.weights.packaged import local_path
 
-# how the pointer begins that git leaves for a large file
+# The first bytes of the pointer file that git-lfs checks out for a large file.
 LFS = b"version https://git-lfs.github.com/"
 ANOTHER_DTYPE = "use model_dtype bf16 or fp32 if that is float16, else download the model again"
 
@@ -37,7 +37,7 @@ DTYPES = {
     "fp64": torch.float64,
 }
 
-# Shapes of the shipped configs' models, so that lengths and placement can be checked without a hub.
+# Shapes of the models of the shipped configs, so that checks of lengths and devices need no hub.
 KNOWN_SHAPES = {
     "meta-llama/Llama-2-7b-chat-hf": LlamaConfig(
         vocab_size=32000,
@@ -65,14 +65,14 @@ KNOWN_SHAPES = {
 
 
 def base_config(model_name: str) -> Any:
-    """The base's transformers config, from the known shapes, a folder or the hub. Raises
-    ConfigError naming the model, also where it is quantised."""
+    """Return the base's transformers config from the known shapes, a folder or the hub. Raises
+    ConfigError if it cannot be loaded or the model is quantised."""
     return KNOWN_SHAPES.get(model_name) or load_config(model_name)
 
 
 def computes_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 is native to the device. On CPUs without it torch emulates, ten and more
-    times slower than float32."""
+    """Whether the device computes in bfloat16 natively. On other CPUs torch emulates it, at least
+    ten times slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
@@ -85,85 +85,83 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_config(model_name: str, **settings: Any) -> Any:
-    """A model's transformers config, of its files. Raises ConfigError naming the model, also
-    where it is quantised."""
-    config = load(AutoConfig, model_name, **settings)
+    """Load a model's transformers config. Raises ConfigError if it cannot be loaded or the model is
+    quantised."""
+    config = load_pretrained(AutoConfig, model_name, **settings)
     quantised = getattr(config, "quantization_config", None)
     if quantised:
         method = quantised if isinstance(quantised, dict) else vars(quantised)
-        raise refused(
+        raise model_error(
             model_name,
             "its weights are quantised "
             f"({method.get('quant_method', 'quantization_config in config.json')}), which "
-            f"is not supported; name the model that they were made from",
+            f"is not supported; name the original model",
         )
     return config
 
 
 def load_causal_lm(model_name: str, **settings: Any) -> Any:
-    """The base model, all of whose tensors came from its files and are finite. Raises
-    ConfigError, naming some, where any is missing, misshapen or not finite, or is there and has
-    no place in the model."""
+    """Load the base model. Raises ConfigError, naming some tensors, if any is missing, unknown, of
+    another shape, or holds NaN or infinite numbers."""
     load_config(
         model_name, **{key: settings[key] for key in ("revision", "token") if key in settings}
     )
-    base, info = load(
+    base, info = load_pretrained(
         AutoModelForCausalLM,
         model_name,
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # else the first one raises, over several lines
+        ignore_mismatched_sizes=True,  # otherwise the first one raises an error of several lines
         **settings,
     )
-    if fault := unfilled(info):
-        raise refused(
+    if fault := loading_fault(info):
+        raise model_error(
             model_name,
-            f"its files do not fill the model: {fault}; save the model again from where it was "
-            "made "
-            f"(unwrapped, merged, with its head), or download it again",
+            f"its files do not fill the model: {fault}; save the original model again "
+            "(unwrapped, merged, with its head), or download it again",
         )
     if name := not_finite(base.named_parameters()):
-        raise refused(
+        raise model_error(
             model_name, f"{name} holds NaN or infinite numbers in {base.dtype}; {ANOTHER_DTYPE}"
         )
     return base
 
 
 def load_tokenizer_for(config: Any, model_name: str, **settings: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model whose transformers config is given. Raises ConfigError as
-    `check_tokenizer`."""
-    tokenizer = load(AutoTokenizer, model_name, **settings)
+    """Load the tokenizer of a model with the given transformers config. Raises ConfigError as
+    `check_tokenizer` does."""
+    tokenizer = load_pretrained(AutoTokenizer, model_name, **settings)
     check_tokenizer(tokenizer, config, model_name)
     return tokenizer
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any, model_name: str) -> None:
-    """Raises ConfigError for a tokenizer that makes nothing of a text, or tokens that the base
-    has no embedding for."""
+    """Raise ConfigError for a tokenizer that returns no tokens for a text, or has tokens for which
+    the base has no embedding."""
     ids = tokenizer.get_vocab().values()
-    if not tokenizer("a text", add_special_tokens=False)["input_ids"]:
-        raise refused(
-            model_name, "its tokenizer makes no token of a text; copy the tokenizer's files again"
+    if not plain_ids(tokenizer, "a text"):
+        raise model_error(
+            model_name,
+            "its tokenizer returns no tokens for a text; copy the tokenizer's files again",
         )
     if (largest := max(ids)) >= config.vocab_size:
-        raise refused(
+        raise model_error(
             model_name,
             f"its tokenizer has tokens up to id {largest}, the base has {config.vocab_size} "
             "embeddings "
             "(vocab_size); resize the base's embeddings (resize_token_embeddings) and save it, or "
             "use the "
-            f"tokenizer without what was added",
+            "tokenizer without the added tokens",
         )
 
 
-def load(loader: Any, model_name: str, **settings: Any) -> Any:
-    """`loader.from_pretrained` of a model by its name in a config. Raises ConfigError with one
-    line if it cannot be had."""
+def load_pretrained(loader: Any, model_name: str, **settings: Any) -> Any:
+    """Call `loader.from_pretrained` for a model by its name in a config. Raises ConfigError with
+    one line if it cannot be loaded."""
     path = local_path(model_name)
     check_files(model_name, Path(path))
-    if (
-        Path(path) / "adapter_config.json"
-    ).is_file():  # transformers would load the adapter's base, and add it
-        raise refused(
+    # transformers would load the adapter's base and add the adapter.
+    if (Path(path) / "adapter_config.json").is_file():
+        raise model_error(
             model_name,
             "the folder is a PEFT adapter, not a whole model; merge it into its base and save that",
         )
@@ -171,15 +169,13 @@ def load(loader: Any, model_name: str, **settings: Any) -> Any:
         return loader.from_pretrained(
             path, local_files_only=not hub_reachable(), trust_remote_code=False, **settings
         )
-    except (
-        Exception
-    ) as error:  # files that others have written fail in any way that the libraries know
-        raise cannot_get(model_name, path, error) from None
+    except Exception as error:  # the libraries raise anything for faulty files
+        raise loading_error(model_name, path, error) from None
 
 
 def check_files(model_name: str, folder: Path) -> None:
-    """Raises ConfigError for a folder, if it is one, that nothing should be built of."""
-    if not folder.is_dir() or lfs_pointers(folder):  # which are named where loading fails
+    """Raise ConfigError if `folder` is a folder whose files cannot be a model's."""
+    if not folder.is_dir() or lfs_pointers(folder):  # loading_error names the pointers
         return
     try:
         check_folder_files(folder)
@@ -189,17 +185,17 @@ def check_files(model_name: str, folder: Path) -> None:
             check_generation(folder / "generation_config.json")
     except ConfigError as error:
         lines = str(error).splitlines()
-        raise ConfigError("\n".join(str(refused(model_name, line)) for line in lines)) from None
+        raise ConfigError("\n".join(str(model_error(model_name, line)) for line in lines)) from None
 
 
-def refused(model_name: str, why: str) -> ConfigError:
+def model_error(model_name: str, why: str) -> ConfigError:
     return ConfigError(f"model.model_name: {model_name!r}: {why}")
 
 
 @cache
 def hub_reachable() -> bool:
-    """Whether the hub's name resolves, asked once: its client would retry for most of a minute
-    before it gives up."""
+    """Whether the hub's host name resolves. The result is cached, because the hub's client retries
+    for most of a minute before it fails."""
     if constants.HF_HUB_OFFLINE:
         return False
     if urllib.request.getproxies().get("https"):
@@ -211,28 +207,28 @@ def hub_reachable() -> bool:
     return True
 
 
-def cannot_get(model_name: str, path: str, error: Exception) -> ConfigError:
-    """Why a model, looked for at `path`, could not be loaded; a folder's fault is not the hub's."""
+def loading_error(model_name: str, path: str, error: Exception) -> ConfigError:
+    """The ConfigError for a model that could not be loaded from `path`, a folder or a hub id."""
     words = " ".join(str(error).split())
     reason = (words if isinstance(error, OSError) else f"{type(error).__name__}: {words}")[:200]
     if is_out_of_memory(error):
-        return refused(
+        return model_error(
             model_name,
-            f"there is too little memory to load it ({reason}); take a smaller base or dtype",
+            f"there is too little memory to load it ({reason}); use a smaller base or dtype",
         )
     folder = Path(path)
     if folder.is_dir():
         if pointers := lfs_pointers(folder):
-            return refused(
+            return model_error(
                 model_name,
-                f"{few(pointers)}: no more than a git-lfs pointer; run git lfs pull in {path}",
+                f"{list_names(pointers)}: only a git-lfs pointer; run git lfs pull in {path}",
             )
         remedy = (
-            "delete it, it is made again"
+            "delete it, it will be created again"
             if model_name.startswith("package:")
             else "copy or download it again"
         )
-        return refused(model_name, f"the folder {path} cannot be loaded ({reason}); {remedy}")
+        return model_error(model_name, f"the folder {path} cannot be loaded ({reason}); {remedy}")
     if (
         folder.is_absolute()
         or path.startswith((".", "~"))
@@ -253,7 +249,7 @@ def cannot_get(model_name: str, path: str, error: Exception) -> ConfigError:
 
 
 def lfs_pointers(folder: Path) -> list[str]:
-    """Files of a model's folder for which git has left a pointer."""
+    """Return the files of a model's folder that are git-lfs pointers."""
     found = []
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(LFS):

@@ -1,5 +1,5 @@
-"""A whole model in a folder: the trained weights as adapters.py writes them, and which base they
-belong to.
+"""Save and load a whole model as a folder: the trained weights as adapters.py writes them, and the
+base model or its name.
 
 <folder>/memory_config.json encoder/ decoder/ tokens.safetensors    see adapters.py; PEFT loads
                               encoder/ and decoder/
@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from uiollms.config.corpora import Checked
 from uiollms.config.load import load_memory_config, parse
-from uiollms.distributed.device_map import place
+from uiollms.distributed.device_map import place_modules
 from uiollms.files.atomic import (
     atomic_folder,
     reporting_write_errors,
@@ -31,28 +31,28 @@ from uiollms.files.errors import ConfigError
 from uiollms.files.json_files import read_json
 from uiollms.kernels.flash_attention import check_request
 from uiollms.weights.adapters import ROLES, WEIGHT_FILES, load_weights, write_weights
-from uiollms.weights.base_models import DTYPES, load, load_causal_lm, resolve_dtype
+from uiollms.weights.base_models import DTYPES, load_causal_lm, load_pretrained, resolve_dtype
 from uiollms.weights.packaged import PACKAGED, converted_folder
 
 if TYPE_CHECKING:
     from uiollms.model.memory_lm import MemoryLM
 
-INCLUDED = "base"  # the base's folder inside a model's folder, and its name in base.json
-# All that `save` may have written, the files of transformers' tokenizers included: nothing else is
+INCLUDED = "base"  # name of the included base's folder, also in base.json
+# Everything that `save` may have written, with the tokenizer files of transformers. Nothing else is
 # ever replaced.
-OWN = [*WEIGHT_FILES, *ROLES, "base.json", INCLUDED]
-OWN += [
+SAVED_FILES = [*WEIGHT_FILES, *ROLES, "base.json", INCLUDED]
+SAVED_FILES += [
     f"{INCLUDED}/{name}"
     for name in ("config.json", "generation_config.json", "model*.safetensors", "model*.index.json")
 ]
-OWN += [
+SAVED_FILES += [
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
 ]
-OWN += [
+SAVED_FILES += [
     "vocab.json",
     "vocab.txt",
     "merges.txt",
@@ -60,11 +60,11 @@ OWN += [
     "spiece.model",
     "sentencepiece.bpe.model",
 ]
-OWN += ["additional_chat_templates", "additional_chat_templates/*.jinja"]
+SAVED_FILES += ["additional_chat_templates", "additional_chat_templates/*.jinja"]
 
 
 class BaseFile(Checked):
-    """base.json"""
+    """The contents of base.json."""
 
     model_name: str
 
@@ -72,15 +72,19 @@ class BaseFile(Checked):
 def save(
     model: MemoryLM, folder: str | Path, include_base: bool = False, tokenizer: Any = None
 ) -> None:
-    """Write `model` for `MemoryLM.from_pretrained`: what is trained, and the base's name or,
-    with `include_base`, the base itself; the tokenizer too, if given. A model's folder is
-    replaced as a whole, another one only if it is empty; a save that fails leaves what was
-    there, and nothing beside it. A base that was loaded from inside the folder stays in it.
-    Raises ConfigError where other files would be lost or nothing can be written, ValueError for
-    a base without a name that is not included."""
+    """Save a model for `MemoryLM.from_pretrained`: the trained weights, the base's name or, with
+    `include_base`, the base itself, and the tokenizer if one is given.
+
+    A folder that contains a model is replaced atomically; another folder only if it is empty. If
+    saving fails, the old folder stays. A base that was loaded from inside the folder is included
+    again. Raises ConfigError if other files would be lost or the folder cannot be written, and
+    ValueError for a base that has no name and is not included.
+    """
     folder = Path(folder)
     name = model.config._name_or_path
-    inside = [(place / INCLUDED).resolve() for place in (folder, whole_folder(folder))]
+    inside = [
+        (place_modules / INCLUDED).resolve() for place_modules in (folder, whole_folder(folder))
+    ]
     include_base = include_base or bool(name) and Path(name).resolve() in inside
     if not (include_base or name):
         raise ValueError(
@@ -101,18 +105,20 @@ def save(
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raises ConfigError unless `folder` is free, empty, or a model's folder that holds nothing
-    but what `save` writes."""
+    """Raise ConfigError unless `folder` does not exist, is empty, or contains a model and only
+    files that `save` writes."""
     if not (folder.exists() or folder.is_symlink()):
         return
     found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
-    others = [path for path in found if not any(fnmatchcase(path, own) for own in OWN)]
+    others = [
+        path for path in found if not any(fnmatchcase(path, pattern) for pattern in SAVED_FILES)
+    ]
     if folder.is_dir() and not others and (not found or "memory_config.json" in found):
         return
     what = (
-        f"holds other files ({others[0]})"
+        f"contains other files ({others[0]})"
         if others
-        else "holds no memory_config.json, so it is no saved model"
+        else "contains no memory_config.json, so it is no saved model"
     )
     raise ConfigError(
         f"{folder}: save_pretrained would replace it, but it "
@@ -122,8 +128,8 @@ def check_replaceable(folder: Path) -> None:
 
 
 def public_name(name: str) -> str:
-    """What another program can load the base by: package:... for a converted package's model, no
-    relative folder."""
+    """The name under which other programs can load the base: package:... for a converted package
+    model, an absolute path for a folder."""
     for package, gguf in PACKAGED.items():
         if Path(name) == converted_folder(gguf):
             return f"package:{package}"
@@ -141,17 +147,19 @@ def load_model(
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> MemoryLM:
-    """A model of the class `cls`, MemoryLM, from a folder of `save_pretrained`, or of train.py
-    with a base.json beside it.
+    """Load a model of the class `cls`, MemoryLM, from a folder that `save_pretrained` wrote, or
+    from weights of train.py with an added base.json.
 
-    base: a loaded causal LM, or the name of one, in place of the one in base.json; dtype: of the
-    base: a torch dtype, its name, or "auto": bfloat16 where the device computes in it natively,
-    else float32; device_map: "auto", "cpu", a GPU number, a torch device, or module -> device;
-    None leaves the base on the CPU, or where a loaded one is; attn_implementation, revision,
-    token: handed on to the base's own from_pretrained. Other settings of transformers
-    (quantization_config, state_dict, ...) are not supported: load the base yourself with them
-    and give it as `base`. Raises ConfigError for a folder that holds no such model and a base
-    that cannot be had.
+    base: a loaded causal LM, or the name of one, instead of the base in base.json.
+    dtype: dtype of the base: a torch dtype, its name, or "auto" for bfloat16 if the device computes
+        in it natively, else float32.
+    device_map: "auto", "cpu", a GPU number, a torch device, or module -> device; None leaves the
+        base on the CPU, or a loaded base on its device.
+    attn_implementation, revision, token: passed to the base's from_pretrained.
+
+    Other settings of transformers (quantization_config, state_dict, ...) are not supported: load
+    the base with them and pass it as `base`. Raises ConfigError if the folder contains no such
+    model or its base cannot be loaded.
     """
     folder = whole_folder(Path(folder))
     if not (folder / "memory_config.json").is_file():
@@ -168,14 +176,14 @@ def load_model(
         }
         given = {name: value for name, value in settings.items() if value is not None}
         cuda = torch.cuda.is_available() and device_map not in (None, "cpu")
-        dtype = as_dtype(dtype, torch.device("cuda" if cuda else "cpu"))
+        dtype = parse_dtype(dtype, torch.device("cuda" if cuda else "cpu"))
         check_request(attn_implementation, f"{folder}: attn_implementation", dtype, device_map)
         base = load_base(folder, base, dtype=dtype, **given)
-    put(base, device_map, folder)
+    move_base(base, device_map, folder)
     try:
         model = cls(base, memory)
     except ValueError as error:
-        raise ConfigError(f"{folder}: its base cannot carry its memory: {error}") from None
+        raise ConfigError(f"{folder}: its base does not support its memory: {error}") from None
     load_weights(model, folder)
     return model
 
@@ -186,14 +194,14 @@ def load_base(folder: Path, name: str | None, **settings: Any) -> Any:
         return load_causal_lm(name, **settings)
     except ConfigError as error:
         raise ConfigError(
-            f"{folder}: its base {name!r} cannot be had ({error}); give base=<folder, hub id or "
+            f"{folder}: its base {name!r} cannot be loaded ({error}); give base=<folder, hub id or "
             "loaded model>, or save the "
             f"model with include_base=True"
         ) from None
 
 
 def base_name(folder: Path) -> str:
-    """What base.json names, as something to load."""
+    """The name or path of the base that base.json names."""
     path = folder / "base.json"
     if not path.is_file():
         raise ConfigError(
@@ -205,13 +213,13 @@ def base_name(folder: Path) -> str:
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer saved in a model's folder, else that of its base."""
+    """Load the tokenizer of a model's folder, else that of its base."""
     folder = whole_folder(Path(folder))
-    own = folder / "tokenizer_config.json"
-    return load(AutoTokenizer, str(folder) if own.is_file() else base_name(folder))
+    config = folder / "tokenizer_config.json"
+    return load_pretrained(AutoTokenizer, str(folder) if config.is_file() else base_name(folder))
 
 
-def as_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+def parse_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto" or dtype in DTYPES:
@@ -224,8 +232,8 @@ def as_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     return found
 
 
-def put(base: Any, device_map: Any, where: str | Path) -> None:
-    """The base's modules onto their devices, in place."""
+def move_base(base: Any, device_map: Any, where: str | Path) -> None:
+    """Move the base's modules to their devices, in place."""
     if device_map is None:
         return
     if isinstance(device_map, dict) and device_map.keys() == {""}:
@@ -236,4 +244,4 @@ def put(base: Any, device_map: Any, where: str | Path) -> None:
     ):
         base.to(device_map)
     else:
-        place(base, device_map, where)
+        place_modules(base, device_map, where)

