@@ -88,7 +88,7 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
     state = TrainingState(model, tokenizer, optimizer, samples)  # all that training changes
     run.begin(state)  # at document 0, or at the state of a checkpoint, in all processes
     schedule = run.schedule  # the documents of a step and its learning rate
-    progress = run.stack.enter_context(
+    progress = run.stack.enter_context(  # closed with the run, also after an error
         output.bar(
             None,
             desc="train",
@@ -122,7 +122,8 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
     model.train()
     if run.evaluation_missing(state.iteration):
         evaluate()
-    for iteration in run.log.timed(schedule.steps(state.iteration)):  # documents after the step
+    # An iteration is the number of documents that are done after a step.
+    for iteration in run.log.timed(schedule.steps(state.iteration)):
         # ---- the algorithm -----------------------------------------------------------------------
         nll, scored, tokens, sources = 0.0, 0, 0, []
         stage, size = schedule.stage(iteration), schedule.size(iteration)
@@ -133,10 +134,14 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
             for batch in pack_documents(documents, model.chunk_batch):
                 names = [document.source for document in batch]
                 with reporting_step_errors(", ".join(names), train):
-                    # Draw each document's reservoir of S chunks, as a weight matrix; encode all
-                    # chunks into memories; decode the chunks with these memories and compute the
-                    # losses; add the gradients to `.grad`: see the four stages of
-                    # src/uiollms/training/step.py.
+                    # src/uiollms/training/step.py draws a weight matrix for each document (for
+                    # "tbptt" and "uio" from a reservoir of S chunks) and then
+                    # 1. encodes all chunks into memories, without a graph,
+                    # 2. decodes each chunk with the memories of the chunks before it, computes the
+                    #    losses, and their gradients at the memories' keys and values,
+                    # 3. goes backward through the projections, to the decoder's LoRA and memories,
+                    # 4. encodes the chunks whose weights are not zero again, with a graph, and goes
+                    #    backward to the encoder's LoRA. All gradients are added to `.grad`.
                     results = gradient_step(
                         model,
                         [document.sample for document in batch],
@@ -151,7 +156,7 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
                 scored += sum(int(result.scored.sum()) for result in results)
                 if world.chunks.is_main_process:  # so that each document counts once
                     tokens += sum(document.sample.num_tokens for document in batch)
-        world.sum_gradients(parameters)
+        world.sum_gradients(parameters)  # over all processes
         nll, scored, tokens = world.sum(nll, scored, tokens)
         norms, lr = gradient_norms(model), schedule.learning_rate(iteration)
         grad_norm = clip_gradients(optimizer, train.clip_grad).item()
