@@ -1,5 +1,5 @@
-"""Whatever a config decides is decided before a model or a corpus is fetched, by what a command
-reads, all faults at once."""
+"""Each command checks everything in the config that it reads, reports all faults at once, and does
+so before it downloads or loads a model or a corpus."""
 
 import json
 import os
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def faults_of(*changes: str, check=check_training) -> list[str]:
-    """The lines that a check of the workspace's config reports, without the file's name."""
+    """Returns the lines that a check of the workspace's config reports, without the file's name."""
     try:
         check(load_env_config("env.json", list(changes)), "env.json")
     except ConfigError as error:
@@ -36,7 +36,7 @@ def faults_of(*changes: str, check=check_training) -> list[str]:
 
 @pytest.fixture
 def nothing_is_loaded(monkeypatch) -> None:
-    """A model or a tokenizer that is asked for is a failure."""
+    """Makes the test fail if a model or a tokenizer is loaded."""
 
     def fetched(*arguments, **settings):
         raise AssertionError("a model or tokenizer was fetched")
@@ -86,7 +86,7 @@ def test_all_faults_are_reported_together(workspace, nothing_is_loaded, capsys):
     lines = [line.removeprefix("env.json: ") for line in capsys.readouterr().err.splitlines()]
     for expected in WRONG.values():
         assert sum(line.startswith(expected) for line in lines) == 1, (expected, lines)
-    assert len(lines) == len(WRONG) + 1  # beacons are two files
+    assert len(lines) == len(WRONG) + 1  # the beacons corpus lacks two files
     assert not Path("out").exists(), "checks make nothing"
 
 
@@ -104,11 +104,11 @@ def test_a_fault_of_one_field_hides_no_other(
     workspace, nothing_is_loaded, capsys, change, expected
 ):
     changes = [change, *(c for c in WRONG if c.split("=")[0] != change.split("=")[0])]
-    wanted = [expected, *(WRONG[c] for c in changes[1:])]
+    expected_lines = [expected, *(WRONG[c] for c in changes[1:])]
     assert call("train.py", "--env_conf", "env.json", *(f"--set={c}" for c in changes)) == 2
     lines = [line.removeprefix("env.json: ") for line in capsys.readouterr().err.splitlines()]
-    for words in wanted:
-        assert any(line.startswith(words) for line in lines), (words, lines)
+    for start in expected_lines:
+        assert any(line.startswith(start) for line in lines), (start, lines)
 
 
 def test_a_dry_run_reports_all_faults_of_what_it_reads(workspace, capsys):
@@ -176,7 +176,7 @@ def test_a_teacher_that_cannot_read_its_samples(workspace, nothing_is_loaded):
 
 @pytest.mark.parametrize("loss", ["paper", "document"])
 def test_the_shortest_truncation_is_the_shortest_that_trains(workspace, loss):
-    """One token less is refused, and would indeed be skipped for ever."""
+    """A truncation of one token less is refused, and rightly: every document would be skipped."""
     least = 16 + 2
     changes = [f"train.loss={loss}", "train.tasks=[]"]
     assert faults_of(*changes, f"train.corpus.0.truncation={least}") == []
@@ -204,8 +204,8 @@ def test_a_copy_needs_one_whole_chunk(workspace):
 
 
 def test_a_command_checks_only_what_it_reads(workspace, capsys):
-    """A dry run needs no data, weights or folder; test.py neither the corpora nor the tasks of
-    training; ask neither."""
+    """A dry run needs no data, weights or folder. test.py needs neither the corpora nor the tasks
+    of training, and ask needs neither of those."""
     missing = (
         "--set=train.corpus.0.name=redpajama book sample.train.1m",
         "--set=model.load_ckp=nowhere",
@@ -230,7 +230,7 @@ def test_a_command_checks_only_what_it_reads(workspace, capsys):
     assert call("test.py", "--env_conf", "env.json", *unknown, "--set=train.chunk_batch=auto") == 0
     assert call("test.py", "--env_conf", "env.json", *unknown, "--use_env_conf_tasks") == 2
     assert "train.tasks[0].task_name: corpus 'nothing.test' is unknown" in capsys.readouterr().err
-    # as ask and chat do
+    # ask and chat load the model in this way
     load_memory_lm(load_env_config("env.json", [change[6:] for change in unknown]), "env.json")
 
 
@@ -275,7 +275,7 @@ def test_weights_of_another_compressor_are_found_without_the_model(workspace, no
 
 def test_a_folder_without_permission(tmp_path, monkeypatch):
     (tmp_path / "closed").mkdir(mode=0o500)
-    if os.geteuid() == 0:  # who may write anywhere
+    if os.geteuid() == 0:  # root may write everywhere
         monkeypatch.setattr(os, "access", lambda place, mode: place != tmp_path / "closed")
     with pytest.raises(ConfigError) as error:
         check_folder(tmp_path / "closed" / "run", tmp_path / "closed" / "run")
@@ -288,9 +288,9 @@ def test_a_folder_without_permission(tmp_path, monkeypatch):
 # ---- which weights -------------------------------------------------------------------------------
 
 
-def test_what_a_config_trained_comes_before_what_it_started_from(workspace, capsys):
-    """Two-stage training: the second stage starts from load_ckp, and test.py, ask and chat take
-    what it made."""
+def test_save_ckp_is_used_before_load_ckp(workspace, capsys):
+    """In a training of two runs the second one starts from load_ckp. test.py, ask and chat use the
+    weights that it has saved."""
     for name in ("first", "released"):
         model, _ = load_memory_lm(load_env_config("env.json"), "env.json")
         for parameter in model.trainable_parameters().values():
@@ -320,8 +320,8 @@ def test_what_a_config_trained_comes_before_what_it_started_from(workspace, caps
 
 @pytest.fixture
 def pg19_on_the_hub(tmp_path, monkeypatch) -> list[str]:
-    """emozilla/pg19 as the hub has it, in small; its files as they are asked for, by
-    huggingface_hub's own rule for patterns."""
+    """Replaces the hub by a small copy of emozilla/pg19. Returns the list of downloaded files, which
+    are selected by huggingface_hub's own rule for patterns."""
     hub, cache = tmp_path / "there", tmp_path / "here"
     for split, parts in (("train", 3), ("validation", 1), ("test", 1)):
         for part in range(parts):
@@ -349,10 +349,10 @@ def pg19_on_the_hub(tmp_path, monkeypatch) -> list[str]:
     return fetched
 
 
-def test_the_test_books_come_without_the_training_books(workspace, pg19_on_the_hub):
+def test_a_split_is_downloaded_without_the_others(workspace, pg19_on_the_hub):
     assert [document.text for document in open_corpus("pg19.test")] == ["test 0"]
     assert pg19_on_the_hub == ["data/test-00000-of-00001.parquet"]
-    # what is here is another split; the hub is off in tests
+    # Only another split is on this machine, and tests do not reach the hub.
     (found,) = faults_of("train.corpus.0.name=pg19.train")
     assert found.startswith(
         "train.corpus[0].name: hub dataset emozilla/pg19, split train, is not on this machine"
@@ -361,7 +361,7 @@ def test_the_test_books_come_without_the_training_books(workspace, pg19_on_the_h
     assert len(open_corpus("pg19.train")) == 3
 
 
-def test_a_copy_of_a_dataset_without_the_wanted_split(workspace, monkeypatch):
+def test_a_copy_of_a_dataset_that_lacks_the_split(workspace, monkeypatch):
     monkeypatch.setenv("UIOLLMS_HUB_DIR", "copies")
     Path("copies/pg19").mkdir(parents=True)
     Path("copies/pg19/train.jsonl").write_text(json.dumps({"text": "book"}))

@@ -1,5 +1,5 @@
-"""What a run meets in a week: full disks, damaged files, bad numbers, too little memory. Each
-ends in one line, nothing lost."""
+"""Full disks, damaged files, numbers that are not finite and too little memory: each ends a run with
+one line, and nothing is lost."""
 
 import json
 import re
@@ -27,7 +27,7 @@ from uiollms.weights.base_models import load_causal_lm
 
 @pytest.fixture
 def two_checkpoints(workspace) -> Path:
-    """A run stopped after 2 and 4 iterations."""
+    """Returns the checkpoints of a run, those of the iterations 2 and 4."""
     assert call(*TRAIN, "--set=train.tasks=[]", "--set=train.train_iters=4") == 0
     return workspace / "out" / "checkpoints"
 
@@ -54,7 +54,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("size", [5_000, 20_000])
 def test_a_full_disk_while_saving(two_checkpoints, size):
-    """Files larger than `size` cannot be written: the adapters, or the random generators."""
+    """Files larger than `size` cannot be written. These are the adapters, or the random generators'
+    states as well."""
     before = contents(two_checkpoints)
 
     def train_with_room_for_small_files() -> int:
@@ -62,11 +63,11 @@ def test_a_full_disk_while_saving(two_checkpoints, size):
         return call(*TRAIN, *RESUME, "--set=model.save_ckp=null")
 
     Path("out/log.txt").unlink()
-    assert run_forked(train_with_room_for_small_files, output="said") == 2
-    said = Path("said").read_text()
-    assert "Traceback" not in said
-    last = said.splitlines()[-1]
-    # safetensors wraps it
+    assert run_forked(train_with_room_for_small_files, output="printed") == 2
+    printed = Path("printed").read_text()
+    assert "Traceback" not in printed
+    last = printed.splitlines()[-1]
+    # safetensors raises the error as its own.
     assert "step-00000006: cannot be written (" in last and "File too large" in last
     assert "); step-00000004 is whole: free space, then continue with --resume" in last
     assert contents(two_checkpoints) == before
@@ -75,17 +76,17 @@ def test_a_full_disk_while_saving(two_checkpoints, size):
 
 @pytest.mark.parametrize("field", ["train.run_dir", "model.save_ckp"])
 @pytest.mark.parametrize(
-    "place, reason",
+    "path, reason",
     [("book0.txt/run/a", "Not a directory"), ("/proc/run/a", "No such file"), ("a\\0b", "null")],
 )
-def test_a_folder_that_cannot_be_written(workspace, capsys, field, place, reason):
-    assert call(*TRAIN, f'--set={field}="{place}"'.replace("\\0", "\\u0000")) == 2
+def test_a_folder_that_cannot_be_written(workspace, capsys, field, path, reason):
+    assert call(*TRAIN, f'--set={field}="{path}"'.replace("\\0", "\\u0000")) == 2
     message = one_line(capsys)
     assert "cannot be written" in message and reason in message
     assert not Path("out/checkpoints").exists()
 
 
-def test_save_ckp_takes_the_place_of_nothing_else(workspace, capsys):
+def test_save_ckp_replaces_nothing_else(workspace, capsys):
     assert call(*TRAIN, "--set=model.save_ckp=.") == 2
     assert ".: weights would replace it, but it contains other files" in one_line(capsys)
     assert Path("book0.txt").exists()
@@ -131,7 +132,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(
             )
             == 0
         )
-        assert Path("out/earlier-1/step-00000004").is_dir()  # for whoever wants to look at it
+        assert Path("out/earlier-1/step-00000004").is_dir()  # it is kept
         lines = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
         assert [line["iteration"] for line in lines] == [1, 2, 3, 4, 5, 6]
 
@@ -146,28 +147,30 @@ def test_no_whole_checkpoint_at_all(two_checkpoints, capsys):
 HOSTILE = {
     "a moment of another shape": ("optimizer.safetensors", "encoder.retrieval_token: shapes"),
     "a moment of no parameter": ("optimizer.safetensors", "nobody.exp_avg belongs to no parameter"),
-    "a generator that is none": ("rank-0.json", "its state does not fit this run"),
-    "a place past the generator's end": (
+    "not the state of a generator": ("rank-0.json", "its state does not fit this run"),
+    "an index past the generator's end": (
         "rank-0.json",
         "rank-0.json: numpy[2]: Input should be less than or equal to 624",
     ),
-    "a place in other data": ("rank-0.json", "the run began with [9] documents, now there are [4]"),
+    "a position in other data": (
+        "rank-0.json",
+        "the run began with [9] documents, now there are [4]",
+    ),
     "an unknown field": ("state.json", "state.json: execute: unknown key"),
 }
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_a_checkpoint_that_was_made_to_mislead(two_checkpoints, capsys, kind):
-    """Its checksums are right, its contents are not."""
+def test_a_checkpoint_with_right_checksums_and_wrong_contents(two_checkpoints, capsys, kind):
     name, message = HOSTILE[kind]
     path = two_checkpoints / "step-00000004" / name
     if name.endswith("json"):
         value = json.loads(path.read_text())
-        if kind == "a generator that is none":
+        if kind == "not the state of a generator":
             value["torch"] = "00ff"
-        elif kind == "a place past the generator's end":
+        elif kind == "an index past the generator's end":
             value["numpy"][2] = 10**6
-        elif kind == "a place in other data":
+        elif kind == "a position in other data":
             value["samples"]["mixture"]["sizes"] = [9]
         else:
             value["execute"] = "rm -rf /"
@@ -185,7 +188,7 @@ def test_a_checkpoint_that_was_made_to_mislead(two_checkpoints, capsys, kind):
     assert message in one_line(capsys)
 
 
-def test_checksums_lead_nowhere_else(two_checkpoints, capsys):
+def test_checksums_of_files_outside_of_the_checkpoint_are_refused(two_checkpoints, capsys):
     path = two_checkpoints / "step-00000004" / "checksums.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"../../../env.json": "0"}))
     assert call(*TRAIN, *RESUME) == 2
@@ -195,7 +198,7 @@ def test_checksums_lead_nowhere_else(two_checkpoints, capsys):
     )
 
 
-def test_weights_without_a_state_are_no_place_to_go_on_from(two_checkpoints, capsys):
+def test_weights_without_a_state_cannot_be_resumed(two_checkpoints, capsys):
     assert call("train.py", "--env_conf", "env.json", "--resume", "out/ckp") == 2
     assert (
         "out/ckp: contains no training state (state.json); to start a new run from weights alone, "
@@ -204,7 +207,7 @@ def test_weights_without_a_state_are_no_place_to_go_on_from(two_checkpoints, cap
 
 
 def test_a_tokenizer_that_has_changed(two_checkpoints, capsys):
-    """The same model name and size, other words: nothing else would notice."""
+    """The model's name and size are the same, so that only this check can notice it."""
     name = load_env_config("env.json").model.model_name
     AutoModelForCausalLM.from_pretrained(name).save_pretrained("model")
     tokenizer = AutoTokenizer.from_pretrained(name)
@@ -230,8 +233,8 @@ def test_a_tokenizer_that_has_changed(two_checkpoints, capsys):
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(workspace, capsys, monkeypatch):
-    """The base's embedding of "~" is infinite (from its files it would be refused, so it becomes
-    so once loaded): only the document that has one is lost."""
+    """The base's embedding of "~" is infinite, so that the step of the document with this character
+    is skipped. The embedding is changed after loading, because such files are refused."""
     tilde = AutoTokenizer.from_pretrained(load_env_config("env.json").model.model_name)(
         "~"
     ).input_ids
@@ -273,7 +276,7 @@ def test_a_run_that_stays_bad_stops_with_its_weights_saved(workspace, capsys):
     assert (record["skipped_steps"], record["bad_in_a_row"]) == (3, 3)
 
 
-def test_too_little_memory_names_the_knobs(workspace):
+def test_too_little_memory_names_the_fields_to_change(workspace):
     train_section = load_env_config("env.json").train
     for failing in (lambda: torch.empty(2**55), lambda: bytearray(2**60)):
         with pytest.raises(
@@ -287,7 +290,7 @@ def test_too_little_memory_names_the_knobs(workspace):
 
 
 def test_too_little_memory_in_a_run(workspace):
-    """The address space is closed, but for 10 MB, once the run folder is being written; one
+    """When the run folder is being written, the address space is limited to 10 MB more. One
     activation takes 29 MB."""
     shape = LlamaConfig(
         **SHAPE | dict(vocab_size=259, max_position_embeddings=128, intermediate_size=8000)
@@ -310,12 +313,12 @@ def test_too_little_memory_in_a_run(workspace):
         "train.tasks=[]",
     )
     changes = [f"--set={field}" for field in (*fields, "model.model_name=model")]
-    assert run_forked(train_with_action(12, no_more_memory, *changes), output="said") == 2, Path(
-        "said"
+    assert run_forked(train_with_action(12, no_more_memory, *changes), output="printed") == 2, Path(
+        "printed"
     ).read_text()
     assert (
         "book0.txt: out of memory in the training step; lower train.chunk_batch (64)"
-        in Path("said").read_text()
+        in Path("printed").read_text()
     )
 
 
@@ -354,14 +357,14 @@ def test_two_processes_on_one_run_folder(workspace, capsys):
             in one_line(capsys)
         )
         other.kill()
-    assert call(*TRAIN, "--set=train.tasks=[]") == 0  # a killed process holds nothing
+    assert call(*TRAIN, "--set=train.tasks=[]") == 0  # a killed process holds no lock
 
 
 # ---- programs in data ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model_type", ["llama", "unheard of"])
-def test_a_model_folder_brings_no_program_along(workspace, capsys, model_type):
+def test_the_code_of_a_model_folder_is_not_executed(workspace, capsys, model_type):
     shutil.copytree(load_env_config("env.json").model.model_name, "model")
     config = json.loads(Path("model/config.json").read_text())
     names = {
@@ -379,7 +382,7 @@ def test_a_model_folder_brings_no_program_along(workspace, capsys, model_type):
 
 
 def test_no_remote_code_no_pickle():
-    """Rules of the house that a search can check."""
+    """A search of the source finds no call that could execute code from files."""
     for path in [*(ROOT / "src").rglob("*.py"), ROOT / "train.py", ROOT / "test.py"]:
         text = path.read_text()
         assert text.count("trust_remote_code") == text.count("trust_remote_code=False"), path

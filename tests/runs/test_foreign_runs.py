@@ -1,5 +1,5 @@
-"""The report of a run folder that somebody has edited, cut off, or filled with other things:
-what is still there is shown, and what is wrong is one line."""
+"""The report of a run folder whose files were edited, cut off or replaced shows what remains, and
+names each fault in one line."""
 
 import json
 import os
@@ -30,7 +30,8 @@ MADE: list[Path] = []
 
 @pytest.fixture
 def run_folder(workspace, capsys, tmp_path_factory) -> Path:
-    """A whole run with an evaluation by training and one by test.py, and attention measured."""
+    """Returns the folder of a finished run with an evaluation of the training, one of test.py and
+    measured attention."""
     if not MADE:
         make_run(capsys)
         MADE.append(tmp_path_factory.mktemp("run") / "out")
@@ -56,19 +57,19 @@ def make_run(capsys) -> None:
 
 @pytest.fixture
 def undrawn(monkeypatch) -> None:
-    """Of a page's pictures, which take most of the time, those of every tenth report only."""
+    """Draws the plots, which take most of the time, for every tenth report only."""
     draw, count = uiollms.reports.page.draw_pictures, iter(range(10**6))
     few = lambda *arguments: draw(*arguments) if next(count) % 10 == 3 else ()  # noqa: E731
     monkeypatch.setattr("uiollms.reports.page.draw_pictures", few)
 
 
 def lines_of(capsys, folder: Path) -> list[str]:
-    """What a report says is missing, or its error; each is one line."""
+    """Returns the lines of a report that name a missing part, and its error."""
     code = report(str(folder), "--no_attention")
-    said = capsys.readouterr()
-    assert code in (0, 2) and "Traceback" not in said.err
-    errors = [line for line in said.err.splitlines() if line]
-    found = [line for line in said.out.splitlines() if line.startswith("not in the report: ")]
+    printed = capsys.readouterr()
+    assert code in (0, 2) and "Traceback" not in printed.err
+    errors = [line for line in printed.err.splitlines() if line]
+    found = [line for line in printed.out.splitlines() if line.startswith("not in the report: ")]
     assert found or errors
     return found + errors
 
@@ -118,10 +119,10 @@ def test_a_file_where_a_folder_should_be(run_folder, capsys):
 
 def change(path: Path, keys: tuple, value: object) -> None:
     whole = json.loads(path.read_text())
-    place = whole
+    parent = whole
     for key in keys[:-1]:
-        place = place[key]
-    place[keys[-1]] = value
+        parent = parent[key]
+    parent[keys[-1]] = value
     path.write_text(json.dumps(whole))
 
 
@@ -141,16 +142,16 @@ EDITS = {
 def test_edited_numbers_are_named(run_folder, undrawn, capsys):
     path = run_folder / "test.json"
     whole = path.read_text()
-    for keys, (value, said) in EDITS.items():
+    for keys, (value, printed) in EDITS.items():
         change(path, keys, value)
         found = lines_of(capsys, run_folder)
-        assert any(said in line for line in found), (keys, found)
+        assert any(printed in line for line in found), (keys, found)
         path.write_text(whole)
 
 
-def test_lines_of_metrics_that_are_none(run_folder, capsys):
-    """They are left out and named; what stands in the others is shown; a run does not go on from
-    it."""
+def test_faulty_lines_of_metrics(run_folder, capsys):
+    """The report names these lines and shows the others. A run cannot be resumed from such a
+    file."""
     path = run_folder / "metrics.jsonl"
     lines = path.read_text().splitlines()
     bad = [
@@ -172,15 +173,15 @@ def test_lines_of_metrics_that_are_none(run_folder, capsys):
     ]
     assert len(read_folder(run_folder).metrics) == len(lines)
     assert call(*TRAIN, "--resume", "--set=train.train_iters=4", "--set=train.tasks=[]") == 2
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     assert (
-        "Traceback" not in said
-        and "out/metrics.jsonl: line 2: seconds: Field required; remove it" in said
+        "Traceback" not in printed
+        and "out/metrics.jsonl: line 2: seconds: Field required; remove it" in printed
     )
 
 
 def test_tokens_of_another_evaluation(run_folder, capsys):
-    """As a kill between two renames may leave them."""
+    """A kill between two renames can leave such a pair of files."""
     (run_folder / "test-nll.safetensors").rename("kept")
     assert call("test.py", "--env_conf", "env.json", "--quiet", "--set=train.seed=1") == 0
     Path("kept").rename(run_folder / "test-nll.safetensors")

@@ -1,5 +1,5 @@
-"""What a training step says of itself: gradient norms by part, tokens, memory, and the names in
-TensorBoard."""
+"""The measurements of a training step (gradient norms of each part, tokens, memory), their names in
+TensorBoard, and reading metrics.jsonl."""
 
 import json
 import math
@@ -38,7 +38,8 @@ def test_gradient_norms_by_part():
 
 
 def test_tokens_of_a_sample():
-    """Of plain text the document's, under both protocols; of a copy each chunk is read again."""
+    """A plain text counts each token once under both protocols, and so does a copy, although it
+    reads each chunk again."""
     ids = random_ids(30)
     assert [Sample.language_modeling(ids, 8).num_tokens, Sample.document(ids, 8).num_tokens] == [
         30,
@@ -47,7 +48,7 @@ def test_tokens_of_a_sample():
     assert Sample.copy(ids[:8], 8).num_tokens == 8
 
 
-def test_what_a_step_takes_of_the_machine():
+def test_machine_use():
     held = torch.ones(2**26)  # 256 MiB
     use = machine_use(600, 2.0)
     assert use["tokens_per_second"] == 300 and use["resident_gib"] * 2**30 == pytest.approx(
@@ -103,7 +104,7 @@ def test_names_in_tensorboard():
 
 
 def test_a_torn_last_line_is_dropped_wherever_it_was_cut(tmp_path):
-    """Also behind an inner brace, and within a character."""
+    """The cut may follow an inner brace, or lie within a character."""
     whole = '{"iteration": 1, "seconds": 1, "eval": [{"memory": {"nll": 2.5}}], "skipped": ["b\u00fccher.txt"]}'.encode()
     path = tmp_path / "metrics.jsonl"
     for cut in range(len(whole)):

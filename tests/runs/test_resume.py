@@ -1,4 +1,4 @@
-"""A run that stops, however it stops, goes on bit for bit, and only as the run that it was."""
+"""A run that was stopped in any way is resumed bit for bit, and only with the same settings."""
 
 import json
 import os
@@ -22,8 +22,8 @@ from uiollms.runs.signals import StopSignals
 
 @pytest.fixture
 def run_folder(workspace) -> Path:
-    """A run of 10 documents in 5 steps in which everything is random that can be: corpora,
-    crops, reservoirs, LoRA dropout."""
+    """Configures a run of 10 documents in 5 steps that draws everything at random that can be drawn:
+    corpora, crops, reservoirs and LoRA dropout. Returns its folder."""
     Path("memory.json").write_text(
         json.dumps(dict(num_memory=2, chunk_size=16, lora_rank=2, lora_alpha=4, lora_dropout=0.2))
     )
@@ -44,8 +44,8 @@ def metrics_of(folder: Path) -> list[dict]:
 
 
 def tensors_of(folder: Path) -> dict[str, bytes]:
-    """Every byte of the last checkpoint's tensors and random generators, and of the weights in
-    save_ckp."""
+    """Returns the bytes of the last checkpoint's tensors and random generators, and of the weights
+    in save_ckp."""
     last = folder / "checkpoints" / "step-00000010"
     files = [
         *last.rglob("*.safetensors"),
@@ -60,14 +60,14 @@ def steps_in(folder: Path) -> list[int]:
 
 
 def test_killed_fifty_times(run_folder):
-    """SIGKILL at random moments and at random file operations, those within the writing of a
-    checkpoint included."""
+    """A run is killed at random moments and at random file operations, some of them while it writes
+    a checkpoint."""
     started = time.time()
     assert run_forked(train()) == 0
     whole_run = time.time() - started
     metrics, tensors = metrics_of(run_folder), tensors_of(run_folder)
     assert [line["iteration"] for line in metrics if "nll" in line] == [2, 4, 6, 8, 10]
-    # three of weights and one of AdamW, the generators, three of weights in save_ckp
+    # three files of weights, AdamW's and the generators', and three files of weights in save_ckp
     assert len(tensors) == 8
 
     chance = random.Random(0)
@@ -105,7 +105,7 @@ def test_a_signal_lets_the_step_finish_and_saves(run_folder):
         assert metrics_of(run_folder) == metrics and tensors_of(run_folder) == tensors
 
 
-def test_a_signal_ends_an_evaluation_which_is_made_again(run_folder):
+def test_a_signal_ends_an_evaluation_which_is_repeated(run_folder):
     evaluating = [
         f"--set=train.{change}" for change in ("eval=2", "train_iters=2", "tasks.0.num_instance=4")
     ]
@@ -170,21 +170,21 @@ def test_an_unfinished_run_is_not_lost_by_accident(run_folder, capsys):
         steps_in(run_folder / "earlier-1") == steps
         and (run_folder / "earlier-1" / "metrics.jsonl").exists()
     )
-    # that one was finished: a new one needs no flag, and takes nothing from it
+    # That run was finished. A new one needs no option, and continues nothing.
     assert call(*TRAIN) == 0
     assert steps_in(run_folder / "earlier-2") == [2] and steps_in(run_folder) == [8, 10]
     assert call(*TRAIN, "--resume") == 0  # nothing to do
     assert steps_in(run_folder) == [8, 10]
 
 
-def test_resume_begins_where_there_is_nothing_yet(run_folder):
+def test_resume_without_a_checkpoint_begins_a_run(run_folder):
     assert call(*TRAIN, "--resume", "--set=train.train_iters=2") == 0
     assert steps_in(run_folder) == [2]
     path = run_folder / "checkpoints" / "step-00000002" / "state.json"
     assert "config_hash" not in json.loads(path.read_text()), "only earlier versions wrote it"
 
 
-def test_what_a_run_is_cannot_change(run_folder, capsys):
+def test_fields_that_a_resumed_run_cannot_change(run_folder, capsys):
     assert call(*TRAIN, "--set=train.train_iters=2") == 0
     Path("memory.json").write_text(
         json.dumps(dict(num_memory=4, chunk_size=32, lora_rank=3, lora_alpha=4, lora_dropout=0.2))
@@ -205,7 +205,7 @@ def test_what_a_run_is_cannot_change(run_folder, capsys):
     assert steps_in(run_folder) == [2]
 
 
-def test_what_may_change_is_logged(run_folder):
+def test_fields_that_may_change_are_logged(run_folder):
     assert call(*TRAIN, "--set=train.train_iters=4") == 0
     changes = (
         "train.train_iters=6",
@@ -215,7 +215,7 @@ def test_what_may_change_is_logged(run_folder):
         'model.device_map={"model":"cpu","lm_head":"cpu"}',
     )
     assert call(*TRAIN, "--resume", *(f"--set={change}" for change in changes)) == 0
-    said = (run_folder / "log.txt").read_text()
+    printed = (run_folder / "log.txt").read_text()
     for change in (
         "train_iters: 4 -> 6",
         "save: 2 -> 3",
@@ -225,14 +225,14 @@ def test_what_may_change_is_logged(run_folder):
     ):
         assert (
             f"changed since the checkpoint: {'model' if 'map' in change else 'train'}.{change}"
-            in said
+            in printed
         )
     assert [line["iteration"] for line in metrics_of(run_folder) if "nll" in line] == [2, 4, 6]
 
 
 def test_the_checkpoints_kept(run_folder, capsys):
-    """Perplexities are written into the metrics as they would come, so that the best is neither
-    first nor last."""
+    """The perplexities in the metrics are replaced, so that the best checkpoint is neither the first
+    nor the last."""
     flags = ("--set=train.keep_last=1", "--set=train.keep_best=true", "--set=train.eval=2")
     for stop in (2, 4, 6, 8):
         assert call(*TRAIN, "--resume", *flags, f"--set=train.train_iters={stop}") == 0
@@ -329,8 +329,8 @@ CORPORA = [
 
 
 @pytest.mark.parametrize("name", CORPORA)
-def test_every_kind_of_corpus_goes_on_where_it_stopped(workspace, monkeypatch, name):
-    """The state goes through JSON, and into corpora that were opened anew."""
+def test_every_kind_of_corpus_continues_where_it_stopped(workspace, monkeypatch, name):
+    """The state is written as JSON and loaded into newly opened corpora."""
     import gzip
 
     import pyarrow

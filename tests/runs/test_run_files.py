@@ -1,4 +1,4 @@
-"""No command overwrites or moves what somebody else has put where it writes."""
+"""No command overwrites or moves a file that somebody else has put where the command writes."""
 
 import json
 import os
@@ -53,14 +53,14 @@ def test_a_run_in_the_folder_of_its_configs(workspace, capsys):
     before = files_in(Path())
     for command in (TRAIN, ("test.py", "--env_conf", "env.json")):
         assert call(*command, "--set=train.run_dir=.") == 2
-        said = capsys.readouterr().err
-        assert said.startswith(
+        printed = capsys.readouterr().err
+        assert printed.startswith(
             "env.json: train.run_dir: test.json: was not written by a run and would be lost"
         )
     assert files_in(Path()) == before
     Path("test.json").rename("tasks.json")
     assert call(*TRAIN, *QUICK, "--set=train.run_dir=.") == 0
-    Path("test.json").write_text(tasks, encoding="utf-8")  # the folder is a run's now, this is not
+    Path("test.json").write_text(tasks, encoding="utf-8")  # in a run's folder, but not a run's
     assert call(*TRAIN, *QUICK, "--set=train.run_dir=.") == 2
     assert Path("test.json").read_text(encoding="utf-8") == tasks
 
@@ -73,20 +73,22 @@ def test_files_of_a_run_move_to_earlier(workspace):
     assert {path.name for path in Path("out/earlier-1").iterdir()} == set(TEST_RESULTS)
     assert call(*TRAIN, *QUICK) == 0
     assert Path("out/earlier-2/metrics.jsonl").exists()
-    Path("out/versions.json").unlink()  # a process that was killed before it wrote this one
+    Path(
+        "out/versions.json"
+    ).unlink()  # as if the process had been killed before it wrote this file
     assert call(*TRAIN, *QUICK) == 0
-    shutil.copytree("out/checkpoints", "there/checkpoints")  # to another machine, to go on there
+    shutil.copytree("out/checkpoints", "there/checkpoints")  # to resume it on another machine
     longer = ("--set=train.run_dir=there", "--set=train.train_iters=4")
     assert call(*TRAIN, *QUICK, "--resume", *longer) == 0
     assert not Path("there/earlier-1").exists()
 
 
-# ---- the place of the weights --------------------------------------------------------------------
+# ---- the path of the weights ---------------------------------------------------------------------
 
 
 INSIDE = {
-    "out": "would take the place of the run folder (out)",
-    ".": "would take the place of the run folder (out)",
+    "out": "would replace the run folder (out)",
+    ".": "would replace the run folder (out)",
     "out/checkpoints": "is inside the run folder's own checkpoints (out)",
     "out/checkpoints/best": "is inside the run folder's own checkpoints (out)",
     "out/tensorboard/ckp.pth": "is inside the run folder's own tensorboard (out)",
@@ -96,15 +98,15 @@ INSIDE = {
 }
 
 
-@pytest.mark.parametrize("place", INSIDE)
-def test_weights_inside_a_runs_own_folders(workspace, nothing_is_loaded, place):  # noqa: F811
+@pytest.mark.parametrize("path", INSIDE)
+def test_weights_inside_a_runs_own_folders(workspace, nothing_is_loaded, path):  # noqa: F811
     Path("link").symlink_to("out")
-    found = faults_of(f"model.save_ckp={place}", "train.max_lr=0.1")
-    wanted = f"model.save_ckp: {place}: {INSIDE[place]}; choose another, such as out/checkpoint"
-    assert wanted in found
-    found = faults_of(f"model.save_ckp={place}", check=lambda *a: check_evaluation(*a, True))
-    # What does not exist yet is not evaluated; the working directory does, and holds no weights.
-    assert [line.split(": ")[2] for line in found] == ["is no checkpoint"] * (place == ".")
+    found = faults_of(f"model.save_ckp={path}", "train.max_lr=0.1")
+    expected = f"model.save_ckp: {path}: {INSIDE[path]}; choose another, such as out/checkpoint"
+    assert expected in found
+    found = faults_of(f"model.save_ckp={path}", check=lambda *a: check_evaluation(*a, True))
+    # Weights that do not exist yet are not evaluated. The working directory exists, without weights.
+    assert [line.split(": ")[2] for line in found] == ["is no checkpoint"] * (path == ".")
 
 
 @pytest.mark.parametrize("name", ["ckp", "ckp.pth"])
@@ -138,7 +140,7 @@ def test_a_link_that_leads_nowhere_and_a_file_that_is_no_weights(tmp_path):
     assert (tmp_path / "other.pth").read_bytes() == b"a year of work"
 
 
-def test_two_runs_with_one_place_for_weights(workspace, monkeypatch, capsys):
+def test_two_runs_with_one_path_for_weights(workspace, monkeypatch, capsys):
     monkeypatch.setattr(checks, "ENDING", 0.1)
     Path("shared").mkdir()
     Path("link").symlink_to("shared")
@@ -147,13 +149,13 @@ def test_two_runs_with_one_place_for_weights(workspace, monkeypatch, capsys):
     command = [sys.executable, "-c", program]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
-        for place in ("shared/ckp", "link/ckp"):
-            assert call(*TRAIN, *QUICK, f"--set=model.save_ckp={place}") == 2
-            said = capsys.readouterr().err.strip()
+        for path in ("shared/ckp", "link/ckp"):
+            assert call(*TRAIN, *QUICK, f"--set=model.save_ckp={path}") == 2
+            printed = capsys.readouterr().err.strip()
             expected = "another run saves its weights here; choose another model.save_ckp"
-            assert said == f"{place}: {expected}"
+            assert printed == f"{path}: {expected}"
         assert not Path("out/metrics.jsonl").exists()
-        monkeypatch.setattr(checks, "ENDING", 60.0)  # one that is ending is waited for
+        monkeypatch.setattr(checks, "ENDING", 60.0)  # a run that is stopping is waited for
         threading.Timer(1.0, lambda: other.stdin.close()).start()
         assert call(*TRAIN, *QUICK, "--set=model.save_ckp=shared/ckp") == 0
 

@@ -84,7 +84,7 @@ def check_save_path(save_ckp: Path, folder: Path) -> None:
     one of its files. Links are followed."""
     target, root = Path(os.path.realpath(save_ckp)), Path(os.path.realpath(folder))
     if root.is_relative_to(target):
-        fault = "would take the place of the run folder"
+        fault = "would replace the run folder"
     elif target.is_relative_to(root) and is_run_file(target.relative_to(root).parts[0]):
         fault = f"is inside the run folder's own {target.relative_to(root).parts[0]}"
     else:
