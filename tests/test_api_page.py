@@ -1,5 +1,5 @@
-"""The API page that `make api` writes: every public name is on it, and all its links lead
-somewhere."""
+"""Tests of the API page that `make api` writes. Every public name is on it, and every link on it
+has a target."""
 
 import re
 import shlex
@@ -15,8 +15,8 @@ import pytest
 import uiollms
 
 ROOT = Path(__file__).parent.parent
-# HTML that Markdown makes of plain text, code, lists and links. Emphasis is not among it: in a
-# docstring `a * b * c` or `__name__` would turn into it by mistake.
+# The HTML tags that Markdown makes of plain text, code, lists and links. Emphasis is left out,
+# because in a docstring it would come from `a * b * c` or `__name__` by mistake.
 MARKUP = {"p", "code", "pre", "a", "ul", "ol", "li", "div", "span"}
 VOID = {"meta", "link", "input", "br", "img", "wbr", "path", "circle", "rect"}
 # A path to a file of this repository, as in docs/results.md.
@@ -24,15 +24,16 @@ REPOSITORY_PATH = re.compile(r"\b((?:docs|tests|src|config|benchmarks|examples)/
 
 
 class Page(HTMLParser):
-    """What the tests look at in one HTML file."""
+    """The parts of one HTML file that the tests check."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
         self.anchors: set[str] = set()
         self.links: list[str] = []
-        self.docstrings: dict[str, str] = {}  # the anchor that a docstring follows -> its text
-        self.tags: set[str] = set()  # of all docstrings
-        self.paragraphs: list[str] = []  # of all docstrings
+        self.docstrings: dict[str, str] = {}  # the anchor before a docstring -> its text
+        # Tags and paragraphs of all docstrings.
+        self.tags: set[str] = set()
+        self.paragraphs: list[str] = []
         self.signatures = ""
         self._open: list[tuple[str, dict[str, str | None]]] = []
         self._anchor = ""
@@ -99,8 +100,8 @@ def test_every_public_name_is_on_the_page_with_a_docstring(page):
     assert sections - {"navtoggle", "togglestate"} == set(uiollms.__all__)
 
 
-def test_what_a_class_inherits_is_on_the_page(page):
-    """But for what it inherits from torch and transformers."""
+def test_inherited_methods_are_on_the_page(page):
+    """Methods that it inherits from torch and transformers are left out."""
     for method in ("from_pretrained", "save_pretrained", "compress", "forward", "generate"):
         assert page.docstrings[f"MemoryLM.{method}"]
     assert not page.anchors & {"MemoryLM.parameters", "MemoryLM.init_weights", "MemoryState.crop"}
@@ -137,7 +138,7 @@ def test_docstrings_read_on_the_page_as_in_the_source(folder, page):
     assert [line for line in aligned if not re.match(r"[\w, ]+: +\S+( \S+)*$", line)] == []
 
 
-def test_the_wheel_holds_the_marker_of_types(tmp_path):
+def test_the_wheel_contains_py_typed_and_every_module(tmp_path):
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
@@ -148,5 +149,5 @@ def test_the_wheel_holds_the_marker_of_types(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     packed = set(zipfile.ZipFile(wheel).namelist())
     assert "uiollms/py.typed" in packed
-    kept = {path.relative_to(ROOT / "src").as_posix() for path in ROOT.glob("src/uiollms/**/*.py")}
-    assert kept <= packed
+    files = {path.relative_to(ROOT / "src").as_posix() for path in ROOT.glob("src/uiollms/**/*.py")}
+    assert files <= packed

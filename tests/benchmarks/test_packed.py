@@ -1,4 +1,5 @@
-"""Many documents in one graph give the gradients of the two-pass step, document by document."""
+"""Tests that many documents in one graph give the gradients of the two-pass step, which takes one
+document at a time."""
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ L = 8
 
 
 @pytest.mark.parametrize("kl_weight", [0.0, 0.4])
-def test_a_batch_of_documents_gives_the_steps_gradients(family, kl_weight):
-    """float64: 1e-10, another order of summation. Every chunk but the first is scored here."""
+def test_a_batch_of_documents_gives_the_gradients_of_the_step(family, kl_weight):
+    """Every chunk but the first is scored. The tolerance 1e-10 in float64 allows for another order
+    of summation."""
     model = make_model(family)
     ids, copied = random_ids(3, 4 * L + 1), [0, 4, 8]
     text, recall = torch.zeros(2, 3, 3 * L, dtype=torch.float64)
@@ -33,17 +35,18 @@ def test_a_batch_of_documents_gives_the_steps_gradients(family, kl_weight):
         uiollms.gradient_step(model, sample, scale=2 / 2)
     labels = torch.full_like(ids[2], IGNORED)
     labels[3 * L + 3 : 3 * L + 6] = ids[2, 3 * L + 3 : 3 * L + 6]
-    asking = uiollms.Sample.beacon(ids[2], labels, L)
-    asking = asking.distilled(kl_weight) if kl_weight else asking
-    uiollms.gradient_step(model, asking, scale=3)
-    for place in copied:
-        chunk = ids[:, : 3 * L].reshape(-1, L)[place]
+    recalling = uiollms.Sample.beacon(ids[2], labels, L)
+    recalling = recalling.distilled(kl_weight) if kl_weight else recalling
+    uiollms.gradient_step(model, recalling, scale=3)
+    for number in copied:
+        chunk = ids[:, : 3 * L].reshape(-1, L)[number]
         uiollms.gradient_step(model, uiollms.Sample.copy(chunk, L), scale=5 / 3)
     assert worst_error(batched, gradients(model)) < 1e-10
 
 
-def test_the_modes_are_those_of_score(family):
-    """float64: 1e-10, as above. `recent`: the base itself, chunk by chunk."""
+def test_document_nlls_equal_those_of_score(family):
+    """The tolerance is 1e-10 in float64, as above. The mode `recent` is compared with the base,
+    chunk by chunk."""
     model, ids = make_model(family), random_ids(2, 4 * L + 1)
     found = document_nlls(model, ids)
     expected: dict[str, list[torch.Tensor]] = {mode: [] for mode in MODES}
@@ -55,7 +58,8 @@ def test_the_modes_are_those_of_score(family):
             score = uiollms.score(model, document, "document", name)
             expected[mode].append(score.nll[score.positions > L])
         for t in (1, 2, 3):
-            start, stop = t * L - 2 * t, (t + 1) * L  # MEMORY: two slots for each chunk before
+            # Memory has two slots for each chunk before, and `recent` as many tokens.
+            start, stop = t * L - 2 * t, (t + 1) * L
             logits = model.base(document[None, start:stop]).logits[0, -L:]
             target = document[t * L + 1 : stop + 1]
             expected["recent"].append(
@@ -63,14 +67,13 @@ def test_the_modes_are_those_of_score(family):
             )
     for mode, parts in expected.items():
         assert found[mode] == pytest.approx(torch.cat(parts).mean().item(), rel=1e-10), mode
-        last = (
-            torch.stack(parts).view(2, -1)[:, -L:].mean().item()
-        )  # parts: by document, or by chunk of one
+        # The parts are documents, or chunks of a document.
+        last = torch.stack(parts).view(2, -1)[:, -L:].mean().item()
         assert found["last"][mode] == pytest.approx(last, rel=1e-10), mode
     assert found["bound"] == pytest.approx(found["shuffled"] - found["own"])
 
 
-def test_copied_chunks_alone(family):
+def test_a_batch_of_copied_chunks_gives_the_gradients_of_the_step(family):
     model, chunks = make_model(family), random_ids(3, L)
     packed.losses(model, packed.copy_chunks(model, chunks), chunks)[0].mean().backward()
     batched = gradients(model)

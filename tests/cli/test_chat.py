@@ -49,12 +49,12 @@ def run(capsys, *arguments: str, stdin: str = "") -> str:
     return capsys.readouterr().out
 
 
-def test_compress_then_ask(trained, capsys):
+def test_ask_answers_as_generate_does(trained, capsys):
     text = Path("book0.txt").read_text()
-    said = run(capsys, "compress", "book0.txt", "-o", "book.mem")
+    output = run(capsys, "compress", "book0.txt", "-o", "book.mem")
     full = len(text) // 16
     weights = "weights: out/ckp, base in torch.float32\n"
-    assert said.startswith(
+    assert output.startswith(
         f"{weights}book.mem: {full * 16} tokens in {full * 2} memory slots (+ {len(text) % 16} "
         "open tokens), "
     )
@@ -63,58 +63,40 @@ def test_compress_then_ask(trained, capsys):
     tokenizer = AutoTokenizer.from_pretrained(trained.config._name_or_path)
     ids = token_ids(tokenizer, "\n\nQuestion: Why?\nAnswer:")
     options = dict(do_sample=False, max_new_tokens=9, stop_strings=["\n"], tokenizer=tokenizer)
-    expected = trained.generate(torch.cat([token_ids(tokenizer, text), ids], 1), **options)[
-        0, len(text) + ids.shape[1] :
-    ]
-    lines = [
-        json.loads(line)
-        for line in run(
-            capsys, "ask", "book.mem", "Why?", "Who?", "--max_new_tokens=9", "--json"
-        ).splitlines()
-    ]
+    prompt = torch.cat([token_ids(tokenizer, text), ids], 1)
+    expected = trained.generate(prompt, **options)[0, prompt.shape[1] :]
+    answer = tokenizer.decode(expected, skip_special_tokens=True)
+    output = run(capsys, "ask", "book.mem", "Why?", "Who?", "--max_new_tokens=9", "--json")
+    lines = [json.loads(line) for line in output.splitlines()]
     assert [line["question"] for line in lines] == ["Why?", "Who?"]
-    assert lines[0]["answer"] == tokenizer.decode(expected, skip_special_tokens=True).strip()
+    assert lines[0]["answer"] == answer.strip()
     assert lines[0]["new_tokens"] == len(expected)
     streamed = run(capsys, "ask", "book.mem", "Why?", "--max_new_tokens=9")
-    assert (
-        streamed
-        == weights + "Why?\n> " + tokenizer.decode(expected, skip_special_tokens=True) + "\n"
-    )
-    sampled = [
-        run(
-            capsys,
-            "ask",
-            "book.mem",
-            "Why?",
-            "--max_new_tokens=9",
-            "--temperature=2",
-            f"--seed={s}",
-        )
-        for s in (1, 1, 2)
-    ]
+    assert streamed == f"{weights}Why?\n> {answer}\n"
+    sampling = ("ask", "book.mem", "Why?", "--max_new_tokens=9", "--temperature=2")
+    sampled = [run(capsys, *sampling, f"--seed={seed}") for seed in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
 
 
 EVIL = "\x1b[31m[bold]\u202e\x9b2J.txt"
 
 
-def test_names_of_files_do_not_reach_the_terminal_as_they_are(trained, capsys):
+def test_control_characters_in_file_names_are_escaped(trained, capsys):
     """The sources of a memory, and the errors of `ask` and `chat` for memories that do not fit, are
     printed with control characters escaped."""
     Path(EVIL).write_text("A book. " * 9)
     for flags in ((), ("--json",)):
-        said = run(capsys, "compress", EVIL, "-o", "evil.mem", *flags)
-        assert all(line.isprintable() for line in said.splitlines())
-    assert json.loads(said)["sources"][0]["name"] == EVIL == Memory.load("evil.mem").sources[0].name
-    for flags in ((), ("--json",)):
-        said = run(capsys, "ask", "evil.mem", "Why?", "--max_new_tokens=2", *flags)
-        said += run(
-            capsys, "chat", "--memory", "evil.mem", "--max_new_tokens=2", *flags, stdin="Hi"
-        )
-        assert not set(said) & set("\x1b\x9b\u202e")
+        output = run(capsys, "compress", EVIL, "-o", "evil.mem", *flags)
+        assert all(line.isprintable() for line in output.splitlines())
+    assert json.loads(output)["sources"][0]["name"] == EVIL
+    assert Memory.load("evil.mem").sources[0].name == EVIL
+    for flags in (("--max_new_tokens=2",), ("--max_new_tokens=2", "--json")):
+        output = run(capsys, "ask", "evil.mem", "Why?", *flags)
+        output += run(capsys, "chat", "--memory", "evil.mem", *flags, stdin="Hi")
+        assert not set(output) & set("\x1b\x9b\u202e")
 
 
-def test_a_seed_decides_alone(trained, capsys):
+def test_an_answer_depends_only_on_the_seed(trained, capsys):
     """Neither earlier questions nor other random draws change an answer."""
     run(capsys, "compress", "book0.txt", "-o", "book.mem")
     options = ("--max_new_tokens=9", "--temperature=9", "--seed=1", "--json")
@@ -124,7 +106,7 @@ def test_a_seed_decides_alone(trained, capsys):
     assert json.loads(both[1])["answer"] == json.loads(first)["answer"]
 
 
-def test_a_flipped_bit_is_one_line_for_ask_and_chat(trained, capsys):
+def test_ask_and_chat_refuse_a_memory_with_a_flipped_bit(trained, capsys):
     run(capsys, "compress", "book0.txt", "-o", "book.mem")
     data = bytearray(Path("book.mem").read_bytes())
     data[-5] ^= 1
@@ -138,53 +120,51 @@ def test_several_files_and_several_memories_are_joined(trained, capsys):
     for i in (0, 1):
         Path(f"book{i}.txt").write_text(f"{i}, the shorter edition. " * (3 + i))
         run(capsys, "compress", f"book{i}.txt", "-o", f"{i}.mem")
-    together = json.loads(
-        run(capsys, "compress", "book0.txt", "book1.txt", "-o", "both.mem", "--json")
-    )
-    assert [s["name"] for s in together["sources"]] == ["book0.txt", "book1.txt"]
+    output = run(capsys, "compress", "book0.txt", "book1.txt", "-o", "both.mem", "--json")
+    sources = json.loads(output)["sources"]
+    assert [source["name"] for source in sources] == ["book0.txt", "book1.txt"]
     joined, both = join([Memory.load("0.mem"), Memory.load("1.mem")]), Memory.load("both.mem")
     assert torch.equal(joined.slots, both.slots) and torch.equal(joined.open_ids, both.open_ids)
     options = ("Why?", "--max_new_tokens=5")
-    assert run(capsys, "ask", "0.mem", "1.mem", *options) == run(
-        capsys, "ask", "both.mem", *options
-    )
+    expected = run(capsys, "ask", "both.mem", *options)
+    assert run(capsys, "ask", "0.mem", "1.mem", *options) == expected
 
 
 @pytest.mark.parametrize("template", [None, TEMPLATE])
-def test_chat_holds_every_turn(trained, tiny_folder, capsys, monkeypatch, template):
-    """Two turns give the same stream as the whole conversation, which a twin formats in one piece."""
+def test_chat_reads_every_earlier_turn(trained, tiny_folder, capsys, monkeypatch, template):
+    """Two turns give the same stream as the whole conversation, which a twin formats in one
+    piece."""
     trained.save_pretrained("model", tokenizer=tokenizer_with(tiny_folder, template))
     tokenizer = AutoTokenizer.from_pretrained("model")
     arguments = ["chat", "--model", "model", "--max_new_tokens=6"]
     main([*arguments, "--json"], io.StringIO("Hello\n\nAnd then?\n/quit\nnever read\n"))
     turns = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [turn["question"] for turn in turns] == ["Hello", "And then?"]
-    options = dict(do_sample=False, max_new_tokens=6) | (
-        {} if template else dict(stop_strings=["\n"], tokenizer=tokenizer)
-    )
+    options = dict(do_sample=False, max_new_tokens=6)
+    opening = "[sys]<user>Hello</s>\n<assistant>"
+    continuation = "</s>\n<user>And then?</s>\n<assistant>"
+    if not template:
+        options |= dict(stop_strings=["\n"], tokenizer=tokenizer)
+        opening, continuation = (
+            f"\n\nQuestion: {question}\nAnswer:" for question in ("Hello", "And then?")
+        )
     model = MemoryLM.from_pretrained("model")
-    opening = "[sys]<user>Hello</s>\n<assistant>" if template else "\n\nQuestion: Hello\nAnswer:"
     first = model.generate(token_ids(tokenizer, opening), **options)
-    later = token_ids(
-        tokenizer,
-        "</s>\n<user>And then?</s>\n<assistant>"
-        if template
-        else "\n\nQuestion: And then?\nAnswer:",
-    )
-    whole = torch.cat(
-        [first, later[:, 1:] if torch.equal(first[:, -1:], later[:, :1]) else later], 1
-    )
+    later = token_ids(tokenizer, continuation)
+    if torch.equal(first[:, -1:], later[:, :1]):
+        later = later[:, 1:]
+    whole = torch.cat([first, later], 1)
     second = model.generate(whole, **options)
-    assert (
-        turns[1]["answer"]
-        == tokenizer.decode(second[0, whole.shape[1] :], skip_special_tokens=True).strip()
+    answer = tokenizer.decode(second[0, whole.shape[1] :], skip_special_tokens=True)
+    assert turns[1]["answer"] == answer.strip()
+    read = second.shape[1] - 1
+    assert turns[1]["held"] == dict(
+        tokens=read // 16 * 16, slots=read // 16 * 2, open_tokens=read % 16
     )
-    seen, held = second.shape[1] - 1, turns[1]["held"]
-    assert held == dict(tokens=seen // 16 * 16, slots=seen // 16 * 2, open_tokens=seen % 16)
     main(arguments, io.StringIO("Hello\n"))
-    seen = first.shape[1] - 1
+    read = first.shape[1] - 1
     assert capsys.readouterr().out.endswith(
-        f"[memory: {seen // 16 * 16} tokens in {seen // 16 * 2} memory slots (+ {seen % 16} open "
+        f"[memory: {read // 16 * 16} tokens in {read // 16 * 2} memory slots (+ {read % 16} open "
         "tokens)]\n"
     )
 
@@ -196,7 +176,7 @@ def tokenizer_with(folder, template):
 
 
 @pytest.mark.parametrize("template", [None, "<s>" + TEMPLATE])
-def test_a_text_starts_once(trained, tiny_folder, template):
+def test_bos_is_only_at_the_start_of_the_stream(trained, tiny_folder, template):
     """A tokenizer that adds BOS adds it at the start of the stream, and not before a question that
     follows a document."""
     tokenizer = tokenizer_with(tiny_folder, template)
@@ -205,8 +185,9 @@ def test_a_text_starts_once(trained, tiny_folder, template):
     )
     empty, read = trained.new_state(), trained.compress("A book. ", tokenizer).state(trained)
     assert read.open_ids[0, 0] == 1 and (read.open_ids == 1).sum() == 1
-    alone, behind = first_turn(tokenizer, "Hi", empty), first_turn(tokenizer, "Hi", read)
-    assert alone[0, 0] == 1 and (alone == 1).sum() == 1 and torch.equal(alone[:, 1:], behind)
+    alone, after_document = first_turn(tokenizer, "Hi", empty), first_turn(tokenizer, "Hi", read)
+    assert alone[0, 0] == 1 and (alone == 1).sum() == 1
+    assert torch.equal(alone[:, 1:], after_document)
 
 
 def test_a_later_turn_closes_the_answer_before_it(tiny_folder):
@@ -214,25 +195,24 @@ def test_a_later_turn_closes_the_answer_before_it(tiny_folder):
     tokenizer = tokenizer_with(tiny_folder, TEMPLATE)
     expected = token_ids(tokenizer, "</s>\n<user>Hi</s>\n<assistant>")
     assert torch.equal(later_turn(tokenizer, "Hi", torch.tensor([[2]])), expected)
-    assert torch.equal(
-        later_turn(tokenizer, "Hi", torch.tensor([[9]])),
-        torch.cat([torch.tensor([[9]]), expected], 1),
-    )
+    unfinished = torch.tensor([[9]])
+    found = later_turn(tokenizer, "Hi", unfinished)
+    assert torch.equal(found, torch.cat([unfinished, expected], 1))
 
 
-def test_chat_with_a_memory_in_mind(trained, capsys):
+def test_chat_continues_from_a_memory(trained, capsys):
     run(capsys, "compress", "book0.txt", "-o", "book.mem")
-    (line,) = run(
-        capsys, "chat", "--memory", "book.mem", "--max_new_tokens=3", "--json", stdin="Hi"
-    ).splitlines()
+    chat = ("chat", "--memory", "book.mem")
+    (line,) = run(capsys, *chat, "--max_new_tokens=3", "--json", stdin="Hi").splitlines()
     memory = Memory.load("book.mem")
     assert json.loads(line)["held"]["slots"] >= memory.num_slots
-    said = run(capsys, "chat", "--memory", "book.mem")  # without a question
-    left = len(memory.open_ids)
-    weights = "weights: out/ckp, base in torch.float32\n"
-    assert (
-        said
-        == f"{weights}[memory: {memory.num_tokens - left} tokens in {memory.num_slots} memory slots (+ {left} open tokens)]\n"
+    # This chat has no question.
+    output = run(capsys, *chat)
+    num_open = len(memory.open_ids)
+    assert output == (
+        "weights: out/ckp, base in torch.float32\n"
+        f"[memory: {memory.num_tokens - num_open} tokens in {memory.num_slots} memory slots "
+        f"(+ {num_open} open tokens)]\n"
     )
 
 
@@ -267,7 +247,7 @@ def test_errors_are_one_line(trained, capsys, arguments, message):
     assert "\n" not in str(error.value) and not list(Path().glob("*.mem"))
 
 
-def test_without_a_model_or_weights(workspace, capsys):
+def test_commands_without_a_model_or_weights_are_refused(workspace, capsys):
     with pytest.raises(ConfigError, match="there is no smollm2-8x.json here"):
         main(["chat"], io.StringIO("Hi"))
     with pytest.raises(ConfigError, match="env.json: there are no trained weights yet"):
@@ -279,15 +259,17 @@ NUMBER = r"\d+\.\d+"
 EXPECTED = {
     "compress_and_ask.py": r"\d+ tokens: \d+ slots per layer and \d+ uncompressed tokens\n"
     r"What is this about\? .+How does it begin\? .+What does the note say\? ",
-    "evaluate.py": rf"no memory \(window only\).*{NUMBER}.*with memory.*{NUMBER}.*raw context.*{NUMBER}.*"
+    "evaluate.py": rf"no memory \(window only\).*{NUMBER}.*with memory.*{NUMBER}.*"
+    rf"raw context.*{NUMBER}.*"
     r'\[\{"task": "files:book0.txt", "task_type": "perplexity",',
     "generate.py": r".+The chair.+My fellow citizens, the state of the.+ In short,.+ But.+",
-    "train.py": rf"64 tokens, perplexity {NUMBER}\n(step \d: loss {NUMBER}, encoded with a graph: chunks \[0, 1, 2\]\n){{3}}"
+    "train.py": rf"64 tokens, perplexity {NUMBER}\n"
+    rf"(step \d: loss {NUMBER}, encoded with a graph: chunks \[0, 1, 2\]\n){{3}}"
     rf"perplexity {NUMBER}\n",
 }
 
 
-# sotu_task.py belongs to an lm-eval task: tests/evaluation/test_lm_eval_model.py
+# sotu_task.py belongs to an lm-eval task, which tests/evaluation/test_lm_eval_model.py runs.
 @pytest.mark.parametrize(
     "script",
     sorted(path.name for path in (ROOT / "examples").glob("*.py") if path.stem != "sotu_task"),
@@ -296,5 +278,5 @@ def test_examples_run(trained, tiny_folder, capsys, monkeypatch, script):
     trained.save_pretrained("model", tokenizer=AutoTokenizer.from_pretrained(tiny_folder))
     monkeypatch.setattr(sys, "argv", [script, "model", "book0.txt"])
     runpy.run_path(str(ROOT / "examples" / script), run_name="__main__")
-    shown = capsys.readouterr().out
-    assert re.search(EXPECTED[script], shown, re.DOTALL), shown
+    output = capsys.readouterr().out
+    assert re.search(EXPECTED[script], output, re.DOTALL), output

@@ -42,10 +42,10 @@ def run(command: str, *arguments: str) -> subprocess.CompletedProcess:
 
 def call(command: str, *arguments: str) -> int:
     """Runs a program in this process, which saves importing torch again. Returns its exit code."""
-    return reporting_errors(lambda: loaded(command).main(list(arguments)))
+    return reporting_errors(lambda: import_file(command).main(list(arguments)))
 
 
-def loaded(command: str) -> ModuleType:
+def import_file(command: str) -> ModuleType:
     """Imports a file that is not a module of the package."""
     spec = importlib.util.spec_from_file_location(f"command_{Path(command).stem}", ROOT / command)
     module = importlib.util.module_from_spec(spec)
@@ -68,7 +68,7 @@ def test_save_ckp_decides_the_run_folder(run_dir, save_ckp, folder):
     assert run_folder(run_dir, save_ckp, "configs/env.json") == Path(folder)
 
 
-def test_train_then_test(workspace, capsys):
+def test_test_py_evaluates_the_trained_weights(workspace, capsys):
     trained = run("train.py", "--env_conf", "env.json")
     assert trained.returncode == 0, trained.stderr
     assert "with memory" in trained.stdout and "raw context" in trained.stdout
@@ -77,37 +77,25 @@ def test_train_then_test(workspace, capsys):
     evaluation = lines[-1]["eval"][0]
     assert evaluation["documents"] == 2 and {"memory", "window", "raw"} <= evaluation.keys()
     assert Path("out/curve.png").stat().st_size > 1000
-    assert (
-        json.loads(Path("out/config.json").read_text())["train"]["estimator"] == "uio"
-    )  # resolved: defaults written out
+    # The config in the run folder contains all defaults.
+    assert json.loads(Path("out/config.json").read_text())["train"]["estimator"] == "uio"
 
     tested = run("test.py", "--env_conf", "env.json")
     assert tested.returncode == 0, tested.stderr
     assert "weights: out/ckp" in tested.stdout
     result = json.loads(Path("out/test.json").read_text())["results"][0]
-    assert (
-        result["memory"] == evaluation["memory"]
-    )  # the saved weights are those that training evaluated last
-    assert (
-        call(
-            "test.py",
-            "--env_conf",
-            "env.json",
-            "--use_env_conf_tasks",
-            "--set=train.chunk_batch=auto",
-        )
-        == 0
-    )
+    # The saved weights are those that training evaluated last.
+    assert result["memory"] == evaluation["memory"]
+    flags = ("--use_env_conf_tasks", "--set=train.chunk_batch=auto")
+    assert call("test.py", "--env_conf", "env.json", *flags) == 0
     assert "raw context" in capsys.readouterr().out
 
 
 def test_the_same_seed_trains_the_same_weights(workspace):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         changes = (f"model.save_ckp={name}.pth", f"train.seed={seed}", "train.tasks=[]")
-        assert (
-            call("train.py", "--env_conf", "env.json", *(f"--set={change}" for change in changes))
-            == 0
-        )
+        flags = [f"--set={change}" for change in changes]
+        assert call("train.py", "--env_conf", "env.json", *flags) == 0
     a, b, c = (torch.load(f"{n}.pth", weights_only=True) for n in "abc")
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     assert not all(torch.equal(x, y) for x, y in zip(a, c, strict=True))
@@ -115,16 +103,8 @@ def test_the_same_seed_trains_the_same_weights(workspace):
 
 @pytest.mark.parametrize("estimator", ["exact", "tbptt", "importance"])
 def test_every_estimator_trains(workspace, estimator):
-    assert (
-        call(
-            "train.py",
-            "--env_conf",
-            "env.json",
-            f"--set=train.estimator={estimator}",
-            "--set=train.tasks=[]",
-        )
-        == 0
-    )
+    flags = (f"--set=train.estimator={estimator}", "--set=train.tasks=[]")
+    assert call("train.py", "--env_conf", "env.json", *flags) == 0
     assert len(Path("out/metrics.jsonl").read_text().splitlines()) == 3
 
 
@@ -156,30 +136,30 @@ def test_every_estimator_trains(workspace, estimator):
         ),
     ],
 )
-def test_what_a_user_gets_wrong_is_one_line(workspace, capsys, change, message):
+def test_wrong_configs_are_refused_in_one_line(workspace, capsys, change, message):
     assert call("train.py", "--env_conf", "env.json", f"--set={change}") == 2
     printed = capsys.readouterr().err
     assert message in printed and len(printed.strip().splitlines()) == 1, printed
 
 
-def test_32x_on_a_bare_machine_is_told_all_that_it_lacks(monkeypatch, tmp_path):
+def test_32x_on_a_bare_machine_reports_everything_missing(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("UIOLLMS_RAW_DATA", str(tmp_path))
     failed = run("train.py", "--env_conf", "32x.json")
     assert failed.returncode == 2
     lines = failed.stderr.strip().splitlines()
-    found = [
-        "train.corpus[0].name: ", "redpajama_book_sample.jsonl is missing",
-        "train.corpus[1].name: ", "redpajama-sample.json is missing",
-        "train.corpus[1].name: ", "longalpaca.json is missing",
-        "train.tasks[0].task_name: ", "emozilla/pg19, split test, is not on this machine",
-        "model.model_name: ", "cannot get 'meta-llama/Llama-2-7b-chat-hf'",
-        "model.device_map['model.embed_tokens']: ", "GPU 0 does not exist",
-    ]  # fmt: skip
+    expected = [
+        ("train.corpus[0].name: ", "redpajama_book_sample.jsonl is missing"),
+        ("train.corpus[1].name: ", "redpajama-sample.json is missing"),
+        ("train.corpus[1].name: ", "longalpaca.json is missing"),
+        ("train.tasks[0].task_name: ", "emozilla/pg19, split test, is not on this machine"),
+        ("model.model_name: ", "cannot get 'meta-llama/Llama-2-7b-chat-hf'"),
+        ("model.device_map['model.embed_tokens']: ", "GPU 0 does not exist"),
+    ]
     if not torch.cuda.is_available():
         assert len(lines) == 6
-    for line, where, what in zip(lines, found[::2], found[1::2], strict=False):
-        assert where in line and what in line
+    for line, (field, message) in zip(lines, expected, strict=False):
+        assert field in line and message in line
 
 
 def test_a_test_file_past_the_capacity_is_refused(workspace, capsys):
@@ -188,29 +168,24 @@ def test_a_test_file_past_the_capacity_is_refused(workspace, capsys):
     )
     Path("test.json").write_text(json.dumps([task]))
     assert call("test.py", "--env_conf", "env.json") == 2
-    assert (
-        "test.json: tasks[0].truncation: 5000 tokens is past the capacity 926"
-        in capsys.readouterr().err
-    )
+    message = "test.json: tasks[0].truncation: 5000 tokens is past the capacity 926"
+    assert message in capsys.readouterr().err
 
 
 def test_documents_that_fit_one_chunk_are_skipped_and_counted(workspace):
     Path("short.txt").write_text("too short")
     Path("blank.txt").write_text(" \n")
-    config = load_env_config(
-        "env.json", ["train.corpus.0.name=files:*.txt", "train.corpus.0.crop=random"]
-    )
+    changes = ["train.corpus.0.name=files:*.txt", "train.corpus.0.crop=random"]
+    config = load_env_config("env.json", changes)
     model, tokenizer = load_memory_lm(config, "env.json")
     samples = SampleStream(config, tokenizer, model)
     lengths = {sum(len(row.input_ids) for row in drawn.sample.rows) for drawn in samples.take(12)}
-    assert (
-        lengths == {80} and samples.skipped == samples.streams[0].mixture.drawn - 12 >= 4
-    )  # two epochs of six documents
+    assert lengths == {80}
+    # Two of the six documents of an epoch are skipped, and 12 documents are more than two epochs.
+    assert samples.skipped == samples.streams[0].mixture.drawn - 12 >= 4
     config = load_env_config("env.json", ["train.corpus.0.name=files:short.txt"])
-    with pytest.raises(
-        ConfigError,
-        match="10000 documents in a row are blank or fit one chunk of 16 .* the last is short.txt",
-    ):
+    message = "10000 documents in a row are blank or fit one chunk of 16 .* the last is short.txt"
+    with pytest.raises(ConfigError, match=message):
         SampleStream(config, tokenizer, model).take(1)
     assert Document("question", "", response=" ").is_empty
 
@@ -222,65 +197,63 @@ def test_question_answering_trains_from_json_lines(workspace):
     ]
     Path("qa.jsonl").write_text("\n".join(lines))
     changes = ("train.corpus.0.name=files:qa.jsonl", "train.tasks=[]", "train.chunk_batch=auto")
-    assert (
-        call("train.py", "--env_conf", "env.json", *(f"--set={change}" for change in changes)) == 0
-    )
-    assert (
-        json.loads(Path("out/config.json").read_text())["train"]["chunk_batch"] == 4
-    )  # of a document of 4 chunks in memory
+    flags = [f"--set={change}" for change in changes]
+    assert call("train.py", "--env_conf", "env.json", *flags) == 0
+    # "auto" becomes 4, because a document has 4 chunks in memory.
+    assert json.loads(Path("out/config.json").read_text())["train"]["chunk_batch"] == 4
 
 
 def test_documents_become_samples_by_their_task(workspace):
     config = load_env_config("env.json")
     model, tokenizer = load_memory_lm(config, "env.json")
-    maker, rng = SampleBuilder(model, tokenizer), random.Random(0)
+    builder, rng = SampleBuilder(model, tokenizer), random.Random(0)
     text = "It was a bright cold day in April. " * 4
 
     def sample(**fields):
-        return maker.make(Document(text, "here:1", **fields), 80, rng)
+        return builder.make(Document(text, "here:1", **fields), 80, rng)
 
     assert [len(row.input_ids) for row in sample().rows] == [16] * 5
-    answered = sample(response="the answer", task="question answering")
-    assert sum(len(row.input_ids) for row in answered.rows) == 80 and answered.num_scored == 10
-    copied = sample(task="longdata copy")
-    assert len(copied.chunks) == 5 and copied.num_scored == 80 and copied.rows[0].repeat
+    answer = sample(response="the answer", task="question answering")
+    assert sum(len(row.input_ids) for row in answer.rows) == 80 and answer.num_scored == 10
+    copy = sample(task="longdata copy")
+    assert len(copy.chunks) == 5 and copy.num_scored == 80 and copy.rows[0].repeat
     tokens = TokenDocument(
         text, "here:1", input_ids=tuple(range(3, 103)), labels=(-100,) * 50 + tuple(range(53, 103))
     )
-    beacon = maker.make(tokens, 80, rng)
-    assert beacon.num_scored == 30  # 50 .. 79: the truncation cuts the rest
-    with pytest.raises(
-        ConfigError, match="here:1: the response has .* tokens, truncation 80 leaves no tokens"
-    ):
+    beacon = builder.make(tokens, 80, rng)
+    # The tokens 50 .. 79 are scored, and the truncation cuts the rest.
+    assert beacon.num_scored == 30
+    message = "here:1: the response has .* tokens, truncation 80 leaves no tokens"
+    with pytest.raises(ConfigError, match=message):
         sample(response="x" * 90, task="question answering")
     long = TokenDocument(text, "here:1", kl_weight=1.0, input_ids=(5,) * 200, labels=(5,) * 200)
-    with pytest.raises(
-        ConfigError,
-        match="here:1: the teacher reads its context raw: 200 tokens, the base has 128 positions",
-    ):
-        maker.make(long, None, rng)
-    probed = sample(task="memory utilization", kl_weight=1.0)
-    assert probed.kl_weight == 1 and len(probed.chunks) == 5 and probed.num_scored == 15
-    news = NewsDocument(
-        "The story: Ada met Bob.", "here:1", task="news qa summation", kl_weight=0.9,
-        questions=(("Who?", "Ada"), ("Whom?", "Bob")), summary="They met.", distractor=text,
-    )  # fmt: skip
-    asked = maker.make(news, 80, rng)
-    said = "".join(tokenizer.decode(chunk) for chunk in asked.chunks)
-    assert (
-        len(asked.rows) == 3
-        and len(asked.teachers) == 3
-        and news.text in said
-        and len(asked.chunks) == 5
+    message = "here:1: the teacher reads its context raw: 200 tokens, the base has 128 positions"
+    with pytest.raises(ConfigError, match=message):
+        builder.make(long, None, rng)
+    utilization = sample(task="memory utilization", kl_weight=1.0)
+    assert utilization.kl_weight == 1
+    assert len(utilization.chunks) == 5 and utilization.num_scored == 15
+    story = NewsDocument(
+        "The story: Ada met Bob.",
+        "here:1",
+        task="news qa summation",
+        kl_weight=0.9,
+        questions=(("Who?", "Ada"), ("Whom?", "Bob")),
+        summary="They met.",
+        distractor=text,
     )
-    answers = [tokenizer.decode(row.targets[row.scored]) for row in asked.rows]
+    news = builder.make(story, 80, rng)
+    context = "".join(tokenizer.decode(chunk) for chunk in news.chunks)
+    assert len(news.rows) == 3 and len(news.teachers) == 3
+    assert story.text in context and len(news.chunks) == 5
+    answers = [tokenizer.decode(row.targets[row.scored]) for row in news.rows]
     assert answers == [" Ada", " Bob", " They met."]
-    for found in (probed, asked, beacon.distilled()):
+    for found in (utilization, news, beacon.distilled()):
         assert torch.isfinite(uiollms.gradient_step(model, found).losses).all()
 
 
-# Every file that can be started: a new command is tested without being named here. worker.py is
-# started by benchmarks alone.
+# All files that can be started, so that a new command is tested without being named here. Only the
+# benchmarks start worker.py.
 FOLDERS = [
     path
     for path in ROOT.iterdir()
@@ -288,25 +261,22 @@ FOLDERS = [
 ]
 FILES = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in folder.rglob("*.py"))]
 STARTED = {str(p.relative_to(ROOT)) for p in FILES if '__name__ == "__main__"' in p.read_text()}
-OWN = {f"src/uiollms/cli/{name}.py" for name in MODULES.values()}
-COMMANDS = sorted(STARTED - {"benchmarks/worker.py", "src/uiollms/__main__.py"} | OWN)
-# its command line is lm-eval's, its example that of the command `lm_eval`
+PACKAGE_COMMANDS = {f"src/uiollms/cli/{name}.py" for name in MODULES.values()}
+COMMANDS = sorted(STARTED - {"benchmarks/worker.py", "src/uiollms/__main__.py"} | PACKAGE_COMMANDS)
+# This command has lm-eval's options, and its example is that of the command `lm_eval`.
 HARNESS = "src/uiollms/cli/lm_eval.py"
 
 
-def started_as(command: str) -> str:
+def shown_command(command: str) -> str:
     """src/uiollms/cli/report.py -> python -m uiollms report"""
     path = Path(command)
     if path.parts[0] == "src":
-        name = path.stem
-        return "python -m uiollms" + {"chat": "", "data": ".data", "study": ".study"}.get(
-            name, f" {name}"
-        )
+        suffixes = {"chat": "", "data": ".data", "study": ".study"}
+        return "python -m uiollms" + suffixes.get(path.stem, f" {path.stem}")
     if path.name != "__main__.py" and not path.name.startswith("gpu_"):
         return f"python {command}"
-    return "python -m " + ".".join(
-        part for part in path.with_suffix("").parts if part != "__main__"
-    )
+    parts = [part for part in path.with_suffix("").parts if part != "__main__"]
+    return "python -m " + ".".join(parts)
 
 
 def help_of(command: str, monkeypatch, capsys, *sub: str) -> tuple[str, list[str]]:
@@ -324,40 +294,38 @@ def help_of(command: str, monkeypatch, capsys, *sub: str) -> tuple[str, list[str
         elif command.startswith("benchmarks/gpu"):
             importlib.import_module(".".join(Path(command).with_suffix("").parts)).main()
         else:
-            loaded(command).main()
+            import_file(command).main()
     assert end.value.code == 0
     return capsys.readouterr().out, [name for group in groups for name in group.choices]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_explains_with_an_example(command, monkeypatch, capsys, tmp_path):
+def test_help_has_an_example(command, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    program = "lm_eval" if command == HARNESS else started_as(command)
-    shown, subcommands = help_of(command, monkeypatch, capsys)
-    assert re.search(rf"^(example: |  +)?{re.escape(program)}( |$)", shown, re.MULTILINE), shown
+    program = "lm_eval" if command == HARNESS else shown_command(command)
+    text, subcommands = help_of(command, monkeypatch, capsys)
+    assert re.search(rf"^(example: |  +)?{re.escape(program)}( |$)", text, re.MULTILINE), text
     for sub in subcommands if command != HARNESS else ():
-        shown, _ = help_of(command, monkeypatch, capsys, sub)
-        assert f"example: {program} {sub} " in shown
+        text, _ = help_of(command, monkeypatch, capsys, sub)
+        assert f"example: {program} {sub} " in text
     assert not list(tmp_path.iterdir())
 
 
-def test_schema_writes_what_is_committed(tmp_path, capsys):
+def test_schema_writes_the_committed_files(tmp_path, capsys):
     importlib.import_module("uiollms.cli.schema").main(["--out", str(tmp_path)])
     written = sorted(path for path in tmp_path.rglob("*") if path.is_file())
     assert len(written) == 4 and capsys.readouterr().out.split() == [str(p) for p in written]
-    assert all(
-        path.read_text() == (ROOT / path.relative_to(tmp_path)).read_text() for path in written
-    )
+    for path in written:
+        assert path.read_text() == (ROOT / path.relative_to(tmp_path)).read_text()
 
 
-def test_the_bar_says_how_training_goes(workspace, capsys):
+def test_the_progress_bar_shows_loss_rate_and_speed(workspace, capsys):
     assert call("train.py", "--env_conf", "env.json") == 0
-    shown = capsys.readouterr()
-    last = shown.err.split("train: ")[-1]
-    assert re.search(
-        r"3/3 \[00:\d\d<00:00, .*nll \d+\.\d{3}, lr \d\.\de-\d\d, [\d,]+ tokens/s\]", last
-    ), last
-    assert "with memory" in shown.out and "trained parameters" in shown.out
+    output = capsys.readouterr()
+    last = output.err.split("train: ")[-1]
+    bar = r"3/3 \[00:\d\d<00:00, .*nll \d+\.\d{3}, lr \d\.\de-\d\d, [\d,]+ tokens/s\]"
+    assert re.search(bar, last), last
+    assert "with memory" in output.out and "trained parameters" in output.out
 
 
 @pytest.mark.parametrize("flags", [["--json"], ["--quiet", "--json"], ["--quiet"]], ids=" ".join)
@@ -378,7 +346,7 @@ def test_output_for_scripts(workspace, capsys, flags):
 
 def test_uiollms_lists_its_commands_and_refuses_others(capsys):
     assert program.main(["--help"]) == 0
-    shown = capsys.readouterr().out
-    assert all(re.search(rf"^(.*  )?{name}  ", shown, re.MULTILINE) for name in MODULES)
+    text = capsys.readouterr().out
+    assert all(re.search(rf"^(.*  )?{name}  ", text, re.MULTILINE) for name in MODULES)
     assert program.main(["repport"]) == 2
     assert "no command 'repport'; did you mean 'report'?" in capsys.readouterr().err

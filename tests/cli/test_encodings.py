@@ -31,7 +31,7 @@ FOREIGN = "東京の朝 \U0001f600 naïve → "
 
 
 def text_without_encoding(source: str) -> list[int]:
-    """The lines of a program that read or write text without naming an encoding."""
+    """Returns the lines of a program that read or write text without naming an encoding."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call):
@@ -39,11 +39,11 @@ def text_without_encoding(source: str) -> list[int]:
         method = isinstance(node.func, ast.Attribute)
         name = node.func.attr if method else getattr(node.func, "id", "")
         settings = {keyword.arg: keyword.value for keyword in node.keywords}
-        place = 0 if method else 1  # of the mode
-        given = [*node.args[place : place + 1], *filter(None, [settings.get("mode")])]
-        modes = [str(mode.value) for mode in given if isinstance(mode, ast.Constant)]
+        index = 0 if method else 1
+        arguments = [*node.args[index : index + 1], *filter(None, [settings.get("mode")])]
+        modes = [str(mode.value) for mode in arguments if isinstance(mode, ast.Constant)]
         is_text = {
-            "open": not given or (bool(modes) and "b" not in modes[0]),
+            "open": not arguments or (bool(modes) and "b" not in modes[0]),
             "read_text": method,
             "write_text": method,
             "FileHandler": True,
@@ -54,7 +54,7 @@ def text_without_encoding(source: str) -> list[int]:
     return found
 
 
-def test_what_counts_as_text_without_encoding():
+def test_calls_without_an_encoding_are_detected():
     bad = ["open(p)", "open(p, 'a')", "p.open()", "p.open('w')", "p.read_text()", "p.write_text(t)"]
     bad += ["subprocess.run(c, text=True)", "logging.FileHandler(p)"]
     good = ["open(p, 'rb')", "p.open('wb')", "open(p, mode='rb')", "p.read_text(encoding='utf-8')"]
@@ -84,14 +84,14 @@ def printed(request):
     return run
 
 
-def test_letters_that_the_terminal_lacks_are_escaped(trained, printed):  # noqa: F811
+def test_characters_that_the_terminal_cannot_show_are_escaped(trained, printed):  # noqa: F811
     Path("zh.txt").write_text(FOREIGN * 5, encoding="utf-8")
     env = ["--env_conf", "env.json"]
-    shown = {True: "東京", False: "\\u6771\\u4eac"}[printed.shows_all]
-    assert shown in printed(lambda: show_data(["--sample", "files:zh.txt"]))
+    letters = "東京" if printed.shows_all else "\\u6771\\u4eac"
+    assert letters in printed(lambda: show_data(["--sample", "files:zh.txt"]))
     printed(lambda: ask(["compress", "zh.txt", "-o", "zh.mem", *env]))
     question = ["ask", "zh.mem", "東京?", *env, "--max_new_tokens", "4"]
-    assert f"{shown}?" in printed(lambda: ask(question))
+    assert f"{letters}?" in printed(lambda: ask(question))
 
 
 def test_json_is_json_in_every_encoding(workspace, printed):
@@ -102,11 +102,12 @@ def test_json_is_json_in_every_encoding(workspace, printed):
 
 
 def test_a_name_that_is_no_text_is_printed_escaped(printed):
-    name = "a\udcff.txt"  # as the file system hands it on
+    # Python decodes a byte of a file name that is not UTF-8 to such a surrogate.
+    name = "a\udcff.txt"
     assert printed(lambda: Output().print_text(name)) == "a\\udcff.txt\n"
 
 
-def test_input_that_is_no_text_is_one_line(trained, capsys):  # noqa: F811
+def test_input_that_is_not_text_is_refused_in_one_line(trained, capsys):  # noqa: F811
     bad = io.TextIOWrapper(io.BytesIO(b"Who?\n\xff\n"), encoding="ascii")
     with pytest.raises(ConfigError, match="stdin: line 1: not text in ascii; PYTHONUTF8=1 reads"):
         list(lines_of(bad, ""))
@@ -114,8 +115,8 @@ def test_input_that_is_no_text_is_one_line(trained, capsys):  # noqa: F811
         list(lines_of(io.StringIO("\ufeffWho?\n\udcff\n"), ""))
     assert list(lines_of(io.StringIO("\ufeffWho?\n/quit\n"), "")) == ["Who?"]
     code = reporting_errors(lambda: ask(["ask", "no.mem", "\udcff", "--env_conf", "env.json"]))
-    said = capsys.readouterr().err
-    assert (code, said) == (2, "ask: the question: character 0 is half of a surrogate pair\n")
+    error = capsys.readouterr().err
+    assert (code, error) == (2, "ask: the question: character 0 is half of a surrogate pair\n")
 
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -125,13 +126,14 @@ WRITTEN = [b"\xef\xbb\xbfone. ", b"one.\r\ntwo. ", b"one.\rtwo. ", b"one.\ntwo. 
 
 
 @pytest.mark.parametrize("data", WRITTEN)
-def test_compress_reads_what_training_reads(trained, data):  # noqa: F811
-    Path("in.txt").write_bytes(data)  # shorter than a chunk: its tokens are kept as they are
+def test_compress_reads_files_as_training_does(trained, data):  # noqa: F811
+    # The text is shorter than a chunk, so its tokens are stored uncompressed.
+    Path("in.txt").write_bytes(data)
     ask(["compress", "in.txt", "-o", "in.mem", "--env_conf", "env.json", "--quiet"])
     text = open_corpus("files:in.txt")[0].text
     first = 3 + sorted(pre_tokenizers.ByteLevel.alphabet()).index("o")
-    kept = Memory.load("in.mem").open_ids.tolist()
-    assert len(kept) == len(text) and kept[0] == first
+    ids = Memory.load("in.mem").open_ids.tolist()
+    assert len(ids) == len(text) and ids[0] == first
 
 
 def test_a_byte_order_mark_alone_on_a_line_is_a_blank_line(tmp_path):
@@ -147,7 +149,7 @@ ROWS = [
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
-def test_rows_of_a_table_have_nulls(tmp_path, ending):
+def test_rows_of_a_table_may_have_nulls(tmp_path, ending):
     path = tmp_path / f"rows.{ending}"
     if ending == "jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
@@ -172,7 +174,7 @@ AWKWARD = ["my models ü", "50% #1", "[v1] data", "東京", "it's {a}", "[a-b]"]
 
 
 @pytest.mark.parametrize("name", AWKWARD)
-def test_awkward_folders(tmp_path, monkeypatch, name):
+def test_files_in_folders_with_unusual_names_are_found(tmp_path, monkeypatch, name):
     folder = tmp_path / name
     folder.mkdir()
     for i in range(3):
@@ -200,7 +202,7 @@ def test_brackets_are_a_set_of_letters_or_a_name(tmp_path):
         texts(f"{tmp_path}/book[7].txt")
 
 
-def test_training_from_an_awkward_folder(workspace):
+def test_training_reads_a_folder_with_an_unusual_name(workspace):
     folder = Path("[v1] bücher 50% #1")
     folder.mkdir()
     for book in Path().glob("book*.txt"):

@@ -24,6 +24,7 @@ from uiollms.cli.data import main as show_data
 from uiollms.cli.dry_run import parse_memory
 from uiollms.cli.options import file_path, fraction, temperature, whole_number
 from uiollms.cli.schema import main as write_schema
+from uiollms.cli.study import check_results
 from uiollms.cli.study import main as study
 from uiollms.config.load import load_env_config
 from uiollms.config.sections import MemoryConfig
@@ -47,8 +48,8 @@ TRAIN = ["train.py", "--env_conf", "env.json"]
 
 def one_line(capsys) -> str:
     """The only line that a refused command printed to stderr."""
-    (said,) = capsys.readouterr().err.strip().splitlines()
-    return said
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
 
 
 # ---- paths that are not files --------------------------------------------------------------------
@@ -63,8 +64,9 @@ def make_device(path: Path) -> None:
 
 
 def make_socket(path: Path) -> None:
+    # A whole path may be too long for the name of a socket.
     with socket.socket(socket.AF_UNIX) as opened:
-        opened.bind(path.name)  # a whole path may be too long for a socket's name
+        opened.bind(path.name)
 
 
 NO_FILES = {
@@ -76,7 +78,7 @@ NO_FILES = {
 
 
 @pytest.mark.parametrize("kind", NO_FILES)
-def test_what_is_no_file_is_never_read(workspace, kind):
+def test_pipes_devices_sockets_and_folders_are_refused(workspace, kind):
     """All readers of users' files refuse pipes, which would block, and devices, which never end."""
     path = workspace / "odd.json"
     NO_FILES[kind](path)
@@ -90,12 +92,12 @@ def test_what_is_no_file_is_never_read(workspace, kind):
     readers += [Memory.load, lambda p: load_weights(make_model("llama", torch.float32), p)]
     if kind != "a folder":
         readers.append(check_tree)
-    for name, read in [("odd.json", r) for r in readers[:3]] + [
-        ("odd.txt", readers[3]),
-        ("odd.jsonl", readers[3]),
-    ]:
+    named_readers = [("odd.json", reader) for reader in readers[:3]]
+    named_readers += [("odd.txt", readers[3]), ("odd.jsonl", readers[3])]
+    for name, read in named_readers:
         path = path.rename(workspace / name)
-        if kind != "a folder" or name == "odd.json":  # a folder is no match of a pattern
+        # A pattern matches no folders.
+        if kind != "a folder" or name == "odd.json":
             with pytest.raises(ConfigError, match=expected):
                 read(path)
     for name, read in [
@@ -121,9 +123,8 @@ def test_a_model_folder_with_a_pipe_is_refused(workspace, tiny_folder, capsys, n
 def test_a_run_folder_with_a_pipe_is_refused(tmp_path):
     (tmp_path / LOCK).touch()
     os.mkfifo(tmp_path / "metrics.jsonl")
-    with pytest.raises(
-        ConfigError, match="metrics.jsonl: is a named pipe, not written by a run, and would be lost"
-    ):
+    message = "metrics.jsonl: is a named pipe, not written by a run, and would be lost"
+    with pytest.raises(ConfigError, match=message):
         check_run_folder(tmp_path)
 
 
@@ -139,7 +140,7 @@ def test_weights_with_a_pipe_are_refused(tmp_path):
             check()
 
 
-def test_links_to_nothing_are_left_to_whoever_needs_them(tmp_path):
+def test_check_tree_accepts_links_to_nothing(tmp_path):
     (tmp_path / "gone.json").symlink_to("nowhere")
     check_tree(tmp_path)
 
@@ -147,7 +148,8 @@ def test_links_to_nothing_are_left_to_whoever_needs_them(tmp_path):
 # ---- input without an end ------------------------------------------------------------------------
 
 
-def sparse(path: Path, size: int = 2**41) -> Path:
+def make_sparse(path: Path, size: int = 2**41) -> Path:
+    """Creates a file of a size that takes no space on the disk."""
     path.touch()
     os.truncate(path, size)
     return path
@@ -155,24 +157,21 @@ def sparse(path: Path, size: int = 2**41) -> Path:
 
 def test_files_that_are_too_large_are_refused_at_once(tmp_path):
     began = time.monotonic()
-    sparse(tmp_path / "a.json")
-    with pytest.raises(
-        ConfigError, match="a.json: is larger than 64 MiB, the most that is read of such a file"
-    ):
+    make_sparse(tmp_path / "a.json")
+    message = "a.json: is larger than 64 MiB, the most that is read of such a file"
+    with pytest.raises(ConfigError, match=message):
         read_json(tmp_path / "a.json")
-    with pytest.raises(
-        ConfigError,
-        match="a.json: has 2,199,023,255,552 bytes, at most 67,108,864 are read of JSON",
-    ):
+    message = "a.json: has 2,199,023,255,552 bytes, at most 67,108,864 are read of JSON"
+    with pytest.raises(ConfigError, match=message):
         check_tree(tmp_path)
     (tmp_path / "a.json").unlink()
     for name in ("a.safetensors", "a.mem"):
         with pytest.raises(ConfigError, match=f"{name}: has 2,199,023,255,552 bytes and no header"):
-            check_tree(sparse(tmp_path / name))
+            check_tree(make_sparse(tmp_path / name))
     assert time.monotonic() - began < 5
 
 
-def test_tensors_behind_what_the_header_says_are_refused(tmp_path):
+def test_bytes_after_the_tensors_of_a_header_are_refused(tmp_path):
     header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
     whole_file = struct.pack("<Q", len(header)) + header + bytes(4)
     (tmp_path / "a.safetensors").write_bytes(whole_file)
@@ -182,7 +181,7 @@ def test_tensors_behind_what_the_header_says_are_refused(tmp_path):
         check_tree(tmp_path)
 
 
-def test_documents_longer_than_any_are_refused(tmp_path, monkeypatch):
+def test_texts_above_the_size_limit_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(data_files, "MOST_TEXT", 2**20)
     (tmp_path / "a.txt").write_bytes(b"x" * (2**20 + 1))
     with pytest.raises(ConfigError, match="a.txt: is larger than 1 MiB"):
@@ -200,23 +199,22 @@ def test_a_gz_made_to_fill_the_disk_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("UIOLLMS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(data_files, "MOST_UNPACKED", 2**20)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(bytes(8 * 2**20)))
-    with pytest.raises(
-        ConfigError, match="a.jsonl.gz: is not unpacked: it grows past 1 MiB, more than 200 times"
-    ):
+    message = "a.jsonl.gz: is not unpacked: it grows past 1 MiB, more than 200 times"
+    with pytest.raises(ConfigError, match=message):
         open_corpus(f"files:{tmp_path}/a.jsonl.gz")
     assert list((tmp_path / "cache/unpacked").iterdir()) == []
 
 
-def test_links_that_lead_up_again_are_followed_once(tmp_path, monkeypatch):
+def test_links_to_a_parent_folder_are_followed_once(tmp_path, monkeypatch):
     (tmp_path / "a/b/.hidden").mkdir(parents=True)
     for name in ("a/one.txt", "a/b/two.txt", "a/b/.hidden/three.txt", "four.txt"):
         (tmp_path / name).write_text(name)
-    for number in range(3):  # 2^40 paths, were each followed to its end
+    # If each link were followed to its end, there would be 2^40 paths.
+    for number in range(3):
         (tmp_path / f"a/up{number}").symlink_to("..")
     names = ["a/b/two.txt", "a/one.txt", "four.txt"]
-    assert sorted(matching_files(f"{tmp_path}/**/*.txt")) == [
-        f"{tmp_path}/{name}" for name in names
-    ]
+    expected = [f"{tmp_path}/{name}" for name in names]
+    assert sorted(matching_files(f"{tmp_path}/**/*.txt")) == expected
     monkeypatch.chdir(tmp_path)
     assert sorted(matching_files("**/*.txt")) == names
     assert sorted(matching_files("a/**/*.txt")) == ["a/b/two.txt", "a/one.txt", "a/up0/four.txt"]
@@ -252,14 +250,14 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_json_that_no_parser_should_take(case):
+def test_hostile_json_is_refused(case):
     text, expected = HOSTILE[case]
     with pytest.raises(ConfigError) as refusal:
         loads(text, "x")
     assert str(refusal.value) == expected
 
 
-def test_json_just_within_the_bounds():
+def test_json_within_the_limits_is_read():
     assert loads("[" * 99 + "9" * 400 + "]" * 99, "x")
     assert find_unusable(loads(f'{{"a": [{2**63 - 1}, {-(2**63)}]}}', "x")) is None
 
@@ -273,14 +271,14 @@ def test_json_just_within_the_bounds():
         ({"a": "\udcff"}, "a: holds half of a surrogate pair"),
     ],
 )
-def test_values_that_nothing_can_mean(value, expected):
+def test_unusable_values_in_json_are_named(value, expected):
     assert find_unusable(value).startswith(expected)
 
 
 @pytest.mark.parametrize(
     "key", ["a" + ".a" * 200_000, "train.corpus." + "9" * 5000, "x" * 10_000, "train.seed"]
 )
-def test_absurd_overrides_are_one_short_line(workspace, key):
+def test_hostile_overrides_are_refused_in_short_lines(workspace, key):
     for change in (f"{key}={DEEP}", key):
         with pytest.raises(ConfigError) as refusal:
             load_env_config("env.json", [change])
@@ -298,17 +296,18 @@ def test_a_key_twice_in_a_document_is_refused(tmp_path):
     "field, value, expected",
     [
         ("train.accum_grad", 10**9, "less than or equal to 65536"),
-        ("model.device_map", 256, "less than or equal to 127"),  # torch takes it for GPU 0
+        # torch would use GPU 0 for this number.
+        ("model.device_map", 256, "less than or equal to 127"),
         ("train.train_iters", 10**30, "a whole number past 64 bits"),
         ("model.offload_dir", "book0.txt/x", "model.offload_dir: book0.txt/x: cannot be written"),
     ],
 )
-def test_absurd_numbers_in_a_config(workspace, capsys, field, value, expected):
+def test_numbers_out_of_range_in_a_config_are_refused(workspace, capsys, field, value, expected):
     assert call(*TRAIN, f"--set={field}={json.dumps(value)}") == 2
     assert expected in capsys.readouterr().err
 
 
-def test_more_trials_than_can_be_made_are_refused(workspace, capsys):
+def test_too_many_trials_are_refused(workspace, capsys):
     task = dict(task_type="passkey", task_name="files:book*.txt", num_instance=10**12)
     assert call(*TRAIN, f"--set=train.tasks={json.dumps([task])}") == 2
     assert "num_instance: at most 10000 trials at each depth" in one_line(capsys)
@@ -318,16 +317,15 @@ def test_more_trials_than_can_be_made_are_refused(workspace, capsys):
     "rank, expected",
     [(2**31, "less than or equal to 65536"), (33, "past the base's hidden_size 32")],
 )
-def test_a_rank_without_a_meaning(workspace, capsys, rank, expected):
-    Path("memory.json").write_text(
-        json.dumps(dict(num_memory=2, chunk_size=16, lora_rank=rank, lora_alpha=4))
-    )
+def test_a_rank_out_of_range_is_refused(workspace, capsys, rank, expected):
+    memory = dict(num_memory=2, chunk_size=16, lora_rank=rank, lora_alpha=4)
+    Path("memory.json").write_text(json.dumps(memory))
     assert call(*TRAIN) == 2
-    said = one_line(capsys)
-    assert said.startswith("memory.json: lora_rank: ") and expected in said
+    line = one_line(capsys)
+    assert line.startswith("memory.json: lora_rank: ") and expected in line
 
 
-def test_a_rank_past_a_loaded_base(tmp_path):
+def test_a_rank_above_the_hidden_size_of_a_loaded_base_is_refused(tmp_path):
     wide = MemoryConfig(**MEMORY.model_dump() | {"lora_rank": 33})
     with pytest.raises(ValueError, match="lora_rank 33 exceeds the base's hidden_size 32"):
         MemoryLM(make_base(), wide)
@@ -372,7 +370,7 @@ def test_a_base_of_absurd_sizes_is_refused_before_anything_is_built(
     assert expected in lines[0] and time.monotonic() - began < 2
 
 
-def test_a_config_written_by_hand_with_a_key_twice(workspace, tiny_folder):
+def test_a_base_config_with_a_key_twice_is_refused(workspace, tiny_folder):
     shutil.copytree(tiny_folder, "base")
     text = Path("base/config.json").read_text()
     Path("base/config.json").write_text(
@@ -382,32 +380,29 @@ def test_a_config_written_by_hand_with_a_key_twice(workspace, tiny_folder):
         load_config("base")
 
 
-def test_a_generation_config_that_names_no_tokens(workspace, tiny_folder):
+def test_a_generation_config_with_wrong_tokens_is_refused(workspace, tiny_folder):
     shutil.copytree(tiny_folder, "base")
     Path("base/generation_config.json").write_text('{"eos_token_id": ["x"]}')
     with pytest.raises(ConfigError, match="generation_config.json: eos_token_id"):
         load_config("base")
 
 
-def test_parameters_are_counted_as_a_model_has_them():
+def test_the_least_number_of_parameters_equals_the_models():
+    """The least number counts the matrices without the head."""
     base = make_base("qwen3")
-    counted = sum(
+    expected = sum(
         p.numel() for name, p in base.named_parameters() if p.dim() == 2 and "lm_head" not in name
     )
-    fields = {
-        name: value
-        for name, value in base.config.to_dict().items()
-        if name in BaseConfig.model_fields
-    }
-    assert least_parameters(BaseConfig.model_construct(**fields)) == counted
+    config = base.config.to_dict()
+    fields = {name: value for name, value in config.items() if name in BaseConfig.model_fields}
+    assert least_parameters(BaseConfig.model_construct(**fields)) == expected
 
 
-def test_a_damaged_packaged_model_is_one_line(tmp_path, monkeypatch):
+def test_a_damaged_packaged_model_is_refused_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("UIOLLMS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + b"\xff" * 100)
-    with pytest.raises(
-        ConfigError, match="model.gguf: cannot be converted .*; install the package again"
-    ):
+    message = "model.gguf: cannot be converted .*; install the package again"
+    with pytest.raises(ConfigError, match=message):
         converted(tmp_path, "model.gguf")
     assert not any((tmp_path / "cache").rglob("*.json"))
 
@@ -418,21 +413,23 @@ def test_a_damaged_packaged_model_is_one_line(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "text", ["0", "-1", "1.5", "abc", "", "9" * 5000, "1e3", "²", "1000000001"]
 )
-def test_whole_numbers(text):
-    with pytest.raises(
-        Exception, match="expected a whole number from 1 to 1,000,000,000, found"
-    ) as refusal:
+def test_whole_numbers_out_of_range_are_refused(text):
+    message = "expected a whole number from 1 to 1,000,000,000, found"
+    with pytest.raises(Exception, match=message) as refusal:
         whole_number()(text)
     assert len(str(refusal.value)) < 200
     assert whole_number()(" +7 ") == 7 and whole_number(0)("0") == 0
 
 
-@pytest.mark.parametrize("read, good, bad", [
-    (temperature, ["0", "0.7", "1e-4"], ["-1", "nan", "inf", "1e-300", "1e999", "x", ""]),
-    (fraction, ["1", "0.1"], ["0", "2", "nan", "-0.5", "x"]),
-    (file_path, ["a b", "ü"], ["", "a\0b"]),
-])  # fmt: skip
-def test_values_of_options(read, good, bad):
+@pytest.mark.parametrize(
+    "read, good, bad",
+    [
+        (temperature, ["0", "0.7", "1e-4"], ["-1", "nan", "inf", "1e-300", "1e999", "x", ""]),
+        (fraction, ["1", "0.1"], ["0", "2", "nan", "-0.5", "x"]),
+        (file_path, ["a b", "ü"], ["", "a\0b"]),
+    ],
+)
+def test_options_accept_and_refuse_values(read, good, bad):
     for text in good:
         assert read(text) is not None
     for text in bad:
@@ -461,7 +458,7 @@ COMMANDS = [
 @pytest.mark.parametrize(
     "main, arguments, expected", COMMANDS, ids=[f"{i}" for i in range(len(COMMANDS))]
 )
-def test_options_without_a_meaning_are_refused_by_name(capsys, main, arguments, expected):
+def test_wrong_options_are_refused_by_name(capsys, main, arguments, expected):
     with pytest.raises(SystemExit) as end:
         main(arguments)
     assert end.value.code == 2 and expected in capsys.readouterr().err.splitlines()[-1]
@@ -471,20 +468,19 @@ def test_options_without_a_meaning_are_refused_by_name(capsys, main, arguments, 
     "text",
     ["1e999GiB", "-1GiB", "nanGiB", "24", "0GiB", "GiB", "", "2000TiB", "1GiB," * 128 + "1GiB"],
 )
-def test_device_memories_that_no_gpu_has(text):
-    with pytest.raises(
-        ConfigError, match="--device_memory .*: expected one size per GPU, such as 24GiB,24GiB; "
-    ):
+def test_impossible_device_memories_are_refused(text):
+    message = "--device_memory .*: expected one size per GPU, such as 24GiB,24GiB; "
+    with pytest.raises(ConfigError, match=message):
         parse_memory(text)
 
 
-def test_device_memories():
+def test_units_of_device_memories():
     sizes = list(parse_memory("24GiB, 1.5GB,512MiB").values())
     assert sizes == [24 * 2**30, 1_500_000_000, 2**29]
 
 
 @pytest.mark.parametrize(
-    "given, expected",
+    "variables, expected",
     [
         (
             {"WORLD_SIZE": "abc"},
@@ -506,26 +502,19 @@ def test_device_memories():
         ),
     ],
 )
-def test_environment_variables_that_cannot_be_meant(given, expected):
+def test_wrong_environment_variables_are_refused(variables, expected):
     with pytest.raises(ConfigError) as refusal:
-        check_environment(given)
+        check_environment(variables)
     assert str(refusal.value).startswith(expected) and len(str(refusal.value)) < 250
 
 
-def test_environments_of_launchers_are_taken():
-    check_environment(
-        {
-            "WORLD_SIZE": "2",
-            "RANK": "1",
-            "LOCAL_RANK": "1",
-            "MASTER_PORT": "29500",
-            "UIOLLMS_CACHE": "/new",
-        }
-    )
+def test_environments_of_launchers_are_accepted():
+    ranks = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
+    check_environment(ranks | {"MASTER_PORT": "29500", "UIOLLMS_CACHE": "/new"})
     check_environment({"WORLD_SIZE": "", "LOCAL_RANK": "-1", "RANK": "0"})
 
 
-def test_commands_look_at_the_environment_first(monkeypatch, capsys):
+def test_commands_check_the_environment_first(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "abc")
     assert reporting_errors(lambda: 0) == 2
     assert "environment variable WORLD_SIZE" in one_line(capsys)
@@ -534,12 +523,11 @@ def test_commands_look_at_the_environment_first(monkeypatch, capsys):
 # ---- messages ------------------------------------------------------------------------------------
 
 
-def test_what_would_move_the_cursor_is_escaped(capsys):
+def test_control_characters_in_messages_are_escaped(capsys):
     assert terminal_lines("ü \x1b[31m\r\u202e 東") == "ü \\u001b[31m\\r\\u202e 東"
     assert len(terminal_lines("x" * 10_000)) < 1100
-    assert terminal_lines("\n".join("abc"[i % 3] for i in range(70))).splitlines()[50:] == [
-        "... and 20 more"
-    ]
+    many = "\n".join("abc"[i % 3] for i in range(70))
+    assert terminal_lines(many).splitlines()[50:] == ["... and 20 more"]
 
     def refuse() -> None:
         raise ConfigError("a\x1b]0;title\a: wrong")
@@ -547,10 +535,10 @@ def test_what_would_move_the_cursor_is_escaped(capsys):
     assert errors_as_lines(refuse) == 2 and one_line(capsys) == "a\\u001b]0;title\\u0007: wrong"
 
 
-# ---- files of the user's -------------------------------------------------------------------------
+# ---- files of the user ---------------------------------------------------------------------------
 
 
-def test_studies_and_schemas_take_no_ones_place(workspace, capsys):
+def test_studies_and_schemas_overwrite_no_other_files(workspace, capsys):
     Path("results.json").write_text("mine")
     assert reporting_errors(lambda: study(["recall", "--out", ".", "--iterations", "1"])) == 2
     assert one_line(capsys).startswith("results.json: was not written by a study and would be lost")
@@ -560,9 +548,7 @@ def test_studies_and_schemas_take_no_ones_place(workspace, capsys):
     assert "config/schema/env.json: cannot be written" in one_line(capsys)
 
 
-def test_a_study_goes_on_where_it_has_written(tmp_path):
-    from uiollms.cli.study import check_results
-
+def test_a_study_accepts_the_folder_of_a_study(tmp_path):
     (tmp_path / "table.md").write_text("| a |")
     with pytest.raises(ConfigError, match="table.md: was not written by a study"):
         check_results(tmp_path)
@@ -570,9 +556,8 @@ def test_a_study_goes_on_where_it_has_written(tmp_path):
     check_results(tmp_path)
 
 
-def test_memories_are_read_by_no_wait(trained, capsys):  # noqa: F811
+def test_a_memory_that_is_a_pipe_is_refused(trained, capsys):  # noqa: F811
     os.mkfifo("odd.mem")
     assert reporting_errors(lambda: ask(["ask", "odd.mem", "Who?", "--env_conf", "env.json"])) == 2
-    assert (
-        one_line(capsys) == "odd.mem: is a named pipe, expected a file; copy its contents into one"
-    )
+    expected = "odd.mem: is a named pipe, expected a file; copy its contents into one"
+    assert one_line(capsys) == expected

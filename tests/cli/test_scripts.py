@@ -21,18 +21,8 @@ from uiollms.study.recall import VOCABULARY
 from uiollms.weights.adapters import save_weights
 
 ENV = ["--env_conf", "env.json"]
-FEW = [
-    "--preset",
-    "quick",
-    "--corpus",
-    "files:book*.txt",
-    "--documents",
-    "1",
-    "--draws",
-    "20",
-    "--out",
-    "study",
-]
+FEW = ["--preset", "quick", "--corpus", "files:book*.txt", "--documents", "1", "--draws", "20"]
+FEW += ["--out", "study"]
 
 # command -> (module or file, arguments, fields of every line)
 COMMANDS = {
@@ -94,14 +84,15 @@ def ready(workspace, monkeypatch, capsys):
     which otherwise trains a base for minutes."""
     save_weights(load_memory_lm(load_env_config("env.json"), "env.json")[0], "out/ckp")
     assert call("test.py", *ENV, "--quiet") == 0
-    assert started("uiollms", ["compress", "book0.txt", "-o", "book.mem", *ENV]) == 0
+    assert run_command("uiollms", ["compress", "book0.txt", "-o", "book.mem", *ENV]) == 0
     base = make_base(vocab_size=VOCABULARY, max_position_embeddings=128)
     monkeypatch.setattr("uiollms.cli.study.train_base", lambda folder, bar: base)
     monkeypatch.setattr("sys.stdin", io.StringIO("Hi\n"))
     capsys.readouterr()
 
 
-def started(name: str, arguments: list[str]) -> int:
+def run_command(name: str, arguments: list[str]) -> int:
+    """Runs a module or file in this process. Returns its exit code."""
     if name.endswith(".py"):
         return call(name, *arguments)
     names = {
@@ -117,44 +108,43 @@ def started(name: str, arguments: list[str]) -> int:
 @pytest.mark.parametrize("json_too", [True, False])
 def test_output_for_scripts(ready, capsys, command, json_too):
     name, arguments, fields = COMMANDS[command]
-    assert started(name, [*arguments, "--quiet", *["--json"] * json_too]) == 0
-    shown = capsys.readouterr()
-    assert shown.err == ""
+    assert run_command(name, [*arguments, "--quiet", *["--json"] * json_too]) == 0
+    output = capsys.readouterr()
+    assert output.err == ""
     if json_too:
-        lines = [json.loads(line) for line in shown.out.splitlines()]
+        lines = [json.loads(line) for line in output.out.splitlines()]
         assert lines and all(list(line) == fields.split() for line in lines)
     elif command in ("ask", "chat"):
-        assert shown.out.strip() and "[memory" not in shown.out and "Why?" not in shown.out
+        assert output.out.strip() and "[memory" not in output.out and "Why?" not in output.out
     else:
-        assert shown.out == ""
+        assert output.out == ""
 
 
-def test_what_the_json_says(ready, capsys):
-    def of(command: str) -> dict:
-        assert started(COMMANDS[command][0], [*COMMANDS[command][1], "--json"]) == 0
+def test_json_output_contains_the_results(ready, capsys):
+    def json_of(command: str) -> dict:
+        name, arguments, _ = COMMANDS[command]
+        assert run_command(name, [*arguments, "--json"]) == 0
         return json.loads(capsys.readouterr().out)
 
-    plan, report, written = of("train.py --dry_run"), of("report"), of("convert")
+    plan, report = json_of("train.py --dry_run"), json_of("report")
+    converted = json_of("convert")
     (device,) = plan["devices"]
-    assert device["device"] == "cpu" and sum(device["parts"].values()) == pytest.approx(
-        device["need"], abs=6
-    )
+    assert device["device"] == "cpu"
+    assert sum(device["parts"].values()) == pytest.approx(device["need"], abs=6)
     assert plan["fits"] is device["fits"] is (device["need"] <= device["have"])
-    assert all(
-        Path(path).exists() for path in [report["page"], *report["plots"], written["target"]]
-    )
-    assert [part["what"] for part in report["missing"]] == ["the training curve"] and len(
-        report["plots"]
-    ) == 3
-    assert len(of("data --check")["unreadable"]) == 0
+    for path in (report["page"], *report["plots"], converted["target"]):
+        assert Path(path).exists()
+    assert [part["what"] for part in report["missing"]] == ["the training curve"]
+    assert len(report["plots"]) == 3
+    assert len(json_of("data --check")["unreadable"]) == 0
 
 
 @pytest.mark.parametrize("command, bar", [("compress", "book0.txt: "), ("report", "attention: ")])
-def test_a_bar_shows_how_far_it_is(ready, capsys, command, bar):
+def test_the_progress_bar_goes_to_stderr(ready, capsys, command, bar):
     name, arguments, _ = COMMANDS[command]
-    assert started(name, [*arguments, "--json"]) == 0
-    shown = capsys.readouterr()
-    assert bar in shown.err and "chunk" in shown.err and json.loads(shown.out)
+    assert run_command(name, [*arguments, "--json"]) == 0
+    output = capsys.readouterr()
+    assert bar in output.err and "chunk" in output.err and json.loads(output.out)
 
 
 class Interrupted(io.StringIO):
@@ -164,13 +154,13 @@ class Interrupted(io.StringIO):
         raise KeyboardInterrupt
 
 
-def test_an_interrupt_ends_a_command_with_a_word(ready, monkeypatch, capsys):
+def test_an_interrupt_ends_a_command_with_one_line(ready, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", Interrupted())
-    assert started(*COMMANDS["chat"][:2]) == 130
+    assert run_command(*COMMANDS["chat"][:2]) == 130
     assert capsys.readouterr().err == "\ninterrupted\n"
 
 
-def test_ctrl_c_in_a_chat(ready):
+def test_ctrl_c_ends_a_chat_with_one_line(ready):
     command = [sys.executable, "-m", "uiollms", "chat", *ENV, "--max_new_tokens=5"]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     # A shell that put this test into the background lets its children ignore the signal.
@@ -181,6 +171,7 @@ def test_ctrl_c_in_a_chat(ready):
         chat.stdin.flush()
         while not chat.stdout.readline().startswith("[memory: "):
             assert chat.poll() is None
-        os.kill(chat.pid, signal.SIGINT)  # it waits for the next line
-        _, said = chat.communicate(timeout=60)
-    assert (chat.returncode, said) == (130, "\ninterrupted\n")
+        # The chat now waits for the next line.
+        os.kill(chat.pid, signal.SIGINT)
+        _, error = chat.communicate(timeout=60)
+    assert (chat.returncode, error) == (130, "\ninterrupted\n")

@@ -23,7 +23,7 @@ from conftest import MEMORY, gradients, make_model, random_ids, worst_error
 from processes import TRAIN, run_forked, send_signal
 from safetensors.torch import load_file
 from test_commands import ROOT, call
-from test_step import PROVEN, protocols, taught_samples
+from test_step import PROVEN, protocols, samples_with_teachers
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -241,7 +241,7 @@ class Counting(Group):
 def chunked_samples() -> list[Sample]:
     ids = random_ids(70)
     return [*protocols(ids).values(), Sample.copy(ids, 8), Sample.document(random_ids(13), 8), Sample.document(ids[:8], 8),
-            *taught_samples().values()]  # fmt: skip
+            *samples_with_teachers().values()]  # fmt: skip
 
 
 def every_step(group: Group) -> list[tuple]:
@@ -275,7 +275,7 @@ def test_chunks_over_processes_are_one_process(tmp_path):
 def test_recent_tokens_over_processes_are_one_process(tmp_path):
     def step(group: Group) -> tuple:
         model = make_model(config=MEMORY.model_copy(update={"recent_tokens": 3}))
-        samples = [Sample.document(random_ids(45), 8), taught_samples()["questions, plain"]]
+        samples = [Sample.document(random_ids(45), 8), samples_with_teachers()["questions, plain"]]
         options = dict(estimator="uio", S=1, rng=[3, 4], group=group)
         results = uiollms.gradient_step(model, samples, **options)
         return gradients(model), sum(result.nll for result in results)

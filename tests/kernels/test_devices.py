@@ -1,4 +1,5 @@
-"""What the C library does with memory that tensors give back, in processes of their own."""
+"""Tests of the C library's treatment of freed tensors, in separate processes, of cuDNN's attention
+and of cached transfers to a device."""
 
 import ctypes
 import os
@@ -20,33 +21,35 @@ PROGRAM = """
 import sys, psutil, torch
 from uiollms.kernels.allocator import (trim_heap, keep_freed_memory)
 
-def resident():
+def print_resident_memory():
     print(psutil.Process().memory_info().rss / 2**20)
 
 if "keep" in sys.argv:
     keep_freed_memory()
 tensors = [torch.ones(2**21) for _ in range(20)]  # 8 MiB each
-resident()
+print_resident_memory()
 del tensors[:-1:2]
-if "give" in sys.argv:
+if "trim" in sys.argv:
     trim_heap(torch.device("cpu"))
-resident()
+print_resident_memory()
 """
 
 
-def resident(*arguments: str, **environment: str) -> float:
-    """MiB with ten of twenty tensors, above those with all."""
+def change_of_memory(*arguments: str, **environment: str) -> float:
+    """Returns by how many MiB the resident memory grows when ten of twenty tensors are freed."""
     command, env = [sys.executable, "-c", PROGRAM, *arguments], os.environ | environment
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-    found = [float(line) for line in done.stdout.split()]
-    return found[1] - found[0]
+    before, after = [float(line) for line in done.stdout.split()]
+    return after - before
 
 
 @glibc
-def test_freed_memory_is_kept():
-    """Every second one of twenty tensors of 8 MiB goes. 4 MiB: less than any of them."""
-    assert resident() == pytest.approx(-80, abs=4)  # each was mapped by itself
-    assert resident("keep") == pytest.approx(0, abs=4)
+def test_the_process_keeps_freed_memory():
+    """Every second one of twenty tensors of 8 MiB is freed. The tolerance of 4 MiB is less than one
+    tensor."""
+    # By default glibc maps each tensor separately and unmaps it when it is freed.
+    assert change_of_memory() == pytest.approx(-80, abs=4)
+    assert change_of_memory("keep") == pytest.approx(0, abs=4)
 
 
 @glibc
@@ -58,14 +61,15 @@ def test_freed_memory_is_kept():
         ("GLIBC_TUNABLES", "glibc.malloc.mmap_threshold=65536"),
     ],
 )
-def test_a_threshold_in_the_environment_counts(name, value):
-    assert resident("keep", **{name: value}) == pytest.approx(-80, abs=4)
+def test_a_threshold_in_the_environment_takes_precedence(name, value):
+    assert change_of_memory("keep", **{name: value}) == pytest.approx(-80, abs=4)
 
 
 @glibc
-def test_kept_memory_is_given_back_when_asked():
-    """7 MiB, still less than a tensor: holes that the imports have left are given back too."""
-    assert resident("keep", "give") == pytest.approx(-80, abs=7)
+def test_trim_heap_returns_kept_memory_to_the_system():
+    """The tolerance of 7 MiB is less than one tensor. It is wider than above because holes that the
+    imports left are returned too."""
+    assert change_of_memory("keep", "trim") == pytest.approx(-80, abs=7)
 
 
 def test_another_c_library_is_left_alone(monkeypatch):
@@ -83,12 +87,12 @@ def test_commands_do_without_cudnns_attention():
         torch.backends.cuda.enable_cudnn_sdp(before)
 
 
-def test_what_is_moved_once_is_the_same_tensor_for_the_same_numbers():
-    meta, kept = torch.device("meta"), {}
-    with cache_transfers(kept):
+def test_tensors_with_the_same_numbers_are_transferred_once():
+    meta, cache = torch.device("meta"), {}
+    with cache_transfers(cache):
         first = to_device(torch.tensor([1, 2]), meta)
         assert to_device(torch.tensor([1, 2]), meta) is first
         for other in (torch.tensor([1, 3]), torch.tensor([[1, 2]]), torch.tensor([1, 2]).int()):
             assert to_device(other, meta) is not first
-        assert len(kept) == 4
+        assert len(cache) == 4
     assert to_device(torch.tensor([1, 2]), meta) is not first

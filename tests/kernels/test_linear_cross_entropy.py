@@ -1,4 +1,4 @@
-"""The blockwise loss head against the plain one."""
+"""The loss head that computes slices of the vocabulary, compared with the plain one."""
 
 from functools import partial
 
@@ -13,7 +13,7 @@ from uiollms.kernels.frozen_linear import choose_linear
 
 @pytest.fixture(params=[3, 4, 11])
 def small_slices(request, monkeypatch):
-    """Of a vocabulary of 11 tokens: several slices, the last one shorter, or all in one."""
+    """Slices of a vocabulary of 11 tokens: several, of which the last is shorter, or one."""
     monkeypatch.setattr(loss, "SLICE", request.param)
     monkeypatch.setattr(loss, "LOGITS_CPU", 1)
 
@@ -38,10 +38,10 @@ def test_linear_nll_is_cross_entropy(small_slices, rows, bias):
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e4])
-def test_logits_of_any_size(small_slices, scale):
-    """The largest may come in any slice, and by far: nothing overflows. Logits of float32 carry
-    an error of about 1e-7 of their size, so the loss 1e-7 * scale and the gradient, through exp,
-    as much relative; at most a hundred times that is allowed."""
+def test_large_logits_do_not_overflow(small_slices, scale):
+    """The largest logit may be far larger than the others and in any slice. The error of a float32
+    logit is about 1e-7 of its size, so that of the loss is 1e-7 * scale, and so is the relative
+    error of the gradient, through exp. A hundred times that is allowed."""
     torch.manual_seed(1)
     head = torch.nn.Linear(6, 11).requires_grad_(False)
     hidden = (scale * torch.randn(40, 6)).requires_grad_()
@@ -55,8 +55,9 @@ def test_logits_of_any_size(small_slices, scale):
 
 
 def test_the_gradient_of_a_nearly_certain_token_survives_half_precision(small_slices):
-    """bfloat16 has 8 bits, an error of 0.4 % for each of e, the product and the result; 2 % off
-    the float64 gradient's direction is allowed, at a target whose probability is above 0.999."""
+    """The probability of the target is above 0.999. bfloat16 has 8 bits, so exp, the product and
+    the result have an error of 0.4 % each. The direction of the gradient may differ by 2 % from
+    that in float64."""
     torch.manual_seed(2)
     head = torch.nn.Linear(32, 11, bias=False).bfloat16().requires_grad_(False)
     target = torch.tensor([7])
@@ -68,7 +69,7 @@ def test_the_gradient_of_a_nearly_certain_token_survives_half_precision(small_sl
     assert nll < 1e-3
     (expected,) = torch.autograd.grad(nll, exact)
     (found,) = torch.autograd.grad(loss.linear_nll(hidden, head, target).sum(), hidden)
-    # The logits themselves are rounded to bfloat16, which scales the gradient: compare directions.
+    # Directions are compared because rounding the logits to bfloat16 scales the gradient.
     assert F.cosine_similarity(found.double(), expected).item() > 1 - 0.02**2
 
 
@@ -76,28 +77,27 @@ def test_the_gradient_of_a_nearly_certain_token_survives_half_precision(small_sl
     "rows, widths", [(70, [3744, 1256]), (128, [2048, 2048, 904]), (1088, [1024] * 4 + [904])]
 )
 def test_logits_of_one_slice_at_a_time(monkeypatch, rows, widths):
-    """All rows, and as much of the vocabulary as 2**18 logits allow, but at least 1,024 tokens."""
-    made = []
+    """A slice has all rows, and as many tokens of the vocabulary as 2**18 logits allow, but at
+    least 1,024."""
+    products = []
 
-    def noted(linear, *args):
-        made.append(linear(*args))
-        return made[-1]
+    def record(linear, *args):
+        products.append(linear(*args))
+        return products[-1]
 
     head = torch.nn.Linear(4, 5000, bias=False).requires_grad_(False)
-    monkeypatch.setattr(loss, "choose_linear", lambda rows: partial(noted, choose_linear(rows)))
-    loss.linear_nll(
-        torch.randn(rows, 4, requires_grad=True), head, torch.zeros(rows, dtype=torch.int64)
-    )
-    assert [tuple(logits.shape) for logits in made[::2]] == [(rows, width) for width in widths]
-    assert all(pull.shape == (rows, 4) for pull in made[1::2])
+    monkeypatch.setattr(loss, "choose_linear", lambda rows: partial(record, choose_linear(rows)))
+    hidden = torch.randn(rows, 4, requires_grad=True)
+    loss.linear_nll(hidden, head, torch.zeros(rows, dtype=torch.int64))
+    # Each slice needs a product for its logits and one for the gradient of the hidden states.
+    assert [tuple(logits.shape) for logits in products[::2]] == [(rows, width) for width in widths]
+    assert all(gradient.shape == (rows, 4) for gradient in products[1::2])
 
 
 def test_half_precision_hidden_states_give_float32_nll():
     head = torch.nn.Linear(4, 7).bfloat16()
-    assert (
-        loss.linear_nll(torch.randn(3, 4).bfloat16(), head, torch.tensor([0, 1, 2])).dtype
-        == torch.float32
-    )
+    nll = loss.linear_nll(torch.randn(3, 4).bfloat16(), head, torch.tensor([0, 1, 2]))
+    assert nll.dtype == torch.float32
 
 
 @pytest.mark.parametrize("rows", [0, loss.BLOCK + 5])

@@ -312,7 +312,7 @@ def test_a_step_on_several_documents_sums_their_gradients(name):
         assert torch.equal(one.scored, other.scored) and one.reencoded == other.reencoded
 
 
-def test_uio_is_unbiased():
+def test_expected_uio_weights_are_one():
     model, sample = model_of(3), Sample.document(random_ids(30), 8)
     uiollms.gradient_step(model, sample, estimator="exact")
     exact = gradients(model)

@@ -64,11 +64,9 @@ def test_the_parts_have_the_bytes_of_their_tensors(workspace):
     lora = 4 * (2 * (2 * 32 + 32 * 2) - 2 * 16 + 2 * (2 * 32 + 16 * 2))
     assert need.trained == pytest.approx(4 * lora, rel=0.01)
     slots, weighted = 4 * 2, 3 * 2  # the draw leaves out one of the four chunks
-    assert (need.memories, need.kv, need.kv_gradients) == (
-        slots * 32 * 4,
-        2 * slots * 16 * 4,
-        2 * (slots + weighted) * 16 * 4,
-    )
+    assert need.memories == slots * 32 * 4
+    assert need.kv == 2 * slots * 16 * 4
+    assert need.kv_gradients == 2 * (slots + weighted) * 16 * 4
 
 
 def test_checkpointing_needs_less(workspace):
@@ -80,7 +78,7 @@ def test_checkpointing_needs_less(workspace):
     assert recomputed.activations < 0.8 * stored.activations
 
 
-def test_fits_longest_and_most_chunks(workspace, monkeypatch):
+def test_a_plan_finds_the_longest_document_and_the_largest_chunk_batch(workspace, monkeypatch):
     monkeypatch.setattr(step_simulation, "MEASURED_BATCHES", 3)
     changes = ("model.device_map=0", "train.chunk_batch=4", "train.corpus.0.truncation=640")
     gpu = {GPUS[0]: 2**40, CPU: 2**40}
@@ -94,7 +92,7 @@ def test_fits_longest_and_most_chunks(workspace, monkeypatch):
     assert (none.fits, none.longest, none.most_chunks) == (False, None, None)
 
 
-def test_chunk_batch_auto_is_what_memory_allows(workspace, monkeypatch):
+def test_chunk_batch_auto_is_the_largest_that_memory_allows(workspace, monkeypatch):
     """It is the largest batch that leaves a fifth free, at most 4 for 4 chunks, and 1 if nothing
     fits. Two processes divide the memory of the CPU."""
     # A document of 80 tokens has 4 chunks in memory.
@@ -128,42 +126,26 @@ def test_the_search_finds_the_largest_that_fits():
 
 def test_weights_on_disk_take_the_memory_of_the_largest(workspace):
     in_memory = simulation().need(4, 4)[CPU]
-    on_disk = simulation(
-        'model.device_map={"model":"cpu","model.layers.1":"disk","lm_head":"cpu"}'
-    ).need(4, 4)[CPU]
+    device_map = '{"model":"cpu","model.layers.1":"disk","lm_head":"cpu"}'
+    on_disk = simulation(f"model.device_map={device_map}").need(4, 4)[CPU]
     matrices = 4 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32)
     assert in_memory.weights - on_disk.weights == matrices - 4 * 32 * 48
 
 
-def test_the_command(workspace, capsys):
-    assert call("train.py", "--env_conf", "env.json", "--dry_run") == 0
+def test_dry_run_prints_the_plan_and_errors(workspace, capsys):
+    command = ("train.py", "--env_conf", "env.json", "--dry_run")
+    one_gpu = ("--device_memory", "1GiB")
+    assert call(*command) == 0
     printed = capsys.readouterr().out
-    assert (
-        "a document of 80 tokens, chunk_batch 4" in printed
-        and "longest document with chunk_batch 4: 926 tokens" in printed
-    )
+    assert "a document of 80 tokens, chunk_batch 4" in printed
+    assert "longest document with chunk_batch 4: 926 tokens" in printed
     assert "s at an actual speed of 100 GFLOP/s" in printed
-    assert not Path("out").exists()  # no run was started
-    assert (
-        call("train.py", "--env_conf", "env.json", "--dry_run", "--set", "model.device_map=0") == 3
-    )
+    assert not Path("out").exists(), "--dry_run must not start a run"
+    assert call(*command, "--set", "model.device_map=0") == 3
     assert "not here" in capsys.readouterr().out
-    here = ("--set", "model.device_map=auto", "--device_memory", "1GiB")
-    assert call("train.py", "--env_conf", "env.json", "--dry_run", *here) == 0
+    assert call(*command, "--set", "model.device_map=auto", *one_gpu) == 0
     assert "cuda:0" in capsys.readouterr().out
-    assert (
-        call(
-            "train.py",
-            "--env_conf",
-            "env.json",
-            "--dry_run",
-            "--set",
-            "model.device_map=1",
-            "--device_memory",
-            "1GiB",
-        )
-        == 2
-    )
+    assert call(*command, "--set", "model.device_map=1", *one_gpu) == 2
     assert "GPU 1 does not exist, this machine has 1" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         call("train.py", "--env_conf", "env.json", "--device_memory", "1GiB")
@@ -178,7 +160,7 @@ def test_the_command(workspace, capsys):
         ([("beacons sampled.8192", 2048)], 2048),
     ],
 )
-def test_the_longest_document_of_the_corpora(monkeypatch, entries, longest):
+def test_the_longest_document_of_the_corpora_is_planned(monkeypatch, entries, longest):
     """With 32x.json, texts may fill the capacity, and a sample of `beacons sampled.N` has at most N
     tokens."""
     monkeypatch.chdir(ROOT)
@@ -195,11 +177,10 @@ def test_a_document_at_the_capacity_ends_in_a_partial_chunk(workspace):
     assert ends == {1: 16, 56: 16, 57: 14}
 
 
-def test_sizes():
+def test_device_memory_has_one_size_per_gpu():
     assert parse_memory("24GiB, 80GB") == {GPUS[0]: 24 * 2**30, GPUS[1]: 80 * 10**9}
-    with pytest.raises(
-        ConfigError, match="--device_memory 24,24: expected one size per GPU, such as 24GiB,24GiB"
-    ):
+    message = "--device_memory 24,24: expected one size per GPU, such as 24GiB,24GiB"
+    with pytest.raises(ConfigError, match=message):
         parse_memory("24,24")
 
 
@@ -222,8 +203,16 @@ from uiollms.study.cost import PeakMemory
 
 torch.set_num_threads(1)
 torch.backends.mkldnn.enabled = False
-shape = LlamaConfig(vocab_size=8192, hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8,
-                    num_key_value_heads=int(sys.argv[1]), max_position_embeddings=2048, eos_token_id=2)
+shape = LlamaConfig(
+    vocab_size=8192,
+    hidden_size=512,
+    intermediate_size=1408,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    num_key_value_heads=int(sys.argv[1]),
+    max_position_embeddings=2048,
+    eos_token_id=2,
+)
 memory = MemoryConfig(num_memory=8, chunk_size=256, lora_rank=16, lora_alpha=32)
 sample = Sample.language_modeling(torch.randint(3, 8000, (int(sys.argv[2]),)), 256)
 
@@ -238,7 +227,8 @@ def step(made, estimator):
 
 result = {}
 simulated, real = model("meta"), model("cpu")
-gradient_step(real, Sample.language_modeling(torch.randint(3, 8000, (600,)), 256))  # the first step allocates memory that stays
+# The first step allocates memory that stays.
+gradient_step(real, Sample.language_modeling(torch.randint(3, 8000, (600,)), 256))
 for estimator in ("exact", "importance"):
     with SimulatedDevices() as devices:
         for parameter in simulated.parameters():
@@ -254,22 +244,19 @@ print(json.dumps(result))
 """
 
 
-@pytest.mark.slow  # two minutes, for several steps of a mid-size model
-@pytest.mark.parametrize(
-    "key_value_heads, length",
-    [(8, 1536), (8, 4096), (2, 2304)],
-)
-def test_predicted_memory_is_measured_memory(key_value_heads, length):
+# It takes two minutes, for several steps of a mid-size model.
+@pytest.mark.slow
+@pytest.mark.parametrize("key_value_heads, length", [(8, 1536), (8, 4096), (2, 2304)])
+def test_predicted_memory_equals_measured_memory(key_value_heads, length):
     """The prediction is within 5 % of the rise of the resident set over a step (the goal is 15 %).
 
     MALLOC_MMAP_THRESHOLD_ makes glibc return every freed tensor to the system; by default it
     caches freed blocks of up to 32 MiB. oneDNN is off, because it caches some 15 MiB for the
     shapes of the products (docs/scaling.md).
     """
-    ran = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(key_value_heads), str(length)],
-        capture_output=True, text=True, env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", MEASURE, str(key_value_heads), str(length)]
+    ran = subprocess.run(command, capture_output=True, text=True, env=os.environ | settings)
     assert ran.returncode == 0, ran.stderr
     for estimator, (predicted, measured) in json.loads(ran.stdout).items():
         assert predicted == pytest.approx(measured, rel=0.05), estimator

@@ -24,7 +24,7 @@ GPUS = [torch.device("cuda", i) for i in range(2)]
 TWO = dict.fromkeys([*GPUS, CPU], 2**40)
 
 
-def placed(
+def model_on_devices(
     devices: SimulatedDevices, base, device_map, memory: MemoryConfig, path="e.json"
 ) -> MemoryLM:
     move_modules(base, resolve_map(base, device_map, path, TWO))
@@ -34,7 +34,7 @@ def placed(
     return model.train()
 
 
-def assert_everything_is_with_its_layer(
+def assert_tensors_are_on_the_device_of_their_layer(
     devices: SimulatedDevices, model: MemoryLM, sample: Sample
 ) -> None:
     memory, _ = encode_all(model, sample.chunks)
@@ -60,9 +60,8 @@ def assert_everything_is_with_its_layer(
         # No loss depends on these parameters.
         idle = f"encoder.layers.{layers - 1}." in name or name == "decoder.repeat_token"
         assert (parameter.grad is None) == idle, name
-        assert parameter.grad is None or devices.device_of(parameter.grad) == devices.device_of(
-            parameter
-        ), name
+        if parameter.grad is not None:
+            assert devices.device_of(parameter.grad) == devices.device_of(parameter), name
 
 
 @pytest.fixture(scope="module")
@@ -70,17 +69,11 @@ def llama():
     """The simulation of two GPUs, and the model of 32x.json on them."""
     config = load_env_config(ROOT / "32x.json")
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(
-            KNOWN_SHAPES[config.model.model_name], dtype=torch.bfloat16
-        )
+        shape = KNOWN_SHAPES[config.model.model_name]
+        base = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
+    memory = load_memory_config(ROOT / config.model.config)
     with SimulatedDevices() as devices:
-        model = placed(
-            devices,
-            base,
-            config.model.device_map,
-            load_memory_config(ROOT / config.model.config),
-            "32x.json",
-        )
+        model = model_on_devices(devices, base, config.model.device_map, memory, "32x.json")
     return devices, model
 
 
@@ -92,9 +85,8 @@ def test_32x_trains_on_two_gpus(llama, estimator, reads):
     encodes chunks again, while the others keep the graph of such a short document."""
     devices, model = llama
     with devices:
-        assert [layer_device(layer) for layer in model.base.model.layers] == [GPUS[0]] * 16 + [
-            GPUS[1]
-        ] * 16
+        found = [layer_device(layer) for layer in model.base.model.layers]
+        assert found == [GPUS[0]] * 16 + [GPUS[1]] * 16
         model.zero_grad()
         sample = Sample.language_modeling(random_ids(2 * 1024 + 300), 1024)
         devices.reset_counts()
@@ -102,7 +94,7 @@ def test_32x_trains_on_two_gpus(llama, estimator, reads):
         assert devices.syncs == ({"tolist on cuda:1": 1} if reads else {})
         assert result.reencoded and devices.device_of(result.nll) == GPUS[1]
         if estimator == "uio":
-            assert_everything_is_with_its_layer(devices, model, sample)
+            assert_tensors_are_on_the_device_of_their_layer(devices, model, sample)
 
 
 @pytest.mark.parametrize("mode", ["memory", "window", "raw"])
@@ -124,7 +116,7 @@ def tiny():
     with torch.device("meta"):
         base = make_base(seed=0)
     with SimulatedDevices() as devices:
-        yield devices, placed(devices, base, SPLIT, MEMORY)
+        yield devices, model_on_devices(devices, base, SPLIT, MEMORY)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +141,7 @@ def test_every_kind_of_sample_follows_the_map_and_never_waits(tiny, sample):
     assert not devices.syncs
 
 
-def test_dropout_follows_the_map(tiny):
+def test_dropout_runs_on_the_devices_of_the_map(tiny):
     _, model = tiny
     for role in (model.encoder, model.decoder):
         for lora in (m for m in role.modules() if hasattr(m, "dropout")):
@@ -158,22 +150,21 @@ def test_dropout_follows_the_map(tiny):
     uiollms.gradient_step(model, Sample.document(random_ids(30), 8), rng=0)
 
 
-def test_layers_on_the_cpu_among_gpus(tiny):
+def test_layers_on_the_cpu_between_gpus_run(tiny):
     """Only copies from a GPU wait, and no operation mixes devices."""
     devices, _ = tiny
     with torch.device("meta"):
         base = make_base()
-    model = placed(devices, base, {"model": 0, "model.layers.1": "cpu", "lm_head": "cpu"}, MEMORY)
+    device_map = {"model": 0, "model.layers.1": "cpu", "lm_head": "cpu"}
+    model = model_on_devices(devices, base, device_map, MEMORY)
     sample = Sample.document(random_ids(45), 8)
     uiollms.gradient_step(model, sample, estimator="uio", S=1, rng=0)
-    assert (
-        set(devices.syncs) <= {"copy from cuda:0 to cpu:0", "copy from cpu:0 to cuda:0"}
-        and devices.syncs
-    )
-    assert_everything_is_with_its_layer(devices, model, sample)
+    assert devices.syncs
+    assert set(devices.syncs) <= {"copy from cuda:0 to cpu:0", "copy from cpu:0 to cuda:0"}
+    assert_tensors_are_on_the_device_of_their_layer(devices, model, sample)
 
 
-# ---- errors that are found ------------------------------------------------------------------------
+# ---- errors that are detected --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -185,7 +176,7 @@ def test_layers_on_the_cpu_among_gpus(tiny):
         "uiollms.model.attention.to_device",
     ],
 )
-def test_a_forgotten_move_is_caught(tiny, monkeypatch, forgotten):
+def test_a_forgotten_transfer_is_detected(tiny, monkeypatch, forgotten):
     """Masks and rotary tables (layers), hidden states (memory_lm), targets (tally) or positions
     (attention) stay on another device."""
     _, model = tiny
@@ -206,15 +197,11 @@ def test_a_wait_inside_a_document_is_counted(tiny, monkeypatch):
     assert devices.syncs["copy from cpu to cuda:0"] > 3
 
 
-def test_operations_that_real_devices_refuse():
+def test_operations_that_real_devices_refuse_raise_errors():
     with SimulatedDevices() as devices:
         a, b = (torch.ones(3, 4, device=gpu) for gpu in GPUS)
-        assert (a.device, b.to(a).device, (a * 2).device, a.to("cpu").device) == (
-            GPUS[0],
-            GPUS[0],
-            GPUS[0],
-            HOST,
-        )
+        found = (a.device, b.to(a).device, (a * 2).device, a.to("cpu").device)
+        assert found == (GPUS[0], GPUS[0], GPUS[0], HOST)
         # A 0-dimensional tensor may be on the CPU, as in torch.
         assert (a + torch.tensor(2.0)).device == GPUS[0]
         for wrong in (lambda: a + b, lambda: a @ torch.ones(4, 2), lambda: torch.cat([a, b])):
@@ -233,14 +220,14 @@ def test_operations_that_real_devices_refuse():
             a.nonzero()
 
 
-def test_gradients_cross_back():
+def test_gradients_return_to_the_device_of_their_tensor():
     with SimulatedDevices() as devices:
         x = torch.ones(5, device=GPUS[0], requires_grad=True)
         (x.to(GPUS[1], torch.float64) * 2).sum().backward()
         assert devices.device_of(x.grad) == GPUS[0] and x.grad.dtype == torch.float32
 
 
-def test_bytes_are_counted_while_they_live():
+def test_bytes_of_living_tensors_are_counted():
     with SimulatedDevices() as devices:
         a = torch.zeros(256, device=GPUS[0])
         view = a[:4]

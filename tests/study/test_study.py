@@ -33,12 +33,11 @@ SAMPLE = uiollms.Sample.language_modeling(random_ids(38), 8)
 def encoder_gradient(model, **settings) -> torch.Tensor:
     uiollms.gradient_step(model, SAMPLE, **settings)
     found = gradients(model)
-    return torch.cat(
-        [g.flatten() for n, g in found.items() if n.startswith("encoder") and "layers.2" not in n]
-    )
+    names = [name for name in found if name.startswith("encoder") and "layers.2" not in name]
+    return torch.cat([found[name].flatten() for name in names])
 
 
-def test_pair_gradients_add_up_to_the_steps(monkeypatch):
+def test_pair_gradients_add_up_to_the_gradients_of_a_step(monkeypatch):
     model = make_model()
     pairs, vectors, norms = pair_gradients(model, SAMPLE)
     assert sorted(pairs) == [(t, s) for t in range(5) for s in range(t)]
@@ -56,37 +55,32 @@ def test_pair_gradients_add_up_to_the_steps(monkeypatch):
     assert norms == pytest.approx(norms_of_step[0], rel=1e-10)
 
 
-def test_statistics_are_those_of_the_drawn_gradients():
+def test_statistics_equal_those_of_drawn_gradients():
     model = make_model()
     pairs, vectors, norms = pair_gradients(model, SAMPLE)
     estimator, draws = make_estimator("uio", 2), 12
-    found = statistics_of(
-        draw_weights(estimator, pairs, 5, norms, draws, seed=3), gram(vectors, block=100), pairs
-    )
+    weights = draw_weights(estimator, pairs, 5, norms, draws, seed=3)
+    found = statistics_of(weights, gram(vectors, block=100), pairs)
     rng = random.Random(3)
     exact = encoder_gradient(model)
     drawn = torch.stack(
         [encoder_gradient(model, weights=estimator.weight_matrix(5, rng)) for _ in range(draws)]
     )
-    size = exact.norm()
-    assert found["norm_ratio"] == pytest.approx((drawn.norm(dim=1) / size).mean().item())
-    assert found["cosine"] == pytest.approx(
-        torch.cosine_similarity(drawn, exact[None]).mean().item()
+    mean, size = drawn.mean(0), exact.norm()
+    expected = dict(
+        norm_ratio=(drawn.norm(dim=1) / size).mean(),
+        cosine=torch.cosine_similarity(drawn, exact[None]).mean(),
+        relative_error=((drawn - exact).norm(dim=1) / size).mean(),
+        bias=(mean - exact).norm() / size,
+        variance=(drawn - mean).pow(2).sum(1).mean() / size**2,
     )
-    assert found["relative_error"] == pytest.approx(
-        ((drawn - exact).norm(dim=1) / size).mean().item()
-    )
-    assert found["bias"] == pytest.approx(((drawn.mean(0) - exact).norm() / size).item())
-    assert found["variance"] == pytest.approx(
-        ((drawn - drawn.mean(0)).pow(2).sum(1).mean() / size**2).item()
-    )
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value.item()), name
 
 
 def test_the_table_distinguishes_biased_from_unbiased_estimators():
-    rows = {
-        (r["estimator"], r["S"]): r
-        for r in study_gradients(make_model(), [random_ids(38)], [1, 9], draws=4000)
-    }
+    found = study_gradients(make_model(), [random_ids(38)], [1, 9], draws=4000)
+    rows = {(row["estimator"], row["S"]): row for row in found}
     assert rows["exact", 10**6]["relative_error"] < 1e-6 and rows["uio", 9]["relative_error"] < 1e-6
     for name in ("uio", "importance"):
         assert rows[name, 1]["bias"] < 4 * rows[name, 1]["bias_noise"], name
@@ -98,11 +92,9 @@ def test_the_table_distinguishes_biased_from_unbiased_estimators():
 
 def test_cost_counts_the_chunks_encoded_again():
     model = make_model()
-    rows = {(r["estimator"], r["S"]): r for r in study_cost(model, random_ids(38), [1])}
-    assert (
-        rows["exact", 10**6]["encoder_backwards"] == 4
-        and rows["importance", 1]["encoder_backwards"] <= 2
-    )
+    rows = {(row["estimator"], row["S"]): row for row in study_cost(model, random_ids(38), [1])}
+    assert rows["exact", 10**6]["encoder_backwards"] == 4
+    assert rows["importance", 1]["encoder_backwards"] <= 2
     assert all(row["seconds"] > 0 for row in rows.values()) and len(rows) == len(estimators_of([1]))
     chosen = study_cost(model, random_ids(38), [1, 2], repeats=2, names=["uio"])
     assert [(r["estimator"], r["S"]) for r in chosen] == [("uio", 1), ("uio", 2)]
@@ -130,13 +122,10 @@ def test_the_comparison_reads_curves_at_equal_iterations_and_at_equal_seconds():
         for seed in (0, 1)
     ]
     exact, tbptt = summarise(curves, {("exact", 1): 2.0, ("tbptt", 1): 1.0})
-    assert (
-        exact["equal iterations"] == "2.500 +- 6.353"
-        and tbptt["equal iterations, to exact"] == "1.000 +- 0.000"
-    )
-    assert exact["equal seconds"].startswith("3.250") and tbptt[
-        "equal seconds, to exact"
-    ].startswith("0.250")
+    assert exact["equal iterations"] == "2.500 +- 6.353"
+    assert tbptt["equal iterations, to exact"] == "1.000 +- 0.000"
+    assert exact["equal seconds"].startswith("3.250")
+    assert tbptt["equal seconds, to exact"].startswith("0.250")
     assert exact["equal iterations, to exact"] == ""
 
 
@@ -144,7 +133,7 @@ def test_recall_queries_facts_of_distance_chunks_before():
     ids, answers = draw_documents(torch.Generator().manual_seed(0), torch.tensor([3, 0]))
     for document, distance in zip(ids.view(2, 16, 8), (3, 0), strict=True):
         facts = [{pair // 8: pair % 8 for pair in chunk[:4].tolist()} for chunk in document]
-        assert len(set().union(*facts)) == 64  # no key twice
+        assert len(set().union(*facts)) == 64, "a key is there twice"
         for t, chunk in enumerate(document):
             source = facts[t - distance if t >= distance else t]
             for query, answer in chunk[4:].view(2, 2).tolist():
@@ -191,47 +180,30 @@ def test_learn_returns_a_curve_that_the_seed_determines():
     curves = []
     estimators = [e for e in estimators_of([1]) if e[0] in ("uio", "exact")]
     compare(estimators, [0], start, held_out, train, [], curves.append)
-    assert [c["estimator"] for c in curves] == ["uio", "exact"] and curves[0]["iterations"] == [
-        0,
-        2,
-        4,
-    ]
+    assert [curve["estimator"] for curve in curves] == ["uio", "exact"]
+    assert curves[0]["iterations"] == [0, 2, 4]
     assert curves[0]["nll"][0] == curves[1]["nll"][0] and curves[0]["nll"] != curves[1]["nll"]
     again = []
     done = curves[:1]
     compare(estimators, [0], start, held_out, train, done, again.append)
-    assert [c["estimator"] for c in again] == ["exact"] and again[0]["nll"] == curves[1]["nll"]
-    by_hand = [score_of(start(0)[0], sample) for sample in held_out]
-    assert curves[0]["nll"][0] == pytest.approx(
-        sum(by_hand) / sum(s.num_scored for s in held_out), rel=1e-5
-    )
-
-
-def score_of(model, sample) -> float:
-    """The sum of the NLL that a training step reports."""
-    return float(uiollms.gradient_step(model, sample).nll)
+    assert [curve["estimator"] for curve in again] == ["exact"]
+    assert again[0]["nll"] == curves[1]["nll"]
+    nll = sum(float(uiollms.gradient_step(start(0)[0], sample).nll) for sample in held_out)
+    expected = nll / sum(sample.num_scored for sample in held_out)
+    assert curves[0]["nll"][0] == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_learning_study_trains_compares_and_continues(workspace, capsys):
-    arguments = [
-        "learning",
-        "--env_conf",
-        "env.json",
-        "--seeds",
-        "2",
-        "--out",
-        "out/study",
-        "--set",
-        "train.eval=3",
-    ]
+    arguments = ["learning", "--env_conf", "env.json", "--seeds", "2", "--out", "out/study"]
+    arguments += ["--set", "train.eval=3"]
     study(arguments)
     curves = (workspace / "out/study/curves.jsonl").read_text()
     rows = json.loads((workspace / "out/study/results.json").read_text())["rows"]
     assert curves.count("\n") == 1 + 5 * 2 and {row["seeds"] for row in rows} == {2}
     assert (workspace / "out/study/plot.png").stat().st_size > 0
-    study(arguments)  # nothing left to train
+    # The second call finds all curves and trains nothing.
+    study(arguments)
     assert (workspace / "out/study/curves.jsonl").read_text() == curves
-    with pytest.raises(
-        ConfigError, match=r"curves.jsonl: its curves were trained with other settings"
-    ):
+    message = "curves.jsonl: its curves were trained with other settings"
+    with pytest.raises(ConfigError, match=message):
         study([*arguments, "--set", "train.max_lr=5e-3"])

@@ -1,8 +1,7 @@
-"""The estimators as weight matrices, all outcomes enumerated: expectation, bias, and what biased
-ones are worth.
+"""Tests of the expectation and the bias of the estimators' weight matrices.
 
-Nothing here is sampled: every reservoir outcome of small N is visited and weighted with its
-probability.
+Nothing is sampled. The tests enumerate every outcome of the reservoir for a small number of chunks
+and weight it with its probability.
 """
 
 import itertools
@@ -27,8 +26,8 @@ from uiollms.training.estimators import (
 
 
 def reservoir_outcomes(num_chunks: int, S: int):
-    """All draws of one document with their probability: chunk c >= S draws one of 0 .. c, all
-    alike."""
+    """Yields all draws of one document with their probabilities. Chunk c >= S draws one of the
+    numbers 0 .. c with equal probability."""
     ranges = [range(c + 1) for c in range(S, num_chunks)]
     probability = 1.0
     for r in ranges:
@@ -37,59 +36,60 @@ def reservoir_outcomes(num_chunks: int, S: int):
         yield list(draws), probability
 
 
-def expected_window(num_chunks: int, S: int, compensate: bool) -> torch.Tensor:
+def expected_weights(num_chunks: int, S: int, compensate: bool) -> torch.Tensor:
     return sum(
-        p * window_from_draws(d, S, compensate, num_chunks)
-        for d, p in reservoir_outcomes(num_chunks, S)
+        probability * window_from_draws(draws, S, compensate, num_chunks)
+        for draws, probability in reservoir_outcomes(num_chunks, S)
     )
 
 
-def bias(window: torch.Tensor) -> float:
-    """The largest distance of an expected weight from 1, below the diagonal."""
-    return (window - all_pairs(len(window))).abs().max().item()
+def bias(weights: torch.Tensor) -> float:
+    """Returns the largest distance of an expected weight below the diagonal from 1."""
+    return (weights - all_pairs(len(weights))).abs().max().item()
 
 
 @pytest.mark.parametrize("S", [1, 2, 3, 4, 6])
 @pytest.mark.parametrize("num_chunks", [1, 2, 5, 6])
-def test_uio_is_unbiased(num_chunks, S):
-    assert bias(expected_window(num_chunks, S, compensate=True)) < 1e-12
+def test_expected_uio_weights_are_one(num_chunks, S):
+    assert bias(expected_weights(num_chunks, S, compensate=True)) < 1e-12
 
 
 @pytest.mark.parametrize("S", [1, 2, 3])
-def test_without_the_factor_the_expectation_is_S_over_t(S):
-    """The same check fails for the release's weights, by exactly 1 - min(1, S/t)."""
-    window = expected_window(6, S, compensate=False)
+def test_without_compensation_expected_uio_weights_are_S_over_t(S):
+    """The weights of the release are biased by exactly 1 - min(1, S / t)."""
+    weights = expected_weights(6, S, compensate=False)
     for t in range(6):
         for s in range(t):
-            assert window[t, s] == pytest.approx(min(1, S / t))
-    assert bias(window) == pytest.approx(1 - S / 5)
+            assert weights[t, s] == pytest.approx(min(1, S / t))
+    assert bias(weights) == pytest.approx(1 - S / 5)
 
 
 def test_tbptt_is_biased():
-    window = TBPTT(2).weight_matrix(6, random.Random(0))
-    assert bias(window) == 1
+    weights = TBPTT(2).weight_matrix(6, random.Random(0))
+    assert bias(weights) == 1
     for t in range(6):
-        assert window[t].nonzero().flatten().tolist() == list(range(max(0, t - 2), t))
+        assert weights[t].nonzero().flatten().tolist() == list(range(max(0, t - 2), t))
 
 
-def test_share_of_terms_the_release_keeps():
-    """2-gradients.md: 46 % of the terms at 8K, 4 % at 100K (S 2, chunks of 1,024)."""
+def test_fraction_of_terms_in_the_release():
+    """With S = 2 and chunks of 1,024 tokens, the release has 46 % of the terms at 8K tokens and
+    4 % at 100K."""
 
-    def share(num_chunks: int) -> float:
+    def fraction(num_chunks: int) -> float:
         terms = [min(1.0, 2 / t) for t in range(1, num_chunks) for _ in range(t)]
         return sum(terms) / len(terms)
 
-    assert share(8) == pytest.approx(0.46, abs=0.01)
-    assert share(97) == pytest.approx(0.04, abs=0.005)
+    assert fraction(8) == pytest.approx(0.46, abs=0.01)
+    assert fraction(97) == pytest.approx(0.04, abs=0.005)
 
 
-def test_reservoir_example():
+def test_worked_example_of_reservoir_weights():
     assert window_from_draws([1, 0], 1, True).tolist() == [[0, 0, 0], [1, 0, 0], [2, 0, 0]]
     assert window_from_draws([0, 0], 1, True).tolist() == [[0, 0, 0], [1, 0, 0], [0, 2, 0]]
 
 
 def test_reservoir_is_uniform_over_subsets():
-    """Each set of S among t chunks is equally likely (Vitter 1985), not only each member."""
+    """Every set of S among t chunks is equally likely (Vitter 1985), not only every member."""
     counts: dict[tuple[int, ...], float] = {}
     for draws, probability in reservoir_outcomes(6, 2):
         members = tuple(window_from_draws(draws, 2, False, 6)[5].nonzero().flatten().tolist())
@@ -99,21 +99,21 @@ def test_reservoir_is_uniform_over_subsets():
 
 
 @pytest.mark.parametrize("name", ["tbptt", "uio"])
-def test_a_window_as_wide_as_the_document_is_exact(name):
+def test_a_weight_matrix_with_S_of_the_whole_document_is_exact(name):
     for S in (5, 9):
         assert torch.equal(draw_window(name, 6, 0, S=S), Exact().weight_matrix(6, random.Random(0)))
 
 
-def test_draws_are_the_rngs_and_the_last_chunk_is_drawn_for():
+def test_uio_draws_one_number_for_every_chunk_after_the_first_S():
     class Recorder(random.Random):
-        seen: list = []
+        ranges: list = []
 
         def randint(self, a, b):
-            self.seen.append((a, b))
+            self.ranges.append((a, b))
             return super().randint(a, b)
 
     UIO(2).weight_matrix(5, Recorder(0))
-    assert Recorder.seen == [(0, 2), (0, 3), (0, 4)]
+    assert Recorder.ranges == [(0, 2), (0, 3), (0, 4)]
     assert torch.equal(draw_window("uio", 9, 3), draw_window(UIO(2), 9, random.Random(3)))
 
 
@@ -121,9 +121,9 @@ def test_draws_are_the_rngs_and_the_last_chunk_is_drawn_for():
     "norms", [[1.0, 2, 3, 4], [0.0, 0, 5], [1.0] * 6, [1e-9, 1, 1000, 2, 3], [0.0, 0.0]]
 )
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_importance_is_unbiased(norms, size):
-    """The sample depends on one uniform number; between two breakpoints it does not change, so
-    that the expectation is a finite sum."""
+def test_expected_importance_weights_are_one(norms, size):
+    """The sample depends on one uniform number and does not change between two breakpoints, so the
+    expectation is a finite sum."""
     inclusion = inclusion_probabilities(norms, size, floor=0.1)
     assert sum(inclusion) == pytest.approx(min(size, len(norms)))
     assert all(0 < p <= 1 for p in inclusion)
@@ -138,7 +138,7 @@ def test_importance_is_unbiased(norms, size):
     assert mean == pytest.approx([1.0] * len(norms), abs=1e-9)
 
 
-def test_importance_prefers_large_gradients_and_forgets_nobody():
+def test_importance_prefers_large_gradients_and_includes_every_chunk():
     inclusion = inclusion_probabilities([0.0, 1.0, 9.0], 1, floor=0.3)
     assert inclusion == pytest.approx([0.1, 0.17, 0.73])
     columns = Importance(2).columns([1.0, 5.0, 2.0, 0.5], random.Random(1))

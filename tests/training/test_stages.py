@@ -1,4 +1,4 @@
-"""Runs in stages: what each trains on, at which size and rate; and the objectives of a corpus."""
+"""Tests of runs in stages (their corpora, sizes and learning rates) and of the tasks of corpora."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from uiollms.files.errors import ConfigError
 from uiollms.planning.planner import make_plan
 from uiollms.reports.curves import stage_starts
 from uiollms.reports.page import stage_words
+from uiollms.runs.checks import check_training
 from uiollms.training.schedule import Course, Schedule, rate_of_document
 from uiollms.training.weighting import normalize_gains, scale_token_weights, weigh_tokens
 
@@ -54,7 +55,7 @@ STAGES = [
 
 @pytest.fixture
 def staged(workspace) -> Path:
-    """A run of 10 documents in 5 steps, 2 of the first stage, 1, and 2 of the last."""
+    """The folder of a run of 10 documents in 5 steps. The stages have 2, 1 and 2 steps."""
     memory = json.loads(Path("memory.json").read_text())
     Path("memory.json").write_text(json.dumps(memory | dict(lora_dropout=0.2)))
     env = json.loads(Path("env.json").read_text())
@@ -63,7 +64,7 @@ def staged(workspace) -> Path:
     return workspace / "out"
 
 
-def checked(*changes: str) -> None:
+def check(*changes: str) -> None:
     check_env(load_env_config("env.json", [*changes]), "env.json")
 
 
@@ -74,14 +75,15 @@ def stages(*shares: float, **changes) -> list[dict]:
     return [dict(share=share, **changes) for share in shares]
 
 
-def test_borders_are_whole_steps():
+def test_stages_begin_between_steps():
     run = Schedule(section(train_iters=100, accum_grad=8, stages=stages(0.3, 0.3, 0.4)), 8)
-    assert run.borders == (32, 64)  # 3.75 and 7.5 steps of 12.5
+    # The exact borders would be at 3.75 and 7.5 of 12.5 steps.
+    assert run.borders == (32, 64)
     assert [run.stage(done) for done in run.steps()] == [0] * 4 + [1] * 4 + [2] * 4
     assert Schedule(section(), 1).borders == ()
 
 
-def test_every_stage_rises_and_falls_by_itself():
+def test_every_stage_has_a_separate_warm_up_and_decay():
     train = section(
         train_iters=100,
         max_lr=1e-3,
@@ -95,32 +97,28 @@ def test_every_stage_rises_and_falls_by_itself():
     assert max(found[:50]) == 1e-3 and max(found[50:]) == 4e-3
 
 
-def test_one_stage_is_a_run_without_stages():
+def test_one_stage_equals_a_run_without_stages():
     plain, staged = section(accum_grad=4), section(accum_grad=4, stages=stages(1.0))
     for done in (4, 400, 9_000, 10_000):
         assert Schedule(plain, 4).learning_rate(done) == Schedule(staged, 4).learning_rate(done)
 
 
-def test_a_longer_run_lengthens_its_last_stage_alone():
+def test_more_iterations_lengthen_only_the_last_stage():
     shorter = Schedule(section(train_iters=100, stages=stages(0.5, 0.5)), 1)
-    longer = Schedule(
-        section(train_iters=300, stages=stages(0.5, 0.5)), 1, "documents", shorter.borders
-    )
+    train = section(train_iters=300, stages=stages(0.5, 0.5))
+    longer = Schedule(train, 1, "documents", shorter.borders)
     assert longer.borders == (50,)
-    assert [longer.learning_rate(d) for d in range(1, 51)] == [
-        shorter.learning_rate(d) for d in range(1, 51)
-    ]
+    for done in range(1, 51):
+        assert longer.learning_rate(done) == shorter.learning_rate(done)
     assert longer.learning_rate(300) < 1e-7 < longer.learning_rate(100)
 
 
 def test_a_stage_without_a_step_is_refused():
-    with pytest.raises(
-        ConfigError, match=r"train.stages\[1\]: .* of 100 .* less than one step of 8"
-    ):
+    message = r"train.stages\[1\]: .* of 100 .* less than one step of 8"
+    with pytest.raises(ConfigError, match=message):
         Schedule(section(train_iters=100, stages=stages(0.5, 0.02, 0.48)), 8)
-    with pytest.raises(
-        ConfigError, match=r"train.stages\[1\]"
-    ):  # shortened to before its last stage
+    # This run is shortened so far that no step of its last stage remains.
+    with pytest.raises(ConfigError, match=r"train.stages\[1\]"):
         Schedule(section(train_iters=50, stages=stages(0.5, 0.5)), 1, "documents", (50,))
 
 
@@ -129,36 +127,31 @@ def test_sizes_are_drawn_from_the_seed_and_the_step():
     first, again = (Schedule(section(stages=stages(1.0, sizes=sizes), seed=3), 1) for _ in range(2))
     drawn = [first.size(done) for done in range(1, 3001)]
     assert drawn[1000:] == [again.size(done) for done in range(1001, 3001)]
-    assert {drawn.count(tuple(size)) // 100 for size in sizes} <= {9, 10}  # a third of each
+    # Every size is drawn for about a third of the 3,000 steps.
+    assert {drawn.count(tuple(size)) // 100 for size in sizes} <= {9, 10}
     assert Schedule(section(), 1).size(7) is None
 
 
 # ---- a run ---------------------------------------------------------------------------------------
 
 
-def test_a_run_in_stages_goes_on_bit_for_bit_across_borders(staged):
+def test_a_run_in_stages_is_resumed_bit_for_bit_across_stages(staged):
     assert run_forked(train()) == 0
     metrics, tensors = metrics_of(staged), tensors_of(staged)
     steps = [line for line in metrics if "nll" in line]
     assert [line["stage"] for line in steps] == [1, 1, 2, 3, 3]
     assert all(line["size"] in STAGES[0]["sizes"] for line in steps[:2])
-    assert steps[2]["size"] is None and all(
-        line["size"] in STAGES[2]["sizes"] for line in steps[3:]
-    )
+    assert steps[2]["size"] is None
+    assert all(line["size"] in STAGES[2]["sizes"] for line in steps[3:])
     assert json.loads((staged / "ckp" / "memory_config.json").read_text())["chunk_size"] == 16
     for event in (40, 70, 110):
-        code, flags = None, "--restart"
+        code = run_forked(train_with_action(event, send_signal(15), "--restart"))
         while code != 0:
-            code = (
-                run_forked(train_with_action(event, send_signal(15), flags))
-                if code is None
-                else run_forked(train(flags))
-            )
-            flags = "--resume"
+            code = run_forked(train("--resume"))
         assert metrics_of(staged) == metrics and tensors_of(staged) == tensors
 
 
-def test_a_run_made_longer_keeps_its_borders(staged):
+def test_a_lengthened_run_leaves_its_first_stages_unchanged(staged):
     assert call(*TRAIN) == 0
     assert call(*TRAIN, "--resume", "--set=train.train_iters=16") == 0
     lines = [line for line in metrics_of(staged) if "nll" in line]
@@ -168,7 +161,7 @@ def test_a_run_made_longer_keeps_its_borders(staged):
     assert (staged / "curve.png").exists()
 
 
-def test_what_a_run_says_of_its_stages():
+def test_curves_and_reports_describe_stages():
     lines = [
         dict(iteration=2, nll=3.0, stage=1),
         dict(iteration=4, nll=3.0, stage=1),
@@ -182,7 +175,7 @@ def test_what_a_run_says_of_its_stages():
     assert stage_words(second) == "60%"
 
 
-def test_stages_draw_documents_of_their_own(staged):
+def test_every_stage_draws_from_its_corpora(staged):
     config = load_env_config("env.json")
     model, tokenizer = load_memory_lm(config, "env.json")
     samples = SampleStream(config, tokenizer, model, partial(weigh_tokens, model))
@@ -248,37 +241,38 @@ def test_stages_draw_documents_of_their_own(staged):
         ("train.stages.0.share=0", "train.stages[0].share"),
     ],
 )
-def test_what_a_stage_cannot_be_is_refused_before_a_model_is_loaded(staged, change, message):
+def test_wrong_stages_are_refused_before_a_model_is_loaded(staged, change, message):
     with pytest.raises(ConfigError) as error:
-        checked(change)
+        check(change)
     assert any(message in line for line in str(error.value).splitlines()), str(error.value)
 
 
-def test_a_plan_knows_the_longest_document_of_all_stages(staged):
-    """Of auto-encoding one chunk, however long the document."""
-    named = [
-        "train.stages.1.corpus=" + json.dumps([STAGES[0]["corpus"][0] | dict(truncation=None)])
-    ]
-    for changes, longest in ((named, 70), ([*named, "train.stages.2.corpus.1.truncation=90"], 90)):
+def test_a_plan_is_for_the_longest_document_of_all_stages(staged):
+    """Auto-encoding takes one chunk, however long the document is, so the second stage, which has
+    no truncation here, does not count."""
+    copying = json.dumps([STAGES[0]["corpus"][0] | dict(truncation=None)])
+    stage = f"train.stages.1.corpus={copying}"
+    for changes, longest in (([stage], 70), ([stage, "train.stages.2.corpus.1.truncation=90"], 90)):
         plan = make_plan(load_env_config("env.json", changes), "env.json")
         assert plan.length == longest
 
 
 def test_a_truncation_must_fit_every_size(staged):
-    """64/1 has room for thousands of tokens in 128 positions, 16/8 for 16 * 15 and 8 more."""
+    """With 128 positions, the size 64/1 has a capacity of thousands of tokens and 16/8 one of
+    16 * 15 + 8."""
     change = (
         'train.stages.2.corpus.0={"name": "files:book*.txt", "partition": 0.5, "truncation": 249}'
     )
     with pytest.raises(ConfigError, match=r"249 tokens is past the capacity 248 .*sizes\[1\]"):
-        checked(change)
-    checked(change.replace("249", "248"))
+        check(change)
+    check(change.replace("249", "248"))
 
 
 # ---- objectives ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def maker(workspace) -> SampleBuilder:
+def builder(workspace) -> SampleBuilder:
     config = load_env_config("env.json", ["model.model_dtype=fp64"])
     return SampleBuilder(*load_memory_lm(config, "env.json"), "document")
 
@@ -291,35 +285,34 @@ TEXT = Document("It was a bright cold day, and the clocks were striking thirteen
 PAIR = Document(TEXT.text, "x.jsonl", response="thirteen of them", task="question answering")
 
 
-def test_plain_text_is_trained_for_the_task_of_its_entry(maker):
-    l = maker.model.memory_config.chunk_size
+def test_plain_text_becomes_samples_of_the_entrys_task(builder):
+    l = builder.model.memory_config.chunk_size
 
     def sample(document=TEXT, **fields) -> Sample:
-        return maker.train(document, entry(truncation=5 * l, **fields), random.Random(0))
+        return builder.train(document, entry(truncation=5 * l, **fields), random.Random(0))
 
     assert [row.num_memories for row in sample().rows] == [0, 1, 2, 3, 4]
-    assert (
-        len(sample(task="auto encoding").rows) == 1 and sample(task="auto encoding").rows[0].repeat
-    )
+    (row,) = sample(task="auto encoding").rows
+    assert row.repeat
     assert [row.num_memories for row in sample(task="Longdata_Copy").rows] == [5] * 5
     utilization = sample(task="memory utilization")
     assert utilization.kl_weight == 1 and len(utilization.rows) == 1
-    taught = sample(kl_weight=0.25)
-    assert taught.kl_weight == 0.25 and len(taught.teachers) == 1
-    answered = sample(PAIR, kl_weight=0.5)
-    assert answered.kl_weight == 0.5 and answered.num_scored == 16
+    distilled = sample(kl_weight=0.25)
+    assert distilled.kl_weight == 0.25 and len(distilled.teachers) == 1
+    answer = sample(PAIR, kl_weight=0.5)
+    assert answer.kl_weight == 0.5 and answer.num_scored == 16
 
 
-def test_facts_are_hidden_in_any_plain_text(maker):
-    with maker.model.sized((64, 2)):
-        drawn = entry(task="synthetic recall", truncation=192)
-        sample = maker.train(TEXT, drawn, random.Random(1))
-        text = maker.tokenizer.decode(torch.cat([row.input_ids for row in sample.rows]))
+def test_synthetic_recall_hides_facts_in_any_plain_text(builder):
+    with builder.model.sized((64, 2)):
+        corpus = entry(task="synthetic recall", truncation=192)
+        sample = builder.train(TEXT, corpus, random.Random(1))
+        text = builder.tokenizer.decode(torch.cat([row.input_ids for row in sample.rows]))
     assert 0 < sample.num_scored < 64 and "clocks were striking" in text
 
 
 @pytest.mark.parametrize(
-    "task, kind, fine",
+    "task, kind, suitable",
     [
         ("question answering", "language modeling", False),
         ("question answering", "question answering", True),
@@ -332,13 +325,11 @@ def test_facts_are_hidden_in_any_plain_text(maker):
         ("language modeling", "activation beacons", False),
     ],
 )
-def test_which_documents_are_for_which_task(task, kind, fine):
-    assert (task_fault(task, kind) is None) == fine
+def test_tasks_accept_only_suitable_documents(task, kind, suitable):
+    assert (task_fault(task, kind) is None) == suitable
 
 
-def test_a_task_that_the_corpus_has_no_documents_for(workspace, maker):
-    from uiollms.runs.checks import check_training
-
+def test_a_task_without_suitable_documents_is_refused(workspace, builder):
     for name, task in (
         ("longalpaca.train.true", "auto encoding"),
         ("sotu.train", "question answering"),
@@ -347,13 +338,13 @@ def test_a_task_that_the_corpus_has_no_documents_for(workspace, maker):
         with pytest.raises(ConfigError, match=r"train.corpus\[0\].task: corpus .* has"):
             check_training(load_env_config("env.json", changes), "env.json")
     with pytest.raises(ConfigError, match="x.jsonl: has documents for question answering"):
-        maker.train(PAIR, entry(task="auto encoding"), random.Random(0))
+        builder.train(PAIR, entry(task="auto encoding"), random.Random(0))
 
 
-def test_weights_of_tokens_are_what_raw_context_is_worth(maker):
-    """Against the base's own logits, token by token, in float64: another order of summation,
-    1e-9."""
-    model = maker.model
+def test_token_weights_are_the_gain_of_raw_context(builder):
+    """They are compared with the logits of the base, token by token. The tolerance 1e-9 in float64
+    allows for another order of summation."""
+    model = builder.model
     l = model.memory_config.chunk_size
     ids = random_ids(4 * l + 3)
     sample = weigh_tokens(model, Sample.document(ids, l))
@@ -364,17 +355,19 @@ def test_weights_of_tokens_are_what_raw_context_is_worth(maker):
         return -logits.gather(1, text[1:, None])[:, 0]
 
     raw = nll(ids)
-    window = torch.cat([nll(ids[start : start + l + 1]) for start in range(0, len(ids) - 1, l)])
-    gain = (window - raw).clamp(min=0)
+    starts = range(0, len(ids) - 1, l)
+    no_memory = torch.cat([nll(ids[start : start + l + 1]) for start in starts])
+    gain = (no_memory - raw).clamp(min=0)
     expected = gain / gain.mean() / (len(ids) - 1)
     found = torch.cat([row.token_weights[row.scored] for row in sample.rows])
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
     assert found[:l].abs().max() < 1e-12 and teaches_memory(sample)
     nlls = [token_losses(model, s)[1] for s in (sample, Sample.document(ids, l))]
-    torch.testing.assert_close(*nlls)  # what is scored stays, what counts changes
+    # The NLLs of the tokens stay the same; only their weights change.
+    torch.testing.assert_close(*nlls)
 
 
-def test_a_document_whose_context_is_worth_nothing_teaches_nothing():
+def test_a_document_without_gain_from_context_trains_nothing():
     assert normalize_gains(torch.tensor([-1.0, -0.5])).tolist() == [0, 0]
     assert normalize_gains(torch.tensor([-1.0, 1.0, 3.0])).tolist() == pytest.approx(
         [0, 0.75, 2.25]
@@ -384,7 +377,7 @@ def test_a_document_whose_context_is_worth_nothing_teaches_nothing():
     assert not teaches_memory(scale_token_weights(sample, torch.zeros(19, dtype=torch.float64)))
 
 
-def test_weighting_is_for_documents_with_a_truncation():
+def test_token_weighting_needs_a_truncation_and_language_modeling():
     with pytest.raises(ValueError, match="set truncation"):
         entry(token_weighting="context")
     with pytest.raises(ValueError, match="token_weighting context with auto encoding"):

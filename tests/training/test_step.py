@@ -1,7 +1,8 @@
-"""The two-pass step against plain autograd, and every estimator's gradient averaged over all of
-its outcomes.
+"""The two-pass step is compared with plain autograd, and the mean of every estimator's gradient
+over all of its outcomes with the exact gradient.
 
-float64; 1e-10 relative is what 2-gradients.md asks for (rounding leaves about 1e-14).
+The computation is in float64, whose rounding is about 1e-14 here. A relative error of 1e-10 is
+allowed.
 """
 
 import itertools
@@ -51,9 +52,10 @@ PROVEN = 1e-10
 def plain_gradients(
     model, sample: Sample, weights: torch.Tensor, seeds=None
 ) -> dict[str, torch.Tensor]:
-    """The slow, obvious twin. One graph over everything, chunk by chunk; W by detaching: J_t
-    reads the mixture w * m_s + (1 - w) * detach(m_s), whose value is m_s and whose gradient is w
-    times as large. The decoder's LoRA takes its gradient from a second pass over plain memories."""
+    """Computes the gradients with one graph over all chunks: the slow twin of the step. The loss
+    J_t reads the mixture w * m_s + (1 - w) * detach(m_s), whose value is m_s and whose gradient is
+    w times as large. The decoder's LoRA weights get their gradient from a second pass over plain
+    memories."""
     found = {}
     for weighted in (False, True):
         memory = [
@@ -96,12 +98,13 @@ def protocols(ids: torch.Tensor) -> dict[str, Sample]:
 @pytest.mark.parametrize("protocol", ["paper", "document", "beacon"])
 @pytest.mark.parametrize("chunk_batch", [1, 2, 8])
 @pytest.mark.parametrize("length", [8, 9, 17, 32, 37])
-def test_step_is_autograd_for_any_weights(protocol, chunk_batch, length):
+def test_the_step_equals_autograd_for_any_weights(protocol, chunk_batch, length):
     model = make_model()
     model.chunk_batch = chunk_batch
     sample = protocols(random_ids(length))[protocol]
     weights = torch.rand(len(sample.rows), len(sample.rows), dtype=torch.float64).tril(-1)
-    weights[:, 1:2] = 0  # a chunk that nobody sends gradient to
+    # No row sends a gradient to chunk 1.
+    weights[:, 1:2] = 0
     result = uiollms.gradient_step(model, sample, weights=weights)
     found = gradients(model)
     assert worst_error(found, plain_gradients(model, sample, weights)) < PROVEN
@@ -110,8 +113,8 @@ def test_step_is_autograd_for_any_weights(protocol, chunk_batch, length):
 
 
 @pytest.mark.parametrize("length", [8, 27])
-def test_copying_is_autograd_and_trains_the_repeat_token(length):
-    """Here every row reads all memories, its own chunk's too."""
+def test_copying_equals_autograd_and_trains_the_repeat_token(length):
+    """Every row reads all memories, that of the copied chunk included."""
     model, sample = make_model(), Sample.copy(random_ids(length), 8)
     count = len(sample.rows)
     for weights in (
@@ -126,17 +129,17 @@ def test_copying_is_autograd_and_trains_the_repeat_token(length):
     exact = gradients(model)
     assert worst_error(exact, plain_gradients(model, sample, torch.ones(count, count))) < PROVEN
     outcomes = [
-        (row_weights(sample, window_from_draws(d, 1, True, count + 1)), p)
-        for d, p in reservoir_outcomes(count + 1, 1)
+        (row_weights(sample, window_from_draws(draws, 1, True, count + 1)), probability)
+        for draws, probability in reservoir_outcomes(count + 1, 1)
     ]
-    assert (
-        worst_error(expectation(model, sample, outcomes), exact) < PROVEN
-    )  # uio is unbiased here too
+    # uio is unbiased here too.
+    assert worst_error(expectation(model, sample, outcomes), exact) < PROVEN
 
 
-def test_rows_behind_all_memories_share_one_draw():
-    """Questions are no chunks: they evict nothing; one draw of S among C memories weighs all."""
-    sample, C, S = taught_samples()["questions, plain"], 3, 2
+def test_rows_that_read_all_memories_have_the_same_weights():
+    """Questions are not chunks, so they evict nothing from the reservoir. One draw of S among C
+    memories sets the weights of all rows."""
+    sample, C, S = samples_with_teachers()["questions, plain"], 3, 2
     assert len(sample.chunks) == C
     for draws, _ in reservoir_outcomes(C + 1, S):
         for compensate, factor in ((True, C / S), (False, 1)):
@@ -145,24 +148,24 @@ def test_rows_behind_all_memories_share_one_draw():
             assert sorted(weights[0].tolist()) == [0, 0, factor, factor]
 
 
-def taught_samples() -> dict[str, Sample]:
+def samples_with_teachers() -> dict[str, Sample]:
     ids = random_ids(27)
-    asked = [
+    questions = [
         (random_ids(3, seed=1), random_ids(2, seed=2)),
         (random_ids(9, seed=3), random_ids(4, seed=4)),
     ]
     return {
         "distilled beacons": protocols(ids)["beacon"].distilled(),
         "memory utilization": Sample.memory_utilization(ids, random_ids(6, seed=5), 8),
-        "questions, 0.9 KL": Sample.questions(ids, asked, 8, kl_weight=0.9),
-        "questions, plain": Sample.questions(ids, asked, 8),
+        "questions, 0.9 KL": Sample.questions(ids, questions, 8, kl_weight=0.9),
+        "questions, plain": Sample.questions(ids, questions, 8),
     }
 
 
-@pytest.mark.parametrize("kind", taught_samples())
-def test_taught_losses_are_the_formula_and_their_gradient_autograds(kind):
-    """Loss against softmaxes written out from the base's and the streaming model's logits."""
-    model, sample = make_model(), taught_samples()[kind]
+@pytest.mark.parametrize("kind", samples_with_teachers())
+def test_distillation_losses_and_gradients_equal_the_formula(kind):
+    """The losses are compared with softmaxes of the logits of the base and of a stream."""
+    model, sample = make_model(), samples_with_teachers()[kind]
     weights = torch.ones(len(sample.rows), len(sample.rows) + 4, dtype=torch.float64)
     result = uiollms.gradient_step(model, sample, weights=weights)
     assert worst_error(gradients(model), plain_gradients(model, sample, weights)) < PROVEN
@@ -174,49 +177,38 @@ def test_taught_losses_are_the_formula_and_their_gradient_autograds(kind):
             nll = -student.gather(1, row.targets[row.scored, None])[:, 0]
             loss = nll
             if sample.kl_weight:
-                raw = model.base(torch.cat([context, row.input_ids])[None]).logits[
-                    0, len(context) :
-                ]
+                text = torch.cat([context, row.input_ids])
+                raw = model.base(text[None]).logits[0, len(context) :]
                 teacher = raw.log_softmax(-1)[row.scored]
                 kl = (teacher.exp() * (teacher - student)).sum(-1)
                 loss = (1 - sample.kl_weight) * nll + sample.kl_weight * kl
-            assert (
-                relative_error(result.losses[t], (loss * row.token_weights[row.scored]).sum())
-                < 1e-10
-            ), t
+            expected = (loss * row.token_weights[row.scored]).sum()
+            assert relative_error(result.losses[t], expected) < 1e-10, t
 
 
 def test_a_teacher_past_the_positions_is_refused():
-    with pytest.raises(
-        ValueError, match="reads its context raw: 65 tokens, the base has 64 positions"
-    ):
+    message = "reads its context raw: 65 tokens, the base has 64 positions"
+    with pytest.raises(ValueError, match=message):
         uiollms.gradient_step(make_model(), Sample.document(random_ids(65), 8).distilled())
 
 
-def test_copy_losses_are_the_auto_encoders():
+def test_copy_losses_equal_those_of_reconstruct():
     model, ids = make_model(), random_ids(8)
     with torch.no_grad():
         expected = torch.nn.functional.cross_entropy(model.reconstruct(ids[None])[0], ids)
-    assert (
-        relative_error(uiollms.gradient_step(model, Sample.copy(ids, 8)).losses[0], expected)
-        < 1e-12
-    )
+    found = uiollms.gradient_step(model, Sample.copy(ids, 8)).losses[0]
+    assert relative_error(found, expected) < 1e-12
 
 
-def test_losses_are_the_forward_passs():
+def test_losses_equal_those_of_the_forward_pass():
     model, ids = make_model(), random_ids(29)
     result = uiollms.gradient_step(model, Sample.document(ids, 8))
-    assert (
-        relative_error(result.losses.sum(), model(ids[None], labels=ids[None]).loss.detach())
-        < 1e-12
-    )
+    expected = model(ids[None], labels=ids[None]).loss.detach()
+    assert relative_error(result.losses.sum(), expected) < 1e-12
     assert relative_error(result.nll / 28, result.losses.sum()) < 1e-12
     without = uiollms.gradient_step(model, Sample.document(ids, 8), report_all=False)
-    assert (
-        without.losses[0] == 0
-        and without.scored[0] == 0
-        and torch.equal(without.losses[1:], result.losses[1:])
-    )
+    assert without.losses[0] == 0 and without.scored[0] == 0
+    assert torch.equal(without.losses[1:], result.losses[1:])
 
 
 def test_gradients_are_added_and_scaled():
@@ -229,7 +221,7 @@ def test_gradients_are_added_and_scaled():
 
 
 def expectation(model, sample: Sample, outcomes) -> dict[str, torch.Tensor]:
-    """Probability-weighted mean of the step's gradients over (weights, probability) outcomes."""
+    """Returns the mean of the step's gradients over outcomes (weights, probability)."""
     mean: dict[str, torch.Tensor] = {}
     for weights, probability in outcomes:
         uiollms.gradient_step(model, sample, weights=weights)
@@ -240,13 +232,17 @@ def expectation(model, sample: Sample, outcomes) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("S", [1, 2])
 def test_uio_averaged_over_all_reservoirs_is_the_exact_gradient(S):
-    model, sample = make_model(), Sample.language_modeling(random_ids(38), 8)  # 5 chunks
-    exact = expectation(model, sample, [(all_pairs(5), 1.0)])
+    num_chunks = 5
+    model, sample = make_model(), Sample.language_modeling(random_ids(38), 8)
+    exact = expectation(model, sample, [(all_pairs(num_chunks), 1.0)])
 
-    def windows(compensate):
-        return [(window_from_draws(d, S, compensate, 5), p) for d, p in reservoir_outcomes(5, S)]
+    def outcomes(compensate):
+        return [
+            (window_from_draws(draws, S, compensate, num_chunks), probability)
+            for draws, probability in reservoir_outcomes(num_chunks, S)
+        ]
 
-    assert worst_error(expectation(model, sample, windows(True)), exact) < PROVEN
+    assert worst_error(expectation(model, sample, outcomes(True)), exact) < PROVEN
 
     def encoder_error(found):
         flat = [
@@ -255,14 +251,14 @@ def test_uio_averaged_over_all_reservoirs_is_the_exact_gradient(S):
         ]
         return relative_error(*flat)
 
-    # The same check fails for the biased ones, and says by how much.
-    uncompensated = encoder_error(expectation(model, sample, windows(False)))
+    # Biased estimators fail this check by far.
+    uncompensated = encoder_error(expectation(model, sample, outcomes(False)))
     truncated = encoder_error(expectation(model, sample, [(all_pairs(5).triu(-S), 1.0)]))
     assert uncompensated > 0.1 and truncated > 0.1, (uncompensated, truncated)
 
 
 @pytest.mark.parametrize("name", ["tbptt", "uio"])
-def test_a_window_over_the_whole_document_is_exact(name):
+def test_gradients_with_S_of_the_whole_document_are_exact(name):
     model, sample = make_model(), Sample.language_modeling(random_ids(38), 8)
     uiollms.gradient_step(model, sample, estimator="exact")
     exact = gradients(model)
@@ -272,15 +268,15 @@ def test_a_window_over_the_whole_document_is_exact(name):
 
 @pytest.mark.parametrize("S", [1, 2, 3])
 def test_importance_averaged_over_its_outcomes_is_the_exact_gradient(S):
-    """systematic_sample is a step function of one uniform number: visit every step once,
-    weighted by its width."""
+    """systematic_sample is a step function of one uniform number. The test visits every step once
+    and weights it with its width."""
     model, sample = make_model(), Sample.language_modeling(random_ids(38), 8)
     norms: list[float] = []
 
     class Fixed(Importance):
-        def columns(self, seen, rng):
-            norms[:] = seen
-            inclusion = inclusion_probabilities(seen, self.S, self.floor)
+        def columns(self, gradient_norms, rng):
+            norms[:] = gradient_norms
+            inclusion = inclusion_probabilities(gradient_norms, self.S, self.floor)
             chosen = systematic_sample(inclusion, rng.u)
             return [1 / p if c else 0.0 for p, c in zip(inclusion, chosen, strict=True)]
 
@@ -304,7 +300,7 @@ def test_importance_averaged_over_its_outcomes_is_the_exact_gradient(S):
     assert worst_error(mean, gradients(model)) < PROVEN
 
 
-def test_importance_norms_are_those_of_the_memory_gradients():
+def test_importance_receives_the_norms_of_memory_gradients():
     model, sample = make_model(), Sample.language_modeling(random_ids(30), 8)
     memory = [model.encode_layers(chunk[None]) for chunk in sample.chunks]
     memory = [[layer.detach().requires_grad_() for layer in one] for one in memory]
@@ -330,7 +326,7 @@ def test_importance_norms_are_those_of_the_memory_gradients():
 
 @pytest.mark.parametrize("chunk_batch", [1, 8])
 def test_dropout_is_the_same_in_both_runs_of_a_chunk(chunk_batch):
-    """A re-run under another mask would be an error of order 1 (1-model.md, traps)."""
+    """If a chunk were encoded again with another dropout mask, the error would be of order 1."""
     model = make_model(config=MemoryConfig(**MEMORY.model_dump() | dict(lora_dropout=0.4)))
     model.chunk_batch = chunk_batch
     model.train()
@@ -351,7 +347,8 @@ def test_dropout_is_the_same_in_both_runs_of_a_chunk(chunk_batch):
 
 @pytest.mark.parametrize("estimator", ["exact", "uio", "importance"])
 def test_checkpointing_changes_no_gradient(estimator):
-    """The same operations on the same numbers, in both roles, with dropout: equal bit for bit."""
+    """Both compute the same operations on the same numbers, in both roles and with dropout, so the
+    results are equal bit for bit."""
     model = make_model(config=MemoryConfig(**MEMORY.model_dump() | dict(lora_dropout=0.4)))
     model.chunk_batch = 2
     model.train()
@@ -363,12 +360,12 @@ def test_checkpointing_changes_no_gradient(estimator):
 
 
 def test_only_chunks_with_gradient_are_encoded_with_a_graph():
-    """28 of the release's 32 encoder backwards at 8,192 tokens are of zeros."""
+    """In the release, 28 of the 32 backward passes of the encoder at 8,192 tokens compute
+    zeros."""
     model, sample = make_model(), Sample.language_modeling(random_ids(8 * 9), 8)
     model.chunk_batch = 1
-    weights = window_from_draws(
-        [1, 2, 3, 4, 5, 6, 7, 8], 1, True
-    )  # everything after chunk 0 is rejected
+    # These draws reject every chunk after chunk 0.
+    weights = window_from_draws([1, 2, 3, 4, 5, 6, 7, 8], 1, True)
     encoded = []
     plain = model.encode_layers
     model.encode_layers = lambda ids, seeds=None: (
@@ -376,24 +373,22 @@ def test_only_chunks_with_gradient_are_encoded_with_a_graph():
     )
     result = uiollms.gradient_step(model, sample, weights=weights)
     assert result.reencoded == (0,)
-    assert (
-        sum(n for n, grad in encoded if grad) == 1
-        and sum(n for n, grad in encoded if not grad) == 8
-    )
+    assert sum(count for count, with_grad in encoded if with_grad) == 1
+    assert sum(count for count, with_grad in encoded if not with_grad) == 8
 
 
 def graph_bytes(model, sample, **settings) -> int:
-    """The most bytes that autograd kept for backward at any one moment of a step: every saved
-    tensor's elements, counted while the graph that holds it lives; nothing for what
-    `recompute_silu` makes again."""
+    """Returns the most bytes that autograd stored for backward at any moment of a step. A saved
+    tensor counts as long as its graph lives. Tensors that `recompute_silu` computes again do not
+    count."""
     alive: dict[int, int] = {}
     most = 0
 
-    class Held:
+    class Saved:
         def __init__(self, tensor):
             nonlocal most
-            self.kept, self.key = recompute._pack(tensor), id(self)
-            alive[self.key] = self.kept.nbytes if isinstance(self.kept, torch.Tensor) else 0
+            self.packed, self.key = recompute._pack(tensor), id(self)
+            alive[self.key] = self.packed.nbytes if isinstance(self.packed, torch.Tensor) else 0
             most = max(most, sum(alive.values()))
 
         def __del__(self):
@@ -401,68 +396,69 @@ def graph_bytes(model, sample, **settings) -> int:
 
     def hooks():
         return torch.autograd.graph.saved_tensors_hooks(
-            Held, lambda held: recompute._unpack(held.kept)
+            Saved, lambda saved: recompute._unpack(saved.packed)
         )
 
-    def counted(function, hidden):
+    def count_saved(function, hidden):
         with hooks():
             return function(hidden)
 
-    with pytest.MonkeyPatch.context() as patch, hooks():  # in layers and outside
-        patch.setattr("uiollms.kernels.execution.recompute_silu", counted)
+    # The hooks count tensors that are saved in layers and outside of them.
+    with pytest.MonkeyPatch.context() as patch, hooks():
+        patch.setattr("uiollms.kernels.execution.recompute_silu", count_saved)
         uiollms.gradient_step(model, sample, **settings)
     gradients(model)
     return most
 
 
 def test_peak_memory_grows_neither_with_S_nor_with_the_documents_length():
-    """What graphs hold at the worst moment: with S = 1, 4 or all chunks, for 6 and for 24
-    chunks, at chunk_batch 2."""
+    """The most bytes that graphs store are compared for S = 1, 4 or all chunks, and for documents
+    of 6 and of 24 chunks, with chunk_batch 2."""
     config = MemoryConfig(num_memory=1, chunk_size=8, lora_rank=2, lora_alpha=4)
     model = make_model(config=config)
     model.chunk_batch = 2
     short, long = (Sample.language_modeling(random_ids(8 * n), 8) for n in (6, 24))
-    by_S = [graph_bytes(model, long, estimator="uio", S=S, rng=0) for S in (1, 4, 24)] + [
-        graph_bytes(model, long)
-    ]
-    assert max(by_S) <= 1.02 * min(by_S), by_S  # 2 %: how the last batch is filled
-    # Longer documents: attention of a decoder batch reads more memory (18 more slots of 1/8 chunk),
-    # nothing else grows
+    by_S = [graph_bytes(model, long, estimator="uio", S=S, rng=0) for S in (1, 4, 24)]
+    by_S.append(graph_bytes(model, long))
+    # The last batch may be filled differently, which is 2 %.
+    assert max(by_S) <= 1.02 * min(by_S), by_S
+    # In a longer document only the attention of a decoder batch grows, because it reads more
+    # memory: 18 more slots of 1/8 chunk.
     assert graph_bytes(model, long) < 2 * graph_bytes(model, short)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_silu_gave_is_not_kept_and_changes_no_gradient(family, monkeypatch):
-    """Of a SwiGLU's three tensors [B, T, I] the graph keeps two, and every gradient stays what
-    it is bit for bit."""
+def test_graphs_do_not_store_outputs_of_silu(family, monkeypatch):
+    """The graph stores two of the three tensors [B, T, I] of a SwiGLU, and every gradient is the
+    same bit for bit."""
     model, sample = make_model(family), Sample.language_modeling(random_ids(40), 8)
     model.chunk_batch = 2
-    found, kept = [], []
-    for packed in (recompute._pack, lambda tensor: tensor):
-        of_width: list[int] = []
+    found, counts = [], []
+    for pack in (recompute._pack, lambda tensor: tensor):
+        stored: list[bool] = []
 
-        def counted(tensor, packed=packed, of_width=of_width):
-            of_width.append(width(packed(tensor)))
-            return packed(tensor)
+        def count_and_pack(tensor, pack=pack, stored=stored):
+            stored.append(is_mlp_tensor(pack(tensor)))
+            return pack(tensor)
 
-        monkeypatch.setattr(recompute, "_pack", counted)
+        monkeypatch.setattr(recompute, "_pack", count_and_pack)
         uiollms.gradient_step(model, sample, estimator="exact")
         found.append(gradients(model))
-        kept.append(sum(of_width))
+        counts.append(sum(stored))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
-    assert kept[0] * 3 == kept[1] * 2 > 0
+    assert counts[0] * 3 == counts[1] * 2 > 0
 
 
-def width(kept) -> int:
-    """1 for a tensor as wide as the MLP."""
-    return int(
-        isinstance(kept, torch.Tensor)
-        and kept.dim() == 3
-        and kept.shape[-1] == SHAPE["intermediate_size"]
+def is_mlp_tensor(saved) -> bool:
+    """Returns whether a saved value is a tensor as wide as the inside of an MLP."""
+    return (
+        isinstance(saved, torch.Tensor)
+        and saved.dim() == 3
+        and saved.shape[-1] == SHAPE["intermediate_size"]
     )
 
 
-def test_without_a_graph_more_chunks_go_at_once_and_nothing_else_changes():
+def test_passes_without_a_graph_take_more_chunks_at_once():
     model, ids = make_model(), random_ids(8 * 7)
     for size, at_once in ((1, 2), (2, 4), (3, 4), (4, 4), (5, 5)):
         model.chunk_batch = size
@@ -479,14 +475,15 @@ def test_without_a_graph_more_chunks_go_at_once_and_nothing_else_changes():
         assert model.chunks_per_batch == 1
         one_by_one, _ = encode_all(model, ids.view(7, 8))
         at_once = encode_and_project_all(model, ids.view(7, 8))
-        apart = project_all(model, memory)
+        separate = project_all(model, memory)
     assert batches[2:] == [1] * 14
-    for a, b in zip(
-        [*memory, *at_once[0], *at_once[1]], [*one_by_one, *apart[0], *apart[1]], strict=True
-    ):
+    found = [*memory, *at_once[0], *at_once[1]]
+    expected = [*one_by_one, *separate[0], *separate[1]]
+    for a, b in zip(found, expected, strict=True):
         assert a.shape == b.shape and relative_error(a, b) < PROVEN
-    for room in empty_slots(model, 7):
-        assert join_slots(room, 1).data_ptr() == room.data_ptr()  # filled where it lies, not copied
+    # The slots are filled in place, so joining them copies nothing.
+    for slots in empty_slots(model, 7):
+        assert join_slots(slots, 1).data_ptr() == slots.data_ptr()
 
 
 def test_a_row_that_scores_nothing_changes_nothing():
@@ -500,17 +497,17 @@ def test_a_row_that_scores_nothing_changes_nothing():
     assert worst_error(gradients(model), expected) == 0 and result.losses[-1] == 0
 
 
-def test_past_the_capacity_is_refused():
-    """64 positions, chunks of 8, 2 slots. What stands behind ALL memories needs room there: a
-    copy of 28 chunks takes 28 * 2 + 8 = 64 positions, one of 29 takes 66; a question of 6 tokens
-    fits behind 29, one of 7 does not."""
+def test_samples_past_the_capacity_are_refused():
+    """The base has 64 positions, and chunks of 8 tokens have 2 slots. Rows that read ALL memories
+    need positions after them: a copy of 28 chunks takes 28 * 2 + 8 = 64 positions, one of 29 takes
+    66. After 29 memories a question of 6 tokens fits and one of 7 does not."""
     ids = random_ids(238)
-    asked = [(ids[:2], ids[2:6]), (ids[:2], ids[2:7])]
+    questions = [(ids[:2], ids[2:6]), (ids[:2], ids[2:7])]
     for sample, needed in (
         (Sample.copy(ids[:224], 8), None),
         (Sample.copy(ids[:232], 8), (29, 8, 66)),
-        (Sample.questions(ids[:232], asked[:1], 8), None),
-        (Sample.questions(ids[:232], asked, 8), (29, 7, 65)),
+        (Sample.questions(ids[:232], questions[:1], 8), None),
+        (Sample.questions(ids[:232], questions, 8), (29, 7, 65)),
         (Sample.memory_utilization(ids[:232], ids[:6], 8), None),
         (Sample.memory_utilization(ids[:232], ids[:7], 8), (29, 7, 65)),
         (Sample.document(ids, 8), None),
@@ -519,8 +516,11 @@ def test_past_the_capacity_is_refused():
         if needed is None:
             check_sample(make_model().limits, sample)
             continue
-        words = r"{} memories of num_memory 2 slots and the {} tokens that read them need {} positions, past max_pos.* 64"
-        with pytest.raises(ValueError, match=words.format(*needed)):
+        message = (
+            r"{} memories of num_memory 2 slots and the {} tokens that read them need {} "
+            r"positions, past max_pos.* 64"
+        )
+        with pytest.raises(ValueError, match=message.format(*needed)):
             uiollms.gradient_step(make_model(), sample)
     result = uiollms.gradient_step(make_model(), Sample.document(ids, 8), estimator="exact")
     assert int(result.scored.sum()) == 237
@@ -539,7 +539,8 @@ def test_a_document_of_one_chunk_trains_nothing():
 
 
 def test_chunks_with_gradient_are_those_that_a_scored_row_reads_with_weight():
-    """Beside the loops it replaces; a copying sample's rows read later chunks too."""
+    """The function is compared with plain loops. The rows of a copying sample read later chunks
+    too."""
     for sample in (
         Sample.document(random_ids(45), 8),
         Sample.copy(random_ids(27), 8),
@@ -558,32 +559,31 @@ def test_chunks_with_gradient_are_those_that_a_scored_row_reads_with_weight():
 
 
 @pytest.mark.parametrize("chunk_batch, times", [(1, 3 + 3), (2, 0)])
-def test_a_step_that_must_take_the_least_gives_holes_back_before_every_backward(
+def test_a_step_with_chunk_batch_1_trims_the_heap_before_every_backward(
     chunk_batch, times, monkeypatch
 ):
-    """Of three rows that read memory, and of the three chunks that they read."""
-    model, given = make_model(), []
+    """Three rows read memory, and the three chunks that they read are encoded again."""
+    model, trimmed = make_model(), []
     model.chunk_batch = chunk_batch
-    monkeypatch.setattr("uiollms.training.step.trim_heap", given.append)
-    uiollms.gradient_step(
-        model, Sample.language_modeling(random_ids(1, 4 * 8)[0], 8), estimator="exact"
-    )
-    assert given == [model.device] * times
+    monkeypatch.setattr("uiollms.training.step.trim_heap", trimmed.append)
+    sample = Sample.language_modeling(random_ids(1, 4 * 8)[0], 8)
+    uiollms.gradient_step(model, sample, estimator="exact")
+    assert trimmed == [model.device] * times
 
 
 # ---- several documents in one pass ---------------------------------------------------------------
 
 
 def several_samples() -> list[Sample]:
-    """Of every kind, of different lengths, with and without a teacher."""
+    """Returns samples of every kind, of different lengths, with and without a teacher."""
     ids = [random_ids(n, seed=n) for n in (30, 19, 8, 8, 41, 26, 23)]
-    asked = [(ids[1][:3], ids[1][3:6]), (ids[0][:2], ids[0][5:8])]
+    questions = [(ids[1][:3], ids[1][3:6]), (ids[0][:2], ids[0][5:8])]
     return [
         Sample.language_modeling(ids[0], 8),
         Sample.document(ids[1], 8),
         Sample.copy(ids[2], 8),
         Sample.copy(ids[3], 8),
-        Sample.questions(ids[4], asked, 8),
+        Sample.questions(ids[4], questions, 8),
         Sample.document(ids[5], 8).distilled(0.5),
         Sample.memory_utilization(ids[6], ids[0][:5], 8),
     ]
@@ -591,14 +591,15 @@ def several_samples() -> list[Sample]:
 
 @pytest.mark.parametrize("chunk_batch", [1, 3, 64])
 @pytest.mark.parametrize("name", ["exact", "tbptt", "uio", "importance"])
-def test_several_documents_together_are_each_alone(name, chunk_batch):
-    """Gradients and results as one after the other, with dropout, each drawn with its own rng."""
+def test_several_documents_together_give_the_gradients_of_separate_passes(name, chunk_batch):
+    """Gradients and results equal those of one sample after the other, with dropout and one rng for
+    each sample."""
     model = make_model(config=MEMORY.model_copy(update={"lora_dropout": 0.3}))
     model.train()
     model.chunk_batch = chunk_batch
     samples = several_samples()
     options = dict(estimator=name, S=1, scale=0.5)
-    alone = [
+    separate = [
         uiollms.gradient_step(model, sample, rng=i, **options) for i, sample in enumerate(samples)
     ]
     expected = gradients(model)
@@ -606,25 +607,24 @@ def test_several_documents_together_are_each_alone(name, chunk_batch):
     found = gradients(model)
     for key in expected:
         assert relative_error(found[key], expected[key]) < PROVEN, key
-    for one, other in zip(together, alone, strict=True):
+    for one, other in zip(together, separate, strict=True):
         assert one.reencoded == other.reencoded and torch.equal(one.scored, other.scored)
-        assert torch.allclose(one.losses, other.losses, rtol=1e-10) and torch.allclose(
-            one.nll, other.nll, rtol=1e-10
-        )
+        assert torch.allclose(one.losses, other.losses, rtol=1e-10)
+        assert torch.allclose(one.nll, other.nll, rtol=1e-10)
 
 
-def test_several_documents_with_weights_of_their_own():
+def test_several_documents_accept_separate_weights():
     model, samples = make_model(), several_samples()[:3]
     weights = [torch.rand(len(s.rows), len(s.chunks) + 1, dtype=torch.float64) for s in samples]
-    for sample, window in zip(samples, weights, strict=True):
-        uiollms.gradient_step(model, sample, window)
+    for sample, sample_weights in zip(samples, weights, strict=True):
+        uiollms.gradient_step(model, sample, sample_weights)
     expected = gradients(model)
     uiollms.gradient_step(model, samples, weights)
     found = gradients(model)
     assert all(relative_error(found[key], expected[key]) < PROVEN for key in expected)
 
 
-def test_joined_samples_keep_their_own_memories():
+def test_rows_of_joined_samples_read_their_documents_memories():
     a, b = Sample.document(random_ids(20), 8), Sample.copy(random_ids(8, seed=1), 8)
     both = Sample.joined([a, b])
     assert both.documents == (2, 1) and both.chunk_numbers == [0, 1, 0]
