@@ -1,2 +1,2 @@
-"""Attacks on every command with hostile files, options and kills: `python -m fuzz`;
-docs/fuzz.md."""
+"""Attacks on every command with hostile files, options and kills. `python -m fuzz` runs them, and
+docs/fuzz.md describes them."""

@@ -1,12 +1,13 @@
-"""Attack every command: hostile configs, data and saved files, and kills; exit code 1 if
-anything went wrong.
+"""Attacks every command with hostile configs, data and saved files, and with kills. The exit code
+is 1 if there was any fault.
 
-python -m fuzz                                # what docs/fuzz.md counts: minutes
+python -m fuzz                                # the trials of docs/fuzz.md, for minutes
 python -m fuzz --configs 40 --data 40 --saved 20 --kills 2
 python -m fuzz --only configs:17 --seed 0     # one trial again
 
-Wrong is: a traceback, nothing at the end of 20 s, an exit code that no command has, exit code 2
-without a word, a change to a file of the user's, a command that cannot go on after a kill.
+These are faults: a traceback, a command that does not end within 20 s, an exit code that no command
+has, exit code 2 without a message, a change to a file of the user, and a command that cannot
+continue after a kill.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ os.environ.update(
     HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="Agg", OMP_WAIT_POLICY="PASSIVE"
 )
 
-import matplotlib.figure  # noqa: F401  slow imports happen here, once, for all forks
+# These slow imports run here once, so that no fork repeats them.
+import matplotlib.figure  # noqa: F401
 import peft  # noqa: F401
 import torch
 import torch.utils.tensorboard
@@ -36,9 +38,9 @@ import uiollms.cli.convert
 import uiollms.cli.data
 import uiollms.cli.report
 import uiollms.cli.study  # noqa: F401
-from fuzz.attacks import ATTACKS, KILLED, attack_by_kill, drawn, time_of
+from fuzz.attacks import ATTACKS, KILLABLE, attack_with_kill, draw_trial, undisturbed_step
 from fuzz.trials import Outcome, Trial, run_all
-from fuzz.world import make_world
+from fuzz.workspace import make_workspace
 from uiollms.runs.environment import device_name, environment
 
 COUNTS = {"configs": 1500, "data": 1500, "saved": 500, "kills": 80}
@@ -54,19 +56,21 @@ def main(arguments: list[str] | None = None) -> int:
         parser.add_argument(
             f"--{kind}", type=int, default=count, metavar="N", help=f"trials ({count})"
         )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is drawn (0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of all trials (0)")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="trials at a time (2)")
-    parser.add_argument("--only", metavar="KIND:NUMBER", help="one trial alone")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where the counts go as JSON")
+    parser.add_argument("--only", metavar="KIND:NUMBER", help="run only this trial")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file for the counts")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    environment()  # asks git, once for all forks
+    # `environment` calls git and caches the answer, here once for all forks.
+    environment()
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as room:
-        world = Path(room) / "world"
-        make_apart(world)
-        shutil.rmtree(world / "cache", ignore_errors=True)
-        outcomes = attack(args, world, Path(room))
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
+        directory = Path(name)
+        workspace = directory / "workspace"
+        make_workspace_in_child(workspace)
+        shutil.rmtree(workspace / "cache", ignore_errors=True)
+        outcomes = attack(args, workspace, directory)
     counts = summary(outcomes, args.seed, time.monotonic() - began)
     print(json.dumps(counts, indent=1))
     if args.out:
@@ -74,29 +78,31 @@ def main(arguments: list[str] | None = None) -> int:
     return int(any(outcome.faults for outcome in outcomes))
 
 
-def make_apart(world: Path) -> None:
-    """The world in a process of its own: this one starts no threads, which forks would lack."""
+def make_workspace_in_child(workspace: Path) -> None:
+    """Makes the workspace in a child process, so that this process starts no threads. Forks would
+    lack them."""
     child = os.fork()
     if not child:
         code = 70
         try:
-            silence = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(silence, 1)
-            make_world(world)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            make_workspace(workspace)
             code = 0
         finally:
             os._exit(code)
     if os.waitpid(child, 0)[1]:
-        raise SystemExit("the world of the attacks could not be made")
+        raise SystemExit("the workspace of the attacks could not be made")
 
 
-def attack(args: argparse.Namespace, world: Path, room: Path) -> list[Outcome]:
+def attack(args: argparse.Namespace, workspace: Path, directory: Path) -> list[Outcome]:
+    """Runs the trials on copies of the workspace and prints their faults."""
     seconds = {}
     if args.kills or (args.only or "").startswith("kills"):
         timed = [
-            Trial(name, 0, lambda folder, name=name: (name, [time_of(name)])) for name in KILLED
+            Trial(name, 0, lambda folder, name=name: (name, [undisturbed_step(name)]))
+            for name in KILLABLE
         ]
-        for outcome in run_all(timed, world, room, workers=1):
+        for outcome in run_all(timed, workspace, directory, workers=1):
             assert not outcome.faults, outcome
             seconds[outcome.trial.kind] = outcome.seconds
 
@@ -106,33 +112,36 @@ def attack(args: argparse.Namespace, world: Path, room: Path) -> list[Outcome]:
                 yield trial(kind, number)
 
     def trial(kind: str, number: int) -> Trial:
-        how = ATTACKS.get(kind) or (lambda rng, folder: attack_by_kill(rng, folder, seconds))
-        return drawn(kind, args.seed, how, number)
+        prepare = ATTACKS.get(kind) or (lambda rng, folder: attack_with_kill(rng, folder, seconds))
+        return draw_trial(kind, args.seed, prepare, number)
 
     chosen = trials()
     if args.only:
         kind, _, number = args.only.partition(":")
         chosen = iter([trial(kind, int(number))])
-    found = []
-    for outcome in run_all(chosen, world, room, args.workers):
-        found.append(outcome)
-        for kind, words in outcome.faults:
-            print(f"{outcome.trial.name} ({outcome.what}): {kind}: {words}", flush=True)
-        if len(found) % 100 == 0:
-            print(f"{len(found)} trials", file=sys.stderr, flush=True)
-    return found
+    outcomes = []
+    for outcome in run_all(chosen, workspace, directory, args.workers):
+        outcomes.append(outcome)
+        for kind, message in outcome.faults:
+            print(f"{outcome.trial.name} ({outcome.what}): {kind}: {message}", flush=True)
+        if len(outcomes) % 100 == 0:
+            print(f"{len(outcomes)} trials", file=sys.stderr, flush=True)
+    return outcomes
 
 
 def summary(outcomes: list[Outcome], seed: int, seconds: float) -> dict[str, object]:
+    """Returns the counts of every kind of attack, and what they depend on."""
     rows = {}
     for kind in COUNTS:
-        own = [outcome for outcome in outcomes if outcome.trial.kind == kind]
-        wrong = Counter(name for outcome in own for name, _ in outcome.faults)
-        slowest = round(max((outcome.seconds for outcome in own), default=0.0), 1)
+        trials = [outcome for outcome in outcomes if outcome.trial.kind == kind]
+        faults = Counter(name for outcome in trials for name, _ in outcome.faults)
         rows[kind] = dict(
-            trials=len(own), refused=sum(o.refused for o in own), killed=sum(o.killed for o in own)
+            trials=len(trials),
+            refused=sum(outcome.refused for outcome in trials),
+            killed=sum(outcome.killed for outcome in trials),
+            wrong=dict(faults),
+            slowest_seconds=round(max((outcome.seconds for outcome in trials), default=0.0), 1),
         )
-        rows[kind] |= dict(wrong=dict(wrong), slowest_seconds=slowest)
     versions = environment()
     about = dict(
         seed=seed,

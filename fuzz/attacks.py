@@ -1,8 +1,10 @@
-"""What is tried: hostile configs, options and environments; data; checkpoints, models and
-memories; kills."""
+"""The attacks: hostile configs, options and environment variables, hostile data, damaged
+checkpoints, models and memories, and kills. Each attack changes a copy of the workspace and returns
+a description and the steps to run."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from collections.abc import Callable
@@ -11,15 +13,14 @@ from random import Random
 from typing import Any
 
 from fuzz.mutate import (
-    changed_bytes,
-    changed_json,
-    changed_tensors,
-    doubled_key,
     make_special,
-    packed,
+    mutate_bytes,
+    mutate_json,
+    mutate_tensors,
+    repeat_key,
 )
 from fuzz.trials import Step, Trial
-from fuzz.world import ASK, COMPRESS, DATA, TEST, TRAIN, call
+from fuzz.workspace import ASK, COMPRESS, DATA, TEST, TRAIN
 from uiollms.files.atomic import sha256
 
 BEGIN = [*TRAIN, "--restart"]
@@ -27,8 +28,8 @@ GO_ON = [*TRAIN, "--resume"]
 PLAN = [*TRAIN, "--dry_run"]
 REPORT = ["uiollms.cli.report", "out"]
 CONVERT = ["uiollms.cli.convert", "--env_conf", "env.json", "out/ckp", "copy"]
-# Fields that stay: a value could lead out of the trial's folder, or rightly ask for hours of
-# training.
+# These fields are not changed. A value could lead out of the folder of the trial, or correctly
+# require hours of training.
 FIXED = ("run_dir", "save_ckp", "offload_dir", "train_iters")
 ABSURD = [
     "-1",
@@ -68,13 +69,14 @@ NUMBERED = [
     "PMI_SIZE",
 ]
 FOLDERS = ["UIOLLMS_CACHE", "UIOLLMS_RAW_DATA", "UIOLLMS_HUB_DIR"]
-ASKED = ["--max_new_tokens", "--temperature", "--top_p", "--seed"]
+ASK_OPTIONS = ["--max_new_tokens", "--temperature", "--top_p", "--seed"]
 STUDY = ["uiollms.cli.study", "recall"]
 
 
-def drawn(
+def draw_trial(
     kind: str, seed: int, attack: Callable[[Random, Path], tuple[str, list[Step]]], number: int
 ) -> Trial:
+    """Returns the trial of this number, which depends on seed, kind and number alone."""
     rng = Random(f"{seed} {kind} {number}")
     return Trial(kind, number, lambda folder: attack(rng, folder))
 
@@ -99,19 +101,19 @@ def attack_config(rng: Random, folder: Path) -> tuple[str, list[Step]]:
     path = folder / name
     good = json.loads(path.read_text(encoding="utf-8"))
     if what == "field":
-        put_around(rng, folder)
-        save(path, changed_json(rng, good, FIXED))
+        make_path_targets(rng, folder)
+        save(path, mutate_json(rng, good, FIXED))
     elif what == "bytes":
-        path.write_bytes(changed_bytes(rng, path.read_bytes()))
+        path.write_bytes(mutate_bytes(rng, path.read_bytes()))
     elif what == "twice":
-        save(path, doubled_key(rng, good))
+        save(path, repeat_key(rng, good))
         return f"{name} {what}", [Step(command, codes=(2,))]
     elif what == "special":
         what = make_special(rng, path)
         return f"{name} {what}", [Step(command, codes=(2,))]
     elif what == "set":
-        put_around(rng, folder)
-        field, _, value = flat(rng, changed_json(rng, good, FIXED), good)
+        make_path_targets(rng, folder)
+        field, value = draw_override(rng, mutate_json(rng, good, FIXED), good)
         return f"--set {field[:60]}", [Step([*BEGIN, f"--set={field}={value}"])]
     elif what == "option":
         return attack_option(rng)
@@ -120,8 +122,8 @@ def attack_config(rng: Random, folder: Path) -> tuple[str, list[Step]]:
     return f"{name} {what}", [Step(command)]
 
 
-def flat(rng: Random, text: str, good: Any) -> tuple[str, str, str]:
-    """A field of the config, and a hostile value for it in JSON."""
+def draw_override(rng: Random, text: str, good: Any) -> tuple[str, str]:
+    """Returns a field of the config and a hostile value for it in JSON."""
     sections = [
         f"{part}.{key}" for part in ("model", "train") if part in good for key in good[part]
     ]
@@ -136,18 +138,18 @@ def flat(rng: Random, text: str, good: Any) -> tuple[str, str, str]:
     fields = [f for f in (*sections, *wild) if f.split(".")[-1] not in FIXED]
     values = [part for part in text.replace("\0", " ").split("\n") if part.strip()]
     value = rng.choice(values).strip().rstrip(",").partition(": ")[2] or rng.choice(ABSURD)
-    return rng.choice(fields or wild), "=", value
+    return rng.choice(fields or wild), value
 
 
 def attack_option(rng: Random) -> tuple[str, list[Step]]:
     value = rng.choice(ABSURD)
     kind = rng.choice(["ask", "ask", "data", "memory", "study", "report", "name"])
     if kind == "ask":
-        option = rng.choice(ASKED)
+        option = rng.choice(ASK_OPTIONS)
         more = [] if option == "--temperature" else ["--temperature=1"]
-        return f"ask {option}", [
-            Step([*ASK, f"{option}={value}", *more, *["--max_new_tokens=3"] * (option != ASKED[0])])
-        ]
+        if option != "--max_new_tokens":
+            more.append("--max_new_tokens=3")
+        return f"ask {option}", [Step([*ASK, f"{option}={value}", *more])]
     if kind == "data":
         return "data -n", [Step(["uiollms.cli.data", "--sample", "files:book*.txt", f"-n={value}"])]
     if kind == "memory":
@@ -169,9 +171,8 @@ def attack_option(rng: Random) -> tuple[str, list[Step]]:
             "a\n\x1b[31m.mem",
         ]
     )
-    return "names", [
-        Step(rng.choice([[*ASK[:2], name, *ASK[3:]], [*COMPRESS[:2], name, *COMPRESS[3:]]]))
-    ]
+    commands = [[*ASK[:2], name, *ASK[3:]], [*COMPRESS[:2], name, *COMPRESS[3:]]]
+    return "names", [Step(rng.choice(commands))]
 
 
 def attack_variable(rng: Random, folder: Path) -> tuple[str, list[Step]]:
@@ -184,30 +185,22 @@ def attack_variable(rng: Random, folder: Path) -> tuple[str, list[Step]]:
     return name, [Step(rng.choice([BEGIN, TEST, ASK]), codes=(2,), variables={name: value})]
 
 
-def put_around(rng: Random, folder: Path) -> None:
-    """Things that a path in a config may lead to."""
+def make_path_targets(rng: Random, folder: Path) -> None:
+    """Sometimes makes special files to which a path in a config may lead."""
     if rng.random() < 0.3:
         for name in ("pipe", "zero", "loop"):
             make_special(rng, folder / name)
 
 
-DATA_FILES = ["book0.txt", "lines.jsonl", "lines.jsonl", "packed.jsonl.gz", "rows.parquet"]
-DATA_FILES += ["raw_data/minipile_copy_256.json"]
-
 # ---- data ----------------------------------------------------------------------------------------
 
 
+DATA_FILES = ["book0.txt", "lines.jsonl", "lines.jsonl", "packed.jsonl.gz", "rows.parquet"]
+DATA_FILES += ["raw_data/minipile_copy_256.json"]
+
+
 def attack_data(rng: Random, folder: Path) -> tuple[str, list[Step]]:
-    name = rng.choice(
-        [
-            "book0.txt",
-            "lines.jsonl",
-            "lines.jsonl",
-            "packed.jsonl.gz",
-            "rows.parquet",
-            "raw_data/minipile_copy_256.json",
-        ]
-    )
+    name = rng.choice(DATA_FILES)
     path = folder / name
     how = rng.choice(["bytes"] * 6 + ["special", "inside"])
     if how == "special":
@@ -217,13 +210,11 @@ def attack_data(rng: Random, folder: Path) -> tuple[str, list[Step]]:
             json.loads(line)
             for line in (folder / "lines.jsonl").read_text(encoding="utf-8").splitlines()
         ]
-        lines = [
-            rng.choice([changed_json, doubled_key])(rng, row).replace("\n", " ") for row in rows
-        ]
+        lines = [rng.choice([mutate_json, repeat_key])(rng, row).replace("\n", " ") for row in rows]
         data = "\n".join(lines).encode("utf-8", "surrogatepass")
-        path.write_bytes(packed(data) if name.endswith(".gz") else data)
+        path.write_bytes(gzip.compress(data, mtime=0) if name.endswith(".gz") else data)
     else:
-        path.write_bytes(changed_bytes(rng, path.read_bytes()))
+        path.write_bytes(mutate_bytes(rng, path.read_bytes()))
     corpus = "minipile copy 256.train" if name.startswith("raw_data") else f"files:{name}"
     if name == "book0.txt" and rng.random() < 0.3:
         return f"compress {how}", [Step(COMPRESS)]
@@ -241,8 +232,8 @@ def attack_data(rng: Random, folder: Path) -> tuple[str, list[Step]]:
 
 
 def attack_saved(rng: Random, folder: Path) -> tuple[str, list[Step]]:
-    """A file of a checkpoint, of weights, of a base model or of a memory: changed, gone, renamed,
-    joined by another, or something else than a file."""
+    """Attacks a file of a checkpoint, of weights, of a base model or a memory. The file is changed,
+    deleted, renamed, joined by another file, or replaced by a special file."""
     targets = {
         "out/checkpoints/step-00000002": [*GO_ON, "--set=train.train_iters=3"],
         "out/ckp": rng.choice([TEST, CONVERT, ASK]),
@@ -250,60 +241,58 @@ def attack_saved(rng: Random, folder: Path) -> tuple[str, list[Step]]:
         "book.mem": ASK,
         "out": rng.choice([[*REPORT, "--no_attention"], GO_ON]),
     }
-    place = rng.choice(list(targets))
-    command, top = targets[place], folder / place
-    files = (
-        [top]
-        if top.is_file()
-        else sorted(p for p in (top.iterdir() if place == "out" else top.rglob("*")) if p.is_file())
-    )
+    target = rng.choice(list(targets))
+    command, top = targets[target], folder / target
+    inner = top.iterdir() if target == "out" else top.rglob("*")
+    files = [top] if top.is_file() else sorted(path for path in inner if path.is_file())
     path = rng.choice(files)
     how = rng.choice(["inside"] * 5 + ["gone", "renamed", "extra", "special"])
     if how == "inside":
-        change_inside(rng, path)
+        mutate_file(rng, path)
     elif how == "gone":
         path.unlink()
     elif how == "renamed":
         path.rename(path.with_name("x" + path.name))
     elif how == "extra":
-        shutil.copyfile(
-            path, path.with_name(rng.choice(["extra", "x" + path.name, "config.json.x"]))
-        )
+        name = rng.choice(["extra", "x" + path.name, "config.json.x"])
+        shutil.copyfile(path, path.with_name(name))
     else:
         how = make_special(rng, path)
     sums = folder / "out/checkpoints/step-00000002/checksums.json"
     if path.is_relative_to(sums.parent) and path != sums and rng.random() < 0.5:
-        how += ", sealed again"
-        seal_again(sums, path)
+        how += ", with a new checksum"
+        renew_checksum(sums, path)
     return f"{path.relative_to(folder)} {how}", [Step(command)]
 
 
-def change_inside(rng: Random, path: Path) -> None:
+def mutate_file(rng: Random, path: Path) -> None:
     if path.suffix == ".json" and rng.random() < 0.7:
         good = json.loads(path.read_text(encoding="utf-8"))
-        save(path, rng.choice([changed_json, changed_json, doubled_key])(rng, good))
+        save(path, rng.choice([mutate_json, mutate_json, repeat_key])(rng, good))
     elif path.suffix in (".safetensors", ".mem"):
-        path.write_bytes(changed_tensors(rng, path.read_bytes()))
+        path.write_bytes(mutate_tensors(rng, path.read_bytes()))
     else:
-        path.write_bytes(changed_bytes(rng, path.read_bytes()))
+        path.write_bytes(mutate_bytes(rng, path.read_bytes()))
 
 
-def seal_again(sums: Path, path: Path) -> None:
-    """Make a changed file's checksum right, as whoever means harm would."""
-    listed = json.loads(sums.read_text(encoding="utf-8"))
+def renew_checksum(sums: Path, path: Path) -> None:
+    """Writes the correct checksum of a changed file, as an attacker would."""
+    checksums = json.loads(sums.read_text(encoding="utf-8"))
     if path.is_file() and path.stat().st_size < 2**30:
-        listed[path.relative_to(sums.parent).as_posix()] = sha256(path)
-        sums.write_text(json.dumps(listed), encoding="utf-8")
+        checksums[path.relative_to(sums.parent).as_posix()] = sha256(path)
+        sums.write_text(json.dumps(checksums), encoding="utf-8")
 
 
 # ---- kills ---------------------------------------------------------------------------------------
 
 
-def attack_by_kill(rng: Random, folder: Path, seconds: dict[str, float]) -> tuple[str, list[Step]]:
-    """A command is killed at a random moment of the time that it takes (`seconds`); what it has
-    written or was writing serves the next commands."""
-    name = rng.choice(list(KILLED))
-    command, after = KILLED[name]
+def attack_with_kill(
+    rng: Random, folder: Path, seconds: dict[str, float]
+) -> tuple[str, list[Step]]:
+    """Kills a command at a random moment. `seconds` are the times that undisturbed commands take.
+    The next commands read what it has written or was writing."""
+    name = rng.choice(list(KILLABLE))
+    command, after = KILLABLE[name]
     if name == "begin":
         shutil.rmtree(folder / "out")
     if name == "compress" and rng.random() < 0.5:
@@ -311,14 +300,13 @@ def attack_by_kill(rng: Random, folder: Path, seconds: dict[str, float]) -> tupl
         after = [(COMPRESS, (0,)), *after]
     moment = rng.uniform(0.0, 0.9 * seconds[name])
     steps = [Step(command, codes=(0,), kill=moment)]
-    return f"{name} after {moment:.2f} s", steps + [
-        Step(next_one, codes=codes) for next_one, codes in after
-    ]
+    steps += [Step(following, codes=codes) for following, codes in after]
+    return f"{name} after {moment:.2f} s", steps
 
 
 MORE = "--set=train.train_iters=5"
-# name -> what is killed, and what has to end with which codes afterwards
-KILLED: dict[str, tuple[list[str], list[tuple[list[str], tuple[int, ...]]]]] = {
+# name -> the command that is killed, and the next commands with the exit codes that they may have
+KILLABLE: dict[str, tuple[list[str], list[tuple[list[str], tuple[int, ...]]]]] = {
     "begin": (
         [*TRAIN, MORE],
         [([*GO_ON, MORE], (0,)), (TEST, (0,)), (ASK[:2] + ["book.mem", "Who?"] + ASK[4:], (0, 2))],
@@ -339,9 +327,6 @@ KILLED: dict[str, tuple[list[str], list[tuple[list[str], tuple[int, ...]]]]] = {
 ATTACKS = {"configs": attack_config, "data": attack_data, "saved": attack_saved}
 
 
-def time_of(name: str) -> Step:
-    """A step that runs undisturbed what would be killed."""
-    return Step(KILLED[name][0], codes=(0,))
-
-
-__all__ = ["ATTACKS", "KILLED", "attack_by_kill", "call", "drawn", "time_of"]
+def undisturbed_step(name: str) -> Step:
+    """Returns a step that runs the command without killing it."""
+    return Step(KILLABLE[name][0], codes=(0,))

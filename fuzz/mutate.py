@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gzip
 import json
 import os
 import re
@@ -41,7 +40,8 @@ TEXTS += [
 ]
 NUMBERS = [-(10**30), -1, 0, 1, 2, 3, 128, 10**9, 2**31, 2**32, 2**63 - 1, 2**63, 10**30]
 NUMBERS += [0.0, -0.0, 0.5, 1.0, 1.5, 1e-320, 1e30, 1e308, float("inf"), float("nan")]
-# Values that some field takes: what passes the first check meets the model, the data and the disk.
+# Values that some field accepts, so that a wrong config passes the first check and reaches the
+# model, the data and the disk.
 WORDS = [
     "auto",
     "cpu",
@@ -151,24 +151,25 @@ def any_value(rng: Random, depth: int = 0) -> Any:
     return rng.choice({"text": TEXTS, "number": NUMBERS}.get(kind, [None, True, False]))
 
 
-def places(value: Any, path: tuple = ()) -> list[tuple]:
-    """The path of every value within nested objects and lists."""
-    inner = (
-        value.items()
-        if isinstance(value, dict)
-        else enumerate(value)
-        if isinstance(value, list)
-        else ()
-    )
-    return [found for key, v in inner for found in [(*path, key), *places(v, (*path, key))]]
+def paths_in(value: Any, path: tuple = ()) -> list[tuple]:
+    """Returns the path of every value within nested objects and lists."""
+    items: Any = ()
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    found = []
+    for key, inner in items:
+        found += [(*path, key), *paths_in(inner, (*path, key))]
+    return found
 
 
-def changed_json(rng: Random, good: Any, fixed: tuple[str, ...] = ()) -> str:
-    """The text of a JSON value with one to three things in it changed; values at keys in
-    `fixed`, which say where things are written, stay."""
+def mutate_json(rng: Random, good: Any, fixed: tuple[str, ...] = ()) -> str:
+    """Returns the text of a JSON value with one or two changes. Values at keys in `fixed` stay.
+    They are the paths to which a run writes, and what makes a run long."""
     value = copy.deepcopy(good)
     for _ in range(rng.choice([1, 1, 1, 2])):
-        free = [path for path in places(value) if not set(path) & set(fixed)]
+        free = [path for path in paths_in(value) if not set(path) & set(fixed)]
         if not free:
             break
         path = rng.choice(free)
@@ -185,16 +186,16 @@ def changed_json(rng: Random, good: Any, fixed: tuple[str, ...] = ()) -> str:
             parent[name] = parent.pop(path[-1]) if how == "rename" else any_value(rng)
         else:
             parent.append(any_value(rng) if rng.random() < 0.5 else copy.deepcopy(parent[0]))
-    return as_text(value)
+    return to_text(value)
 
 
-def as_text(value: Any) -> str:
+def to_text(value: Any) -> str:
     text = json.dumps(value, indent=1)
     return re.sub(r'"@raw(\d+)@"', lambda match: RAW[int(match[1])], text)
 
 
-def doubled_key(rng: Random, good: Any) -> str:
-    """The text of a JSON value with one key written twice in its object."""
+def repeat_key(rng: Random, good: Any) -> str:
+    """Returns the text of a JSON value in which one key is written twice in its object."""
     text = json.dumps(good, indent=1)
     match = rng.choice(list(re.finditer(r'("[^"\n]+"): ', text)))
     return (
@@ -203,8 +204,9 @@ def doubled_key(rng: Random, good: Any) -> str:
     )
 
 
-def changed_bytes(rng: Random, good: bytes) -> bytes:
-    """Bits flipped, bytes written, cut out or doubled, the end cut off, another encoding, zeros."""
+def mutate_bytes(rng: Random, good: bytes) -> bytes:
+    """Returns the bytes with one to three changes: flipped bits, written, removed or doubled bytes,
+    a removed end, another encoding, zeros, deep nesting or long numbers."""
     data = bytearray(good)
     for _ in range(rng.choice([1, 1, 2, 3])):
         start = rng.randrange(len(data) + 1)
@@ -247,23 +249,23 @@ def changed_bytes(rng: Random, good: bytes) -> bytes:
     return bytes(data)
 
 
-def changed_tensors(rng: Random, good: bytes) -> bytes:
-    """A safetensors file with its header, or the length of that, changed, or any of its bytes."""
+def mutate_tensors(rng: Random, good: bytes) -> bytes:
+    """Returns a safetensors file with changes in its header, in the header's length or anywhere."""
     length = int.from_bytes(good[:8], "little")
     how = rng.choice(["bytes", "bytes", "length", "header", "header", "twice"])
     if how == "bytes":
-        return changed_bytes(rng, good)
+        return mutate_bytes(rng, good)
     if how == "length":
         wrong = rng.choice([0, 1, length - 1, length + 1, len(good), 2**40, 2**63, 2**64 - 1])
         return wrong.to_bytes(8, "little") + good[8:]
     header = json.loads(good[8 : 8 + length])
-    text = changed_json(rng, header) if how == "header" else doubled_key(rng, header)
+    text = mutate_json(rng, header) if how == "header" else repeat_key(rng, header)
     data = text.encode("utf-8", "surrogatepass")
     return len(data).to_bytes(8, "little") + data + good[8 + length :]
 
 
 def make_special(rng: Random, path: Path) -> str:
-    """Something that is no whole file at a path; what."""
+    """Replaces a path by something that is not a whole file. Returns the kind."""
     kind = rng.choice(SPECIAL)
     if path.is_dir() and not path.is_symlink():
         path.rename(path.with_name(path.name + "-away"))
@@ -275,7 +277,8 @@ def make_special(rng: Random, path: Path) -> str:
     elif kind in ("zero", "null"):
         path.symlink_to(f"/dev/{kind}")
     elif kind == "socket":
-        here = os.open(".", os.O_RDONLY)  # the names of sockets are short
+        # The name of a socket is limited to about 100 bytes, so it is bound in its folder.
+        here = os.open(".", os.O_RDONLY)
         os.chdir(path.parent)
         try:
             socket.socket(socket.AF_UNIX).bind(path.name)
@@ -288,7 +291,3 @@ def make_special(rng: Random, path: Path) -> str:
         path.touch()
         os.truncate(path, 2**41 if kind == "sparse" else 0)
     return kind
-
-
-def packed(data: bytes) -> bytes:
-    return gzip.compress(data, mtime=0)

@@ -1,5 +1,5 @@
-"""Trials in forked processes, watched: what they ended with, what they said, what became of the
-user's files."""
+"""Runs trials in forked processes and finds faults in their exit codes, their output and the files
+of the user."""
 
 from __future__ import annotations
 
@@ -19,19 +19,21 @@ from typing import Any
 import datasets
 from tqdm import tqdm
 
-from fuzz.world import call, contents, copied
+from fuzz.workspace import call, contents
 
-HANG = 20.0  # seconds
-ROOM = 6 * 2**30  # bytes of address space that a command may take more than this process
-LARGEST = 2**29  # bytes of a file that it may write
-LONGEST = 1200  # characters of a line that it may say
+HANG = 20.0  # seconds after which a command hangs
+MOST_MEMORY = 6 * 2**30  # bytes of address space that a command may take more than this process
+LARGEST_FILE = 2**29  # bytes of a file that a command may write
+LONGEST_LINE = 1200  # characters of a line that a command may print
 
 
 @dataclass
 class Step:
-    """A command. codes: that it may end with; kill: after so many seconds; check: of what is in
-    the folder afterwards, a fault in words or None; variables: of its environment; stdin: a file
-    in it."""
+    """A command to run.
+
+    codes: the exit codes that are allowed. kill: the seconds after which it is killed; None for
+    never. check: a function of the folder afterwards, which returns a message about a fault or
+    None. variables: environment variables. stdin: the file that it reads as its input."""
 
     command: list[str]
     codes: tuple[int, ...] = (0, 2, 3)
@@ -43,8 +45,10 @@ class Step:
 
 @dataclass
 class Trial:
-    """kind and number draw it again: `python -m fuzz --only kind:number`. prepare: what is done
-    to a copy of the world, and then to be run."""
+    """A trial, which `python -m fuzz --only kind:number` runs again.
+
+    prepare: a function that changes a copy of the workspace and returns a description and the
+    steps to run."""
 
     kind: str
     number: int
@@ -57,8 +61,10 @@ class Trial:
 
 @dataclass
 class Outcome:
-    """faults: kinds of what went wrong, each with words; refused: the first step ended with code
-    2."""
+    """The result of a trial.
+
+    seconds: the time of the longest step. refused: whether the first step ended with code 2.
+    killed: how many steps were killed. faults: pairs of a kind of fault and a message."""
 
     trial: Trial
     what: str
@@ -68,8 +74,11 @@ class Outcome:
     faults: list[tuple[str, str]]
 
 
-def run_all(trials: Iterable[Trial], world: Path, room: Path, workers: int) -> Iterator[Outcome]:
-    """The outcomes of trials, `workers` at a time, in the order in which they end."""
+def run_all(
+    trials: Iterable[Trial], workspace: Path, directory: Path, workers: int
+) -> Iterator[Outcome]:
+    """Yields the outcomes of trials in the order in which they end. `workers` trials run at a
+    time."""
     waiting, running = iter(trials), []
     more = True
     while more or running:
@@ -77,7 +86,7 @@ def run_all(trials: Iterable[Trial], world: Path, room: Path, workers: int) -> I
             trial = next(waiting, None)
             more = trial is not None
             if trial:
-                running.append(follow(trial, world, room))
+                running.append(run_trial(trial, workspace, directory))
         for one in list(running):
             outcome = next(one)
             if outcome:
@@ -86,17 +95,18 @@ def run_all(trials: Iterable[Trial], world: Path, room: Path, workers: int) -> I
         time.sleep(0.002)
 
 
-def follow(trial: Trial, world: Path, room: Path) -> Iterator[Outcome | None]:
-    """None while a trial is running, then its outcome."""
-    folder = copied(world, room / trial.name.replace(":", "-") / "here")
+def run_trial(trial: Trial, workspace: Path, directory: Path) -> Iterator[Outcome | None]:
+    """Yields None while a trial is running, then its outcome."""
+    folder = directory / trial.name.replace(":", "-") / "workspace"
+    shutil.copytree(workspace, folder, symlinks=True)
     what, steps = trial.prepare(folder)
     before, faults = contents(folder), []
     refused, killed, seconds = False, 0, 0.0
     for number, step in enumerate(steps):
         began = time.monotonic()
-        said = folder.parent / f"said-{number}"
-        said.touch()
-        child = start(step, folder, said)
+        output = folder.parent / f"output-{number}"
+        output.touch()
+        child = start(step, folder, output)
         code, limit = None, HANG if step.kill is None else step.kill
         while code is None and time.monotonic() - began < limit:
             yield None
@@ -108,17 +118,17 @@ def follow(trial: Trial, world: Path, room: Path) -> Iterator[Outcome | None]:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             killed += step.kill is not None
-        text = said.read_bytes()[-100_000:].decode("utf-8", "replace")
+        text = output.read_bytes()[-100_000:].decode("utf-8", "replace")
         if code is None and step.kill is None:
             faults.append(("hang", f"{step.command}: {text[-200:]}"))
         elif code is not None:
             faults += [
-                (kind, f"{' '.join(step.command)[:120]!r}: {words}")
-                for kind, words in judged(step, code, text)
+                (kind, f"{' '.join(step.command)[:120]!r}: {message}")
+                for kind, message in find_faults(step, code, text)
             ]
         refused = refused or (number == 0 and code == 2)
-        if words := step.check(folder):
-            faults.append(("lost", words))
+        if message := step.check(folder):
+            faults.append(("lost", message))
     after = contents(folder)
     lost = [name for name in before if after.get(name) != before[name]]
     if lost:
@@ -127,37 +137,41 @@ def follow(trial: Trial, world: Path, room: Path) -> Iterator[Outcome | None]:
     yield Outcome(trial, what, seconds, refused, killed, faults)
 
 
-def judged(step: Step, code: int, text: str) -> Iterator[tuple[str, str]]:
-    last = text.strip().splitlines()[-1:] or ["(nothing said)"]
+def find_faults(step: Step, code: int, text: str) -> Iterator[tuple[str, str]]:
+    """Yields the kind of each fault and a message, from the exit code and the output of a step."""
+    last = text.strip().splitlines()[-1:] or ["(no output)"]
     if "Traceback (most recent call last)" in text or code == 70:
         yield "traceback", f"{last[0][:300]}"
     elif code not in step.codes:
         yield "exit code", f"{code}, allowed {step.codes}: {last[0][:300]}"
     elif code == 2 and not text.strip():
-        yield "silence", "exit code 2 without a word"
-    elif code == 2 and max(map(len, text.splitlines())) > LONGEST:
+        yield "silence", "exit code 2 without a message"
+    elif code == 2 and max(map(len, text.splitlines())) > LONGEST_LINE:
         yield "long line", last[0][:100]
 
 
-def start(step: Step, folder: Path, said: Path) -> int:
-    """The id of a forked process that runs a step's command in the folder."""
+def start(step: Step, folder: Path, output: Path) -> int:
+    """Runs a step's command in the folder, in a forked process that writes to the file `output`.
+    Returns the id of the process."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     child = os.fork()
     if child:
         return child
-    code: Any = 70  # of an exception that nothing has caught
+    # This is the exit code of an exception that nothing has caught.
+    code: Any = 70
     try:
         os.chdir(folder)
         os.environ |= {"UIOLLMS_CACHE": str(folder / "cache"), **step.variables}
         datasets.config.HF_DATASETS_CACHE = str(folder / "cache" / "datasets")
-        tqdm.set_lock(threading.RLock())  # one that is killed would keep the lock of all
-        limit()
-        output, given = os.open(said, os.O_WRONLY), os.open(step.stdin, os.O_RDONLY)
-        for stream, handle in ((0, given), (1, output), (2, output)):
+        # A killed process would hold the lock that all forks share.
+        tqdm.set_lock(threading.RLock())
+        limit_resources()
+        written, read = os.open(output, os.O_WRONLY), os.open(step.stdin, os.O_RDONLY)
+        for stream, handle in ((0, read), (1, written), (2, written)):
             os.dup2(handle, stream)
         sys.stdin = os.fdopen(0, closefd=False)
-        sys.stdout, sys.stderr = (os.fdopen(os.dup(output), "w", buffering=1) for _ in range(2))
+        sys.stdout, sys.stderr = (os.fdopen(os.dup(written), "w", buffering=1) for _ in range(2))
         code = call(*step.command)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
@@ -167,10 +181,11 @@ def start(step: Step, folder: Path, said: Path) -> int:
         os._exit(code)
 
 
-def limit() -> None:
-    """What takes absurdly much fails at once instead of taking the machine."""
+def limit_resources() -> None:
+    """Limits the memory and the file sizes of this process, so that a command that takes too much
+    fails at once instead of taking the machine."""
     with open("/proc/self/statm", encoding="ascii") as file:
-        held = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (held + ROOM, held + ROOM))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST, LARGEST))
+        taken = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + MOST_MEMORY, taken + MOST_MEMORY))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE, LARGEST_FILE))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

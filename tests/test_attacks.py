@@ -13,8 +13,8 @@ import pytest
 # fuzz/ is not installed; it runs from the repository.
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from fuzz.mutate import changed_bytes, changed_json, changed_tensors, doubled_key, make_special
-from fuzz.trials import Step, Trial, judged, run_all
+from fuzz.mutate import make_special, mutate_bytes, mutate_json, mutate_tensors, repeat_key
+from fuzz.trials import Step, Trial, find_faults, run_all
 
 ROOT = Path(__file__).parent.parent
 GOOD = {"a": {"b": [1, 2.5, "c"]}, "d": None}
@@ -39,10 +39,10 @@ def test_mutations_depend_on_the_seed_alone():
     data = b'{"text": "It was a bright day."}\n' * 3
     header = json.dumps({"x": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode()
     tensors = len(header).to_bytes(8, "little") + header + b"\0"
-    for draw in (changed_json, doubled_key):
+    for draw in (mutate_json, repeat_key):
         assert len({draw(Random(i), GOOD) for i in range(40)}) > 4
         assert draw(Random(3), GOOD) == draw(Random(3), GOOD)
-    for draw, good in ((changed_bytes, data), (changed_tensors, tensors)):
+    for draw, good in ((mutate_bytes, data), (mutate_tensors, tensors)):
         assert sum(draw(Random(i), good) != good for i in range(40)) > 30
         assert draw(Random(3), good) == draw(Random(3), good)
 
@@ -70,12 +70,14 @@ def test_a_file_is_replaced_by_every_kind_of_special_file(tmp_path):
     ],
 )
 def test_exit_codes_and_output_that_are_faults(code, output, fault):
-    assert [kind for kind, _ in judged(Step(["train.py"]), code, output)] == [fault] * bool(fault)
+    assert [kind for kind, _ in find_faults(Step(["train.py"]), code, output)] == [fault] * bool(
+        fault
+    )
 
 
 def test_lost_bytes_and_hanging_programs_are_faults(tmp_path, monkeypatch):
-    (tmp_path / "world").mkdir()
-    (tmp_path / "world/mine.txt").write_text("mine")
+    (tmp_path / "workspace").mkdir()
+    (tmp_path / "workspace/mine.txt").write_text("mine")
     monkeypatch.setattr("fuzz.trials.HANG", 1.0)
     losing = Trial("loses", 0, lambda folder: ("", [Step(["loses"])]))
     hanging = Trial("hangs", 0, lambda folder: ("", [Step(["hangs"])]))
@@ -83,6 +85,6 @@ def test_lost_bytes_and_hanging_programs_are_faults(tmp_path, monkeypatch):
     monkeypatch.setattr("fuzz.trials.call", lambda name: doing[name]() and 0 or 0)
     found = {
         o.trial.kind: [kind for kind, _ in o.faults]
-        for o in run_all([losing, hanging], tmp_path / "world", tmp_path, 2)
+        for o in run_all([losing, hanging], tmp_path / "workspace", tmp_path, 2)
     }
     assert found == {"loses": ["lost"], "hangs": ["hang"]}

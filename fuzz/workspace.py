@@ -1,13 +1,13 @@
-"""A folder in which every command works within a second: a tiny model, texts, a run, weights, a
-memory."""
+"""Makes the workspace of the attacks, a folder in which every command runs within a second. It
+contains a tiny model, texts, a run, weights and a memory."""
 
 from __future__ import annotations
 
+import gzip
 import importlib
 import importlib.util
 import json
 import os
-import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,37 +18,29 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from fuzz.mutate import packed
 from uiollms.cli.common import reporting_errors
 
 ROOT = Path(__file__).parent.parent
 TRAIN = ["train.py", "--env_conf", "env.json"]
 TEST = ["test.py", "--env_conf", "env.json"]
-ASK = [
-    "uiollms.__main__",
-    "ask",
-    "book.mem",
-    "Who?",
-    "--env_conf",
-    "env.json",
-    "--max_new_tokens",
-    "3",
-]
+ASK = ["uiollms.__main__", "ask", "book.mem", "Who?", "--env_conf", "env.json"]
+ASK += ["--max_new_tokens", "3"]
 COMPRESS = ["uiollms.__main__", "compress", "book0.txt", "-o", "book.mem", "--env_conf", "env.json"]
 DATA = ["uiollms.cli.data", "--check"]
 TEXT = "It was a bright cold day, and the clocks were striking. "
-# What the program itself writes there; all else in the folder is the user's.
-OWN = ("out", "cache", "book.mem", "copy")
+# The program writes these. Everything else in the folder belongs to the user.
+WRITTEN = ("out", "cache", "book.mem", "copy")
 
 
 def call(command: str, *arguments: str) -> int:
-    """A command as a user starts it, in this process: its exit code."""
+    """Runs a command in this process as a user starts it. Returns its exit code."""
     if command.endswith(".py"):
-        return reporting_errors(lambda: program(command).main(list(arguments)))
+        return reporting_errors(lambda: import_file(command).main(list(arguments)))
     return reporting_errors(lambda: importlib.import_module(command).main(list(arguments)))
 
 
-def program(command: str) -> ModuleType:
+def import_file(command: str) -> ModuleType:
+    """Imports a program of the repository, which is not a module of the package."""
     spec = importlib.util.spec_from_file_location(f"command_{Path(command).stem}", ROOT / command)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -56,30 +48,26 @@ def program(command: str) -> ModuleType:
     return module
 
 
-def make_world(folder: Path) -> None:
-    """The files, then a training, an evaluation and a compression on them; changes the working
-    directory, so it is for a process of its own."""
+def make_workspace(folder: Path) -> None:
+    """Makes the files and runs a training, an evaluation and a compression on them. It changes the
+    working directory, so it is called in a separate process."""
     folder.mkdir(parents=True)
     os.chdir(folder)
     make_base(Path("base"))
     for i in range(3):
         Path(f"book{i}.txt").write_text(f"{i}: {TEXT * 6}", encoding="utf-8")
-    rows = [{"text": f"{i}: {TEXT * 4}"} for i in range(3)] + [
-        {"input": TEXT * 4, "output": "What?"}
-    ]
+    rows = [{"text": f"{i}: {TEXT * 4}"} for i in range(3)]
+    rows.append({"input": TEXT * 4, "output": "What?"})
     lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
     Path("lines.jsonl").write_bytes(lines)
-    Path("packed.jsonl.gz").write_bytes(packed(lines))
-    pyarrow.parquet.write_table(
-        pyarrow.table({"text": [row["text"] for row in rows[:3]]}), "rows.parquet"
-    )
+    Path("packed.jsonl.gz").write_bytes(gzip.compress(lines, mtime=0))
+    table = pyarrow.table({"text": [row["text"] for row in rows[:3]]})
+    pyarrow.parquet.write_table(table, "rows.parquet")
     Path("raw_data").mkdir()
     copies = [{"prompt": TEXT * 4, "response": TEXT * 4}] * 2
     write("raw_data/minipile_copy_256.json", {"train": copies, "test": copies})
-    write(
-        "memory.json",
-        dict(num_memory=2, chunk_size=16, lora_rank=2, lora_alpha=4, lora_dropout=0.0),
-    )
+    memory = dict(num_memory=2, chunk_size=16, lora_rank=2, lora_alpha=4, lora_dropout=0.0)
+    write("memory.json", memory)
     write("env.json", env_config())
     task = dict(task_type="perplexity", task_name="files:book*.txt", num_instance=2, truncation=60)
     write("test.json", {"tasks": [task | {"compare": ["window"]}]})
@@ -115,7 +103,7 @@ def write(path: str, value: Any) -> None:
 
 
 def make_base(folder: Path) -> None:
-    """A Llama of 2 layers, a byte a token."""
+    """Saves a Llama of 2 layers with a tokenizer that makes one token of every byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
     inner = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -139,18 +127,13 @@ def make_base(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=inner, **special).save_pretrained(folder)
 
 
-def copied(world: Path, folder: Path) -> Path:
-    shutil.copytree(world, folder, symlinks=True)
-    return folder
-
-
 def contents(folder: Path) -> dict[str, Any]:
-    """What every path of the user's in a folder is, to compare: bytes of files, targets of
-    links."""
+    """Returns the contents of every path in a folder that belongs to the user: the bytes of files
+    and the targets of links."""
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if name.split("/")[0] in OWN:
+        if name.split("/")[0] in WRITTEN:
             continue
         if path.is_symlink():
             found[name] = os.readlink(path)
