@@ -68,16 +68,16 @@ def train(*flags: str) -> Callable[[], int]:
 def train_with_action(event: int, action: Callable[[], None], *flags: str) -> Callable[[], int]:
     """Returns a function that trains, and that calls `action` when the training opens, creates,
     renames or deletes a file in ./out for the `event`-th time."""
-    folder, seen = os.path.join(os.getcwd(), "out"), 0
+    folder, count = os.path.join(os.getcwd(), "out"), 0
 
     def watch(name: str, arguments: tuple) -> None:
-        nonlocal seen
+        nonlocal count
         if name in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir") and isinstance(
             arguments[0], str | os.PathLike
         ):
             if os.path.abspath(os.fspath(arguments[0])).startswith(folder):
-                seen += 1
-                if seen == event:
+                count += 1
+                if count == event:
                     action()
 
     def function() -> int:

@@ -1,7 +1,8 @@
-"""The packages of src/uiollms in their order: each imports only from those above it in this list.
+"""Tests the order of the packages of src/uiollms. In the list below, a package imports only from
+itself and from the packages above it.
 
-Imports inside functions count; those for type checkers alone do not. A package's `__main__` only
-starts its command of `cli`.
+Imports inside functions count, and imports for type checkers alone do not. `__main__` modules are
+left out, because they only start a command of `cli`.
 """
 
 import ast
@@ -33,19 +34,17 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def module_of(path: Path) -> str:
-    """src/uiollms/data/readers/hub.py -> data.readers.hub; a package's __init__ is the package."""
-    return (
-        ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-        .removesuffix("__init__")
-        .strip(".")
-    )
+    """src/uiollms/data/readers/hub.py -> data.readers.hub. The name of an __init__ is that of its
+    package."""
+    name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    return name.removesuffix("__init__").strip(".")
 
 
 MODULES = {module_of(path): path for path in FILES}
 
 
-def imported(path: Path) -> Iterator[str]:
-    """The modules of uiollms that a file imports, wherever in it, but for types alone."""
+def imports_of(path: Path) -> Iterator[str]:
+    """Yields the modules of uiollms that a file imports anywhere, except for types alone."""
 
     def nodes(node: ast.AST) -> Iterator[ast.AST]:
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
@@ -67,14 +66,14 @@ def imported(path: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if m and not m.endswith("__main__")])
-def test_a_module_imports_only_from_packages_above_its_own(module):
-    own = NAMES.index(module.split(".")[0])
-    for name in imported(MODULES[module]):
-        assert NAMES.index(name.split(".")[0]) <= own, f"{module} imports {name}"
+def test_a_module_imports_only_from_its_package_and_those_above(module):
+    index = NAMES.index(module.split(".")[0])
+    for name in imports_of(MODULES[module]):
+        assert NAMES.index(name.split(".")[0]) <= index, f"{module} imports {name}"
 
 
 def test_every_folder_is_a_package():
-    """One without `__init__` is found from a checkout and missing from an installation."""
+    """A folder without `__init__` works in a checkout and is missing from an installation."""
     assert {path.parent for path in FILES} == {p.parent for p in FILES if p.name == "__init__.py"}
 
 
@@ -86,10 +85,12 @@ def test_no_modules_import_each_other_in_a_circle():
     """A package's __init__ runs before its modules, so a module does not count as importing it."""
     graph = {
         module: {
-            name for name in imported(path) if name in MODULES and not module.startswith(f"{name}.")
+            name
+            for name in imports_of(path)
+            if name in MODULES and not module.startswith(f"{name}.")
         }
         for module, path in MODULES.items()
     }
     while leaves := {module for module, names in graph.items() if not names & graph.keys()}:
         graph = {module: names for module, names in graph.items() if module not in leaves}
-    assert not graph, "a circle lies among: " + ", ".join(sorted(graph))
+    assert not graph, "these import each other in a circle: " + ", ".join(sorted(graph))

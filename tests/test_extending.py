@@ -1,5 +1,5 @@
-"""The recipes of docs/extending.md, performed step by step on a copy of the repository: their
-diffs and files are applied to it, their commands run in it."""
+"""Performs the recipes of docs/extending.md step by step on a copy of the repository. Their diffs
+and files are applied to the copy, and their commands run in it."""
 
 import os
 import re
@@ -40,8 +40,9 @@ def copy(tmp_path) -> Path:
 
 
 def change(folder: Path, block: str) -> None:
-    """Apply a diff block: the file's name, then hunks of lines that begin with a space, - or +.
-    The old lines of a hunk must be in the file once. A file of + alone is new."""
+    """Applies a diff block. It consists of the name of a file and of hunks, whose lines begin with
+    a space, - or +. The old lines of a hunk must be in the file once. A file with + lines alone is
+    new."""
     name, _, hunks = block.partition("\n")
     path = folder / name
     for hunk in hunks.split("@@\n"):
@@ -53,14 +54,15 @@ def change(folder: Path, block: str) -> None:
             path.write_text(new)
             continue
         text = path.read_text()
-        if text.count(old) != 1:  # part of a line
+        # The lines of a hunk may be the beginning of a longer line.
+        if text.count(old) != 1:
             old, new = old.rstrip("\n"), new.rstrip("\n")
         assert text.count(old) == 1, f"{name} has {text.count(old)} times {old!r}"
         path.write_text(text.replace(old, new))
 
 
 def write(folder: Path, block: str) -> None:
-    """A python block: `# at the end of FILE` or `# new file FILE`, and its lines."""
+    """Writes a python block. Its first line is `# at the end of FILE` or `# new file FILE`."""
     where, _, code = block.partition("\n")
     name = where.split()[-1]
     path = folder / name
@@ -71,6 +73,7 @@ def write(folder: Path, block: str) -> None:
 
 
 def run(folder: Path, command: str) -> None:
+    """Runs a command of a recipe, which may begin with environment variables, in the folder."""
     words = re.findall(r'"[^"]*"|\S+', command)
     settings = dict(os.environ, PYTHONPATH=os.pathsep.join([str(folder / "src"), str(folder)]))
     while "=" in words[0]:
@@ -85,7 +88,7 @@ def run(folder: Path, command: str) -> None:
 
 
 @pytest.mark.parametrize("heading", RECIPES)
-def test_a_recipe_performed_step_by_step(heading, copy):
+def test_a_recipe_works_step_by_step(heading, copy):
     kinds = set()
     for kind, block in BLOCK.findall(recipe(heading)):
         block = textwrap.dedent(block)

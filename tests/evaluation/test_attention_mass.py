@@ -65,50 +65,44 @@ def fractions_by_hand(model, ids) -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_masses_are_the_softmax_by_hand(family):
+def test_attention_mass_equals_a_softmax_by_hand(family):
     model, ids = make_model(family), random_ids(29)
     fractions = attention_fractions(model, ids)
     assert fractions.shape == (3, 3, 4)
     assert torch.allclose(fractions.sum(2), torch.ones(3, 3), atol=1e-6)
     # The softmax of eager attention is float32.
     assert torch.allclose(fractions.double(), fractions_by_hand(model, ids), atol=1e-6)
-    assert [
-        (fractions[:, r, r + 2 :] == 0).all() and (fractions[:, r, : r + 2] > 0).all()
-        for r in range(3)
-    ] == [True] * 3
+    for r in range(3):
+        assert (fractions[:, r, r + 2 :] == 0).all() and (fractions[:, r, : r + 2] > 0).all()
 
 
 @torch.no_grad()
-def test_recorded_attention_is_the_usual_one():
+def test_recording_does_not_change_attention():
     """With memories, and without a mask, which means causal attention. The base's settings do not
     change."""
     model, ids = make_model(), random_ids(29)
     usual, layers = model.base.config._attn_implementation, []
     for num_slots, mask in ((4, decoder_mask([4], 0, 5, model.device)), (0, None)):
-        state = (
-            model(ids[None, : num_slots * 4]).past_key_values if num_slots else model.new_state()
-        )
-        expected = model.decode(
-            ids[None, :5], state.prefix(num_slots, with_local=False), [num_slots]
-        )
+        state = model.new_state()
+        if num_slots:
+            state = model(ids[None, : num_slots * 4]).past_key_values
+        prefix = state.prefix(num_slots, with_local=False)
+        expected = model.decode(ids[None, :5], prefix, [num_slots])
         pattern = RecordingPattern(mask, lambda layer, weights: layers.append(layer))
-        found = model.decode(
-            ids[None, :5], state.prefix(num_slots, with_local=False), [num_slots], pattern=pattern
-        )
-        assert torch.allclose(
-            found, expected, atol=1e-5
-        )  # the softmax of eager attention is float32
+        prefix = state.prefix(num_slots, with_local=False)
+        found = model.decode(ids[None, :5], prefix, [num_slots], pattern=pattern)
+        # The softmax of eager attention is float32.
+        assert torch.allclose(found, expected, atol=1e-5)
     assert layers == [0, 1, 2, 0, 1, 2] and model.base.config._attn_implementation == usual
     with pytest.raises(ValueError, match="8 tokens fit one chunk of 8"):
         attention_fractions(model, ids[:8])
 
 
-def test_averages_are_over_the_rows_that_have_the_memory(tmp_path):
+def test_averages_are_over_the_rows_that_read_the_memory(tmp_path):
     """Two layers, of which the second attends to the oldest memory only."""
     first = [[0.5, 0.5, 0, 0], [0.4, 0.4, 0.2, 0], [0.1, 0.3, 0.2, 0.4]]
-    fractions = torch.tensor(
-        [first, [[0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]], dtype=torch.float32
-    )
+    second = [[0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+    fractions = torch.tensor([first, second], dtype=torch.float32)
     AttentionMass(fractions, {"tokens": "29"}).save(tmp_path / "attention.safetensors")
     mass = AttentionMass.load(tmp_path / "attention.safetensors")
     assert mass.about == {"tokens": "29"} and torch.equal(mass.fractions, fractions)

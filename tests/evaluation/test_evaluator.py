@@ -67,18 +67,16 @@ def corpora(workspace, monkeypatch):
 
 def entry(task_type: str = "perplexity", **fields) -> TaskEntry:
     """A task entry, parsed as a config's."""
-    task = (
-        dict(task_type=task_type, task_name="files:book*.txt", num_instance=2, truncation=100)
-        | fields
-    )
-    return parse(TaskEntry, task, "here")
+    task = dict(task_type=task_type, task_name="files:book*.txt", num_instance=2, truncation=100)
+    return parse(TaskEntry, task | fields, "here")
 
 
 # ---- All tasks through the commands --------------------------------------------------------------
 
 
 def short_tasks() -> list[dict]:
-    """config/tasks/every-task.json for the tiny model: fewer tokens."""
+    """Returns the tasks of config/tasks/every-task.json with few enough tokens for the tiny
+    model."""
     tasks = json.loads((ROOT / "config/tasks/every-task.json").read_text())["tasks"]
     short = {"passkey": 230, "needle": 180}
     return [
@@ -95,40 +93,31 @@ def test_every_task_type_evaluates(workspace, corpora, capsys):
     assert call("test.py", "--env_conf", "env.json") == 0, capsys.readouterr().err
     table = capsys.readouterr().out
     results = json.loads(Path("out/test.json").read_text())["results"]
-    assert len(results) == len(short_tasks()) + 1  # perplexity under two protocols
-    assert [r["task_type"] for r in results if "news" in r["task"]] == [
-        "news qa summation",
-        "news qa summation v2",
-    ]
+    # One task has perplexity under two protocols.
+    assert len(results) == len(short_tasks()) + 1
+    news = [result["task_type"] for result in results if "news" in result["task"]]
+    assert news == ["news qa summation", "news qa summation v2"]
     for result in results:
         assert result["documents"] >= 1 and result["scored_tokens"] > 0, result["task_type"]
-        assert all(
-            math.isfinite(result[mode]["nll"])
-            for mode in ("memory", "window", "raw", "shuffled")
-            if mode in result
-        )
+        for mode in {"memory", "window", "raw", "shuffled"} & result.keys():
+            assert math.isfinite(result[mode]["nll"])
         assert result["task_type"] in table
     named = {(r["task_type"], r["protocol"], r["task"]): r for r in results}
-    assert {"window", "raw", "shuffled", "memory"} <= named[
-        "perplexity", "document", "sotu.test"
-    ].keys()
-    distilled = named["activation beacons", None, "beacons sampled.8192.distill"]
-    assert distilled["memory"]["loss"] != pytest.approx(
-        distilled["memory"]["nll"]
-    )  # a divergence, not an NLL
-    answered = named["question answering", None, "longalpaca.test.false"]
-    assert (
-        0 <= answered["memory"]["rouge_l"] <= 1
-        and "rouge_l" in answered["raw"]
-        and "rouge_l" not in answered["window"]
-    )
-    copied = named["auto encoding", None, "minipile copy 256.test"]["memory"]
-    assert {"bleu4", "rouge_l", "token_accuracy"} <= copied.keys()
-    hidden = named["passkey", None, "sotu.train"]
-    assert [d["depth"] for d in hidden["memory"]["by_depth"]] == [0, 0.5, 1] and hidden[
-        "documents"
-    ] == 6
-    assert "raw" not in hidden  # 230 tokens are past the 128 positions
+    perplexity = named["perplexity", "document", "sotu.test"]
+    assert {"window", "raw", "shuffled", "memory"} <= perplexity.keys()
+    distilled = named["activation beacons", None, "beacons sampled.8192.distill"]["memory"]
+    # The loss is a divergence, not an NLL.
+    assert distilled["loss"] != pytest.approx(distilled["nll"])
+    answers = named["question answering", None, "longalpaca.test.false"]
+    assert 0 <= answers["memory"]["rouge_l"] <= 1
+    assert "rouge_l" in answers["raw"] and "rouge_l" not in answers["window"]
+    copies = named["auto encoding", None, "minipile copy 256.test"]["memory"]
+    assert {"bleu4", "rouge_l", "token_accuracy"} <= copies.keys()
+    passkey = named["passkey", None, "sotu.train"]
+    assert [depth["depth"] for depth in passkey["memory"]["by_depth"]] == [0, 0.5, 1]
+    assert passkey["documents"] == 6
+    # 230 tokens are past the 128 positions.
+    assert "raw" not in passkey
     assert Path("out/test.png").stat().st_size > 10_000
 
 
@@ -150,11 +139,8 @@ def test_every_task_type_evaluates(workspace, corpora, capsys):
 def test_every_task_trains(workspace, corpora, capsys, corpus):
     """Three iterations on a corpus of every task have finite losses and nonzero gradients."""
     entries = json.dumps([dict(name=corpus, partition=1, truncation=96)])
-    settings = [
-        f"--set=train.corpus={entries}",
-        "--set=train.tasks=[]",
-        "--set=train.chunk_batch=64",
-    ]
+    settings = [f"--set=train.corpus={entries}", "--set=train.tasks=[]"]
+    settings.append("--set=train.chunk_batch=64")
     assert call("train.py", "--env_conf", "env.json", *settings) == 0, capsys.readouterr().err
     logged = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
     assert len(logged) == 3 and all(math.isfinite(m["nll"]) and m["grad_norm"] > 0 for m in logged)
@@ -169,7 +155,8 @@ def test_auto_encoding_trains_on_one_chunk_at_a_time(tiny):
         assert sample.chunks.shape == (1, 16) and len(sample.rows) == 1 and sample.rows[0].repeat
         assert torch.equal(sample.rows[0].targets, sample.chunks[0])
         chunks.add(tuple(sample.chunks[0].tolist()))
-    assert len(chunks) == 3  # 50 tokens have three complete chunks
+    # 50 tokens have three complete chunks.
+    assert len(chunks) == 3
 
 
 def test_tasks_inside_a_training_run(workspace):
@@ -183,18 +170,14 @@ def test_tasks_inside_a_training_run(workspace):
     assert call("train.py", "--env_conf", "env.json", f"--set=train.tasks={dumped}") == 0
     lines = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
     logged = lines[-1]["eval"]
-    assert [r["task_type"] for r in logged] == [
-        "perplexity",
-        "perplexity",
-        "auto encoding",
-        "passkey",
-    ]
+    task_types = [result["task_type"] for result in logged]
+    assert task_types == ["perplexity", "perplexity", "auto encoding", "passkey"]
     # The task has the paper's protocol, as the training loss has, so the plot has one panel.
     assert plot_training(lines, Path("one.png")).stat().st_size > 1000
     Path("test.json").write_text(dumped)
     assert call("test.py", "--env_conf", "env.json") == 0
     assert json.loads(Path("out/test.json").read_text())["results"] == logged
-    # No task has the protocol of the training loss, so the evaluation has its own panel.
+    # No task has the protocol of the training loss, so the evaluation has a separate panel.
     lines = [lines[0], lines[-1] | {"eval": logged[:1]}]
     assert plot_training(lines, Path("two.png")).stat().st_size > 1000
 
@@ -202,37 +185,30 @@ def test_tasks_inside_a_training_run(workspace):
 # ---- Stored tokens, means, intervals -------------------------------------------------------------
 
 
-def test_the_stored_nlls_are_the_scores(workspace, tiny):
+def test_stored_nlls_equal_the_scores(workspace, tiny):
     model, tokenizer = tiny
-    task = entry(
-        num_instance=3, compare=["window", "raw", "shuffled"], protocols=["paper", "document"]
-    )
+    compared = dict(compare=["window", "raw", "shuffled"], protocols=["paper", "document"])
+    task = entry(num_instance=3, **compared)
     Path("test.json").write_text(json.dumps([task.model_dump()]))
     assert call("test.py", "--env_conf", "env.json") == 0
-    ids = [
-        torch.tensor(tokenizer(Path(f"book{i}.txt").read_text()).input_ids[:100]) for i in range(3)
-    ]
+    texts = [Path(f"book{i}.txt").read_text() for i in range(3)]
+    ids = [torch.tensor(tokenizer(text).input_ids[:100]) for text in texts]
+    make_sample = {"paper": Sample.language_modeling, "document": Sample.document}
     with safe_open("out/test-nll.safetensors", "pt") as file:
-        assert len(file.keys()) == 2 * 3 * 4 * 2  # protocols, documents, modes, nll and positions
+        # There are 2 protocols, 3 documents and 4 modes, with NLLs and positions.
+        assert len(file.keys()) == 2 * 3 * 4 * 2
         assert [json.loads(file.metadata()[r])["protocol"] for r in "01"] == ["paper", "document"]
         for r, protocol in enumerate(task.protocols):
             for d, document in enumerate(ids):
                 for mode in ("memory", "window", "raw"):
-                    expected = (
-                        uiollms.score(model, document, protocol) if mode == "memory" else None
-                    )
-                    expected = expected or uiollms.evaluation.scoring.score(
-                        model, document, protocol, mode
-                    )
-                    assert torch.equal(file.get_tensor(f"{r}.{d}.{mode}.nll"), expected.nll.float())
-                    assert torch.equal(
-                        file.get_tensor(f"{r}.{d}.{mode}.positions"), expected.positions
-                    )
+                    expected = uiollms.score(model, document, protocol, mode)
+                    nll = file.get_tensor(f"{r}.{d}.{mode}.nll")
+                    positions = file.get_tensor(f"{r}.{d}.{mode}.positions")
+                    assert torch.equal(nll, expected.nll.float())
+                    assert torch.equal(positions, expected.positions)
                 # Document d reads the memories of document d + 1, the last one those of the first.
                 other = ids[(d + 1) % 3][:96].view(6, 16)
-                sample = {"paper": Sample.language_modeling, "document": Sample.document}[protocol](
-                    document, 16
-                )
+                sample = make_sample[protocol](document, 16)
                 shuffled = token_losses(model, sample, "shuffled", other)[1]
                 assert torch.equal(file.get_tensor(f"{r}.{d}.shuffled.nll"), shuffled.float())
 
@@ -241,30 +217,25 @@ def test_means_by_position_and_chunk_recombine_to_the_total(tiny):
     (scores,) = Evaluation(*tiny, [entry(protocols=["document"])]).run()
     numbers = scores.summarize().modes["memory"]
     for groups in (numbers["by_position"], numbers["by_chunk"]):
-        tokens = sum(g["tokens"] for g in groups)
-        assert tokens == 2 * 99 and sum(
-            g["nll"] * g["tokens"] for g in groups
-        ) / tokens == pytest.approx(numbers["nll"])
-    assert [(g["start"], g["stop"]) for g in numbers["by_position"]] == [
-        (2**i, 2 ** (i + 1)) for i in range(7)
-    ]
-    assert [g["tokens"] for g in numbers["by_position"]] == [
-        2 * n for n in (1, 2, 4, 8, 16, 32, 36)
-    ]
-    assert [(g["chunk"], g["tokens"]) for g in numbers["by_chunk"]] == [
-        *((c, 32) for c in range(6)),
-        (6, 6),
-    ]
+        tokens = sum(group["tokens"] for group in groups)
+        total = sum(group["nll"] * group["tokens"] for group in groups)
+        assert tokens == 2 * 99 and total / tokens == pytest.approx(numbers["nll"])
+    by_position, by_chunk = numbers["by_position"], numbers["by_chunk"]
+    ranges = [(group["start"], group["stop"]) for group in by_position]
+    assert ranges == [(2**i, 2 ** (i + 1)) for i in range(7)]
+    assert [group["tokens"] for group in by_position] == [2 * n for n in (1, 2, 4, 8, 16, 32, 36)]
+    counts = [(group["chunk"], group["tokens"]) for group in by_chunk]
+    assert counts == [*((chunk, 32) for chunk in range(6)), (6, 6)]
 
 
 def scores_of(*documents: tuple[float, int], **fields) -> dict[int, DocumentScore]:
-    """(NLL, tokens) -> scores of documents with that NLL at every token."""
-    return {
-        i: DocumentScore(
-            torch.full((n,), nll), torch.full((n,), nll), torch.arange(1, n + 1), **fields
-        )
-        for i, (nll, n) in enumerate(documents)
-    }
+    """Returns the scores of documents, each given as its NLL at every token and its number of
+    tokens."""
+    found = {}
+    for i, (nll, count) in enumerate(documents):
+        nlls = torch.full((count,), nll)
+        found[i] = DocumentScore(nlls, nlls, torch.arange(1, count + 1), **fields)
+    return found
 
 
 def test_summary_numbers():
@@ -277,11 +248,11 @@ def test_summary_numbers():
     task = ScoredTask("x", "perplexity", 100, 8, "paper")
     summary = TaskScores(task, scores).summarize().as_json()
     weighted = math.exp((30 * math.log(10) + 10 * math.log(20)) / 40)
-    near = 1e-6  # NLLs are stored in float32
+    # NLLs are stored in float32.
+    near = 1e-6
     assert summary["memory"]["perplexity"] == pytest.approx(weighted, rel=near)
-    assert (summary["mean"], summary["max"], summary["min"]) == pytest.approx(
-        (15, 20, 10), rel=near
-    )
+    found = (summary["mean"], summary["max"], summary["min"])
+    assert found == pytest.approx((15, 20, 10), rel=near)
     assert summary["memory"]["document_mean"] == pytest.approx(15, rel=near)
     assert summary["scored_tokens"] == 40
     for interval in ("interval_95", "document_mean_interval_95"):
@@ -289,14 +260,13 @@ def test_summary_numbers():
     assert json.loads(json.dumps(summary)) is not None
 
 
-def test_bootstrap_covers_what_it_should():
+def test_the_bootstrap_interval_has_the_expected_width():
     """The mean of 100 values 0 .. 1 has a standard error of about 0.029, so the interval reaches
     1.96 * 0.029 to either side."""
     values = [i / 99 for i in range(100)]
     low, high = bootstrap(values, lambda drawn: sum(drawn) / len(drawn))
-    assert low == pytest.approx(0.5 - 1.96 * 0.029, abs=0.015) and high == pytest.approx(
-        0.5 + 1.96 * 0.029, abs=0.015
-    )
+    assert low == pytest.approx(0.5 - 1.96 * 0.029, abs=0.015)
+    assert high == pytest.approx(0.5 + 1.96 * 0.029, abs=0.015)
     assert bootstrap([3.0], max) == (3.0, 3.0)
 
 
@@ -311,7 +281,7 @@ def test_bleu_and_rouge_of_texts():
 # ---- Documents and modes -------------------------------------------------------------------------
 
 
-def test_the_base_is_scored_once_and_memory_every_time(tiny):
+def test_the_base_is_scored_once_and_memory_in_every_run(tiny):
     model, tokenizer = tiny
     compared = dict(compare=["window", "raw", "shuffled"])
     evaluation = Evaluation(
@@ -328,21 +298,19 @@ def test_the_base_is_scored_once_and_memory_every_time(tiny):
     for mode, changes in dict(memory=True, shuffled=True, window=False, raw=False).items():
         assert (first_modes[0][mode] != second_modes[0][mode]) == changes, mode
     assert first[0].scores["raw"] is second[0].scores["raw"]
-    assert first_modes[1]["window"] != second_modes[1]["window"]  # the repeat token is trained
+    # The repeat token is trained, so copies without memory change too.
+    assert first_modes[1]["window"] != second_modes[1]["window"]
 
 
-def test_documents_do_not_leak_into_each_other(tiny):
+def test_documents_do_not_influence_each_other(tiny):
     """The released program scores document 2 with document 1's memories before its own."""
     both = Evaluation(*tiny, [entry()]).run()[0].scores["memory"]
-    alone = (
-        Evaluation(*tiny, [entry(task_name="files:book1.txt", num_instance=1)])
-        .run()[0]
-        .scores["memory"]
-    )
+    second = entry(task_name="files:book1.txt", num_instance=1)
+    alone = Evaluation(*tiny, [second]).run()[0].scores["memory"]
     assert torch.equal(both[1].nll, alone[0].nll) and not torch.equal(both[0].nll, both[1].nll)
 
 
-def test_the_mode_of_the_model_is_left_as_it_was(tiny):
+def test_evaluation_leaves_the_training_mode_unchanged(tiny):
     model, tokenizer = tiny
     for training in (True, False):
         model.train(training)
@@ -365,7 +333,7 @@ LENGTHS = {"a": 50, "b": 0, "c": 1, "d": 9, "e": 300, "f": 90, "g": 17, "h": 95}
         (dict(num_instance=2, truncation=None, documents="full"), [50, 300]),  # none fills 926
     ],
 )
-def test_the_documents_that_are_scored(workspace, tiny, fields, expected):
+def test_the_first_or_the_full_documents_are_scored(workspace, tiny, fields, expected):
     """They are the first, as in the release, or those that fill `truncation`."""
     for name, length in LENGTHS.items():
         Path(f"doc-{name}.txt").write_text(name * length or " \n")
@@ -374,7 +342,7 @@ def test_the_documents_that_are_scored(workspace, tiny, fields, expected):
     found = evaluation_documents(*tiny, task)
     assert [len(ids) for ids in found] == expected
     scored = [len(score.nll) for score in result.scores["memory"].values()]
-    # all of a chunk but its first token
+    # All tokens of a chunk but the first are scored.
     assert scored == [sum(len(part) - 1 for part in ids.split(16)) for ids in found]
     assert all(math.isfinite(document.nll.sum()) for document in result.scores["memory"].values())
 
@@ -398,27 +366,22 @@ def test_a_shuffled_document_reads_the_next_that_is_long_enough(workspace, tiny)
     texts = dict(task_name="files:[bs]*.txt", num_instance=5, compare=["shuffled"])
     result = Evaluation(*tiny, [entry(**texts, truncation=90)]).run()[0]
     assert len(result.scores["shuffled"]) == 5
-    result = Evaluation(
-        *tiny,
-        [entry(task_name="files:book*.txt", compare=["shuffled"], truncation=None, num_instance=4)],
-    ).run()
-    assert len(result[0].scores["shuffled"]) == 4  # of one length
+    # The books have one length.
+    books = entry(compare=["shuffled"], truncation=None, num_instance=4)
+    result = Evaluation(*tiny, [books]).run()[0]
+    assert len(result.scores["shuffled"]) == 4
 
 
 def test_auto_encoding_reads_each_chunk_alone(tiny):
     """The NLL is that of `reconstruct` on the document's chunks, given the true tokens."""
     model, tokenizer = tiny
-    document = (
-        Evaluation(model, tokenizer, [entry("auto encoding", num_instance=1, truncation=40)])
-        .run()[0]
-        .scores["memory"][0]
-    )
+    task = entry("auto encoding", num_instance=1, truncation=40)
+    document = Evaluation(model, tokenizer, [task]).run()[0].scores["memory"][0]
     chunks = torch.tensor(tokenizer(Path("book0.txt").read_text()).input_ids[:32]).view(2, 16)
     with torch.no_grad():
-        expected = torch.nn.functional.cross_entropy(
-            model.reconstruct(chunks).flatten(0, 1), chunks.flatten(), reduction="none"
-        )
-    # float32: batched and single rows round differently
+        logits = model.reconstruct(chunks).flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, chunks.flatten(), reduction="none")
+    # In float32, batched and single rows round differently.
     torch.testing.assert_close(document.nll, expected, rtol=1e-4, atol=1e-5)
     assert document.positions.tolist() == list(range(32)) and document.hits[1] == 32
     assert [reference for reference, _ in document.texts] == [
@@ -426,14 +389,12 @@ def test_auto_encoding_reads_each_chunk_alone(tiny):
     ]
 
 
-def test_a_chunk_is_copied_and_guessed(tiny, capsys):
+def test_results_show_a_greedy_copy_and_guided_guesses(tiny, capsys):
     """ "alone" is the greedy copy from memory, whose tokens are right if the original has them in
     the same order; "guided" is the likeliest token after the true ones."""
     model, tokenizer = tiny
-    compared = dict(truncation=40, compare=["shuffled"])
-    result = Evaluation(
-        model, tokenizer, [entry("auto encoding", num_instance=2, **compared)]
-    ).run()[0]
+    task = entry("auto encoding", num_instance=2, truncation=40, compare=["shuffled"])
+    result = Evaluation(model, tokenizer, [task]).run()[0]
     summary = result.summarize()
     written = summary.modes["memory"]["written"]
     chunk = torch.tensor(tokenizer(Path("book0.txt").read_text()).input_ids[:16])
@@ -447,16 +408,16 @@ def test_a_chunk_is_copied_and_guessed(tiny, capsys):
     assert alone == result.scores["memory"][0].texts[0][1]
 
     again = TaskSummary.from_json(json.loads(json.dumps(summary.as_json())))
-    said = [chunk.caption for chunk in written_chunks([again])]
-    assert [part.split(" and ")[0].split(",")[0] for part in said] == [
+    captions = [chunk.caption for chunk in written_chunks([again])]
+    assert [caption.split(" and ")[0].split(",")[0] for caption in captions] == [
         "each token guessed from its own memory",
         "written down from its own memory alone",
         "each token guessed from another document's memory",
         "written down from another document's memory alone",
     ]
     print_results([again])
-    shown = capsys.readouterr().out
-    assert written["original"] in shown and all(part in shown for part in said)
+    output = capsys.readouterr().out
+    assert written["original"] in output and all(caption in output for caption in captions)
 
 
 def test_tokens_in_the_order_of_the_original_are_right(tiny):
@@ -469,21 +430,15 @@ def test_tokens_in_the_order_of_the_original_are_right(tiny):
     assert written["alone"]["right"] == 4 and written["guided"]["right"] == 4
     text = written["guided"]["pieces"][2][0]
     console = Console(width=100, record=True)
-    print_written([shown_result(written)], console)
+    task = ScoredTask("x", "auto encoding", 6, 6, None, 2)
+    summary = TaskSummary(task, {}, {"memory": dict(documents=1, written=written)})
+    print_written([summary], console)
     assert f"\u27e6{text}\u27e7" in console.export_text()
 
 
-def shown_result(written: dict) -> TaskSummary:
-    task = ScoredTask("x", "auto encoding", 6, 6, None, 2)
-    return TaskSummary(task, {}, {"memory": dict(documents=1, written=written)})
-
-
 def test_longdata_copy_positions_and_texts(tiny):
-    document = (
-        Evaluation(*tiny, [entry("longdata copy", num_instance=1, truncation=40)])
-        .run()[0]
-        .scores["memory"][0]
-    )
+    task = entry("longdata copy", num_instance=1, truncation=40)
+    document = Evaluation(*tiny, [task]).run()[0].scores["memory"][0]
     assert document.positions.tolist() == list(range(32)) and len(document.texts) == 2
 
 
@@ -572,9 +527,8 @@ def test_fields_that_do_not_fit_the_task_are_refused(fields, message):
 def test_task_types_may_be_upper_case():
     assert entry("News QA_Summation").task_type == "news qa summation"
     task = entry("passkey", truncation=500)
-    assert (
-        parse(TaskEntry, json.loads(task.model_dump_json()), "resolved") == task
-    )  # a run folder's config loads again
+    # The config of a run folder, which contains all defaults, loads again.
+    assert parse(TaskEntry, json.loads(task.model_dump_json()), "resolved") == task
 
 
 # ---- Retrieval -----------------------------------------------------------------------------------
@@ -599,15 +553,18 @@ def test_the_sentence_is_at_the_given_depth(tiny, task_type, sentence):
     for trial in found:
         text, answer = text_of(trial, tokenizer)
         assert sum(len(row.input_ids) for row in trial.sample.rows) == 400 and text.endswith(answer)
-        assert text.count(answer) == 2  # in the sentence and at the end
-        begins = text.index("\nTake note" if task_type == "passkey" else "\nThe gardener")
-        question = text.index("\nQuestion")
-        hidden = (
-            text.index(".\n", begins) + 2 if task_type == "passkey" else text.index("stairs.\n") + 8
-        )
-        filler_length = question - (hidden - begins)  # one byte is one token
-        assert begins == trial.position == round(trial.depth * filler_length)
-        assert sentence in text[begins:hidden]
+        # The answer is in the sentence and at the end.
+        assert text.count(answer) == 2
+        if task_type == "passkey":
+            start = text.index("\nTake note")
+            stop = text.index(".\n", start) + 2
+        else:
+            start = text.index("\nThe gardener")
+            stop = text.index("stairs.\n") + 8
+        # One byte is one token.
+        filler_length = text.index("\nQuestion") - (stop - start)
+        assert start == trial.position == round(trial.depth * filler_length)
+        assert sentence in text[start:stop]
     answers = [text_of(trial, tokenizer)[1] for trial in found]
     # Trials have different answers, the same at every depth.
     assert answers[:2] == answers[2:4] == answers[4:] and answers[0] != answers[1]
@@ -617,17 +574,13 @@ def test_the_sentence_is_at_the_given_depth(tiny, task_type, sentence):
 
 def test_passkeys_have_five_digits_and_needles_are_words(tiny):
     filler = [Document(TEXT, "here")]
-    keys = [
-        text_of(t, tiny[1])[1] for t in make_trials("passkey", filler, tiny[1], 400, 16, 30, [0.5])
-    ]
-    assert (
-        all(key[0] == " " and len(key) == 6 and key[1:].isdigit() for key in keys)
-        and len(set(keys)) == 30
-    )
-    words = [
-        text_of(t, tiny[1])[1].strip()
-        for t in make_trials("needle", filler, tiny[1], 400, 16, len(WORDS), [0.5])
-    ]
+    tokenizer = tiny[1]
+    trials = make_trials("passkey", filler, tokenizer, 400, 16, 30, [0.5])
+    keys = [text_of(trial, tokenizer)[1] for trial in trials]
+    assert all(key[0] == " " and len(key) == 6 and key[1:].isdigit() for key in keys)
+    assert len(set(keys)) == 30
+    trials = make_trials("needle", filler, tokenizer, 400, 16, len(WORDS), [0.5])
+    words = [text_of(trial, tokenizer)[1].strip() for trial in trials]
     assert sorted(words) == sorted(WORDS)
 
 
@@ -647,8 +600,6 @@ def test_accuracy_counts_the_answers_that_the_model_would_give(tiny):
         labels[:224] = -100
         instances[i] = replace(instances[i], samples=(Sample.beacon(ids, labels, 16),))
     numbers = evaluation.run()[0].summarize().modes["memory"]
-    assert [(d["depth"], d["accuracy"], d["trials"]) for d in numbers["by_depth"]] == [
-        (0, 1, 2),
-        (1, 0, 2),
-    ]
+    by_depth = [(d["depth"], d["accuracy"], d["trials"]) for d in numbers["by_depth"]]
+    assert by_depth == [(0, 1, 2), (1, 0, 2)]
     assert numbers["accuracy"] == 0.5 and numbers["accuracy_interval_95"] == (0, 1)

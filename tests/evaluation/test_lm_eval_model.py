@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 BOS, CHUNK, POSITIONS = 1, 16, 128
 # 56 memories of 2 slots leave positions for a whole chunk, 57 for 14 tokens.
 CAPACITY = 57 * 16 + 14
-# 168 tokens, more than the base has positions
+# This text has 168 tokens, more than the base has positions.
 DOCUMENT = "It was a bright cold day, and the clocks were striking. " * 3
 
 
@@ -39,14 +39,11 @@ def folder(tmp_path_factory, tiny_folder) -> Path:
     """A config, its trained weights, and a base that generates letters only, so that its output can
     be the text of a task."""
     folder = tmp_path_factory.mktemp("harness")
-    base, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(tiny_folder),
-        AutoTokenizer.from_pretrained(tiny_folder),
-    )
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     letters = tokenizer.convert_tokens_to_ids([*"abcdefghijklmnopqrstuvwxyz"])
-    silent = torch.ones(base.config.vocab_size, dtype=torch.bool).index_fill(
-        0, torch.tensor(letters), False
-    )
+    silent = torch.ones(base.config.vocab_size, dtype=torch.bool)
+    silent[letters] = False
     with torch.no_grad():
         for parameter in base.parameters():
             # With large weights the next token depends on more than the last one.
@@ -54,9 +51,8 @@ def folder(tmp_path_factory, tiny_folder) -> Path:
         base.lm_head.weight[silent] *= 0.01
     base.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
-    (folder / "memory.json").write_text(
-        json.dumps(dict(num_memory=2, chunk_size=CHUNK, lora_rank=2, lora_alpha=4))
-    )
+    memory = dict(num_memory=2, chunk_size=CHUNK, lora_rank=2, lora_alpha=4)
+    (folder / "memory.json").write_text(json.dumps(memory))
     model = dict(
         model_name=str(folder / "base"),
         model_dtype="fp32",
@@ -107,11 +103,11 @@ def token_by_token(model: MemoryLM, ids: list[int]) -> tuple[list[float], list[b
 @torch.no_grad()
 def greedy_tokens(model: MemoryLM, ids: list[int], count: int) -> list[int]:
     """Generates the likeliest tokens, one by one."""
-    output, said = model(torch.tensor([ids])), []
+    output, tokens = model(torch.tensor([ids])), []
     for _ in range(count):
-        said.append(output.logits[0, -1].argmax().item())
-        output = model(torch.tensor([said[-1:]]), output.past_key_values)
-    return said
+        tokens.append(output.logits[0, -1].argmax().item())
+        output = model(torch.tensor([tokens[-1:]]), output.past_key_values)
+    return tokens
 
 
 def request(kind: str, *arguments) -> Instance:
@@ -133,11 +129,11 @@ def write_task(folder: Path, name: str, documents: list[dict], **task) -> None:
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
 
 
-def test_three_tasks_through_the_harness(folder, lm, tmp_path):
+def test_three_lm_eval_tasks_equal_a_token_by_token_model(folder, lm, tmp_path):
     encode, decode = lm.tokenizer.encode, lm.tokenizer.decode
     prompts = [f"{DOCUMENT}Question: {q}?\nAnswer:" for q in ("who", "when")]
     greedy = [decode(greedy_tokens(lm.model, encode(prompt), 20)) for prompt in prompts]
-    choices = [["no", said, "not at all, or hardly ever"] for said in greedy]
+    choices = [["no", answer, "not at all, or hardly ever"] for answer in greedy]
     rows = [dict(prompt=p, choices=c) for p, c in zip(prompts, choices, strict=True)]
     write_task(
         tmp_path,
@@ -150,13 +146,14 @@ def test_three_tasks_through_the_harness(folder, lm, tmp_path):
         target_delimiter="",
     )
     stop = max((greedy[0][i : i + 2] for i in range(19)), key=greedy[0].find)
+    expected_answers = [answer.split(stop)[0] for answer in greedy]
     write_task(
         tmp_path,
         "answer",
-        [dict(prompt=p, said=g.split(stop)[0]) for p, g in zip(prompts, greedy, strict=True)],
+        [dict(prompt=p, answer=a) for p, a in zip(prompts, expected_answers, strict=True)],
         output_type="generate_until",
         doc_to_text="{{prompt}}",
-        doc_to_target="{{said}}",
+        doc_to_target="{{answer}}",
         generation_kwargs=dict(until=[stop], max_gen_toks=20, do_sample=False),
         metric_list=[dict(metric="exact_match")],
     )
@@ -182,12 +179,11 @@ def test_three_tasks_through_the_harness(folder, lm, tmp_path):
     for sample, prompt, three in zip(results["samples"]["choose"], prompts, choices, strict=True):
         for (found, is_greedy), choice in zip(sample["filtered_resps"], three, strict=True):
             logs, likeliest = token_by_token(lm.model, encode(prompt + choice))
-            assert found == pytest.approx(
-                sum(logs[-len(choice) :]), rel=1e-9
-            )  # float64; batches and chunk sizes differ
+            # In float64, batches and chunk sizes differ.
+            assert found == pytest.approx(sum(logs[-len(choice) :]), rel=1e-9)
             assert is_greedy == all(likeliest[-len(choice) :]) == (choice == three[1])
-    said = [sample["filtered_resps"][0] for sample in results["samples"]["answer"]]
-    assert said == [g.split(stop)[0] for g in greedy] and 0 < len(said[0]) < 20
+    found_answers = [sample["filtered_resps"][0] for sample in results["samples"]["answer"]]
+    assert found_answers == expected_answers and 0 < len(found_answers[0]) < 20
     assert results["results"]["answer"]["exact_match,none"] == 1
     logs = [token_by_token(lm.model, [BOS, *encode(text)])[0] for text in texts]
     assert [len(one) for one in logs] == [len(text) for text in texts] and len(logs[0]) > POSITIONS
@@ -195,10 +191,8 @@ def test_three_tasks_through_the_harness(folder, lm, tmp_path):
         assert sample["filtered_resps"][0] == pytest.approx(sum(expected), rel=1e-9)
     bits = -sum(map(sum, logs)) / sum(map(len, logs)) / math.log(2)
     assert results["results"]["read"]["bits_per_byte,none"] == pytest.approx(bits, rel=1e-9)
-    assert (
-        results["config"]["weights"] == str(folder / "weights")
-        and results["max_length"] == CAPACITY
-    )
+    assert results["config"]["weights"] == str(folder / "weights")
+    assert results["max_length"] == CAPACITY
 
 
 PAST = (
@@ -207,7 +201,7 @@ PAST = (
 )
 
 
-def test_the_example_task(lm):
+def test_the_example_task_is_refused_past_the_capacity(lm):
     """The speeches of the example are longer than the tiny model's capacity."""
     manager = TaskManager(include_path=str(ROOT / "examples"), include_defaults=False)
     with pytest.raises(ConfigError, match=PAST):
@@ -220,16 +214,10 @@ def test_the_example_task(lm):
 def command(*arguments: str) -> subprocess.CompletedProcess:
     """Runs the installed script lm_eval, or its code if the script is another installation's."""
     script = Path(sys.executable).with_name("lm_eval")
-    ours = script.exists() and "uiollms" in script.read_text()
-    program = (
-        [str(script)]
-        if ours
-        else [
-            sys.executable,
-            "-c",
-            "from uiollms.cli.lm_eval import main; raise SystemExit(main())",
-        ]
-    )
+    program = [str(script)]
+    if not script.exists() or "uiollms" not in script.read_text():
+        code = "from uiollms.cli.lm_eval import main; raise SystemExit(main())"
+        program = [sys.executable, "-c", code]
     return subprocess.run(
         [*program, *arguments],
         capture_output=True,
@@ -241,37 +229,36 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
 
 def test_the_commands_that_pyproject_names_exist():
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    assert scripts.keys() == {"lm_eval", "lm-eval"}  # both of lm-eval's own names
+    # lm-eval has both names.
+    assert scripts.keys() == {"lm_eval", "lm-eval"}
     for target in scripts.values():
         module, name = target.split(":")
         assert callable(getattr(importlib.import_module(module), name))
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"]])
-def test_the_command_is_that_of_lm_eval_with_one_more_model(arguments, monkeypatch, capsys):
+def test_the_command_lm_eval_has_one_more_model(arguments, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["lm_eval"])
     with pytest.raises(SystemExit) as end:
         main(arguments)
-    shown = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert end.value.code == 0
-    assert (
-        "lm_eval --model uiollms --model_args env_conf=smollm2-8x.json" in shown
-        and "lm-eval run --model hf" in shown
-    )
+    assert "lm_eval --model uiollms --model_args env_conf=smollm2-8x.json" in output
+    assert "lm-eval run --model hf" in output
 
 
-def test_a_new_process_finds_the_model_and_lm_evals_own():
-    """In a process that has not imported, and so registered, the model before."""
+def test_a_new_process_finds_this_model_and_those_of_lm_eval():
+    """The process has not imported the model before, which would register it."""
     code = """
 import sys
 from uiollms.cli.lm_eval import register
 register()
 from lm_eval.api.registry import get_model, model_registry
-print("hf" in model_registry, "uiollms.evaluation.lm_eval_model" in sys.modules, get_model("uiollms").__name__)
+print("hf" in model_registry, "uiollms.evaluation.lm_eval_model" in sys.modules)
+print(get_model("uiollms").__name__)
 """
-    found = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=240
-    )
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert found.stdout.split() == ["True", "False", "HarnessLM"], found.stderr
 
 
@@ -279,14 +266,13 @@ def test_without_lm_eval_the_command_prints_how_to_install_it(monkeypatch, capsy
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setattr(sys, "argv", ["lm_eval"])
     assert main(["--help"]) == 2
-    assert (
-        capsys.readouterr().err
-        == "lm_eval: lm-eval is not installed; install it with: pip install -e '.[lm-eval]'\n"
-    )
+    expected = "lm_eval: lm-eval is not installed; install it with: pip install -e '.[lm-eval]'\n"
+    assert capsys.readouterr().err == expected
 
 
-@pytest.mark.slow  # lm-eval lists its 14,000 tasks first
-def test_the_whole_command(folder, tmp_path):
+# It is slow because lm-eval lists its 14,000 tasks first.
+@pytest.mark.slow
+def test_the_command_lm_eval_evaluates_a_task(folder, tmp_path):
     texts = [DOCUMENT, "Short."]
     write_task(
         tmp_path,
@@ -296,24 +282,17 @@ def test_the_whole_command(folder, tmp_path):
         doc_to_text="",
         doc_to_target="{{text}}",
     )
-    model = [
-        "--model",
-        "uiollms",
-        "--model_args",
-        f"env_conf={folder / 'env.json'},weights={folder / 'weights'}",
-    ]
-    ran = command(
-        *model, "--tasks", str(tmp_path / "read.yaml"), "--output_path", str(tmp_path / "results")
-    )
+    arguments = f"env_conf={folder / 'env.json'},weights={folder / 'weights'}"
+    model = ["--model", "uiollms", "--model_args", arguments]
+    task = str(tmp_path / "read.yaml")
+    ran = command(*model, "--tasks", task, "--output_path", str(tmp_path / "results"))
     assert ran.returncode == 0, ran.stderr
     (path,) = (tmp_path / "results").rglob("results*.json")
     lm = HarnessLM(str(folder / "env.json"), str(folder / "weights"))
     nats = -sum(answers(lm, "loglikelihood_rolling", *((text,) for text in texts)))
     bits = json.loads(path.read_text())["results"]["read"]["bits_per_byte,none"]
-    assert (
-        bits == pytest.approx(nats / sum(map(len, texts)) / math.log(2), rel=1e-5)
-        and "|read |" in ran.stdout
-    )
+    assert bits == pytest.approx(nats / sum(map(len, texts)) / math.log(2), rel=1e-5)
+    assert "|read |" in ran.stdout
 
     task = str(ROOT / "examples" / "sotu_task.yaml")
     ran = command(*model, "--limit", "2", "--tasks", task)
@@ -324,7 +303,7 @@ def test_the_whole_command(folder, tmp_path):
 
 
 @pytest.mark.parametrize("writes_bos", [False, True])
-def test_the_first_token_is_predicted_from_bos_once(folder, writes_bos):
+def test_the_first_token_is_predicted_from_one_bos(folder, writes_bos):
     lm = HarnessLM(**model_args(folder))
     if writes_bos:
         lm.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -332,18 +311,16 @@ def test_the_first_token_is_predicted_from_bos_once(folder, writes_bos):
         )
     text = lm.tokenizer.encode("Once upon a time", add_special_tokens=False)
     expected = sum(token_by_token(lm.model, [BOS, *text])[0])
-    assert answers(
-        lm, "loglikelihood_rolling", ("Once upon a time",), ("<s>Once upon a time",)
-    ) == pytest.approx([expected, expected], rel=1e-9)
-    assert answers(lm, "loglikelihood", ("", "Once upon a time"))[0][0] == pytest.approx(
-        expected, rel=1e-9
-    )
-    for start in ("", "<s>"):  # a context that starts with BOS gets no second one
+    found = answers(lm, "loglikelihood_rolling", ("Once upon a time",), ("<s>Once upon a time",))
+    assert found == pytest.approx([expected, expected], rel=1e-9)
+    ((found, _),) = answers(lm, "loglikelihood", ("", "Once upon a time"))
+    assert found == pytest.approx(expected, rel=1e-9)
+    # A context that starts with BOS gets no second one.
+    for start in ("", "<s>"):
         ids = [BOS, *text] if start or writes_bos else text
         expected = sum(token_by_token(lm.model, ids)[0][-5:])
-        assert answers(lm, "loglikelihood", (f"{start}Once upon a", " time"))[0][
-            0
-        ] == pytest.approx(expected, rel=1e-9)
+        ((found, _),) = answers(lm, "loglikelihood", (f"{start}Once upon a", " time"))
+        assert found == pytest.approx(expected, rel=1e-9)
 
 
 def test_answers_keep_their_order_and_chunks_are_compressed_once(lm, monkeypatch):
@@ -365,11 +342,11 @@ def test_answers_keep_their_order_and_chunks_are_compressed_once(lm, monkeypatch
     )
     lm.last_ids = []
     together = answers(lm, "loglikelihood", *pairs)
-    assert [found for found, _ in together] == pytest.approx(
-        [found for found, _ in alone], rel=1e-9
-    )
+    expected = [found for found, _ in alone]
+    assert [found for found, _ in together] == pytest.approx(expected, rel=1e-9)
     full = (len(DOCUMENT) + 1) // CHUNK
-    # the document's chunks, 3 of 9 open tokens and 39 of the 40 "c", and 1 of the first 16 "z"
+    # The chunks are those of the document, 3 of 9 open tokens and 39 of the 40 "c", and 1 of the
+    # first 16 "z".
     assert sum(encoded) == full + 3 + 1
 
 
@@ -387,26 +364,26 @@ def test_reused_chunks_have_their_recent_tokens(lm, monkeypatch, recent):
 
 def test_a_prompt_continues_the_answer_before_it(lm):
     settings = dict(until=[], max_gen_toks=25, temperature=0.7)
-    said = lm.tokenizer.decode(greedy_tokens(lm.model, lm.tokenizer.encode(DOCUMENT), 25))
-    again = lm.tokenizer.decode(greedy_tokens(lm.model, lm.tokenizer.encode(DOCUMENT + said), 5))
+
+    def greedy_text(ids: list[int], count: int) -> str:
+        return lm.tokenizer.decode(greedy_tokens(lm.model, ids, count))
+
+    answer = greedy_text(lm.tokenizer.encode(DOCUMENT), 25)
+    continuation = greedy_text(lm.tokenizer.encode(DOCUMENT + answer), 5)
     greedy = settings | dict(do_sample=False)
-    assert answers(
-        lm, "generate_until", (DOCUMENT + said, greedy | dict(max_gen_toks=5)), (DOCUMENT, greedy)
-    ) == [again, said]
+    prompts = (DOCUMENT + answer, greedy | dict(max_gen_toks=5)), (DOCUMENT, greedy)
+    assert answers(lm, "generate_until", *prompts) == [continuation, answer]
     sampled = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
         sampled.append(answers(lm, "generate_until", (DOCUMENT, settings | dict(temperature=20.0))))
     assert sampled[0] == sampled[1] != sampled[2]
-    beams = answers(
-        lm, "generate_until", (DOCUMENT, greedy | dict(num_beams=2)), (DOCUMENT, greedy)
-    )
-    assert beams[1] == said and answers(lm, "generate_until", ("", greedy)) == [
-        lm.tokenizer.decode(greedy_tokens(lm.model, [BOS], 25))
-    ]
+    prompts = (DOCUMENT, greedy | dict(num_beams=2)), (DOCUMENT, greedy)
+    assert answers(lm, "generate_until", *prompts)[1] == answer
+    assert answers(lm, "generate_until", ("", greedy)) == [greedy_text([BOS], 25)]
 
 
-# sort keys of the requests' indices
+# Sort keys of the requests' indices.
 ORDERS = [lambda i: i, lambda i: -i, lambda i: (7 * i) % 10]
 
 
@@ -414,7 +391,7 @@ ORDERS = [lambda i: i, lambda i: -i, lambda i: (7 * i) % 10]
     "settings",
     [dict(do_sample=False, repetition_penalty=1.7), dict(do_sample=True, temperature=9.0)],
 )
-def test_an_answer_depends_on_its_own_request_alone(folder, settings, monkeypatch):
+def test_an_answer_does_not_depend_on_other_requests(folder, settings, monkeypatch):
     """An answer does not depend on order or --limit, although texts begin alike and chunks are
     reused. The last bits of a chunk's memory may depend on its batch, so every chunk is always
     encoded in the same batch."""
@@ -456,12 +433,8 @@ def test_a_repeated_request_is_sampled_again(lm):
     torch.manual_seed(1)
     found = lm.generate_until([one, one, other, one], disable_tqdm=True)
     assert len(set(found)) == 4
-    assert lm.generate_until([other, one, one, one], disable_tqdm=True) == [
-        found[2],
-        found[0],
-        found[1],
-        found[3],
-    ]
+    found_again = lm.generate_until([other, one, one, one], disable_tqdm=True)
+    assert found_again == [found[2], found[0], found[1], found[3]]
 
 
 def test_answers_are_cached_one_by_one(lm, tmp_path, monkeypatch):
@@ -479,7 +452,7 @@ def test_answers_are_cached_one_by_one(lm, tmp_path, monkeypatch):
         assert [tuple(k) if isinstance(k, list) else k for k in found_again] == found[kind]
 
 
-def test_chat_templates(lm, monkeypatch):
+def test_chat_templates_are_applied(lm, monkeypatch):
     template = (
         "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }};{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -514,9 +487,7 @@ def test_wrong_model_args_are_refused(folder, settings, message):
         ("generate_until", ("x" * (CAPACITY - 9), dict(max_gen_toks=10))),
     ],
 )
-def test_past_the_capacity(lm, kind, arguments):
-    with pytest.raises(
-        ConfigError,
-        match=f"{kind}.*: 1 of 2 requests are past the capacity of 926 tokens, the longest has 927",
-    ):
+def test_requests_past_the_capacity_are_refused(lm, kind, arguments):
+    message = "1 of 2 requests are past the capacity of 926 tokens, the longest has 927"
+    with pytest.raises(ConfigError, match=f"{kind}.*: {message}"):
         answers(lm, kind, ("a", *arguments[1:]), arguments)

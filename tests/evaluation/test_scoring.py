@@ -19,7 +19,7 @@ def nll_of(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("protocol", ["paper", "document"])
 @pytest.mark.parametrize("length", [2, 8, 9, 30])
-def test_scores_are_the_streaming_models(family, protocol, length):
+def test_scores_equal_those_of_the_streaming_model(family, protocol, length):
     model, ids = make_model(family), random_ids(1, length)
     model.chunk_batch = 2
     with torch.no_grad():
@@ -31,7 +31,7 @@ def test_scores_are_the_streaming_models(family, protocol, length):
     assert found.perplexity == pytest.approx(math.exp(found.nll.mean()))
 
 
-def test_window_and_raw_are_the_base_model():
+def test_modes_window_and_raw_equal_the_base_model():
     model, ids = make_model(), random_ids(1, 30)
     with torch.no_grad():
         raw = nll_of(model.base(ids).logits, ids)
@@ -43,37 +43,31 @@ def test_window_and_raw_are_the_base_model():
     assert torch.equal(window.positions, found.positions)
 
 
-def test_a_uniform_model_has_the_vocabulary_as_perplexity():
+def test_the_perplexity_of_a_uniform_model_is_the_vocabulary_size():
     model = make_model()
     torch.nn.init.zeros_(model.base.lm_head.weight)
     assert score(model, random_ids(1, 30)).perplexity == pytest.approx(61)
 
 
-def test_evaluation_leaves_no_trace_in_training():
+def test_evaluation_does_not_change_training():
     model = make_model()
     sample = uiollms.Sample.language_modeling(random_ids(30), 8)
     uiollms.gradient_step(model, sample)
-    before = {
-        n: p.grad.clone() for n, p in model.trainable_parameters().items() if p.grad is not None
-    }
+    parameters = model.trainable_parameters()
+    before = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
     score(model, random_ids(30, seed=5))
-    for p in model.trainable_parameters().values():
-        p.grad = None
+    for parameter in parameters.values():
+        parameter.grad = None
     uiollms.gradient_step(model, sample)
-    assert all(
-        torch.equal(p.grad, before[n])
-        for n, p in model.trainable_parameters().items()
-        if n in before
-    )
+    assert all(torch.equal(parameters[name].grad, before[name]) for name in before)
 
 
 def test_too_long_documents_are_refused():
     model = make_model()
     with pytest.raises(ValueError, match="240 tokens, the capacity is 238"):
         score(model, random_ids(240))
-    with pytest.raises(
-        ValueError, match="reads its context raw: 65 tokens, the base has 64 positions"
-    ):
+    message = "reads its context raw: 65 tokens, the base has 64 positions"
+    with pytest.raises(ValueError, match=message):
         score(model, random_ids(65), mode="raw")
 
 
@@ -90,19 +84,19 @@ def test_shuffled_rows_read_the_other_documents_memories():
     sample = Sample.language_modeling(ids, 8)
     found = token_losses(model, sample, "shuffled", other)[1]
     rows = ids.split(8)
-    expected = [nll_of(model(rows[0][None]).logits, rows[0][None])] + [
-        stream_nll(model, other[:t], rows[t]) for t in (1, 2, 3)
-    ]
+    expected = [nll_of(model(rows[0][None]).logits, rows[0][None])]
+    expected += [stream_nll(model, other[:t], rows[t]) for t in (1, 2, 3)]
     assert relative_error(found, torch.cat(expected)) < 1e-12
     unshuffled = token_losses(model, sample, "memory")[1]
-    assert torch.equal(unshuffled[:7], found[:7])  # chunk 0 reads no memory
+    # Chunk 0 reads no memory.
+    assert torch.equal(unshuffled[:7], found[:7])
     assert relative_error(unshuffled[7:], found[7:]) > 1e-3
     with pytest.raises(ValueError, match="3 memories are read, the other document has 2"):
         token_losses(model, sample, "shuffled", other[:2])
 
 
 @torch.no_grad()
-def test_window_and_raw_of_questions():
+def test_modes_window_and_raw_of_questions():
     """A question after a compressed context: mode "window" reads it alone, mode "raw" after the raw
     context."""
     model, context = make_model(), random_ids(16, seed=1)
@@ -130,27 +124,25 @@ def test_distilled_losses_are_the_divergence_from_the_base():
     model, ids = make_model(), random_ids(24)
     sample = Sample.document(ids, 8).distilled(0.9)
     loss, nll = token_losses(model, sample)
-    teacher, student = (
-        model.base(ids[None]).logits[0].log_softmax(-1),
-        model(ids[None]).logits[0].log_softmax(-1),
-    )
+    teacher = model.base(ids[None]).logits[0].log_softmax(-1)
+    student = model(ids[None]).logits[0].log_softmax(-1)
     kl = (teacher.exp() * (teacher - student)).sum(-1)[:-1]
     assert relative_error(nll, score(model, ids, "document").nll) < 1e-12
     assert relative_error(loss, 0.1 * nll + 0.9 * kl) < 1e-12
-    loss, nll = token_losses(model, sample, "raw")  # the teacher itself: no divergence
+    # Mode "raw" computes the teacher, which has no divergence from itself.
+    loss, nll = token_losses(model, sample, "raw")
     assert relative_error(loss, 0.1 * nll) < 1e-12
 
 
-def test_raw_texts_example():
+def test_worked_example_of_raw_texts():
     sample = with_raw_texts(Sample.document(torch.arange(5), 2))
     assert [text.tolist() for text in sample.teachers] == [[0, 1, 2, 3, 4]]
     assert [row.teacher for row in sample.rows] == [(0, 0), (0, 2), (0, 4)]
     questions = [(torch.tensor([9]), torch.tensor([8])), (torch.tensor([7]), torch.tensor([6]))]
     sample = with_raw_texts(Sample.questions(torch.arange(4), questions, 2))
     texts = [sample.teachers[row.teacher[0]].tolist() for row in sample.rows]
-    assert texts == [[0, 1, 2, 3, 9, 8], [0, 1, 2, 3, 7, 6]] and [
-        row.teacher[1] for row in sample.rows
-    ] == [4, 4]
+    assert texts == [[0, 1, 2, 3, 9, 8], [0, 1, 2, 3, 7, 6]]
+    assert [row.teacher[1] for row in sample.rows] == [4, 4]
 
 
 @torch.no_grad()
@@ -164,22 +156,23 @@ def model_with_varied_text(family: str = "llama"):
 
 
 @torch.no_grad()
-def test_greedy_reconstruction_is_model_reconstruct_step_by_step(family):
+def test_greedy_reconstruction_equals_reconstruct_step_by_step(family):
     """Slow twin: `reconstruct` reads the whole chunk again for every token. It shifts the chunk by
     one token, after the repeat token."""
     model, chunks = model_with_varied_text(family), random_ids(3, 8)
     model.chunk_batch = 2
     memory = model.encode_layers(chunks)
     copies = torch.zeros_like(chunks)
-    # `reconstruct` compresses its argument, which are the growing copies here. Replace their memory
-    # by that of the originals.
+    # `reconstruct` compresses its argument, which is the growing copies here. Their memory is
+    # replaced by that of the originals.
     original = model.encode_layers
     model.encode_layers = lambda ids, seeds=None: memory
     for i in range(8):
         copies[:, i] = model.reconstruct(copies)[:, i].argmax(-1)
     model.encode_layers = original
     assert torch.equal(greedy_reconstruction(model, chunks), copies)
-    assert len(copies.unique()) > 3  # not one token again and again
+    # The text does not repeat one token.
+    assert len(copies.unique()) > 3
 
 
 @torch.no_grad()
@@ -192,20 +185,15 @@ def test_greedy_copy_continues_its_last_token():
     row = torch.zeros(8, dtype=torch.int64)
     for i in range(8):
         prefix = state.prefix(state.num_slots, with_local=False)
-        hidden = model.decode(
-            torch.cat([row[:1], row[:-1]])[None],
-            prefix,
-            [state.num_slots],
-            repeat=torch.tensor([True]),
-        )
+        shifted = torch.cat([row[:1], row[:-1]])[None]
+        hidden = model.decode(shifted, prefix, [state.num_slots], repeat=torch.tensor([True]))
         row[i] = model.logits(hidden)[0, i].argmax()
     assert torch.equal(found[0], row)
     for t in (1, 2):
         tokens = [found[t - 1][-1]]
         for _ in range(8):
-            tokens.append(
-                model(torch.stack(tokens)[None], state).logits[0, len(tokens) - 1].argmax()
-            )
+            logits = model(torch.stack(tokens)[None], state).logits[0, len(tokens) - 1]
+            tokens.append(logits.argmax())
         assert found[t].tolist() == [int(token) for token in tokens[1:]]
     alone = greedy_copy(model, chunks[:0], 2)
     assert alone.shape == (2, 8) and not torch.equal(alone, found[:2])
@@ -213,13 +201,15 @@ def test_greedy_copy_continues_its_last_token():
 
 @torch.no_grad()
 @pytest.mark.parametrize("mode", ["memory", "raw"])
-def test_an_exact_match_is_what_greedy_generation_gives(mode):
+def test_only_the_greedy_answer_is_an_exact_match(mode):
     model, prompt = model_with_varied_text(), random_ids(1, 21, seed=9)
-    model.chunk_batch = 1  # the answer is in two chunks
+    # With the answer in two chunks, it is in two batches.
+    model.chunk_batch = 1
     answering = model if mode == "memory" else model.base
     answer = answering.generate(prompt, do_sample=False, max_new_tokens=5)[0, 21:]
     assert len(answer) == 5
-    for wrong in (None, 0, 4):  # index of the token that is made wrong
+    # `wrong` is the index of a token of the answer that is replaced.
+    for wrong in (None, 0, 4):
         ids = torch.cat([prompt[0], answer])
         if wrong is not None:
             ids[21 + wrong] = (ids[21 + wrong] + 1) % 61

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,7 +54,9 @@ def documents(count: int, seed: int, difficulty: float = 2.0) -> dict[str, dict[
     return found
 
 
-def slowly(modes: list[dict[int, torch.Tensor]], numerator, denominator) -> tuple[float, ...]:
+def slow_estimate(
+    modes: list[dict[int, torch.Tensor]], numerator, denominator
+) -> tuple[float, ...]:
     """Slow twin of `estimate`: loops over tokens and documents, with the same draws."""
     drawn = np.random.default_rng(0).integers(0, len(modes[0]), (DRAWS, len(modes[0])))
     found = []
@@ -72,16 +75,16 @@ def slowly(modes: list[dict[int, torch.Tensor]], numerator, denominator) -> tupl
 
 
 @pytest.mark.parametrize("count", [2, 7])
-def test_intervals_are_those_of_a_slow_bootstrap(count):
-    """The sums are float64, in another order; tolerance 1e-9."""
-    of = documents(count, seed=count)
-    value, interval = difference(of["shuffled"], of["memory"])
-    pair = [of["shuffled"], of["memory"]]
-    expected = slowly(pair, lambda a, b, n: a - b, lambda a, b, n: n)
+def test_intervals_equal_those_of_a_slow_bootstrap(count):
+    """The sums are float64 in another order, so the tolerance is 1e-9."""
+    nlls = documents(count, seed=count)
+    value, interval = difference(nlls["shuffled"], nlls["memory"])
+    pair = [nlls["shuffled"], nlls["memory"]]
+    expected = slow_estimate(pair, lambda a, b, n: a - b, lambda a, b, n: n)
     assert (value, *interval) == pytest.approx(expected, rel=1e-9)
-    value, interval = recovered_fraction(of["window"], of["memory"], of["raw"])
-    three = [of["window"], of["memory"], of["raw"]]
-    expected = slowly(three, lambda w, o, r, n: w - o, lambda w, o, r, n: w - r)
+    value, interval = recovered_fraction(nlls["window"], nlls["memory"], nlls["raw"])
+    three = [nlls["window"], nlls["memory"], nlls["raw"]]
+    expected = slow_estimate(three, lambda w, m, r, n: w - m, lambda w, m, r, n: w - r)
     assert (value, *interval) == pytest.approx(expected, rel=1e-9)
     assert interval[0] < value < interval[1]
 
@@ -89,20 +92,21 @@ def test_intervals_are_those_of_a_slow_bootstrap(count):
 def test_intervals_are_paired():
     """A difficult document is difficult in both modes. So a difference that all documents have has
     an interval without width."""
-    of = documents(9, seed=0, difficulty=5.0)
-    shuffled = {i: nll + 0.25 for i, nll in of["memory"].items()}
-    value, interval = difference(shuffled, of["memory"])
-    assert (value, *interval) == pytest.approx((0.25, 0.25, 0.25), abs=1e-5)  # float32 NLLs
+    memory = documents(9, seed=0, difficulty=5.0)["memory"]
+    shuffled = {i: nll + 0.25 for i, nll in memory.items()}
+    value, interval = difference(shuffled, memory)
+    # The NLLs are float32.
+    assert (value, *interval) == pytest.approx((0.25, 0.25, 0.25), abs=1e-5)
 
 
-def test_intervals_cover_what_they_should():
+def test_intervals_have_the_expected_width():
     """The differences of 200 documents of one length are normal with mean 0.1 and deviation 1. So
     the interval reaches 1.96 standard errors of 1/sqrt(200) to either side."""
     rng = torch.Generator().manual_seed(0)
-    own = {i: torch.zeros(1) for i in range(200)}
+    memory = {i: torch.zeros(1) for i in range(200)}
     drawn = torch.randn(200, generator=rng)
     drawn = (drawn - drawn.mean()) / drawn.std() + 0.1
-    value, (low, high) = difference({i: drawn[i : i + 1] for i in own}, own)
+    value, (low, high) = difference({i: drawn[i : i + 1] for i in memory}, memory)
     assert value == pytest.approx(0.1, abs=1e-6)
     assert high - value == pytest.approx(1.96 / math.sqrt(200), rel=0.1)
     assert value - low == pytest.approx(1.96 / math.sqrt(200), rel=0.1)
@@ -110,36 +114,38 @@ def test_intervals_cover_what_they_should():
 
 def test_many_documents_are_drawn_block_by_block(monkeypatch):
     """The draws differ, so the ends of the interval move by at most a tenth of its width."""
-    of = documents(40, seed=3, difficulty=0.0)
-    whole = difference(of["shuffled"], of["memory"])
+    nlls = documents(40, seed=3, difficulty=0.0)
+    whole = difference(nlls["shuffled"], nlls["memory"])
     monkeypatch.setattr(statistics, "BLOCK", 1000)
-    parts = difference(of["shuffled"], of["memory"])
+    parts = difference(nlls["shuffled"], nlls["memory"])
     assert parts.value == whole.value
     width = whole.interval_95[1] - whole.interval_95[0]
     assert parts.interval_95 == pytest.approx(whole.interval_95, abs=width / 10)
 
 
-def test_estimates_that_do_not_exist():
-    of = documents(3, seed=1)
-    assert difference(of["memory"], {}) is None
-    assert difference({0: of["memory"][0]}, {1: of["memory"][1]}) is None
-    assert recovered_fraction(of["window"], of["memory"], of["window"]) is None  # 0 / 0
-    infinite = of["memory"] | {0: torch.tensor([math.inf])}
-    assert difference(infinite, of["memory"]) is None
+def test_missing_or_infinite_values_give_no_estimate():
+    nlls = documents(3, seed=1)
+    memory, window = nlls["memory"], nlls["window"]
+    assert difference(memory, {}) is None
+    assert difference({0: memory[0]}, {1: memory[1]}) is None
+    # The fraction would be 0 / 0.
+    assert recovered_fraction(window, memory, window) is None
+    infinite = memory | {0: torch.tensor([math.inf])}
+    assert difference(infinite, memory) is None
 
 
 def test_documents_that_one_mode_lacks_are_left_out_of_both():
-    of = documents(4, seed=2)
-    shuffled = {i: of["shuffled"][i] for i in (0, 2, 3)}
-    memory = {i: of["memory"][i] for i in (0, 2, 3)}
-    assert difference(shuffled, of["memory"]) == difference(shuffled, memory)
+    nlls = documents(4, seed=2)
+    shuffled = {i: nlls["shuffled"][i] for i in (0, 2, 3)}
+    memory = {i: nlls["memory"][i] for i in (0, 2, 3)}
+    assert difference(shuffled, nlls["memory"]) == difference(shuffled, memory)
 
 
 # ---- Results -----------------------------------------------------------------------------------
 
 
 def result_of(*modes: str) -> TaskScores:
-    """Two documents of 30 and 10 tokens."""
+    """Returns the scores of two documents of 30 and 10 tokens in the given modes."""
     nlls = dict(shuffled=(4.0, 2.5), memory=(3.5, 2.0), window=(5.0, 3.0), raw=(3.0, 1.0))
     scores = {m: scores_of((nlls[m][0], 30), (nlls[m][1], 10)) for m in modes}
     return TaskScores(ScoredTask("x", "perplexity", 100, 8, "paper", 2), scores)
@@ -150,10 +156,11 @@ def test_a_result_reports_bound_and_recovered_of_its_nlls():
     summary = json.loads(json.dumps(result.as_json()))
     nll = {mode: summary[mode]["nll"] for mode in ("shuffled", "memory", "window", "raw")}
     assert summary["bound"] == pytest.approx(nll["shuffled"] - nll["memory"])
-    share = (nll["window"] - nll["memory"]) / (nll["window"] - nll["raw"])
-    assert summary["recovered"] == pytest.approx(share) == pytest.approx(55 / 80)
+    recovered = (nll["window"] - nll["memory"]) / (nll["window"] - nll["raw"])
+    assert summary["recovered"] == pytest.approx(recovered) == pytest.approx(55 / 80)
     assert summary["bound_interval_95"] == pytest.approx([0.5, 0.5])
-    assert summary["recovered_interval_95"] == pytest.approx([0.5, 0.75])  # one document alone
+    # The ends of the interval are the fractions of one document alone.
+    assert summary["recovered_interval_95"] == pytest.approx([0.5, 0.75])
     assert (summary["chunk_size"], summary["num_memory"]) == (8, 2)
     again = TaskSummary.from_json(summary)
     assert again.comparison == result.comparison
@@ -167,12 +174,13 @@ def test_a_result_reports_bound_and_recovered_of_its_nlls():
     assert "may serve as well" not in cells
 
 
-def test_a_result_without_controls_has_neither():
+def test_a_result_without_controls_has_no_bound_and_no_recovered():
     summary = result_of("memory").summarize().as_json()
     for name in ("bound", "recovered"):
         assert summary[name] is None and summary[f"{name}_interval_95"] is None
     older = {key: value for key, value in summary.items() if key not in ("num_memory", "bound")}
-    result = TaskSummary.from_json(older | dict(recovered=0.7))  # of perplexities, no interval
+    # In older results, `recovered` was of perplexities and had no interval.
+    result = TaskSummary.from_json(older | dict(recovered=0.7))
     assert (result.comparison, result.task.size) == (Comparison(), "8")
     with pytest.raises(ValueError, match="bound is 'x'"):
         TaskSummary.from_json(summary | dict(bound="x", bound_interval_95=[0, 1]))
@@ -180,7 +188,7 @@ def test_a_result_without_controls_has_neither():
         TaskSummary.from_json(summary | dict(num_memory=0))
 
 
-def test_the_table_says_in_words_that_memory_is_only_a_prefix():
+def test_the_table_reports_a_memory_that_is_only_a_prefix():
     scores = result_of("memory")
     same = dict(memory=scores.scores["memory"], shuffled=scores.scores["memory"])
     result = TaskScores(scores.task, same).summarize()
@@ -188,7 +196,7 @@ def test_the_table_says_in_words_that_memory_is_only_a_prefix():
     assert "bound 0.000 (0.000 .. 0.000) nats, another document's memory may serve as well" in cells
 
 
-def test_training_shows_the_bound_from_its_first_evaluation_on(workspace, capsys):
+def test_every_evaluation_in_training_reports_the_bound(workspace, capsys):
     task = entry(compare=["window", "raw", "shuffled", "recent"], num_instance=3)
     tasks = json.dumps([task.model_dump(), task.model_dump() | dict(compare=["window"])])
     settings = [f"--set=train.tasks={tasks}", "--set=train.eval=1"]
@@ -236,9 +244,10 @@ def recent_nll(model, ids: torch.Tensor, start: int, stop: int, first: int) -> t
 @torch.no_grad()
 @pytest.mark.parametrize("protocol", ["paper", "document"])
 @pytest.mark.parametrize("length", [3 * L, 4 * L + 3, 5])
-def test_recent_is_the_base_that_reads_the_tokens_directly_before(family, protocol, length):
-    """Row by row in float64, with another order of summation; tolerance 1e-12. In the document
-    protocol the row before, with other recent tokens, predicts the first token of a chunk."""
+def test_mode_recent_equals_the_base_on_the_tokens_before(family, protocol, length):
+    """The base reads row by row. The tolerance 1e-12 in float64 allows for another order of
+    summation. In the document protocol the row before, with other recent tokens, predicts the first
+    token of a chunk."""
     model, ids = make_model(family), random_ids(length)
     found = uiollms.score(model, ids, protocol, "recent")
     expected, positions = [], []
@@ -258,15 +267,15 @@ def test_recent_is_the_base_that_reads_the_tokens_directly_before(family, protoc
     assert found.positions.tolist() == positions
     assert relative_error(found.nll, torch.cat(expected)) < 1e-12
     window = uiollms.score(model, ids, protocol, "window").nll
-    first = found.nll[: L - 1], window[: L - 1]
-    assert relative_error(*first) < 1e-12  # no token precedes chunk 0
+    # No token precedes chunk 0, so both modes read the same there.
+    assert relative_error(found.nll[: L - 1], window[: L - 1]) < 1e-12
     assert length < 2 * L or relative_error(found.nll, window) > 1e-3
 
 
 @torch.no_grad()
 def test_recent_precedes_the_recent_tokens_that_all_modes_read():
-    """Every row reads m tokens per chunk before it and w recent tokens, in one piece. The order of
-    summation differs; tolerance 1e-12."""
+    """Every row reads m tokens per chunk before it and w recent tokens, in one piece. The tolerance
+    1e-12 allows for another order of summation."""
     w, count = 3, 4
     model = make_model(config=MEMORY.model_copy(update=dict(recent_tokens=w)))
     ids = random_ids(count * L)
@@ -288,11 +297,9 @@ def test_protocol_later_scores_the_tokens_that_read_memory():
     assert weights.sum().item() == pytest.approx(1) and len(weights) == 2 * L + 1
 
 
-def test_recent_example():
-    sample = with_recent_tokens(
-        Sample.document(torch.arange(10), 4),
-        MEMORY.model_copy(update=dict(chunk_size=4, num_memory=2)),
-    )
+def test_worked_example_of_recent_tokens():
+    config = MEMORY.model_copy(update=dict(chunk_size=4, num_memory=2))
+    sample = with_recent_tokens(Sample.document(torch.arange(10), 4), config)
     read = [row.input_ids.tolist() for row in sample.rows]
     assert read == [[0, 1, 2, 3], [2, 3, 4, 5, 6, 7], [4, 5, 6, 7, 8, 9]]
     assert [row.start for row in sample.rows] == [0, 2, 4] and not len(sample.chunks)
@@ -385,7 +392,7 @@ def test_wrong_arguments_of_score_are_refused():
     "size",
     [dict(chunk_size=8), dict(num_memory=4), dict(chunk_size=24, num_memory=3)],
 )
-def test_a_task_of_another_size_scores_as_a_model_of_that_size(tiny, task_type, size):
+def test_a_task_of_another_size_equals_a_model_of_that_size(tiny, task_type, size):
     model, tokenizer = tiny
     copies = task_type == "auto encoding"
     compare = ["window", "shuffled"] if copies else ["window", "shuffled", "recent"]
@@ -437,9 +444,7 @@ def test_an_impossible_size_is_refused_before_a_model_is_loaded(workspace, tiny,
             Evaluation(*tiny, [entry(**size)])
 
 
-def test_results_name_the_python_whose_library_was_read(tiny):
-    import platform
-
+def test_results_name_the_python_version_of_stdlib(tiny):
     task = entry(task_name="stdlib.test.1k", truncation=40)
     (result,) = Evaluation(*tiny, [task]).run()
     version = f"Python {platform.python_version()}"

@@ -108,8 +108,8 @@ def test_chunk_batch_auto_is_the_largest_that_memory_allows(workspace, monkeypat
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert (chosen(2 * for_two + 4), chosen(2 * for_two - 4)) == (2, 1)
     assert choose_chunk_batch(config, "env.json").train.chunk_batch == 4
-    given = load_env_config("env.json")
-    assert choose_chunk_batch(given, "env.json") is given
+    plain = load_env_config("env.json")
+    assert choose_chunk_batch(plain, "env.json") is plain
 
 
 def test_the_search_finds_the_largest_that_fits():
@@ -193,7 +193,7 @@ def test_32x_on_two_24_gib_gpus(monkeypatch, capsys):
     assert "99,328 tokens, chunk_batch 4" in printed and printed.count("24.00") == 2
 
 
-# Runs in its own process. The Llama's tensors are much larger than other memory of the process.
+# This program runs in a separate process. The Llama's tensors are much larger than other memory of the process.
 MEASURE = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM, LlamaConfig
