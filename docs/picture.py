@@ -21,7 +21,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, Patch, Rectangle
 
 from uiollms.files.atomic import atomic_file
-from uiollms.model.attention import decoder_mask, decoder_positions, encoder_mask, encoder_positions
+from uiollms.model.attention import decoder_mask, encoder_mask
+from uiollms.model.positions import decoder_positions, encoder_positions
 from uiollms.reports.curves import plot_training
 from uiollms.study.learning import plot_curves
 from uiollms.study.recall import VALUES as RECALL_VALUES
@@ -127,7 +128,7 @@ def masks(l: int = 8, m: int = 2, earlier: int = 2) -> Figure:
     slots = m * earlier
     mask = decoder_mask([slots], 0, l, CPU)
     assert mask is not None
-    positions = decoder_positions([slots], l, CPU)[0].tolist()
+    positions = decoder_positions([slots], 0, l, CPU)[0].tolist()
     keys = [f"memory {i // m}, slot {i % m}" for i in range(slots)] + names[:l]
     show_mask(decoder, mask, names[:l], positions, keys, slots=range(slots))
     decoder.set_title(

@@ -25,7 +25,7 @@ from uiollms.files.atomic import whole_folder
 from uiollms.files.errors import ConfigError, Faults
 from uiollms.kernels.flash_attention import check_request
 from uiollms.model.memory_lm import MemoryLM
-from uiollms.model.positions import find_rope_fault, num_positions
+from uiollms.model.rope import find_rope_fault, num_positions
 from uiollms.weights.adapters import load_weights
 from uiollms.weights.base_files import FAMILIES
 from uiollms.weights.base_models import (

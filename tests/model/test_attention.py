@@ -7,11 +7,10 @@ from torch.nn import functional as F
 
 from uiollms.model.attention import (
     decoder_mask,
-    decoder_positions,
     encoder_mask,
-    encoder_positions,
     slot_mask,
 )
+from uiollms.model.positions import decoder_positions, encoder_positions, slot_positions
 
 CPU = torch.device("cpu")
 
@@ -38,9 +37,13 @@ def test_encoder_mask_and_positions_follow_their_definitions(l, m):
 def test_decoder_mask_and_positions_follow_their_definitions(slots, past, length):
     for sliding_window in (None, 1, 2, 3, 100):
         check_decoder_mask(slots, past, length, sliding_window)
-    assert decoder_positions(slots, length, CPU).tolist() == [
-        [s + i for i in range(length)] for s in slots
+    assert decoder_positions(slots, past, length, CPU).tolist() == [
+        [s + past + i for i in range(length)] for s in slots
     ]
+
+
+def test_slots_of_a_chunk_follow_those_of_the_chunks_before_it():
+    assert slot_positions([0, 1, 3], 2, CPU).tolist() == [[0, 1], [2, 3], [6, 7]]
 
 
 def check_decoder_mask(slots, past, length, sliding_window):

@@ -27,7 +27,7 @@ from uiollms import MemoryConfig, MemoryLM, Sample
 from uiollms.build import load_memory_lm
 from uiollms.config.load import load_env_config
 from uiollms.evaluation.scoring import score, token_losses
-from uiollms.model.positions import find_rope_fault, num_positions
+from uiollms.model.rope import find_rope_fault, num_positions
 from uiollms.planning.planner import make_plan
 from uiollms.training.step import empty_prefix, teacher_hidden
 from uiollms.weights.fitness import window_fault

@@ -29,7 +29,7 @@ from uiollms.evaluation.scoring import (
 from uiollms.evaluation.statistics import DocumentScore
 from uiollms.files.errors import ConfigError
 from uiollms.model.memory_lm import MemoryLM
-from uiollms.model.positions import num_positions
+from uiollms.model.rope import num_positions
 
 log = logging.getLogger("uiollms")
 Progress = Callable[[list[Instance]], Iterable[Instance]]  # wraps the documents in a progress bar

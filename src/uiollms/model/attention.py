@@ -1,5 +1,5 @@
-"""The masks and positions of encoder and decoder, and the attention function through which the
-library's layers use them.
+"""The masks of encoder and decoder, and the attention function through which the library's layers
+use them.
 
 Shapes: B rows, T tokens of a row, M memory slots that are read before them, l chunk_size, m
 num_memory. Masks are boolean and broadcastable to [B, heads, queries, keys]; True marks what may
@@ -22,17 +22,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from uiollms.kernels.devices import to_device
-
-
-@lru_cache(maxsize=16)
-def encoder_positions(chunk_size: int, num_memory: int, device: torch.device) -> Tensor:
-    """Returns the positions [1, l + m] int64: token i is at i, memory slot i at (i + 1) * (l // m).
-
-    l 8, m 2 ->  0 1 2 3 4 5 6 7 | 4 8
-    """
-    tokens = torch.arange(chunk_size, device=device)
-    slots = (torch.arange(num_memory, device=device) + 1) * (chunk_size // num_memory)
-    return torch.cat([tokens, slots])[None]
+from uiollms.model.positions import encoder_positions
 
 
 @lru_cache(maxsize=16)
@@ -64,11 +54,6 @@ def slot_mask(chunk_size: int, num_memory: int, device: torch.device) -> Tensor:
     return torch.cat([sees_tokens, torch.eye(num_memory, dtype=torch.bool, device=device)], dim=1)[
         None, None
     ]
-
-
-def decoder_positions(num_slots: Sequence[int], length: int, device: torch.device) -> Tensor:
-    """Returns the positions [B, T] int64. The tokens of row b follow its `num_slots[b]` slots."""
-    return to_device(torch.tensor(num_slots), device)[:, None] + torch.arange(length, device=device)
 
 
 def decoder_mask(

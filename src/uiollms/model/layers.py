@@ -22,12 +22,11 @@ from uiollms.model.attention import (
     AttentionPattern,
     MaskPattern,
     decoder_mask,
-    decoder_positions,
-    encoder_positions,
 )
 from uiollms.model.attention_patterns import EncoderPattern, PackedRowsPattern, SharedMemoryPattern
 from uiollms.model.lora import dropout_seeds
-from uiollms.model.positions import rotary_tables, uses_long_factors
+from uiollms.model.positions import decoder_positions, encoder_positions
+from uiollms.model.rope import rotary_tables, uses_long_factors
 from uiollms.model.state import KVPrefix, SharedPrefix
 from uiollms.weights.fitness import attention_window, smallest_window
 
@@ -88,7 +87,7 @@ def decoder_inputs(
     `local_past` earlier tokens of its chunk. `pattern` replaces the usual attention pattern."""
     first_slots = first_slots or [0] * len(num_slots)
     length, device = hidden.shape[1], hidden.device
-    positions = decoder_positions(num_slots, length, device) + local_past
+    positions = decoder_positions(num_slots, local_past, length, device)
     long_factors = uses_long_factors(base.config, num_slots, local_past + length)
     rotary = rotary_tables(base, hidden, positions, long_factors)
     if pattern is not None:

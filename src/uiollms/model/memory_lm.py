@@ -46,14 +46,15 @@ from uiollms.model.layers import (
     run_layer,
 )
 from uiollms.model.lora import master_dtype
-from uiollms.model.positions import (
+from uiollms.model.positions import slot_positions
+from uiollms.model.pretrained import PretrainedMixin
+from uiollms.model.roles import Role, check_base
+from uiollms.model.rope import (
     describe_num_positions,
     num_positions,
     rotary_tables,
     uses_long_factors,
 )
-from uiollms.model.pretrained import PretrainedMixin
-from uiollms.model.roles import Role, check_base
 from uiollms.model.skeleton import make_skeleton
 from uiollms.model.state import KVPrefix
 from uiollms.model.streaming import Streaming
@@ -270,7 +271,7 @@ class MemoryLM(  # type: ignore[misc]
         `layers.project_kv`.
         """
         m = self.memory_config.num_memory
-        positions = to_device(torch.tensor(chunks)[:, None] * m + torch.arange(m), self.device)
+        positions = slot_positions(chunks, m, self.device)
         like = torch.empty(0, dtype=memory[0].dtype, device=self.device)
         long_factors = uses_long_factors(self.config, [m], 0)  # as for every row that reads slots
         rotary = rotary_tables(self.base, like, positions, long_factors)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from uiollms.config.sections import MemoryConfig
 from uiollms.kernels.flash_attention import unsupported_reason, uses_flash_attention
 from uiollms.model.lora import LoRA
-from uiollms.model.positions import describe_num_positions, find_rope_fault, num_positions
+from uiollms.model.rope import describe_num_positions, find_rope_fault, num_positions
 from uiollms.model.skeleton import is_sharded
 from uiollms.weights.base_files import FAMILIES
 from uiollms.weights.fitness import eos_fault, rank_fault, window_fault

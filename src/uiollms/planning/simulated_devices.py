@@ -31,7 +31,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from uiollms.model.attention import encoder_mask, encoder_positions, slot_mask
+from uiollms.model.attention import encoder_mask, slot_mask
+from uiollms.model.positions import encoder_positions
 from uiollms.planning.simulated_kernels import META, ShapeCache, simulated_attention
 
 aten = torch.ops.aten

@@ -40,7 +40,7 @@ from uiollms.files.errors import ConfigError
 from uiollms.model.layers import layer_device
 from uiollms.model.lora import master_dtype
 from uiollms.model.memory_lm import MemoryLM
-from uiollms.model.positions import num_positions
+from uiollms.model.rope import num_positions
 from uiollms.planning.flops import Flops
 from uiollms.planning.simulated_devices import SimulatedDevices, simulated
 from uiollms.training.estimators import Estimator, all_pairs, make_estimator

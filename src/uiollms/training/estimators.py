@@ -6,7 +6,10 @@ W is drawn at random. It is unbiased if E[W[t, s]] = 1 for every s < t. Every es
 class with one or two methods. A new one is a class and a line in `ESTIMATORS` (see
 docs/extending.md).
 
-Shapes: N chunks, W [N, N] float64, row = loss, column = memory, zero on and above the diagonal.
+In `draw_window` and `window_from_draws`, names that are kept for compatibility, "window" is W.
+
+Shapes: N chunks with a loss, the last one complete or not; C of them that have a memory; W [N, N]
+float64, row = loss, column = memory, zero on and above the diagonal.
 Source: UIO-LLMs section 3.3; reservoir: Vitter 1985, algorithm R; systematic sampling: Madow
 1949.
 """
@@ -32,7 +35,7 @@ class Estimator:
         raise NotImplementedError
 
     def columns(self, norms: Sequence[float], rng: random.Random) -> list[float] | None:
-        """Returns a factor for every column, given the norms [N] of the memories' summed gradients,
+        """Returns a factor for every memory, given the norms [C] of their summed gradients,
         or None to leave the columns as they are. Reading norms makes the step wait for the
         device, so a step reads them only for estimators that override this method."""
         return None
@@ -102,7 +105,7 @@ class Importance(Estimator):
 def inclusion_probabilities(norms: Sequence[float], size: int, floor: float) -> list[float]:
     """Returns the probabilities pi [N] that chunks are chosen. Each is in (0, 1], and their sum is
     min(size, N). They are proportional to (1 - floor) * norm / sum(norms) + floor / N, but those
-    that would exceed 1 are set to 1 and the rest is scaled up again."""
+    that would exceed 1 are set to 1, and the others are scaled up to the same sum."""
     count, total = len(norms), sum(norms)
     portions = [(1 - floor) * (n / total if total else 1 / count) + floor / count for n in norms]
     certain: set[int] = set()
@@ -119,9 +122,9 @@ def inclusion_probabilities(norms: Sequence[float], size: int, floor: float) -> 
 
 def systematic_sample(inclusion: Sequence[float], u: float) -> list[bool]:
     """Chooses items with probabilities pi from one random number u in [0, 1). The items are
-    stretches of lengths pi_i, laid end to end on a line. Item i is chosen if one of the points u, u
-    + 1, u + 2, ... is on its stretch, which has probability pi_i. The size of the sample is the
-    sum of the pi_i, except for the rounding of that sum."""
+    stretches of lengths pi_i, laid end to end on a line. Item i is chosen if one of the points u,
+    u + 1, u + 2, ... is on its stretch. The probability of that is pi_i. The size of the sample is
+    the sum of the pi_i, except for the rounding of that sum."""
     chosen, end = [], 0.0
     for p in inclusion:
         start, end = end, end + p

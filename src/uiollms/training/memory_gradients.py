@@ -1,8 +1,8 @@
 """The sums of gradients at a document's memories, where the decoder pass of a training step ends.
 
 Shapes: N rows, C chunks, B rows of a batch, n chunks of this process, m num_memory, M = C * m
-slots, s of those that one row reads with a weight that is not zero, L layers, H key/value heads,
-K head size, D hidden size. Source: UIO-LLMs section 3.3; the two passes: GradCache (Gao et al.
+slots, s slots at which one row's weights are not zero, L layers, H key/value heads, K head size,
+D hidden size. Source: UIO-LLMs section 3.3; the two passes: GradCache (Gao et al.
 2021, arXiv 2101.06983).
 """
 
@@ -47,7 +47,7 @@ class MemoryGradients:
     ) -> None:
         self.leaves = [kv.requires_grad_() for kv in (*keys, *values)]  # 2L x [1, H, M, K]
         self.sample, self.num_memory, self.dtype = sample, num_memory, dtype
-        self.weights = weights  # [N, at least C]
+        self.weights = weights  # [N, C]
         self.with_gradient = list(with_gradient)
         self.total = [torch.zeros_like(kv, dtype=dtype, requires_grad=False) for kv in self.leaves]
         self.weighted = self.total
@@ -199,7 +199,8 @@ class RowWeights(NamedTuple):
 
 
 class LayerSink(NamedTuple):
-    """A `GradientSink` that adds the gradients of one layer's keys and values to its two sums.
+    """Receives the gradients of one layer's keys and values, as a `GradientSink`, and adds them
+    to the layer's two sums.
 
     total, weighted: of the keys and of the values, see `MemoryGradients`; rows: the weights of
     every row of the batch, None where its gradients do not reach `weighted`.

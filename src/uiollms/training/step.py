@@ -1,10 +1,10 @@
-"""One training step, for every estimator. Whatever S is, its graphs contain at most one batch of
-chunks of the encoder, or of rows of the decoder.
+"""One training step, for every estimator. Its autograd graphs contain at most one batch of chunks
+in the encoder, or one batch of rows in the decoder, however many chunks the estimator chooses.
 
     1  Encode all chunks without a graph, and project their memories to keys and values.
-    2  Decode the rows in batches. Every backward pass ends at the keys and values, where two sums
-       are kept: of all gradients, for the decoder's LoRA, and of the gradients weighted by W, for
-       the encoder, at the chunks whose weights are not all zero.
+    2  Decode the rows in batches. Every backward pass ends at the keys and values of the memories
+       and frees its graph. Two sums are kept there. The sum of all gradients is for the decoder's
+       LoRA. The sum of the gradients weighted by the estimator's matrix W is for the encoder.
     3  Backpropagate through the projections: the first sum to the decoder's LoRA, the second to
        the memories.
     4  Encode the chunks whose weighted gradient is not zero once more, with a graph, and
@@ -12,9 +12,9 @@ chunks of the encoder, or of rows of the decoder.
        stage 1 builds the graph of these chunks, and they are not encoded again.)
 
 In a group of several processes each process does stages 1, 3 and 4 for its own chunks and stage 2
-for its own rows. Keys and values are gathered before stage 2, and their gradients are summed at
-the chunks' owners after it (distributed/division.py). The gradients of all processes add up to
-the document's.
+for its own rows. Keys and values are gathered before stage 2. After it, the gradients at a chunk
+are summed in the process that owns the chunk (distributed/division.py). The gradients of all
+processes add up to the document's.
 
 Shapes: N rows, C chunks, B rows of a batch, T tokens, m num_memory, M = C * m slots, L layers, H
 key/value heads, K head size, D hidden size, n chunks of this process. Source: UIO-LLMs section
@@ -149,7 +149,7 @@ def _run_stages(
     for each in samples:
         check_sample(model.limits, each)
     samples = [each.with_recent(model.memory_config.recent_tokens) for each in samples]
-    step = draw_weights(model, samples, weights, estimator, rngs, group)
+    step = prepare_step(model, samples, weights, estimator, rngs, group)
     gradients = encode_and_project(step)
     tally = decode_losses(step, gradients, scale, report_all)
     memory_grads = gradients.backward_projection(
@@ -161,11 +161,11 @@ def _run_stages(
 
 @dataclass
 class Step:
-    """The value that the four stages work on. All samples are joined: their rows, their chunks
-    and the columns of the weights are numbered consecutively. Local chunks are those of this
+    """What the four stages share. All samples are joined: their rows, their chunks and the
+    columns of the weights are numbered consecutively. Local chunks are those of this
     process, in the order of `division.local_chunks`.
 
-    weights: [N, at least C], the weight of each row's loss at each memory;
+    weights: [N, C], the weight of each row's loss at each memory;
     with_gradient: the chunks, ascending, at which some weight is not zero;
     local_ids: [n, l], the token ids of the local chunks; local_seeds: their dropout seeds, None
     without dropout;
@@ -188,7 +188,7 @@ class Step:
     graph: LayerMemory = field(default_factory=list)
 
 
-def draw_weights(
+def prepare_step(
     model: MemoryLM,
     samples: Sequence[Sample],
     weights: Sequence[Tensor] | None,
@@ -196,8 +196,8 @@ def draw_weights(
     rngs: Sequence[Rng],
     group: Group,
 ) -> Step:
-    """Draws the weights and dropout seeds of each sample from its own generator, and divides the
-    chunks over the group."""
+    """Prepares the step: draws the weight matrix (for `uio` the reservoirs) and the dropout seeds
+    of each sample from its generator, and divides the chunks over the group."""
     generators = [rng if isinstance(rng, random.Random) else random.Random(rng) for rng in rngs]
     sample_weights: list[Tensor] = []
     seeds: list[int] | None = [] if model.training and model.memory_config.lora_dropout else None
@@ -213,7 +213,7 @@ def draw_weights(
     sample, joined = Sample.joined(samples), torch.block_diag(*sample_weights)
     with_gradient = chunks_with_gradient(sample, joined)
     division = Division(group, len(sample.chunks), with_gradient)
-    with_local_gradient = {*with_gradient} & division.owned_chunks
+    owned_with_gradient = {*with_gradient} & division.owned_chunks
     return Step(
         model,
         sample,
@@ -226,7 +226,7 @@ def draw_weights(
         local_ids=sample.chunks[division.local_chunks],
         local_seeds=select_seeds(seeds, division.local_chunks),
         local_with_gradient=[
-            i for i, chunk in enumerate(division.local_chunks) if chunk in with_local_gradient
+            i for i, chunk in enumerate(division.local_chunks) if chunk in owned_with_gradient
         ],
     )
 
@@ -312,8 +312,9 @@ def draw_column_factors(step: Step, norms: Sequence[float]) -> list[float]:
 def backward(
     model: MemoryLM, outputs: Tensor | Sequence[Tensor], gradients: Sequence[Tensor] | None = None
 ) -> None:
-    """Backpropagates from a complete graph, which is when memory is at its peak. With chunk_batch
-    1, the setting for the least memory, the heap is trimmed before."""
+    """Backpropagates from `outputs`, and frees their graph. When the graph is complete the step
+    takes the most RAM, so with chunk_batch 1, the setting for the least, the heap is trimmed
+    first."""
     if model.chunk_batch == 1:
         trim_heap(model.device)
     torch.autograd.backward(outputs, gradients)
@@ -327,7 +328,8 @@ def row_weights(sample: Sample, matrix: Tensor) -> Tensor:
 
 
 def chunks_with_gradient(sample: Sample, weights: Tensor) -> list[int]:
-    """Returns the chunks whose memory some scored row reads with a weight that is not zero."""
+    """Returns the chunks whose memory some scored row reads with a weight, of [N, C or more], that
+    is not zero."""
     spans = [
         (row.memories.start, row.memories.stop) if len(row.scored) else (0, 0)
         for row in sample.rows
@@ -335,9 +337,8 @@ def chunks_with_gradient(sample: Sample, weights: Tensor) -> list[int]:
     first, stop = torch.tensor(spans).T[..., None]
     numbers = torch.arange(len(sample.chunks))
     read = (first <= numbers) & (numbers < stop)  # [N, C]
-    return (
-        (read & (weights[:, : len(sample.chunks)].cpu() != 0)).any(0).nonzero().flatten().tolist()
-    )
+    weighted = weights[:, : len(sample.chunks)].cpu() != 0
+    return (read & weighted).any(0).nonzero().flatten().tolist()
 
 
 def row_batches(

@@ -1,7 +1,8 @@
 """Weights of a document's tokens by how much the base gains from the context before their chunk.
 
 Most tokens can be predicted from a few words before them. In a plain mean they decide what memory
-learns; with these weights the tokens do that need the context.
+learns; with these weights the tokens do that need the context. Which tokens are scored at all is
+decided in data/sample.py.
 
 Shapes: T' scored tokens of a sample.
 """
@@ -22,8 +23,8 @@ def weigh_tokens(model: MemoryLM, sample: Sample) -> Sample:
 
         g = max(0, nll_window - nll_raw)
 
-    nll_window is the token's NLL by the frozen base that reads its chunk alone, nll_raw by the
-    base that reads everything before it. If no g is above 0, all weights become 0. Raises
+    nll_window is the token's NLL if the frozen base reads its chunk alone, nll_raw if the base
+    reads everything before the token. If no g is above 0, all weights become 0. Raises
     ValueError past the base's positions.
     """
     plain = replace(sample, teachers=(), kl_weight=0.0)
