@@ -120,7 +120,7 @@ def test_every_estimator_trains(workspace, estimator):
             "model.device_map=7",
             "env.json: model.device_map: GPU 7 does not exist, this machine has",
         ),
-        ('model.device_map={"model":"cpu"}', "env.json: model.device_map: no key places 'lm_head'"),
+        ('model.device_map={"model":"cpu"}', "env.json: model.device_map: no key covers 'lm_head'"),
         (
             'model.device_map={"model.layers.9":"cpu"}',
             "['model.layers.9']: the base has no such layer; its 3 layers are",

@@ -874,10 +874,10 @@ def test_stop_and_resume_is_the_uninterrupted_stream() -> None:
 
 
 def test_taking_the_state_changes_nothing() -> None:
-    has_forward_hooks, alone = mixture(), mixture()
+    interrupted, alone = mixture(), mixture()
     for _ in range(40):
-        has_forward_hooks.state_dict()
-        assert next(has_forward_hooks) == next(alone)
+        interrupted.state_dict()
+        assert next(interrupted) == next(alone)
 
 
 def test_state_is_small_for_any_corpus() -> None:

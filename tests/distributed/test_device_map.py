@@ -14,7 +14,7 @@ from test_commands import call
 import uiollms
 from uiollms import MemoryLM, Sample
 from uiollms.distributed.device_map import CPU, device_of, on_disk, place_modules, resolve_map
-from uiollms.distributed.offload import _Resting
+from uiollms.distributed.offload import _OffloadedForward
 from uiollms.files.errors import ConfigError
 from uiollms.training.estimators import ESTIMATORS
 
@@ -95,8 +95,8 @@ def test_words_spread_over_all_gpus():
             r"'model.embed_token'\]: the base has no module of that name; did you mean 'model.embed_tokens'",
         ),
         ({"lm_head": 2}, r"'lm_head'\]: GPU 2 does not exist, this machine has 2; use \"cpu\""),
-        ({"lm_head": None}, r"no key places 'lm_head'; name it, or a prefix"),
-        ({"model.layers.1": None}, r"no key places 'model.layers.1.self_attn.q_proj'"),
+        ({"lm_head": None}, r"no key covers 'lm_head'; name it, or a prefix"),
+        ({"model.layers.1": None}, r"no key covers 'model.layers.1.self_attn.q_proj'"),
         (
             {"encoder.encoder.base_model.model.model.norm": 0},
             r"device 0, but 'model.norm' puts the same module on 1: .* name one device for both",
@@ -173,12 +173,12 @@ def test_weights_on_disk_are_not_in_memory(tmp_path, monkeypatch):
     loaded: list[weakref.ref] = []
     load = OffloadedWeightsLoader.__getitem__
 
-    def has_forward_hooks(self, key):
+    def recorded(self, key):
         weight = load(self, key)
         loaded.append(weakref.ref(weight.untyped_storage()))
         return weight
 
-    monkeypatch.setattr(OffloadedWeightsLoader, "__getitem__", has_forward_hooks)
+    monkeypatch.setattr(OffloadedWeightsLoader, "__getitem__", recorded)
     model = on_disk_model(DISK["half of the layers"], tmp_path)
     layers = model.base.model.layers
 
@@ -195,7 +195,7 @@ def test_weights_on_disk_are_not_in_memory(tmp_path, monkeypatch):
     ]
     torch.autograd.backward(graph, [torch.ones_like(layer) for layer in graph])
     assert alive() == 0
-    monkeypatch.setattr(_Resting, "pack", lambda self, tensor: tensor)
+    monkeypatch.setattr(_OffloadedForward, "pack", lambda self, tensor: tensor)
     graph = model.encode_layers(random_ids(3, 8))
     assert alive() > 5
 

@@ -522,18 +522,18 @@ def test_a_world_smaller_than_asked_for_warns(run_folder, monkeypatch, caplog):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     assert call(*TRAIN, "--set=train.train_iters=2", "--set=train.tasks=[]") == 0
     assert (
-        "several processes were asked for, 1 trains here: start them with torchrun" in caplog.text
+        "several processes were requested, 1 trains here: start them with torchrun" in caplog.text
     )
     monkeypatch.setenv("SLURM_NTASKS", "4")
     assert call(*TRAIN, "--resume", "--set=train.train_iters=4", "--set=train.tasks=[]") == 0
-    assert "4 processes were asked for, 1 trains here" in caplog.text
+    assert "4 processes were requested, 1 trains here" in caplog.text
 
 
 def test_chunk_ranks_must_divide(run_folder):
     flags = ("--set=train.chunk_parallel=true", "--set=train.chunk_ranks=2")
     assert in_processes(3, *flags, said="said") == [2, 2, 2]
     assert (
-        "train.chunk_ranks: 2 processes a document do not divide the 3 processes of this run"
+        "train.chunk_ranks: 2 processes per document do not divide the 3 processes of this run"
         in Path("said-0").read_text()
     )
 

@@ -48,7 +48,7 @@ def nothing_is_loaded(monkeypatch) -> None:
 WRONG = {
     "model.load_ckp=nowhere": "model.load_ckp: nowhere: no checkpoint can be read here: there is no such file",
     "model.model_structure=qwen2": "model.model_structure: 'qwen2', but ",
-    'model.device_map={"model":"cpu"}': "model.device_map: no key places 'lm_head'",
+    'model.device_map={"model":"cpu"}': "model.device_map: no key covers 'lm_head'",
     "model.attn_implementation=flash_attention_2": 'model.attn_implementation: "flash_attention_2": ',
     "train.accum_grad=4": "train.train_iters: 3 documents are less than one step of 4",
     "train.run_dir=book0.txt/run": "train.run_dir: book0.txt/run: cannot be written (",

@@ -1,8 +1,8 @@
-"""The manual pipeline: which module of the base lives on which device, or on disk.
+"""Place the modules of the base on devices or on disk.
 
-Encoder, decoder and teacher share one base, so a map in the authors' style, which names a layer
-once for each of them, must name the same device each time. A word ("auto", "balanced",
-"sequential") becomes a map by accelerate's rules.
+Encoder, decoder and teacher use the same base. A map in the authors' style names a layer once for
+each of them, and must name the same device each time. The words "auto", "balanced" and "sequential"
+become a map by accelerate's rules.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from uiollms.files.errors import ConfigError
 # encoder.encoder.base_model.model.model.layers.3 -> model.layers.3;
 # decoder.decoder.base_model.model.lm_head -> lm_head
 _AUTHORS = re.compile(r"^(encoder\.encoder|decoder\.decoder)\.base_model\.model\.")
-# Tokens follow the embedding they stand in for; the teacher is the shared base itself.
+# The token embeddings are on the device of the base's embedding; the teacher is the base.
 _FOLLOWERS = {"encoder.retrieval_token", "decoder.repeat_token", "teacher"}
 CPU = torch.device("cpu")
-# of a GPU's free memory that a word may fill with weights, as transformers does: the rest is for
-# the work
-SHARE = 0.9
+# Fraction of a GPU's free memory that auto, balanced and sequential fill with weights, as in
+# transformers. The rest is for activations.
+MAX_FILL = 0.9
 
 Machine = Mapping[torch.device, int]  # device -> bytes free on it
 
 
 def this_machine() -> dict[torch.device, int]:
-    """Bytes that are free on every GPU and on the CPU."""
+    """Return the free bytes of every GPU and of the CPU."""
     gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     return {gpu: torch.cuda.mem_get_info(gpu)[0] for gpu in gpus} | {
         CPU: psutil.virtual_memory().available
@@ -46,8 +46,8 @@ def this_machine() -> dict[torch.device, int]:
 
 
 def normalise_map(device_map: dict[str, Any], path: str | Path) -> dict[str, Any]:
-    """Base module -> device, prefixes of the authors' style stripped. Raises ConfigError where
-    two roles disagree."""
+    """Convert a map in the authors' style to base module -> device by removing prefixes. Raises
+    ConfigError if encoder and decoder name different devices."""
     result: dict[str, Any] = {}
     named_by: dict[str, str] = {}
     for key, device in device_map.items():
@@ -67,9 +67,9 @@ def normalise_map(device_map: dict[str, Any], path: str | Path) -> dict[str, Any
 def place_modules(
     base: nn.Module, device_map: Any, path: str | Path, offload_dir: str | Path | None = None
 ) -> None:
-    """Move the modules of `base` to their devices on this machine, in place; what the map puts
-    on "disk" goes to a folder of its own in `offload_dir` (default: the cache) that is removed
-    with the base. Raises ConfigError as `resolved` does."""
+    """Move the modules of `base` to their devices on this machine, in place. Modules on "disk" are
+    written to a new folder in `offload_dir` (default: the cache folder), which is removed with the
+    base. Raises ConfigError as `resolve_map` does."""
     resolved = resolve_map(base, device_map, path, this_machine())
     move_modules(base, resolved)
     if resting := on_disk(base, resolved):
@@ -79,9 +79,9 @@ def place_modules(
 def resolve_map(
     base: nn.Module, device_map: Any, path: str | Path, machine: Machine
 ) -> dict[str, Any]:
-    """Any accepted form of a map -> module -> GPU number, "cpu" or "disk", which together cover
-    the base. Raises ConfigError for a device or module that does not exist, and for a module
-    that no key covers."""
+    """Convert any accepted form of a map to module -> GPU number, "cpu" or "disk", so that the
+    modules cover the base. Raises ConfigError for a device or module that does not exist, and for a
+    module that no key covers."""
     resolved = expand_map(base, device_map, path, machine)
     modules = dict(base.named_modules())
     for name, device in resolved.items():
@@ -94,24 +94,24 @@ def resolve_map(
     for name, _ in base.named_parameters():
         if device_of(name, resolved) is None:
             raise ConfigError(
-                f"{path}: model.device_map: no key places {name.rsplit('.', 1)[0]!r}; name it, or "
+                f"{path}: model.device_map: no key covers {name.rsplit('.', 1)[0]!r}; name it, or "
                 "a prefix of it such as 'model'"
             )
-    # The rotary table is a buffer that maps do not name; it is asked where the tokens are.
+    # Maps do not name the rotary table, a buffer; it is used where the token embeddings are.
     first = device_of("model.embed_tokens", resolved)
     return {"model.rotary_emb": compute_device(resolved) if first == "disk" else first} | resolved
 
 
 def move_modules(base: nn.Module, resolved: Mapping[str, Any]) -> None:
-    """Move modules to the devices of a resolved map; those on disk stay where they are."""
+    """Move modules to the devices of a resolved map. Modules on disk are not moved."""
     modules = dict(base.named_modules())
-    for name in sorted(resolved, key=len):  # a longer name is more specific: it moves last
+    for name in sorted(resolved, key=len):  # longer names are more specific and move last
         if resolved[name] != "disk":
             modules[name].to(as_device(resolved[name]))
 
 
 def on_disk(base: nn.Module, resolved: Mapping[str, Any]) -> list[str]:
-    """The modules, each with parameters of its own, that a resolved map puts on disk."""
+    """The modules with direct parameters that a resolved map puts on disk."""
     owners = {name.rpartition(".")[0] for name, _ in base.named_parameters(remove_duplicate=False)}
     return [
         name
@@ -121,7 +121,7 @@ def on_disk(base: nn.Module, resolved: Mapping[str, Any]) -> list[str]:
 
 
 def compute_device(resolved: Mapping[str, Any]) -> int | str:
-    """Where modules that rest on disk compute: the first GPU that a map names, else the CPU."""
+    """The device on which modules on disk compute: the first GPU of a map, else the CPU."""
     return next(
         (device for device in resolved.values() if isinstance(device, int)),
         "cpu",
@@ -131,15 +131,15 @@ def compute_device(resolved: Mapping[str, Any]) -> int | str:
 def expand_map(
     base: nn.Module, device_map: Any, path: str | Path, machine: Machine
 ) -> dict[str, Any]:
-    """Any accepted form -> base module (or a prefix; "" is all of it) -> place. A word spreads
-    the weights over all GPUs of the machine, then the CPU, then disk: "sequential" fills one
-    after the other, "auto" and "balanced" evenly."""
+    """Convert any accepted form of a map to base module (or a prefix; "" is the whole base) ->
+    device. The words distribute the weights over all GPUs, then the CPU, then disk: "sequential"
+    fills one GPU after the other, "auto" and "balanced" fill them evenly."""
     if isinstance(device_map, dict):
         return normalise_map(device_map, path)
     gpus = [device for device in machine if device.type == "cuda"]
     if isinstance(device_map, int) or device_map == "cpu" or not gpus:
         return {"": device_map if isinstance(device_map, int) else "cpu"}
-    limits: dict[Any, Any] = {gpu.index: int(SHARE * machine[gpu]) for gpu in gpus} | {
+    limits: dict[Any, Any] = {gpu.index: int(MAX_FILL * machine[gpu]) for gpu in gpus} | {
         "cpu": machine[CPU]
     }
     whole: Any = base._no_split_modules
@@ -150,7 +150,8 @@ def expand_map(
 
 
 def device_of(name: str, resolved: Mapping[str, Any]) -> Any:
-    """The place of a module or parameter: its longest named prefix's. None: no key covers it."""
+    """The device of a module or parameter, which its longest prefix in the map determines; None if
+    no key covers it."""
     covering = [key for key in resolved if not key or name == key or name.startswith(f"{key}.")]
     return resolved[max(covering, key=len)] if covering else None
 

@@ -1,20 +1,20 @@
-"""Processes that train together: who they are, and all that they tell each other.
+"""Processes that train together, and their collectives.
 
-A process alone is a `Group` of one: every call gives back what it was given, and there is no
-process group behind it. Start-up (backend, launcher's environment) is Hugging Face Accelerate's,
-messages are torch.distributed's.
+A single process is a `Group` of one without a process group; its collectives return their inputs.
+Hugging Face Accelerate starts the backend from the launcher's environment, and torch.distributed
+sends the messages.
 
-What is sent, counting what one process receives, for W processes:
+Traffic that one of W processes receives:
     once an optimizer step    gradients of the trained parameters: 2 (W - 1) / W of their size, and
                               a few numbers
     one document over W       for every memory slot and layer 2 H K elements of keys and values, in
       processes (`Division`)  the base's dtype, and 2 H K sums of their gradients, in float32 (twice
                               that where the estimator weights its gradients); (W - 1) / W of each.
                               A token has m / l slots.
-Llama-2-7B in bf16, 32x: one slot of one layer a token, so 16 + 32 (or 64) KiB a token, times
-(W - 1) / W; with grouped heads less. Keys and values are sent rather than memories (D elements,
-fewer where 2 H K > D) because then only its owner projects a chunk and goes backward through the
-projection: nothing is computed twice.
+Llama-2-7B in bf16 at 32x has one slot of one layer per token, so 16 + 32 (or 64) KiB per token,
+times (W - 1) / W; models with grouped heads need less. Keys and values are sent instead of memories
+(D elements, fewer if 2 H K > D), so that only the owner of a chunk projects it and goes backward
+through the projection, and nothing is computed twice.
 
 Shapes: C chunks, W processes, n = ceil(C / W) chunks of one process.
 """
@@ -40,12 +40,11 @@ from uiollms.files.errors import ConfigError
 
 log = logging.getLogger("uiollms")
 
-# How long processes wait for each other at the start, and in a message for another that lives: the
-# first one saves and evaluates while the others wait. That one is gone shows sooner: watch.py.
+# Time limits for joining at the start, and for a collective, in which processes wait while the
+# first one saves and evaluates. watch.py notices an ended process sooner.
 JOINING = timedelta(minutes=5)
 PATIENCE = timedelta(hours=12)
-# torch before 2.12 has these two collectives under their older names only, which newer ones warn
-# of.
+# torch before 2.12 has these two collectives under older names only, which are deprecated later.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 SIZES = (
@@ -53,13 +52,13 @@ SIZES = (
     "SLURM_NTASKS",
     "PMI_SIZE",
     "OMPI_COMM_WORLD_SIZE",
-)  # what launchers call the number of processes
+)  # names by which launchers set the number of processes
 Value = TypeVar("Value")
 
 
 @contextmanager
 def reporting_lost_processes() -> Iterator[None]:
-    """Around every message: the error of a process whose partner is gone, in one line."""
+    """Turn the error of a collective whose peer has ended into LostProcess, in one line."""
     try:
         yield
     except RuntimeError as error:  # gloo's own, and torch.distributed.DistError
@@ -67,13 +66,13 @@ def reporting_lost_processes() -> Iterator[None]:
 
 
 class Group:
-    """Some processes in their order, this one number `rank` of `size`; all of them must make the
-    same calls."""
+    """An ordered group of processes, of which this one has number `rank` of `size`. All of them
+    must make the same calls."""
 
     def __init__(
         self, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu"
     ) -> None:
-        self.group, self.device = group, torch.device(device)  # the device of messages
+        self.group, self.device = group, torch.device(device)  # the device of tensors in messages
         self.rank = dist.get_rank(group) if group else 0
         self.size = dist.get_world_size(group) if group else 1
 
@@ -82,9 +81,8 @@ class Group:
         return self.rank == 0
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Make every `.grad` the sum over the group, in one message; it stays None where no
-        process has one, so that the optimizer leaves the same parameters alone as it would in
-        one process."""
+        """Sum every `.grad` over the group, in one message. A gradient stays None if no process has
+        one, so that the optimizer skips the same parameters as in a single process."""
         if self.size == 1:
             return
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
@@ -101,7 +99,7 @@ class Group:
             )
 
     def sum(self, *numbers: float) -> list[float]:
-        """The sum of each number over the group, in float64."""
+        """Sum each number over the group, in float64."""
         return self._reduced(numbers, torch.float64, dist.ReduceOp.SUM)
 
     def max(self, number: int) -> int:
@@ -116,11 +114,11 @@ class Group:
         return tensor.tolist()
 
     def barrier(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes have made this call."""
         self.sum(0)
 
     def broadcast(self, value: Value) -> Value:
-        """What the first process has, tensors on the CPU, in all of them."""
+        """Return the value of the first process in all processes; tensors must be on the CPU."""
         values = [value]
         if self.size > 1:
             with reporting_lost_processes():
@@ -128,38 +126,38 @@ class Group:
         return values[0]
 
     def all_gather(self, value: Value) -> list[Value]:
-        """The values of all processes, in their order."""
+        """Return the values of all processes, in their order."""
         values = [value] * self.size
         if self.size > 1:
             with reporting_lost_processes():
                 dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def gather(self, own: Tensor) -> Tensor:
-        """[n, ...] of every process, the same n in all -> [W n, ...], in their order"""
+    def gather(self, local: Tensor) -> Tensor:
+        """Concatenate the [n, ...] of all processes in their order (n is equal): [W n, ...]."""
         if self.size == 1:
-            return own
-        whole = own.new_empty(self.size * len(own), *own.shape[1:], device=self.device)
+            return local
+        whole = local.new_empty(self.size * len(local), *local.shape[1:], device=self.device)
         with reporting_lost_processes():
-            all_gather(whole, own.to(self.device).contiguous(), group=self.group)
-        return whole.to(own.device)
+            all_gather(whole, local.to(self.device).contiguous(), group=self.group)
+        return whole.to(local.device)
 
     def reduce_scatter(self, whole: Tensor) -> Tensor:
-        """[W n, ...] of every process -> the sum over the group of this process's part, [n, ...]"""
+        """Sum the [W n, ...] of all processes and return this process's part, [n, ...]."""
         if self.size == 1:
             return whole
-        own = whole.new_empty(len(whole) // self.size, *whole.shape[1:], device=self.device)
+        local = whole.new_empty(len(whole) // self.size, *whole.shape[1:], device=self.device)
         with reporting_lost_processes():
-            reduce_scatter(own, whole.to(self.device).contiguous(), group=self.group)
-        return own.to(whole.device)
+            reduce_scatter(local, whole.to(self.device).contiguous(), group=self.group)
+        return local.to(whole.device)
 
 
 ALONE = Group()
 
 
 class World(Group):
-    """All processes of a run. chunks: those that share a document with this one; data: those
-    that each have another document (of every document's processes the one at the same place)."""
+    """All processes of a run. chunks: the group that divides one document with this process; data:
+    the group of one process from each document's group, each at the same rank."""
 
     def __init__(
         self,
@@ -167,7 +165,7 @@ class World(Group):
         device: torch.device | str = "cpu",
         ranks: int = 1,
     ) -> None:
-        """ranks: processes of one document. They are neighbours: the others are as far apart."""
+        """ranks: number of processes that divide one document. Their ranks are consecutive."""
         super().__init__(group, device)
         self.data = self.chunks = ALONE
         self.watch = Watch()
@@ -177,8 +175,8 @@ class World(Group):
             self.data = self.part([numbers[i::ranks] for i in range(ranks)])
 
     def part(self, parts: Sequence[Sequence[int]]) -> Group:
-        """Of several groups that share out all processes the one that this process is in."""
-        groups = [dist.new_group(part, timeout=PATIENCE) for part in parts]  # all make all of them
+        """Create groups that partition all processes, and return the one of this process."""
+        groups = [dist.new_group(part, timeout=PATIENCE) for part in parts]
         return next(
             Group(g, self.device) for g, p in zip(groups, parts, strict=True) if self.rank in p
         )
@@ -186,9 +184,9 @@ class World(Group):
 
 @contextmanager
 def open_world(config: EnvConfig, watch: Watch) -> Iterator[World]:
-    """Join the processes that a launcher has started with this one (accelerate launch, torchrun,
-    srun, mpirun); without any, a world of one. Raises ConfigError if train.chunk_ranks does not
-    divide their number, LostProcess where not all come within JOINING."""
+    """Join the processes that a launcher (accelerate launch, torchrun, srun, mpirun) has started;
+    without a launcher the world has one process. Raises ConfigError if train.chunk_ranks does not
+    divide the number of processes, and LostProcess if not all of them join within JOINING."""
     cpu = config.model.device_map == "cpu" or not torch.cuda.is_available()
     with reporting_lost_processes():
         state = PartialState(cpu=cpu, timeout=JOINING)
@@ -198,7 +196,7 @@ def open_world(config: EnvConfig, watch: Watch) -> Iterator[World]:
         ranks = (config.train.chunk_ranks or size) if config.train.chunk_parallel else 1
         if size % ranks:
             raise ConfigError(
-                f"train.chunk_ranks: {ranks} processes a document do not divide the {size} "
+                f"train.chunk_ranks: {ranks} processes per document do not divide the {size} "
                 "processes of this run"
             )
         if state.process_index:
@@ -208,17 +206,17 @@ def open_world(config: EnvConfig, watch: Watch) -> Iterator[World]:
             everyone = dist.new_group(timeout=PATIENCE)
             world = World(everyone, "cpu" if cpu else state.device, ranks)
         world.watch = watch
-        with has_forward_hooks(world):
+        with watching_world(world):
             yield world
     finally:
         state.destroy_process_group()
-        PartialState._reset_state()  # a later run in this interpreter asks its launcher anew
+        PartialState._reset_state()  # a later run in this interpreter starts anew
 
 
 @contextmanager
-def has_forward_hooks(world: World) -> Iterator[None]:
-    """While the processes of a world know of each other's signals and ends. A message that fails
-    because all were asked to stop ends this process as the signal would have."""
+def watching_world(world: World) -> Iterator[None]:
+    """A context in which the processes of a world inform each other of signals and of their ends.
+    If a collective fails because a signal stopped the run, this process ends as with the signal."""
     watch = world.watch
     if world.size == 1:
         yield
@@ -229,7 +227,7 @@ def has_forward_hooks(world: World) -> Iterator[None]:
         watch.join(host, port, world.rank, world.size)
     try:
         yield
-        world.barrier()  # so that nobody's end looks like a loss
+        world.barrier()  # so that no process ends before the others and looks lost
         watch.leaving = True
     except LostProcess:
         watch.wait_for_reason()
@@ -244,22 +242,22 @@ def has_forward_hooks(world: World) -> Iterator[None]:
 
 
 def number_of_processes() -> int:
-    """How many processes a launcher says that there are, this one included. Raises ConfigError for
-    what is no number."""
+    """The number of processes that the launcher's environment variables set, this one included.
+    Raises ConfigError for values that are not numbers."""
     check_environment()
     return max(int(os.environ.get(name) or 1) for name in SIZES)
 
 
 def warn_if_fewer(size: int) -> None:
-    """Some ways to ask for several processes start one, which then trains alone (`accelerate
-    launch --cpu --num_processes 2` leaves nothing but the address for the others to meet at)."""
-    asked = number_of_processes()
-    if size < asked or (
+    """Warn if fewer processes have joined than were requested. Some launch commands start only one,
+    which then trains alone (`accelerate launch --cpu --num_processes 2` sets only MASTER_ADDR)."""
+    requested = number_of_processes()
+    if size < requested or (
         size == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ
     ):
-        several = str(asked) if asked > size else "several"
+        several = str(requested) if requested > size else "several"
         log.warning(
-            "%s processes were asked for, %d trains here: start them with torchrun "
+            "%s processes were requested, %d trains here: start them with torchrun "
             "--nproc_per_node N, or on CPUs with "
             "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N",
             several,

@@ -1,5 +1,5 @@
-"""What the environment says of a process: its number among others, and where folders lie. Values
-that cannot be meant are refused by name before anything else reads them."""
+"""Check the environment variables of a process before anything reads them: its rank, the number of
+processes, and folders."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ RANKS = """
 MOST_PROCESSES = 2**16
 # name -> (least, most)
 NUMBERS: dict[str, tuple[int, int]] = {
-    **dict.fromkeys(SIZES, (0, MOST_PROCESSES)),  # 0: some launchers' word for none
-    **dict.fromkeys(RANKS, (-1, MOST_PROCESSES - 1)),  # -1: likewise
+    **dict.fromkeys(SIZES, (0, MOST_PROCESSES)),  # some launchers set 0 for none
+    **dict.fromkeys(RANKS, (-1, MOST_PROCESSES - 1)),  # some launchers set -1 for none
     "MASTER_PORT": (0, 2**16 - 1),
 }
 RANK_OF = {"WORLD_SIZE": "RANK", "LOCAL_WORLD_SIZE": "LOCAL_RANK"}
@@ -29,8 +29,8 @@ FOLDERS = ("UIOLLMS_CACHE", "UIOLLMS_RAW_DATA", "UIOLLMS_HUB_DIR")
 
 
 def check_environment(given: Mapping[str, str] | None = None) -> None:
-    """Raises ConfigError, a line for each, for environment variables that are read as numbers or
-    folders and are none. given: os.environ by default."""
+    """Raise ConfigError, with one line for each fault, for environment variables that must be
+    numbers or folders and are not. given: the variables, by default os.environ."""
     given = os.environ if given is None else given
     faults = Faults()
     numbers = {}
@@ -45,7 +45,7 @@ def check_environment(given: Mapping[str, str] | None = None) -> None:
     for name in FOLDERS:
         if (text := given.get(name)) and Path(text).exists() and not Path(text).is_dir():
             faults.add(
-                f"environment variable {name}: {shortened(text)} is not a folder; give one, or "
+                f"environment variable {name}: {shortened(text)} is not a folder; set one, or "
                 "unset it"
             )
     faults.report()

@@ -1,4 +1,4 @@
-"""Weights of a base that rest on disk and are loaded for the time of a module's call."""
+"""Weights of a base that stay on disk and are loaded only while a module is called."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from uiollms.kernels.norms import promote_norms
 def put_on_disk(
     base: nn.Module, names: list[str], working: torch.device, offload_dir: str | Path | None
 ) -> None:
-    """Write the weights of the modules `names` (each with parameters of its own) to disk and
-    free them. Each is loaded for the time of its own call only, on the device `working`; a graph
-    remembers where they rest, not the weights."""
+    """Write the weights of the modules `names`, which have parameters, to disk and free them. The
+    weights of a module are loaded to the device `working` for each call only; an autograd graph
+    stores their names instead of the weights."""
     if getattr(base, "dtype", None) == torch.float64:
-        promote_norms(base)  # replaces modules: before the hooks
+        promote_norms(base)  # it replaces modules, so before the hooks
     root = Path(offload_dir) if offload_dir else cache_dir() / "offload"
     make_folder(root)
-    clear_leftovers(root)  # gigabytes, of processes that were killed
+    clear_leftovers(root)  # gigabytes of processes that were killed
     folder = work_path(root)
     folder.mkdir(mode=0o700)
     weakref.finalize(base, shutil.rmtree, folder, ignore_errors=True)
@@ -51,20 +51,20 @@ def put_on_disk(
             working, offload=True, weights_map=PrefixedDataset(loader, f"{name}.")
         )
         add_hook_to_module(module, hook)
-        module.forward = _Resting(
+        module.forward = _OffloadedForward(
             module, hook
         )  # in place of the library's wrapper, under which graphs keep the weights
 
 
-class _Resting:
-    """The forward of a module whose weights rest on disk. A weight that autograd would save for
-    the backward is saved by name and loaded again there, so that a graph through many such
-    modules holds none of their weights."""
+class _OffloadedForward:
+    """The forward of a module whose weights are on disk. If autograd saves a weight for the
+    backward pass, its name is saved instead, and the weight is loaded again in the backward pass.
+    So a graph through many such modules holds none of their weights."""
 
     def __init__(self, module: Any, hook: AlignDevicesHook) -> None:
         self.module, self.hook, self.forward = module, hook, module._old_forward
 
-    @locked  # all threads load into the one module, those that call the base itself too
+    @locked  # all threads load into the same module
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with (
             align_module_device(self.module),

@@ -1,13 +1,12 @@
-"""Signals to a training run, and what its processes must know of each other whatever each of
-them is doing: that one was asked to stop, and that one is gone.
+"""Handle signals to a training run, and inform its processes of stop requests and lost processes.
 
-A process alone has handlers of SIGINT and SIGTERM and nothing else. Of several processes each has
-two threads, because the main thread may sit in a collective, which no Python code interrupts:
-    listen    hears signals by a pipe that the C library writes into, and sees that what was asked
-              for happens: at first the main thread finishes its step by itself; after FINISH
-              seconds an exception is raised in it; after END seconds the process is ended
-    talk      tells the others through a small store in the first process (torch's TCPStore), and
-              that this process lives
+A single process has only handlers of SIGINT and SIGTERM. With several processes, each has two
+threads, because the main thread may wait in a collective, which no Python code can interrupt:
+    listen           reads signals from a pipe that Python's C signal handler writes to, and
+                     enforces them: first the main thread may finish its step; after FINISH seconds
+                     an exception is raised in it; after END seconds the process is ended
+    exchange_state   informs the other processes through a store in the first process (torch's
+                     TCPStore), also that this process is alive
 """
 
 from __future__ import annotations
@@ -31,18 +30,20 @@ from uiollms.files.errors import ConfigError
 log = logging.getLogger("uiollms")
 
 # Seconds. torchrun kills a process 30 s after it has told it to stop, Slurm too by default.
-FINISH = 15.0  # that a step, or an evaluation's document, has to end by itself
-END = 45.0  # after which a process ends whatever it does, but for writing a checkpoint
-WRITING = 600.0  # after which it ends then too
-# between telling the others of a request to stop and the end of a process that has nothing to
-# finish
+FINISH = 15.0  # within which a step, or an evaluation's document, may end by itself
+END = 45.0  # after which a process is ended, unless it writes a checkpoint
+WRITING = 600.0  # after which it is ended even then
+# From announcing a stop request to the other processes to the end of a process that has nothing to
+# finish.
 TELLING = 3.0
-REPEATED = 5.0  # in which a launcher sends its processes what the terminal has sent them already
+REPEATED = 5.0  # within which a launcher may repeat a signal that the terminal has already sent
 POLL = 0.5
-SILENCE = 300.0  # after which a process of which nothing was heard counts as lost
+SILENCE = 300.0  # without contact, after which a process counts as lost
 
-ASKED = (signal.SIGINT, signal.SIGTERM)
-POKE = signal.SIGURG  # interrupts the main thread; ignored by default, and nobody else's
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+POKE = (
+    signal.SIGURG
+)  # interrupts the main thread; by default it is ignored, and nothing else uses it
 
 
 class LostProcess(ConfigError):
@@ -50,29 +51,29 @@ class LostProcess(ConfigError):
 
     def __init__(self, reason: str) -> None:
         super().__init__(
-            "another process of this run has ended or cannot be reached, its own last lines say "
-            "why; "
-            f"this one stops, the last checkpoint is whole: go on with --resume ({reason[:160]})"
+            "another process of this run has ended or cannot be reached, see its last lines of "
+            "output; this one stops, the last checkpoint is whole: go on with --resume "
+            f"({reason[:160]})"
         )
 
 
 class Watch:
-    """What this process was asked for, or has heard. Made by `watching`.
+    """The stop requests and lost processes that this process has noticed; see `watching`.
 
-    asked: the first signal that reached any process of the run; lost: why the run cannot go on.
-    Both may appear at any moment: what all processes are to do alike they must agree upon first.
+    stop_signal: the first signal that reached any process of the run; lost: why the run cannot
+    continue. Both may be set at any moment, so processes must agree before they act on them alike.
     """
 
     def __init__(self) -> None:
         self.stop_signal: signal.Signals | None = None
         self.lost: str | None = None
-        self.noticed_at = 0.0  # when either appeared, in seconds of time.monotonic
+        self.noticed_at = 0.0  # when either was set, in seconds of time.monotonic
         self.announced_at: float | None = (
-            None  # when the others could first know that this process was asked
+            None  # when the other processes could first know the signal
         )
-        self.started = False  # there is something to finish and to save
-        self.writing = 0  # depth of `undisturbed`
-        self.leaving = False  # the main thread is on its way out
+        self.started = False  # there is a step to finish and to save
+        self.writing = 0  # depth of `uninterrupted`
+        self.leaving = False  # the main thread is ending
         self.multi_process = False
         self.rank, self.size = 0, 1
         self.store: Any = None
@@ -83,15 +84,15 @@ class Watch:
     # ---- the main thread -------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """From here on a signal lets the step finish, and it can be saved."""
+        """From now on a signal lets the step finish, so that it can be saved."""
         self.started = True
         if not self.multi_process and threading.current_thread() is threading.main_thread():
-            for each in ASKED:
+            for each in STOP_SIGNALS:
                 before = signal.signal(each, self.on_signal)
                 self.stack.callback(signal.signal, each, before)
 
     def on_signal(self, number: int, frame: Any) -> None:
-        """Of a process alone."""
+        """The signal handler of a single process."""
         if self.stop_signal is None:
             self.print_line(f"{self.announcement}; a second signal ends it at once")
             self.request_stop(signal.Signals(number))
@@ -101,8 +102,9 @@ class Watch:
 
     @contextmanager
     def uninterrupted(self) -> Iterator[None]:
-        """Around what is whole only at its end: no exception of this watch is raised inside, no
-        further signal ends it, and the end of the process waits for it, up to WRITING seconds."""
+        """Protect a block that must run to its end, such as writing a checkpoint: no exception is
+        raised in it, no second signal ends it, and the process is ended only after WRITING
+        seconds."""
         self.writing += 1
         try:
             yield
@@ -110,7 +112,7 @@ class Watch:
             self.writing -= 1
 
     def exit_exception(self) -> SystemExit | LostProcess:
-        """What the main thread ends with."""
+        """The exception with which the main thread ends."""
         return (
             SystemExit(128 + self.stop_signal) if self.stop_signal else LostProcess(str(self.lost))
         )
@@ -120,7 +122,7 @@ class Watch:
         return "finishes the step, saves and stops" if self.started else "stops"
 
     def print_line(self, line: str) -> None:
-        """A line on stderr, from any thread and in a signal handler."""
+        """Write a line to stderr, from any thread and in a signal handler."""
         os.write(2, f"\n{line}\n".encode())
 
     # ---- from any thread -------------------------------------------------------------------------
@@ -139,14 +141,17 @@ class Watch:
     # ---- several processes -----------------------------------------------------------------------
 
     def listen_for_signals(self) -> None:
-        """Hear signals from now on, in a thread."""
+        """Start the thread that handles signals."""
         self.multi_process = True
         read, write = os.pipe()
         for end in (read, write):
             self.stack.callback(os.close, end)
             os.set_blocking(end, False)
         self.stack.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(write))
-        for number, handler in (*((each, self.ignore) for each in ASKED), (POKE, self.interrupt)):
+        for number, handler in (
+            *((each, self.ignore) for each in STOP_SIGNALS),
+            (POKE, self.interrupt),
+        ):
             self.stack.callback(self.restore, number, signal.signal(number, handler))
         self.start(partial(self.listen, read), wake=partial(os.write, write, b"\0"))
 
@@ -157,12 +162,14 @@ class Watch:
             self.stack.callback(at_the_end)
 
     def restore(self, number: int, before: Any) -> None:
-        """A handler as it was; but a process that stops because it was asked to is on its way
-        out, and what a launcher sends once more must not change its exit code."""
-        signal.signal(number, signal.SIG_IGN if self.stop_signal and number in ASKED else before)
+        """Restore a signal handler. In a process that was stopped by a signal, further stop signals
+        are ignored, because a repetition by the launcher must not change its exit code."""
+        signal.signal(
+            number, signal.SIG_IGN if self.stop_signal and number in STOP_SIGNALS else before
+        )
 
     def ignore(self, number: int, frame: Any) -> None:
-        """The thread that listens has heard it."""
+        """The thread `listen` handles the signal."""
 
     def interrupt(self, number: int, frame: Any) -> None:
         if not (self.writing or self.leaving or self.closed.is_set()):
@@ -173,7 +180,7 @@ class Watch:
         while not self.closed.is_set():
             if select.select([pipe], [], [], POLL)[0]:
                 for number in os.read(pipe, 4096):
-                    if number in ASKED:
+                    if number in STOP_SIGNALS:
                         self.handle_signal(signal.Signals(number))
             now = time.monotonic()
             if self.store is not None and self.rank and now - self.last_contact > SILENCE:
@@ -182,7 +189,7 @@ class Watch:
                 continue
             if now - self.noticed_at >= self.end_after and not self.closed.is_set():
                 self.end()
-            # Once more after a while: an exception can get lost in a destructor.
+            # Repeat it after a while, because an exception can get lost in a destructor.
             if now - self.noticed_at >= self.poke_after and now - poked >= REPEATED:
                 poked = now
                 main = threading.main_thread().ident
@@ -200,8 +207,8 @@ class Watch:
 
     @property
     def poke_after(self) -> float:
-        """Seconds until the main thread is interrupted. One that has not met the others yet is
-        not: it has to tell them."""
+        """Seconds until the main thread is interrupted. A process that has not joined the others
+        yet first has to announce the signal to them."""
         if self.stop_signal is None:
             return 0.0
         if self.started:
@@ -213,27 +220,27 @@ class Watch:
         return WRITING if self.writing else END
 
     def end(self) -> None:
-        """End the process from a thread, the main one does not come back."""
+        """End the process from a thread, because the main thread does not end."""
         seconds = time.monotonic() - self.noticed_at
-        said = (
+        reason = (
             f"stopped by {self.stop_signal.name}"
             if self.stop_signal
             else str(LostProcess(str(self.lost)))
         )
         self.print_line(
-            f"{said}: ended after {seconds:.0f} s in which it did not come to an end by itself"
+            f"{reason}: ended after {seconds:.0f} s in which it did not come to an end by itself"
         )
         os._exit(128 + self.stop_signal if self.stop_signal else 2)
 
     # ---- the store -------------------------------------------------------------------------------
 
     def host(self, host: str) -> int:
-        """Make the store, in the first process: its port."""
+        """Create the store in the first process, and return its port."""
         self.store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
         return self.store.port
 
     def join(self, host: str, port: int, rank: int, size: int) -> None:
-        """Talk to the other processes from now on, in a thread."""
+        """Start the thread that exchanges state with the other processes."""
         self.rank, self.size = rank, size
         self.last_contact = time.monotonic()
         if self.store is None:
@@ -266,20 +273,20 @@ class Watch:
                         beats[rank] = now, time.monotonic()
                     elif time.monotonic() - since > SILENCE:
                         self.report_lost(f"nothing was heard of process {rank} for {SILENCE:.0f} s")
-        except (RuntimeError, ValueError) as error:  # the first process is gone, and its store
-            if not self.closed.wait(2 * POLL):  # not because the run is over
+        except (RuntimeError, ValueError) as error:  # the first process has ended, and its store
+            if not self.closed.wait(2 * POLL):  # the run has not ended
                 self.report_lost(f"process 0: {error}")
 
     def wait_for_reason(self) -> None:
-        """Once a message has failed: whether the other process was asked to stop may be heard a
-        moment later."""
+        """Wait a moment after a collective has failed, because the other process's stop signal may
+        arrive only then."""
         until = time.monotonic() + TELLING
         while self.stop_signal is None and self.lost is None and time.monotonic() < until:
             time.sleep(POLL / 10)
 
     def wait_until_heard(self) -> None:
-        """In the first process, before its store goes: until all have heard why, or no longer
-        are."""
+        """In the first process, wait before closing the store until all processes have read why the
+        run ends, or have ended themselves."""
         until = time.monotonic() + TELLING
         while (self.stop_signal or self.lost) and time.monotonic() < until:
             if self.store.add("heard", 0) >= self.size:
@@ -289,8 +296,8 @@ class Watch:
 
 @contextmanager
 def watching(several: bool) -> Iterator[Watch]:
-    """A watch over this process, and over the run's others where there are `several`, from the
-    first moment: a signal before they have met is passed on as soon as they have."""
+    """Watch this process and, with `several` processes, the others of the run. A signal that
+    arrives before the processes have joined is announced as soon as they have."""
     watch = Watch()
     with watch.stack:
         if several and threading.current_thread() is threading.main_thread():
