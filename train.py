@@ -1,4 +1,4 @@
-"""Train memory into a frozen language model with UIO-TBPTT.
+"""Train the memory of a frozen language model with UIO-TBPTT or another gradient estimator.
 
 python train.py --env_conf smollm2-8x.json
 python train.py --env_conf smollm2-8x.json --set train.max_lr=5e-4 --set train.train_iters=100
@@ -17,7 +17,7 @@ from pathlib import Path
 try:
     import uiollms.cli.common  # noqa: F401  # imports torch and transformers, too
 except ImportError as error:
-    how = "`make setup` and then .venv/bin/python, or `pip install -e .` in an environment of yours"
+    how = "`make setup` and then .venv/bin/python, or `pip install -e .` in your own environment"
     sys.exit(f"{error}; run {how}: see Set-up in README.md")
 
 import torch
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int | None:
 
 
 def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output: Output) -> None:
-    """Train the model of `config` from where `run` begins to the end."""
+    """Train the model of `config`, from the start or from the checkpoint that the run resumes."""
     train = config.train
     model, tokenizer = load_memory_lm(config, env_conf)
     if config.model.load_ckp:
@@ -86,8 +86,8 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
     )
 
     state = TrainingState(model, tokenizer, optimizer, samples)  # all that training changes
-    run.begin(state)  # at document 0, or at the state of a checkpoint, in all processes
-    schedule = run.schedule  # the documents of a step and its learning rate
+    run.begin(state)  # restores a checkpoint, if the run resumes one, in all processes
+    schedule = run.schedule  # how many documents a step takes, and its learning rate
     progress = run.stack.enter_context(  # closed with the run, also after an error
         output.bar(
             None,
@@ -116,24 +116,25 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
                 if output.prints_text:
                     print_results(results)
         finally:
-            run.signals.agree()  # the other processes wait here for the first one
+                # While the main process evaluates, the others wait for it here.
+            run.signals.agree()
         run.signals.exit_if_agreed()
 
     model.train()
     if run.evaluation_missing(state.iteration):
         evaluate()
-    # An iteration is the number of documents that are done after a step.
+    # `iteration` is the number of documents that have been trained on at the end of the step.
     for iteration in run.log.timed(schedule.steps(state.iteration)):
         # ---- the algorithm -----------------------------------------------------------------------
         nll, scored, tokens, sources = 0.0, 0, 0, []
         stage, size = schedule.stage(iteration), schedule.size(iteration)
-        with model.sized(size):  # another chunk size and number of slots, if the stage draws them
+        with model.sized(size):  # chunk size and number of slots, if the stage varies them
             # This process takes its part of the step's documents, cut into chunks. Processes of
             # the same group `world.chunks` take the same documents and divide their chunks.
             documents = samples.take(schedule.documents, world.data, stage)
             for batch in pack_documents(documents, model.chunk_batch):
-                names = [document.source for document in batch]
-                with reporting_step_errors(", ".join(names), train):
+                batch_sources = [document.source for document in batch]
+                with reporting_step_errors(", ".join(batch_sources), train):
                     # src/uiollms/training/step.py draws a weight matrix for each document (for
                     # "tbptt" and "uio" from a reservoir of S chunks) and then
                     # 1. encodes all chunks into memories, without a graph,
@@ -151,7 +152,7 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
                         report_all=False,
                         group=world.chunks,
                     )
-                sources += names
+                sources += batch_sources
                 nll += float(torch.stack([result.nll for result in results]).sum())
                 scored += sum(int(result.scored.sum()) for result in results)
                 if world.chunks.is_main_process:  # so that each document counts once
@@ -160,17 +161,18 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
         nll, scored, tokens = world.sum(nll, scored, tokens)
         norms, lr = gradient_norms(model), schedule.learning_rate(iteration)
         grad_norm = clip_gradients(optimizer, train.clip_grad).item()
-        mean_nll, finite = nll / scored, math.isfinite(grad_norm) and math.isfinite(nll)
+        mean_nll = nll / scored
+        finite = math.isfinite(grad_norm) and math.isfinite(nll)
         if not finite:
             sources = [name for names in world.data.all_gather(sources) for name in names]
-        with world.watch.uninterrupted():  # a signal finds the step whole, or not taken at all
+        with world.watch.uninterrupted():  # a signal takes effect after this block
             if finite:
                 apply_gradients(optimizer, lr)
             else:
                 optimizer.zero_grad()  # the step is skipped
             # --------------------------------------------------------------------------------------
             state.advance(iteration, finite)
-            step = {"stage": stage + 1, "size": size} if train.stages else {}
+            stage_fields = {"stage": stage + 1, "size": size} if train.stages else {}
             if finite:
                 run.log.add(
                     iteration=iteration,
@@ -179,18 +181,18 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
                     grad_norm=grad_norm,
                     grad_norms=norms,
                     tokens=int(tokens),
-                    **step,
+                    **stage_fields,
                 )
             else:
-                run.log.add(iteration=iteration, skipped=sources, lr=lr, **step)
+                run.log.add(iteration=iteration, skipped=sources, lr=lr, **stage_fields)
         words = step_text(mean_nll, lr, tokens, run.log.step_seconds)
         progress.set_postfix_str(words, refresh=False)
         progress.update(schedule.stride)
 
-        run.signals.agree()
-        if run.should_save(state):
+        run.signals.agree()  # all processes learn if one has received SIGINT or SIGTERM
+        if run.should_save(state):  # also before the run stops
             run.save(state)
-        run.stop_if_necessary(state, sources)
+        run.stop_if_necessary(state, sources)  # after a signal, or too many steps not finite
         if run.should_evaluate(iteration):
             evaluate()
     progress.close()
@@ -203,7 +205,7 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
         )
     if left := schedule.left_over(state.iteration):
         output.print_text(
-            f"the last {left} of {train.train_iters} documents fill no step and were left out"
+            f"the last {left} of {train.train_iters} documents do not fill a step and were left out"
         )
     if state.skipped_steps:
         output.print_text(

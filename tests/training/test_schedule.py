@@ -106,7 +106,7 @@ def test_iterations_of_a_run_count_documents(workspace, capsys):
     saved = sorted(path.name for path in Path("out/checkpoints").iterdir())
     assert saved == ["step-00000006", "step-00000009"]
     output = capsys.readouterr()
-    assert "the last 2 of 11 documents fill no step and were left out" in output.out
+    assert "the last 2 of 11 documents do not fill a step and were left out" in output.out
     assert "9/11" in output.err.split("train: ")[-1] and "documents/s" in output.err
     assert json.loads(Path("out/versions.json").read_text())["iterations"] == "documents"
     assert call(*TRAIN) == 0, "documents that are left out must not make a run unfinished"

@@ -1,5 +1,5 @@
 """The rotary position embeddings (RoPE) of the base: the supported schemes, the number of positions
-that a base serves, and the tables of cosines and sines.
+that a base serves, and the tables of cosines and sines. Positions are in model/positions.py.
 
 Two schemes of transformers choose their frequencies by the length of a call and store the choice
 in a module that all calls share. There, cutting a text into calls, or other rows in the batch,

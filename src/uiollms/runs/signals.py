@@ -1,9 +1,9 @@
 """How a training run ends after SIGINT or SIGTERM: all of its processes finish the step together,
 the first process saves it, and each exits with 128 + the signal's number.
 
-distributed/watch.py receives the signals and passes them on to the other processes. This happens
-at any moment, so two processes may learn of a signal in different steps. Here they agree on it at
-the same line of the program.
+distributed/watch.py receives the signals and passes them on to the other processes. A signal may
+come at any moment, so two processes may learn of it in different steps. Here they agree on it at
+the same line of the program: train.py calls `agree` after every step, saves, and stops.
 """
 
 from __future__ import annotations
