@@ -116,7 +116,7 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
                 if output.prints_text:
                     print_results(results)
         finally:
-                # While the main process evaluates, the others wait for it here.
+            # While the main process evaluates, the others wait for it here.
             run.signals.agree()
         run.signals.exit_if_agreed()
 
