@@ -78,8 +78,8 @@ def test_attention_mass_equals_a_softmax_by_hand(family):
 
 @torch.no_grad()
 def test_recording_does_not_change_attention():
-    """With memories, and without a mask, which means causal attention. The base's settings do not
-    change."""
+    """The attention is compared with memories, and without a mask, which means causal attention.
+    The settings of the base do not change."""
     model, ids = make_model(), random_ids(29)
     usual, layers = model.base.config._attn_implementation, []
     for num_slots, mask in ((4, decoder_mask([4], 0, 5, model.device)), (0, None)):

@@ -66,7 +66,7 @@ def corpora(workspace, monkeypatch):
 
 
 def entry(task_type: str = "perplexity", **fields) -> TaskEntry:
-    """A task entry, parsed as a config's."""
+    """Returns a task entry, parsed as that of a config."""
     task = dict(task_type=task_type, task_name="files:book*.txt", num_instance=2, truncation=100)
     return parse(TaskEntry, task | fields, "here")
 
@@ -85,8 +85,8 @@ def short_tasks() -> list[dict]:
 
 
 def test_every_task_type_evaluates(workspace, corpora, capsys):
-    """test.py on the tiny model with every task of config/tasks/every-task.json, and what it writes
-    into the run folder."""
+    """Runs test.py on the tiny model with every task of config/tasks/every-task.json and checks
+    what it writes into the run folder."""
     Path("test.json").write_text(json.dumps(dict(tasks=short_tasks())))
     kinds = {task.task_type for task in load_tasks("test.json")}
     assert kinds == set(TaskType.__args__)
@@ -390,8 +390,8 @@ def test_auto_encoding_reads_each_chunk_alone(tiny):
 
 
 def test_results_show_a_greedy_copy_and_guided_guesses(tiny, capsys):
-    """ "alone" is the greedy copy from memory, whose tokens are right if the original has them in
-    the same order; "guided" is the likeliest token after the true ones."""
+    """The text "alone" is the greedy copy from memory. Its tokens are right if the original has
+    them in the same order. The text "guided" is the likeliest token after the true ones."""
     model, tokenizer = tiny
     task = entry("auto encoding", num_instance=2, truncation=40, compare=["shuffled"])
     result = Evaluation(model, tokenizer, [task]).run()[0]
@@ -535,7 +535,7 @@ def test_task_types_may_be_upper_case():
 
 
 def text_of(trial, tokenizer) -> tuple[str, str]:
-    """(the whole trial, its scored tokens) as text."""
+    """Returns the text of a whole trial and that of its scored tokens."""
     ids = torch.cat([row.input_ids for row in trial.sample.rows])
     answer = torch.cat([row.targets[row.scored] for row in trial.sample.rows])
     return tokenizer.decode(ids), tokenizer.decode(answer)

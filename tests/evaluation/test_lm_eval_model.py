@@ -89,8 +89,8 @@ def lm(folder) -> HarnessLM:
 
 @torch.no_grad()
 def token_by_token(model: MemoryLM, ids: list[int]) -> tuple[list[float], list[bool]]:
-    """For every token but the first: its log probability given the tokens before it, and whether it
-    is the likeliest."""
+    """Returns for every token but the first its log probability after the tokens before it, and
+    whether it is the likeliest."""
     state, found, likeliest = None, [], []
     for token, following in zip(ids, ids[1:], strict=False):
         output = model(torch.tensor([[token]]), state)
@@ -212,7 +212,8 @@ def test_the_example_task_is_refused_past_the_capacity(lm):
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:
-    """Runs the installed script lm_eval, or its code if the script is another installation's."""
+    """Runs the installed script lm_eval, or its code if the script belongs to another
+    installation."""
     script = Path(sys.executable).with_name("lm_eval")
     program = [str(script)]
     if not script.exists() or "uiollms" not in script.read_text():

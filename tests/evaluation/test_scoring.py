@@ -72,14 +72,16 @@ def test_too_long_documents_are_refused():
 
 
 def stream_nll(model, before: torch.Tensor, chunk: torch.Tensor) -> torch.Tensor:
-    """NLL of a chunk's tokens but its first, which a stream reads after the chunks `before`."""
+    """Returns the NLL of all tokens of a chunk but its first, which a stream reads after the chunks
+    `before`."""
     state = model(before.flatten()[None]).past_key_values
     return nll_of(model(chunk[None], state).logits, chunk[None])
 
 
 @torch.no_grad()
 def test_shuffled_rows_read_the_other_documents_memories():
-    """Slow twin: a stream reads the other document's chunks, and then this document's chunk."""
+    """In the slow twin, a stream reads the other document's chunks and then this document's
+    chunk."""
     model, ids, other = make_model(), random_ids(27, seed=1), random_ids(4, 8, seed=2)
     sample = Sample.language_modeling(ids, 8)
     found = token_losses(model, sample, "shuffled", other)[1]
@@ -97,8 +99,7 @@ def test_shuffled_rows_read_the_other_documents_memories():
 
 @torch.no_grad()
 def test_modes_window_and_raw_of_questions():
-    """A question after a compressed context: mode "window" reads it alone, mode "raw" after the raw
-    context."""
+    """Mode "window" reads a question alone, and mode "raw" reads it after the raw context."""
     model, context = make_model(), random_ids(16, seed=1)
     questions = [
         (random_ids(3, seed=2), random_ids(2, seed=3)),
@@ -147,8 +148,8 @@ def test_worked_example_of_raw_texts():
 
 @torch.no_grad()
 def model_with_varied_text(family: str = "llama"):
-    """A model whose greedy text varies. With the small weights of a new model one token soon
-    repeats for ever."""
+    """Returns a model whose greedy text varies. With the small weights of a new model one token
+    soon repeats for ever."""
     model = make_model(family)
     for parameter in model.base.model.layers.parameters():
         parameter *= 8 if parameter.dim() == 2 else 1
@@ -157,8 +158,8 @@ def model_with_varied_text(family: str = "llama"):
 
 @torch.no_grad()
 def test_greedy_reconstruction_equals_reconstruct_step_by_step(family):
-    """Slow twin: `reconstruct` reads the whole chunk again for every token. It shifts the chunk by
-    one token, after the repeat token."""
+    """In the slow twin, `reconstruct` reads the whole chunk again for every token. It shifts the
+    chunk by one token, after the repeat token."""
     model, chunks = model_with_varied_text(family), random_ids(3, 8)
     model.chunk_batch = 2
     memory = model.encode_layers(chunks)
@@ -177,8 +178,8 @@ def test_greedy_reconstruction_equals_reconstruct_step_by_step(family):
 
 @torch.no_grad()
 def test_greedy_copy_continues_its_last_token():
-    """Slow twin: a stream that has read the document reads a chunk again for every token. The first
-    chunk starts with the repeat token, as the training sample's row does."""
+    """In the slow twin, a stream that has read the document reads a chunk again for every token.
+    The first chunk starts with the repeat token, as the training sample's row does."""
     model, chunks = model_with_varied_text(), random_ids(3, 8, seed=8)
     found = greedy_copy(model, chunks, 3)
     state = model(chunks.flatten()[None]).past_key_values

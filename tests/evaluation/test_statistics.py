@@ -57,7 +57,8 @@ def documents(count: int, seed: int, difficulty: float = 2.0) -> dict[str, dict[
 def slow_estimate(
     modes: list[dict[int, torch.Tensor]], numerator, denominator
 ) -> tuple[float, ...]:
-    """Slow twin of `estimate`: loops over tokens and documents, with the same draws."""
+    """Computes `estimate` with loops over tokens and documents, with the same draws: its slow
+    twin."""
     drawn = np.random.default_rng(0).integers(0, len(modes[0]), (DRAWS, len(modes[0])))
     found = []
     for picks in [range(len(modes[0])), *drawn.tolist()]:
@@ -353,7 +354,7 @@ def test_recent_past_the_positions_and_of_copies_is_refused():
 
 @torch.no_grad()
 def test_score_reads_the_memories_of_another_document():
-    """Slow twin: a stream reads the other document, and then this document's chunk."""
+    """In the slow twin, a stream reads the other document and then this document's chunk."""
     model, ids, other = make_model(), random_ids(27, seed=1), random_ids(35, seed=2)
     found = uiollms.score(model, ids, "paper", mode="shuffled", other=other)
     expected = []

@@ -33,9 +33,9 @@ def simulation(*changes: str, machine=None) -> StepSimulation:
 def test_the_shortened_and_extrapolated_simulation_is_the_whole_step(
     workspace, monkeypatch, estimator
 ):
-    """The need of a document of 18 chunks in batches of 2, extrapolated from 12 chunks, against a
-    step with every batch and the config's estimator. The tolerance is 2 %, because a whole step
-    starts with other sizes of the tensors that it frees one by one."""
+    """The need of a document of 18 chunks in batches of 2, extrapolated from 12 chunks, is compared
+    with a step with every batch and the config's estimator. The tolerance is 2 %, because a whole
+    step starts with other sizes of the tensors that it frees one by one."""
     changes = (f"train.estimator={estimator}", "train.chunk_batch=2", HALVES)
     short = simulation(*changes, machine=dict.fromkeys([*GPUS, CPU], 2**30)).need(17, 2)
 
@@ -59,18 +59,21 @@ def test_the_parts_have_the_bytes_of_their_tensors(workspace):
     need = simulation(HALVES, machine=machine).need(4, 2)[GPUS[1]]
     # q and o are 32 x 32, k and v 32 x 16; then come the MLP and the norms.
     layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32
-    assert need.weights == 4 * (layer + 259 * 32)  # the second term is the head
-    # rank 2: q and v of the encoder, k and v of the decoder
+    # The second term is the head.
+    assert need.weights == 4 * (layer + 259 * 32)
+    # LoRA has rank 2, for q and v of the encoder and for k and v of the decoder.
     lora = 4 * (2 * (2 * 32 + 32 * 2) - 2 * 16 + 2 * (2 * 32 + 16 * 2))
     assert need.trained == pytest.approx(4 * lora, rel=0.01)
-    slots, weighted = 4 * 2, 3 * 2  # the draw leaves out one of the four chunks
+    # The draw leaves out one of the four chunks.
+    slots, weighted = 4 * 2, 3 * 2
     assert need.memories == slots * 32 * 4
     assert need.kv == 2 * slots * 16 * 4
     assert need.kv_gradients == 2 * (slots + weighted) * 16 * 4
 
 
 def test_checkpointing_needs_less(workspace):
-    """Of the inner activations of two layers those of one remain, and the inputs of both."""
+    """With checkpointing, a step stores the inner activations of one of two layers, and the inputs
+    of both."""
     stored, recomputed = (
         simulation(f"train.checkpointing={value}").need(4, 4)[CPU] for value in ("false", "true")
     )
@@ -193,7 +196,8 @@ def test_32x_on_two_24_gib_gpus(monkeypatch, capsys):
     assert "99,328 tokens, chunk_batch 4" in printed and printed.count("24.00") == 2
 
 
-# This program runs in a separate process. The Llama's tensors are much larger than other memory of the process.
+# This program runs in a separate process. The Llama's tensors are much larger than the other memory
+# of the process.
 MEASURE = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM, LlamaConfig

@@ -149,7 +149,6 @@ def test_names_and_settings():
     assert make_estimator("uio", 3, False) == UIO(3, False)
     assert make_estimator("tbptt", 3, False) == TBPTT(3)
     assert set(ESTIMATORS) == {"exact", "tbptt", "uio", "importance"}
-    with pytest.raises(
-        ValueError, match="'magic' is unknown; known: exact, tbptt, uio, importance"
-    ):
+    message = "'magic' is unknown; known: exact, tbptt, uio, importance"
+    with pytest.raises(ValueError, match=message):
         make_estimator("magic")
