@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int | None:
 
 
 def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output: Output) -> None:
-    """Train the model of `config`, from the start or from the checkpoint that the run resumes."""
+    """Trains the model of `config`, from the start or from the checkpoint that the run resumes."""
     train = config.train
     model, tokenizer = load_memory_lm(config, env_conf)
     if config.model.load_ckp:

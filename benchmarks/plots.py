@@ -19,7 +19,7 @@ TITLES = {
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Draw one row of panels for each model, with a line for training and one for scoring. Writes
+    """Draws one row of panels for each model, with a line for training and one for scoring. Writes
     no file if neither was measured."""
     tables = {
         name: {t: rows for t, rows in result["tables"].items() if t.endswith("against length")}

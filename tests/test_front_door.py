@@ -105,7 +105,7 @@ def tarball(path: str) -> None:
 
 
 def follow(heading: str, root: Path, monkeypatch) -> None:
-    """Run a section's commands one after another, from the folder in which the clone lies."""
+    """Runs a section's commands one after another, from the folder in which the clone lies."""
     monkeypatch.chdir(root.parent)
     for line in commands(heading):
         words = shlex.split(line)

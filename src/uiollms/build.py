@@ -40,8 +40,8 @@ from uiollms.weights.fitness import eos_fault, rank_fault, window_fault
 
 
 def load_memory_lm(config: EnvConfig, path: str | Path) -> tuple[MemoryLM, PreTrainedTokenizerBase]:
-    """Load the base model of an environment config, which was read from `path`, and its tokenizer,
-    and add the compressor's trained tensors, initialised from `train.seed`. Everything that can be
+    """Loads the base model of an environment config, which was read from `path`, and its tokenizer,
+    and adds the compressor's trained tensors, initialised from `train.seed`. Everything that can be
     checked without the weights is checked first. Raises ConfigError."""
     memory = check_model(config, path)
     name, attention = config.model.model_name, config.model.attn_implementation
@@ -71,7 +71,7 @@ def load_memory_lm(config: EnvConfig, path: str | Path) -> tuple[MemoryLM, PreTr
 def load_trained(
     config: EnvConfig, path: str | Path, weights: str | None = None
 ) -> tuple[MemoryLM, PreTrainedTokenizerBase, str]:
-    """Load the model of an environment config with the trained `weights`, by default those of
+    """Loads the model of an environment config with the trained `weights`, by default those of
     `find_weights`. Returns model, tokenizer and the path of the weights. Raises ConfigError if
     there are none."""
     weights = weights or find_weights(config)
@@ -109,7 +109,7 @@ def count_parameters(model: MemoryLM) -> tuple[int, int]:
 
 
 def check_env(config: EnvConfig, path: str | Path) -> MemoryConfig:
-    """Check everything in an environment config that needs neither weights nor data, and return
+    """Checks everything in an environment config that needs neither weights nor data, and returns
     its compressor config. Raises ConfigError with a line for every fault."""
     faults = Faults()
     memory, shape = examine_model(config, path, faults)
@@ -121,7 +121,7 @@ def check_env(config: EnvConfig, path: str | Path) -> MemoryConfig:
 
 
 def check_model(config: EnvConfig, path: str | Path) -> MemoryConfig:
-    """Check only the base model and the compressor, as `check_env` does."""
+    """Checks only the base model and the compressor, as `check_env` does."""
     faults = Faults()
     memory, _ = examine_model(config, path, faults)
     faults.report()
@@ -132,7 +132,7 @@ def check_model(config: EnvConfig, path: str | Path) -> MemoryConfig:
 def examine_model(
     config: EnvConfig, path: str | Path, faults: Faults
 ) -> tuple[MemoryConfig | None, Any]:
-    """Check that base model and compressor fit each other. Returns `memory` and `shape`; either is
+    """Checks that base model and compressor fit each other. Returns `memory` and `shape`; either is
     None if it is faulty, so that later checks skip what depends on it."""
     memory = shape = None
     with faults.collect():
@@ -231,7 +231,7 @@ def corpus_field(entry: CorpusEntry | TaskEntry) -> tuple[str, str]:
 def examine_stages(
     config: EnvConfig, memory: MemoryConfig | None, shape: Any, path: str | Path, faults: Faults
 ) -> None:
-    """Check the corpus of every stage at each of the stage's sizes."""
+    """Checks the corpus of every stage at each of the stage's sizes."""
     for number, stage in enumerate(config.train.stages):
         entries = stage_entries(config, number)
         if stage.sizes is None or memory is None:
@@ -259,7 +259,7 @@ def examine_stages(
 def examine_entries(
     entries: Entries, memory: MemoryConfig | None, shape: Any, path: str | Path, faults: Faults
 ) -> None:
-    """Find corpora that do not exist, truncations past the capacity or so short that no token is
+    """Finds corpora that do not exist, truncations past the capacity or so short that no token is
     predicted from memory, and texts that are too long for a teacher. Without `memory` and `shape`
     only the names are checked."""
     for where, entry in entries.items():
@@ -302,7 +302,7 @@ def check_truncations(
     positions: int,
     path: str | Path,
 ) -> None:
-    """Raise ConfigError for every truncation of the file `path`, given with its JSON path, that is
+    """Raises ConfigError for every truncation of the file `path`, given with its JSON path, that is
     past the capacity of `memory` on a base with so many positions."""
     capacity = memory.capacity(positions)
     recent = f", recent_tokens {memory.recent_tokens}" if memory.recent_tokens else ""

@@ -422,7 +422,7 @@ LONG = ("--set=train.train_iters=500", "--set=train.save=1", "--set=train.tasks=
 
 
 def once_saved(action: Callable[[], None]) -> None:
-    """Do it, in a thread, when the run's first checkpoint stands."""
+    """Does it, in a thread, when the run's first checkpoint stands."""
 
     def wait() -> None:
         while not list(Path("out").glob("checkpoints/step-*")):

@@ -44,7 +44,7 @@ EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
 
 
 def killed_at(event: int, folder: Path, action: Callable[[], object]) -> int:
-    """Run `action` in a forked child that is killed before its `event`-th file operation in a
+    """Runs `action` in a forked child that is killed before its `event`-th file operation in a
     folder. Returns the child's exit code."""
     seen = 0
 
@@ -66,7 +66,7 @@ def killed_at(event: int, folder: Path, action: Callable[[], object]) -> int:
 
 @pytest.fixture(params=["exchanged", "renamed twice"])
 def swapping(request, monkeypatch) -> str:
-    """Replace folders by an atomic exchange, and by two renames."""
+    """Replaces folders by an atomic exchange, and by two renames."""
     if request.param == "renamed twice":
         monkeypatch.setattr(uiollms.files.atomic, "exchange", lambda one, other: False)
     return request.param
@@ -84,7 +84,7 @@ def two_models(tiny_folder) -> list[MemoryLM]:
 
 
 def token_of(model: MemoryLM) -> float:
-    """Return 1 if all tensors are the old model's, 2 if all are the new model's."""
+    """Returns 1 if all tensors are the old model's, 2 if all are the new model's."""
     values = {value for t in model.memory_state_dict().values() for value in t.unique().tolist()}
     (value,) = values
     return value

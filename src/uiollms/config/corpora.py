@@ -51,7 +51,7 @@ Size = tuple[Positive, Positive]  # chunk_size, num_memory
 
 
 def normalised_words(value: Any) -> Any:
-    """Normalise case, spaces and underscores: "Language_Modeling" -> "language modeling"."""
+    """Normalises case, spaces and underscores: "Language_Modeling" -> "language modeling"."""
     return " ".join(value.replace("_", " ").lower().split()) if isinstance(value, str) else value
 
 

@@ -46,12 +46,12 @@ TABLES = {
 
 
 def schema_text(name: str) -> str:
-    """Return the text of config/schema/<name>."""
+    """Returns the text of config/schema/<name>."""
     return json.dumps(SCHEMAS[name].model_json_schema(by_alias=True), indent=4) + "\n"
 
 
 def config_page() -> str:
-    """Return the text of docs/config.md: a table for each file with a row for each field."""
+    """Returns the text of docs/config.md: a table for each file with a row for each field."""
     page, shown = PAGE, set[str]()
     for heading, (introduction, name) in TABLES.items():
         page += f"\n## {heading}\n\n{introduction}\n\n"
@@ -64,7 +64,7 @@ def config_page() -> str:
 def rows(
     schema: Any, shown: set[str], node: Any = None, path: str = ""
 ) -> Iterator[tuple[str, str, str, str]]:
-    """Yield (field, allowed, default, meaning) for every field below a node of a JSON Schema (its
+    """Yields (field, allowed, default, meaning) for every field below a node of a JSON Schema (its
     top by default), depth first. Objects whose names are in `shown` are not entered again; the
     names of entered objects are added to `shown`."""
     node = node or schema
@@ -87,7 +87,7 @@ def rows(
 
 
 def allowed(node: dict[str, Any]) -> str:
-    """Describe the values that a node of a JSON Schema allows: "`uio`, `exact`", "integer > 0",
+    """Describes the values that a node of a JSON Schema allows: "`uio`, `exact`", "integer > 0",
     "string or null"."""
     if "anyOf" in node:
         return " or ".join(allowed(option) for option in node["anyOf"])

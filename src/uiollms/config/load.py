@@ -19,7 +19,7 @@ Model = TypeVar("Model", bound=Checked)
 
 
 def parse(model: type[Model], value: Any, path: str | Path) -> Model:
-    """Parse a JSON value into a typed object. Raises ConfigError with one line for each fault."""
+    """Parses a JSON value into a typed object. Raises ConfigError with one line for each fault."""
     if fault := find_unusable(value):
         raise ConfigError(f"{path}: {fault}")
     try:
@@ -35,7 +35,7 @@ def load_env_config(
     overrides: list[str] | None = None,
     check: Callable[[EnvConfig], object] | None = None,
 ) -> EnvConfig:
-    """Read an environment config and apply `overrides`, strings such as "train.max_lr=3e-5" with
+    """Reads an environment config and apply `overrides`, strings such as "train.max_lr=3e-5" with
     values in JSON. Raises ConfigError with one line for each fault. It also reports the faults
     that `check` finds in the config without its faulty fields, so that all can be mended at once.
     """
@@ -58,7 +58,7 @@ def load_tasks(path: str | Path) -> tuple[TaskEntry, ...]:
 
 
 def apply_override(value: Any, override: str, path: str | Path) -> None:
-    """Set one field of a JSON object in place. Raises ConfigError if no such field can exist.
+    """Sets one field of a JSON object in place. Raises ConfigError if no such field can exist.
 
     override: the field and its value in JSON, "train.corpus.0.truncation=2048"; a value that is
     not JSON is a string.

@@ -28,7 +28,7 @@ STAND_INS = {
 def with_other_faults(
     error: ConfigError, model: type[Model], value: Any, check: Callable[[Model], object] | None
 ) -> ConfigError:
-    """Return `error`, which parsing `value` as a `model` raised, extended by the faults that
+    """Returns `error`, which parsing `value` as a `model` raised, extended by the faults that
     `check` finds in the usable part of the value."""
     lines = str(error).splitlines()
     rest = usable_part(model, value) if check else None
@@ -41,7 +41,7 @@ def with_other_faults(
 
 
 def usable_part(model: type[Model], value: Any) -> Model | None:
-    """Parse a JSON value whose faulty fields are replaced by their defaults or stand-ins. Returns
+    """Parses a JSON value whose faulty fields are replaced by their defaults or stand-ins. Returns
     None if a faulty field has neither."""
     value = copy.deepcopy(value)
     with ignoring_faults():
@@ -54,7 +54,7 @@ def usable_part(model: type[Model], value: Any) -> Model | None:
 
 
 def remove_fault(value: Any, location: tuple[str | int, ...]) -> bool:
-    """Remove the deepest field that a fault's location names from a JSON value, in place, or
+    """Removes the deepest field that a fault's location names from a JSON value, in place, or
     replace it by its stand-in. Returns whether there was such a field."""
     holder: Any = None
     key: Any = None

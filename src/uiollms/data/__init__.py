@@ -45,7 +45,7 @@ __all__ = [
 
 
 def open_corpus(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Corpus:
-    """Open the corpus of a name; spaces and case do not matter. Only `beacons sampled` uses the
+    """Opens the corpus of a name; spaces and case do not matter. Only `beacons sampled` uses the
     tokenizer. Raises ConfigError for an unknown name, and for data that is not on this machine; the
     message describes how to get it."""
     entry, arguments = find_corpus(name)

@@ -50,7 +50,7 @@ class SampleBuilder:
     def make(
         self, document: Document, truncation: int | None, rng: random.Random, crop: str = "start"
     ) -> Sample:
-        """Build a sample of at most `truncation` tokens of a document (None: the capacity). Plain
+        """Builds a sample of at most `truncation` tokens of a document (None: the capacity). Plain
         text is read from its start or, with `crop` "random", from a random position.
 
         rng: draws that position, the chunk of auto encoding, the probe of memory utilization and
@@ -67,9 +67,9 @@ class SampleBuilder:
             raise ConfigError(f"{document.source}: {error}") from None
 
     def train(self, document: Document, entry: CorpusEntry, rng: random.Random) -> Sample:
-        """Build the sample of a training document with the task, teacher and token weights that its
-        corpus entry sets. Raises ConfigError as `make` does, and if the document does not support
-        the task."""
+        """Builds the sample of a training document with the task, teacher and token weights that
+        its corpus entry sets. Raises ConfigError as `make` does, and if the document does not
+        support the task."""
         sample = self.make(
             as_training_document(document, entry, rng), entry.truncation, rng, entry.crop
         )
@@ -127,7 +127,7 @@ class SampleBuilder:
         )
 
     def _news_sample(self, document: NewsDocument, most: int, rng: random.Random) -> Sample:
-        """Hide the story in its distractor text, and ask every question and for the summary. Story
+        """Hides the story in its distractor text, and ask every question and for the summary. Story
         and distractor are a whole number of chunks within `most` tokens (and within the base's
         positions, if a teacher reads them raw)."""
         chunk_size = self.model.limits.memory.chunk_size
@@ -149,8 +149,8 @@ class SampleBuilder:
         return Sample.questions(context, fitting, chunk_size, document.kl_weight)
 
     def _hide_story(self, document: NewsDocument, most: int, rng: random.Random) -> Tensor:
-        """Insert the story on separate lines at a random position of its distractor, and cut out as
-        many whole chunks around it as `most` tokens and the text allow. The story has a random
+        """Inserts the story on separate lines at a random position of its distractor, and cuts out
+        as many whole chunks around it as `most` tokens and the text allow. The story has a random
         position in them; a story that is longer loses its end. Starts with BOS, if the tokenizer
         adds it."""
         position = rng.randint(0, len(document.distractor))
@@ -177,7 +177,7 @@ class SampleBuilder:
         return memory.most_chunks(positions, recent) * memory.chunk_size
 
     def _cut(self, ids: Tensor, truncation: int | None, rng: random.Random, crop: str) -> Tensor:
-        """Cut a text to `truncation` tokens and the capacity, from the start or from a random
+        """Cuts a text to `truncation` tokens and the capacity, from the start or from a random
         position."""
         length = min(truncation or len(ids), self.model.limits.capacity)
         start = rng.randint(0, len(ids) - length) if crop == "random" and len(ids) > length else 0
@@ -185,13 +185,13 @@ class SampleBuilder:
 
 
 def with_teacher(sample: Sample, document: Document) -> Sample:
-    """Add the base as the sample's teacher if the document has a `kl_weight`."""
+    """Adds the base as the sample's teacher if the document has a `kl_weight`."""
     return sample.distilled(document.kl_weight) if document.kl_weight else sample
 
 
 def as_training_document(document: Document, entry: CorpusEntry, rng: random.Random) -> Document:
-    """Return a document with the task and the `kl_weight` of its corpus entry. rng: draws the facts
-    of synthetic recall. Raises ConfigError if the document does not support the task."""
+    """Returns a document with the task and the `kl_weight` of its corpus entry. rng: draws the
+    facts of synthetic recall. Raises ConfigError if the document does not support the task."""
     task = entry.task
     if task is not None and task != document.task:
         recall = isinstance(document, RecallDocument)
@@ -213,12 +213,12 @@ def as_training_document(document: Document, entry: CorpusEntry, rng: random.Ran
 
 
 def with_task(document: Document, task: Task) -> Document:
-    """Give plain text a task. The loss of memory utilization is only the KL."""
+    """Gives plain text a task. The loss of memory utilization is only the KL."""
     return replace(document, task=task, kl_weight=float(task == "memory utilization"))
 
 
 def task_fault(task: str, kind: str) -> str | None:
-    """Describe why documents of a `kind` do not support a task. Returns None if they do."""
+    """Describes why documents of a `kind` do not support a task. Returns None if they do."""
     if task == kind or (task, kind) == ("question answering", "synthetic recall"):
         return None
     supported = [other for other in get_args(TrainingTask) if other != "question answering"]

@@ -97,7 +97,7 @@ class LazyCorpus(Sequence[Document]):
 
 
 def concatenate(parts: Sequence[Corpus]) -> Corpus:
-    """Concatenate several corpora."""
+    """Concatenates several corpora."""
     ends = list(itertools.accumulate(len(part) for part in parts))
 
     def read(i: int) -> Document:
@@ -118,7 +118,7 @@ def with_fields(documents: Corpus, **changes: Any) -> Corpus:
 
 
 def cut_texts(documents: Corpus, size: str | None) -> Corpus:
-    """Keep only the first characters of every document. size: "128k" is 128 * 1024 characters,
+    """Keeps only the first characters of every document. size: "128k" is 128 * 1024 characters,
     "1m" is 1024 * 1024, None keeps all."""
     if size is None:
         return documents

@@ -39,7 +39,7 @@ class Limited(Protocol):
 
 
 def check_length(num_tokens: int, limits: Limits) -> None:
-    """Raise ValueError if a document of `num_tokens` tokens is longer than the capacity."""
+    """Raises ValueError if a document of `num_tokens` tokens is longer than the capacity."""
     config, capacity = limits.memory, limits.capacity
     if num_tokens > capacity:
         full, last = divmod(capacity, config.chunk_size)
@@ -54,7 +54,7 @@ def check_length(num_tokens: int, limits: Limits) -> None:
 
 
 def check_ids(ids: Tensor, vocab_size: int) -> None:
-    """Raise ValueError if a token id has no embedding in the base. Otherwise a CPU would raise
+    """Raises ValueError if a token id has no embedding in the base. Otherwise a CPU would raise
     IndexError, and CUDA would abort the process. ids: a tensor of any shape."""
     if not ids.numel():
         return
@@ -68,7 +68,7 @@ def check_ids(ids: Tensor, vocab_size: int) -> None:
 
 
 def check_sample(limits: Limits, sample: Sample) -> None:
-    """Raise ValueError if a row and the memories that it reads need more positions than the base
+    """Raises ValueError if a row and the memories that it reads need more positions than the base
     has, so that a document in chunks exceeds the capacity, or if a token has no embedding."""
     for ids in (sample.chunks, *(row.input_ids for row in sample.rows)):
         check_ids(ids, limits.vocab_size)
@@ -89,7 +89,7 @@ def check_sample(limits: Limits, sample: Sample) -> None:
 
 
 def check_teacher(limits: Limits, sample: Sample) -> None:
-    """Raise ValueError if a teacher's text is longer than the base's number of positions, or
+    """Raises ValueError if a teacher's text is longer than the base's number of positions, or
     contains a token without an embedding."""
     for text in sample.teachers:
         check_ids(text, limits.vocab_size)

@@ -68,7 +68,7 @@ class Mixture(Iterator[Draw]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a state. Raises ConfigError if the corpora have changed since then."""
+        """Restores a state. Raises ConfigError if the corpora have changed since then."""
         sizes = [len(documents) for documents in self.corpora]
         if sizes != list(state["sizes"]):
             raise ConfigError(
@@ -88,6 +88,6 @@ class Mixture(Iterator[Draw]):
 
 
 def generator_state(state: Any) -> tuple[Any, ...]:
-    """Convert a state that was read from JSON, which has no tuples, for random.Random.setstate."""
+    """Converts a state that was read from JSON, which has no tuples, for random.Random.setstate."""
     version, numbers, gauss = state
     return version, tuple(numbers), gauss

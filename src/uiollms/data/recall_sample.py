@@ -34,7 +34,7 @@ def recall_sample(
     chunk_size: int,
     most: int | None,
 ) -> Sample:
-    """Build a sample of as many whole chunks as `most` tokens allow (None: FARTHEST + 1 chunks).
+    """Builds a sample of as many whole chunks as `most` tokens allow (None: FARTHEST + 1 chunks).
 
     One chunk states a fact, and the question follows `document.distance` chunks later (None: a
     random distance from 1 to 8, within the document). Only values are scored; the loss is their
@@ -73,7 +73,7 @@ def place_pieces(
     chunk_size: int,
     rng: random.Random,
 ) -> list[list[Piece]]:
-    """Choose the statements and questions of each of `count` chunks."""
+    """Chooses the statements and questions of each of `count` chunks."""
     free = [int(MOST_PIECES * chunk_size)] * count
     pieces: list[list[Piece]] = [[] for _ in range(count)]
     line = continuation_ids(tokenizer, "\n")
@@ -97,7 +97,7 @@ def place_pieces(
 
 
 def last_value(sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return all tokens before the last scored value, and that value, both [T]."""
+    """Returns all tokens before the last scored value, and that value, both [T]."""
     ids = torch.cat([row.input_ids for row in sample.rows])
     positions = torch.cat([row.start + row.scored + 1 for row in sample.rows]).tolist()
     start = stop = positions[-1] + 1

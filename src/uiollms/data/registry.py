@@ -21,7 +21,7 @@ class Source(Protocol):
     def name(self) -> str: ...
 
     def missing(self) -> str | None:
-        """Describe in one line what is missing on this machine and how to get it. Returns None if
+        """Describes in one line what is missing on this machine and how to get it. Returns None if
         nothing is missing."""
 
 
@@ -74,7 +74,7 @@ def register_corpus(
     chunk_range: Callable[..., tuple[int, int]] = lambda *arguments: (0, 0),
     version: Callable[..., str | None] = lambda *arguments: None,
 ) -> Callable[[Opener], Opener]:
-    """Return a decorator that registers an opener; `NamedCorpus` describes the arguments."""
+    """Returns a decorator that registers an opener; `NamedCorpus` describes the arguments."""
 
     def register(opener: Opener) -> Opener:
         found = NamedCorpus(
@@ -97,7 +97,7 @@ def register_corpus(
 
 
 def find_corpus(name: str) -> tuple[NamedCorpus, tuple[str | None, ...]]:
-    """Find the entry for a name, and the arguments that the name contains. Case and spaces do not
+    """Finds the entry for a name, and the arguments that the name contains. Case and spaces do not
     matter, except in a `files:` pattern. Nothing is opened, so the function also checks the names
     in a config. Raises ConfigError for an unknown name, with the nearest known one.
 

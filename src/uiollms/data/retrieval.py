@@ -65,7 +65,7 @@ def make_trials(
     count: int,
     depths: Sequence[float] = DEPTHS,
 ) -> list[Trial]:
-    """Build `count` trials of `length` tokens for each depth, in the order of the depths. Every
+    """Builds `count` trials of `length` tokens for each depth, in the order of the depths. Every
     call returns the same trials.
 
     Trial i has the same filler (from document i on) and the same answer at all depths; only the
@@ -122,8 +122,8 @@ def filler_tokens(
     length: int,
     read: Callable[[PreTrainedTokenizerBase, str], list[int]] = plain_ids,
 ) -> Tensor:
-    """Return `length` tokens of text from document number `start` on; after the last document comes
-    the first. Short documents are joined by line breaks and tokenised by `read` as one text.
+    """Returns `length` tokens of text from document number `start` on; after the last document
+    comes the first. Short documents are joined by line breaks and tokenised by `read` as one text.
     Raises ConfigError if all documents are blank."""
     texts: list[str] = []
     # size: characters so far; next_try: characters at which they are tokenised

@@ -73,7 +73,7 @@ class Sample:
 
     @classmethod
     def joined(cls, samples: Sequence[Sample]) -> Sample:
-        """Join several samples with the same `kl_weight` to one whose loss is the sum of their
+        """Joins several samples with the same `kl_weight` to one whose loss is the sum of their
         losses. Chunks, rows and teachers are concatenated; every row still reads the memories of
         its document.
 
@@ -118,9 +118,10 @@ class Sample:
         return sum(len(row.input_ids) - row.recent for row in self.rows)
 
     def with_recent(self, count: int) -> Sample:
-        """Put the last `count` tokens (at most a chunk) of the chunks that a row reads before every
-        row that directly follows them in the text: a document's rows except the first, questions
-        and probes, but not copies. They are not scored; the teacher's text does not change.
+        """Puts the last `count` tokens (at most a chunk) of the chunks that a row reads before
+        every row that directly follows them in the text: a document's rows except the first,
+        questions and probes, but not copies. They are not scored; the teacher's text does not
+        change.
 
             chunks [0 1 2 3], rows [0 1 2 3] and [4 5] scored at 5, count 2
             -> the second row is [2 3 4 5]
@@ -249,15 +250,15 @@ class Sample:
         return cls.beacon(ids, labels, chunk_size)
 
     def distilled(self, kl_weight: float = 1.0) -> Sample:
-        """Add a teacher: the base, which reads the whole document raw. The target distribution of a
-        token is the teacher's prediction at the same position of the document."""
+        """Adds a teacher: the base, which reads the whole document raw. The target distribution of
+        a token is the teacher's prediction at the same position of the document."""
         text = torch.cat([row.input_ids for row in self.rows])
         rows = tuple(replace(row, teacher=(0, row.start)) for row in self.rows)
         return replace(self, rows=rows, teachers=(text,), kl_weight=kl_weight)
 
     @classmethod
     def memory_utilization(cls, context: Tensor, probe: Tensor, chunk_size: int) -> Sample:
-        """Measure whether memory changes predictions as the raw context does. The context's
+        """Measures whether memory changes predictions as the raw context does. The context's
         complete chunks are compressed, and a probe of random tokens (at most a chunk) is decoded.
         The loss is the mean KL(teacher || student) over the probe; the teacher reads the same
         chunks raw before it. Raises ValueError without a complete chunk or for a longer probe.
@@ -371,7 +372,7 @@ class Sample:
 
     @classmethod
     def _cut(cls, ids: Tensor, targets: Tensor, weights: Tensor, chunk_size: int) -> Sample:
-        """Cut a document into rows, of which row t reads the memories of chunks 0 .. t-1. The last
+        """Cuts a document into rows, of which row t reads the memories of chunks 0 .. t-1. The last
         chunk is not compressed, since no row would read its memory."""
         parts = zip(
             ids.split(chunk_size), targets.split(chunk_size), weights.split(chunk_size), strict=True
@@ -383,7 +384,7 @@ class Sample:
 
 
 def flatten_ids(ids: Tensor) -> Tensor:
-    """Convert [T] or [1, T] to [T] on the CPU. Raises ValueError for other shapes and for an empty
+    """Converts [T] or [1, T] to [T] on the CPU. Raises ValueError for other shapes and for an empty
     document."""
     ids = torch.as_tensor(ids).cpu()
     ids = ids[0] if ids.dim() == 2 and len(ids) == 1 else ids

@@ -37,7 +37,7 @@ class TrainingSample:
 def pack_documents(
     documents: Sequence[TrainingSample], chunk_batch: int
 ) -> Iterator[list[TrainingSample]]:
-    """Group documents, in their order, so that the chunks of a group fit one batch of
+    """Groups documents, in their order, so that the chunks of a group fit one batch of
     `chunk_batch` chunks. The encoder and the decoder run a group at once. A document with more
     chunks than a batch forms a group of its own."""
     group: list[TrainingSample] = []
@@ -77,7 +77,7 @@ class SampleStream:
         ]
 
     def take(self, count: int, group: Group = ALONE, stage: int = 0) -> list[TrainingSample]:
-        """Return the next `count` samples of a stage's stream, see `Stream.take`."""
+        """Returns the next `count` samples of a stage's stream, see `Stream.take`."""
         return self.streams[stage].take(count, group)
 
     @property
@@ -92,7 +92,7 @@ class SampleStream:
         return first | ({"later": later} if later else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to a position. Raises ConfigError if the corpora have changed since then."""
+        """Goes back to a position. Raises ConfigError if the corpora have changed since then."""
         states = [state, *state.get("later", ())]
         for stream, stream_state in zip(self.streams, states, strict=True):
             stream.load_state_dict(stream_state)
@@ -114,7 +114,7 @@ class Stream:
         self.skipped = 0
 
     def take(self, count: int, group: Group = ALONE) -> list[TrainingSample]:
-        """Draw the next `count` samples. Return all of them, or in a group of several processes
+        """Draws the next `count` samples. Returns all of them, or in a group of several processes
         every `group.size`-th sample from number `group.rank` on.
 
         Each process opens only the documents that it returns. The processes exchange which
@@ -145,7 +145,7 @@ class Stream:
         return [sample for sample in samples if sample]
 
     def open(self, draw: Draw) -> TrainingSample | None:
-        """Build the sample of a draw, the same in every process and at any time. Returns None if
+        """Builds the sample of a draw, the same in every process and at any time. Returns None if
         memory can learn nothing from the document."""
         document = self.mixture.open(draw)
         if document.is_empty:
@@ -164,6 +164,6 @@ class Stream:
         return {"mixture": self.mixture.state_dict(), "skipped": self.skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to a position. Raises ConfigError if the corpora have changed since then."""
+        """Goes back to a position. Raises ConfigError if the corpora have changed since then."""
         self.mixture.load_state_dict(state["mixture"])
         self.skipped = state["skipped"]

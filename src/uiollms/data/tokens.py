@@ -26,13 +26,13 @@ ANCHORS = ("\n", "a")
 
 
 def call_tokenizer(tokenizer: Any, text: str | list[str], special_tokens: bool) -> Any:
-    """Call the tokenizer; all of this package's calls are here. `verbose` is off because it warns
+    """Calls the tokenizer; all of this package's calls are here. `verbose` is off because it warns
     of texts that are longer than the base's positions, for which memory exists."""
     return tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"]
 
 
 def plain_ids(tokenizer: Any, text: str) -> list[int]:
-    """Tokenise a text without special tokens: [T]."""
+    """Tokenises a text without special tokens: [T]."""
     return list(call_tokenizer(tokenizer, text, special_tokens=False))
 
 
@@ -46,12 +46,12 @@ def prefix_ids(tokenizer: Any) -> list[int]:
 
 
 def document_ids(tokenizer: Any, text: str) -> list[int]:
-    """Tokenise a document: [T], from BOS, if the tokenizer adds one, to the text's last token."""
+    """Tokenises a document: [T], from BOS, if the tokenizer adds one, to the text's last token."""
     return prefix_ids(tokenizer) + plain_ids(tokenizer, text)
 
 
 def batch_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Tokenise several documents as `document_ids` does, on all cores."""
+    """Tokenises several documents as `document_ids` does, on all cores."""
     if not texts:
         return []
     first = prefix_ids(tokenizer)
@@ -60,12 +60,12 @@ def batch_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
 
 def tokenize(tokenizer: Any, text: str) -> Tensor:
-    """Tokenise a document as `document_ids` does, into a tensor [T] int64."""
+    """Tokenises a document as `document_ids` does, into a tensor [T] int64."""
     return torch.tensor(document_ids(tokenizer, text), dtype=torch.int64)
 
 
 def tokenize_pair(tokenizer: Any, prompt: str, response: str) -> tuple[Tensor, Tensor]:
-    """Tokenise a document of a prompt and a response as one text, and return the tokens of each,
+    """Tokenises a document of a prompt and a response as one text, and returns the tokens of each,
     int64. A token with characters of both belongs to the response, unless it is the document's
     first token, which nothing can predict.
 
@@ -76,7 +76,7 @@ def tokenize_pair(tokenizer: Any, prompt: str, response: str) -> tuple[Tensor, T
 
 
 def continuation_ids(tokenizer: Any, text: str) -> list[int]:
-    """Tokenise a text that continues another text: [T], without BOS and without an added space."""
+    """Tokenises a text that continues another text: [T], without BOS and without an added space."""
     for anchor in ANCHORS:
         before, whole = plain_ids(tokenizer, anchor), plain_ids(tokenizer, anchor + text)
         if whole[: len(before)] == before:
@@ -85,7 +85,7 @@ def continuation_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def continuation_pair(tokenizer: Any, prompt: str, response: str) -> tuple[Tensor, Tensor]:
-    """Tokenise a prompt and a response as `tokenize_pair` does, after another text."""
+    """Tokenises a prompt and a response as `tokenize_pair` does, after another text."""
     ids = continuation_ids(tokenizer, prompt + response)
     return split(ids, common_prefix_length(continuation_ids(tokenizer, prompt), ids))
 

@@ -38,7 +38,7 @@ Machine = Mapping[torch.device, int]  # device -> bytes free on it
 
 
 def this_machine() -> dict[torch.device, int]:
-    """Return the free bytes of every GPU and of the CPU."""
+    """Returns the free bytes of every GPU and of the CPU."""
     gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     return {gpu: torch.cuda.mem_get_info(gpu)[0] for gpu in gpus} | {
         CPU: psutil.virtual_memory().available
@@ -46,7 +46,7 @@ def this_machine() -> dict[torch.device, int]:
 
 
 def normalise_map(device_map: dict[str, Any], path: str | Path) -> dict[str, Any]:
-    """Convert a map in the authors' style to base module -> device by removing prefixes. Raises
+    """Converts a map in the authors' style to base module -> device by removing prefixes. Raises
     ConfigError if encoder and decoder name different devices."""
     result: dict[str, Any] = {}
     named_by: dict[str, str] = {}
@@ -67,7 +67,7 @@ def normalise_map(device_map: dict[str, Any], path: str | Path) -> dict[str, Any
 def place_modules(
     base: nn.Module, device_map: Any, path: str | Path, offload_dir: str | Path | None = None
 ) -> None:
-    """Move the modules of `base` to their devices on this machine, in place. Modules on "disk" are
+    """Moves the modules of `base` to their devices on this machine, in place. Modules on "disk" are
     written to a new folder in `offload_dir` (default: the cache folder), which is removed with the
     base. Raises ConfigError as `resolve_map` does."""
     resolved = resolve_map(base, device_map, path, this_machine())
@@ -79,7 +79,7 @@ def place_modules(
 def resolve_map(
     base: nn.Module, device_map: Any, path: str | Path, machine: Machine
 ) -> dict[str, Any]:
-    """Convert any accepted form of a map to module -> GPU number, "cpu" or "disk", so that the
+    """Converts any accepted form of a map to module -> GPU number, "cpu" or "disk", so that the
     modules cover the base. Raises ConfigError for a device or module that does not exist, and for a
     module that no key covers."""
     resolved = expand_map(base, device_map, path, machine)
@@ -103,7 +103,7 @@ def resolve_map(
 
 
 def move_modules(base: nn.Module, resolved: Mapping[str, Any]) -> None:
-    """Move modules to the devices of a resolved map. Modules on disk are not moved."""
+    """Moves modules to the devices of a resolved map. Modules on disk are not moved."""
     modules = dict(base.named_modules())
     for name in sorted(resolved, key=len):  # longer names are more specific and move last
         if resolved[name] != "disk":
@@ -131,7 +131,7 @@ def compute_device(resolved: Mapping[str, Any]) -> int | str:
 def expand_map(
     base: nn.Module, device_map: Any, path: str | Path, machine: Machine
 ) -> dict[str, Any]:
-    """Convert any accepted form of a map to base module (or a prefix; "" is the whole base) ->
+    """Converts any accepted form of a map to base module (or a prefix; "" is the whole base) ->
     device. The words distribute the weights over all GPUs, then the CPU, then disk: "sequential"
     fills one GPU after the other, "auto" and "balanced" fill them evenly."""
     if isinstance(device_map, dict):

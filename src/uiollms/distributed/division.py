@@ -44,14 +44,14 @@ class Division:
         )
 
     def gather(self, local: Tensor) -> Tensor:
-        """Gather one entry for each chunk: [n, ...] in the order of `local_chunks` -> [C, ...]."""
+        """Gathers one entry for each chunk: [n, ...] in the order of `local_chunks` -> [C, ...]."""
         if self.group.size == 1:
             return local
         return self.group.gather(local)[to_device(self.gathered_index, local.device)]
 
     def reduce_scatter(self, whole: Tensor) -> Tensor:
-        """Sum [C, ...] over the group and return the sums of `local_chunks`, [n, ...]. Chunks that
-        another process owns get zeros."""
+        """Sums [C, ...] over the group and returns the sums of `local_chunks`, [n, ...]. Chunks
+        that another process owns get zeros."""
         if self.group.size == 1:
             return whole
         dealt = whole.new_zeros(self.group.size * len(self.local_chunks), *whole.shape[1:])

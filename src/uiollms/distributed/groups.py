@@ -58,7 +58,7 @@ Value = TypeVar("Value")
 
 @contextmanager
 def reporting_lost_processes() -> Iterator[None]:
-    """Turn the error of a collective whose peer has ended into LostProcess, in one line."""
+    """Turns the error of a collective whose peer has ended into LostProcess, in one line."""
     try:
         yield
     except RuntimeError as error:  # gloo's own, and torch.distributed.DistError
@@ -81,8 +81,8 @@ class Group:
         return self.rank == 0
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Sum every `.grad` over the group, in one message. A gradient stays None if no process has
-        one, so that the optimizer skips the same parameters as in a single process."""
+        """Sums every `.grad` over the group, in one message. A gradient stays None if no process
+        has one, so that the optimizer skips the same parameters as in a single process."""
         if self.size == 1:
             return
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
@@ -99,7 +99,7 @@ class Group:
             )
 
     def sum(self, *numbers: float) -> list[float]:
-        """Sum each number over the group, in float64."""
+        """Sums each number over the group, in float64."""
         return self._reduced(numbers, torch.float64, dist.ReduceOp.SUM)
 
     def max(self, number: int) -> int:
@@ -114,11 +114,11 @@ class Group:
         return tensor.tolist()
 
     def barrier(self) -> None:
-        """Wait until all processes have made this call."""
+        """Waits until all processes have made this call."""
         self.sum(0)
 
     def broadcast(self, value: Value) -> Value:
-        """Return the value of the first process in all processes; tensors must be on the CPU."""
+        """Returns the value of the first process in all processes; tensors must be on the CPU."""
         values = [value]
         if self.size > 1:
             with reporting_lost_processes():
@@ -126,7 +126,7 @@ class Group:
         return values[0]
 
     def all_gather(self, value: Value) -> list[Value]:
-        """Return the values of all processes, in their order."""
+        """Returns the values of all processes, in their order."""
         values = [value] * self.size
         if self.size > 1:
             with reporting_lost_processes():
@@ -134,7 +134,7 @@ class Group:
         return values
 
     def gather(self, local: Tensor) -> Tensor:
-        """Concatenate the [n, ...] of all processes in their order (n is equal): [W n, ...]."""
+        """Concatenates the [n, ...] of all processes in their order (n is equal): [W n, ...]."""
         if self.size == 1:
             return local
         whole = local.new_empty(self.size * len(local), *local.shape[1:], device=self.device)
@@ -143,7 +143,7 @@ class Group:
         return whole.to(local.device)
 
     def reduce_scatter(self, whole: Tensor) -> Tensor:
-        """Sum the [W n, ...] of all processes and return this process's part, [n, ...]."""
+        """Sums the [W n, ...] of all processes and returns this process's part, [n, ...]."""
         if self.size == 1:
             return whole
         local = whole.new_empty(len(whole) // self.size, *whole.shape[1:], device=self.device)
@@ -175,7 +175,7 @@ class World(Group):
             self.data = self.part([numbers[i::ranks] for i in range(ranks)])
 
     def part(self, parts: Sequence[Sequence[int]]) -> Group:
-        """Create groups that partition all processes, and return the one of this process."""
+        """Creates groups that partition all processes, and returns the one of this process."""
         groups = [dist.new_group(part, timeout=PATIENCE) for part in parts]
         return next(
             Group(g, self.device) for g, p in zip(groups, parts, strict=True) if self.rank in p
@@ -184,7 +184,7 @@ class World(Group):
 
 @contextmanager
 def open_world(config: EnvConfig, watch: Watch) -> Iterator[World]:
-    """Join the processes that a launcher (accelerate launch, torchrun, srun, mpirun) has started;
+    """Joins the processes that a launcher (accelerate launch, torchrun, srun, mpirun) has started;
     without a launcher the world has one process. Raises ConfigError if train.chunk_ranks does not
     divide the number of processes, and LostProcess if not all of them join within JOINING."""
     cpu = config.model.device_map == "cpu" or not torch.cuda.is_available()

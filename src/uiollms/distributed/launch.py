@@ -29,7 +29,7 @@ FOLDERS = ("UIOLLMS_CACHE", "UIOLLMS_RAW_DATA", "UIOLLMS_HUB_DIR")
 
 
 def check_environment(given: Mapping[str, str] | None = None) -> None:
-    """Raise ConfigError, with one line for each fault, for environment variables that must be
+    """Raises ConfigError, with one line for each fault, for environment variables that must be
     numbers or folders and are not. given: the variables, by default os.environ."""
     given = os.environ if given is None else given
     faults = Faults()

@@ -26,7 +26,7 @@ from uiollms.kernels.norms import promote_norms
 def put_on_disk(
     base: nn.Module, names: list[str], working: torch.device, offload_dir: str | Path | None
 ) -> None:
-    """Write the weights of the modules `names`, which have parameters, to disk and free them. The
+    """Writes the weights of the modules `names`, which have parameters, to disk and free them. The
     weights of a module are loaded to the device `working` for each call only; an autograd graph
     stores their names instead of the weights."""
     if getattr(base, "dtype", None) == torch.float64:

@@ -122,7 +122,7 @@ class Watch:
         return "finishes the step, saves and stops" if self.started else "stops"
 
     def print_line(self, line: str) -> None:
-        """Write a line to stderr, from any thread and in a signal handler."""
+        """Writes a line to stderr, from any thread and in a signal handler."""
         os.write(2, f"\n{line}\n".encode())
 
     # ---- from any thread -------------------------------------------------------------------------
@@ -141,7 +141,7 @@ class Watch:
     # ---- several processes -----------------------------------------------------------------------
 
     def listen_for_signals(self) -> None:
-        """Start the thread that handles signals."""
+        """Starts the thread that handles signals."""
         self.multi_process = True
         read, write = os.pipe()
         for end in (read, write):
@@ -162,8 +162,8 @@ class Watch:
             self.stack.callback(at_the_end)
 
     def restore(self, number: int, before: Any) -> None:
-        """Restore a signal handler. In a process that was stopped by a signal, further stop signals
-        are ignored, because a repetition by the launcher must not change its exit code."""
+        """Restores a signal handler. In a process that was stopped by a signal, further stop
+        signals are ignored, because a repetition by the launcher must not change its exit code."""
         signal.signal(
             number, signal.SIG_IGN if self.stop_signal and number in STOP_SIGNALS else before
         )
@@ -220,7 +220,7 @@ class Watch:
         return WRITING if self.writing else END
 
     def end(self) -> None:
-        """End the process from a thread, because the main thread does not end."""
+        """Ends the process from a thread, because the main thread does not end."""
         seconds = time.monotonic() - self.noticed_at
         reason = (
             f"stopped by {self.stop_signal.name}"
@@ -235,12 +235,12 @@ class Watch:
     # ---- the store -------------------------------------------------------------------------------
 
     def host(self, host: str) -> int:
-        """Create the store in the first process, and return its port."""
+        """Creates the store in the first process, and returns its port."""
         self.store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
         return self.store.port
 
     def join(self, host: str, port: int, rank: int, size: int) -> None:
-        """Start the thread that exchanges state with the other processes."""
+        """Starts the thread that exchanges state with the other processes."""
         self.rank, self.size = rank, size
         self.last_contact = time.monotonic()
         if self.store is None:
@@ -278,7 +278,7 @@ class Watch:
                 self.report_lost(f"process 0: {error}")
 
     def wait_for_reason(self) -> None:
-        """Wait a moment after a collective has failed, because the other process's stop signal may
+        """Waits a moment after a collective has failed, because the other process's stop signal may
         arrive only then."""
         until = time.monotonic() + TELLING
         while self.stop_signal is None and self.lost is None and time.monotonic() < until:
@@ -296,7 +296,7 @@ class Watch:
 
 @contextmanager
 def watching(several: bool) -> Iterator[Watch]:
-    """Watch this process and, with `several` processes, the others of the run. A signal that
+    """Watches this process and, with `several` processes, the others of the run. A signal that
     arrives before the processes have joined is announced as soon as they have."""
     watch = Watch()
     with watch.stack:

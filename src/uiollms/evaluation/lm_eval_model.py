@@ -196,8 +196,8 @@ class HarnessLM(TemplateLM):
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log probabilities of whole documents in nats. Each document is scored in one pass, by the
-        document protocol after one prefix token, so that every token is scored once, given all
+        """Logs probabilities of whole documents in nats. Each document is scored in one pass, by
+        the document protocol after one prefix token, so that every token is scored once, given all
         tokens before it. If the document starts with BOS, this is the prefix token and is not
         scored. (lm-eval's Hugging Face model scores it, after a second BOS.)"""
         documents = [

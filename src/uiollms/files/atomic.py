@@ -33,7 +33,7 @@ Value = TypeVar("Value")
 
 
 def remove(path: Path) -> None:
-    """Remove a file or folder, if it exists."""
+    """Removes a file or folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -41,7 +41,7 @@ def remove(path: Path) -> None:
 
 
 def write_checksums(folder: Path) -> None:
-    """Write checksums.json with the sha256 sum of every file that the folder contains so far."""
+    """Writes checksums.json with the sha256 sum of every file that the folder contains so far."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     sums = {path.relative_to(folder).as_posix(): sha256(path) for path in files}
     (folder / CHECKSUMS).write_text(json.dumps(sums, indent=4) + "\n", encoding="utf-8")
@@ -52,7 +52,7 @@ def write_checksums(folder: Path) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` to write a file to. After the block the file is
+    """Yields a temporary path beside `path` to write a file to. After the block the file is
     synchronised to the disk and replaces `path`. If the block raises, the old file stays. If
     `path` is a link, its target is replaced."""
     target = Path(os.path.realpath(path))
@@ -68,14 +68,14 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a text as the file `path` in UTF-8, atomically."""
+    """Writes a text as the file `path` in UTF-8, atomically."""
     with atomic_file(path) as work:
         work.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a new, empty folder to fill. After the block its contents are synchronised to the disk
+    """Yields a new, empty folder to fill. After the block its contents are synchronised to the disk
     and it replaces the folder `path`; missing parents are created.
 
     At any moment, also after a kill, `whole_folder(path)` is either the old folder or the new one.
@@ -100,7 +100,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def swap(work: Path, target: Path) -> None:
-    """Rename the folder `work` to `target`. An old folder `target` gets the name `work`."""
+    """Renames the folder `work` to `target`. An old folder `target` gets the name `work`."""
     if not os.path.lexists(target):
         os.rename(work, target)
     elif not exchange(work, target):  # rename twice; between the renames readers use aside_path
@@ -117,7 +117,7 @@ def swap(work: Path, target: Path) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Exchange two names in one atomic step. Returns False if the operating system or the file
+    """Exchanges two names in one atomic step. Returns False if the operating system or the file
     system does not support it."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:  # not Linux, or a C library older than 2018
@@ -149,7 +149,7 @@ def whole_folder(path: Path) -> Path:
 
 
 def recover(target: Path) -> None:
-    """Restore the old folder if a process was killed between its two renames. Remove the old
+    """Restores the old folder if a process was killed between its two renames. Remove the old
     folder if the new one already has its name."""
     old = aside_path(target)
     if not old.is_dir():
@@ -165,8 +165,8 @@ def recover(target: Path) -> None:
 
 
 def read_whole(path: Path, read: Callable[[Path], Value]) -> Value:
-    """Call `read` on a folder that `atomic_folder` writes, and return its value. If the folder was
-    replaced in the meantime, it is read again, so that no value mixes two versions."""
+    """Calls `read` on a folder that `atomic_folder` writes, and returns its value. If the folder
+    was replaced in the meantime, it is read again, so that no value mixes two versions."""
     for attempt in range(1, MOST_READS + 1):
         folder = whole_folder(path)
         before = identity(folder)
@@ -190,7 +190,7 @@ def identity(folder: Path) -> tuple[int, int] | None:
 
 
 def make_folder(folder: Path) -> None:
-    """Create a folder and its missing parents, and synchronise their names to the disk."""
+    """Creates a folder and its missing parents, and synchronise their names to the disk."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
@@ -214,7 +214,7 @@ def work_path(folder: Path, suffix: str = "") -> Path:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove temporary files and folders of processes of this machine that no longer run."""
+    """Removes temporary files and folders of processes of this machine that no longer run."""
     prefix = f"{WORK}{machine_id()}-"
     names = [name for name in os.listdir(folder) if name.startswith(prefix)]
     for name in names:
@@ -228,7 +228,7 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def verify_checksums(folder: Path, needed: Iterable[str] = ()) -> None:
-    """Compare the files of a folder with checksums.json. Raises ConfigError, naming the file, if a
+    """Compares the files of a folder with checksums.json. Raises ConfigError, naming the file, if a
     file differs or if one of `needed` is not listed."""
     check_tree(folder)
     sums = read_json(folder / CHECKSUMS)
@@ -261,7 +261,7 @@ def sha256(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Synchronise a file, or the names in a folder, to the disk."""
+    """Synchronises a file, or the names in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -271,7 +271,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def reporting_write_errors(path: str | Path, remedy: str = "") -> Iterator[None]:
-    """Turn the errors of a block that writes to `path` into a ConfigError of one line: a full
+    """Turns the errors of a block that writes to `path` into a ConfigError of one line: a full
     disk, a folder without permission, a name that no file can have. `remedy` is appended."""
     try:
         yield

@@ -33,7 +33,7 @@ class Faults:
 
     @contextmanager
     def collect(self, prefix: str = "") -> Iterator[None]:
-        """Catch the ConfigError of a block and store its lines. `prefix`, such as a file and a
+        """Catches the ConfigError of a block and store its lines. `prefix`, such as a file and a
         field that the check does not know, is put before each line."""
         try:
             yield
@@ -41,7 +41,7 @@ class Faults:
             self.lines += [prefix + line for line in str(error).splitlines()]
 
     def report(self) -> None:
-        """Raise ConfigError with all collected lines, if there are any."""
+        """Raises ConfigError with all collected lines, if there are any."""
         if self.lines:
             raise ConfigError("\n".join(dict.fromkeys(self.lines)))
 
@@ -51,7 +51,7 @@ _IGNORING_FAULTS: ContextVar[bool] = ContextVar("ignoring_faults", default=False
 
 @contextmanager
 def ignoring_faults() -> Iterator[None]:
-    """Make `validated` accept any value in a block, which reads a config again after its faults
+    """Makes `validated` accept any value in a block, which reads a config again after its faults
     were reported."""
     token = _IGNORING_FAULTS.set(True)
     try:
@@ -61,7 +61,7 @@ def ignoring_faults() -> Iterator[None]:
 
 
 def validated(value: Value, faults: list[str]) -> Value:
-    """Return the value if a validator found no faults. Raises ValueError with one line for each
+    """Returns the value if a validator found no faults. Raises ValueError with one line for each
     fault otherwise."""
     if faults and not _IGNORING_FAULTS.get():
         raise ValueError("\n".join(faults))
@@ -69,7 +69,7 @@ def validated(value: Value, faults: list[str]) -> Value:
 
 
 def describe_fault(fault: Any, model: type[BaseModel], path: str | Path) -> str:
-    """Describe a pydantic fault in one line; in several if one of our validators found several
+    """Describes a pydantic fault in one line; in several if one of our validators found several
     faults."""
     where = json_path(fault["loc"])
     if fault["type"] == "extra_forbidden":
@@ -91,14 +91,14 @@ def describe_fault(fault: Any, model: type[BaseModel], path: str | Path) -> str:
 
 
 def shortened(text: str, length: int = 120) -> str:
-    """Replace the middle of a text that is longer than `length` by its number of characters."""
+    """Replaces the middle of a text that is longer than `length` by its number of characters."""
     if len(text) <= length:
         return text
     return f"{text[: length // 2]}[.. {len(text) - length:,} more ..]{text[-(length // 2) :]}"
 
 
 def terminal_lines(text: str) -> str:
-    """Make a text safe for a terminal: escape what would move the cursor or change colours,
+    """Makes a text safe for a terminal: escape what would move the cursor or change colours,
     shorten long lines, and keep only the first 50 lines."""
     lines = text.split("\n")
     if len(lines) > MOST_LINES:
@@ -107,7 +107,7 @@ def terminal_lines(text: str) -> str:
 
 
 def escaped_line(line: str) -> str:
-    """Escape the characters of a line that a terminal would interpret, as JSON escapes them. A
+    """Escapes the characters of a line that a terminal would interpret, as JSON escapes them. A
     line of JSON therefore remains the same JSON."""
     if line.isprintable():
         return line
@@ -116,7 +116,7 @@ def escaped_line(line: str) -> str:
 
 
 def json_path(location: tuple[str | int, ...]) -> str:
-    """Write a location as a path: ("train", "corpus", 0, "name") -> train.corpus[0].name. The
+    """Writes a location as a path: ("train", "corpus", 0, "name") -> train.corpus[0].name. The
     labels that pydantic adds for union members are left out."""
     text = ""
     for part in location:
@@ -130,7 +130,7 @@ def json_path(location: tuple[str | int, ...]) -> str:
 
 
 def fields_at(model: type[BaseModel], location: tuple[str | int, ...]) -> list[str]:
-    """Return the names of the fields of the typed object at a location."""
+    """Returns the names of the fields of the typed object at a location."""
     current: Any = model
     for part in location:
         if isinstance(part, str) and part in current.model_fields:

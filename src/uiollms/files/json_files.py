@@ -19,7 +19,7 @@ Location = tuple[str | int, ...]
 
 
 def read_json(path: str | Path) -> Any:
-    """Read the JSON value of a file. Raises ConfigError if there is no such file or it is too
+    """Reads the JSON value of a file. Raises ConfigError if there is no such file or it is too
     large, for bytes that are not UTF-8, broken JSON, and everything that `loads` refuses."""
     text = read_text(path, MOST_JSON)
     try:
@@ -34,7 +34,7 @@ def as_json(value: Any, **settings: Any) -> str:
 
 
 def replace_nonfinite(value: Any) -> Any:
-    """Replace NaN and infinite numbers in a nested value by None."""
+    """Replaces NaN and infinite numbers in a nested value by None."""
     if isinstance(value, dict):
         return {key: replace_nonfinite(v) for key, v in value.items()}
     if isinstance(value, list | tuple):
@@ -98,7 +98,7 @@ def parse_integer(text: str) -> int | LongNumber:
 
 
 def nested_values(value: Any) -> Iterator[tuple[Location, Any]]:
-    """Yield a JSON value and all values nested in it down to level 100, each with its location."""
+    """Yields a JSON value and all values nested in it down to level 100, each with its location."""
     stack: list[tuple[Location, Any]] = [((), value)]
     while stack:
         location, value = stack.pop()
@@ -110,7 +110,7 @@ def nested_values(value: Any) -> Iterator[tuple[Location, Any]]:
 
 
 def find_unusable(value: Any) -> str | None:
-    """Find a value that no config can contain and describe it with its location: half of a
+    """Finds a value that no config can contain and describe it with its location: half of a
     surrogate pair, which no file can contain, a zero byte, which no name can contain, an integer
     of more than 64 bits, or nesting deeper than 100 levels. Returns None if there is none."""
     for location, part in nested_values(value):

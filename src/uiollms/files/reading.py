@@ -23,7 +23,7 @@ KINDS = {
 
 
 def file_kind(path: str | Path) -> str | None:
-    """Describe a path that is not a regular file, such as "a folder"; links are followed. Returns
+    """Describes a path that is not a regular file, such as "a folder"; links are followed. Returns
     None for a regular file. Raises ConfigError if the path does not exist or is not accessible."""
     try:
         mode = os.stat(path).st_mode
@@ -35,14 +35,14 @@ def file_kind(path: str | Path) -> str | None:
 
 
 def check_file(path: str | Path) -> None:
-    """Raise ConfigError unless a path is a regular file. Reading a pipe or a device could block or
+    """Raises ConfigError unless a path is a regular file. Reading a pipe or a device could block or
     never end."""
     if kind := file_kind(path):
         raise ConfigError(f"{path}: is {kind}, expected a file; copy its contents into one")
 
 
 def check_tree(path: str | Path) -> None:
-    """Raise ConfigError if a path contains something other than files and folders, or a file that
+    """Raises ConfigError if a path contains something other than files and folders, or a file that
     is too large for the format of its name, whose checksum would take too long. A path that does
     not exist is accepted."""
     if not os.path.exists(path):
@@ -59,7 +59,7 @@ def check_tree(path: str | Path) -> None:
 
 
 def check_size(path: str) -> None:
-    """Raise ConfigError for JSON files that are too large, and for safetensors files (.mem is one)
+    """Raises ConfigError for JSON files that are too large, and for safetensors files (.mem is one)
     that are longer than their header states."""
     size = os.path.getsize(path)
     if path.endswith(".json") and size > MOST_JSON:
@@ -72,7 +72,7 @@ def check_size(path: str) -> None:
 
 
 def length_in_header(path: str) -> int | None:
-    """Return the length in bytes that the header of a safetensors file states, or None if the
+    """Returns the length in bytes that the header of a safetensors file states, or None if the
     header is invalid."""
     with open_file(path) as file:
         length = int.from_bytes(file.read(8), "little")
@@ -97,7 +97,7 @@ def length_in_header(path: str) -> int | None:
 
 @contextmanager
 def open_file(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a regular file for reading bytes. Raises ConfigError if it does not exist or cannot be
+    """Opens a regular file for reading bytes. Raises ConfigError if it does not exist or cannot be
     read."""
     check_file(path)
     try:
@@ -108,7 +108,7 @@ def open_file(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def read_bytes(path: str | Path, most: int) -> bytes:
-    """Read all bytes of a file. Raises ConfigError for a file of more than `most` bytes."""
+    """Reads all bytes of a file. Raises ConfigError for a file of more than `most` bytes."""
     data = bytearray()
     with open_file(path) as file:
         while len(data) <= most and (part := file.read(1 << 20)):
@@ -121,13 +121,13 @@ def read_bytes(path: str | Path, most: int) -> bytes:
 
 
 def read_text(path: str | Path, most: int) -> str:
-    """Read the text of a UTF-8 file of at most `most` bytes. A byte order mark is removed, and
+    """Reads the text of a UTF-8 file of at most `most` bytes. A byte order mark is removed, and
     Windows line ends become \\n. Raises ConfigError if the file cannot be read."""
     return decode_utf8(read_bytes(path, most), str(path)).replace("\r\n", "\n")
 
 
 def decode_utf8(data: bytes, source: str) -> str:
-    """Decode UTF-8 without a byte order mark. Raises ConfigError, naming the source."""
+    """Decodes UTF-8 without a byte order mark. Raises ConfigError, naming the source."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -44,7 +44,7 @@ class Board:
             self.append(events, "xb")
 
     def add(self, iteration: int, scalars: Iterable[tuple[str, float]]) -> None:
-        """Write the numbers of one iteration, given as (name, number)."""
+        """Writes the numbers of one iteration, given as (name, number)."""
         if not self.works:
             return
         with self.reporting_errors():
@@ -56,7 +56,7 @@ class Board:
             self.append([Event(wall_time=time.time(), step=iteration, summary=summary)], "r+b")
 
     def append(self, events: Iterable[object], mode: str) -> None:
-        """Append events to the file, opened in `mode`. The mode "r+b" creates no file, so it fails
+        """Appends events to the file, opened in `mode`. The mode "r+b" creates no file, so it fails
         if the file has been removed."""
         from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -69,7 +69,7 @@ class Board:
 
     @contextmanager
     def reporting_errors(self) -> Iterator[None]:
-        """Turn any error of a block, such as a missing package or a full disk, into a warning, and
+        """Turns any error of a block, such as a missing package or a full disk, into a warning, and
         write nothing more."""
         try:
             yield

@@ -55,7 +55,7 @@ ENDING = 10.0  # seconds that a run which is stopping may need for its last chec
 
 
 def check_training(config: EnvConfig, path: str | Path, resumes: bool = False) -> MemoryConfig:
-    """Check everything that train.py reads and writes, and return the compressor config. With
+    """Checks everything that train.py reads and writes, and returns the compressor config. With
     `resumes` the schedule is left out, because it depends on the checkpoint. Raises ConfigError
     with a line for every fault."""
     faults = Faults()
@@ -91,9 +91,9 @@ def check_training(config: EnvConfig, path: str | Path, resumes: bool = False) -
 def check_evaluation(
     config: EnvConfig, path: str | Path, env_conf_tasks: bool
 ) -> tuple[TaskEntry, ...]:
-    """Check everything that test.py reads and writes, and return the tasks: those of `train.tasks`
-    with `env_conf_tasks`, else those of the file that the field `test` names. Raises ConfigError
-    with a line for every fault."""
+    """Checks everything that test.py reads and writes, and returns the tasks: those of
+    `train.tasks` with `env_conf_tasks`, else those of the file that the field `test` names. Raises
+    ConfigError with a line for every fault."""
     faults = Faults()
     memory, shape = examine_model(config, path, faults)
     tasks, file, prefix = config.train.tasks, path, "train.tasks"
@@ -122,7 +122,7 @@ def check_evaluation(
 
 
 def examine_data(entries: Entries, path: str | Path, faults: Faults) -> None:
-    """Find files and packages that are missing, datasets that can neither be read nor downloaded,
+    """Finds files and packages that are missing, datasets that can neither be read nor downloaded,
     and tasks for which a corpus has no documents."""
     for where, entry in entries.items():
         field, name = corpus_field(entry)
@@ -156,7 +156,7 @@ def examine_data(entries: Entries, path: str | Path, faults: Faults) -> None:
 
 
 def examine_base(config: EnvConfig, shape: Any, path: str | Path, faults: Faults) -> None:
-    """Check, without a download, that the base model is available and that this machine has the
+    """Checks, without a download, that the base model is available and that this machine has the
     devices, dtypes and kernels that the config sets."""
     model = config.model
     if model.model_name.startswith("package:"):
@@ -187,14 +187,14 @@ def examine_base(config: EnvConfig, shape: Any, path: str | Path, faults: Faults
 
 
 def check_weights(weights: str | None, memory: MemoryConfig | None) -> None:
-    """Raise ConfigError if the weights to be loaded do not exist or were trained with another
+    """Raises ConfigError if the weights to be loaded do not exist or were trained with another
     compressor."""
     if weights is not None:
         read_whole(Path(weights), lambda path: examine_weights(path, memory))
 
 
 def examine_weights(path: Path, memory: MemoryConfig | None) -> None:
-    """Check one version of a file or folder of weights, for `check_weights`."""
+    """Checks one version of a file or folder of weights, for `check_weights`."""
     if not path.exists():
         raise ConfigError(
             f"{path}: no checkpoint can be read here: there is no such file or folder; give the "
@@ -220,7 +220,7 @@ def examine_weights(path: Path, memory: MemoryConfig | None) -> None:
 def examine_run_folder(
     folder: Path, names: tuple[str, ...], path: str | Path, faults: Faults
 ) -> bool:
-    """Check that a run can write its files `names` into a folder, without replacing files that no
+    """Checks that a run can write its files `names` into a folder, without replacing files that no
     run has written. Returns whether the folder can exist at all. `path` is that of the config."""
     usable = False
     with faults.collect(f"{path}: train.run_dir: "):
@@ -231,7 +231,7 @@ def examine_run_folder(
 
 
 def check_folder(folder: Path, shown: Path) -> None:
-    """Raise ConfigError if a folder can neither be written nor created, without creating it.
+    """Raises ConfigError if a folder can neither be written nor created, without creating it.
     `shown` is its name in the message."""
     with reporting_write_errors(shown):
         existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
@@ -247,7 +247,7 @@ def check_folder(folder: Path, shown: Path) -> None:
 
 
 def check_can_save(save_ckp: str | None, stack: ExitStack) -> None:
-    """Lock the path of the weights until `stack` is closed, and check that they can be written,
+    """Locks the path of the weights until `stack` is closed, and checks that they can be written,
     before training rather than at the first save. Raises ConfigError."""
     if save_ckp is not None:
         with reporting_write_errors(save_ckp):

@@ -50,7 +50,7 @@ def git_revision(root: Path) -> str | None:
 
 
 def output_of(command: list[str]) -> str:
-    """Run a program and return what it prints. Raises OSError or SubprocessError if it fails."""
+    """Runs a program and returns what it prints. Raises OSError or SubprocessError if it fails."""
     finished = subprocess.run(command, capture_output=True, timeout=10, check=True)
     return finished.stdout.decode("utf-8", "replace")
 

@@ -34,7 +34,7 @@ class RunLog:
         self.handler: logging.FileHandler | None = None
 
     def open(self, iteration: int, resumed: bool) -> None:
-        """Remove the metrics after `iteration`, at which the run begins or is resumed, and open
+        """Removes the metrics after `iteration`, at which the run begins or is resumed, and opens
         log.txt and TensorBoard's event file."""
         with reporting_write_errors(self.folder):
             seconds = cut_metrics(self.folder, iteration)
@@ -51,7 +51,7 @@ class RunLog:
             self.handler.close()
 
     def add(self, **values: Any) -> None:
-        """Append a line with these values and the run's seconds so far to metrics.jsonl, and add
+        """Appends a line with these values and the run's seconds so far to metrics.jsonl, and adds
         its numbers to TensorBoard. Numbers that are not finite become null. The value `tokens`
         counts a step's tokens; from it follow the tokens per second."""
         if self.board is None:
@@ -67,12 +67,12 @@ class RunLog:
         self.board.add(values["iteration"], scalars(line, self.loss))
 
     def sync(self) -> None:
-        """Synchronise metrics.jsonl to the disk."""
+        """Synchronises metrics.jsonl to the disk."""
         with reporting_write_errors(self.metrics):
             sync(self.metrics)
 
     def timed(self, steps: Iterable[Item]) -> Iterator[Item]:
-        """Yield the steps and restart the clock at each, so that the time of evaluations and
+        """Yields the steps and restart the clock at each, so that the time of evaluations and
         checkpoints, which follow a step, is not counted."""
         for step in steps:
             self.step_began = time.perf_counter()

@@ -68,7 +68,7 @@ class Line(BaseModel):
 
 
 def examine_lines(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[str]]:
-    """Read the JSON objects in the lines of a file. Returns (line number, object) for each, and a
+    """Reads the JSON objects in the lines of a file. Returns (line number, object) for each, and a
     fault for every other line.
 
     A last line whose end is missing, because a process was killed or the disk was full, is
@@ -91,13 +91,13 @@ def examine_lines(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[st
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read the JSON objects in the lines of a file, as `examine_lines` does. Raises ConfigError
+    """Reads the JSON objects in the lines of a file, as `examine_lines` does. Raises ConfigError
     with a line for every fault."""
     return without_faults(path, *examine_lines(path))
 
 
 def examine_metrics(run: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[str]]:
-    """Read the lines of a run's metrics.jsonl, as `examine_lines` does. A line whose fields have
+    """Reads the lines of a run's metrics.jsonl, as `examine_lines` does. A line whose fields have
     other types is a fault, too."""
     objects, faults = examine_lines(run / "metrics.jsonl")
     valid = []
@@ -113,7 +113,7 @@ def examine_metrics(run: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[s
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Read the lines of a run's metrics.jsonl. Raises ConfigError with a line for every fault."""
+    """Reads the lines of a run's metrics.jsonl. Raises ConfigError with a line for every fault."""
     return without_faults(run / "metrics.jsonl", *examine_metrics(run))
 
 
@@ -128,7 +128,7 @@ def without_faults(
 
 
 def cut_metrics(run: Path, iteration: int) -> float:
-    """Remove the lines of metrics.jsonl after an iteration, so that a resumed run writes no line
+    """Removes the lines of metrics.jsonl after an iteration, so that a resumed run writes no line
     twice. Returns the seconds in the last line that stays, 0 if there is none."""
     path, kept = run / "metrics.jsonl", []
     if path.exists():
@@ -149,7 +149,7 @@ def perplexities(run: Path) -> dict[int, float]:
 
 
 def scalars(line: dict[str, Any], protocol: str) -> Iterator[tuple[str, float]]:
-    """Yield the numbers of a line with their names in TensorBoard. `protocol` is that of the
+    """Yields the numbers of a line with their names in TensorBoard. `protocol` is that of the
     training loss.
 
     a step          train/nll/paper, train/lr, train/grad_norm/all, train/grad_norm/encoder_lora,

@@ -67,7 +67,7 @@ def open_run(
     restart: bool,
     world: World,
 ) -> Iterator[Run]:
-    """Lock the run folder, and find and check the checkpoint to resume from. `Run.begin` then
+    """Locks the run folder, and finds and checks the checkpoint to resume from. `Run.begin` then
     changes the folder. If the block ends with a signal or because another process was lost, the
     last whole step is saved.
 
@@ -136,7 +136,7 @@ class Run:
         self.schedule = Schedule(config.train, documents, counts, borders)
 
     def read_checkpoint(self, path: Path, saved: list[Path]) -> CheckpointInfo:
-        """Check the files of a checkpoint and return its state.json. Raises ConfigError, which
+        """Checks the files of a checkpoint and returns its state.json. Raises ConfigError, which
         offers the newest whole checkpoint before it, if the checkpoint is damaged."""
         try:
             return read_info(path)
@@ -149,7 +149,7 @@ class Run:
             raise ConfigError(f"{error}; {remedy}") from None
 
     def refuse_unfinished(self, newest: Path) -> None:
-        """Raise ConfigError if the run of the folder has not reached its end."""
+        """Raises ConfigError if the run of the folder has not reached its end."""
         progress, finished = str(step_of(newest)), False
         with suppress(ConfigError):  # a run whose newest checkpoint is damaged is not finished
             schedule = read_info(newest).schedule
@@ -163,8 +163,8 @@ class Run:
             )
 
     def begin(self, state: TrainingState) -> None:
-        """Give all processes the state of the checkpoint, or that of the first process in a new
-        run, and open the folder's files. From here on SIGINT and SIGTERM let the step finish."""
+        """Gives all processes the state of the checkpoint, or that of the first process in a new
+        run, and opens the folder's files. From here on SIGINT and SIGTERM let the step finish."""
         seed_generators(self.config.train.seed)
         if self.origin and self.origin_info:
             load_state(state, self.origin, self.origin_info)
@@ -176,7 +176,7 @@ class Run:
         self.watch.begin()
 
     def open_files(self, state: TrainingState) -> None:
-        """Move files that do not belong to this run out of the way, and write those that describe
+        """Moves files that do not belong to this run out of the way, and writes those that describe
         it."""
         with reporting_write_errors(self.folder):
             if self.origin and self.origin.resolve().parent == self.checkpoints.resolve():
@@ -204,7 +204,7 @@ class Run:
             self.log_changes(self.origin_info.environment, state.iteration)
 
     def log_changes(self, before: dict[str, str | None], iteration: int) -> None:
-        """Log what differs from the checkpoint: fields of the config, versions and machine."""
+        """Logs what differs from the checkpoint: fields of the config, versions and machine."""
         total, counts = self.config.train.train_iters, self.schedule.counts
         log.info("resumed from %s after %d of %d %s", self.origin, iteration, total, counts)
         changes = [
@@ -251,7 +251,7 @@ class Run:
         )
 
     def save(self, state: TrainingState) -> None:
-        """Write the weights to `save_ckp`, then the whole state to a checkpoint, and delete older
+        """Writes the weights to `save_ckp`, then the whole state to a checkpoint, and delete older
         checkpoints beyond `keep_last`. Raises ConfigError if the disk is full; the older
         checkpoints then stay."""
         if self.world.is_main_process:
@@ -289,7 +289,7 @@ class Run:
         )
 
     def stop_if_necessary(self, state: TrainingState, sources: list[str]) -> None:
-        """Raise SystemExit after a signal, or ConfigError after too many bad steps in a row, which
+        """Raises SystemExit after a signal, or ConfigError after too many bad steps in a row, which
         names the last step's documents `sources`. All processes must call this, after a save."""
         if not self.must_stop(state):
             return
@@ -305,7 +305,7 @@ class Run:
         self.signals.exit_if_agreed()
 
     def save_last_step(self) -> None:
-        """Save the last whole step, if it is not saved yet, before the first process exits, and
+        """Saves the last whole step, if it is not saved yet, before the first process exits, and
         log how the run can be continued."""
         self.watch.leaving = True
         state, saved = self.state, saved_steps(self.checkpoints)

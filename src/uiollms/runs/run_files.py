@@ -29,7 +29,7 @@ MOVING = ".earlier"  # the name of earlier-<n> while files are moved into it
 
 
 def check_run_folder(folder: Path, names: tuple[str, ...] = RUN_FILES) -> None:
-    """Check that a command can write its files `names` into a folder. Raises ConfigError with a
+    """Checks that a command can write its files `names` into a folder. Raises ConfigError with a
     line for each of these names under which there is a file that no run has written."""
     faults = Faults()
     of_a_run = is_run_folder(folder)
@@ -80,7 +80,7 @@ def is_run_file(name: str) -> bool:
 
 
 def check_save_path(save_ckp: Path, folder: Path) -> None:
-    """Raise ConfigError if weights at `save_ckp` would replace the run folder, or lie inside of
+    """Raises ConfigError if weights at `save_ckp` would replace the run folder, or lie inside of
     one of its files. Links are followed."""
     target, root = Path(os.path.realpath(save_ckp)), Path(os.path.realpath(folder))
     if root.is_relative_to(target):
@@ -95,7 +95,7 @@ def check_save_path(save_ckp: Path, folder: Path) -> None:
 
 @contextmanager
 def locked(path: Path, fault: str, timeout: float = 0.0) -> Iterator[None]:
-    """Lock the file `path` during a block. Raises ConfigError with the text `fault` if another
+    """Locks the file `path` during a block. Raises ConfigError with the text `fault` if another
     process still holds the lock after `timeout` seconds."""
     lock = FileLock(path, timeout=timeout)
     try:
@@ -112,7 +112,7 @@ def locked(path: Path, fault: str, timeout: float = 0.0) -> Iterator[None]:
 
 
 def set_aside(folder: Path, paths: list[Path]) -> Path:
-    """Move files of a run folder into its next free earlier-<n>/ and return that folder. If the
+    """Moves files of a run folder into its next free earlier-<n>/ and returns that folder. If the
     process is killed meanwhile, `put_back` undoes it, so all files are moved or none. Checkpoints
     are moved last, so that commands which read the folder find weights for as long as possible."""
     moving, target = folder / MOVING, next_earlier(folder)
@@ -127,7 +127,7 @@ def set_aside(folder: Path, paths: list[Path]) -> Path:
 
 
 def put_back(folder: Path) -> None:
-    """Undo a `set_aside` that was killed. A file whose name has been taken since then stays in a
+    """Undoes a `set_aside` that was killed. A file whose name has been taken since then stays in a
     new earlier-<n>/."""
     moving = folder / MOVING
     if not moving.is_dir():

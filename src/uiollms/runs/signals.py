@@ -27,7 +27,7 @@ class StopSignals:
         self.agreed: signal.Signals | None = None
 
     def agree(self) -> None:
-        """Set `agreed` in all processes if any of them has received a signal. All processes must
+        """Sets `agreed` in all processes if any of them has received a signal. All processes must
         call this at the same line. Raises LostProcess, or SystemExit after a signal, if another
         process has ended."""
         if self.watch.lost:
@@ -38,12 +38,13 @@ class StopSignals:
             self.watch.request_stop(self.agreed)
 
     def exit_if_agreed(self) -> None:
-        """Raise SystemExit with the exit code of the signal if the processes have agreed on one."""
+        """Raises SystemExit with the exit code of the signal if the processes have agreed on
+        one."""
         if self.agreed is not None:
             raise SystemExit(128 + self.agreed)
 
     def until_signal(self, items: Iterable[Item]) -> Iterator[Item]:
-        """Yield items until this process learns of a signal, then raise SystemExit. An evaluation
+        """Yields items until this process learns of a signal, then raises SystemExit. An evaluation
         reads its documents through this, so that a signal interrupts it; the resumed run repeats
         it. The other processes wait meanwhile, so no agreement is needed."""
         for item in items:
@@ -52,7 +53,7 @@ class StopSignals:
             yield item
 
     def log_signal(self, resumable: bool) -> None:
-        """Log which signal has ended the run, if one has. `resumable` is False if the signal came
+        """Logs which signal has ended the run, if one has. `resumable` is False if the signal came
         before the first step could be trained."""
         if self.watch.stop_signal:
             remedy = "--resume continues the run" if resumable else "nothing was trained yet"

@@ -175,7 +175,7 @@ class TrainingState:
     snapshot: Snapshot | None = None
 
     def advance(self, iteration: int, finite: bool) -> None:
-        """Count a step that ended at `iteration`; it was skipped unless loss and gradient were
+        """Counts a step that ended at `iteration`; it was skipped unless loss and gradient were
         `finite`. Until the next call this step can be saved, although the next one already draws
         documents and random numbers."""
         self.iteration = iteration
@@ -211,7 +211,7 @@ def all_fields(config: EnvConfig, compressor: MemoryConfig) -> dict[str, Any]:
 def check_same_run(
     info: CheckpointInfo, config: EnvConfig, compressor: MemoryConfig, path: Path
 ) -> list[str]:
-    """Describe the fields that have changed since the checkpoint, one line each. Raises
+    """Describes the fields that have changed since the checkpoint, one line each. Raises
     ConfigError with a line for each of them that may not change."""
     old, new = all_fields(info.config, info.compressor), all_fields(config, compressor)
     changes = {
@@ -246,7 +246,7 @@ def save_state(
     compressor: MemoryConfig,
     environment: dict[str, str | None],
 ) -> Path:
-    """Write the checkpoint step-<iteration> into `folder` and return its path. It gets this name
+    """Writes the checkpoint step-<iteration> into `folder` and returns its path. It gets this name
     only after all of it is on the disk. Raises ConfigError if it cannot be written; the folder then
     has the same contents as before."""
     info = CheckpointInfo(
@@ -306,7 +306,7 @@ def to_hex(generator: Tensor) -> str:
 
 
 def seed_generators(seed: int) -> None:
-    """Seed the global random generators. This package does not draw from them, but libraries
+    """Seeds the global random generators. This package does not draw from them, but libraries
     may."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -330,7 +330,7 @@ def step_of(path: Path) -> int:
 
 
 def read_info(path: Path) -> CheckpointInfo:
-    """Read state.json of a checkpoint after comparing all files with their checksums. Raises
+    """Reads state.json of a checkpoint after comparing all files with their checksums. Raises
     ConfigError that names the damaged or missing file."""
     if not (path / "state.json").exists():
         raise ConfigError(
@@ -351,7 +351,7 @@ def is_whole(path: Path) -> bool:
 
 
 def load_state(state: TrainingState, path: Path, info: CheckpointInfo) -> None:
-    """Restore the state from a checkpoint, whose state.json is `info`. Raises ConfigError if it
+    """Restores the state from a checkpoint, whose state.json is `info`. Raises ConfigError if it
     does not fit the model, the tokenizer or the data."""
     point = parse(ResumePoint, read_json(path / "rank-0.json"), path / "rank-0.json")
     if info.tokenizer != tokenizer_fingerprint(state.tokenizer):
@@ -388,7 +388,7 @@ def load_state(state: TrainingState, path: Path, info: CheckpointInfo) -> None:
 
 
 def share_state(state: TrainingState, world: Group) -> None:
-    """Copy the state of the first process, new or loaded, to all others."""
+    """Copies the state of the first process, new or loaded, to all others."""
     if world.size == 1:
         return
     weights = {name: tensor.cpu() for name, tensor in state.model.memory_state_dict().items()}
@@ -403,7 +403,7 @@ def share_state(state: TrainingState, world: Group) -> None:
 
 
 def load_optimizer(state: TrainingState, tensors: dict[str, Tensor]) -> None:
-    """Restore AdamW's state from `optimizer_tensors`. Raises ValueError if a tensor has another
+    """Restores AdamW's state from `optimizer_tensors`. Raises ValueError if a tensor has another
     shape, is not finite or belongs to no parameter."""
     parameters = state.model.trainable_parameters()
     entries: dict[int, dict[str, Tensor]] = {}

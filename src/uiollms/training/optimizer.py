@@ -12,7 +12,7 @@ from uiollms.model.memory_lm import MemoryLM
 
 
 def make_optimizer(model: MemoryLM, config: TrainSection) -> torch.optim.AdamW:
-    """Create AdamW for the trained parameters of a model."""
+    """Creates AdamW for the trained parameters of a model."""
     return torch.optim.AdamW(
         model.trainable_parameters().values(),
         lr=config.max_lr,
@@ -24,7 +24,7 @@ def make_optimizer(model: MemoryLM, config: TrainSection) -> torch.optim.AdamW:
 def optimizer_step(
     optimizer: torch.optim.Optimizer, lr: float, clip_grad: float | None
 ) -> torch.Tensor:
-    """Clip the gradients, update the parameters at the learning rate `lr` and clear the gradients.
+    """Clips the gradients, update the parameters at the learning rate `lr` and clear the gradients.
     Returns the norm of all gradients before clipping."""
     norm = clip_gradients(optimizer, clip_grad)
     apply_gradients(optimizer, lr)
@@ -32,14 +32,14 @@ def optimizer_step(
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, clip_grad: float | None) -> torch.Tensor:
-    """Scale the gradients so that the Euclidean norm of all of them is at most `clip_grad`; None
+    """Scales the gradients so that the Euclidean norm of all of them is at most `clip_grad`; None
     or 0 means no limit. Returns the norm before."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return clip_grad_norm_(parameters, clip_grad or math.inf)
 
 
 def apply_gradients(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Update the parameters at the learning rate `lr` and clear the gradients."""
+    """Updates the parameters at the learning rate `lr` and clear the gradients."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()

@@ -57,7 +57,7 @@ WEIGHT_FILES = ["memory_config.json", "tokens.safetensors", *ADAPTERS, CHECKSUMS
 
 
 def save_weights(model: MemoryLM, path: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Save the trained tensors atomically, in `dtype` if given. The old weights at `path` stay
+    """Saves the trained tensors atomically, in `dtype` if given. The old weights at `path` stay
     until the new ones are on the disk, and if saving fails. If `path` is a link, its target is
     replaced. Raises ConfigError if writing fails, or if `path` contains anything but weights."""
     named = Path(path)
@@ -77,7 +77,7 @@ def save_weights(model: MemoryLM, path: str | Path, dtype: torch.dtype | None = 
 
 
 def write_weights(model: MemoryLM, work: Path, dtype: torch.dtype | None = None) -> None:
-    """Write the files of the folder format except the checksums into an empty folder."""
+    """Writes the files of the folder format except the checksums into an empty folder."""
     tensors = cpu_tensors(model, dtype)
     compressor = model.memory_config.model_dump_json(indent=4) + "\n"
     (work / "memory_config.json").write_text(compressor, encoding="utf-8")
@@ -99,7 +99,7 @@ def lora_roles(memory: MemoryConfig) -> tuple[str, ...]:
 
 
 def cpu_tensors(model: MemoryLM, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Return the trained tensors on the CPU. Raises ConfigError for NaN and infinite numbers."""
+    """Returns the trained tensors on the CPU. Raises ConfigError for NaN and infinite numbers."""
     tensors = {
         name: t.to(device="cpu", dtype=dtype or t.dtype)
         for name, t in model.memory_state_dict().items()
@@ -114,7 +114,7 @@ def cpu_tensors(model: MemoryLM, dtype: torch.dtype | None) -> dict[str, Tensor]
 
 
 def check_target(path: Path) -> None:
-    """Raise ConfigError if saving weights to `path` would replace anything but weights."""
+    """Raises ConfigError if saving weights to `path` would replace anything but weights."""
     if not (path.exists() or path.is_symlink()):
         return
     remedy = "move it, or choose another model.save_ckp"
@@ -154,7 +154,7 @@ def holds_tensors(path: Path) -> bool:
 
 
 def load_weights(model: MemoryLM, path: str | Path) -> None:
-    """Load trained tensors into `model`. Raises ConfigError for files that are missing, broken or
+    """Loads trained tensors into `model`. Raises ConfigError for files that are missing, broken or
     differ from checksums.json (if it exists), for a compressor or vocabulary that differs from the
     model's, and for tensors of other names or shapes."""
     path = Path(path)
@@ -200,7 +200,7 @@ def read_folder(model: MemoryLM, path: Path) -> dict[str, Tensor]:
 
 
 def check_compressor(path: Path, memory: MemoryConfig) -> None:
-    """Raise ValueError if the weights in a folder were trained for another compressor."""
+    """Raises ValueError if the weights in a folder were trained for another compressor."""
     saved = load_memory_config(path / "memory_config.json")
     differing = [
         f"{field} {getattr(saved, field)}, the config has {getattr(memory, field)}"
@@ -220,7 +220,7 @@ def check_compressor(path: Path, memory: MemoryConfig) -> None:
 
 
 def read_pth(model: MemoryLM, path: Path) -> dict[str, Tensor]:
-    """Read the authors' list with torch's weights-only loader, which runs nothing in the file."""
+    """Reads the authors' list with torch's weights-only loader, which runs nothing in the file."""
     if path.exists() and not path.is_file():
         raise ValueError("not a file")  # reading a pipe would block, a device may have no end
     try:
@@ -253,7 +253,7 @@ def read_pth(model: MemoryLM, path: Path) -> dict[str, Tensor]:
 
 
 def lora_projections(adapter: Iterable[str]) -> list[str]:
-    """Return the projections of a layer that have LoRA, from the names of the tensors."""
+    """Returns the projections of a layer that have LoRA, from the names of the tensors."""
     return list(dict.fromkeys(name.split(".")[6] for name in adapter))
 
 

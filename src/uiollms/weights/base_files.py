@@ -74,7 +74,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # supported bases; SmolLM2 is
 
 
 def check_folder_files(folder: Path) -> None:
-    """Raise ConfigError if a model's folder contains something other than files and folders, or a
+    """Raises ConfigError if a model's folder contains something other than files and folders, or a
     config or tokenizer file that is far too large."""
     for path in sorted(folder.iterdir()):
         if not path.exists() or path.is_dir():  # skip links without a target
@@ -90,7 +90,7 @@ def check_folder_files(folder: Path) -> None:
 
 
 def check_base_config(path: Path) -> None:
-    """Raise ConfigError, with one line for each fault, for impossible fields of a config.json, and
+    """Raises ConfigError, with one line for each fault, for impossible fields of a config.json, and
     for sizes for which the weight files in the folder are too small."""
     value = read_object(path)
     if value.get("model_type") not in FAMILIES:  # the model builder refuses it
@@ -120,7 +120,7 @@ def check_base_config(path: Path) -> None:
 
 
 def check_generation(path: Path) -> None:
-    """Raise ConfigError for a generation_config.json with impossible token ids."""
+    """Raises ConfigError for a generation_config.json with impossible token ids."""
     parse_config(GenerationFile, read_object(path), path)
 
 
@@ -134,7 +134,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def parse_config(model: type[Model], value: dict[str, Any], path: Path) -> Model:
-    """Parse a JSON object. Raises ConfigError with one line for each fault."""
+    """Parses a JSON object. Raises ConfigError with one line for each fault."""
     try:
         return model.model_validate(value)
     except ValidationError as error:

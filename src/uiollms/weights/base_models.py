@@ -65,7 +65,7 @@ KNOWN_SHAPES = {
 
 
 def base_config(model_name: str) -> Any:
-    """Return the base's transformers config from the known shapes, a folder or the hub. Raises
+    """Returns the base's transformers config from the known shapes, a folder or the hub. Raises
     ConfigError if it cannot be loaded or the model is quantised."""
     return KNOWN_SHAPES.get(model_name) or load_config(model_name)
 
@@ -85,8 +85,8 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_config(model_name: str, **settings: Any) -> Any:
-    """Load a model's transformers config. Raises ConfigError if it cannot be loaded or the model is
-    quantised."""
+    """Loads a model's transformers config. Raises ConfigError if it cannot be loaded or the model
+    is quantised."""
     config = load_pretrained(AutoConfig, model_name, **settings)
     quantised = getattr(config, "quantization_config", None)
     if quantised:
@@ -101,7 +101,7 @@ def load_config(model_name: str, **settings: Any) -> Any:
 
 
 def load_causal_lm(model_name: str, **settings: Any) -> Any:
-    """Load the base model. Raises ConfigError, naming some tensors, if any is missing, unknown, of
+    """Loads the base model. Raises ConfigError, naming some tensors, if any is missing, unknown, of
     another shape, or holds NaN or infinite numbers."""
     load_config(
         model_name, **{key: settings[key] for key in ("revision", "token") if key in settings}
@@ -127,7 +127,7 @@ def load_causal_lm(model_name: str, **settings: Any) -> Any:
 
 
 def load_tokenizer_for(config: Any, model_name: str, **settings: Any) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model with the given transformers config. Raises ConfigError as
+    """Loads the tokenizer of a model with the given transformers config. Raises ConfigError as
     `check_tokenizer` does."""
     tokenizer = load_pretrained(AutoTokenizer, model_name, **settings)
     check_tokenizer(tokenizer, config, model_name)
@@ -135,7 +135,7 @@ def load_tokenizer_for(config: Any, model_name: str, **settings: Any) -> PreTrai
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any, model_name: str) -> None:
-    """Raise ConfigError for a tokenizer that returns no tokens for a text, or has tokens for which
+    """Raises ConfigError for a tokenizer that returns no tokens for a text, or has tokens for which
     the base has no embedding."""
     ids = tokenizer.get_vocab().values()
     if not plain_ids(tokenizer, "a text"):
@@ -155,7 +155,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: Any, model_name:
 
 
 def load_pretrained(loader: Any, model_name: str, **settings: Any) -> Any:
-    """Call `loader.from_pretrained` for a model by its name in a config. Raises ConfigError with
+    """Calls `loader.from_pretrained` for a model by its name in a config. Raises ConfigError with
     one line if it cannot be loaded."""
     path = local_path(model_name)
     check_files(model_name, Path(path))
@@ -174,7 +174,7 @@ def load_pretrained(loader: Any, model_name: str, **settings: Any) -> Any:
 
 
 def check_files(model_name: str, folder: Path) -> None:
-    """Raise ConfigError if `folder` is a folder whose files cannot be a model's."""
+    """Raises ConfigError if `folder` is a folder whose files cannot be a model's."""
     if not folder.is_dir() or lfs_pointers(folder):  # loading_error names the pointers
         return
     try:
@@ -249,7 +249,7 @@ def loading_error(model_name: str, path: str, error: Exception) -> ConfigError:
 
 
 def lfs_pointers(folder: Path) -> list[str]:
-    """Return the files of a model's folder that are git-lfs pointers."""
+    """Returns the files of a model's folder that are git-lfs pointers."""
     found = []
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(LFS):

@@ -16,7 +16,7 @@ CAUSAL_LM = re.compile(r"((model\.)?(layers|embed_tokens|norm)|lm_head)\.")
 
 
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
-    """Return the name of the first tensor with NaN or an infinite number, or None."""
+    """Returns the name of the first tensor with NaN or an infinite number, or None."""
     for name, tensor in tensors:
         if tensor.is_floating_point() and tensor.numel():
             # Both are NaN if a number is NaN. Unlike isfinite, this allocates no large tensor.
@@ -27,9 +27,9 @@ def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
 
 
 def loading_fault(info: Mapping[str, Any]) -> str | None:
-    """Describe the faults in transformers' loading info, or return None if there are none. Without
-    an error, transformers initialises missing tensors and those of other shapes at random, and
-    ignores unknown ones. Tied tensors do not count as missing."""
+    """Describes the faults in transformers' loading info, or returns None if there are none.
+    Without an error, transformers initialises missing tensors and those of other shapes at random,
+    and ignores unknown ones. Tied tensors do not count as missing."""
     misshapen = [
         f"{name} {list(found)} where the config has {list(expected)}"
         for name, found, expected in sorted(info["mismatched_keys"])
@@ -74,7 +74,7 @@ def smallest_window(config: Any) -> int | None:
 
 
 def window_fault(config: Any, chunk_size: int) -> str | None:
-    """Describe why a base of this transformers config cannot attend to a whole chunk, or return
+    """Describes why a base of this transformers config cannot attend to a whole chunk, or returns
     None if it can."""
     named = config.model_type not in ("llama", "mistral")
     kinds = set(config.layer_types) if named else set()
@@ -97,15 +97,15 @@ def window_fault(config: Any, chunk_size: int) -> str | None:
 
 
 def rank_fault(config: Any, rank: int) -> str | None:
-    """Describe why a LoRA rank is too large for a base of this transformers config, or return None.
-    A product of matrices has at most the rank of the smaller side of the weight matrix."""
+    """Describes why a LoRA rank is too large for a base of this transformers config, or returns
+    None. A product of matrices has at most the rank of the smaller side of the weight matrix."""
     if rank <= config.hidden_size:
         return None
     return f"lora_rank {rank} exceeds the base's hidden_size {config.hidden_size}; use at most that"
 
 
 def eos_fault(config: Any) -> str | None:
-    """Describe why the base has no embedding of EOS, or return None if it has one."""
+    """Describes why the base has no embedding of EOS, or returns None if it has one."""
     eos = first_eos(config)
     if eos is None:
         return (
@@ -132,7 +132,7 @@ TOKEN = "encoder.retrieval_token"
 
 
 def slot_input_fault(learned: bool) -> str:
-    """Describe why weights with a learned memory token (`learned`), or without one, do not fit the
+    """Describes why weights with a learned memory token (`learned`), or without one, do not fit the
     compressor."""
     found, expected = ("token", "last") if learned else ("last", "token")
     return (
@@ -145,9 +145,9 @@ def slot_input_fault(learned: bool) -> str:
 def check_tensors(
     tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], strict: bool
 ) -> None:
-    """Raise ValueError with a list of the tensors whose shapes differ from the model's (`expected`)
-    and, with `strict`, of missing and unknown ones. If only the memory token is, the message is one
-    line."""
+    """Raises ValueError with a list of the tensors whose shapes differ from the model's
+    (`expected`) and, with `strict`, of missing and unknown ones. If only the memory token is, the
+    message is one line."""
     if strict and expected.keys() ^ tensors.keys() == {TOKEN}:
         raise ValueError(slot_input_fault(TOKEN in tensors))
     faults = [

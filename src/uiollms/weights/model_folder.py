@@ -72,7 +72,7 @@ class BaseFile(Checked):
 def save(
     model: MemoryLM, folder: str | Path, include_base: bool = False, tokenizer: Any = None
 ) -> None:
-    """Save a model for `MemoryLM.from_pretrained`: the trained weights, the base's name or, with
+    """Saves a model for `MemoryLM.from_pretrained`: the trained weights, the base's name or, with
     `include_base`, the base itself, and the tokenizer if one is given.
 
     A folder that contains a model is replaced atomically; another folder only if it is empty. If
@@ -105,7 +105,7 @@ def save(
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raise ConfigError unless `folder` does not exist, is empty, or contains a model and only
+    """Raises ConfigError unless `folder` does not exist, is empty, or contains a model and only
     files that `save` writes."""
     if not (folder.exists() or folder.is_symlink()):
         return
@@ -147,7 +147,7 @@ def load_model(
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> MemoryLM:
-    """Load a model of the class `cls`, MemoryLM, from a folder that `save_pretrained` wrote, or
+    """Loads a model of the class `cls`, MemoryLM, from a folder that `save_pretrained` wrote, or
     from weights of train.py with an added base.json.
 
     base: a loaded causal LM, or the name of one, instead of the base in base.json.
@@ -213,7 +213,7 @@ def base_name(folder: Path) -> str:
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model's folder, else that of its base."""
+    """Loads the tokenizer of a model's folder, else that of its base."""
     folder = whole_folder(Path(folder))
     config = folder / "tokenizer_config.json"
     return load_pretrained(AutoTokenizer, str(folder) if config.is_file() else base_name(folder))
@@ -233,7 +233,7 @@ def parse_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def move_base(base: Any, device_map: Any, where: str | Path) -> None:
-    """Move the base's modules to their devices, in place."""
+    """Moves the base's modules to their devices, in place."""
     if device_map is None:
         return
     if isinstance(device_map, dict) and device_map.keys() == {""}:

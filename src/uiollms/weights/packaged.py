@@ -67,7 +67,7 @@ def package_folder(package: str) -> Path:
 
 
 def converted(folder: Path, file: str) -> Path:
-    """Dequantise a GGUF file into a Hugging Face folder in the cache, in bfloat16, which is exact
+    """Dequantises a GGUF file into a Hugging Face folder in the cache, in bfloat16, which is exact
     enough for 4-bit blocks. Raises ConfigError for a damaged file, and for a tokenizer with an
     unknown rule to split texts."""
     target = converted_folder(file)
@@ -90,7 +90,7 @@ def converted(folder: Path, file: str) -> Path:
 
 
 def convert(folder: Path, file: str, target: Path) -> None:
-    """Convert the model and tokenizer of a GGUF file. Raises ConfigError as `converted` does."""
+    """Converts the model and tokenizer of a GGUF file. Raises ConfigError as `converted` does."""
     settings: dict[str, Any] = dict(gguf_file=file, dtype=torch.bfloat16)
     # Older versions have no such setting and always dequantise.
     if hasattr(transformers, "GgufConfig"):
@@ -113,7 +113,7 @@ def converted_folder(file: str) -> Path:
 
 
 def pre_tokenizer(file: Path) -> pre_tokenizers.PreTokenizer:
-    """Return the rule by which the GGUF file's tokenizer splits a text before it merges bytes.
+    """Returns the rule by which the GGUF file's tokenizer splits a text before it merges bytes.
     transformers does not read it from the file. Raises ConfigError for an unknown rule."""
     from gguf import GGUFReader
 
@@ -128,7 +128,7 @@ def pre_tokenizer(file: Path) -> pre_tokenizers.PreTokenizer:
 
 
 def gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """Build the byte-level BPE tokenizer of a GGUF file. transformers 5.0 mistakes it for another
+    """Builds the byte-level BPE tokenizer of a GGUF file. transformers 5.0 mistakes it for another
     kind, adds BOS and replaces spaces by unknown tokens. Raises ConfigError as `pre_tokenizer`
     does."""
     from gguf import GGUFReader, TokenType  # the import takes a second

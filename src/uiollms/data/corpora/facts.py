@@ -86,7 +86,7 @@ def with_facts(
     held_out: bool = False,
     distance: int | None = None,
 ) -> RecallDocument:
-    """Add random facts of a kind, "facts" or "keys", to a text.
+    """Adds random facts of a kind, "facts" or "keys", to a text.
 
     held_out: use facts that occur in test documents only; distance: chunks from statement to
     question, None for a random distance of each fact.
@@ -103,7 +103,7 @@ def with_facts(
 
 
 def filler_text(sources: Corpus, rng: random.Random) -> str:
-    """Return FILLER characters that start at a random line of a random document and continue with
+    """Returns FILLER characters that start at a random line of a random document and continue with
     the documents after it."""
     first = rng.randrange(len(sources))
     text = sources[first].text
@@ -116,7 +116,7 @@ def filler_text(sources: Corpus, rng: random.Random) -> str:
 
 
 def draw_facts(rng: random.Random, held_out: bool) -> list[Fact]:
-    """Draw facts about people, at most one for each thing of a person."""
+    """Draws facts about people, at most one for each thing of a person."""
     pairs = [
         (thing, person)
         for i, thing in enumerate(THINGS)
@@ -132,7 +132,7 @@ def draw_facts(rng: random.Random, held_out: bool) -> list[Fact]:
 
 
 def draw_keys(rng: random.Random, held_out: bool) -> list[Fact]:
-    """Draw distinct keys of five hexadecimal digits and values of four digits."""
+    """Draws distinct keys of five hexadecimal digits and values of four digits."""
     keys = range(0, 16**5, HELD_OUT) if held_out else range(16**5)
     allowed = [k for k in rng.sample(keys, 2 * MOST_FACTS) if (k % HELD_OUT == 0) == held_out]
     facts = []
@@ -143,7 +143,7 @@ def draw_keys(rng: random.Random, held_out: bool) -> list[Fact]:
 
 
 def make_fact(form: tuple[str, str], value: str, **names: str) -> Fact:
-    """Fill the templates of a statement and a question."""
+    """Fills the templates of a statement and a question."""
     statement, question = form
     stated = statement.format(value=f" {value}", **names)
     return Fact(f"\n{stated}\n", f"\n{question.format(**names)}", f" {value}")

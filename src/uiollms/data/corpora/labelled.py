@@ -78,7 +78,7 @@ def beacons() -> Corpus:
 
 
 def beacon_files(max_length: str, no_alpaca: str | None, distill: str | None) -> list[RawFile]:
-    """Return the files of the corpus. Raises ConfigError if `max_length` is below the shortest
+    """Returns the files of the corpus. Raises ConfigError if `max_length` is below the shortest
     sample."""
     if int(max_length) < SHORTEST:
         raise ConfigError(
@@ -231,7 +231,7 @@ def news(kl_weight: float, distractor: Callable[[Corpus, int], str] = numbered_b
 
 
 def text_list_field(fields: Fields, name: str, source: str) -> list[str]:
-    """Return a field that is a list of texts. Raises ConfigError if it is not."""
+    """Returns a field that is a list of texts. Raises ConfigError if it is not."""
     values = fields.get(name)
     if not isinstance(values, list):
         raise ConfigError(

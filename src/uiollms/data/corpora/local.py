@@ -85,7 +85,7 @@ LIBRARY = Library(Path(sysconfig.get_path("stdlib")))
 
 
 def library_files(folder: Path) -> Iterator[Path]:
-    """Yield the non-empty source files of a library folder in arbitrary order, without those of
+    """Yields the non-empty source files of a library folder in arbitrary order, without those of
     other packages and test suites."""
     for parent, inner, names in os.walk(folder):
         inner[:] = [name for name in inner if name not in NOT_LIBRARY]
@@ -153,7 +153,7 @@ class UserFiles:
         return None
 
     def readers(self) -> list[tuple[str, Callable[[str], Corpus]]]:
-        """Return every matching file with its reader. Raises ConfigError if no file matches, or if
+        """Returns every matching file with its reader. Raises ConfigError if no file matches, or if
         one has an unknown ending."""
         paths = sorted(matching_files(self.pattern))
         if not paths:
@@ -173,7 +173,7 @@ class UserFiles:
 
 
 def matching_files(pattern: str) -> list[str]:
-    """Return the files that match a glob. Brackets denote a set of letters, except where they
+    """Returns the files that match a glob. Brackets denote a set of letters, except where they
     belong to a name: that of an existing file, of an existing folder at the start of the pattern,
     or of any file or folder if nothing matches otherwise."""
     if os.path.isfile(pattern):
@@ -190,7 +190,7 @@ def matching_files(pattern: str) -> list[str]:
 
 
 def expand_glob(pattern: str) -> list[str]:
-    """Return the paths that match a glob, in arbitrary order. `**` follows links but enters each
+    """Returns the paths that match a glob, in arbitrary order. `**` follows links but enters each
     folder once, because a link to a parent folder would be followed for ever."""
     parts = pattern.split("/")
     if "**" not in parts:
@@ -210,7 +210,7 @@ def expand_glob(pattern: str) -> list[str]:
 
 
 def walk_folders(top: str, seen: set[tuple[int, int]]) -> Iterator[str]:
-    """Yield `top` and the folders below it, without hidden ones and those in `seen`. All yielded
+    """Yields `top` and the folders below it, without hidden ones and those in `seen`. All yielded
     folders are added to `seen`."""
     for folder, inner, _ in os.walk(top or ".", followlinks=True):
         state = os.stat(folder)

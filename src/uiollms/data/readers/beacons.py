@@ -40,7 +40,7 @@ Tokens = tuple[tuple[int, ...], tuple[int, ...]]  # (input_ids [T], labels [T])
 def fit_tokens(
     prompt: Sequence[int], response: Sequence[int] | None, eos: int | None, max_length: int
 ) -> Tokens | None:
-    """Build the token ids and labels of a sample of at most max_length tokens. Returns None if it
+    """Builds the token ids and labels of a sample of at most max_length tokens. Returns None if it
     has fewer than 1,200 tokens, or if the response leaves no tokens for the prompt.
 
     Plain text keeps its first max_length tokens, all of which are labels. In question answering
@@ -74,7 +74,7 @@ def separator(number: int) -> str:
 def tokenize_documents(
     documents: Corpus, numbers: Sequence[int], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[tuple[Document, Tokens | None]]:
-    """Return the documents with the given numbers, and the sample of each. Plain text is tokenised
+    """Returns the documents with the given numbers, and the sample of each. Plain text is tokenised
     up to 5 * max_length characters, input and output as one text."""
     found = [documents[i] for i in numbers]
     prompts, texts = [], []
@@ -130,7 +130,7 @@ def sampled_corpus(
 def load_choice(
     documents: Corpus, path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Sequence[int]:
-    """Return the numbers of the chosen documents, from the cache if it contains them."""
+    """Returns the numbers of the chosen documents, from the cache if it contains them."""
     state = f"{file_state(path)} {tokenizer_fingerprint(tokenizer)}"
     key = f"{state} {SHORTEST} {max_length} {MOST} {SEED} {RULES}"
     kept = (

@@ -15,10 +15,10 @@ _TITLE = re.compile(r"\s*= (?!=).*(?<!=) =\s*")  # " = Title = ", but not " = = 
 
 
 def collapse_repeats(text: str) -> str:
-    """Shorten repetitions. Five or more equal characters that are neither letters nor digits become
-    four. A string of 3 to 100 letters and digits that is repeated directly occurs once afterwards;
-    the shortest such string is used. These are the released program's rules, except for the limit
-    of 100, which makes the time linear in the text's length.
+    """Shortens repetitions. Five or more equal characters that are neither letters nor digits
+    become four. A string of 3 to 100 letters and digits that is repeated directly occurs once
+    afterwards; the shortest such string is used. These are the released program's rules, except for
+    the limit of 100, which makes the time linear in the text's length.
 
     "........ 12" -> ".... 12"      "hahahaha, nonono" -> "haha, nonono"      "1000000" -> "1000"
     """
@@ -26,7 +26,7 @@ def collapse_repeats(text: str) -> str:
 
 
 def article_spans(lines: Iterable[str], longer_than: int = 100) -> tuple[array[int], array[int]]:
-    """Find the line numbers at which the bodies of articles start and end in WikiText. An article
+    """Finds the line numbers at which the bodies of articles start and end in WikiText. An article
     begins after a level-1 heading. As in the released program, the first article and all articles
     whose bodies have at most `longer_than` characters are left out.
 

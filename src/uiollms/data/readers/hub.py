@@ -46,7 +46,7 @@ class HubDataset:
         return f"hub dataset {self.name} is not on this machine; it is downloaded when first used"
 
     def split(self, name: str) -> HubSplit:
-        """Return one split as a source."""
+        """Returns one split as a source."""
         return HubSplit(self, name)
 
     def local_folder(self) -> Path | None:
@@ -55,7 +55,7 @@ class HubDataset:
         return next((folder for folder in folders if folder.is_dir()), None)
 
     def cached_folder(self) -> Path | None:
-        """Return the folder of an earlier download of any split, or None."""
+        """Returns the folder of an earlier download of any split, or None."""
         from huggingface_hub.errors import LocalEntryNotFoundError
 
         try:
@@ -70,7 +70,7 @@ class HubDataset:
         )
 
     def paths(self, split: str, folder: Path) -> list[str]:
-        """Return the data files of a split: those that match its glob, else those whose names
+        """Returns the data files of a split: those that match its glob, else those whose names
         contain the split (data/test-00000-of-00001.parquet). Returns none if the names of the
         files do not determine the splits."""
         if self.files:
@@ -85,8 +85,8 @@ class HubDataset:
         return [str(path) for path in found if path.is_file() and suffix_of(str(path)) in BUILDERS]
 
     def download(self, split: str) -> Path:
-        """Download the files of a split, or of the whole dataset if the file names do not determine
-        the splits, and return their folder."""
+        """Downloads the files of a split, or of the whole dataset if the file names do not
+        determine the splits, and returns their folder."""
         folder = self.fetch([self.files[split]] if self.files else [f"*{split}*"])
         return folder if self.files or self.paths(split, folder) else self.fetch(None)
 
@@ -104,7 +104,7 @@ class HubDataset:
         return Path(folder)
 
     def load(self, split: str, columns: Sequence[str]) -> Any:
-        """Load the columns of a split as a datasets.Dataset. Raises ConfigError with one line."""
+        """Loads the columns of a split as a datasets.Dataset. Raises ConfigError with one line."""
         import datasets
 
         try:
@@ -128,7 +128,7 @@ class HubDataset:
         return select_columns(dataset, columns, f"hub dataset {self.name}, split {split}")
 
     def rows(self, split: str, columns: Sequence[str], make: MakeDocument) -> Corpus:
-        """Open the documents of a split, one per row."""
+        """Opens the documents of a split, one per row."""
         return dataset_documents(self.load(split, columns), f"hub:{self.name}/{split}", make)
 
 
@@ -174,7 +174,7 @@ def builder_of(path: str) -> str:
 
 
 def select_columns(dataset: Any, columns: Sequence[str], source: str) -> Any:
-    """Select columns, so that reading a row reads only these. Raises ConfigError for a missing
+    """Selects columns, so that reading a row reads only these. Raises ConfigError for a missing
     column."""
     for column in columns:
         if column not in dataset.column_names:
@@ -192,7 +192,7 @@ def dataset_documents(dataset: Any, source: str, make: MakeDocument) -> Corpus:
 
 
 def parquet_file(path: str) -> Corpus:
-    """Open a parquet file with a column `text`, or columns `input` and `output`, or all three with
+    """Opens a parquet file with a column `text`, or columns `input` and `output`, or all three with
     nulls."""
     import datasets
 

@@ -59,7 +59,7 @@ class RawFile:
 
 
 def text_field(fields: Fields, name: str, source: str) -> str:
-    """Return the text of a field. Raises ConfigError if the field is missing or is not text that a
+    """Returns the text of a field. Raises ConfigError if the field is missing or is not text that a
     tokenizer can read."""
     if name not in fields:
         raise ConfigError(
@@ -74,7 +74,7 @@ def text_field(fields: Fields, name: str, source: str) -> str:
 
 
 def check_text(text: str, source: str) -> None:
-    """Raise ConfigError for half of a surrogate pair, which no tokenizer can read. It can be in
+    """Raises ConfigError for half of a surrogate pair, which no tokenizer can read. It can be in
     JSON, and a shell passes on bytes that are not text as one."""
     if not text.isascii():
         try:
@@ -114,8 +114,8 @@ def text_or_qa(fields: Fields, source: str) -> Document:
 def json_lines(
     path: str | Path, make: MakeDocument = text_or_qa, limit: int | None = None, shown: str = ""
 ) -> Corpus:
-    """Open a JSON-lines file, or its first `limit` documents, through an index of its lines. shown:
-    the name of the file in messages, by default its path."""
+    """Opens a JSON-lines file, or its first `limit` documents, through an index of its lines.
+    shown: the name of the file in messages, by default its path."""
     # Byte offsets, and line numbers, which also count blank lines.
     starts, numbers = array("q"), array("I")
     with open_file(path) as file:
@@ -145,8 +145,8 @@ def json_lines_gz(path: str | Path) -> Corpus:
 
 
 def json_object(data: bytes, source: str) -> Fields:
-    """Parse a JSON object. Raises ConfigError for bytes that are not UTF-8, broken JSON, a key that
-    occurs twice in an object, and values that are not objects."""
+    """Parses a JSON object. Raises ConfigError for bytes that are not UTF-8, broken JSON, a key
+    that occurs twice in an object, and values that are not objects."""
     try:
         value = loads(decode_utf8(data, source), source)
     except ConfigError as error:
@@ -164,14 +164,14 @@ def json_object(data: bytes, source: str) -> Fields:
 
 
 def text_file(path: str | Path) -> Corpus:
-    """Open a text file as a corpus of one document."""
+    """Opens a text file as a corpus of one document."""
     return LazyCorpus(1, lambda _: Document(read_text(path, MOST_TEXT), str(path)))
 
 
 def unpack(path: str | Path) -> Path:
-    """Return the path of the unpacked copy of a .gz file in the cache folder. The first call writes
-    it; a changed file gets a new copy. Raises ConfigError for a damaged file, and for one that
-    unpacks to far more than its size."""
+    """Returns the path of the unpacked copy of a .gz file in the cache folder. The first call
+    writes it; a changed file gets a new copy. Raises ConfigError for a damaged file, and for one
+    that unpacks to far more than its size."""
     check_file(path)
     state = file_state(path)
     most = max(MOST_UNPACKED, MOST_GROWTH * os.path.getsize(path))
@@ -198,7 +198,7 @@ def unpack(path: str | Path) -> Path:
 
 
 def file_state(path: str | Path) -> str:
-    """Identify a file and its state by path, size and time of the last change. Raises ConfigError
+    """Identifies a file and its state by path, size and time of the last change. Raises ConfigError
     if it does not exist."""
     try:
         stat = os.stat(path)
@@ -208,7 +208,7 @@ def file_state(path: str | Path) -> str:
 
 
 def json_list(path: str | Path, key: str, make: MakeDocument) -> Corpus:
-    """Open the list of objects under a key of one large JSON object, {"train": [{...}, ...],
+    """Opens the list of objects under a key of one large JSON object, {"train": [{...}, ...],
     "test": [...]}, through an index of its elements."""
     starts, ends = element_spans(path, key)
 
@@ -231,7 +231,7 @@ _MARK = re.compile(rb'"(?:[^"\\]++|\\.)*+"|["{}\[\]]', re.DOTALL)
 
 
 def element_spans(path: str | Path, key: str) -> tuple[array[int], array[int]]:
-    """Find the byte offsets (starts, ends) of the objects in the list under a key, without parsing
+    """Finds the byte offsets (starts, ends) of the objects in the list under a key, without parsing
     them.
 
     {"a": [{"x": 1}], "b": [{"x": 2}, {"x": 3}]}, key "b" -> ([24, 34], [32, 42])
@@ -274,7 +274,7 @@ def element_spans(path: str | Path, key: str) -> tuple[array[int], array[int]]:
 
 
 def structure_marks(path: str | Path) -> Iterator[tuple[bytes, int]]:
-    """Yield the brackets and strings of a JSON file with their byte offsets. Only strings that are
+    """Yields the brackets and strings of a JSON file with their byte offsets. Only strings that are
     short enough for keys are copied; the others are b".." instead."""
     with open_file(path) as file:
         if os.fstat(file.fileno()).st_size == 0:
