@@ -13,7 +13,7 @@ from functools import partial
 try:
     import uiollms.cli.common  # noqa: F401  # imports torch and transformers, too
 except ImportError as error:
-    how = "`make setup` and then .venv/bin/python, or `pip install -e .` in an environment of yours"
+    how = "`make setup` and then .venv/bin/python, or `pip install -e .` in your own environment"
     sys.exit(f"{error}; run {how}: see Set-up in README.md")
 
 from uiollms.build import describe_weights, find_weights, load_memory_lm

@@ -198,7 +198,7 @@ def test_a_clone_without_an_installation_names_the_command_to_run(command, tmp_p
     assert done.returncode == 1 and done.stdout == b""
     assert line == (
         "No module named 'uiollms'; run `make setup` and then .venv/bin/python, or `pip install -e "
-        ".` in an environment of yours: see Set-up in README.md"
+        ".` in your own environment: see Set-up in README.md"
     )
     assert "\n### Set-up\n" in (ROOT / "README.md").read_text()
 

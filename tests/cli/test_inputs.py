@@ -315,7 +315,7 @@ def test_too_many_trials_are_refused(workspace, capsys):
 
 @pytest.mark.parametrize(
     "rank, expected",
-    [(2**31, "less than or equal to 65536"), (33, "past the base's hidden_size 32")],
+    [(2**31, "less than or equal to 65536"), (33, "exceeds the base's hidden_size 32")],
 )
 def test_a_rank_out_of_range_is_refused(workspace, capsys, rank, expected):
     memory = dict(num_memory=2, chunk_size=16, lora_rank=rank, lora_alpha=4)
@@ -348,7 +348,7 @@ def test_a_rank_above_the_hidden_size_of_a_loaded_base_is_refused(tmp_path):
         (dict(eos_token_id=["x"]), "eos_token_id"),
         (
             dict(num_hidden_layers=4000, hidden_size=2**16),
-            "parameters, the weight files beside it have",
+            "parameters, but the weight files in the folder have",
         ),
         (
             dict(model_type="other", num_hidden_layers=10**9),
