@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import gradients, make_base, random_ids, worst_error
+from conftest import gradients, make_base, make_model, random_ids, relative_error, worst_error
 from torch import nn
 from torch.nn import functional as F
 from torch.profiler import profile
@@ -114,7 +114,7 @@ def test_layers_use_onednn_only_in_a_call_of_use_onednn():
     layer = nn.Sequential(nn.Linear(32, 48), nn.SiLU(), nn.Linear(48, 32)).requires_grad_(False)
     x = torch.randn(1, 64, 32)
     assert count_onednn_products(lambda: layer(x)) == 0
-    assert count_onednn_products(lambda: use_onednn(layer)(x)) == 2
+    assert count_onednn_products(lambda: use_onednn(layer, layer)(x)) == 2
     assert count_onednn_products(lambda: layer(x)) == 0
 
 
@@ -191,3 +191,68 @@ def test_onednn_computes_a_new_token():
         state = model(random_ids(1, 70)).past_key_values
         layers = len(model.base.model.layers)
         assert count_onednn_products(lambda: model(random_ids(1, 1), state)) == 7 * layers + 1
+
+
+def overwritten(call) -> set[str]:
+    """The names of the operations that wrote their result over their input."""
+    with profile() as profiled:
+        call()
+    return {event.name for event in profiled.events()} & {"aten::silu_", "aten::mul_"}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_without_a_graph_an_mlp_writes_over_its_gate(family):
+    model, ids = make_model(family), random_ids(2, 8)
+
+    def encoded():
+        with torch.no_grad():
+            return model.encode(ids)
+
+    in_place = encoded()
+    assert overwritten(encoded) == {"aten::silu_", "aten::mul_"}
+    assert not overwritten(lambda: model.encode(ids))  # with a graph
+    gate, kept = model.base.model.layers[0].mlp.gate_proj, []
+    handle = gate.register_forward_hook(lambda module, args, output: kept.append((args[0], output)))
+    assert torch.equal(encoded(), in_place)
+    for given, output in kept:  # what the hook received has not been overwritten
+        assert torch.equal(output, F.linear(given, gate.weight))
+    handle.remove()
+    assert kept and overwritten(encoded)
+    shown = []
+    handle = model.base.model.layers[0].mlp.act_fn.register_forward_pre_hook(
+        lambda module, args: shown.append((args[0], args[0].clone()))
+    )
+    encoded()
+    assert all(torch.equal(given, copy) for given, copy in shown)
+    handle.remove()
+    assert shown and overwritten(encoded)
+    with nn.modules.module.register_module_forward_hook(lambda *_: None):
+        assert not overwritten(encoded)
+    with nn.modules.module.register_module_forward_pre_hook(lambda *_: None):
+        assert not overwritten(encoded)
+    assert torch.equal(encoded(), in_place)
+
+
+def test_only_a_gate_without_other_references_is_written_over():
+    """silu of an input, a product times something else and silu(gate) * silu(gate) are not."""
+    first, second = (nn.Linear(8, 8, bias=False).requires_grad_(False) for _ in range(2))
+    x = torch.randn(1, 8, 8)
+
+    def run(hidden):
+        early = F.silu(hidden) * first(hidden)
+        gate = F.silu(first(hidden))
+        return early, gate * gate, gate * 2.0, gate * hidden
+
+    with torch.no_grad():
+        expected = run(x)
+        found = use_onednn(run, first)(x)
+    for a, b in zip(found, expected, strict=True):
+        assert relative_error(a, b) < ROUNDING
+    with torch.no_grad():
+        gate, up = first(x), second(x)
+        assert (
+            relative_error(
+                use_onednn(lambda h: F.silu(first(h)) * second(h), first)(x), F.silu(gate) * up
+            )
+            < ROUNDING
+        )

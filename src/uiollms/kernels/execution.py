@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,11 +32,11 @@ class Execution:
     checkpointing: bool = False
     locked: bool = False
 
-    def run(self, function: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-        """Returns function(hidden), where `function` runs one module. A graph is built where grad
-        is enabled."""
+    def run(self, module: Any, function: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        """Returns function(hidden). The function must run `module` and no other module. A graph is
+        built where grad is enabled."""
         if self.onednn and hidden.device.type == "cpu":
-            function = use_onednn(function)
+            function = use_onednn(function, module)
         if self.locked:  # inside a checkpoint, because the backward pass runs the function again
             function = locked(function)
         if not torch.is_grad_enabled():

@@ -256,7 +256,7 @@ class MemoryLM(  # type: ignore[misc]
                 inputs=inputs,
                 num_memory=m if i == last - 1 else None,
             )
-            hidden = execution.run(run, hidden)
+            hidden = execution.run(layer, run, hidden)
         return memory
 
     @locked_if_offloaded
@@ -326,7 +326,7 @@ class MemoryLM(  # type: ignore[misc]
         for layer in self.decoder_layers:
             hidden, inputs = to_device(hidden, layer_device(layer)), inputs.to(layer_device(layer))
             run = partial(run_layer, layer, inputs=inputs, prefix=prefix)
-            hidden = execution.run(run, hidden)
+            hidden = execution.run(layer, run, hidden)
         return self.base.model.norm(to_device(hidden, device_of(self.base.model.norm)))
 
     @locked_if_offloaded
@@ -334,7 +334,7 @@ class MemoryLM(  # type: ignore[misc]
         """Applies the LM head: [B, T, D] -> [B, T, V]. as_base: see `execution`."""
         head = self.base.lm_head
         execution = self.execution(hidden.shape[1], as_base)
-        return execution.run(head, to_device(hidden, device_of(head)))
+        return execution.run(head, head, to_device(hidden, device_of(head)))
 
     @contextmanager
     def sized(self, size: tuple[int, int] | None) -> Iterator[None]:
