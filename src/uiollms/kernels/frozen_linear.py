@@ -31,9 +31,8 @@ def use_onednn(
     with `linear`, the layers of the frozen base among them.
 
     Without a graph an MLP's silu(gate) * up is computed in the memory of `gate`, unless the MLP
-    has forward hooks, which might hold a reference to it. In a `uio` step of the benchmarks' model
-    `midsize` (4,096 tokens, chunk_batch 4) the resident set rose by 321 MiB instead of 365, in 0.97
-    of the time.
+    has forward hooks, which might hold a reference to it. Encoding four chunks of SmolLM2's shape
+    took 0.99 of the time, with one tensor [B, T, I] less alive.
     """
 
     def run(hidden: Tensor) -> Tensor:
