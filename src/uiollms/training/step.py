@@ -261,8 +261,11 @@ def decode_losses(
     for batch in row_batches(sample, step.group, model.chunk_batch, with_memory=True):
         with torch.enable_grad():
             prefix = gradients.prefix(batch, supports_in_place(model.base))
-            loss = tally.add(batch, *decode_rows(model, sample, batch, prefix, teachers))
-            backward(model, scale * loss)
+            # No name holds the loss, so that its graph is gone before the next batch's is built.
+            backward(
+                model,
+                scale * tally.add(batch, *decode_rows(model, sample, batch, prefix, teachers)),
+            )
     return tally
 
 
