@@ -7,6 +7,7 @@ allowed.
 
 import itertools
 import random
+import weakref
 
 import pytest
 import torch
@@ -630,3 +631,21 @@ def test_rows_of_joined_samples_read_their_documents_memories():
     assert both.documents == (2, 1) and both.chunk_numbers == [0, 1, 0]
     assert torch.equal(both.chunks, torch.cat([a.chunks, b.chunks]))
     assert [list(row.memories) for row in both.rows] == [[], [0], [0, 1], [2]]
+
+
+def test_the_graph_of_a_batch_is_gone_before_the_next_is_built(monkeypatch):
+    """A name that holds a batch's loss would keep the nodes of its graph, and what they hold."""
+    model, sample = make_model(), Sample.language_modeling(random_ids(8 * 6), 8)
+    model.chunk_batch = 1
+    nodes = []
+
+    def decode(*arguments):
+        assert all(node() is None for node in nodes)
+        losses = decode_rows(*arguments)
+        if losses[0].grad_fn is not None:
+            nodes.append(weakref.ref(losses[0].grad_fn))
+        return losses
+
+    monkeypatch.setattr("uiollms.training.step.decode_rows", decode)
+    uiollms.gradient_step(model, sample, estimator="exact")
+    assert len(nodes) == 5
