@@ -505,7 +505,7 @@ ACCELERATE = [
     ids=["torchrun", "accelerate"],
 )
 def test_launchers(run_folder, launcher):
-    """The commands of docs/scaling.md."""
+    """The commands of docs/processes.md."""
     command = [sys.executable, "-m", *launcher, str(free_port())]
     command += [str(ROOT / "train.py"), "--env_conf", "env.json"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
@@ -542,7 +542,7 @@ def test_chunk_ranks_must_divide(run_folder):
 
 
 def test_a_base_sharded_by_fsdp(tmp_path):
-    """As docs/scaling.md has it: frozen linear layers sharded, documents of equal length; equal
+    """As docs/devices.md has it: frozen linear layers sharded, documents of equal length; equal
     gradients."""
 
     def document(rank: int) -> Sample:

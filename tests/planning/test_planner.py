@@ -189,7 +189,7 @@ def test_device_memory_has_one_size_per_gpu():
 
 @pytest.mark.slow
 def test_32x_on_two_24_gib_gpus(monkeypatch, capsys):
-    """The figures are those of docs/scaling.md."""
+    """The figures are those of docs/dry_run.md."""
     monkeypatch.chdir(ROOT)
     assert dry_run(load_env_config("32x.json"), "32x.json", "24GiB,24GiB") == 0
     printed = capsys.readouterr().out
@@ -256,7 +256,7 @@ def test_predicted_memory_equals_measured_memory(key_value_heads, length):
 
     MALLOC_MMAP_THRESHOLD_ makes glibc return every freed tensor to the system; by default it
     caches freed blocks of up to 32 MiB. oneDNN is off, because it caches some 15 MiB for the
-    shapes of the products (docs/scaling.md).
+    shapes of the products (docs/dry_run.md).
     """
     settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", MEASURE, str(key_value_heads), str(length)]

@@ -135,7 +135,7 @@ class ModelSection(Checked):
         "auto",
         description=(
             "attention implementation. auto: sdpa. flash_attention_2 needs CUDA, bf16 or fp16, "
-            "and the package flash-attn; see docs/scaling.md"
+            "and the package flash-attn; see docs/flash_attention.md"
         ),
     )
     config: str = Field(description="path of the compressor config, such as config/32x.json")
@@ -166,7 +166,7 @@ class ModelSection(Checked):
         description=(
             "devices of the base: a GPU number, cpu, or auto, balanced or sequential to use all "
             "GPUs; or an object that maps modules to a GPU number, cpu or disk. Keys in the "
-            "authors' style work too; see docs/scaling.md"
+            "authors' style work too; see docs/devices.md"
         ),
     )
 
@@ -291,7 +291,7 @@ class TrainSection(Checked):
     chunk_parallel: bool = Field(
         False,
         description="whether several processes divide the chunks of one document among "
-        "themselves; see docs/scaling.md",
+        "themselves; see docs/processes.md",
     )
     chunk_ranks: Positive | None = Field(
         None, description="number of processes that divide one document. null: all of them"

@@ -56,7 +56,7 @@ def make_shell(module: nn.Module, parts: Mapping[str, nn.Module]) -> Any:
 def is_sharded(base: Any) -> bool:
     """Whether PyTorch's FSDP, of either kind, shards whole layers of the base. It gathers weights
     when the layers themselves are called, while a skeleton calls shells of them. Sharded linear
-    layers are supported (docs/scaling.md)."""
+    layers are supported (docs/devices.md)."""
     modules = [
         base,
         base.model,
