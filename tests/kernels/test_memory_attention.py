@@ -18,6 +18,7 @@ from conftest import (
     relative_error,
     worst_error,
 )
+from flash_stand_in import use_stand_in
 from torch.nn import functional as F
 
 import uiollms
@@ -25,7 +26,7 @@ from uiollms import MemoryLM
 from uiollms.data.sample import Row, Sample
 from uiollms.evaluation.scoring import token_losses
 from uiollms.kernels import memory_attention as kernel
-from uiollms.kernels.memory_attention import kernel_calls, memory_attention
+from uiollms.kernels.memory_attention import MemoryLayout, WantedSlots, memory_attention
 from uiollms.model.attention import decoder_mask
 from uiollms.model.state import KVPrefix, SharedPrefix, join_slots
 
@@ -60,25 +61,37 @@ def joined_attention(
     return F.scaled_dot_product_attention(query, keys, values, mask, scale=scaling)
 
 
-@pytest.fixture(params=[1, 3, 128])
+@pytest.fixture(params=[(1, False), (3, False), (128, False), (1, True), (3, True)])
 def min_common_slots(request, monkeypatch):
-    """The number of common slots from which on rows read them in one call."""
-    monkeypatch.setattr(kernel, "MIN_COMMON_SLOTS", request.param)
-    return request.param
+    """The number of common slots from which on rows read them in one call, with the kernels of
+    the CPU, or with the code for CUDA and a stand-in for its kernels."""
+    count, with_stand_in = request.param
+    monkeypatch.setitem(kernel.MIN_COMMON_SLOTS, "cpu", count)
+    if with_stand_in:
+        use_stand_in(monkeypatch)
+    return count
+
+
+CPU = torch.device("cpu")
+
+
+def attend(tensors, num_slots, first_slots=None, sink=None):
+    layout = MemoryLayout(num_slots, first_slots or [0] * len(num_slots), tensors[0].shape[2], CPU)
+    return memory_attention(*tensors, layout, 0.3, sink).transpose(1, 2)
 
 
 @pytest.mark.parametrize(
     "num_slots", [(128, 136, 144), (136, 128, 128), (130,), (0, 8), (0, 0), (100, 200), (300, 300)]
 )
 def test_every_row_reads_each_of_its_slots_once(num_slots):
-    calls = list(kernel_calls(num_slots, [0] * len(num_slots)))
+    layout = MemoryLayout(num_slots, [0] * len(num_slots), 4, CPU)
     for row, count in enumerate(num_slots):
-        parts = [slots for rows, slots in calls if row in range(rows.start, rows.stop)]
+        parts = [slots for rows, slots in layout.common if row in range(rows.start, rows.stop)]
+        parts.append(layout.further[row])
         read = [slot for part in parts for slot in range(part.start, part.stop)]
         assert read == list(range(count))
-    call_of_all = any(rows.stop - rows.start == len(num_slots) for rows, _ in calls)
     in_common = len(num_slots) > 1 and min(num_slots) >= 128
-    assert call_of_all == (in_common or num_slots == (130,))
+    assert bool(layout.common) == (in_common or num_slots == (130,))
 
 
 # The num_slots and first_slots of the rows of several documents.
@@ -90,11 +103,12 @@ DOCUMENTS = [
 
 
 def test_only_rows_of_the_same_document_share_a_call():
-    slots, first = (128, 136, 8, 130, 130), (0, 0, 136, 144, 144)
-    calls = kernel_calls(slots, first)
-    found = [(rows.start, rows.stop, part.start, part.stop) for rows, part in calls]
-    shared = [(0, 2, 0, 128), (1, 2, 128, 136), (2, 3, 136, 144), (3, 5, 144, 274)]
-    assert found == shared
+    """The example of `MemoryLayout`, and another document."""
+    layout = MemoryLayout((128, 136, 8, 130, 130), (0, 0, 136, 144, 144), 4, CPU)
+    common = [(rows.start, rows.stop, part.start, part.stop) for rows, part in layout.common]
+    assert common == [(0, 2, 0, 128), (2, 3, 136, 144), (3, 5, 144, 274)]
+    assert [part.stop - part.start for part in layout.further] == [0, 8, 0, 0, 0]
+    assert layout.further[1] == slice(128, 136)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +121,7 @@ def test_values_and_gradients_equal_those_of_one_softmax(
 ):
     tensors = inputs(*heads)
     expected = joined_attention(*tensors, num_slots, 0.3, first_slots)
-    found = memory_attention(*tensors, num_slots, 0.3, first_slots=first_slots)
+    found = attend(tensors, num_slots, first_slots)
     assert relative_error(found, expected) < EXACT
     out_grad = torch.randn_like(expected)
     found_grads, expected_grads = (
@@ -128,7 +142,8 @@ class RecordingSink:
             total[:, :, slots] += grad
 
     def slots_wanted(self, row):
-        return self.wanted.get(row)
+        slots = self.wanted.get(row)
+        return None if slots is None else WantedSlots(slots, int(slots[0]))
 
     def add_row(self, row, *grads):
         self.rows[row] = grads
@@ -146,7 +161,7 @@ def test_a_sink_receives_the_memory_gradients_instead_of_autograd(
     first = first_slots[2] if first_slots else 0
     wanted = {0: torch.tensor([1]), 2: first + torch.tensor([0, 1] if first_slots else [0, 2, 5])}
     sink = RecordingSink(memory, wanted)
-    out = memory_attention(*local, *memory, num_slots, 0.3, sink, first_slots)
+    out = attend((*local, *memory), num_slots, first_slots, sink)
     out_grad = torch.randn_like(out)
     by_autograd = torch.autograd.grad(
         out, [memory_key], out_grad, allow_unused=True, retain_graph=True
@@ -172,17 +187,26 @@ def test_a_sink_receives_the_memory_gradients_instead_of_autograd(
 def test_the_memory_gradient_needs_no_other_gradient():
     tensors = [tensor.detach() for tensor in inputs()]
     memory_key = tensors[3].requires_grad_()
-    in_place = memory_attention(*tensors, (2, 5, 8), 0.3)
+    in_place = attend(tensors, (2, 5, 8))
     joined = joined_attention(*tensors, (2, 5, 8), 0.3)
     (found,) = torch.autograd.grad(in_place.sum(), memory_key)
     (expected,) = torch.autograd.grad(joined.sum(), memory_key)
     assert relative_error(found, expected) < EXACT
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
+@pytest.mark.parametrize(
+    "family, estimator",
+    [
+        ("llama", "uio"),
+        ("llama", "tbptt"),
+        ("llama", "importance"),
+        ("qwen3", "exact"),
+        ("mistral", "uio"),
+    ],
+)
 @pytest.mark.parametrize("chunk_batch", [1, 3])
 def test_a_step_and_a_score_equal_those_of_joined_keys(
-    family, chunk_batch, min_common_slots, monkeypatch
+    family, estimator, chunk_batch, min_common_slots, monkeypatch
 ):
     model = make_model(family)
     model.chunk_batch = chunk_batch
@@ -191,13 +215,13 @@ def test_a_step_and_a_score_equal_those_of_joined_keys(
 
     def run():
         model.zero_grad()
-        uiollms.gradient_step(model, sample, estimator="uio", S=2, rng=1)
+        uiollms.gradient_step(model, sample, estimator=estimator, S=2, rng=1)
         grads = [parameter.grad for parameter in model.trainable_parameters().values()]
         found = [grad.clone() for grad in grads if grad is not None]
         return [uiollms.score(model, ids, "document").nll, *found]
 
     in_place = run()
-    monkeypatch.setattr(SharedPrefix, "reads_in_place", lambda self, device: False)
+    monkeypatch.setattr(SharedPrefix, "reads_in_place", lambda *_: False)
     for a, b in zip(in_place, run(), strict=True):
         # Rounding adds up over the layers.
         assert relative_error(a, b) < 1e-10

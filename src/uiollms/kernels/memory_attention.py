@@ -1,11 +1,15 @@
 """Attention to a document's memory that is stored once, not copied for every row that reads it.
 
-The memory of a document is one set of keys and values for all rows of a batch. On a CPU torch's
-flash kernel is called separately for a row's own tokens, which are causal, and for the slots
-that the row sees, which it sees in full. The results are joined by their log-sum-exp. Given the
-joined result, the kernel's backward yields the gradients of each part. No pair that a mask would
-hide is computed, and no graph holds a copy of the memory. Slots that all rows see are read by
-the queries of all rows in one call, because the kernel takes larger blocks of more queries.
+The memory of a document is one set of keys and values for all rows of a batch. A layer makes two
+calls of a flash kernel for any number of rows, and joins their results by their log-sum-exp:
+
+    common   the queries of all rows attend to the slots that all rows of their document see,
+             where they are; more queries in one call let the kernel take larger blocks
+    own      each row attends to its further slots, which are packed before its own tokens, and
+             causally to its own tokens
+
+Given the joined result, the backward kernels yield the gradients of each part. No pair that a
+mask would hide is computed, and no graph holds a copy of the memory.
 
 Shapes: B rows, T tokens of a row, M slots of the document, n of them that one call reads, s of
 those whose gradients a row reports separately, N attention heads, H key/value heads, K head
@@ -14,16 +18,30 @@ size. Source of the joining: Dao et al. 2022 (FlashAttention, arXiv 2205.14135),
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-MIN_COMMON_SLOTS = 128  # fewer slots that all rows see are not worth a call of their own
-_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+from uiollms.kernels.flash_calls import (
+    Packing,
+    flash_backward,
+    flash_forward,
+    join_,
+    slices_of,
+)
+
+# Fewer slots that all rows see are not worth a call of their own.
+MIN_COMMON_SLOTS = {"cpu": 128, "cuda": 1}
+
+
+class WantedSlots(NamedTuple):
+    """Slots [s] int64, ascending, and the first of them as a number."""
+
+    slots: Tensor
+    first: int
 
 
 class GradientSink(Protocol):
@@ -33,12 +51,90 @@ class GradientSink(Protocol):
         """Adds the gradients of some rows, [B, H, n, K] each, at `slots`. Every pair of a row and
         a slot that it reads arrives here once, alone or summed over rows (B = 1)."""
 
-    def slots_wanted(self, row: int) -> Tensor | None:
-        """Returns the slots [s] int64, ascending, whose gradients from this row must arrive at
-        `add_row` as well, or None if there are none."""
+    def slots_wanted(self, row: int) -> WantedSlots | None:
+        """Returns the slots whose gradients from this row must arrive at `add_row` as well, or
+        None if there are none."""
 
     def add_row(self, row: int, d_keys: Tensor, d_values: Tensor) -> None:
         """Adds the gradients of one row, [H, s, K] each, at the slots of `slots_wanted`."""
+
+
+class MemoryLayout:
+    """Which rows read which slots, and how a layer's two calls pack them.
+
+    common: the rows and slots of each document whose rows have slots in common, at least
+    MIN_COMMON_SLOTS. A row that is alone has all its slots in common. further: the other slots of
+    every row.
+
+    num_slots 128 136 8, first_slots 0 0 136 -> common: rows 0, 1 slots 0 .. 127 | row 2 slots
+    136 .. 143; further: none | slots 128 .. 135 | none
+    """
+
+    def __init__(
+        self,
+        num_slots: Sequence[int],
+        first_slots: Sequence[int],
+        length: int,
+        device: torch.device,
+    ) -> None:
+        self.length = length
+        self.common: list[tuple[slice, slice]] = []
+        self.further: list[slice] = []
+        start = 0
+        for first, group in groupby(first_slots):
+            rows = range(start, start := start + len(list(group)))
+            count = min(num_slots[row] for row in rows)
+            if len(rows) > 1 and count < MIN_COMMON_SLOTS[device.type]:
+                count = 0
+            if count:
+                self.common.append((slice(rows.start, rows.stop), slice(first, first + count)))
+            self.further += [slice(first + count, first + num_slots[row]) for row in rows]
+        num_further = [slots.stop - slots.start for slots in self.further]
+        queries = [length] * len(num_slots)
+        self.own = Packing.of(queries, [n + length for n in num_further], device)
+        self.has_further = any(num_further)
+        # Of each document in the common call: its queries among those of all rows, and its keys.
+        self.common_queries = [
+            slice(rows.start * length, rows.stop * length) for rows, _ in self.common
+        ]
+        self.common_call = Packing.of(
+            [queries.stop - queries.start for queries in self.common_queries],
+            [slots.stop - slots.start for _, slots in self.common],
+            device,
+        )
+
+    def pack_own(self, own: Tensor, memory: Tensor) -> Tensor:
+        """Packs the further slots of each row, of [1, H, M, K], before its own keys or values [B,
+        H, T, K]. Returns [S, H, K]."""
+        rows = own.transpose(1, 2)  # [B, T, H, K]
+        if not self.has_further:
+            return rows.flatten(0, 1)
+        slots = memory[0].transpose(0, 1)  # [M, H, K]
+        parts = [
+            part
+            for row, further in zip(rows.unbind(), self.further, strict=True)
+            for part in (slots[further], row)
+        ]
+        return torch.cat(parts)
+
+    def unpack_own(self, packed: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Inverts `pack_own`: the gradients [B, H, T, K] of the rows' own keys or values, and those
+        of every row's further slots, [n, H, K] each."""
+        if not self.has_further:
+            rows = packed.unflatten(0, (-1, self.length)).transpose(1, 2)
+            return rows, [packed[:0]] * len(self.further)
+        parts = [packed[keys] for _, keys in self.own.rows()]
+        rows = torch.stack([part[len(part) - self.length :] for part in parts]).transpose(1, 2)
+        return rows, [part[: len(part) - self.length] for part in parts]
+
+    def take_common(self, packed: Tensor) -> Tensor:
+        """The queries of the common call, of [Q, N, K]."""
+        return _join([packed[queries] for queries in self.common_queries])
+
+    def common_keys(self, memory: Tensor) -> Tensor:
+        """The keys or values of the common call, of [1, H, M, K]: a view for one document."""
+        slots = memory[0].transpose(0, 1)
+        return _join([slots[common] for _, common in self.common])
 
 
 def memory_attention(
@@ -47,127 +143,150 @@ def memory_attention(
     value: Tensor,
     memory_key: Tensor,
     memory_value: Tensor,
-    num_slots: Sequence[int],
+    layout: MemoryLayout,
     scaling: float,
     sink: GradientSink | None = None,
-    first_slots: Sequence[int] | None = None,
 ) -> Tensor:
     """Attends from queries [B, N, T, K] to the rows' own keys and values [B, H, T, K], which are
-    causal, and to `num_slots[b]` slots of the memory [1, H, M, K], from slot `first_slots[b]` on
-    (by default 0). Returns [B, N, T, K]. The gradients of the memory go to `sink` if there is
-    one, and else to autograd."""
-    calls = list(kernel_calls(num_slots, first_slots or [0] * len(num_slots)))
-    return _MemoryAttention.apply(query, key, value, memory_key, memory_value, calls, scaling, sink)
+    causal, and to the slots of the memory [1, H, M, K] that `layout` gives each row. Returns [B,
+    T, N, K]. The gradients of the memory go to `sink` if there is one, and else to autograd."""
+    return _MemoryAttention.apply(
+        query, key, value, memory_key, memory_value, layout, scaling, sink
+    )
 
 
 class _MemoryAttention(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, query, key, value, memory_key, memory_value, calls, scaling, sink
+        ctx, query, key, value, memory_key, memory_value, layout, scaling, sink
     ):
-        out, lse = _kernel(query, key, value, 0.0, True, scale=scaling)
-        for rows, slots in calls:
-            num_rows = rows.stop - rows.start
-            memory_out, memory_lse = _kernel(
-                fold_rows(query[rows]),
-                memory_key[:, :, slots],
-                memory_value[:, :, slots],
-                scale=scaling,
+        queries = query.transpose(1, 2).flatten(0, 1)  # [B * T, N, K]
+        own_keys = layout.pack_own(key, memory_key), layout.pack_own(value, memory_value)
+        out, lse = flash_forward(queries, *own_keys, layout.own, True, scaling)
+        if layout.common:
+            common_out, common_lse = flash_forward(
+                layout.take_common(queries),
+                layout.common_keys(memory_key),
+                layout.common_keys(memory_value),
+                layout.common_call,
+                False,
+                scaling,
             )
-            memory_out = unfold_rows(memory_out, num_rows)
-            memory_lse = unfold_rows(memory_lse[..., None], num_rows)[..., 0]
-            # The part of the softmax, over all keys so far, that falls to these slots.
-            weight = torch.sigmoid(memory_lse - lse[rows])
-            out[rows].lerp_(memory_out, weight[..., None].to(out.dtype))
-            torch.logaddexp(lse[rows], memory_lse, out=lse[rows])
+            parts = slices_of(layout.common_call.num_queries)
+            for part, rows in zip(parts, layout.common_queries, strict=True):
+                join_(out[rows], lse[:, rows], common_out[part], common_lse[:, part])
         ctx.save_for_backward(query, key, value, memory_key, memory_value, out, lse)
-        ctx.rest = calls, scaling, sink
-        return out
+        ctx.rest = layout, scaling, sink
+        return out.unflatten(0, (len(query), -1))
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         query, key, value, memory_key, memory_value, out, lse = ctx.saved_tensors
-        calls, scaling, sink = ctx.rest
-
-        def backward_call(rows: slice, slots: slice | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            """Gradients of the queries [1, N, B * T, K], keys and values [1, H, n, K]."""
-            return _kernel_backward(
-                fold_rows(grad[rows]),
-                fold_rows(query[rows]),
-                memory_key[:, :, slots],
-                memory_value[:, :, slots],
-                fold_rows(out[rows]),
-                fold_rows(lse[rows][..., None])[..., 0],
-                0.0,
-                False,
-                scale=scaling,
-            )
-
+        layout, scaling, sink = ctx.rest
+        queries, grad = query.transpose(1, 2).flatten(0, 1), grad.flatten(0, 1)
+        totals: Any = _Totals(memory_key, memory_value) if sink is None else None
+        sink = sink or totals
+        wanted: dict[int, WantedSlots] = {
+            row: slots for row in range(len(query)) if (slots := sink.slots_wanted(row)) is not None
+        }
         d_query = d_key = d_value = None
-        d_memory_key: Any = None
-        d_memory_value: Any = None
-        if any(ctx.needs_input_grad[:3]):  # False in the lowest layer with anything trained
-            d_query, d_key, d_value = _kernel_backward(
-                grad, query, key, value, out, lse, 0.0, True, scale=scaling
+        # Without further slots the own call has no gradients for the memory, and in the lowest
+        # layer with anything trained nothing else has gradients.
+        if layout.has_further or any(ctx.needs_input_grad[:3]):
+            own_keys = layout.pack_own(key, memory_key), layout.pack_own(value, memory_value)
+            d_query, *packed = flash_backward(
+                grad, queries, *own_keys, out, lse, layout.own, True, scaling
             )
-        if sink is None:
-            d_memory_key, d_memory_value = map(torch.zeros_like, (memory_key, memory_value))
-        wanted = [sink and sink.slots_wanted(row) for row in range(len(query))]
-        for rows, slots in calls:
-            d_memory_query, d_keys, d_values = backward_call(rows, slots)
-            if d_query is not None:
-                d_query[rows] += unfold_rows(d_memory_query, rows.stop - rows.start)
-            if sink is None:
-                d_memory_key[:, :, slots] += d_keys
-                d_memory_value[:, :, slots] += d_values
-                continue
-            sink.add_rows(slots, d_keys, d_values)
-            row = rows.start
-            if rows.stop - row == 1 and wanted[row] is not None and wanted[row][0] >= slots.start:
-                places = wanted[row] - slots.start  # this call has all slots wanted of this row
-                sink.add_row(row, d_keys[0, :, places], d_values[0, :, places])
-                wanted[row] = None
-        for row, slots in enumerate(wanted):
-            if slots is not None:
-                _, d_keys, d_values = backward_call(slice(row, row + 1), slots)
-                sink.add_row(row, d_keys[0], d_values[0])
-        return d_query, d_key, d_value, d_memory_key, d_memory_value, None, None, None
+            d_key, further_keys = layout.unpack_own(packed[0])
+            d_value, further_values = layout.unpack_own(packed[1])
+            for row, slots in enumerate(layout.further):
+                if slots.stop > slots.start:
+                    d_further = further_keys[row], further_values[row]
+                    _add(sink, slots, *d_further)
+                    _add_wanted(sink, wanted, row, slots, *d_further)
+        if layout.common:
+            take = layout.take_common
+            d_common, d_common_keys, d_common_values = flash_backward(
+                take(grad),
+                take(queries),
+                layout.common_keys(memory_key),
+                layout.common_keys(memory_value),
+                take(out),
+                _join([lse[:, rows] for rows in layout.common_queries], dim=1),
+                layout.common_call,
+                False,
+                scaling,
+            )
+            for (rows, slots), (part, keys), target in zip(
+                layout.common, layout.common_call.rows(), layout.common_queries, strict=True
+            ):
+                if d_query is not None:
+                    d_query[target] += d_common[part]
+                d_keys, d_values = d_common_keys[keys], d_common_values[keys]
+                _add(sink, slots, d_keys, d_values)
+                if rows.stop - rows.start == 1:
+                    _add_wanted(sink, wanted, rows.start, slots, d_keys, d_values)
+        if wanted:  # slots that several rows have in common, row by row
+            num_wanted = [len(slots.slots) for slots in wanted.values()]
+            call = Packing.of([layout.length] * len(wanted), num_wanted, query.device)
+            parts = [slice(row * layout.length, (row + 1) * layout.length) for row in wanted]
+            index = torch.cat([slots.slots for slots in wanted.values()])
+            _, d_keys, d_values = flash_backward(
+                _join([grad[part] for part in parts]),
+                _join([queries[part] for part in parts]),
+                memory_key[0].transpose(0, 1)[index],
+                memory_value[0].transpose(0, 1)[index],
+                _join([out[part] for part in parts]),
+                _join([lse[:, part] for part in parts], dim=1),
+                call,
+                False,
+                scaling,
+            )
+            for row, (_, keys) in zip(wanted, call.rows(), strict=True):
+                sink.add_row(row, d_keys[keys].transpose(0, 1), d_values[keys].transpose(0, 1))
+        if d_query is not None:
+            d_query = d_query.unflatten(0, (len(query), -1)).transpose(1, 2)
+        d_memory = (None, None) if totals is None else totals.sums
+        return d_query, d_key, d_value, *d_memory, None, None, None
 
 
-def kernel_calls(
-    num_slots: Sequence[int], first_slots: Sequence[int]
-) -> Iterator[tuple[slice, slice]]:
-    """Yields which rows read which slots in one call of the kernel. Neighbouring rows that begin
-    at the same slot, as the rows of one document do, read the slots that they have in common in
-    one call, if these are at least MIN_COMMON_SLOTS. Every row reads its other slots in a call of
-    its own.
+class _Totals:
+    """The sink of a call without one: the gradients of the memory for autograd."""
 
-    num_slots 128 136 8, first_slots 0 0 136 -> rows 0, 1 slots 0 .. 127 | row 1 slots 128 .. 135
-    | row 2 slots 136 .. 143
-    """
-    start = 0
-    for first, group in groupby(first_slots):
-        rows = range(start, start := start + len(list(group)))
-        fewest = min(num_slots[row] for row in rows)
-        common = fewest if len(rows) > 1 and fewest >= MIN_COMMON_SLOTS else 0
-        if common:
-            yield slice(rows.start, rows.stop), slice(first, first + common)
-        for row in rows:
-            if num_slots[row] > common:
-                yield slice(row, row + 1), slice(first + common, first + num_slots[row])
+    def __init__(self, *memory: Tensor) -> None:
+        self.sums = tuple(torch.zeros_like(kv) for kv in memory)
+
+    def add_rows(self, slots: slice, *grads: Tensor) -> None:
+        for total, grad in zip(self.sums, grads, strict=True):
+            total[:, :, slots] += grad
+
+    def slots_wanted(self, row: int) -> None:
+        return None
 
 
-def fold_rows(rows: Tensor) -> Tensor:
-    """Joins rows [B, N, T, K] to one row [1, N, B * T, K]. The result is a view where the heads
-    of a token are contiguous, as projections leave them."""
-    B, N, T, K = rows.shape
-    return rows.transpose(1, 2).reshape(1, B * T, N, K).transpose(1, 2)
+def _add(sink: Any, slots: slice, d_keys: Tensor, d_values: Tensor) -> None:
+    """Adds gradients [n, H, K] at some slots to the sink."""
+    sink.add_rows(slots, d_keys.transpose(0, 1)[None], d_values.transpose(0, 1)[None])
 
 
-def unfold_rows(folded: Tensor, num_rows: int) -> Tensor:
-    """Inverts `fold_rows`: [1, N, B * T, K] -> [B, N, T, K]."""
-    _, N, queries, K = folded.shape
-    return folded.transpose(1, 2).reshape(num_rows, queries // num_rows, N, K).transpose(1, 2)
+def _add_wanted(
+    sink: Any,
+    wanted: dict[int, WantedSlots],
+    row: int,
+    slots: slice,
+    d_keys: Tensor,
+    d_values: Tensor,
+) -> None:
+    """Hands the row's gradients [n, H, K] at `slots` to the sink, if all its wanted slots are
+    among them, and removes the row from `wanted`."""
+    if row in wanted and wanted[row].first >= slots.start:
+        index = wanted.pop(row).slots - slots.start
+        sink.add_row(row, d_keys[index].transpose(0, 1), d_values[index].transpose(0, 1))
+
+
+def _join(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Concatenates the parts; a single part is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
 
 
 def expand_rows(
@@ -196,7 +315,8 @@ class _ExpandRows(torch.autograd.Function):
         sink = ctx.sink
         sink.add_rows(slice(0, d_keys.shape[2]), d_keys, d_values)
         for row in range(len(d_keys)):
-            slots = sink.slots_wanted(row)
-            if slots is not None:
+            wanted = sink.slots_wanted(row)
+            if wanted is not None:
+                slots = wanted.slots
                 sink.add_row(row, d_keys[row][:, slots], d_values[row][:, slots])
         return None, None, None, None, None

@@ -3,8 +3,8 @@
 A pattern travels with the hidden states, and the attention function of the layers calls its
 `attend` (`attention.AttentionPattern`).
 
-    SharedMemoryPattern   decoder rows that read a document's memory in place, on a CPU. On other
-                          devices the layers get joined keys, and SDPA a dense mask.
+    SharedMemoryPattern   decoder rows that read a document's memory in place. Where no kernel
+                          supports that, layers get joined keys, and SDPA a dense mask.
     PackedRowsPattern     decoder rows for flash-attn 2 on CUDA, which takes no mask except for
                           padding. It aligns causality at the bottom right: the last query sees
                           all keys of its row.
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from uiollms.kernels.devices import to_device
 from uiollms.kernels.flash_attention import causal, supports_device_of
-from uiollms.kernels.memory_attention import memory_attention
+from uiollms.kernels.memory_attention import MemoryLayout, memory_attention
 from uiollms.model.attention import decoder_mask, sdpa, slot_mask
 from uiollms.model.state import SharedPrefix
 
@@ -48,8 +48,12 @@ class SharedMemoryPattern:
     sliding_window: int | None = None
 
     def to(self, device: torch.device) -> SharedMemoryPattern:
-        # On its own device the pattern stays the same object, with the mask it may have built.
+        # On its own device the pattern stays the same object, with what it has cached.
         return self if device == self.device else replace(self, device=device)
+
+    @cached_property
+    def layout(self) -> MemoryLayout:
+        return MemoryLayout(self.num_slots, self.first_slots, self.length, self.device)
 
     @cached_property
     def mask(self) -> Tensor | None:
@@ -62,13 +66,11 @@ class SharedMemoryPattern:
     ) -> Tensor:
         """Attends from queries [B, N, T, K] to the rows' own keys and values [B, H, T, K], or,
         where the prefix is not read in place, [B, H, M + T, K]. Returns [B, T, N, K]."""
-        layer, in_place = module.layer_idx, self.prefix.reads_in_place(query.device)
+        layer, in_place = module.layer_idx, self.prefix.reads_in_place(query)
         if in_place and self.sliding_window is None:
             memory = self.prefix.keys[layer], self.prefix.values[layer]
             sink = self.prefix.sink(layer)
-            return memory_attention(
-                query, key, value, *memory, self.num_slots, scaling, sink, self.first_slots
-            ).transpose(1, 2)
+            return memory_attention(query, key, value, *memory, self.layout, scaling, sink)
         if in_place:  # `memory_attention` has no sliding window
             key, value = self.prefix.join(key, value, layer)
         return sdpa(module, query, key, value, self.mask, scaling)

@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 
 from uiollms.config.sections import MemoryConfig
 from uiollms.kernels.flash_attention import uses_flash_attention
+from uiollms.kernels.flash_calls import supports_flash
 from uiollms.kernels.memory_attention import GradientSink, expand_rows
 
 _BUFFER_LOCK = threading.Lock()
@@ -318,9 +319,9 @@ class SharedPrefix:
     `past_key_values`.
 
     keys, values: L x [1, H, M, K]; rows read at most the first `num_slots` of the M slots.
-    in_place: layers on a CPU attend to it with `memory_attention`, without a copy for every row,
-    see `supports_in_place`. sinks: one for every layer, to which the gradients of its keys and
-    values go instead of to autograd.
+    in_place: layers attend to it with `memory_attention`, without a copy for every row, where
+    `supports_flash`; see also `supports_in_place`. sinks: one for every layer, to which the
+    gradients of its keys and values go instead of to autograd.
     """
 
     def __init__(
@@ -335,15 +336,16 @@ class SharedPrefix:
         self.num_slots = keys[0].shape[2] if num_slots is None else num_slots
         self.sinks = sinks
 
-    def reads_in_place(self, device: torch.device) -> bool:
-        return self.in_place and device.type == "cpu"
+    def reads_in_place(self, tensor: Tensor) -> bool:
+        """Whether layers with queries like this tensor [..., K] read the memory in place."""
+        return self.in_place and supports_flash(tensor)
 
     def update(
         self, keys: Tensor, values: Tensor, layer: int, *args: object
     ) -> tuple[Tensor, Tensor]:
         """Returns the keys and values that the layer's attention function receives, given those
         of the rows' own tokens, [B, H, T, K] each."""
-        if self.reads_in_place(keys.device):
+        if self.reads_in_place(keys):
             return keys, values
         return self.join(keys, values, layer)
 

@@ -18,6 +18,7 @@ from uiollms.data.sample import Sample
 from uiollms.distributed.division import Division
 from uiollms.kernels.devices import to_device
 from uiollms.kernels.indexing import batched, select_seeds, take_rows, write_rows
+from uiollms.kernels.memory_attention import WantedSlots
 from uiollms.model.memory_lm import LayerMemory, MemoryLM
 from uiollms.model.passes import projection_batch
 from uiollms.model.state import SharedPrefix
@@ -104,7 +105,7 @@ class MemoryGradients:
 
         per_chunk = torch.tensor([weights[chunk] for _, chunk in read], dtype=self.dtype)
         return RowWeights(
-            to_device(slots_of(chunks), device),
+            WantedSlots(to_device(slots_of(chunks), device), read[0][1] * m),
             to_device(slots_of(positions), device),
             to_device(per_chunk.repeat_interleave(m)[:, None], device),
         )
@@ -193,7 +194,7 @@ class RowWeights(NamedTuple):
     """The slots that one row reads with a weight that is not zero: their indices in `total` and
     in `weighted`, [s] int64 each, and their weights [s, 1]."""
 
-    slots: Tensor
+    slots: WantedSlots
     weighted_slots: Tensor
     weights: Tensor
 
@@ -215,7 +216,7 @@ class LayerSink(NamedTuple):
             grad = grad.to(total.dtype)
             total[0, :, slots] += grad[0] if len(grad) == 1 else grad.sum(0)
 
-    def slots_wanted(self, row: int) -> Tensor | None:
+    def slots_wanted(self, row: int) -> WantedSlots | None:
         weights = self.rows[row]
         return None if weights is None else weights.slots
 
