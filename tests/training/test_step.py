@@ -380,15 +380,17 @@ def test_only_chunks_with_gradient_are_encoded_with_a_graph():
 
 def graph_bytes(model, sample, **settings) -> int:
     """Returns the most bytes that autograd stored for backward at any moment of a step. A saved
-    tensor counts as long as its graph lives. Tensors that `recompute_silu` computes again do not
-    count."""
+    tensor counts as long as its graph lives. A tensor that
+    `compact_graph` computes again or saves in half precision counts as what is saved for it."""
     alive: dict[int, int] = {}
     most = 0
+
+    tensors = recompute.CompactTensors()
 
     class Saved:
         def __init__(self, tensor):
             nonlocal most
-            self.packed, self.key = recompute._pack(tensor), id(self)
+            self.packed, self.key = tensors.pack(tensor), id(self)
             alive[self.key] = self.packed.nbytes if isinstance(self.packed, torch.Tensor) else 0
             most = max(most, sum(alive.values()))
 
@@ -397,7 +399,7 @@ def graph_bytes(model, sample, **settings) -> int:
 
     def hooks():
         return torch.autograd.graph.saved_tensors_hooks(
-            Saved, lambda saved: recompute._unpack(saved.packed)
+            Saved, lambda saved: tensors.unpack(saved.packed)
         )
 
     def count_saved(function, hidden):
@@ -406,7 +408,7 @@ def graph_bytes(model, sample, **settings) -> int:
 
     # The hooks count tensors that are saved in layers and outside of them.
     with pytest.MonkeyPatch.context() as patch, hooks():
-        patch.setattr("uiollms.kernels.execution.recompute_silu", count_saved)
+        patch.setattr("uiollms.kernels.execution.compact_graph", count_saved)
         uiollms.gradient_step(model, sample, **settings)
     gradients(model)
     return most
@@ -435,19 +437,51 @@ def test_graphs_do_not_store_outputs_of_silu(family, monkeypatch):
     model, sample = make_model(family), Sample.language_modeling(random_ids(40), 8)
     model.chunk_batch = 2
     found, counts = [], []
-    for pack in (recompute._pack, lambda tensor: tensor):
+    for pack in (recompute.CompactTensors.pack, lambda tensors, saved: saved):
         stored: list[bool] = []
 
-        def count_and_pack(tensor, pack=pack, stored=stored):
-            stored.append(is_mlp_tensor(pack(tensor)))
-            return pack(tensor)
+        def count_and_pack(tensors, saved, pack=pack, stored=stored):
+            packed = pack(tensors, saved)
+            stored.append(is_mlp_tensor(packed))
+            return packed
 
-        monkeypatch.setattr(recompute, "_pack", count_and_pack)
+        monkeypatch.setattr(recompute.CompactTensors, "pack", count_and_pack)
         uiollms.gradient_step(model, sample, estimator="exact")
         found.append(gradients(model))
         counts.append(sum(stored))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
     assert counts[0] * 3 == counts[1] * 2 > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_graphs_store_the_inputs_of_norms_once_in_the_bases_dtype(family, monkeypatch):
+    """In bfloat16 RMSNorm converts its input to float32, and its graph refers to the result twice.
+    One tensor in bfloat16 is stored for both, and every gradient is the same bit for bit."""
+    model = make_model(family, torch.bfloat16)
+    sample = Sample.language_modeling(random_ids(40), 8)
+    found, stored = [], []
+    for pack in (recompute.CompactTensors.pack, lambda tensors, saved: saved):
+        inputs: dict[int, torch.Tensor] = {}
+
+        def pack_and_list(tensors, saved, pack=pack, inputs=inputs):
+            packed = pack(tensors, saved)
+            tensor = packed.tensor if isinstance(packed, recompute.Narrow) else packed
+            if is_norm_input(saved) and saved.shape[-1] == model.config.hidden_size:
+                inputs[id(tensor)] = tensor
+            return packed
+
+        monkeypatch.setattr(recompute.CompactTensors, "pack", pack_and_list)
+        uiollms.gradient_step(model, sample, estimator="exact")
+        found.append(gradients(model))
+        stored.append(sum(tensor.nbytes for tensor in inputs.values()))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert stored[0] * 2 == stored[1] > 0
+
+
+def is_norm_input(saved) -> bool:
+    """Returns whether a tensor is float32 hidden states that were converted from bfloat16."""
+    node = saved.grad_fn
+    return node is not None and node.name() == "ToCopyBackward0" and saved.dim() == 3
 
 
 def is_mlp_tensor(saved) -> bool:

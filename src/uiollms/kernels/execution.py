@@ -15,7 +15,7 @@ from torch import Tensor
 
 from uiollms.kernels.devices import locked
 from uiollms.kernels.frozen_linear import use_onednn
-from uiollms.kernels.recompute import checkpointed, recompute_silu
+from uiollms.kernels.recompute import checkpointed, compact_graph
 
 
 @dataclass(frozen=True)
@@ -41,4 +41,4 @@ class Execution:
             function = locked(function)
         if not torch.is_grad_enabled():
             return function(hidden)
-        return (checkpointed if self.checkpointing else recompute_silu)(function, hidden)
+        return (checkpointed if self.checkpointing else compact_graph)(function, hidden)

@@ -9,7 +9,7 @@ Shapes: B rows, T tokens, D hidden size, I size of the MLP's inner layer.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,25 +34,67 @@ def checkpointed(function: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor
     )
 
 
-def recompute_silu(function: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-    """Runs the function with a graph that does not save the results of SiLU, [B, T, I].
-
-    An MLP multiplies silu(gate) by up, and autograd saves gate, silu(gate) and up. Since gate is
-    saved anyway, the backward pass computes silu(gate) from it once more. In a training step of
-    SmolLM2's shape (chunks of 256, chunk_batch 4) graphs held 248 MiB instead of 280 at their
-    largest, in the same time (0.99 on one core of an EPYC).
-    """
-    with torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
+def compact_graph(function: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    """Runs the function with a graph that saves less memory, see `CompactTensors`. In a training
+    step of SmolLM2's shape (float32, chunks of 256, chunk_batch 4) graphs held 248 MiB instead of
+    280 at their largest, in the same time (0.99 on one core of an EPYC)."""
+    tensors = CompactTensors()
+    with torch.autograd.graph.saved_tensors_hooks(tensors.pack, tensors.unpack):
         return function(hidden)
 
 
-def _pack(saved: Tensor) -> Tensor | tuple[Tensor]:
-    """Replaces a result of SiLU by the input of SiLU, as a tuple of one."""
-    grad_fn: Any = saved.grad_fn
-    if grad_fn is not None and grad_fn.name() == "SiluBackward0":
-        return (grad_fn._saved_self,)
-    return saved
+class CompactTensors:
+    """Saves the tensors of one graph in less memory than autograd would.
+
+    A result of SiLU [B, T, I] is saved as the input of SiLU. An MLP multiplies silu(gate) by up,
+    and autograd saves gate, silu(gate) and up. Since gate is saved anyway, the backward pass
+    computes silu(gate) from it once more.
+
+    A tensor that was widened from half precision is saved in half precision, which loses nothing.
+    RMSNorm computes in float32, and autograd saves its input [B, T, D] in float32.
+    """
+
+    def __init__(self) -> None:
+        # The last tensor that was widened, as the node of its conversion, and its narrow copy.
+        # RMSNorm saves it twice.
+        self.widened: tuple[Any, Tensor] | None = None
+
+    def pack(self, saved: Tensor) -> Packed:
+        node: Any = saved.grad_fn
+        if node is None:
+            return saved
+        if node.name() == "SiluBackward0":
+            return SiluInput(node._saved_self)
+        if node.name() == "ToCopyBackward0":
+            source, output = node.next_functions[0]
+            dtype = source._input_metadata[output].dtype
+            if dtype.is_floating_point and dtype.itemsize < saved.dtype.itemsize:
+                if self.widened is None or self.widened[0] is not node:
+                    self.widened = node, saved.detach().to(dtype)
+                return Narrow(self.widened[1], saved.dtype)
+        return saved
+
+    def unpack(self, packed: Packed) -> Tensor:
+        match packed:
+            case SiluInput(gate):
+                return F.silu(gate.detach())
+            case Narrow(tensor, dtype):
+                return tensor.to(dtype)
+            case _:
+                return packed
 
 
-def _unpack(packed: Tensor | tuple[Tensor]) -> Tensor:
-    return F.silu(packed[0].detach()) if isinstance(packed, tuple) else packed
+class SiluInput(NamedTuple):
+    """Stands for silu(gate)."""
+
+    gate: Tensor
+
+
+class Narrow(NamedTuple):
+    """Stands for a tensor that is converted to `dtype`."""
+
+    tensor: Tensor
+    dtype: torch.dtype
+
+
+Packed = Tensor | SiluInput | Narrow
