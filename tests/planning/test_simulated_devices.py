@@ -172,13 +172,13 @@ def test_layers_on_the_cpu_between_gpus_run(tiny):
     [
         "uiollms.model.layers.to_device",
         "uiollms.model.memory_lm.to_device",
-        "uiollms.training.tally.to_device",
+        "uiollms.kernels.devices.to_device",
         "uiollms.model.attention.to_device",
     ],
 )
 def test_a_forgotten_transfer_is_detected(tiny, monkeypatch, forgotten):
-    """Masks and rotary tables (layers), hidden states (memory_lm), targets (tally) or positions
-    (attention) stay on another device."""
+    """Masks and rotary tables (layers), hidden states (memory_lm), token ids and targets (devices)
+    or positions (attention) stay on another device."""
     _, model = tiny
     monkeypatch.setattr(forgotten, lambda tensor, device: tensor)
     with pytest.raises(SimulationError, match="mixes tensors of"):
@@ -192,7 +192,7 @@ def test_a_wait_inside_a_document_is_counted(tiny, monkeypatch):
     def blocking(tensor, device):
         return tensor.to(device)
 
-    monkeypatch.setattr("uiollms.model.memory_lm.to_device", blocking)
+    monkeypatch.setattr("uiollms.model.positions.to_device", blocking)
     uiollms.gradient_step(model, sample, rng=0)
     assert devices.syncs["copy from cpu to cuda:0"] > 3
 

@@ -33,6 +33,7 @@ from uiollms.model.passes import (
     empty_slots,
     encode_all,
     encode_and_project_all,
+    prepare_rows,
     project_all,
     teacher_hidden,
 )
@@ -75,8 +76,9 @@ def plain_gradients(
             layers = range(len(model.base.model.layers))
             keys = [[p[0][i] for p in parts] for i in layers]
             values = [[p[1][i] for p in parts] for i in layers]
-            token_losses, _, _ = decode_rows(
-                model, sample, [t], KVPrefix(keys, values), teacher_hidden(model, sample)
+            (rows,) = prepare_rows(model, sample, [[t]])
+            token_losses, _ = decode_rows(
+                model, sample, rows, KVPrefix(keys, values), teacher_hidden(model, sample)
             )
             loss = loss + (token_losses * row.token_weights[row.scored]).sum()
         if loss.requires_grad:
@@ -308,7 +310,8 @@ def test_importance_receives_the_norms_of_memory_gradients():
     for t, row in list(enumerate(sample.rows))[1:]:
         projected = [model.project(memory[s], [s]) for s in range(row.num_memories)]
         keys, values = ([[p[half][i] for p in projected] for i in range(3)] for half in (0, 1))
-        nll, _, _ = decode_rows(model, sample, [t], KVPrefix(keys, values))
+        (rows,) = prepare_rows(model, sample, [[t]])
+        nll, _ = decode_rows(model, sample, rows, KVPrefix(keys, values))
         (nll * row.token_weights[row.scored]).sum().backward()
     expected = [sum(layer.grad.norm().item() ** 2 for layer in one) ** 0.5 for one in memory]
     gradients(model)

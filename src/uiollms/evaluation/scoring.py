@@ -35,6 +35,7 @@ from uiollms.model.passes import (
     decode_scored,
     empty_prefix,
     encode_and_project_all,
+    prepare_rows,
     scored_teacher_hidden,
     teacher_hidden,
 )
@@ -168,12 +169,11 @@ def scored_hidden(
         sample = replace(sample, chunks=other[: len(sample.chunks)])
     check_sample(model.limits, sample)
     keys, values = encode_and_project_all(model, sample.chunks)
-    for batch in batched(
-        [t for t, row in enumerate(sample.rows) if len(row.scored)], model.chunks_per_batch
-    ):
-        rows = [sample.rows[t] for t in batch]
+    scored = [t for t, row in enumerate(sample.rows) if len(row.scored)]
+    for batch in prepare_rows(model, sample, [*batched(scored, model.chunks_per_batch)]):
+        rows = [sample.rows[t] for t in batch.numbers]
         prefix = shared_prefix(model, rows, keys, values)
-        yield rows, *decode_scored(model, sample, batch, prefix)[:2]
+        yield rows, decode_scored(model, sample, batch, prefix), batch.targets
 
 
 def with_raw_texts(sample: Sample) -> Sample:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import wraps
@@ -79,6 +79,27 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
             cache[key] = tensor.to(device)
         return cache[key]
     return tensor.to(device, non_blocking=to_gpu)
+
+
+def upload(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Returns CPU tensors on `device`, those of one dtype copied in one transfer.
+
+    For a GPU they are joined in pinned memory, which the GPU reads while the CPU goes on. torch
+    reuses that memory after the copy. The results of one dtype are views of one tensor. On a CPU
+    the tensors themselves are returned.
+    """
+    if device.type == "cpu":
+        return [to_device(tensor, device) for tensor in tensors]
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        by_dtype.setdefault(tensor.dtype, []).append(tensor)
+    parts: dict[torch.dtype, Iterator[Tensor]] = {}
+    for dtype, group in by_dtype.items():
+        sizes = [tensor.numel() for tensor in group]
+        joined = torch.empty(sum(sizes), dtype=dtype, pin_memory=torch.cuda.is_available())
+        torch.cat([tensor.flatten() for tensor in group], out=joined)
+        parts[dtype] = iter(to_device(joined, device).split(sizes))
+    return [next(parts[tensor.dtype]).view(tensor.shape) for tensor in tensors]
 
 
 _transfer_cache: ContextVar[dict[Any, Tensor] | None] = ContextVar("transfer cache", default=None)

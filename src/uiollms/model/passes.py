@@ -8,17 +8,18 @@ head size, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from uiollms.data.limits import check_teacher
-from uiollms.data.sample import IGNORED, Row, Sample
+from uiollms.data.sample import Row, Sample
 from uiollms.distributed.division import Division
 from uiollms.distributed.groups import ALONE
-from uiollms.kernels.devices import device_of, to_device
-from uiollms.kernels.indexing import batched, select_seeds, write_rows
+from uiollms.kernels.devices import device_of, to_device, upload
+from uiollms.kernels.indexing import batched, select_seeds, take_rows, write_rows
 from uiollms.kernels.linear_cross_entropy import linear_losses
 from uiollms.model.layers import AnyPrefix, layer_device
 from uiollms.model.memory_lm import LayerMemory, MemoryLM
@@ -53,13 +54,17 @@ def encode_all(
     ]
     if with_graph:
         with torch.enable_grad():
-            graph = model.encode_layers(chunks[list(with_graph)], select_seeds(seeds, with_graph))
+            graph = model.encode_layers(
+                *take_rows([chunks], with_graph), select_seeds(seeds, with_graph)
+            )
         write_rows(whole, with_graph, [layer.detach() for layer in graph])
     rest = [c for c in range(len(chunks)) if c not in set(with_graph)]
     with torch.no_grad():
         for batch in batched(rest, model.chunks_per_batch):
             write_rows(
-                whole, batch, model.encode_layers(chunks[list(batch)], select_seeds(seeds, batch))
+                whole,
+                batch,
+                model.encode_layers(*take_rows([chunks], batch), select_seeds(seeds, batch)),
             )
     return whole, graph
 
@@ -140,26 +145,69 @@ def teacher_hidden(model: MemoryLM, sample: Sample) -> list[Tensor]:
     return [model.decode(text[None], empty_prefix(model), [0])[0] for text in sample.teachers]
 
 
-def decode_scored(
-    model: MemoryLM, sample: Sample, batch: Sequence[int], prefix: AnyPrefix
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Decodes the sample's rows `batch`, which read `prefix`. Shorter rows are padded at their end,
-    which no token sees.
+@dataclass(frozen=True)
+class RowBatch:
+    """Rows of a sample that are decoded together. Shorter rows are padded at their end, which no
+    token sees.
 
-    Returns the normed hidden states [N', D] of the scored tokens, row after row, and their targets
-    [N'], both on the LM head's device, and the index in the batch of each token's row [N'].
+    numbers: of the rows in the sample;
+    ids: [B, T] int64, on the device of the token embedding;
+    positions: [N'] int64, of the scored tokens among the B * T, on the device of the final norm;
+    targets: [N'] int64, weights: [N'] float64, row_numbers: [N'] int64, the number of each scored
+    token's row in the sample, all on the device of the LM head.
     """
-    rows = [sample.rows[t] for t in batch]
-    ids = pad_sequence([row.input_ids for row in rows], batch_first=True)
-    targets = pad_sequence([row.targets for row in rows], batch_first=True, padding_value=IGNORED)
-    num_slots = [row.num_memories * model.memory_config.num_memory for row in rows]
-    repeat = torch.tensor([row.repeat for row in rows]) if any(row.repeat for row in rows) else None
-    first_slots = [row.first_memory * model.memory_config.num_memory for row in rows]
-    hidden = model.decode(ids, prefix, num_slots, repeat=repeat, first_slots=first_slots)
-    row_of, column = (targets != IGNORED).nonzero(as_tuple=True)
-    scored = hidden[to_device(row_of, hidden.device), to_device(column, hidden.device)]
-    device = device_of(model.base.lm_head)
-    return to_device(scored, device), to_device(targets[row_of, column], device), row_of
+
+    numbers: Sequence[int]
+    ids: Tensor
+    positions: Tensor
+    targets: Tensor
+    weights: Tensor
+    row_numbers: Tensor
+
+
+def prepare_rows(
+    model: MemoryLM, sample: Sample, batches: Sequence[Sequence[int]]
+) -> list[RowBatch]:
+    """Prepares batches of the sample's rows, given by their numbers. Each device gets its tensors
+    of all batches together (see `upload`)."""
+    ids, positions, for_head = [], [], []
+    for batch in batches:
+        rows = [sample.rows[t] for t in batch]
+        ids.append(pad_sequence([row.input_ids for row in rows], batch_first=True))
+        scored, length = [row.scored for row in rows], ids[-1].shape[1]
+        positions.append(torch.cat([i * length + part for i, part in enumerate(scored)]))
+        counts = torch.tensor([len(part) for part in scored])
+        for_head += [
+            torch.cat([row.targets[part] for row, part in zip(rows, scored, strict=True)]),
+            torch.cat([row.token_weights[part] for row, part in zip(rows, scored, strict=True)]),
+            torch.tensor(batch).repeat_interleave(counts),
+        ]
+    for_head = upload(for_head, device_of(model.base.lm_head))
+    return [
+        RowBatch(*parts)
+        for parts in zip(
+            batches,
+            upload(ids, model.device),
+            upload(positions, device_of(model.base.model.norm)),
+            for_head[::3],
+            for_head[1::3],
+            for_head[2::3],
+            strict=True,
+        )
+    ]
+
+
+def decode_scored(model: MemoryLM, sample: Sample, rows: RowBatch, prefix: AnyPrefix) -> Tensor:
+    """Decodes a batch of the sample's rows, which read `prefix`. Returns the normed hidden states
+    [N', D] of the scored tokens, row after row, on the LM head's device."""
+    chosen, m = [sample.rows[t] for t in rows.numbers], model.memory_config.num_memory
+    num_slots = [row.num_memories * m for row in chosen]
+    first_slots = [row.first_memory * m for row in chosen]
+    repeats = [row.repeat for row in chosen]
+    repeat = torch.tensor(repeats) if any(repeats) else None
+    hidden = model.decode(rows.ids, prefix, num_slots, repeat=repeat, first_slots=first_slots)
+    scored = hidden.flatten(0, 1).index_select(0, rows.positions)
+    return to_device(scored, device_of(model.base.lm_head))
 
 
 def scored_teacher_hidden(
@@ -177,17 +225,14 @@ def scored_teacher_hidden(
 def decode_rows(
     model: MemoryLM,
     sample: Sample,
-    batch: Sequence[int],
+    rows: RowBatch,
     prefix: AnyPrefix,
     teachers: Sequence[Tensor] = (),
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Decodes the sample's rows `batch`, which read `prefix`. Returns the loss and the NLL, in
-    nats, of their scored tokens [N'], row after row, and the index in the batch of each token's
-    row [N']. teachers: the result of `teacher_hidden`, if the sample is distilled."""
-    hidden, targets, row_of = decode_scored(model, sample, batch, prefix)
-    teacher = (
-        scored_teacher_hidden(model, teachers, [sample.rows[t] for t in batch])
-        if teachers
-        else None
-    )
-    return *linear_losses(hidden, model.base.lm_head, targets, teacher, sample.kl_weight), row_of
+) -> tuple[Tensor, Tensor]:
+    """Decodes a batch of the sample's rows, which read `prefix`. Returns the loss and the NLL, in
+    nats, of their scored tokens [N'], row after row. teachers: the result of `teacher_hidden`, if
+    the sample is distilled."""
+    hidden = decode_scored(model, sample, rows, prefix)
+    chosen = [sample.rows[t] for t in rows.numbers]
+    teacher = scored_teacher_hidden(model, teachers, chosen) if teachers else None
+    return linear_losses(hidden, model.base.lm_head, rows.targets, teacher, sample.kl_weight)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from uiollms.data.sample import Sample
 from uiollms.model.memory_lm import MemoryLM
-from uiollms.model.passes import decode_rows
+from uiollms.model.passes import decode_rows, prepare_rows
 from uiollms.model.state import KVPrefix, join_slots
 from uiollms.training.estimators import Estimator, Exact, make_estimator
 
@@ -68,7 +68,8 @@ def pair_gradients(
         ]
         keys, values = model.project(leaves, range(t))
         prefix = KVPrefix([[join_slots(k, 1)] for k in keys], [[join_slots(v, 1)] for v in values])
-        loss, _, _ = decode_rows(model, sample, [t], prefix)
+        (prepared,) = prepare_rows(model, sample, [[t]])
+        loss, _ = decode_rows(model, sample, prepared, prefix)
         grads = torch.autograd.grad((loss * row.token_weights[row.scored].to(loss)).sum(), leaves)
         for s in range(t):
             received[t, s] = [g[s : s + 1] for g in grads]

@@ -139,7 +139,7 @@ class MemoryGradients:
             arrived = [g[part].to(out) for g, out in zip(total, outputs, strict=True)]
             torch.autograd.backward(outputs, arrived, inputs=lora)
         if self.weighted is self.total:
-            weighted = [take_rows(g, local_with_gradient) for g in total]
+            weighted = take_rows(total, local_with_gradient)
         else:
             del total
             weighted = [
@@ -150,7 +150,7 @@ class MemoryGradients:
         for positions in batched(range(len(local_with_gradient)), projection_batch(model)):
             part = slice(positions[0], positions[-1] + 1)
             batch = [local_with_gradient[j] for j in positions]
-            leaves = [take_rows(layer, batch).requires_grad_() for layer in memory]
+            leaves = [rows.requires_grad_() for rows in take_rows(memory, batch)]
             outputs = self._project(model, leaves, division, batch, seeds)
             arrived = [g[part].to(out) for g, out in zip(weighted, outputs, strict=True)]
             torch.autograd.backward(outputs, arrived, inputs=leaves)
@@ -182,7 +182,7 @@ class MemoryGradients:
             return grad
         whole = grad.new_zeros(len(division.gathered_index), *grad.shape[1:])
         write_rows([whole], self.with_gradient, [grad])
-        return take_rows(division.reduce_scatter(whole), local_with_gradient)
+        return take_rows([division.reduce_scatter(whole)], local_with_gradient)[0]
 
     def _by_chunk(self, grad: Tensor) -> Tensor:
         """[1, H, M, K] -> [C, H, m, K]"""

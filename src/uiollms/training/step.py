@@ -36,10 +36,18 @@ from uiollms.data.sample import Sample
 from uiollms.distributed.division import Division
 from uiollms.distributed.groups import ALONE, Group
 from uiollms.kernels.allocator import trim_heap
-from uiollms.kernels.devices import device_of, to_device
+from uiollms.kernels.devices import device_of, to_device, upload
 from uiollms.kernels.indexing import batched, select_seeds, take_rows, write_rows
+from uiollms.model.lora import cast_once
 from uiollms.model.memory_lm import LayerMemory, MemoryLM
-from uiollms.model.passes import decode_rows, empty_prefix, encode_all, project_all, teacher_hidden
+from uiollms.model.passes import (
+    decode_rows,
+    empty_prefix,
+    encode_all,
+    prepare_rows,
+    project_all,
+    teacher_hidden,
+)
 from uiollms.model.state import supports_in_place
 from uiollms.training.estimators import Estimator, make_estimator
 from uiollms.training.memory_gradients import MemoryGradients
@@ -150,12 +158,13 @@ def _run_stages(
         check_sample(model.limits, each)
     samples = [each.with_recent(model.memory_config.recent_tokens) for each in samples]
     step = prepare_step(model, samples, weights, estimator, rngs, group)
-    gradients = encode_and_project(step)
-    tally = decode_losses(step, gradients, scale, report_all)
-    memory_grads = gradients.backward_projection(
-        model, step.memory, step.division, step.local_with_gradient, step.local_seeds
-    )
-    reencoded = backward_encoder(step, memory_grads)
+    with cast_once():
+        gradients = encode_and_project(step)
+        tally = decode_losses(step, gradients, scale, report_all)
+        memory_grads = gradients.backward_projection(
+            model, step.memory, step.division, step.local_with_gradient, step.local_seeds
+        )
+        reencoded = backward_encoder(step, memory_grads)
     return tally.results(samples, reencoded)
 
 
@@ -167,7 +176,8 @@ class Step:
 
     weights: [N, C], the weight of each row's loss at each memory;
     with_gradient: the chunks, ascending, at which some weight is not zero;
-    local_ids: [n, l], the token ids of the local chunks; local_seeds: their dropout seeds, None
+    local_ids: [n, l], the token ids of the local chunks, on the device of the token embedding;
+    local_seeds: their dropout seeds, None
     without dropout;
     local_with_gradient: the indices of the local chunks whose gradient this process computes.
     """
@@ -223,7 +233,7 @@ def prepare_step(
         group,
         division,
         with_gradient,
-        local_ids=sample.chunks[division.local_chunks],
+        local_ids=upload([sample.chunks[division.local_chunks]], model.device)[0],
         local_seeds=select_seeds(seeds, division.local_chunks),
         local_with_gradient=[
             i for i, chunk in enumerate(division.local_chunks) if chunk in owned_with_gradient
@@ -254,17 +264,22 @@ def decode_losses(
     teachers = teacher_hidden(model, sample)
     dtype = torch.promote_types(model.dtype, torch.float32)
     tally = LossTally(sample, dtype, device_of(model.base.lm_head))
-    for batch in row_batches(sample, step.group, model.chunk_batch, with_memory=False):
-        if report_all:
+    without, reading = (
+        list(row_batches(sample, step.group, model.chunk_batch, with_memory))
+        for with_memory in (False, True)
+    )
+    prepared = prepare_rows(model, sample, [*(without if report_all else ()), *reading])
+    for rows in prepared:
+        if sample.rows[rows.numbers[0]].num_memories == 0:
             with torch.no_grad():
-                tally.add(batch, *decode_rows(model, sample, batch, empty_prefix(model), teachers))
-    for batch in row_batches(sample, step.group, model.chunk_batch, with_memory=True):
+                tally.add(rows, *decode_rows(model, sample, rows, empty_prefix(model), teachers))
+            continue
         with torch.enable_grad():
-            prefix = gradients.prefix(batch, supports_in_place(model.base))
+            prefix = gradients.prefix(rows.numbers, supports_in_place(model.base))
             # No name holds the loss, so that its graph is gone before the next batch's is built.
             backward(
                 model,
-                scale * tally.add(batch, *decode_rows(model, sample, batch, prefix, teachers)),
+                scale * tally.add(rows, *decode_rows(model, sample, rows, prefix, teachers)),
             )
     return tally
 
@@ -290,11 +305,11 @@ def backward_encoder(step: Step, memory_grads: LayerMemory) -> list[int]:
             encoded = [local[j] for j in batch]
             with torch.enable_grad():
                 graph = model.encode_layers(
-                    step.local_ids[encoded], select_seeds(step.local_seeds, encoded)
+                    *take_rows([step.local_ids], encoded), select_seeds(step.local_seeds, encoded)
                 )
         # With slot_input "last" the memory of layer 0 has no graph: it depends on nothing trained.
-        pairs = zip(graph, memory_grads, strict=True)
-        outputs = [(layer, take_rows(grad, batch)) for layer, grad in pairs if layer.requires_grad]
+        pairs = zip(graph, take_rows(memory_grads, batch), strict=True)
+        outputs = [(layer, grad) for layer, grad in pairs if layer.requires_grad]
         if outputs:
             backward(model, *zip(*outputs, strict=True))
     return [division.local_chunks[local[j]] for j in selected]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from uiollms.data.sample import Sample
-from uiollms.kernels.devices import to_device
+from uiollms.model.passes import RowBatch
 
 
 class StepResult(NamedTuple):
@@ -38,17 +38,14 @@ class LossTally:
         self.scored = torch.zeros(len(sample.rows), dtype=torch.int64)
         self.nll = torch.zeros(len(sample.rows), dtype=dtype, device=device)
 
-    def add(self, batch: Sequence[int], loss: Tensor, nll: Tensor, row_of: Tensor) -> Tensor:
-        """Adds loss and NLL [N'] of a batch's scored tokens; `row_of` [N'] is the number of each
-        token's row in the batch. Returns the batch's part of the sample's loss, with its graph."""
-        rows = [self.sample.rows[t] for t in batch]
-        weighted = loss * torch.cat([row.token_weights[row.scored] for row in rows]).to(
-            loss, non_blocking=True
-        )
-        numbers = torch.tensor(batch)[row_of]
+    def add(self, rows: RowBatch, loss: Tensor, nll: Tensor) -> Tensor:
+        """Adds loss and NLL [N'] of a batch's scored tokens. Returns the batch's part of the
+        sample's loss, with its graph."""
+        weighted = loss * rows.weights.to(loss.dtype)
         for total, values in ((self.losses, weighted), (self.nll, nll)):
-            total.index_add_(0, to_device(numbers, total.device), values.detach().to(total))
-        self.scored += torch.bincount(numbers, minlength=len(self.scored))
+            total.index_add_(0, rows.row_numbers, values.detach().to(total))
+        for t in rows.numbers:
+            self.scored[t] = len(self.sample.rows[t].scored)
         return weighted.sum()
 
     def results(self, samples: Sequence[Sample], reencoded: Sequence[int]) -> list[StepResult]:
