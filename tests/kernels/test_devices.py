@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from uiollms.cli.common import reporting_errors
+from uiollms.kernels import devices
 from uiollms.kernels.allocator import keep_freed_memory, trim_heap
-from uiollms.kernels.devices import cache_transfers, to_device
+from uiollms.kernels.devices import cache_transfers, to_device, upload
 
 glibc = pytest.mark.skipif(
     not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc"
@@ -96,3 +97,33 @@ def test_tensors_with_the_same_numbers_are_transferred_once():
             assert to_device(other, meta) is not first
         assert len(cache) == 4
     assert to_device(torch.tensor([1, 2]), meta) is not first
+
+
+def test_tensors_of_one_dtype_are_copied_together(monkeypatch):
+    """The device is pretended: what would be copied to it stays on the CPU and is recorded."""
+    copied = []
+
+    def record(tensor, device):
+        copied.append((tensor.dtype, tensor.numel(), device))
+        return tensor
+
+    monkeypatch.setattr(devices, "to_device", record)
+    gpu = torch.device("cuda", 1)
+    tensors = [
+        torch.arange(6).view(2, 3),
+        torch.rand(4, dtype=torch.float64),
+        torch.tensor(7),
+        torch.empty(0, 5, dtype=torch.int64),
+        torch.arange(10, 20)[::2],  # not contiguous
+        torch.rand(1, 2, dtype=torch.float64),
+    ]
+    found = upload(tensors, gpu)
+    assert copied == [(torch.int64, 6 + 1 + 0 + 5, gpu), (torch.float64, 4 + 2, gpu)]
+    for tensor, other in zip(tensors, found, strict=True):
+        assert torch.equal(tensor, other) and tensor.shape == other.shape
+    assert upload([], gpu) == []
+
+
+def test_on_a_cpu_nothing_is_copied():
+    tensors = [torch.arange(3), torch.rand(2)]
+    assert all(a is b for a, b in zip(upload(tensors, torch.device("cpu")), tensors, strict=True))

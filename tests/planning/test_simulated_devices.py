@@ -1,6 +1,7 @@
 """Tests device maps without a GPU: training steps and evaluation run on simulated devices, also
 for 32x.json at its full size."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -195,6 +196,43 @@ def test_a_wait_inside_a_document_is_counted(tiny, monkeypatch):
     monkeypatch.setattr("uiollms.model.positions.to_device", blocking)
     uiollms.gradient_step(model, sample, rng=0)
     assert devices.syncs["copy from cpu to cuda:0"] > 3
+
+
+def count_uploads(layers: int, documents: int, chunk_batch: int, monkeypatch) -> Counter[str]:
+    """Counts the copies from the CPU to the GPU in a step on documents of six chunks, by the dtype
+    of the copied tensor."""
+    with torch.device("meta"):
+        base = make_base(num_hidden_layers=layers)
+    uploads: Counter[str] = Counter()
+    with SimulatedDevices() as devices:
+        model = model_on_devices(devices, base, 0, MEMORY)
+        model.chunk_batch = chunk_batch
+        move = devices.move
+
+        def count(tensor, device, *others):
+            uploads[str(tensor.dtype)] += not tensor.is_meta
+            return move(tensor, device, *others)
+
+        monkeypatch.setattr(devices, "move", count)
+        samples = [Sample.document(random_ids(6 * 8 + 3, seed=i), 8) for i in range(documents)]
+        options = dict(estimator="exact", rng=list(range(documents)), report_all=False)
+        uiollms.gradient_step(model, samples, **options)
+    return uploads
+
+
+def test_the_uploads_of_a_step_do_not_grow_with_the_layers(monkeypatch):
+    assert count_uploads(2, 2, 3, monkeypatch) == count_uploads(5, 2, 3, monkeypatch)
+
+
+def test_token_ids_are_uploaded_once_a_step(monkeypatch):
+    """Six rows read memory. For one batch more, the positions and slots of its rows and the
+    numbers of the chunks of its passes are copied, four tensors at most. The token weights are
+    the only tensors of float64."""
+    one, three, six = (count_uploads(2, 1, batch, monkeypatch) for batch in (6, 2, 1))
+    assert one["torch.float64"] == three["torch.float64"] == six["torch.float64"] == 1
+    assert one["torch.int64"] <= 9
+    assert three["torch.int64"] <= one["torch.int64"] + 2 * 5
+    assert six["torch.int64"] <= one["torch.int64"] + 5 * 4
 
 
 def test_operations_that_real_devices_refuse_raise_errors():

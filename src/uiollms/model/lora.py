@@ -57,22 +57,23 @@ class LoRA(nn.Module):
         each row, switch dropout on."""
         if self.dropout and seeds is not None:
             x = x * self._dropout_mask(x, seeds)
-        A, B = self._cast(x.dtype)
+        A, B = self._converted(x.dtype)
+        if torch.is_grad_enabled():
+            A = _LeadTo.apply(A, self.lora_A, 1.0)
+            B = _LeadTo.apply(B, self.lora_B, self.scaling)
         return F.linear(F.linear(x, A), B)
 
-    def _cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Returns A [r, I] and `scaling` * B [O, r] in `dtype`, inside `cast_once` always the same
-        two tensors. They lead to the parameters also where no graph is built, because a later pass
-        with a graph may use them."""
-        casts = _casts.get()
-        if casts is not None and (self, dtype) in casts:
-            return casts[self, dtype]
-        with torch.enable_grad():
-            A = self.lora_A if self.lora_A.dtype == dtype else _Cast.apply(self.lora_A, 1.0, dtype)
-            cast = A, _Cast.apply(self.lora_B, self.scaling, dtype)
-        if casts is not None:
-            casts[self, dtype] = cast
-        return cast
+    @torch.no_grad()
+    def _converted(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Returns A [r, I] and `scaling` * B [O, r] in `dtype`, inside `convert_once` always the
+        same two tensors."""
+        converted = _converted.get()
+        if converted is not None and (self, dtype) in converted:
+            return converted[self, dtype]
+        weights = self.lora_A.to(dtype), (self.scaling * self.lora_B).to(dtype)
+        if converted is not None:
+            converted[self, dtype] = weights
+        return weights
 
     def _dropout_mask(self, x: Tensor, seeds: Sequence[int]) -> Tensor:
         """Returns a mask [C, T, I] of 0 and 1/(1-p). The mask of a row depends only on the row's
@@ -84,42 +85,38 @@ class LoRA(nn.Module):
         return mask.div_(1 - self.dropout).to(x.dtype)
 
 
-class _Cast(torch.autograd.Function):
-    """Computes `factor * parameter` and converts it to a dtype. Its graph saves no tensor, so any
-    number of backward passes may go through it. Each of them adds its gradient to the parameter's
-    `.grad` in the dtype of the parameter."""
+class _LeadTo(torch.autograd.Function):
+    """Returns `converted`, which is `factor * parameter` in another dtype, and passes its gradient
+    on to the parameter, in the parameter's dtype. It does what autograd does for the conversion
+    itself. Each use of a converted tensor gets a node of its own, so that their gradients are
+    added in the parameter's dtype."""
 
     @staticmethod
-    def forward(ctx, parameter, factor, dtype):  # type: ignore[no-untyped-def]
+    def forward(ctx, converted, parameter, factor):  # type: ignore[no-untyped-def]
         ctx.factor, ctx.dtype = factor, parameter.dtype
-        return (parameter if factor == 1 else factor * parameter).to(dtype)
+        return converted.detach()
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         grad = grad.to(ctx.dtype)
-        return grad if ctx.factor == 1 else ctx.factor * grad, None, None
+        return None, grad if ctx.factor == 1 else ctx.factor * grad, None
 
 
-_casts: ContextVar[dict[tuple[LoRA, torch.dtype], tuple[Tensor, Tensor]] | None] = ContextVar(
+_converted: ContextVar[dict[tuple[LoRA, torch.dtype], tuple[Tensor, Tensor]] | None] = ContextVar(
     "LoRA weights in the dtype of the base", default=None
 )
 
 
 @contextmanager
-def cast_once() -> Iterator[None]:
+def convert_once() -> Iterator[None]:
     """Inside the context, and in this thread only, every LoRA scales its weights and converts them
-    to the dtype of its input at its first call, and not again. The parameters must not change
-    inside.
-
-    Values and gradients are the same to the bit: a graph sums the gradients of its own uses of a
-    weight in the dtype of the input, as without the context, and the gradients of several graphs
-    are added in the dtype of the parameters.
-    """
-    token = _casts.set({})
+    to the dtype of its input at its first call, and not again. Values and gradients are the same
+    to the bit. The parameters must not change inside."""
+    token = _converted.set({})
     try:
         yield
     finally:
-        _casts.reset(token)
+        _converted.reset(token)
 
 
 def master_dtype(base_dtype: torch.dtype, masters: str = "fp32") -> torch.dtype:

@@ -38,7 +38,7 @@ from uiollms.distributed.groups import ALONE, Group
 from uiollms.kernels.allocator import trim_heap
 from uiollms.kernels.devices import device_of, to_device, upload
 from uiollms.kernels.indexing import batched, select_seeds, take_rows, write_rows
-from uiollms.model.lora import cast_once
+from uiollms.model.lora import convert_once
 from uiollms.model.memory_lm import LayerMemory, MemoryLM
 from uiollms.model.passes import (
     decode_rows,
@@ -158,7 +158,7 @@ def _run_stages(
         check_sample(model.limits, each)
     samples = [each.with_recent(model.memory_config.recent_tokens) for each in samples]
     step = prepare_step(model, samples, weights, estimator, rngs, group)
-    with cast_once():
+    with convert_once():
         gradients = encode_and_project(step)
         tally = decode_losses(step, gradients, scale, report_all)
         memory_grads = gradients.backward_projection(
