@@ -24,6 +24,7 @@ from uiollms.evaluation.saved_results import save_token_nlls
 from uiollms.files.atomic import atomic_file, make_folder, reporting_write_errors
 from uiollms.files.folders import run_folder
 from uiollms.files.json_files import as_json
+from uiollms.kernels.devices import gpus_of
 from uiollms.planning.planner import choose_chunk_batch
 from uiollms.reports.plots import plot_results
 from uiollms.reports.tables import print_results
@@ -55,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
     results = [task.summarize() for task in scores]
     if args.output.prints_text:
         print_results(results)
-    versions = environment() | {"dtype": str(model.dtype), "device": device_name()}
+    versions = environment() | {"dtype": str(model.dtype), "device": device_name(gpus_of(model))}
     about = {
         "weights": weights and str(weights),
         "config": config.model_dump(mode="json"),

@@ -59,13 +59,14 @@ def main(arguments: list[str] | None = None) -> int | None:
     with watching(number_of_processes() > 1) as watch:
         config = load_env_config(args.env_conf, args.set, check)
         compressor = check(config)
-        config = choose_chunk_batch(config, args.env_conf)
-        with (
-            open_world(config, watch) as world,
-            open_run(config, compressor, args.env_conf, args.resume, args.restart, world) as run,
-        ):
-            run.log.echo = args.output.print_json_line
-            fit(config, args.env_conf, run, world, args.output if world.is_main_process else SILENT)
+        with open_world(config, watch) as world:
+            config = choose_chunk_batch(config, args.env_conf, world)
+            with open_run(
+                config, compressor, args.env_conf, args.resume, args.restart, world
+            ) as run:
+                run.log.echo = args.output.print_json_line
+                output = args.output if world.is_main_process else SILENT
+                fit(config, args.env_conf, run, world, output)
     return 0
 
 

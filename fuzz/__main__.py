@@ -146,7 +146,7 @@ def summary(outcomes: list[Outcome], seed: int, seconds: float) -> dict[str, obj
     about = dict(
         seed=seed,
         seconds=round(seconds),
-        machine=device_name(),
+        machine=device_name([]),
         python=versions["python"],
         torch=versions["torch"],
     )

@@ -20,7 +20,7 @@ from uiollms.config.corpora import COPY_TASKS, CorpusEntry, Size, TaskEntry
 from uiollms.config.load import load_memory_config
 from uiollms.config.sections import EnvConfig, MemoryConfig
 from uiollms.data import find_corpus
-from uiollms.distributed.device_map import place_modules
+from uiollms.distributed.device_map import first_device, place_modules
 from uiollms.files.atomic import whole_folder
 from uiollms.files.errors import ConfigError, Faults
 from uiollms.kernels.flash_attention import check_request
@@ -46,8 +46,7 @@ def load_memory_lm(config: EnvConfig, path: str | Path) -> tuple[MemoryLM, PreTr
     memory = check_model(config, path)
     name, attention = config.model.model_name, config.model.attn_implementation
     tokenizer = load_tokenizer_for(base_config(name), name)
-    first_device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = resolve_dtype(config.model.model_dtype, first_device)
+    dtype = resolve_dtype(config.model.model_dtype, first_device(config.model.device_map))
     attention = "sdpa" if attention == "auto" else attention
     check_request(
         attention,

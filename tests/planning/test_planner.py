@@ -95,9 +95,9 @@ def test_a_plan_finds_the_longest_document_and_the_largest_chunk_batch(workspace
     assert (none.fits, none.longest, none.most_chunks) == (False, None, None)
 
 
-def test_chunk_batch_auto_is_the_largest_that_memory_allows(workspace, monkeypatch):
+def test_chunk_batch_auto_is_the_largest_that_memory_allows(workspace):
     """It is the largest batch that leaves a fifth free, at most 4 for 4 chunks, and 1 if nothing
-    fits. Two processes divide the memory of the CPU."""
+    fits."""
     # A document of 80 tokens has 4 chunks in memory.
     config = load_env_config("env.json", ["train.chunk_batch=auto"])
     needs = StepSimulation(config, "env.json", {CPU: 2**40})
@@ -108,8 +108,6 @@ def test_chunk_batch_auto_is_the_largest_that_memory_allows(workspace, monkeypat
 
     for_two = needs.need(4, 2)[CPU].total / 0.8
     assert (chosen(2**40), chosen(for_two + 2), chosen(for_two - 2), chosen(1000)) == (4, 2, 1, 1)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert (chosen(2 * for_two + 4), chosen(2 * for_two - 4)) == (2, 1)
     assert choose_chunk_batch(config, "env.json").train.chunk_batch == 4
     plain = load_env_config("env.json")
     assert choose_chunk_batch(plain, "env.json") is plain

@@ -39,9 +39,9 @@ def dry_run(
     """
     # accelerate warns about GPUs that this machine lacks.
     logging.getLogger("accelerate.utils.modeling").setLevel(logging.ERROR)
-    machine = (
-        None if device_memory is None else parse_memory(device_memory) | {CPU: this_machine()[CPU]}
-    )
+    machine = None
+    if device_memory is not None:
+        machine = parse_memory(device_memory) | {CPU: this_machine("cpu")[CPU]}
     plan = make_plan(config, path, machine)
     try:
         steps = len(Schedule(config.train, config.train.accum_grad).steps())

@@ -166,7 +166,9 @@ class ModelSection(Checked):
         description=(
             "devices of the base: a GPU number, cpu, or auto, balanced or sequential to use all "
             "GPUs; or an object that maps modules to a GPU number, cpu or disk. Keys in the "
-            "authors' style work too; see docs/devices.md"
+            "authors' style work too. Each of several processes on a machine uses its own GPUs: a "
+            "word means one of them, and numbers count from the local rank times the number of "
+            "GPUs that are named; see docs/devices.md"
         ),
     )
 

@@ -3,13 +3,20 @@
 Encoder, decoder and teacher use the same base. A map in the authors' style names a layer once for
 each of them, and must name the same device each time. The words "auto", "balanced" and "sequential"
 become a map by accelerate's rules.
+
+Several processes on one machine use different GPUs. The process with local rank r has:
+    a word                             GPU r
+    numbers, of which a map names c    the same numbers plus r * c: a map that names the GPUs 0 and
+                                       1 puts the process with local rank 3 on the GPUs 6 and 7
+No function here makes torch use the GPU of another process, not even to read its free memory, which
+would create a CUDA context there.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +28,7 @@ from accelerate.utils import (
 )
 from torch import nn
 
+from uiollms.distributed.launch import LocalProcess, local_process
 from uiollms.distributed.offload import put_on_disk
 from uiollms.files.errors import ConfigError
 
@@ -37,12 +45,92 @@ MAX_FILL = 0.9
 Machine = Mapping[torch.device, int]  # device -> bytes free on it
 
 
-def this_machine() -> dict[torch.device, int]:
-    """Returns the free bytes of every GPU and of the CPU."""
-    gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-    return {gpu: torch.cuda.mem_get_info(gpu)[0] for gpu in gpus} | {
-        CPU: psutil.virtual_memory().available
-    }
+def this_machine(
+    device_map: Any = "auto", process: LocalProcess | None = None
+) -> dict[torch.device, int]:
+    """Returns the free bytes of every GPU that a process may use with a config's device map, 0 for
+    the machine's other GPUs, and the process's part of the free main memory."""
+    process = process or local_process()
+    own = local_gpus(device_map, process)
+    return {
+        torch.device("cuda", i): torch.cuda.mem_get_info(i)[0] if i in own else 0
+        for i in range(torch.cuda.device_count())
+    } | {CPU: psutil.virtual_memory().available // process.size}
+
+
+def named_gpus(device_map: Any) -> list[int]:
+    """The numbers of the GPUs that a device map names, ascending. A word names none."""
+    if isinstance(device_map, dict):
+        places = [place for key, place in device_map.items() if key not in _FOLLOWERS]
+    else:
+        places = [device_map]
+    return sorted({place for place in places if isinstance(place, int)})
+
+
+def localised_map(device_map: Any, process: LocalProcess) -> Any:
+    """The device map with the numbers of a process's own GPUs. Words stay as they are."""
+    offset = process.rank * len(named_gpus(device_map))
+    if isinstance(device_map, dict):
+        return {
+            key: place + offset if isinstance(place, int) else place
+            for key, place in device_map.items()
+        }
+    return device_map + offset if isinstance(device_map, int) else device_map
+
+
+def local_gpus(device_map: Any, process: LocalProcess | None = None) -> list[int]:
+    """The numbers of the machine's GPUs that a process may use with a config's device map,
+    ascending. GPUs that do not exist are left out."""
+    process = process or local_process()
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if isinstance(device_map, dict | int):
+        numbers: Collection[int] = named_gpus(localised_map(device_map, process))
+    elif device_map == "cpu":
+        numbers = ()
+    else:
+        numbers = range(count) if process.size == 1 else (process.rank,)
+    return [number for number in numbers if number < count]
+
+
+def first_device(device_map: Any, process: LocalProcess | None = None) -> torch.device:
+    """The first GPU that a process may use with a config's device map, else the CPU."""
+    gpus = local_gpus(device_map, process)
+    return torch.device("cuda", gpus[0]) if gpus else CPU
+
+
+def check_local_gpus(
+    device_map: Any, path: str | Path, count: int, process: LocalProcess | None = None
+) -> None:
+    """Raises ConfigError unless each of several processes has its own of the machine's `count`
+    GPUs. For a single process `resolve_map` checks the numbers."""
+    size = (process or local_process()).size
+    named = named_gpus(device_map)
+    uses_word = isinstance(device_map, str) and device_map != "cpu" and count > 0
+    if size == 1 or not (named or uses_word):
+        return
+    where, gpus, each = f"{path}: model.device_map", named or [0], max(1, len(named))
+    users: dict[int, int] = {}
+    for other in range(size):
+        for gpu in gpus:
+            first = users.setdefault(gpu + other * each, other)
+            if first != other:
+                raise ConfigError(
+                    f"{where}: names the GPUs {', '.join(map(str, named))}; of the {size} "
+                    f"processes on this machine, number r adds r * {each} to them, so that "
+                    f"{first} and {other} would share GPU {gpu + other * each}; name neighbouring "
+                    f"GPUs, such as {', '.join(map(str, range(each)))}"
+                )
+    if max(users) < count:
+        return
+    found = f"the {size} processes of this machine need the GPUs up to {max(users)}"
+    rule = f"{each} for each" if named else f'one for each with "{device_map}"'
+    most = sum(max(gpus) + other * each < count for other in range(size))
+    remedy = f"start at most {most} on this machine" if most else "name fewer GPUs"
+    raise ConfigError(
+        f'{where}: {found} ({rule}), and it has {count}; {remedy}, or use "cpu"; if the launcher '
+        "shows each process its own GPUs only, set LOCAL_RANK=0 and LOCAL_WORLD_SIZE=1 for all of "
+        "them"
+    )
 
 
 def normalise_map(device_map: dict[str, Any], path: str | Path) -> dict[str, Any]:
@@ -65,24 +153,34 @@ def normalise_map(device_map: dict[str, Any], path: str | Path) -> dict[str, Any
 
 
 def place_modules(
-    base: nn.Module, device_map: Any, path: str | Path, offload_dir: str | Path | None = None
+    base: nn.Module,
+    device_map: Any,
+    path: str | Path,
+    offload_dir: str | Path | None = None,
+    process: LocalProcess | None = None,
 ) -> None:
     """Moves the modules of `base` to their devices on this machine, in place. Modules on "disk" are
     written to a new folder in `offload_dir` (default: the cache folder), which is removed with the
     base. Raises ConfigError as `resolve_map` does."""
-    resolved = resolve_map(base, device_map, path, this_machine())
+    resolved = resolve_map(base, device_map, path, this_machine(device_map, process), process)
     move_modules(base, resolved)
     if resting := on_disk(base, resolved):
         put_on_disk(base, resting, as_device(compute_device(resolved)), offload_dir)
 
 
 def resolve_map(
-    base: nn.Module, device_map: Any, path: str | Path, machine: Machine
+    base: nn.Module,
+    device_map: Any,
+    path: str | Path,
+    machine: Machine,
+    process: LocalProcess | None = None,
 ) -> dict[str, Any]:
     """Converts any accepted form of a map to module -> GPU number, "cpu" or "disk", so that the
     modules cover the base. Raises ConfigError for a device or module that does not exist, and for a
-    module that no key covers."""
-    resolved = expand_map(base, device_map, path, machine)
+    module that no key covers. process: by default that of `local_process`."""
+    process = process or local_process()
+    check_local_gpus(device_map, path, len(machine) - (CPU in machine), process)
+    resolved = expand_map(base, localised_map(device_map, process), path, machine, process)
     modules = dict(base.named_modules())
     for name, device in resolved.items():
         where = (
@@ -129,14 +227,19 @@ def compute_device(resolved: Mapping[str, Any]) -> int | str:
 
 
 def expand_map(
-    base: nn.Module, device_map: Any, path: str | Path, machine: Machine
+    base: nn.Module, device_map: Any, path: str | Path, machine: Machine, process: LocalProcess
 ) -> dict[str, Any]:
     """Converts any accepted form of a map to base module (or a prefix; "" is the whole base) ->
-    device. The words distribute the weights over all GPUs, then the CPU, then disk: "sequential"
-    fills one GPU after the other, "auto" and "balanced" fill them evenly."""
+    device. The words distribute the weights over all GPUs (of several processes, over the
+    process's own), then the CPU, then disk: "sequential" fills one GPU after the other, "auto" and
+    "balanced" fill them evenly."""
     if isinstance(device_map, dict):
         return normalise_map(device_map, path)
-    gpus = [device for device in machine if device.type == "cuda"]
+    gpus = [
+        device
+        for device in machine
+        if device.type == "cuda" and (process.size == 1 or device.index == process.rank)
+    ]
     if isinstance(device_map, int) or device_map == "cpu" or not gpus:
         return {"": device_map if isinstance(device_map, int) else "cpu"}
     limits: dict[Any, Any] = {gpu.index: int(MAX_FILL * machine[gpu]) for gpu in gpus} | {

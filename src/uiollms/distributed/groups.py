@@ -31,9 +31,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.utils import patch_environment
 from torch import Tensor, nn
 
 from uiollms.config.sections import EnvConfig
+from uiollms.distributed.device_map import first_device
 from uiollms.distributed.launch import check_environment
 from uiollms.distributed.watch import LostProcess, Watch
 from uiollms.files.errors import ConfigError
@@ -104,6 +106,9 @@ class Group:
 
     def max(self, number: int) -> int:
         return self._reduced([number], torch.int64, dist.ReduceOp.MAX)[0]
+
+    def min(self, number: int) -> int:
+        return self._reduced([number], torch.int64, dist.ReduceOp.MIN)[0]
 
     def _reduced(self, numbers: Sequence[Any], dtype: torch.dtype, operation: Any) -> list[Any]:
         if self.size == 1:
@@ -186,9 +191,16 @@ class World(Group):
 def open_world(config: EnvConfig, watch: Watch) -> Iterator[World]:
     """Joins the processes that a launcher (accelerate launch, torchrun, srun, mpirun) has started;
     without a launcher the world has one process. Raises ConfigError if train.chunk_ranks does not
-    divide the number of processes, and LostProcess if not all of them join within JOINING."""
-    cpu = config.model.device_map == "cpu" or not torch.cuda.is_available()
-    with reporting_lost_processes():
+    divide the number of processes, and LostProcess if not all of them join within JOINING.
+
+    The first GPU that the process may use becomes torch's current device, on which NCCL and
+    Accelerate work. Accelerate's own choice, the local rank, may be another process's GPU."""
+    device = first_device(config.model.device_map)
+    cpu, chosen = device.type == "cpu", {}
+    if not cpu and number_of_processes() > 1:
+        torch.cuda.set_device(device)
+        chosen = {"ACCELERATE_TORCH_DEVICE": str(device)}
+    with reporting_lost_processes(), patch_environment(**chosen):
         state = PartialState(cpu=cpu, timeout=JOINING)
     size = state.num_processes
     try:
@@ -204,7 +216,7 @@ def open_world(config: EnvConfig, watch: Watch) -> Iterator[World]:
         world = World()
         if size > 1:
             everyone = dist.new_group(timeout=PATIENCE)
-            world = World(everyone, "cpu" if cpu else state.device, ranks)
+            world = World(everyone, device, ranks)
         world.watch = watch
         with watching_world(world):
             yield world

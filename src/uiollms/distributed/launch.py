@@ -1,11 +1,12 @@
-"""Check the environment variables of a process before anything reads them: its rank, the number of
-processes, and folders."""
+"""Environment variables that a launcher or the user sets: they are checked before anything else
+reads them, and give the number of this process on its machine."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from uiollms.files.errors import ConfigError, Faults, shortened
 
@@ -49,6 +50,29 @@ def check_environment(given: Mapping[str, str] | None = None) -> None:
                 "unset it"
             )
     faults.report()
+
+
+class LocalProcess(NamedTuple):
+    """This process as one of the `size` processes of a run on its machine, numbered from 0."""
+
+    rank: int = 0
+    size: int = 1
+
+
+def local_process(given: Mapping[str, str] | None = None) -> LocalProcess:
+    """Reads LOCAL_RANK and LOCAL_WORLD_SIZE, which torchrun and `accelerate launch` set. Without
+    LOCAL_WORLD_SIZE a process that has a LOCAL_RANK shares its machine with all WORLD_SIZE
+    processes; without both it is alone. Raises ConfigError for values that are not such numbers.
+    given: the variables, by default os.environ."""
+    given = os.environ if given is None else given
+
+    def number(name: str) -> int:
+        return as_number(name, text, *NUMBERS[name]) if (text := given.get(name)) else 0
+
+    has_rank = bool(given.get("LOCAL_RANK")) and number("LOCAL_RANK") >= 0
+    rank = number("LOCAL_RANK") if has_rank else 0
+    size = number("LOCAL_WORLD_SIZE") or (number("WORLD_SIZE") if has_rank else 1)
+    return LocalProcess(rank, max(size, rank + 1))
 
 
 def as_number(name: str, text: str, least: int, most: int) -> int:

@@ -20,6 +20,12 @@ def device_of(module: Any) -> torch.device:
     return module.weight.device if hook is None else torch.device(hook.execution_device)
 
 
+def gpus_of(module: nn.Module) -> list[torch.device]:
+    """Returns the GPUs on which a module has parameters, in the order of their numbers."""
+    gpus = {p.device for p in module.parameters() if p.device.type == "cuda"}
+    return sorted(gpus, key=lambda gpu: gpu.index)
+
+
 def has_offloaded_weights(base: nn.Module) -> bool:
     """Whether some weights of the base are on disk, and loaded for the time of a call only."""
     return any(

@@ -8,7 +8,6 @@ of every kernel is counted from its allocation until it is freed.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 
 from uiollms.build import check_env
 from uiollms.config.sections import EnvConfig
-from uiollms.distributed.device_map import CPU
+from uiollms.distributed.groups import ALONE, Group
 from uiollms.planning.step_simulation import Needs, StepSimulation
 
 # The batches that `"chunk_batch": "auto"` tries. A larger one gains no time (docs/benchmarks.md).
@@ -98,10 +97,11 @@ def make_plan(
     )
 
 
-def choose_chunk_batch(config: EnvConfig, path: str | Path) -> EnvConfig:
+def choose_chunk_batch(config: EnvConfig, path: str | Path, group: Group = ALONE) -> EnvConfig:
     """The config with a number for `"chunk_batch": "auto"`. It is the largest power of two, at
     most 16, with which the run's longest document fits into this machine's free memory, and 1 if
-    none fits."""
+    none fits. The processes of `group` take the smallest of their numbers, because those that
+    divide documents must pack the same documents together."""
     if config.train.chunk_batch != "auto":
         return config
     simulation = StepSimulation(config, path)
@@ -109,20 +109,14 @@ def choose_chunk_batch(config: EnvConfig, path: str | Path) -> EnvConfig:
         simulation, chunks_in_memory(simulation.longest_document(), simulation.memory.chunk_size)
     )
     return config.model_copy(
-        update={"train": config.train.model_copy(update={"chunk_batch": batch})}
+        update={"train": config.train.model_copy(update={"chunk_batch": group.min(batch)})}
     )
 
 
 def largest_batch(simulation: StepSimulation, chunks: int) -> int:
-    # torchrun sets this number; the processes of one machine share the memory of its CPU.
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    available = {
-        d: size / processes if d == CPU else size for d, size in simulation.machine.items()
-    }
-
     def fits(batch: int) -> bool:
         return all(
-            need.total <= MEMORY_FRACTION * available[device]
+            need.total <= MEMORY_FRACTION * simulation.machine[device]
             for device, need in simulation.need(chunks, batch).items()
         )
 

@@ -31,11 +31,14 @@ from uiollms.distributed.device_map import (
     CPU,
     as_device,
     compute_device,
+    localised_map,
     move_modules,
+    named_gpus,
     on_disk,
     resolve_map,
     this_machine,
 )
+from uiollms.distributed.launch import local_process
 from uiollms.files.errors import ConfigError
 from uiollms.model.layers import layer_device
 from uiollms.model.lora import master_dtype
@@ -90,15 +93,14 @@ class StepSimulation:
         self.shape = base_config(config.model.model_name)
         self.capacity = self.memory.capacity(num_positions(self.shape))
         device_map = config.model.device_map
-        names = device_map.values() if isinstance(device_map, dict) else [device_map]
-        named_gpus = {as_device(name): 0 for name in names if isinstance(name, int)}
-        self.machine = named_gpus | this_machine() if machine is None else machine
+        named = {as_device(n): 0 for n in named_gpus(localised_map(device_map, local_process()))}
+        self.machine = named | this_machine(device_map) if machine is None else machine
         automatic_gpu = (
             not isinstance(device_map, dict | int)
             and device_map != "cpu"
             and any(d.type == "cuda" for d in self.machine)
         )
-        on_cpu = not named_gpus and not automatic_gpu
+        on_cpu = not named and not automatic_gpu
         # A GPU is assumed to compute in bfloat16, because this machine may lack it.
         auto = torch.float32 if on_cpu and not computes_bf16(CPU) else torch.bfloat16
         self.dtype = DTYPES.get(config.model.model_dtype, auto)

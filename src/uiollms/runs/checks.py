@@ -32,7 +32,12 @@ from uiollms.config.sections import EnvConfig, MemoryConfig
 from uiollms.data import find_corpus
 from uiollms.data.builder import task_fault
 from uiollms.data.readers.hub import HubDataset, HubSplit
-from uiollms.distributed.device_map import resolve_map, this_machine
+from uiollms.distributed.device_map import (
+    check_local_gpus,
+    first_device,
+    resolve_map,
+    this_machine,
+)
 from uiollms.evaluation.instances import ACCEPTED_KINDS
 from uiollms.files.atomic import make_folder, read_whole, recover, reporting_write_errors
 from uiollms.files.errors import ConfigError, Faults
@@ -168,9 +173,7 @@ def examine_base(config: EnvConfig, shape: Any, path: str | Path, faults: Faults
     if model.offload_dir is not None:
         with faults.collect(f"{path}: model.offload_dir: "):
             check_folder(Path(model.offload_dir), Path(model.offload_dir))
-    dtype = resolve_dtype(
-        model.model_dtype, torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    )
+    dtype = resolve_dtype(model.model_dtype, first_device(model.device_map))
     with faults.collect():
         check_request(
             model.attn_implementation,
@@ -179,11 +182,12 @@ def examine_base(config: EnvConfig, shape: Any, path: str | Path, faults: Faults
             model.device_map,
             shape,
         )
-    if shape is not None and isinstance(model.device_map, dict | int):
-        with torch.device("meta"):
-            base = AutoModelForCausalLM.from_config(shape, dtype=dtype)
-        with faults.collect():
-            resolve_map(base, model.device_map, path, this_machine())
+    with faults.collect():
+        check_local_gpus(model.device_map, path, torch.cuda.device_count())
+        if shape is not None and isinstance(model.device_map, dict | int):
+            with torch.device("meta"):
+                base = AutoModelForCausalLM.from_config(shape, dtype=dtype)
+            resolve_map(base, model.device_map, path, this_machine(model.device_map))
 
 
 def check_weights(weights: str | None, memory: MemoryConfig | None) -> None:

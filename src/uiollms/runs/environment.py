@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -55,13 +56,11 @@ def output_of(command: list[str]) -> str:
     return finished.stdout.decode("utf-8", "replace")
 
 
-def device_name() -> str:
-    """The name of the first GPU, or of the processor if there is none."""
-    return (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else platform.processor() or platform.machine()
-    )
+def device_name(gpus: Sequence[torch.device]) -> str:
+    """The name of the first GPU that a model uses, or of the processor if it uses none."""
+    if gpus:
+        return torch.cuda.get_device_name(gpus[0])
+    return platform.processor() or platform.machine()
 
 
 def unused_gpu() -> str | None:

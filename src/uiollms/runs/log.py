@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+
+import torch
 
 from uiollms.files.atomic import reporting_write_errors, sync
 from uiollms.files.json_files import replace_nonfinite
@@ -24,12 +26,14 @@ class RunLog:
 
     loss: the protocol of the training loss, part of a name in TensorBoard
     echo: called with every line of metrics.jsonl as it is written
+    gpus: the GPUs of the model, whose memory is measured
     """
 
     def __init__(self, folder: Path, loss: str) -> None:
         self.folder, self.loss = folder, loss
         self.metrics = folder / "metrics.jsonl"
         self.echo: Callable[[str], None] = lambda line: None
+        self.gpus: Sequence[torch.device] = ()
         self.board: Board | None = None
         self.handler: logging.FileHandler | None = None
 
@@ -58,7 +62,7 @@ class RunLog:
             return
         line = {"seconds": round(time.time() - self.began, 2), **values}
         if "tokens" in values:
-            line["machine"] = machine_use(values["tokens"], self.step_seconds)
+            line["machine"] = machine_use(values["tokens"], self.step_seconds, self.gpus)
         line = replace_nonfinite(line)
         text = json.dumps(line)
         with reporting_write_errors(self.metrics), self.metrics.open("a", encoding="utf-8") as file:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,19 +28,17 @@ def iterations_of(versions: dict[str, Any]) -> str:
     return versions.get(ITERATIONS, "steps")
 
 
-def machine_use(tokens: int, seconds: float) -> dict[str, float]:
+def machine_use(tokens: int, seconds: float, gpus: Sequence[torch.device] = ()) -> dict[str, float]:
     """Speed and memory, which vary from machine to machine and from run to run.
 
     tokens_per_second: of a step with so many tokens, which all processes read, in so many seconds
     resident_gib:      the largest resident set that this process has had, in GiB
-    gpu_gib:           the most memory that torch has allocated on one GPU, in GiB
+    gpu_gib:           the most memory that torch has allocated on one of `gpus`, in GiB; left out
+                       if there are none
     """
     use = {"tokens_per_second": tokens / seconds, "resident_gib": peak_resident() / 2**30}
-    if torch.cuda.is_initialized():
-        use["gpu_gib"] = (
-            max(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
-            / 2**30
-        )
+    if gpus:
+        use["gpu_gib"] = max(torch.cuda.max_memory_allocated(gpu) for gpu in gpus) / 2**30
     return use
 
 

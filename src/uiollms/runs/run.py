@@ -33,6 +33,7 @@ from uiollms.files.atomic import (
 from uiollms.files.errors import ConfigError
 from uiollms.files.folders import run_folder
 from uiollms.files.json_files import as_json
+from uiollms.kernels.devices import gpus_of
 from uiollms.runs.checks import check_can_save
 from uiollms.runs.environment import device_name, environment
 from uiollms.runs.log import RunLog
@@ -190,10 +191,11 @@ class Run:
             make_folder(self.checkpoints)
             clear_leftovers(self.checkpoints)
         self.stack.callback(self.log.close)
+        self.log.gpus = gpus_of(state.model)
         self.log.open(state.iteration, resumed=self.origin is not None)
         self.environment = environment() | {
             "dtype": str(state.model.dtype),
-            "device": device_name(),
+            "device": device_name(self.log.gpus),
             "processes": str(self.world.size),
         }
         with reporting_write_errors(self.folder):

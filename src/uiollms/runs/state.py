@@ -47,6 +47,7 @@ from uiollms.files.atomic import (
 )
 from uiollms.files.errors import ConfigError
 from uiollms.files.json_files import read_json
+from uiollms.kernels.devices import gpus_of
 from uiollms.model.memory_lm import MemoryLM
 from uiollms.training.schedule import Counts, Schedule
 from uiollms.weights.adapters import load_weights, write_weights
@@ -135,7 +136,8 @@ class CheckpointInfo(Checked):
 
 class ResumePoint(Checked):
     """The contents of rank-0.json. python, numpy, torch, cuda: the states of the global random
-    generators, torch's in hexadecimal digits; samples: the position in the data."""
+    generators, torch's in hexadecimal digits, cuda's of the GPUs that the model uses; samples: the
+    position in the data."""
 
     python: PythonGenerator
     numpy: tuple[str, tuple[int, ...], Annotated[int, Field(ge=0, le=624)], int, float]
@@ -184,7 +186,7 @@ class TrainingState:
         self.take_snapshot()
 
     def take_snapshot(self) -> None:
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        cuda = [torch.cuda.get_rng_state(gpu) for gpu in gpus_of(self.model)]
         self.snapshot = Snapshot(
             random.getstate(),
             np.random.get_state(),
@@ -369,8 +371,9 @@ def load_state(state: TrainingState, path: Path, info: CheckpointInfo) -> None:
             (algorithm, np.array(numbers, dtype=np.uint32), index, has_gauss, gauss)
         )
         torch.set_rng_state(from_hex(point.torch))
-        for device, generator in enumerate(point.cuda[: torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(from_hex(generator), device)
+        # The run may have been on more GPUs, or on fewer.
+        for gpu, generator in zip(gpus_of(state.model), point.cuda, strict=False):
+            torch.cuda.set_rng_state(from_hex(generator), gpu)
     except ConfigError:
         raise
     except (

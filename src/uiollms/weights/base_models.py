@@ -74,7 +74,9 @@ def computes_bf16(device: torch.device) -> bool:
     """Whether the device computes in bfloat16 natively. On other CPUs torch emulates it, at least
     ten times slower than float32."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        # torch.cuda.is_bf16_supported has the same rule, but only for the current device.
+        major = torch.cuda.get_device_properties(device).major
+        return bool(torch.version.hip) or major >= 8
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 

@@ -20,7 +20,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from uiollms.config.corpora import Checked
 from uiollms.config.load import load_memory_config, parse
-from uiollms.distributed.device_map import place_modules
+from uiollms.distributed.device_map import CPU, first_device, place_modules
+from uiollms.distributed.launch import LocalProcess
 from uiollms.files.atomic import (
     atomic_folder,
     reporting_write_errors,
@@ -82,9 +83,7 @@ def save(
     """
     folder = Path(folder)
     name = model.config._name_or_path
-    inside = [
-        (place_modules / INCLUDED).resolve() for place_modules in (folder, whole_folder(folder))
-    ]
+    inside = [(parent / INCLUDED).resolve() for parent in (folder, whole_folder(folder))]
     include_base = include_base or bool(name) and Path(name).resolve() in inside
     if not (include_base or name):
         raise ValueError(
@@ -154,7 +153,9 @@ def load_model(
     dtype: dtype of the base: a torch dtype, its name, or "auto" for bfloat16 if the device computes
         in it natively, else float32.
     device_map: "auto", "cpu", a GPU number, a torch device, or module -> device; None leaves the
-        base on the CPU, or a loaded base on its device.
+        base on the CPU, or a loaded base on its device. In one of several processes on a machine
+        "auto" is the process's own GPU. Numbers are the machine's, as in transformers; only those
+        of a config count from the process's own GPUs.
     attn_implementation, revision, token: passed to the base's from_pretrained.
 
     Other settings of transformers (quantization_config, state_dict, ...) are not supported: load
@@ -175,8 +176,7 @@ def load_model(
             "token": token,
         }
         given = {name: value for name, value in settings.items() if value is not None}
-        cuda = torch.cuda.is_available() and device_map not in (None, "cpu")
-        dtype = parse_dtype(dtype, torch.device("cuda" if cuda else "cpu"))
+        dtype = parse_dtype(dtype, device_for_dtype(device_map))
         check_request(attn_implementation, f"{folder}: attn_implementation", dtype, device_map)
         base = load_base(folder, base, dtype=dtype, **given)
     move_base(base, device_map, folder)
@@ -232,16 +232,37 @@ def parse_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     return found
 
 
+def device_for_dtype(device_map: Any) -> torch.device:
+    """The device for which the dtype "auto" is chosen: the first GPU of a device map, else the
+    CPU."""
+    device_map = unwrapped(device_map)
+    if device_map is None:
+        return CPU
+    if names_device(device_map):
+        return torch.device(device_map)
+    return first_device(device_map, None if isinstance(device_map, str) else LocalProcess())
+
+
 def move_base(base: Any, device_map: Any, where: str | Path) -> None:
     """Moves the base's modules to their devices, in place."""
+    device_map = unwrapped(device_map)
     if device_map is None:
         return
-    if isinstance(device_map, dict) and device_map.keys() == {""}:
-        device_map = device_map[""]
-    words = ("auto", "balanced", "sequential", "cpu")
-    if isinstance(device_map, torch.device) or (
-        isinstance(device_map, str) and device_map not in words
-    ):
+    if names_device(device_map):
         base.to(device_map)
     else:
-        place_modules(base, device_map, where)
+        process = None if isinstance(device_map, str) else LocalProcess()
+        place_modules(base, device_map, where, process=process)
+
+
+def unwrapped(device_map: Any) -> Any:
+    """The device of a map that puts the whole base on one device, or the map itself."""
+    whole = isinstance(device_map, dict) and device_map.keys() == {""}
+    return device_map[""] if whole else device_map
+
+
+def names_device(device_map: Any) -> bool:
+    """Whether a device map is a torch device or the name of one, such as "cuda:1"."""
+    if isinstance(device_map, str):
+        return device_map not in ("auto", "balanced", "sequential", "cpu")
+    return isinstance(device_map, torch.device)
