@@ -87,6 +87,8 @@ class PretendedGPUs:
             "set_rng_state": lambda state, device="cuda": self.touch(device),
         }.items():
             patcher.setattr(torch.cuda, name, function)
+        empty = torch.empty  # a build for CPUs cannot pin memory
+        patcher.setattr(torch, "empty", lambda *sizes, pin_memory=False, **o: empty(*sizes, **o))
 
 
 @pytest.fixture
