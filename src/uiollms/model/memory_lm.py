@@ -13,7 +13,7 @@ key/value heads, K head size, M memory slots that a row reads, V vocabulary. Sou
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -61,6 +61,7 @@ from uiollms.model.streaming import Streaming
 from uiollms.weights.fitness import check_tensors, first_eos, not_finite
 
 LayerMemory = list[Tensor]  # L tensors [C, m, D], each on its layer's device
+Move = Callable[[Tensor, torch.device], Tensor]
 
 
 class MemoryLM(  # type: ignore[misc]
@@ -75,8 +76,9 @@ class MemoryLM(  # type: ignore[misc]
 
     Attributes that may be set: chunk_batch (4): how many chunks are encoded, or rows decoded, in
     one batch with a graph. checkpointing (False): the backward pass runs the forward pass of a
-    layer again instead of saving its activations. Both trade memory for speed and do not change
-    the results.
+    layer again instead of saving its activations. pipeline (False): in a training step the devices
+    of a base that is on several work on successive batches at the same time. All three trade memory
+    for speed and do not change the results.
     """
 
     main_input_name = "input_ids"
@@ -95,6 +97,7 @@ class MemoryLM(  # type: ignore[misc]
         self.generation_config = base.generation_config
         self.chunk_batch = 4
         self.checkpointing = False
+        self.pipeline = False
         embedding = base.model.embed_tokens
         with align_module_device(embedding):  # its weights may be on disk
             token = embedding.weight.detach()[first_eos(base.config)].to(
@@ -221,9 +224,12 @@ class MemoryLM(  # type: ignore[misc]
         return torch.stack([layer.to(memory[0].device) for layer in memory])
 
     @locked_if_offloaded
-    def encode_layers(self, input_ids: Tensor, seeds: Sequence[int] | None = None) -> LayerMemory:
+    def encode_layers(
+        self, input_ids: Tensor, seeds: Sequence[int] | None = None, move: Move = to_device
+    ) -> LayerMemory:
         """Compresses chunks [C, l] of token ids, which do not see each other, to the memory of
         every layer, on that layer's device. `seeds`, one for each chunk, switch LoRA dropout on.
+        `move` is called before every layer and returns the hidden states on the layer's device.
 
         The memory of a layer is the input of its attention at the memory slots. So of the last
         layer only the input norm runs: nothing reads the results of its attention and MLP, of the
@@ -245,7 +251,7 @@ class MemoryLM(  # type: ignore[misc]
         execution = self.execution(hidden.shape[1])
         memory, last = [], len(self.encoder_layers) - 1
         for i, layer in enumerate(self.encoder_layers):
-            hidden, inputs = to_device(hidden, layer_device(layer)), inputs.to(layer_device(layer))
+            hidden, inputs = move(hidden, layer_device(layer)), inputs.to(layer_device(layer))
             memory.append(layer.input_layernorm(hidden[:, -m:]))
             if i == last:
                 break
@@ -296,6 +302,7 @@ class MemoryLM(  # type: ignore[misc]
         repeat: Tensor | None = None,
         first_slots: Sequence[int] | None = None,
         pattern: AttentionPattern | None = None,
+        move: Move = to_device,
     ) -> Tensor:
         """Runs the decoder on tokens [B, T] that read `prefix`. Returns the normed hidden states
         [B, T, D], the inputs of the LM head.
@@ -305,7 +312,8 @@ class MemoryLM(  # type: ignore[misc]
         row the prefix contains. repeat: [B] bool; in these rows the `repeat_token` embedding
         replaces the first token's. first_slots: the first slot that each row reads, by default
         0; it is greater for the later ones of several documents whose memories are joined.
-        pattern: replaces the attention pattern that prefix and base call for.
+        pattern: replaces the attention pattern that prefix and base call for. move: is called
+        before every layer and the final norm, and returns the hidden states on their device.
 
         Tokens pass through frozen weights only. The hidden states of a text without memory are
         equal to the base's, to the bit.
@@ -324,10 +332,10 @@ class MemoryLM(  # type: ignore[misc]
         as_base = not any(num_slots) and local_past == 0
         execution = self.execution(hidden.shape[1], as_base)
         for layer in self.decoder_layers:
-            hidden, inputs = to_device(hidden, layer_device(layer)), inputs.to(layer_device(layer))
+            hidden, inputs = move(hidden, layer_device(layer)), inputs.to(layer_device(layer))
             run = partial(run_layer, layer, inputs=inputs, prefix=prefix)
             hidden = execution.run(layer, run, hidden)
-        return self.base.model.norm(to_device(hidden, device_of(self.base.model.norm)))
+        return self.base.model.norm(move(hidden, device_of(self.base.model.norm)))
 
     @locked_if_offloaded
     def logits(self, hidden: Tensor, as_base: bool = False) -> Tensor:

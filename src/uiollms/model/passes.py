@@ -22,7 +22,7 @@ from uiollms.kernels.devices import device_of, to_device, upload
 from uiollms.kernels.indexing import batched, select_seeds, take_rows, write_rows
 from uiollms.kernels.linear_cross_entropy import linear_losses
 from uiollms.model.layers import AnyPrefix, layer_device
-from uiollms.model.memory_lm import LayerMemory, MemoryLM
+from uiollms.model.memory_lm import LayerMemory, MemoryLM, Move
 from uiollms.model.state import KVPrefix, join_slots
 
 
@@ -197,15 +197,20 @@ def prepare_rows(
     ]
 
 
-def decode_scored(model: MemoryLM, sample: Sample, rows: RowBatch, prefix: AnyPrefix) -> Tensor:
+def decode_scored(
+    model: MemoryLM, sample: Sample, rows: RowBatch, prefix: AnyPrefix, move: Move = to_device
+) -> Tensor:
     """Decodes a batch of the sample's rows, which read `prefix`. Returns the normed hidden states
-    [N', D] of the scored tokens, row after row, on the LM head's device."""
+    [N', D] of the scored tokens, row after row, on the LM head's device. move: see
+    `MemoryLM.decode`."""
     chosen, m = [sample.rows[t] for t in rows.numbers], model.memory_config.num_memory
     num_slots = [row.num_memories * m for row in chosen]
     first_slots = [row.first_memory * m for row in chosen]
     repeats = [row.repeat for row in chosen]
     repeat = torch.tensor(repeats) if any(repeats) else None
-    hidden = model.decode(rows.ids, prefix, num_slots, repeat=repeat, first_slots=first_slots)
+    hidden = model.decode(
+        rows.ids, prefix, num_slots, repeat=repeat, first_slots=first_slots, move=move
+    )
     scored = hidden.flatten(0, 1).index_select(0, rows.positions)
     return to_device(scored, device_of(model.base.lm_head))
 
@@ -228,11 +233,12 @@ def decode_rows(
     rows: RowBatch,
     prefix: AnyPrefix,
     teachers: Sequence[Tensor] = (),
+    move: Move = to_device,
 ) -> tuple[Tensor, Tensor]:
     """Decodes a batch of the sample's rows, which read `prefix`. Returns the loss and the NLL, in
     nats, of their scored tokens [N'], row after row. teachers: the result of `teacher_hidden`, if
-    the sample is distilled."""
-    hidden = decode_scored(model, sample, rows, prefix)
+    the sample is distilled. move: see `MemoryLM.decode`."""
+    hidden = decode_scored(model, sample, rows, prefix, move)
     chosen = [sample.rows[t] for t in rows.numbers]
     teacher = scored_teacher_hidden(model, teachers, chosen) if teachers else None
     return linear_losses(hidden, model.base.lm_head, rows.targets, teacher, sample.kl_weight)

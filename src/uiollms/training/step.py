@@ -26,6 +26,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -41,6 +42,7 @@ from uiollms.kernels.indexing import batched, select_seeds, take_rows, write_row
 from uiollms.model.lora import convert_once
 from uiollms.model.memory_lm import LayerMemory, MemoryLM
 from uiollms.model.passes import (
+    RowBatch,
     decode_rows,
     empty_prefix,
     encode_all,
@@ -51,6 +53,7 @@ from uiollms.model.passes import (
 from uiollms.model.state import supports_in_place
 from uiollms.training.estimators import Estimator, make_estimator
 from uiollms.training.memory_gradients import MemoryGradients
+from uiollms.training.pipeline import Output, Pipeline, SegmentedGraph
 from uiollms.training.tally import LossTally, StepResult
 
 Rng = random.Random | int | None
@@ -268,19 +271,20 @@ def decode_losses(
         list(row_batches(sample, step.group, model.chunk_batch, with_memory))
         for with_memory in (False, True)
     )
-    prepared = prepare_rows(model, sample, [*(without if report_all else ()), *reading])
-    for rows in prepared:
+    pipeline = Pipeline(partial(backward, model), model.pipeline)
+    for rows in prepare_rows(model, sample, [*(without if report_all else ()), *reading]):
         if sample.rows[rows.numbers[0]].num_memories == 0:
             with torch.no_grad():
                 tally.add(rows, *decode_rows(model, sample, rows, empty_prefix(model), teachers))
             continue
-        with torch.enable_grad():
+
+        def decode(graph: SegmentedGraph, rows: RowBatch = rows) -> list[Output]:
             prefix = gradients.prefix(rows.numbers, supports_in_place(model.base))
-            # No name holds the loss, so that its graph is gone before the next batch's is built.
-            backward(
-                model,
-                scale * tally.add(rows, *decode_rows(model, sample, rows, prefix, teachers)),
-            )
+            losses = decode_rows(model, sample, rows, prefix, teachers, graph.move)
+            return [Output(graph.segment, scale * tally.add(rows, *losses))]
+
+        pipeline.run(decode)
+    pipeline.finish()
     return tally
 
 
@@ -299,19 +303,22 @@ def backward_encoder(step: Step, memory_grads: LayerMemory) -> list[int]:
         factors = [columns[division.local_chunks[i]] for i in local]
         memory_grads = [scale_chunks(layer, factors) for layer in memory_grads]
         selected = [j for j, factor in enumerate(factors) if factor != 0]
+    pipeline = Pipeline(partial(backward, model), model.pipeline)
     for batch in [selected] if step.graph else batched(selected, model.chunk_batch):
-        graph = step.graph
-        if not graph:
-            encoded = [local[j] for j in batch]
-            with torch.enable_grad():
-                graph = model.encode_layers(
-                    *take_rows([step.local_ids], encoded), select_seeds(step.local_seeds, encoded)
-                )
-        # With slot_input "last" the memory of layer 0 has no graph: it depends on nothing trained.
-        pairs = zip(graph, take_rows(memory_grads, batch), strict=True)
-        outputs = [(layer, grad) for layer, grad in pairs if layer.requires_grad]
-        if outputs:
-            backward(model, *zip(*outputs, strict=True))
+
+        def encode(graph: SegmentedGraph, batch: Sequence[int] = batch) -> list[Output]:
+            memory = step.graph
+            if not memory:
+                encoded = [local[j] for j in batch]
+                seeds = select_seeds(step.local_seeds, encoded)
+                (ids,) = take_rows([step.local_ids], encoded)
+                memory = model.encode_layers(ids, seeds, graph.move)
+            arrived = take_rows(memory_grads, batch)
+            segments = graph.segments or [0] * len(memory)
+            return [Output(*output) for output in zip(segments, memory, arrived, strict=True)]
+
+        pipeline.run(encode)
+    pipeline.finish()
     return [division.local_chunks[local[j]] for j in selected]
 
 
@@ -328,7 +335,7 @@ def draw_column_factors(step: Step, norms: Sequence[float]) -> list[float]:
 
 
 def backward(
-    model: MemoryLM, outputs: Tensor | Sequence[Tensor], gradients: Sequence[Tensor] | None = None
+    model: MemoryLM, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]
 ) -> None:
     """Backpropagates from `outputs`, and frees their graph. When the graph is complete the step
     takes the most RAM, so with chunk_batch 1, the setting for the least, the heap is trimmed
