@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import FAMILIES, MEMORY, gradients, make_base, make_model, random_ids
+from conftest import MEMORY, gradients, make_base, make_model, random_ids
 
 import uiollms
 from uiollms import MemoryLM, Sample

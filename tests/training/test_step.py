@@ -372,8 +372,8 @@ def test_only_chunks_with_gradient_are_encoded_with_a_graph():
     weights = window_from_draws([1, 2, 3, 4, 5, 6, 7, 8], 1, True)
     encoded = []
     plain = model.encode_layers
-    model.encode_layers = lambda ids, seeds=None: (
-        encoded.append((len(ids), torch.is_grad_enabled())) or plain(ids, seeds)
+    model.encode_layers = lambda ids, *rest: (
+        encoded.append((len(ids), torch.is_grad_enabled())) or plain(ids, *rest)
     )
     result = uiollms.gradient_step(model, sample, weights=weights)
     assert result.reencoded == (0,)
@@ -506,7 +506,7 @@ def test_passes_without_a_graph_take_more_chunks_at_once():
     model.chunk_batch = 2
     with torch.no_grad():
         batches, plain = [], model.encode_layers
-        model.encode_layers = lambda ids, seeds=None: batches.append(len(ids)) or plain(ids, seeds)
+        model.encode_layers = lambda ids, *rest: batches.append(len(ids)) or plain(ids, *rest)
         memory, _ = encode_all(model, ids.view(7, 8))
         assert batches == [4, 3]
         model.checkpointing, model.chunk_batch = True, 1
