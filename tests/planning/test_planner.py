@@ -3,6 +3,7 @@ errors, and the command."""
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +14,14 @@ from test_commands import call
 
 from uiollms.cli.dry_run import dry_run, parse_memory
 from uiollms.config.load import load_env_config
+from uiollms.data.stream import TrainingSample, pack_documents
 from uiollms.distributed.device_map import CPU
 from uiollms.files.errors import ConfigError
 from uiollms.planning import step_simulation
 from uiollms.planning.planner import choose_chunk_batch, largest_batch, largest_fitting, make_plan
 from uiollms.planning.step_simulation import StepSimulation
 from uiollms.training.estimators import make_estimator
+from uiollms.training.step import gradient_step
 
 ROOT = Path(__file__).parents[2]
 GPUS = [torch.device("cuda", i) for i in range(2)]
@@ -52,6 +55,40 @@ def test_the_shortened_and_extrapolated_simulation_is_the_whole_step(
     for gpu in GPUS:
         assert short[gpu].total == pytest.approx(whole[gpu].total, rel=0.02)
         assert short[gpu][:5] == pytest.approx(whole[gpu][:5], rel=1e-9) and min(short[gpu]) > 0
+
+
+@pytest.mark.parametrize("estimator", ["exact", "uio", "importance"])
+@pytest.mark.parametrize("batch, together", [(3, [4]), (4, [4]), (10, [4, 4, 2]), (64, [4] * 3)])
+def test_documents_that_share_a_pass_are_planned_together(
+    workspace, monkeypatch, estimator, batch, together
+):
+    """A step of train.py takes three documents, and here packs as many of them as fit a batch. The
+    plan is at least what that step needs (0.1 % less at most, for tensors of indices), and at most
+    2 % more where the longest documents fill the batch. In the third case they do not: another step
+    may have a shorter document beside two. With `uio` another step may draw more chunks."""
+    changes = (f"train.estimator={estimator}", "train.accum_grad=3", "model.device_map=0")
+    planned = simulation(*changes, machine={GPUS[0]: 2**40, CPU: 2**40})
+    assert planned.packed(4, batch) == together
+    need = planned.need(4, batch)[GPUS[0]]
+
+    def whole_step(model, _, **options):
+        documents = [TrainingSample("", planned.document(4), random.Random(i)) for i in range(3)]
+        for group in pack_documents(documents, model.chunk_batch):
+            options["rng"] = [document.rng for document in group]
+            gradient_step(model, [document.sample for document in group], **options)
+
+    real = simulation(*changes, machine={GPUS[0]: 2**40, CPU: 2**40})
+    monkeypatch.setattr(step_simulation, "gradient_step", whole_step)
+    monkeypatch.setattr(real, "packed", lambda chunks, batch: [4] * min(3, max(1, batch // 4)))
+    step = real.need(4, batch)[GPUS[0]]
+    assert step.total <= need.total * 1.001
+    if batch != 10 and estimator != "uio":
+        assert need.total == pytest.approx(step.total, rel=0.02)
+    one = planned.need(4, 4)[GPUS[0]]
+    assert (need.kv, need.memories) == (
+        sum(together) / 4 * one.kv,
+        sum(together) / 4 * one.memories,
+    )
 
 
 def test_the_parts_have_the_bytes_of_their_tensors(workspace):
@@ -96,8 +133,8 @@ def test_a_plan_finds_the_longest_document_and_the_largest_chunk_batch(workspace
 
 
 def test_chunk_batch_auto_is_the_largest_that_memory_allows(workspace):
-    """It is the largest batch that leaves a fifth free, at most 4 for 4 chunks, and 1 if nothing
-    fits."""
+    """It is the largest batch that leaves a fifth free, at most 4 for one document of 4 chunks, and
+    1 if nothing fits."""
     # A document of 80 tokens has 4 chunks in memory.
     config = load_env_config("env.json", ["train.chunk_batch=auto"])
     needs = StepSimulation(config, "env.json", {CPU: 2**40})
@@ -109,6 +146,12 @@ def test_chunk_batch_auto_is_the_largest_that_memory_allows(workspace):
     for_two = needs.need(4, 2)[CPU].total / 0.8
     assert (chosen(2**40), chosen(for_two + 2), chosen(for_two - 2), chosen(1000)) == (4, 2, 1, 1)
     assert choose_chunk_batch(config, "env.json").train.chunk_batch == 4
+    for documents, batch in [(2, 8), (5, 32), (64, 256)]:
+        # The last batch holds all chunks of a step's documents.
+        more = load_env_config(
+            "env.json", ["train.chunk_batch=auto", f"train.accum_grad={documents}"]
+        )
+        assert largest_batch(StepSimulation(more, "env.json", {CPU: 2**40}), 4) == batch
     plain = load_env_config("env.json")
     assert choose_chunk_batch(plain, "env.json") is plain
 

@@ -90,16 +90,20 @@ def as_json(plan: Plan) -> dict[str, Any]:
         )
         for device, need in plan.need.items()
     ]
-    step = dict(tokens=plan.length, chunk_batch=plan.chunk_batch, flops=plan.flops)
+    step = dict(tokens=plan.length, chunk_batch=plan.chunk_batch, documents=plan.documents)
+    step |= dict(flops=plan.flops)
     most = dict(longest=plan.longest, capacity=plan.capacity, most_chunks=plan.most_chunks)
     return dict(fits=plan.fits, devices=devices) | step | most
 
 
 def print_plan(plan: Plan, documents: int, steps: int, console: Console) -> None:
     """Prints the plan. documents: of one step; steps: of a run; both with one process."""
+    together = (
+        "a document of" if plan.documents == 1 else f"{plan.documents} documents at once, of up to"
+    )
     table = Table(
         title=(
-            f"one training step: a document of {plan.length:,} tokens, chunk_batch "
+            f"one training step: {together} {plan.length:,} tokens, chunk_batch "
             f"{plan.chunk_batch} (GiB)"
         ),
         title_justify="left",

@@ -266,9 +266,10 @@ class TrainSection(Checked):
     chunk_batch: Positive | Literal["auto"] = Field(
         4,
         description=(
-            "number of chunks that are encoded or decoded together. A larger number needs more "
-            "memory and runs faster; results do not change. Without gradients, batches of up to 4 "
-            "chunks are doubled. auto: the largest number that fits the free memory"
+            "number of chunks that are encoded or decoded together, also of several documents of "
+            "a step. A larger number needs more memory and runs faster; results do not change. "
+            "Without gradients it is doubled, if that is at most 4. auto: the largest power of two "
+            "that fits 80 % of the free memory"
         ),
     )
     checkpointing: bool = Field(

@@ -19,8 +19,6 @@ from uiollms.config.sections import EnvConfig
 from uiollms.distributed.groups import ALONE, Group
 from uiollms.planning.step_simulation import Needs, StepSimulation
 
-# The batches that `"chunk_batch": "auto"` tries. A larger one gains no time (docs/benchmarks.md).
-BATCHES = (16, 8, 4, 2)
 # The part of a device's free memory that `"auto"` fills. Kernels and allocators take memory too.
 MEMORY_FRACTION = 0.8
 
@@ -34,8 +32,10 @@ class Plan:
     need:        device -> bytes of one training step
     available:   device -> free bytes, 0 if this machine lacks the device
     longest:     tokens of the longest document that fits with this chunk_batch, None if none does
-    most_chunks: the largest chunk_batch that fits at this length, None if none does
+    most_chunks: the largest chunk_batch that fits at this length, at most all chunks of a step,
+                 None if none does
     flops:       useful FLOPs of the step on one document (flops.py)
+    documents:   number of documents that go through encoder and decoder together
     """
 
     length: int
@@ -46,6 +46,7 @@ class Plan:
     longest: int | None = None
     most_chunks: int | None = None
     flops: int = 0
+    documents: int = 1
 
     @property
     def fits(self) -> bool:
@@ -74,7 +75,15 @@ def make_plan(
     max_chunks = chunks_in_memory(simulation.capacity, chunk_size)
     need = simulation.need(chunks, batch)
     available = {device: simulation.machine[device] for device in need}
-    plan = Plan(length, batch, simulation.capacity, need, available, flops=simulation.flops(chunks))
+    plan = Plan(
+        length,
+        batch,
+        simulation.capacity,
+        need,
+        available,
+        flops=simulation.flops(chunks),
+        documents=len(simulation.packed(chunks, batch)),
+    )
     if not all(available.values()):
         return plan
 
@@ -93,15 +102,18 @@ def make_plan(
     return replace(
         plan,
         longest=longest,
-        most_chunks=largest_fitting(lambda b: used_fraction(chunks, b), batch, chunks),
+        most_chunks=largest_fitting(
+            lambda b: used_fraction(chunks, b), batch, chunks * config.train.accum_grad
+        ),
     )
 
 
 def choose_chunk_batch(config: EnvConfig, path: str | Path, group: Group = ALONE) -> EnvConfig:
-    """The config with a number for `"chunk_batch": "auto"`. It is the largest power of two, at
-    most 16, with which the run's longest document fits into this machine's free memory, and 1 if
-    none fits. The processes of `group` take the smallest of their numbers, because those that
-    divide documents must pack the same documents together."""
+    """The config with a number for `"chunk_batch": "auto"`. It is the largest power of two with
+    which a step fits into this machine's free memory, and 1 if none fits. A number that holds all
+    chunks of a step's documents is the last that is tried. The processes of `group` take the
+    smallest of their numbers, because those that divide documents must pack the same documents
+    together."""
     if config.train.chunk_batch != "auto":
         return config
     simulation = StepSimulation(config, path)
@@ -114,13 +126,19 @@ def choose_chunk_batch(config: EnvConfig, path: str | Path, group: Group = ALONE
 
 
 def largest_batch(simulation: StepSimulation, chunks: int) -> int:
+    """The largest power of two that fits, see `choose_chunk_batch`. chunks: of the longest
+    document"""
+
     def fits(batch: int) -> bool:
         return all(
             need.total <= MEMORY_FRACTION * simulation.machine[device]
             for device, need in simulation.need(chunks, batch).items()
         )
 
-    return next((batch for batch in BATCHES if batch < 2 * chunks and fits(batch)), 1)
+    batch, chunks_of_step = 1, chunks * simulation.config.train.accum_grad
+    while batch < chunks_of_step and fits(2 * batch):
+        batch *= 2
+    return batch
 
 
 def chunks_in_memory(length: int, chunk_size: int) -> int:

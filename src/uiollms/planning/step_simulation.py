@@ -2,9 +2,10 @@
 that it takes on each device.
 
 To save time, only the last two batches of rows, which read the most memory, are decoded, and only
-one full batch of chunks is encoded with a graph. One draw of the estimator determines which chunks
-need gradients. The peaks of both phases are linear in the length, so those of documents of more
-than MEASURED_BATCHES batches are extrapolated.
+one full batch of chunks is encoded with a graph. Documents that fit one batch together are run
+together. One draw of the estimator determines which chunks need gradients, for documents of one
+batch the largest of several. The peaks of both phases are linear in the length, so those of
+documents of more than MEASURED_BATCHES batches are extrapolated.
 
 Shapes: C chunks in memory, m num_memory, D hidden size, H key/value heads, K head size.
 """
@@ -53,6 +54,9 @@ from uiollms.weights.base_models import DTYPES, base_config, computes_bf16
 
 # Batches of chunks. Longer documents are extrapolated from this number and two thirds of it.
 MEASURED_BATCHES = 6
+# Steps on documents of one batch differ in the chunks with a graph; the plan takes the largest of
+# this many draws.
+DRAWS = 16
 
 
 class Need(NamedTuple):
@@ -114,9 +118,17 @@ class StepSimulation:
             max_tokens(entry, *sizes) for corpora in self.config.train.corpora for entry in corpora
         )
 
+    def packed(self, chunks: int, batch: int) -> list[int]:
+        """The largest documents that one pass takes together (`data.stream.pack_documents`), as
+        their numbers of chunks. The longest has `chunks` chunks. If several fit a batch of `batch`
+        chunks, they fill it, as far as a step has so many documents."""
+        whole, rest = divmod(max(chunks, batch), chunks)
+        return ([chunks] * whole + [rest] * (rest > 0))[: self.config.train.accum_grad]
+
     def need(self, chunks: int, batch: int) -> Needs:
-        """Bytes on every device of the map, for a document with `chunks` chunks in memory and a
-        chunk batch of `batch`."""
+        """Bytes on every device of the map, where the longest document has `chunks` chunks in
+        memory, for a chunk batch of `batch`. Documents that fit one batch together count
+        together."""
         near, far = MEASURED_BATCHES * batch * 2 // 3, MEASURED_BATCHES * batch
         if chunks <= far:
             measured = self.measure(chunks, batch)
@@ -130,7 +142,9 @@ class StepSimulation:
         # The number of chunks with a second sum is random and grows less than linearly. So it is
         # drawn for this length, not extrapolated.
         master_bytes = master_dtype(self.dtype, self.config.train.master_dtype).itemsize
-        sums = (1 + self.num_weighted(chunks) / chunks) * master_bytes / self.dtype.itemsize
+        documents = self.packed(chunks, batch)
+        weighted = sum(map(self.num_weighted, documents)) / sum(documents)
+        sums = (1 + weighted) * master_bytes / self.dtype.itemsize
         return {
             device: m.need()._replace(kv_gradients=m.kv * sums) for device, m in measured.items()
         }
@@ -147,6 +161,16 @@ class StepSimulation:
         return chunks_with_gradient(self.document(chunks), window), torch.equal(
             window, all_pairs(chunks + 1)
         )
+
+    def largest_draw(self, chunks: int) -> int:
+        """Of the first DRAWS seeds the one with which most chunks need gradients. If the document
+        fits one batch, the step holds the graph of all of them."""
+
+        def count(seed: int) -> int:
+            matrix = self.estimator().weight_matrix(chunks + 1, random.Random(seed))
+            return len(chunks_with_gradient(self.document(chunks), matrix))
+
+        return max(range(DRAWS), key=count)
 
     def num_weighted(self, chunks: int) -> int:
         """The number of chunks that have a sum of weighted gradients besides the plain sum."""
@@ -181,18 +205,18 @@ class StepSimulation:
                 parameter.grad = torch.zeros_like(parameter)
             optimizer.step()
             trained = simulation.live - weights
-            optimizer.zero_grad()
-
-            sample = self.sample(chunks, batch)
+            documents = self.packed(chunks, batch)
+            if len(documents) == train.accum_grad:  # else an earlier pass has left its gradients
+                optimizer.zero_grad()
             fixed = FixedBatchEstimator(simulation, batch, *self.draw_chunks(chunks))
             simulation.reset_counts()
-            # A document of one batch is simulated with the config's estimator, because the step
-            # may keep the graph of such a short document.
+            # Documents of one batch are simulated with the config's estimator, because the step
+            # may keep the graph of such short documents.
             gradient_step(
                 model,
-                sample,
+                [self.sample(count, batch) for count in documents],
                 estimator=fixed if chunks > batch else self.estimator(),
-                rng=0,
+                rng=[0 if chunks > batch else self.largest_draw(count) for count in documents],
                 report_all=False,
             )
             optimizer_step(optimizer, train.max_lr, train.clip_grad)
@@ -204,7 +228,8 @@ class StepSimulation:
                 for name in disk_modules
             ]
             saved = Counter({as_device(disk_worker): sum(sizes) - max(sizes)} if sizes else {})
-            memory = self.memory_bytes(model, chunks, self.num_weighted(chunks))
+            weighted = sum(map(self.num_weighted, documents))
+            memory = self.memory_bytes(model, sum(documents), weighted)
             result = {}
             for device in sorted(set(map(as_device, device_map.values())), key=str):
                 d, on_disk_bytes = simulated(device), saved[device]

@@ -12,20 +12,25 @@ from uiollms.model.memory_lm import MemoryLM
 
 
 def make_optimizer(model: MemoryLM, config: TrainSection) -> torch.optim.AdamW:
-    """Creates AdamW for the trained parameters of a model."""
+    """Creates AdamW for the trained parameters of a model. Where all of them are on GPUs, it is
+    torch's fused form, which updates many parameters in one kernel. The forms differ in rounding.
+    They have the same state, so a run may be resumed with another form."""
+    parameters = list(model.trainable_parameters().values())
+    on_gpus = all(parameter.device.type == "cuda" for parameter in parameters)
     return torch.optim.AdamW(
-        model.trainable_parameters().values(),
+        parameters,
         lr=config.max_lr,
         betas=(config.beta1, config.beta2),
         weight_decay=config.weight_decay,
+        fused=True if on_gpus else None,
     )
 
 
 def optimizer_step(
     optimizer: torch.optim.Optimizer, lr: float, clip_grad: float | None
 ) -> torch.Tensor:
-    """Clips the gradients, update the parameters at the learning rate `lr` and clear the gradients.
-    Returns the norm of all gradients before clipping."""
+    """Clips the gradients, updates the parameters at the learning rate `lr` and clears the
+    gradients. Returns the norm of all gradients before clipping."""
     norm = clip_gradients(optimizer, clip_grad)
     apply_gradients(optimizer, lr)
     return norm
@@ -39,7 +44,7 @@ def clip_gradients(optimizer: torch.optim.Optimizer, clip_grad: float | None) ->
 
 
 def apply_gradients(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Updates the parameters at the learning rate `lr` and clear the gradients."""
+    """Updates the parameters at the learning rate `lr` and clears the gradients."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
