@@ -64,6 +64,7 @@ def load_memory_lm(config: EnvConfig, path: str | Path) -> tuple[MemoryLM, PreTr
     if config.train.chunk_batch != "auto":
         model.chunk_batch = config.train.chunk_batch
     model.checkpointing = config.train.checkpointing
+    model.pipeline = config.train.pipeline
     return model, tokenizer
 
 

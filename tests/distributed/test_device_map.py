@@ -200,6 +200,13 @@ def test_weights_on_disk_are_not_in_memory(tmp_path, monkeypatch):
     assert alive() > 5
 
 
+def test_a_pipeline_refuses_weights_on_disk(tmp_path):
+    model = on_disk_model(DISK["half of the layers"], tmp_path)
+    model.pipeline = True
+    with pytest.raises(ValueError, match="pipeline does not work with weights on disk"):
+        uiollms.gradient_step(model, Sample.document(random_ids(30), 8))
+
+
 def test_the_folder_goes_with_the_model(tmp_path):
     base = make_base()
     place_modules(base, DISK["ends"], "e.json", tmp_path)

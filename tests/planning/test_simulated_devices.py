@@ -17,6 +17,7 @@ from uiollms.distributed.device_map import CPU, move_modules, resolve_map
 from uiollms.model.layers import layer_device
 from uiollms.model.passes import encode_all, project_all
 from uiollms.planning.simulated_devices import HOST, SimulatedDevices, SimulationError
+from uiollms.training.pipeline import SegmentedGraph
 from uiollms.training.step import MemoryGradients
 from uiollms.weights.base_models import KNOWN_SHAPES
 
@@ -139,6 +140,43 @@ def tiny():
 def test_every_kind_of_sample_follows_the_map_and_never_waits(tiny, sample):
     devices, model = tiny
     uiollms.gradient_step(model, sample, estimator="uio", S=1, rng=0)
+    assert not devices.syncs
+
+
+@pytest.mark.parametrize("estimator", ["exact", "uio", "tbptt"])
+def test_devices_take_turns_with_batches_and_never_wait(tiny, monkeypatch, estimator):
+    """With a pipeline of two devices, the first goes forward with the next batch before the second
+    goes backward, so it holds two graphs and the second one."""
+    devices, _ = tiny
+    with torch.device("meta"):
+        base = make_base(seed=0)
+    model = model_on_devices(devices, base, SPLIT | {"model.norm": 1}, MEMORY)
+    model.pipeline, model.chunk_batch = True, 1
+    events, begin, back = [], SegmentedGraph.begin_segment, SegmentedGraph.backward
+
+    def begin_segment(graph, hidden, device):
+        events.append(f"forward to {devices.device_of(hidden)}")
+        return begin(graph, hidden, device)
+
+    def backward(graph, segment):
+        events.append(f"backward {segment}")
+        assert {devices.device_of(o.tensor) for o in graph.outputs if o.segment == segment} <= {
+            GPUS[segment]
+        }
+        back(graph, segment)
+
+    monkeypatch.setattr(SegmentedGraph, "begin_segment", begin_segment)
+    monkeypatch.setattr(SegmentedGraph, "backward", backward)
+    settings = {} if estimator == "exact" else dict(S=2)
+    uiollms.gradient_step(
+        model, Sample.document(random_ids(45), 8), estimator=estimator, rng=0, **settings
+    )
+    turns = ["forward to cuda:0", "backward 1", "backward 0"]
+    # The first forward pass has no backward pass before it; the second device is one batch ahead.
+    decoded = 5  # rows that read memory, one a batch
+    expected = turns[:1] + turns[:2] + (decoded - 2) * [turns[2], *turns[:2]]
+    expected += ["backward 0", "backward 1", "backward 0"]
+    assert events[: len(expected)] == expected
     assert not devices.syncs
 
 

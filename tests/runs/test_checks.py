@@ -143,8 +143,29 @@ def test_fields_that_exclude_each_other_are_reported_together():
     ]  # fmt: skip
 
 
-def load_env_config_of(train: dict) -> TrainSection:
+@pytest.mark.parametrize(
+    "device_map, fault",
+    [
+        ("cpu", 'needs a model.device_map with several GPUs, found only "cpu"'),
+        ({"model": 1, "lm_head": 1}, "needs a model.device_map with several GPUs, found only 1"),
+        ({"model": 0, "lm_head": "disk"}, "does not work with weights on disk"),
+        ({"model": 0, "lm_head": 1}, None),
+        ("auto", None),
+    ],
+)
+def test_a_pipeline_needs_several_devices(device_map, fault):
+    corpus = [dict(name="sotu.train", partition=1)]
+    train = dict(tbptt=2, train_iters=3, max_lr=1e-2, save=1, eval=1, pipeline=True, corpus=corpus)
+    if fault is None:
+        assert load_env_config_of(train, device_map=device_map).pipeline
+        return
+    with pytest.raises(ConfigError, match=f"e.json: train.pipeline true {fault}"):
+        load_env_config_of(train, device_map=device_map)
+
+
+def load_env_config_of(train: dict, **changes) -> TrainSection:
     model = dict(model_name="m", model_dtype="fp32", model_structure="llama", config="c.json")
+    model |= changes
     return parse(EnvConfig, dict(model=model, train=train), "e.json").train
 
 

@@ -24,10 +24,11 @@ from uiollms.config.corpora import (
     stages_fault,
 )
 from uiollms.files.errors import validated
+from uiollms.files.json_files import as_json
 
 GPU = Annotated[int, Field(ge=0, le=127)]  # torch supports no larger device number
 Place = GPU | Literal["cpu", "disk"]
-
+WORDS = {"auto", "balanced", "sequential"}  # device maps that use all GPUs
 
 Model = TypeVar("Model", bound=Checked)
 
@@ -277,6 +278,12 @@ class TrainSection(Checked):
         description="whether the activations inside layers are recomputed in the backward pass "
         "instead of stored, which needs less memory and more time",
     )
+    pipeline: bool = Field(
+        False,
+        description="whether the GPUs of a device_map work on successive batches of chunks at the "
+        "same time, instead of in turn. The first ones then hold the graphs of several batches; "
+        "results do not change",
+    )
     keep_last: Positive = Field(
         2, description="number of newest checkpoints that stay in the run folder"
     )
@@ -326,6 +333,22 @@ class EnvConfig(Checked):
     )
     train: TrainSection = Field(description="the training run")
     test: str = Field("test.json", description="path of the file with the tasks of test.py")
+
+    @model_validator(mode="after")
+    def _pipeline_has_devices(self) -> EnvConfig:
+        device_map, faults = self.model.device_map, []
+        devices = {*device_map.values()} if isinstance(device_map, dict) else {device_map}
+        if self.train.pipeline and "disk" in devices:
+            faults.append(
+                'train.pipeline true does not work with weights on disk: take "disk" out of '
+                "model.device_map"
+            )
+        elif self.train.pipeline and len(devices) == 1 and not devices <= WORDS:
+            faults.append(
+                f"train.pipeline true needs a model.device_map with several GPUs, found only "
+                f"{as_json(*devices)}: add another, or set train.pipeline to false"
+            )
+        return validated(self, faults)
 
 
 class TestFile(Checked):

@@ -88,6 +88,7 @@ MAY_CHANGE = {
             "run_dir",
             "chunk_batch",
             "checkpointing",
+            "pipeline",
             "keep_last",
             "keep_best",
             "max_bad_steps",

@@ -107,7 +107,8 @@ def gradient_step(
     The decoder's gradient is exact. The encoder's is weighted by `weights` [N, N], whose rows are
     the sample's rows and whose columns are memories. Without `weights` they are drawn from
     `estimator` with `rng`. The estimator is an object, or a name with the settings `S` and
-    `compensate`; by default it is the exact gradient. Raises ValueError past the capacity.
+    `compensate`; by default it is the exact gradient. Raises ValueError past the capacity, and for
+    a model with `pipeline` whose weights are on disk.
 
     A list of samples, with a list of weights or of rngs, goes through encoder and decoder
     together, in batches of `chunk_batch` chunks or rows of any of them. It gives the same
@@ -157,6 +158,9 @@ def _run_stages(
 ) -> list[StepResult]:
     """Runs the step on samples with the same `kl_weight`: draws weights and seeds, then runs the
     four stages."""
+    if model.pipeline and model.has_offloaded_weights:
+        # The main thread would hold the lock of these weights while a backward pass waits for it.
+        raise ValueError("pipeline does not work with weights on disk; set model.pipeline = False")
     for each in samples:
         check_sample(model.limits, each)
     samples = [each.with_recent(model.memory_config.recent_tokens) for each in samples]
