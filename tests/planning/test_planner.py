@@ -32,14 +32,16 @@ def simulation(*changes: str, machine=None) -> StepSimulation:
     return StepSimulation(load_env_config("env.json", list(changes)), "env.json", machine)
 
 
+@pytest.mark.parametrize("pipeline", [False, True], ids=["in turn", "pipeline"])
 @pytest.mark.parametrize("estimator", ["exact", "uio"])
 def test_the_shortened_and_extrapolated_simulation_is_the_whole_step(
-    workspace, monkeypatch, estimator
+    workspace, monkeypatch, estimator, pipeline
 ):
     """The need of a document of 18 chunks in batches of 2, extrapolated from 12 chunks, is compared
     with a step with every batch and the config's estimator. The tolerance is 2 %, because a whole
     step starts with other sizes of the tensors that it frees one by one."""
     changes = (f"train.estimator={estimator}", "train.chunk_batch=2", HALVES)
+    changes += (f"train.pipeline={str(pipeline).lower()}",)
     short = simulation(*changes, machine=dict.fromkeys([*GPUS, CPU], 2**30)).need(17, 2)
 
     def real_estimator(*_):

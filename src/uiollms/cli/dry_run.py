@@ -96,6 +96,16 @@ def as_json(plan: Plan) -> dict[str, Any]:
     return dict(fits=plan.fits, devices=devices) | step | most
 
 
+def describe_pipeline(plan: Plan) -> str:
+    """What the devices of one process gain by working at the same time."""
+    if len(plan.need) == 1:
+        return ""
+    faster = f"{plan.speedup:.2f} times as fast"
+    if plan.pipeline:
+        return f" of one device; train.pipeline is expected to be {faster}"
+    return f"; the devices work in turn (with train.pipeline true: {faster}, expected)"
+
+
 def print_plan(plan: Plan, documents: int, steps: int, console: Console) -> None:
     """Prints the plan. documents: of one step; steps: of a run; both with one process."""
     together = (
@@ -145,7 +155,7 @@ def print_plan(plan: Plan, documents: int, steps: int, console: Console) -> None
     )
     console.print(
         f"useful FLOPs of a document: {plan.flops / 1e12:,.3g} TFLOP, {plan.flops / speed:,.3g} s "
-        f"at an actual speed of 100 {unit} (the devices of one process work in turn)"
+        f"at an actual speed of 100 {unit}{describe_pipeline(plan)}"
     )
     if not all(plan.available.values()):
         console.print(

@@ -36,6 +36,8 @@ class Plan:
                  None if none does
     flops:       useful FLOPs of the step on one document (flops.py)
     documents:   number of documents that go through encoder and decoder together
+    pipeline:    whether the devices of a process work at the same time
+    speedup:     how much faster a step is expected to be if they do, than if they work in turn
     """
 
     length: int
@@ -47,6 +49,8 @@ class Plan:
     most_chunks: int | None = None
     flops: int = 0
     documents: int = 1
+    pipeline: bool = False
+    speedup: float = 1.0
 
     @property
     def fits(self) -> bool:
@@ -83,6 +87,8 @@ def make_plan(
         available,
         flops=simulation.flops(chunks),
         documents=len(simulation.packed(chunks, batch)),
+        pipeline=config.train.pipeline,
+        speedup=simulation.pipeline_speedup(chunks, batch),
     )
     if not all(available.values()):
         return plan

@@ -16,8 +16,10 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +34,7 @@ from uiollms.distributed.device_map import (
     CPU,
     as_device,
     compute_device,
+    device_of,
     localised_map,
     move_modules,
     named_gpus,
@@ -46,6 +49,7 @@ from uiollms.model.lora import master_dtype
 from uiollms.model.memory_lm import MemoryLM
 from uiollms.model.rope import num_positions
 from uiollms.planning.flops import Flops
+from uiollms.planning.pipeline_speed import estimate_speedup
 from uiollms.planning.simulated_devices import SimulatedDevices, simulated
 from uiollms.training.estimators import Estimator, all_pairs, make_estimator
 from uiollms.training.optimizer import make_optimizer, optimizer_step
@@ -129,7 +133,9 @@ class StepSimulation:
         """Bytes on every device of the map, where the longest document has `chunks` chunks in
         memory, for a chunk batch of `batch`. Documents that fit one batch together count
         together."""
-        near, far = MEASURED_BATCHES * batch * 2 // 3, MEASURED_BATCHES * batch
+        # Two thirds of it must be enough for all graphs and one more batch.
+        far = max(MEASURED_BATCHES, -(-3 * (self.num_graphs + 1) // 2)) * batch
+        near = far * 2 // 3
         if chunks <= far:
             measured = self.measure(chunks, batch)
         else:
@@ -186,9 +192,7 @@ class StepSimulation:
     def simulate(self, chunks: int, batch: int) -> dict[torch.device, Measured]:
         """Runs one step, clipping and update on simulated devices."""
         train = self.config.train
-        with torch.device("meta"):
-            base = AutoModelForCausalLM.from_config(self.shape, dtype=self.dtype)
-        device_map = resolve_map(base, self.config.model.device_map, self.path, self.machine)
+        base, device_map = self.resolve()
         disk_modules, disk_worker = on_disk(base, device_map), compute_device(device_map)
         device_map = {
             name: disk_worker if device == "disk" else device for name, device in device_map.items()
@@ -198,6 +202,7 @@ class StepSimulation:
             weights = Counter(simulation.live)
             model = MemoryLM(base, self.memory, train.master_dtype)
             model.chunk_batch, model.checkpointing = batch, train.checkpointing
+            model.pipeline = train.pipeline
             model.train()
             parameters = list(model.trainable_parameters().values())
             optimizer = make_optimizer(model, train)
@@ -208,7 +213,8 @@ class StepSimulation:
             documents = self.packed(chunks, batch)
             if len(documents) == train.accum_grad:  # else an earlier pass has left its gradients
                 optimizer.zero_grad()
-            fixed = FixedBatchEstimator(simulation, batch, *self.draw_chunks(chunks))
+            again = batch * self.num_graphs
+            fixed = FixedBatchEstimator(simulation, again, *self.draw_chunks(chunks))
             simulation.reset_counts()
             # Documents of one batch are simulated with the config's estimator, because the step
             # may keep the graph of such short documents.
@@ -242,6 +248,28 @@ class StepSimulation:
                 )
             return result
 
+    def resolve(self) -> tuple[Any, dict[str, Any]]:
+        """Returns the base on the meta device, and the device of its modules."""
+        with torch.device("meta"):
+            base = AutoModelForCausalLM.from_config(self.shape, dtype=self.dtype)
+        return base, resolve_map(base, self.config.model.device_map, self.path, self.machine)
+
+    @cached_property
+    def layer_devices(self) -> list[torch.device]:
+        """The device of every layer; of one on disk, that to which it is loaded."""
+        base, device_map = self.resolve()
+        found = [device_of(f"model.layers.{i}", device_map) for i in range(len(base.model.layers))]
+        worker = compute_device(device_map)
+        return [as_device(worker if device == "disk" else device) for device in found]
+
+    @property
+    def num_graphs(self) -> int:
+        """The largest number of batches whose graphs a device holds at the same time."""
+        if not self.config.train.pipeline:
+            return 1
+        # Embedding and final norm may be on devices of their own.
+        return 2 + len(list(groupby(self.layer_devices)))
+
     def document(self, chunks: int) -> Sample:
         """A document with `chunks` chunks in memory. Its last chunk is full if the base's
         positions allow it."""
@@ -250,19 +278,28 @@ class StepSimulation:
         return PROTOCOLS[self.config.train.loss](ids, self.memory.chunk_size)
 
     def sample(self, chunks: int, batch: int) -> Sample:
-        """`document` with the last two batches of its rows only."""
+        """`document` with the last batches of its rows only: two, or more in a pipeline."""
         sample = self.document(chunks)
         rows = sample.rows[1:]
-        return replace(sample, rows=rows[max(0, -(-len(rows) // batch) - 2) * batch :])
+        left_out = max(0, -(-len(rows) // batch) - 1 - self.num_graphs)
+        return replace(sample, rows=rows[left_out * batch :])
+
+    def num_encoded_again(self, chunks: int) -> int:
+        """The number of chunks that are encoded with a graph, for one draw of the estimator."""
+        if self.estimator().reads_norms:
+            return min(self.config.train.tbptt, chunks)
+        return len(self.draw_chunks(chunks)[0])
 
     def flops(self, chunks: int) -> int:
         """Useful FLOPs of a step, for one draw of the estimator."""
-        backwards = (
-            min(self.config.train.tbptt, chunks)
-            if self.estimator().reads_norms
-            else len(self.draw_chunks(chunks)[0])
-        )
-        return Flops.of_shape(self.shape, self.memory).training(self.document(chunks), backwards)
+        flops = Flops.of_shape(self.shape, self.memory)
+        return flops.training(self.document(chunks), self.num_encoded_again(chunks))
+
+    def pipeline_speedup(self, chunks: int, batch: int) -> float:
+        """How much faster a step is expected to be with `train.pipeline` than without it."""
+        encoded = -(-chunks // batch)
+        again = -(-self.num_encoded_again(chunks) // batch)
+        return estimate_speedup(self.layer_devices, encoded, encoded, again)
 
     def memory_bytes(
         self, model: MemoryLM, chunks: int, weighted: int
@@ -284,7 +321,7 @@ class StepSimulation:
 
 class FixedBatchEstimator(Estimator):
     """Replaces an estimator that gives the chunks `with_gradient` weights other than zero, and
-    encodes one full batch of them again. Stores the peak of the first phase in `peak`.
+    encodes the first `num_again` of them again. Stores the peak of the first phase in `peak`.
 
     all_ones: whether all weights are one
     """
@@ -292,12 +329,12 @@ class FixedBatchEstimator(Estimator):
     def __init__(
         self,
         simulation: SimulatedDevices,
-        batch: int,
+        num_again: int,
         with_gradient: Sequence[int],
         all_ones: bool,
     ) -> None:
         self.simulation, self.all_ones = simulation, all_ones
-        self.with_gradient, self.encoded_again = list(with_gradient), set(with_gradient[:batch])
+        self.with_gradient, self.encoded_again = list(with_gradient), set(with_gradient[:num_again])
         self.peak: Counter[torch.device] = Counter()
 
     def weight_matrix(self, num_chunks: int, rng: random.Random) -> Tensor:
