@@ -69,7 +69,7 @@ class PretendedGPUs:
 
     def properties(self, device=None):
         number = self.touch(device)
-        return type("Properties", (), dict(major=9, name=f"pretended {number}"))
+        return type("Properties", (), dict(major=9, minor=0, name=f"pretended {number}"))
 
     def patch(self, patcher) -> None:
         for name, function in {
@@ -87,8 +87,6 @@ class PretendedGPUs:
             "set_rng_state": lambda state, device="cuda": self.touch(device),
         }.items():
             patcher.setattr(torch.cuda, name, function)
-        empty = torch.empty  # a build for CPUs cannot pin memory
-        patcher.setattr(torch, "empty", lambda *sizes, pin_memory=False, **o: empty(*sizes, **o))
 
 
 @pytest.fixture

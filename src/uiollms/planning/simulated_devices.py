@@ -225,7 +225,8 @@ class _Calls(TorchFunctionMode):
         self.devices = devices
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, devices = kwargs or {}, self.devices
+        kwargs, devices = dict(kwargs or {}), self.devices
+        kwargs.pop("pin_memory", None)  # it needs a real GPU
         on_tensor = bool(args) and isinstance(args[0], Tensor)
         if on_tensor and func == _DEVICE:
             return devices.device_of(args[0])
