@@ -239,6 +239,27 @@ def test_32x_on_two_24_gib_gpus(monkeypatch, capsys):
     assert "99,328 tokens, chunk_batch 4" in printed and printed.count("24.00") == 2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ([], (16.88, 16.13)),
+        (["train.pipeline=true"], (21.63, 16.17)),
+        (["model.device_map=0"], (32.63,)),
+    ],
+    ids=["in turn", "pipeline", "one device"],
+)
+def test_the_plans_of_the_docs(monkeypatch, changes, expected):
+    """GiB for 99,328 tokens, as in docs/dry_run.md, docs/devices.md and docs/scaling.md. With the
+    memory joined to every row's keys and values they were 20.25 and 20.32, and 40.2 for one
+    device."""
+    monkeypatch.chdir(ROOT)
+    config = load_env_config("32x.json", changes)
+    machine = dict.fromkeys([*GPUS, CPU], 80 * 2**30)
+    need = StepSimulation(config, "32x.json", machine).need(96, 4)
+    assert [n.total / 2**30 for n in need.values()] == pytest.approx(expected, abs=0.01)
+
+
 # This program runs in a separate process. The Llama's tensors are much larger than the other memory
 # of the process.
 MEASURE = """
