@@ -1,9 +1,11 @@
 """Measures speed and memory, and writes bench.json, bench.md and bench.png into `--out`.
 
 Numbers are ratios within one run, or are given together with the number that they are compared
-with. Alternatives take turns, and medians are reported. Memory is measured in a new process. The
-allocator holds freed memory as in the other commands. The GEMM peak is measured in the same run, at
-the shapes of the model. FLOPs are counted as in uiollms/planning/flops.py.
+with. Alternatives take turns, and medians are reported. On a CPU memory is the resident set of a
+new process, whose allocator holds freed memory as in the other commands. On a GPU it is what
+torch's allocator reserves, and seconds are taken between events of the GPU. The GEMM peak is
+measured in the same run, at the shapes of the model. FLOPs are counted as in
+uiollms/planning/flops.py.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from benchmarks.models import MODELS
 from uiollms.files.atomic import replace_text
 from uiollms.files.json_files import as_json
 from uiollms.kernels.allocator import keep_freed_memory
+from uiollms.kernels.devices import disable_cudnn_attention
 from uiollms.model.memory_lm import MemoryLM
 
 WHAT = ["baseline", "length", "S", "chunk_batch", "generation"]
@@ -33,7 +36,8 @@ def measure(name: str, model: MemoryLM, options: argparse.Namespace) -> dict[str
     """The tables of one model that `--what` selects."""
     l, what, quick = model.memory_config.chunk_size, options.what, options.quick
     compared = 8 * l if quick else 8192
-    bench = comparisons.Bench(name, model, options.chunk_batch, options.repeats, fresh=not quick)
+    fresh = model.device.type == "cpu" and not quick
+    bench = comparisons.Bench(name, model, options.chunk_batch, options.repeats, fresh)
     bench.measure_peak()
     tables: dict[str, comparisons.Table] = {}
     if "baseline" in what:
@@ -99,7 +103,8 @@ def main(arguments: list[str] | None = None) -> None:
     examples = """examples:
   python -m benchmarks                                             everything, hours: make bench
   python -m benchmarks --model tiny --quick --repeats 1            does it run? make bench-quick
-  python -m benchmarks --what length --lengths 8192 32768 --model smollm2"""
+  python -m benchmarks --what length --lengths 8192 32768 --model smollm2
+  python -m benchmarks --device cuda --model llama7b --what length S chunk_batch generation"""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, epilog=examples, formatter_class=raw
@@ -111,6 +116,11 @@ def main(arguments: list[str] | None = None) -> None:
         "--lengths", type=int, nargs="+", help="tokens of the documents of `length`"
     )
     parser.add_argument("--model", nargs="+", default=["midsize", "smollm2"], choices=list(MODELS))
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        help="cpu in float32, or cuda in bfloat16, where the allocator's numbers are the memory",
+    )
     parser.add_argument(
         "--quick", action="store_true", help="short documents, few settings, memory in this process"
     )
@@ -127,10 +137,13 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    if device.type == "cuda":
+        disable_cudnn_attention()
     report: dict[str, Any] = {"machine": machine(), "models": {}}
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.model:
-        model = MODELS[name]()
+        model = MODELS[name](device)
         model.chunk_batch = options.chunk_batch[0]
         report["models"][name] = measure(name, model, options)
         # Written after every model, because the next one can take hours.

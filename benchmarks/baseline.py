@@ -40,7 +40,8 @@ class WithLoRA(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) + F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scaling
+        a, b = (weight.to(x.dtype) for weight in (self.lora_A, self.lora_B))
+        return self.linear(x) + F.linear(F.linear(x, a), b) * self.scaling
 
 
 class Baseline(nn.Module):
@@ -91,16 +92,17 @@ class Baseline(nn.Module):
         """Encodes one chunk with a dense mask: [l] token ids -> L tensors [1, m, D]. Without
         `whole`, the last layer runs its input norm only."""
         l, m = self.config.chunk_size, self.config.num_memory
-        model = self.encoder.model
-        hidden = torch.cat(
-            [model.embed_tokens(ids[None]), self.retrieval_token.expand(1, m, -1)], dim=1
-        )
+        model, device = self.encoder.model, self.encoder.device
+        tokens = model.embed_tokens(ids[None].to(device))
+        slots = self.retrieval_token.expand(1, m, -1).to(tokens.dtype)
+        hidden = torch.cat([tokens, slots], dim=1)
         ends = (torch.arange(m) + 1) * (l // m)
         positions = torch.cat([torch.arange(l), ends])[None]
         mask = torch.zeros(l + m, l + m, dtype=torch.bool)
         mask[:l, :l] = torch.ones(l, l, dtype=torch.bool).tril()
         mask[l:, :l] = torch.arange(l) < ends[:, None]
         mask[l:, l:] = torch.eye(m, dtype=torch.bool)
+        positions, mask = positions.to(device), mask.to(device)
         rotary = model.rotary_emb(hidden, positions)
         memory = []
         for i, layer in enumerate(model.layers):
@@ -122,7 +124,8 @@ class Baseline(nn.Module):
         if not memories:
             return cache
         slots = sum(memory[0].shape[1] for memory in memories)
-        rotary = self.decoder.model.rotary_emb(memories[0][0], torch.arange(slots)[None])
+        positions = torch.arange(slots, device=self.decoder.device)[None]
+        rotary = self.decoder.model.rotary_emb(memories[0][0], positions)
         for i, (layer, pair) in enumerate(
             zip(self.decoder.model.layers, self.transfer, strict=True)
         ):
@@ -137,17 +140,18 @@ class Baseline(nn.Module):
     def nll(self, ids: Tensor, targets: Tensor, memories: Sequence[list[Tensor]]) -> Tensor:
         """NLL [T] of [T] tokens that read the memories, 0 where a token is not scored. All logits
         [T, V] exist at once."""
+        ids, targets = (x.to(self.decoder.device) for x in (ids, targets))
         logits = self.decoder(ids[None], past_key_values=self.project(memories)).logits[0]
         wide = torch.promote_types(logits.dtype, torch.float32)
         return F.cross_entropy(logits.to(wide), targets, ignore_index=IGNORED, reduction="none")
 
-    def train_step(self, sample: Sample, S: int, draws: Sequence[int]) -> float:
+    def train_step(self, sample: Sample, S: int, draws: Sequence[int]) -> Tensor:
         """Runs one training step of the `uio` estimator on a document and returns its loss. `draws`
         are those of `window_from_draws`."""
         weights = window_from_draws(draws, S, True, len(sample.rows))
         memories: list[list[Tensor]] = []  # with their graphs while in the reservoir
         reservoir: list[int] = []
-        total = 0.0
+        total = torch.zeros((), device=self.decoder.device)
         for t, row in enumerate(sample.rows):
             # w * m + (1 - w) * detach(m) has the value m and w times its gradient, which is the
             # compensation of the estimator.
@@ -161,7 +165,7 @@ class Baseline(nn.Module):
                 loss = (nll * row.token_weights.to(nll)).sum()
             if t > 0:
                 loss.backward(retain_graph=True)
-            total += loss.item()
+            total = total + loss.detach()
             if t == len(sample.chunks):
                 break
             memories.append(self.encode(row.input_ids))
@@ -180,7 +184,8 @@ class Baseline(nn.Module):
         memories: list[list[Tensor]] = []
         parts = []
         for t, row in enumerate(sample.rows):
-            parts.append(self.nll(row.input_ids, row.targets, memories)[row.scored])
+            nll = self.nll(row.input_ids, row.targets, memories)
+            parts.append(nll[row.scored.to(nll.device)])
             if t < len(sample.chunks):
                 memories.append(self.encode(row.input_ids))
         return torch.cat(parts)

@@ -10,7 +10,6 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from transformers import DynamicCache
 
 from benchmarks import worker
 from benchmarks.gemm import gemm_peak
-from benchmarks.measure import in_new_process, interleaved, median_ratio
+from benchmarks.measure import in_new_process, interleaved, median_ratio, seconds_of
 from benchmarks.models import random_document
 from benchmarks.passes import memory_formula, passes, useful_flops
 from uiollms.model.memory_lm import MemoryLM
@@ -35,7 +34,7 @@ class Bench:
 
     sizes: values of chunk_batch; all tables but the first use sizes[0]
     fresh: whether memory is measured in new processes. In this process it is faster to measure, but
-           the result misses memory that the allocator already holds.
+           a CPU's result misses memory that the allocator already holds.
     gemm:  the result of `gemm_peak` for each chunk_batch
     """
 
@@ -51,7 +50,9 @@ class Bench:
         and after the timed passes, because the speed of the machine varies during a run."""
         for size in self.sizes:
             rows = size * self.model.memory_config.chunk_size
-            found = gemm_peak(Flops.of(self.model), rows, self.model.dtype, self.repeats)
+            found = gemm_peak(
+                Flops.of(self.model), rows, self.model.dtype, self.repeats, self.model.device
+            )
             if size not in self.gemm or found["peak"] > self.gemm[size]["peak"]:
                 self.gemm[size] = found
 
@@ -66,12 +67,18 @@ class Bench:
         size = chunk_batch or self.model.chunk_batch
         case = {
             "model": self.name,
+            "device": str(self.model.device),
             "pass": kind,
             "length": length,
             "S": S,
             "chunk_batch": size,
         } | more
-        result = (in_new_process if self.fresh else worker.run_case)(case)
+        if self.fresh:
+            result = in_new_process(case)
+        else:
+            before = self.model.chunk_batch
+            result = worker.run_case(case, self.model)
+            self.model.chunk_batch = before
         return {
             name: value if name == "seconds" else value / 2**20 for name, value in result.items()
         }
@@ -95,7 +102,7 @@ def against_baseline(bench: Bench, length: int) -> Table:
     ours = {(kind, size): partial(run_sized, kind, size) for kind in twins for size in bench.sizes}
     # The baseline has no chunk_batch.
     theirs = {(kind, None): call for kind, call in calls.items() if kind not in twins}
-    seconds = interleaved({**ours, **theirs}, bench.repeats, short.values())
+    seconds = interleaved({**ours, **theirs}, bench.repeats, short.values(), model.device)
     bench.measure_peak()
     flops = useful_flops(model, document, 2)
     baseline = {twin: bench.run_case(twin, length, alive=True) for twin in set(twins.values())}
@@ -178,7 +185,9 @@ def against_S(bench: Bench, length: int, windows: Sequence[int]) -> Table:
     """Measures a training step for several values of S."""
     document = random_document(bench.model, length)
     seconds = interleaved(
-        {S: passes(bench.model, document, S, only="uio")["uio"] for S in windows}, bench.repeats
+        {S: passes(bench.model, document, S, only="uio")["uio"] for S in windows},
+        bench.repeats,
+        device=bench.model.device,
     )
     return [
         {
@@ -202,7 +211,9 @@ def against_chunk_batch(bench: Bench, length: int, sizes: Sequence[int]) -> Tabl
         return call()
 
     seconds = interleaved(
-        {size: lambda size=size: with_batch(size) for size in sizes}, bench.repeats
+        {size: lambda size=size: with_batch(size) for size in sizes},
+        bench.repeats,
+        device=model.device,
     )
     model.chunk_batch = before
     return [
@@ -260,7 +271,8 @@ def random_state(model: MemoryLM, past: int) -> MemoryState:
     heads, layers = model.config.num_key_value_heads, range(model.config.num_hidden_layers)
 
     def random_kv() -> list[Tensor]:
-        return [torch.randn(1, heads, slots, size, dtype=model.dtype) for _ in layers]
+        shape = 1, heads, slots, size
+        return [torch.randn(shape, dtype=model.dtype, device=model.device) for _ in layers]
 
     empty = model.new_state()
     state = MemoryState(
@@ -272,13 +284,14 @@ def random_state(model: MemoryLM, past: int) -> MemoryState:
         past // l * l,
     )
     with torch.no_grad():
-        return model(random_document(model, l // 2)[None], state, logits_to_keep=1).past_key_values
+        ids = random_document(model, l // 2)[None].to(model.device)
+        return model(ids, state, logits_to_keep=1).past_key_values
 
 
 @torch.no_grad()
 def continue_stream(model: MemoryLM, state: MemoryState, new_tokens: int) -> float:
     """Seconds to generate `new_tokens` tokens greedily from a state."""
-    token = torch.zeros(1, 1, dtype=torch.int64)
+    token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
 
     def decode() -> None:
         nonlocal state, token
@@ -286,7 +299,7 @@ def continue_stream(model: MemoryLM, state: MemoryState, new_tokens: int) -> flo
             output = model(token, state, logits_to_keep=1)
             state, token = output.past_key_values, output.logits[:, -1:].argmax(-1)
 
-    return seconds_of(decode)
+    return seconds_of(decode, model.device)
 
 
 @torch.no_grad()
@@ -296,10 +309,11 @@ def continue_base(model: MemoryLM, past: int, new_tokens: int) -> float:
     size, cache = model.base.model.layers[0].self_attn.head_dim, DynamicCache()
     for i in range(model.config.num_hidden_layers):
         shape = (1, model.config.num_key_value_heads, past, size)
-        cache.update(
-            torch.randn(shape, dtype=model.dtype), torch.randn(shape, dtype=model.dtype), i
+        keys, values = (
+            torch.randn(shape, dtype=model.dtype, device=model.device) for _ in range(2)
         )
-    token = torch.zeros(1, 1, dtype=torch.int64)
+        cache.update(keys, values, i)
+    token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
 
     def decode() -> None:
         nonlocal token
@@ -308,10 +322,4 @@ def continue_base(model: MemoryLM, past: int, new_tokens: int) -> float:
                 model.base(token, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
             )
 
-    return seconds_of(decode)
-
-
-def seconds_of(call: Callable[[], None]) -> float:
-    start = perf_counter()
-    call()
-    return perf_counter() - start
+    return seconds_of(decode, model.device)

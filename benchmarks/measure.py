@@ -1,5 +1,5 @@
 """Measures time and memory. Alternatives take turns within one run, the median of the turns is
-reported, and memory is measured in a new process."""
+reported, and a CPU's memory is measured in a new process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,14 @@ import torch
 from torch.profiler import profile
 
 # Environment variables that change time or memory; a report contains those that are set.
-ENVIRONMENT = ("GLIBC_TUNABLES", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
+ENVIRONMENT = (
+    "GLIBC_TUNABLES",
+    "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "PYTORCH_ALLOC_CONF",
+)
+CPU = torch.device("cpu")
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -27,6 +34,7 @@ def interleaved(
     calls: Mapping[Key, Callable[[], object]],
     repeats: int,
     warm: Iterable[Callable[[], object]] | None = None,
+    device: torch.device = CPU,
 ) -> dict[Key, list[float]]:
     """Times every call `repeats` times and returns the seconds of each turn. The calls take turns,
     so that other load and the CPU's temperature affect all of them alike. Before the first turn,
@@ -36,10 +44,25 @@ def interleaved(
     seconds: dict[Key, list[float]] = {key: [] for key in calls}
     for _ in range(repeats):
         for key, call in calls.items():
-            start = time.perf_counter()
-            call()
-            seconds[key].append(time.perf_counter() - start)
+            seconds[key].append(seconds_of(call, device))
     return seconds
+
+
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """Returns the seconds that a call takes. On a GPU this is the time between two events on its
+    stream, with nothing queued before, so work that is still running when the call returns
+    counts."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000
 
 
 def median_ratio(ours: list[float], theirs: list[float]) -> float:
@@ -84,13 +107,14 @@ def most_alive(call: Callable[[], object]) -> int:
 
 
 def machine() -> dict[str, Any]:
-    """Describes the machine: CPU, memory, library versions, and its load at the start."""
+    """Describes the machine: CPU, GPU, memory, library versions, and its load at the start."""
     model = next(
         (line.split(":")[1].strip() for line in cpu_info() if line.startswith("model name")),
         platform.processor(),
     )
     return {
         "cpu": model,
+        **gpu(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
@@ -100,6 +124,19 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
         "commit": commit(),
+    }
+
+
+def gpu() -> dict[str, Any]:
+    """Describes the GPU that torch uses by default; empty without one."""
+    if not torch.cuda.is_available():
+        return {}
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "gpu": found.name,
+        "gpu_memory_gib": round(found.total_memory / 2**30, 1),
+        "capability": f"{found.major}.{found.minor}",
+        "cuda": torch.version.cuda,
     }
 
 

@@ -52,7 +52,7 @@ def test_the_baseline_gives_the_gradients_of_the_step(length, S):
     result = uiollms.gradient_step(model, sample, weights=weights)
     found, expected = baseline.gradients(), gradients(model)
     found |= {name: torch.zeros_like(expected[name]) for name in expected.keys() - found.keys()}
-    assert loss == pytest.approx(result.losses.sum().item(), rel=1e-10)
+    assert loss.item() == pytest.approx(result.losses.sum().item(), rel=1e-10)
     assert worst_error(found, expected) < 1e-10
     for name in ("encoder.layers.0.q_proj.lora_A", "decoder.layers.0.k_proj.lora_A"):
         assert found[name].abs().max() > 0
@@ -198,7 +198,8 @@ def test_make_bench_writes_all_tables_for_a_tiny_model(tmp_path, capsys):
 def test_memory_is_measured_in_a_new_process():
     from benchmarks.measure import in_new_process
 
-    case = {"model": "tiny", "pass": "baseline uio", "length": 64, "S": 2, "chunk_batch": 4}
+    case = {"model": "tiny", "device": "cpu", "pass": "baseline uio", "length": 64}
+    case |= {"S": 2, "chunk_batch": 4}
     result = in_new_process(case)
     assert result["seconds"] > 0 and result["bytes"] >= 0
     with pytest.raises(RuntimeError, match="KeyError"):

@@ -1,14 +1,23 @@
 """Tests of the prepared check for a GPU, which run on the CPU, and of its data."""
 
+import importlib
 import json
+import os
 import random
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from benchmarks import gpu_check
+from benchmarks import gpu_check, gpu_train
 from benchmarks.recall_data import Corpus, Facts
 from transformers import AutoTokenizer
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("part", ["correctness", "speed", "train"])
@@ -23,6 +32,57 @@ def test_every_part_of_the_check_runs_without_a_gpu(part, tmp_path, tiny_folder)
         found = report["results"][0]
         assert report["steps"] > 2 and {"window", "shuffled", "own", "raw", "bound"} <= set(found)
         assert (tmp_path / "train" / "adapter.safetensors").exists()
+
+
+@pytest.mark.parametrize("part", ["correctness", "speed", "train"])
+def test_the_commands_for_a_gpu_are_understood(part):
+    """Without a GPU they cannot run, but every option and case of theirs is parsed."""
+    parser = gpu_check.make_parser()
+    options = parser.parse_args(["--part", part, "--texts", "*.txt"])
+    for step in gpu_check.steps(part, options):
+        *_, module = step.arguments[:2]
+        arguments = step.arguments[2:]
+        if module == "benchmarks.gpu_train":
+            assert gpu_train.parse(arguments).texts == "*.txt"
+        elif module == "pytest":
+            assert all((ROOT / name).exists() for name in arguments if name.endswith(".py"))
+        else:
+            made = importlib.import_module(module).make_parser()
+            assert made.parse_args(arguments).device == "cuda"
+
+
+def test_no_step_starts_without_time_and_none_outlives_its_part(tmp_path, monkeypatch):
+    slow = gpu_check.Step("slow", ["-c", "import time; time.sleep(60)"], 50)
+    monkeypatch.setattr(gpu_check, "steps", lambda part, options: [slow, slow])
+    options = ["--part", "speed", "--seconds_of_speed", "6", "--out", str(tmp_path)]
+    assert gpu_check.main(options) == 1
+    lines = [json.loads(line) for line in (tmp_path / "report.jsonl").read_text().splitlines()]
+    assert [line["status"] for line in lines] == ["stopped after 6 s", "left out: no time"]
+
+
+def test_the_tests_on_a_gpu_need_only_the_packages_dependencies(tmp_path):
+    """Whatever else `make setup` installs cannot be imported here, and its plugins of pytest are
+    not loaded."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = [re.split(r"[\[<>=~;]", text)[0] for text in sum(optional(project), [])]
+    modules = {"PyYAML": "yaml", "pytest-xdist": "xdist", "pytest-timeout": "pytest_timeout"}
+    blocked = {modules.get(name, name.replace("-", "_").lower()) for name in names} - {"pytest"}
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        f"for name in {sorted(blocked)}:\n"
+        "    sys.modules[name] = None  # import raises ImportError\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only"]
+    paths = os.pathsep.join(map(str, (tmp_path, ROOT / "src", ROOT)))
+    environment = os.environ | {"PYTHONPATH": paths, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0, ran.stdout[-3000:]
+    assert "test_gpu.py" in ran.stdout and "test_flash.py" in ran.stdout and len(blocked) > 5
+
+
+def optional(project: dict) -> list[list[str]]:
+    """The optional dependencies, without the small model, which the tests on a GPU may use."""
+    return [texts for name, texts in project["optional-dependencies"].items() if name != "smollm2"]
 
 
 def test_a_failed_step_is_reported_and_the_next_one_runs(tmp_path, monkeypatch):
