@@ -24,6 +24,7 @@ from uiollms.distributed.device_map import first_device, place_modules
 from uiollms.files.atomic import whole_folder
 from uiollms.files.errors import ConfigError, Faults
 from uiollms.kernels.flash_attention import check_request
+from uiollms.kernels.quantized import count_weights
 from uiollms.model.memory_lm import MemoryLM
 from uiollms.model.rope import find_rope_fault, num_positions
 from uiollms.weights.adapters import load_weights
@@ -55,7 +56,9 @@ def load_memory_lm(config: EnvConfig, path: str | Path) -> tuple[MemoryLM, PreTr
         config.model.device_map,
         base_config(name),
     )
-    base = load_causal_lm(name, dtype=dtype, attn_implementation=attention)
+    base = load_causal_lm(
+        name, config.model.quantization, dtype=dtype, attn_implementation=attention
+    )
     place_modules(base, config.model.device_map, path, config.model.offload_dir)
     torch.manual_seed(config.train.seed)
     model = MemoryLM(base, memory, config.train.master_dtype)
@@ -102,7 +105,7 @@ def describe_weights(weights: str | Path | None, model: MemoryLM) -> str:
 def count_parameters(model: MemoryLM) -> tuple[int, int]:
     """The numbers of trained and of frozen parameters."""
     trained = sum(p.numel() for p in model.trainable_parameters().values())
-    return trained, sum(p.numel() for p in model.base.parameters())
+    return trained, count_weights(model.base)
 
 
 # ---- checks of base model and compressor ---------------------------------------------------------
@@ -113,6 +116,7 @@ def check_env(config: EnvConfig, path: str | Path) -> MemoryConfig:
     its compressor config. Raises ConfigError with a line for every fault."""
     faults = Faults()
     memory, shape = examine_model(config, path, faults)
+    examine_training_dtype(config, path, faults)
     examine_entries(data_entries(config), memory, shape, path, faults)
     examine_stages(config, memory, shape, path, faults)
     faults.report()
@@ -127,6 +131,16 @@ def check_model(config: EnvConfig, path: str | Path) -> MemoryConfig:
     faults.report()
     assert memory is not None
     return memory
+
+
+def examine_training_dtype(config: EnvConfig, path: str | Path, faults: Faults) -> None:
+    """Refuses float16 for training. The weights of tokens are near 1e-5, and float16 has no number
+    between 0 and 6e-8, so that gradients would vanish; there is no loss scaling against that."""
+    if config.model.model_dtype == "fp16":
+        faults.add(
+            f'{path}: model.model_dtype: found "fp16", in which gradients vanish; training takes '
+            '"bf16", "fp32", "fp64" or "auto" (only evaluation takes "fp16")'
+        )
 
 
 def examine_model(
@@ -144,6 +158,18 @@ def examine_model(
             f"{path}: model.model_structure: {config.model.model_structure!r}, but "
             f"{config.model.model_name} is a {shape.model_type!r}"
         )
+    if config.model.quantization:
+        places = config.model.device_map
+        if config.model.model_dtype == "fp64":
+            faults.add(
+                f'{path}: model.quantization: "{config.model.quantization}" computes in at most 32 '
+                'bits, model_dtype is "fp64"; use "fp32" or "bf16", or set null'
+            )
+        if isinstance(places, dict) and "disk" in places.values():
+            faults.add(
+                f'{path}: model.device_map: puts modules on "disk", where weights of 4 bits '
+                "cannot be; use a GPU or the CPU, or set model.quantization to null"
+            )
     if shape is not None and (fault := eos_fault(shape)):
         faults.add(f"{path}: model.model_name: {config.model.model_name}: {fault}")
     if memory and shape is not None and (fault := rank_fault(shape, memory.lora_rank)):

@@ -123,8 +123,17 @@ class ModelSection(Checked):
     )
     model_dtype: Literal["bf16", "fp16", "fp32", "fp64", "auto"] = Field(
         description=(
-            "dtype of the frozen base. auto: bf16 if the device computes in it natively, else fp32"
+            "dtype of the frozen base. auto: bf16 if the device computes in it natively, else "
+            "fp32. fp16 is for evaluation only"
         )
+    )
+    quantization: Literal["nf4"] | None = Field(
+        None,
+        description=(
+            "nf4: the weights of the base's layers are stored in 4 bits (bitsandbytes) and compute "
+            "in model_dtype, which needs the package bitsandbytes; see docs/devices.md. null: they "
+            "are stored in model_dtype"
+        ),
     )
     model_method: Literal["uiollms", "ccf"] = Field(
         "uiollms", description="name of the method; ccf is the authors' later name for the same one"

@@ -18,6 +18,7 @@ from accelerate.utils import (
 from torch import Tensor, nn
 
 from uiollms.files.atomic import clear_leftovers, make_folder, work_path
+from uiollms.files.errors import ConfigError
 from uiollms.files.folders import cache_dir
 from uiollms.kernels.devices import locked
 from uiollms.kernels.norms import promote_norms
@@ -29,6 +30,11 @@ def put_on_disk(
     """Writes the weights of the modules `names`, which have parameters, to disk and free them. The
     weights of a module are loaded to the device `working` for each call only; an autograd graph
     stores their names instead of the weights."""
+    if any(getattr(p, "quant_state", None) is not None for p in base.parameters()):
+        raise ConfigError(
+            "model.device_map: some modules are left for the disk, where weights of 4 bits cannot "
+            "be; name a device for every module, or set model.quantization to null"
+        )
     if getattr(base, "dtype", None) == torch.float64:
         promote_norms(base)  # it replaces modules, so before the hooks
     root = Path(offload_dir) if offload_dir else cache_dir() / "offload"

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from uiollms.config.corpora import Checked
 from uiollms.config.sections import MemoryConfig
+from uiollms.kernels.quantized import quantization_tensors
 
 SLICE_LENGTH = 2**24  # how many numbers of a tensor are converted at a time
 # Smaller numbers count as 0. Float16 cannot represent every bfloat16 number below this, so a base
@@ -93,6 +94,8 @@ def hash_base(base: nn.Module) -> str:
     """Hashes the names, shapes and numbers of all parameters. Tied parameters count under each of
     their names. Offloaded parameters are read from the disk."""
     parameters = dict(base.named_parameters(remove_duplicate=False))
+    for name, parameter in list(parameters.items()):
+        parameters |= quantization_tensors(name, parameter)
     if any(p.is_inference() for p in parameters.values()):  # these have no version to compare
         return hash_tensors(parameters, base)
     versions = [(name, p.data_ptr(), p._version, p.dtype) for name, p in parameters.items()]
@@ -106,7 +109,7 @@ def hash_base(base: nn.Module) -> str:
 
 def hash_tensors(tensors: Mapping[str, Tensor], base: nn.Module | None = None) -> str:
     """Hashes names, shapes and numbers of tensors, on several cores. If `base` is given, they are
-    its parameters, which may be offloaded to the disk."""
+    its parameters, which may be offloaded to the disk, and what quantises them."""
 
     def hash_one(name: str) -> str:
         tensor = tensors[name]
@@ -125,6 +128,8 @@ def hash_tensors(tensors: Mapping[str, Tensor], base: nn.Module | None = None) -
 def load_offloaded(base: nn.Module, name: str, parameter: Tensor) -> Tensor:
     """Returns a parameter of a base. If it is offloaded to the disk, it is read from there."""
     owner, _, key = name.rpartition(".")
+    if key not in ("weight", "bias"):  # a scale or code of a 4-bit weight
+        return parameter
     module: Any = base.get_submodule(owner)
     return module._hf_hook.weights_map[key] if has_offloaded_params(module) else parameter
 

@@ -34,6 +34,7 @@ from uiollms.kernels.devices import (
 )
 from uiollms.kernels.execution import Execution
 from uiollms.kernels.norms import promote_norms
+from uiollms.kernels.quantized import keep_differentiable
 from uiollms.model.attention import AttentionPattern
 from uiollms.model.generation import Generation
 from uiollms.model.layers import (
@@ -90,6 +91,7 @@ class MemoryLM(  # type: ignore[misc]
         super().__init__(base.config)
         base.requires_grad_(False)
         base.eval()
+        keep_differentiable(base)
         if base.dtype == torch.float64:
             promote_norms(base)
         self.base: Any = base

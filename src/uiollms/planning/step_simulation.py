@@ -44,6 +44,7 @@ from uiollms.distributed.device_map import (
 )
 from uiollms.distributed.launch import local_process
 from uiollms.files.errors import ConfigError
+from uiollms.kernels.quantized import NF4_BITS
 from uiollms.model.layers import layer_device
 from uiollms.model.lora import master_dtype
 from uiollms.model.memory_lm import MemoryLM
@@ -234,6 +235,8 @@ class StepSimulation:
                 for name in disk_modules
             ]
             saved = Counter({as_device(disk_worker): sum(sizes) - max(sizes)} if sizes else {})
+            if self.config.model.quantization:
+                saved += quantization_savings(base, device_map)
             weighted = sum(map(self.num_weighted, documents))
             memory = self.memory_bytes(model, sum(documents), weighted)
             result = {}
@@ -317,6 +320,19 @@ class StepSimulation:
             memories, pairs, gradients = found.get(device, (0, 0, 0))
             found[device] = memories + parts[0], pairs + parts[1], gradients + parts[2]
         return found
+
+
+def quantization_savings(base: Any, device_map: dict[str, Any]) -> Counter[torch.device]:
+    """Device -> bytes by which nf4 makes the base smaller. The largest matrix of a device is
+    converted to the base's dtype for the time of a product, so it does not count."""
+    savings: dict[torch.device, list[float]] = {}
+    for name, module in base.model.layers.named_modules(prefix="model.layers"):
+        if isinstance(module, torch.nn.Linear):
+            weight = module.weight
+            saving = weight.nbytes - weight.numel() * NF4_BITS / 8
+            device = as_device(device_of(name, device_map))
+            savings.setdefault(device, []).append(saving)
+    return Counter({device: round(sum(each) - max(each)) for device, each in savings.items()})
 
 
 class FixedBatchEstimator(Estimator):

@@ -23,6 +23,7 @@ from uiollms.build import (
     examine_entries,
     examine_model,
     examine_stages,
+    examine_training_dtype,
     find_weights,
     stage_entries,
 )
@@ -44,6 +45,7 @@ from uiollms.files.errors import ConfigError, Faults
 from uiollms.files.folders import run_folder
 from uiollms.files.reading import check_tree
 from uiollms.kernels.flash_attention import check_request
+from uiollms.kernels.quantized import missing_package
 from uiollms.runs.run_files import (
     RUN_FILES,
     TEST_RESULTS,
@@ -65,6 +67,7 @@ def check_training(config: EnvConfig, path: str | Path, resumes: bool = False) -
     with a line for every fault."""
     faults = Faults()
     memory, shape = examine_model(config, path, faults)
+    examine_training_dtype(config, path, faults)
     entries = data_entries(config)
     examine_entries(entries, memory, shape, path, faults)
     examine_stages(config, memory, shape, path, faults)
@@ -170,6 +173,8 @@ def examine_base(config: EnvConfig, shape: Any, path: str | Path, faults: Faults
     elif model.model_name in KNOWN_SHAPES and not hub_reachable():  # its shape came from a table
         with faults.collect():
             load_pretrained(AutoConfig, model.model_name)
+    if model.quantization and (fault := missing_package()):
+        faults.add(f'{path}: model.quantization: "{model.quantization}": {fault}')
     if model.offload_dir is not None:
         with faults.collect(f"{path}: model.offload_dir: "):
             check_folder(Path(model.offload_dir), Path(model.offload_dir))

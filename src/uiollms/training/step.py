@@ -161,6 +161,11 @@ def _run_stages(
     if model.pipeline and model.has_offloaded_weights:
         # The main thread would hold the lock of these weights while a backward pass waits for it.
         raise ValueError("pipeline does not work with weights on disk; set model.pipeline = False")
+    if model.dtype == torch.float16:
+        raise ValueError(
+            "gradient_step: the base is in float16, in which gradients vanish, and there is no "
+            "loss scaling; load it in bfloat16 or float32"
+        )
     for each in samples:
         check_sample(model.limits, each)
     samples = [each.with_recent(model.memory_config.recent_tokens) for each in samples]

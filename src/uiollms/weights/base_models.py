@@ -22,6 +22,7 @@ from transformers import (
 from uiollms.data.tokens import plain_ids
 from uiollms.files.errors import ConfigError
 from uiollms.kernels.allocator import is_out_of_memory
+from uiollms.kernels.quantized import missing_package, quantization_settings
 from uiollms.weights.base_files import check_base_config, check_folder_files, check_generation
 from uiollms.weights.fitness import list_names, loading_fault, not_finite
 from uiollms.weights.packaged import local_path
@@ -87,12 +88,16 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_config(model_name: str, **settings: Any) -> Any:
-    """Loads a model's transformers config. Raises ConfigError if it cannot be loaded or the model
-    is quantised."""
+    """Loads a model's transformers config. Raises ConfigError if it cannot be loaded, or the model
+    is quantised in another way than bitsandbytes' 4 bits."""
     config = load_pretrained(AutoConfig, model_name, **settings)
     quantised = getattr(config, "quantization_config", None)
     if quantised:
         method = quantised if isinstance(quantised, dict) else vars(quantised)
+        if method.get("quant_method") == "bitsandbytes" and method.get("load_in_4bit"):
+            if fault := missing_package():
+                raise model_error(model_name, f"its weights have 4 bits, and {fault}")
+            return config
         raise model_error(
             model_name,
             "its weights are quantised "
@@ -102,12 +107,19 @@ def load_config(model_name: str, **settings: Any) -> Any:
     return config
 
 
-def load_causal_lm(model_name: str, **settings: Any) -> Any:
-    """Loads the base model. Raises ConfigError, naming some tensors, if any is missing, unknown, of
-    another shape, or holds NaN or infinite numbers."""
-    load_config(
+def load_causal_lm(model_name: str, quantization: str | None = None, **settings: Any) -> Any:
+    """Loads the base model, with `quantization` "nf4" in 4 bits that compute in the `dtype` of the
+    settings. Raises ConfigError, naming some tensors, if any is missing, unknown, of another shape,
+    or holds NaN or infinite numbers."""
+    config = load_config(
         model_name, **{key: settings[key] for key in ("revision", "token") if key in settings}
     )
+    if getattr(config, "quantization_config", None):
+        settings["device_map"] = {"": "cpu"}  # otherwise transformers chooses a GPU
+    elif quantization:
+        if fault := missing_package():
+            raise ConfigError(f'model.quantization: "{quantization}": {fault}')
+        settings |= quantization_settings(settings["dtype"])
     base, info = load_pretrained(
         AutoModelForCausalLM,
         model_name,
