@@ -93,7 +93,7 @@ _BASE_HASHES: WeakKeyDictionary[nn.Module, tuple[Any, str]] = WeakKeyDictionary(
 def hash_base(base: nn.Module) -> str:
     """Hashes the names, shapes and numbers of all parameters. Tied parameters count under each of
     their names. Offloaded parameters are read from the disk."""
-    parameters = dict(base.named_parameters(remove_duplicate=False))
+    parameters: dict[str, Tensor] = dict(base.named_parameters(remove_duplicate=False))
     for name, parameter in list(parameters.items()):
         parameters |= quantization_tensors(name, parameter)
     if any(p.is_inference() for p in parameters.values()):  # these have no version to compare
