@@ -263,7 +263,8 @@ def test_no_graph_stores_the_memory_joined_to_a_rows_keys(monkeypatch):
     l, m = model.memory_config.chunk_size, model.memory_config.num_memory
     shapes = []
     monkeypatch.setattr(
-        "uiollms.kernels.recompute._pack", lambda tensor: shapes.append(tensor.shape) or tensor
+        "uiollms.kernels.recompute.CompactTensors.pack",
+        lambda tensors, tensor: shapes.append(tensor.shape) or tensor,
     )
     uiollms.gradient_step(model, Sample.language_modeling(random_ids(1, 4 * l)[0], l))
     lengths = {shape[2] for shape in shapes if len(shape) == 4}

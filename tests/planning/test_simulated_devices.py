@@ -236,7 +236,9 @@ def test_a_wait_inside_a_document_is_counted(tiny, monkeypatch):
     assert devices.syncs["copy from cpu to cuda:0"] > 3
 
 
-def count_uploads(layers: int, documents: int, chunk_batch: int, monkeypatch) -> Counter[str]:
+def count_uploads(
+    layers: int, documents: int, chunk_batch: int, monkeypatch, estimator: str = "exact"
+) -> Counter[str]:
     """Counts the copies from the CPU to the GPU in a step on documents of six chunks, by the dtype
     of the copied tensor."""
     with torch.device("meta"):
@@ -253,13 +255,16 @@ def count_uploads(layers: int, documents: int, chunk_batch: int, monkeypatch) ->
 
         monkeypatch.setattr(devices, "move", count)
         samples = [Sample.document(random_ids(6 * 8 + 3, seed=i), 8) for i in range(documents)]
-        options = dict(estimator="exact", rng=list(range(documents)), report_all=False)
-        uiollms.gradient_step(model, samples, **options)
+        options = dict(estimator=estimator, rng=list(range(documents)), report_all=False)
+        settings = {} if estimator == "exact" else dict(S=2)
+        uiollms.gradient_step(model, samples, **options, **settings)
     return uploads
 
 
-def test_the_uploads_of_a_step_do_not_grow_with_the_layers(monkeypatch):
-    assert count_uploads(2, 2, 3, monkeypatch) == count_uploads(5, 2, 3, monkeypatch)
+@pytest.mark.parametrize("estimator", ["exact", "uio", "tbptt"])
+def test_the_uploads_of_a_step_do_not_grow_with_the_layers(monkeypatch, estimator):
+    few, many = (count_uploads(layers, 2, 3, monkeypatch, estimator) for layers in (2, 5))
+    assert few == many and few.total() > 5
 
 
 def test_token_ids_are_uploaded_once_a_step(monkeypatch):

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uiollms.kernels.devices import to_device
+from uiollms.kernels.devices import upload
 
 aten = torch.ops.aten
 HALF = (torch.bfloat16, torch.float16)
@@ -44,10 +44,10 @@ class Packing:
         cls, num_queries: Sequence[int], num_keys: Sequence[int], device: torch.device
     ) -> Packing:
         starts = [
-            to_device(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), device)
+            torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
             for lengths in (num_queries, num_keys)
         ]
-        return cls(tuple(num_queries), tuple(num_keys), *starts)
+        return cls(tuple(num_queries), tuple(num_keys), *upload(starts, device))
 
     def rows(self) -> Iterator[tuple[slice, slice]]:
         """Yields the queries and the keys of each row."""

@@ -78,6 +78,7 @@ class MemoryLayout:
         device: torch.device,
     ) -> None:
         self.length = length
+        self.wanted_calls: dict[tuple[int, ...], Packing] = {}
         self.common: list[tuple[slice, slice]] = []
         self.further: list[slice] = []
         start = 0
@@ -102,6 +103,14 @@ class MemoryLayout:
             [slots.stop - slots.start for _, slots in self.common],
             device,
         )
+
+    def wanted_call(self, num_wanted: Sequence[int], device: torch.device) -> Packing:
+        """The call of rows that read so many slots each. It is the same in all layers, so its
+        numbers are copied to the device once."""
+        key = tuple(num_wanted)
+        if key not in self.wanted_calls:
+            self.wanted_calls[key] = Packing.of([self.length] * len(key), key, device)
+        return self.wanted_calls[key]
 
     def pack_own(self, own: Tensor, memory: Tensor) -> Tensor:
         """Packs the further slots of each row, of [1, H, M, K], before its own keys or values [B,
@@ -221,14 +230,14 @@ class _MemoryAttention(torch.autograd.Function):
                 layout.common, layout.common_call.rows(), layout.common_queries, strict=True
             ):
                 if d_query is not None:
-                    d_query[target] += d_common[part]
+                    d_query[target].add_(d_common[part])
                 d_keys, d_values = d_common_keys[keys], d_common_values[keys]
                 _add(sink, slots, d_keys, d_values)
                 if rows.stop - rows.start == 1:
                     _add_wanted(sink, wanted, rows.start, slots, d_keys, d_values)
         if wanted:  # slots that several rows have in common, row by row
             num_wanted = [len(slots.slots) for slots in wanted.values()]
-            call = Packing.of([layout.length] * len(wanted), num_wanted, query.device)
+            call = layout.wanted_call(num_wanted, query.device)
             parts = [slice(row * layout.length, (row + 1) * layout.length) for row in wanted]
             index = torch.cat([slots.slots for slots in wanted.values()])
             _, d_keys, d_values = flash_backward(
@@ -258,7 +267,7 @@ class _Totals:
 
     def add_rows(self, slots: slice, *grads: Tensor) -> None:
         for total, grad in zip(self.sums, grads, strict=True):
-            total[:, :, slots] += grad
+            total[:, :, slots].add_(grad)
 
     def slots_wanted(self, row: int) -> None:
         return None

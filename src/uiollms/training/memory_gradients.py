@@ -16,7 +16,7 @@ from torch import Tensor
 
 from uiollms.data.sample import Sample
 from uiollms.distributed.division import Division
-from uiollms.kernels.devices import to_device
+from uiollms.kernels.devices import upload
 from uiollms.kernels.indexing import batched, select_seeds, take_rows, write_rows
 from uiollms.kernels.memory_attention import WantedSlots
 from uiollms.model.memory_lm import LayerMemory, MemoryLM
@@ -66,10 +66,9 @@ class MemoryGradients:
         rows = [self.sample.rows[t] for t in batch]
         num_layers = len(self.leaves) // 2
         keys, values = self.leaves[:num_layers], self.leaves[num_layers:]
-        weights = {
-            device: [self._row_weights(t, device) for t in batch]
-            for device in {leaf.device for leaf in self.leaves}
-        }
+        found = [self._row_weights(t) for t in batch]
+        devices = {leaf.device for leaf in self.leaves}
+        weights = {device: upload_weights(found, device) for device in devices}
         sinks = [
             LayerSink(
                 (self.total[i], self.total[num_layers + i]),
@@ -81,9 +80,9 @@ class MemoryGradients:
         num_slots = max(row.memories.stop for row in rows) * self.num_memory
         return SharedPrefix(keys, values, in_place, num_slots, sinks)
 
-    def _row_weights(self, t: int, device: torch.device) -> RowWeights | None:
-        """The weights of row t that are not zero. None if there are none, and where W is all ones,
-        because `total` is the only sum then."""
+    def _row_weights(self, t: int) -> RowWeights | None:
+        """The weights of row t that are not zero, on the CPU. None if there are none, and where W
+        is all ones, because `total` is the only sum then."""
         if self.weighted is self.total:
             return None
         m, weights, memories = (
@@ -105,9 +104,9 @@ class MemoryGradients:
 
         per_chunk = torch.tensor([weights[chunk] for _, chunk in read], dtype=self.dtype)
         return RowWeights(
-            WantedSlots(to_device(slots_of(chunks), device), read[0][1] * m),
-            to_device(slots_of(positions), device),
-            to_device(per_chunk.repeat_interleave(m)[:, None], device),
+            WantedSlots(slots_of(chunks), read[0][1] * m),
+            slots_of(positions),
+            per_chunk.repeat_interleave(m)[:, None],
         )
 
     def backward_projection(
@@ -199,6 +198,18 @@ class RowWeights(NamedTuple):
     weights: Tensor
 
 
+def upload_weights(
+    rows: Sequence[RowWeights | None], device: torch.device
+) -> list[RowWeights | None]:
+    """Returns the weights of rows on `device`, copied together (see `upload`)."""
+    tensors = [t for row in rows if row for t in (row.slots.slots, *row[1:])]
+    copies = iter(upload(tensors, device))
+    return [
+        row and RowWeights(WantedSlots(next(copies), row.slots.first), next(copies), next(copies))
+        for row in rows
+    ]
+
+
 class LayerSink(NamedTuple):
     """Receives the gradients of one layer's keys and values, as a `GradientSink`, and adds them
     to the layer's two sums.
@@ -213,8 +224,8 @@ class LayerSink(NamedTuple):
 
     def add_rows(self, slots: slice, d_keys: Tensor, d_values: Tensor) -> None:
         for total, grad in zip(self.total, (d_keys, d_values), strict=True):
-            grad = grad.to(total.dtype)
-            total[0, :, slots] += grad[0] if len(grad) == 1 else grad.sum(0)
+            # The sum is in the dtype of `total`. `+=` would then copy the slots to themselves.
+            total[0, :, slots].add_(grad[0] if len(grad) == 1 else grad.sum(0, dtype=total.dtype))
 
     def slots_wanted(self, row: int) -> WantedSlots | None:
         weights = self.rows[row]
@@ -224,4 +235,4 @@ class LayerSink(NamedTuple):
         weights = self.rows[row]
         assert weights is not None
         for weighted, grad in zip(self.weighted, (d_keys, d_values), strict=True):
-            weighted[0, :, weights.weighted_slots] += weights.weights * grad.to(weighted.dtype)
+            weighted[0].index_add_(1, weights.weighted_slots, weights.weights * grad)
