@@ -8,7 +8,8 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from conftest import gradients, make_model, random_ids, worst_error
+from conftest import gradients, make_model, random_ids, relative_error, worst_error
+from peft import PeftModel
 from transformers import pipeline
 
 import uiollms
@@ -19,6 +20,8 @@ from uiollms.data import open_corpus
 from uiollms.data.builder import tokenize
 from uiollms.evaluation.scoring import score
 from uiollms.files.errors import ConfigError
+from uiollms.files.json_files import read_json
+from uiollms.model.peft_prefix import FED_FIRST
 from uiollms.weights.adapters import load_weights
 from uiollms.weights.model_folder import load_tokenizer
 from uiollms.weights.packaged import PACKAGED, pre_tokenizer
@@ -111,6 +114,25 @@ def test_the_released_adapter_from_compress_to_chat(tmp_path, capsys):
     options = dict(do_sample=False, max_new_tokens=8)
     one_by_one = [write(prompt, **options) for prompt in prompts]
     assert write(prompts, batch_size=2, **options) == one_by_one
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_plain_peft_reads_a_document_that_the_released_adapter_compressed(tmp_path):
+    """The logits of a question after 700 tokens of a speech, 2 chunks and 188 tokens. In float64 they
+    differ by the rounding of the adapter to float32 alone."""
+    model = uiollms.MemoryLM.from_pretrained(RELEASED, device_map="cpu", dtype=torch.float64)
+    tokenizer = load_tokenizer(RELEASED)
+    memory = model.compress(
+        tokenize(tokenizer, open_corpus("sotu.test")[10].text)[:700], source="a speech"
+    )
+    memory.to_peft(tmp_path, model)
+    question = tokenizer("What is this text about?", return_tensors="pt").input_ids
+    expected = model(question, memory.state(model)).logits
+    plain = PeftModel.from_pretrained(model.base, tmp_path).eval()
+    fed = torch.tensor([read_json(tmp_path / FED_FIRST)["input_ids"]])
+    found = plain(torch.cat([fed, question], dim=1)).logits[:, fed.shape[1] :]
+    assert relative_error(found, expected) < 1e-6
 
 
 @pytest.mark.gpu

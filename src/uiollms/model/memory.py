@@ -23,6 +23,7 @@ from uiollms.data.limits import check_ids
 from uiollms.files.errors import ConfigError
 from uiollms.model.fingerprint import Fingerprint, fingerprint
 from uiollms.model.memory_file import FLOATS, OLD_FORMAT, Source, read_memory, write_memory
+from uiollms.model.peft_prefix import save_prefix
 from uiollms.model.state import MemoryState, join_slots, select_recent_ids
 from uiollms.weights.fitness import not_finite
 
@@ -125,6 +126,11 @@ class Memory:
         if self.chunk_ids is not None:
             tensors["chunk_ids"] = self.chunk_ids
         write_memory(path, tensors, self.made_by, self.sources)
+
+    def to_peft(self, folder: str | Path, model: Any) -> None:
+        """Writes the documents as an adapter that PEFT loads onto the plain base, see
+        model/peft_prefix.py. Raises ConfigError as `state` does, and if there are no slots."""
+        save_prefix(self.state(model), model, folder)
 
     @classmethod
     def load(cls, path: str | Path, model: Any = None) -> Memory:

@@ -41,6 +41,7 @@ from uiollms.files.atomic import (
 )
 from uiollms.files.errors import ConfigError
 from uiollms.files.reading import check_tree, file_kind
+from uiollms.weights.base_files import shared_name
 from uiollms.weights.fitness import TOKEN, not_finite, slot_input_fault
 
 if TYPE_CHECKING:
@@ -259,11 +260,9 @@ def lora_projections(adapter: Iterable[str]) -> list[str]:
 
 def peft_config(model: MemoryLM, lora_projections: list[str]) -> LoraConfig:
     config = model.memory_config
-    base = model.config._name_or_path
     return LoraConfig(
         task_type="CAUSAL_LM",
-        # A shared file must not contain a path of this machine.
-        base_model_name_or_path=Path(base).name if Path(base).is_dir() else base,
+        base_model_name_or_path=shared_name(model.config),
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
         lora_dropout=config.lora_dropout,

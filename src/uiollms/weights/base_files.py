@@ -73,6 +73,13 @@ class GenerationFile(BaseModel):
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # supported bases; SmolLM2 is a llama
 
 
+def shared_name(config: Any) -> str:
+    """Returns the hub id of the base with this transformers config, or the last part of its path:
+    a file that is shared must not contain a path of this machine."""
+    name = config._name_or_path
+    return Path(name).name if Path(name).is_dir() else name
+
+
 def check_folder_files(folder: Path) -> None:
     """Raises ConfigError if a model's folder contains something other than files and folders, or a
     config or tokenizer file that is far too large."""
