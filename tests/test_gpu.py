@@ -157,24 +157,25 @@ def test_flash_calls_give_the_attention_of_one_softmax(
         assert relative_error(a.double().cpu(), b) < 1e-2
 
 
-@pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("documents", [1, 3])
 @pytest.mark.parametrize("estimator", ["exact", "uio", "tbptt", "importance"])
-def test_steps_with_flash_calls_give_those_with_a_mask(estimator, documents, dtype, monkeypatch):
+def test_steps_with_flash_calls_give_those_with_a_mask(estimator, documents, monkeypatch):
     """The tolerance is that of bfloat16, as above; on a CPU the gradients differ by 0.6 % of their
     norm. Some chunks are singled out by `uio`, and several documents are packed into one step."""
-    needs_flash(dtype)
+    needs_flash(torch.bfloat16)
     samples = [
         uiollms.Sample.document(random_ids(n, seed=n), MEMORY.chunk_size)
         for n in (45, 30, 26)[:documents]
     ]
-    settings = dict(estimator=estimator) | ({} if estimator == "exact" else dict(S=2))
+    # With 5 all chunks are drawn, whatever rounding does to the norms that `importance` reads.
+    settings = dict(estimator=estimator)
+    settings |= {} if estimator == "exact" else dict(S=5 if estimator == "importance" else 2)
     found = []
     for in_place in (True, False):
         if not in_place:
             monkeypatch.setattr(state, "supports_flash", lambda tensor: False)
         model = make_model("llama", torch.float32)
-        model.base.to(dtype)
+        model.base.to(torch.bfloat16)
         model.chunk_batch = 4
         rngs = [3 + i for i in range(documents)]
         results = uiollms.gradient_step(model.to(DEVICE), samples, rng=rngs, **settings)
