@@ -74,6 +74,7 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
     """Trains the model of `config`, from the start or from the checkpoint that the run resumes."""
     train = config.train
     model, tokenizer = load_memory_lm(config, env_conf)
+    model.compile_encoder = train.compile_encoder
     if config.model.load_ckp:
         load_weights(model, config.model.load_ckp)
     samples = SampleStream(config, tokenizer, model, partial(weigh_tokens, model))

@@ -268,6 +268,68 @@ def test_the_plan_is_what_the_allocator_takes():
     assert abs(line["plan_error"]) < (0.1 if ON_GPU else 0.03), line
 
 
+def test_packed_documents_never_wait_and_equal_separate_ones():
+    """Two steps on three documents of different lengths. Their token ids come from pinned memory,
+    which must not be used again before it is read, so the second step follows at once."""
+    model = make_model("llama", torch.float32).to(DEVICE)
+    steps = [
+        [uiollms.Sample.document(random_ids(n, seed=n + step), 8) for n in (43, 19, 27)]
+        for step in range(2)
+    ]
+    options = dict(estimator="uio", S=2, report_all=False)
+    for samples in steps:
+        for i, sample in enumerate(samples):
+            uiollms.gradient_step(model, sample, rng=i, **options)
+    expected = gradients(model)
+    if ON_GPU:
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        for samples in steps:
+            uiollms.gradient_step(model, samples, rng=[0, 1, 2], **options)
+    finally:
+        if ON_GPU:
+            torch.cuda.set_sync_debug_mode("default")
+    assert worst_error(gradients(model), expected) < 1e-4
+
+
+def test_uploaded_tensors_have_the_values_of_the_cpu():
+    """Many copies from pinned memory follow each other, while the GPU is busy with the first."""
+    large = torch.rand(2048, 2048, device=DEVICE)
+    for _ in range(20):
+        large = large @ large / 1024
+    groups = [[torch.arange(i, i + 999), torch.full((3, 5), i / 3)] for i in range(200)]
+    for group, found in [(group, upload(group, DEVICE)) for group in groups]:
+        for tensor, other in zip(group, found, strict=True):
+            assert other.device.type == DEVICE.type and torch.equal(tensor, other.cpu())
+
+
+def test_the_optimizer_of_a_gpu_gives_the_update_of_the_cpu(workspace):
+    """On a GPU it is the fused form. The tolerance is that of float32 above."""
+    train = load_env_config("env.json").train
+    updated = []
+    for device in (torch.device("cpu"), DEVICE):
+        model = make_model("llama", torch.float32).to(device)
+        optimizer = make_optimizer(model, train)
+        assert optimizer.defaults["fused"] is (True if device.type == "cuda" else None)
+        for step in range(3):
+            sample = uiollms.Sample.document(random_ids(30, seed=step), MEMORY.chunk_size)
+            uiollms.gradient_step(model, sample, rng=0)
+            optimizer_step(optimizer, 1e-3, 1.0)
+        updated.append({name: t.cpu() for name, t in model.memory_state_dict().items()})
+    assert worst_error(updated[1], updated[0]) < 1e-4
+
+
+def test_a_compiled_encoder_gives_the_gradients_of_a_plain_one():
+    """It compiles for a minute. Float32 without TF32, see above."""
+    model = make_model("llama", torch.float32).to(DEVICE)
+    sample = uiollms.Sample.document(random_ids(45), MEMORY.chunk_size)
+    expected = []
+    for model.compile_encoder in (False, True):
+        uiollms.gradient_step(model, sample, estimator="exact")
+        expected.append(gradients(model))
+    assert worst_error(*expected) < 1e-4
+
+
 def test_a_resumed_run_gives_the_weights_of_an_uninterrupted_one(workspace):
     """A run of three steps is repeated from the checkpoint of step 2. The weights are equal bit for
     bit on a CPU. A GPU may add gradients in another order, which is 1e-5 in float32 after a

@@ -117,6 +117,11 @@ def check_env(config: EnvConfig, path: str | Path) -> MemoryConfig:
     faults = Faults()
     memory, shape = examine_model(config, path, faults)
     examine_training_dtype(config, path, faults)
+    if config.train.compile_encoder and memory and memory.lora_dropout:
+        faults.add(
+            f"{path}: train.compile_encoder true does not work with lora_dropout "
+            f"{memory.lora_dropout} of {config.model.config}: set one of them to false or 0"
+        )
     examine_entries(data_entries(config), memory, shape, path, faults)
     examine_stages(config, memory, shape, path, faults)
     faults.report()

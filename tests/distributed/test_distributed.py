@@ -287,6 +287,36 @@ def test_recent_tokens_over_processes_are_one_process(tmp_path):
     assert worst_error(one, expected) < PROVEN and abs(nll - total) < PROVEN * abs(total)
 
 
+def test_packed_documents_over_processes_are_one_after_another(tmp_path):
+    """Two processes divide the chunks and rows of documents that go through a step together. With
+    every estimator, dropout, recent tokens and a teacher, their gradients add up to those of one
+    process that takes one document after the other."""
+    config = DROPOUT.model_copy(update={"recent_tokens": 3})
+
+    def documents() -> list[Sample]:
+        plain = [Sample.document(random_ids(length, seed=length), 8) for length in (45, 19, 26)]
+        return [*plain, plain[1].distilled(0.5)]
+
+    def together(world: World) -> list[dict[str, torch.Tensor]]:
+        found = []
+        for settings in ESTIMATORS:
+            model = make_model(config=config).train()
+            model.chunk_batch = 3
+            rngs = list(range(len(documents())))
+            uiollms.gradient_step(model, documents(), **settings, rng=rngs, group=world.chunks)
+            found.append(gradients(model))
+        return found
+
+    first, second = in_a_world(2, together, tmp_path, ranks=2)
+    for settings, one, other in zip(ESTIMATORS, first, second, strict=True):
+        model = make_model(config=config).train()
+        model.chunk_batch = 3
+        for number, sample in enumerate(documents()):
+            uiollms.gradient_step(model, sample, **settings, rng=number)
+        found = {name: one[name] + other[name] for name in one}
+        assert worst_error(found, gradients(model)) < PROVEN, settings
+
+
 def test_what_a_document_over_processes_sends(tmp_path):
     """The formula at the top of distributed.py, and that both processes have work."""
     model, chunks, layers, heads, size, m = make_model(), 8, 3, 2, 8, 2

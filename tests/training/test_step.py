@@ -627,12 +627,16 @@ def several_samples() -> list[Sample]:
     ]
 
 
+@pytest.mark.parametrize("recent_tokens", [0, 3])
 @pytest.mark.parametrize("chunk_batch", [1, 3, 64])
 @pytest.mark.parametrize("name", ["exact", "tbptt", "uio", "importance"])
-def test_several_documents_together_give_the_gradients_of_separate_passes(name, chunk_batch):
+def test_several_documents_together_give_the_gradients_of_separate_passes(
+    name, chunk_batch, recent_tokens
+):
     """Gradients and results equal those of one sample after the other, with dropout and one rng for
     each sample."""
-    model = make_model(config=MEMORY.model_copy(update={"lora_dropout": 0.3}))
+    changes = dict(lora_dropout=0.3, recent_tokens=recent_tokens)
+    model = make_model(config=MEMORY.model_copy(update=changes))
     model.train()
     model.chunk_batch = chunk_batch
     samples = several_samples()

@@ -293,6 +293,13 @@ class TrainSection(Checked):
         "same time, instead of in turn. The first ones then hold the graphs of several batches; "
         "results do not change",
     )
+    compile_encoder: bool = Field(
+        False,
+        description="whether torch.compile compiles the encoder's layers for training, which takes "
+        "a minute at the start, and a C++ compiler on a CPU. A trial on a CPU gained nothing, "
+        "and no GPU has run it. Results differ by rounding. Not with lora_dropout, weights on "
+        "disk, quantization or flash_attention_2",
+    )
     keep_last: Positive = Field(
         2, description="number of newest checkpoints that stay in the run folder"
     )
@@ -342,6 +349,21 @@ class EnvConfig(Checked):
     )
     train: TrainSection = Field(description="the training run")
     test: str = Field("test.json", description="path of the file with the tasks of test.py")
+
+    @model_validator(mode="after")
+    def _encoder_can_be_compiled(self) -> EnvConfig:
+        device_map, model = self.model.device_map, self.model
+        found = [
+            (isinstance(device_map, dict) and "disk" in device_map.values(), "weights on disk"),
+            (model.quantization is not None, f"model.quantization {model.quantization}"),
+            (model.attn_implementation == "flash_attention_2", "flash_attention_2"),
+        ]
+        faults = [
+            f"train.compile_encoder true does not work with {what}: change one of them"
+            for is_fault, what in found
+            if self.train.compile_encoder and is_fault
+        ]
+        return validated(self, faults)
 
     @model_validator(mode="after")
     def _pipeline_has_devices(self) -> EnvConfig:

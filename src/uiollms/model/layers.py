@@ -9,7 +9,8 @@ K head size.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -120,6 +121,14 @@ def run_layer(
         position_embeddings=inputs.rotary,
         pattern=inputs.pattern_in(layer),
     )
+
+
+@cache
+def compiled_layer() -> Callable[..., Tensor]:
+    """Returns `run_layer` compiled by torch.compile, for the encoder. All layers and batches share
+    a few compiled graphs: with and without gradients, for the first number of chunks, for any
+    other, and for a single one."""
+    return torch.compile(run_layer)
 
 
 def run_slots(layer: Any, hidden: Tensor, num_memory: int, inputs: LayerInputs) -> Tensor:

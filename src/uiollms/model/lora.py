@@ -55,6 +55,9 @@ class LoRA(nn.Module):
     def forward(self, x: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
         """Returns the update [C, T, O] for `x` [C, T, I], in the dtype of `x`. `seeds`, one for
         each row, switch dropout on."""
+        if torch.compiler.is_compiling():  # the compiled graph contains the conversions
+            down = F.linear(x, self.lora_A.to(x.dtype))
+            return F.linear(down, (self.scaling * self.lora_B).to(x.dtype))
         if self.dropout and seeds is not None:
             x = x * self._dropout_mask(x, seeds)
         A, B = self._converted(x.dtype)
@@ -159,4 +162,6 @@ class AddedLoRA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [C, T, I] to [C, T, O]."""
-        return self.linear(x) + self.lora(x, _seeds.get())
+        # torch.compile cannot read the variable, so compiled layers have no dropout.
+        seeds = None if torch.compiler.is_compiling() else _seeds.get()
+        return self.linear(x) + self.lora(x, seeds)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -39,6 +40,7 @@ from uiollms.model.attention import AttentionPattern
 from uiollms.model.generation import Generation
 from uiollms.model.layers import (
     AnyPrefix,
+    compiled_layer,
     decoder_inputs,
     encoder_inputs,
     layer_device,
@@ -79,7 +81,9 @@ class MemoryLM(  # type: ignore[misc]
     one batch with a graph. checkpointing (False): the backward pass runs the forward pass of a
     layer again instead of saving its activations. pipeline (False): in a training step the devices
     of a base that is on several work on successive batches at the same time. All three trade memory
-    for speed and do not change the results.
+    for speed and do not change the results. compile_encoder (False): torch.compile compiles the
+    encoder's layers, which changes results by rounding. Raises ValueError with LoRA dropout and
+    with weights on disk, when a chunk is encoded.
     """
 
     main_input_name = "input_ids"
@@ -100,6 +104,7 @@ class MemoryLM(  # type: ignore[misc]
         self.chunk_batch = 4
         self.checkpointing = False
         self.pipeline = False
+        self.compile_encoder = False
         embedding = base.model.embed_tokens
         with align_module_device(embedding):  # its weights may be on disk
             token = embedding.weight.detach()[first_eos(base.config)].to(
@@ -242,6 +247,11 @@ class MemoryLM(  # type: ignore[misc]
             raise ValueError(
                 f"encode takes chunks of chunk_size {l} tokens, found {list(input_ids.shape)}"
             )
+        if self.compile_encoder and (seeds is not None or self.has_offloaded_weights):
+            raise ValueError(
+                "compile_encoder works neither with LoRA dropout nor with weights on disk; set "
+                "model.compile_encoder = False"
+            )
         tokens = self.base.model.embed_tokens(to_device(input_ids, self.device))
         if self.memory_config.slot_input == "last":
             slots = tokens[:, l // m - 1 :: l // m]  # l 8, m 2 -> tokens 3 and 7
@@ -257,6 +267,10 @@ class MemoryLM(  # type: ignore[misc]
             memory.append(layer.input_layernorm(hidden[:, -m:]))
             if i == last:
                 break
+            if self.compile_encoder and i < last - 1:
+                run = partial(compiled_layer(), layer, inputs=inputs)
+                hidden = replace(execution, onednn=False).run(layer, run, hidden)
+                continue
             run = partial(
                 run_encoder_layer,
                 layer,

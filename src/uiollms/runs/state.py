@@ -89,6 +89,7 @@ MAY_CHANGE = {
             "chunk_batch",
             "checkpointing",
             "pipeline",
+            "compile_encoder",
             "keep_last",
             "keep_best",
             "max_bad_steps",
