@@ -28,7 +28,7 @@ from uiollms.files.json_files import as_json
 from uiollms.kernels.devices import disable_cudnn_attention
 from uiollms.kernels.flash_calls import supports_flash
 
-PRECISIONS = (torch.bfloat16, torch.float16, torch.float32)
+PRECISIONS = (torch.bfloat16, torch.float32)  # in fp16 nothing is trained
 # Words in the names of the kernels of attention: flash-attn's, torch's memory-efficient ones, and
 # cuDNN's.
 ATTENTION = ("flash", "fmha", "attention")
