@@ -94,7 +94,7 @@ bench-quick: setup
 
 # JSON Schema of the config files, for editors.
 schema: setup
-	$(BIN)/python -m uiollms schema
+	$(BIN)/uiollms schema
 
 # The API page, from the docstrings of what `uiollms` exports: runs/api/uiollms.html.
 api: setup

@@ -229,13 +229,13 @@ RESULTS = ROOT / "docs" / "results"
 
 
 def draw_study(path: Path) -> None:
-    """The plot of `python -m uiollms.study gradients` or `cost`, from its results.json."""
+    """The plot of `uiollms study gradients` or `cost`, from its results.json."""
     rows = json.loads((RESULTS / path.parent.name / "results.json").read_text())["rows"]
     plot(rows, [column for column in TITLES if column in rows[0]], path)
 
 
 def draw_learning(path: Path) -> None:
-    """The plot of `python -m uiollms.study learning` or `recall`, from its curves.jsonl."""
+    """The plot of `uiollms study learning` or `recall`, from its curves.jsonl."""
     folder = RESULTS / path.parent.name
     lines = (folder / "curves.jsonl").read_text().splitlines()
     curves = [json.loads(line) for line in lines[1:]]

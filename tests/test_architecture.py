@@ -6,6 +6,7 @@ left out, because they only start a command of `cli`.
 """
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -74,7 +75,11 @@ def test_a_module_imports_only_from_its_package_and_those_above(module):
 
 def test_every_folder_is_a_package():
     """A folder without `__init__` works in a checkout and is missing from an installation."""
-    assert {path.parent for path in FILES} == {p.parent for p in FILES if p.name == "__init__.py"}
+    folders = {path.parent for path in FILES}
+    assert folders == {p.parent for p in FILES if p.name == "__init__.py"}
+    project = tomllib.loads((PACKAGE.parents[1] / "pyproject.toml").read_text())
+    names = {".".join(folder.relative_to(PACKAGE.parent).parts) for folder in folders}
+    assert {*project["tool"]["setuptools"]["packages"]} == names | {"uiollms.shipped"}
 
 
 def test_there_are_no_other_packages():

@@ -12,7 +12,7 @@ import yaml
 from packaging.requirements import Requirement
 from rattler import BuildString, Channel, MatchSpec, PackageRecord
 
-from uiollms.__main__ import MODULES as COMMANDS
+from uiollms.__main__ import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "uiollms"
@@ -89,7 +89,10 @@ def test_every_link_leads_somewhere_from_where_it_stands(document):
         assert not anchor or anchor in anchors(target), f"{document.name} links to {path}#{anchor}"
 
 
-COMMAND = re.compile(r"python (-m uiollms[\w.]*|-m benchmarks[\w.]*|[\w/]+\.py)([^`\n#]*)")
+COMMAND = re.compile(
+    r"(?:python |(?:`|^    (?:\$ )?)(?=uiollms ))(uiollms|-m benchmarks[\w.]*|[\w/]+\.py)([^`\n#]*)",
+    re.MULTILINE,
+)
 
 
 def test_every_command_a_document_names_exists():
@@ -101,26 +104,25 @@ def test_every_command_a_document_names_exists():
         assert set(named) <= targets, f"{document.name}: make {set(named) - targets}"
         for program, arguments in COMMAND.findall(text):
             path = ROOT / program
-            if program == "-m uiollms":
+            if program == "uiollms":
                 command = arguments.split()[0] if arguments.split() else "--help"
-                assert command in (*COMMANDS, "COMMAND", "--help"), (
-                    f"{document.name}: python -m uiollms {command}"
-                )
-                path = PACKAGE / "cli" / f"{COMMANDS.get(command, 'common')}.py"
+                if command.startswith("--") or command in ("COMMAND", "train|test|..."):
+                    path = PACKAGE / "__main__.py"
+                else:
+                    assert command in COMMANDS, f"{document.name}: uiollms {command}"
+                    module = COMMANDS[command].module.removesuffix(".py")
+                    path = PACKAGE / "cli" / f"{module}.py"
+                    path = path if path.exists() else ROOT / path.name
             elif program.startswith("-m"):
-                place = (
-                    ROOT if program.startswith("-m benchmarks") else ROOT / "src"
-                ) / program.removeprefix("-m ").replace(".", "/")
+                place = ROOT / program.removeprefix("-m ").replace(".", "/")
                 path = place / "__main__.py" if place.is_dir() else place.with_suffix(".py")
-            assert path.exists(), f"{document.name}: python {program}"
+            assert path.exists(), f"{document.name}: {program}"
             if path.name == "lm_eval.py":
                 continue  # its options are lm-eval's
-            if path.name == "__main__.py" and path.parent.name in ("data", "study"):
-                path = PACKAGE / "cli" / f"{path.parent.name}.py"
             options = path.read_text() + (PACKAGE / "cli" / "common.py").read_text()
             for flag in re.findall(r"--\w+", arguments):
                 found += 1
-                assert f'"{flag}"' in options, f"{document.name}: python {program} has no {flag}"
+                assert f'"{flag}"' in options, f"{document.name}: {program} has no {flag}"
     assert found > 30
 
 

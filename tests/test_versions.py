@@ -41,7 +41,7 @@ def make_fixtures(folder: Path) -> None:
     run/             a run of 6 documents, killed after the checkpoint of document 4
     adapter/ weights.pth   the weights of a run at save_ckp, in both formats
     model/           written by save_pretrained(include_base=True)
-    book.mem         written by `python -m uiollms compress book0.txt -o book.mem`
+    book.mem         written by `uiollms compress book0.txt -o book.mem`
     expected.json    the numbers that each of them gives
     """
     shape = dict(vocab_size=3 + len(LETTERS), hidden_size=16, intermediate_size=8)

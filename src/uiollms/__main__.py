@@ -1,56 +1,108 @@
-"""python -m uiollms COMMAND ...
+"""The command `uiollms COMMAND ...`, which is also `python -m uiollms COMMAND ...`.
 
-compress  compress text files into a memory
-ask       answer questions about memories
-chat      chat with a model that has read memories
-data      list the corpora and their documents
-report    write a run folder as one HTML page
-study     compare the gradient estimators
-convert   convert trained weights to another format
-schema    write the JSON Schemas of the config files
-eval      run lm-eval's command line with the model `uiollms`
-
-`python -m uiollms COMMAND --help` describes a command. The programs train.py and test.py train and
-evaluate a model.
+A command's modules are imported when the command is called. `train` and `test` are the programs
+train.py and test.py of the checkout, which an installation contains as they are.
 """
 
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import sys
 from importlib import import_module
+from types import ModuleType
+from typing import NamedTuple
 
 from uiollms.cli.common import reporting_errors
+from uiollms.files.folders import shipped_dir
 
-MODULES = {
-    "compress": "chat",
-    "ask": "chat",
-    "chat": "chat",
-    "data": "data",
-    "report": "report",
-    "study": "study",
-    "convert": "convert",
-    "schema": "schema",
-    "eval": "lm_eval",
+
+class Command(NamedTuple):
+    """A command for the list of `uiollms --help`.
+
+    module:  its module in uiollms.cli, or a program of `shipped_dir`
+    help:    what it does, in a few words
+    example: arguments, as in a shell
+    """
+
+    module: str
+    help: str
+    example: str
+
+
+COMMANDS = {
+    "train": Command("train.py", "train the memory of a model", "--env_conf smollm2-8x.json"),
+    "test": Command("test.py", "evaluate a model with memory", "--env_conf smollm2-8x.json"),
+    "compress": Command("chat", "compress text files into a memory", "book.txt -o book.mem"),
+    "ask": Command("chat", "answer questions about memories", 'book.mem "Who wrote the letter?"'),
+    "chat": Command("chat", "chat with a model that has read memories", "--memory book.mem"),
+    "data": Command("data", "list the corpora and their documents", "--sample sotu.test -n 3"),
+    "report": Command("report", "write a run folder as one HTML page", "runs/smollm2-8x"),
+    "study": Command(
+        "study",
+        "compare the gradient estimators",
+        "gradients --env_conf smollm2-8x.json --preset quick",
+    ),
+    "convert": Command(
+        "convert",
+        "convert trained weights to another format",
+        "--env_conf 32x.json ckp/32x.pth ckp/32x",
+    ),
+    "schema": Command("schema", "write the JSON Schemas of the config files", "--out schemas"),
+    "eval": Command(
+        "lm_eval",
+        "run lm-eval's command line with the model `uiollms`",
+        "--model uiollms --model_args env_conf=smollm2-8x.json --tasks arc_easy",
+    ),
 }
 
 
 def main(arguments: list[str] | None = None) -> int | None:
-    """Runs the command that the first argument names, and imports the modules of this one only."""
+    """Runs the command that the first argument names."""
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
-        print(__doc__)
+        print(help_text())
         return 0
-    if name not in MODULES:
-        near = difflib.get_close_matches(name, MODULES, n=1)
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        print(
-            f"uiollms: no command {name!r}; {hint}allowed are {', '.join(MODULES)}", file=sys.stderr
-        )
+        allowed = ", ".join(COMMANDS)
+        print(f"uiollms: no command {name!r}; {hint}allowed are {allowed}", file=sys.stderr)
         return 2
-    command = import_module(f"uiollms.cli.{MODULES[name]}")
-    return command.main([name, *rest] if MODULES[name] == "chat" else rest)
+    module = COMMANDS[name].module
+    if module.endswith(".py"):
+        return import_program(name).main(rest)
+    command = import_module(f"uiollms.cli.{module}")
+    return command.main([name, *rest] if module == "chat" else rest)
+
+
+def start() -> int:
+    """Runs `main` as the installed command and returns its exit code."""
+    return reporting_errors(main)
+
+
+def help_text() -> str:
+    """The text of `uiollms --help`: every command with an example."""
+    lines = ["usage: uiollms COMMAND ...", ""]
+    for name, command in COMMANDS.items():
+        lines += [f"  {name:<10}{command.help}", f"            uiollms {name} {command.example}"]
+    return "\n".join(
+        [*lines, "", "`uiollms COMMAND --help` describes the options of a command, with examples."]
+    )
+
+
+def import_program(name: str) -> ModuleType:
+    """Imports train.py or test.py, whose docstring, the text of its --help, then shows the command
+    `uiollms train` or `uiollms test` in place of the file."""
+    file = shipped_dir() / COMMANDS[name].module
+    spec = importlib.util.spec_from_file_location(f"uiollms_{name}", file)
+    assert spec is not None and spec.loader is not None
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    doc = (program.__doc__ or "").replace(f"python {file.name}", f"uiollms {name}")
+    program.__doc__ = doc.replace(f" {file.name} --", f" -m uiollms {name} --")  # of torchrun
+    return program
 
 
 if __name__ == "__main__":
-    raise SystemExit(reporting_errors(main))
+    raise SystemExit(start())

@@ -16,7 +16,7 @@ import torch
 
 import uiollms
 from uiollms import __main__ as program
-from uiollms.__main__ import MODULES
+from uiollms.__main__ import COMMANDS as PACKAGE_COMMANDS
 from uiollms.build import load_memory_lm
 from uiollms.cli.common import reporting_errors
 from uiollms.config.load import load_env_config
@@ -261,19 +261,27 @@ FOLDERS = [
 ]
 FILES = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in folder.rglob("*.py"))]
 STARTED = {str(p.relative_to(ROOT)) for p in FILES if '__name__ == "__main__"' in p.read_text()}
-PACKAGE_COMMANDS = {f"src/uiollms/cli/{name}.py" for name in MODULES.values()}
-COMMANDS = sorted(STARTED - {"benchmarks/worker.py", "src/uiollms/__main__.py"} | PACKAGE_COMMANDS)
-# This command has lm-eval's options, and its example is that of the command `lm_eval`.
+MODULES = {
+    f"src/uiollms/cli/{command.module}.py"
+    for command in PACKAGE_COMMANDS.values()
+    if not command.module.endswith(".py")
+}
+COMMANDS = sorted(STARTED - {"benchmarks/worker.py", "src/uiollms/__main__.py"} | MODULES)
+MODULES_OF_BENCHMARKS = {
+    name
+    for name in COMMANDS
+    if name.startswith("benchmarks/") and "python -m benchmarks." in (ROOT / name).read_text()
+}
+# This command has lm-eval's options.
 HARNESS = "src/uiollms/cli/lm_eval.py"
 
 
 def shown_command(command: str) -> str:
-    """src/uiollms/cli/report.py -> python -m uiollms report"""
+    """src/uiollms/cli/report.py -> uiollms report"""
     path = Path(command)
     if path.parts[0] == "src":
-        suffixes = {"chat": "", "data": ".data", "study": ".study"}
-        return "python -m uiollms" + suffixes.get(path.stem, f" {path.stem}")
-    if path.name != "__main__.py" and not path.name.startswith("gpu_"):
+        return {"chat": "uiollms", "lm_eval": "uiollms eval"}.get(path.stem, f"uiollms {path.stem}")
+    if path.name != "__main__.py" and command not in MODULES_OF_BENCHMARKS:
         return f"python {command}"
     parts = [part for part in path.with_suffix("").parts if part != "__main__"]
     return "python -m " + ".".join(parts)
@@ -291,7 +299,7 @@ def help_of(command: str, monkeypatch, capsys, *sub: str) -> tuple[str, list[str
         patch.setattr(sys, "argv", [command, *sub, "--help"])
         if command.startswith("src/"):
             importlib.import_module(".".join(Path(command).with_suffix("").parts[1:])).main()
-        elif command.startswith("benchmarks/gpu"):
+        elif command in MODULES_OF_BENCHMARKS:
             importlib.import_module(".".join(Path(command).with_suffix("").parts)).main()
         else:
             import_file(command).main()
@@ -302,7 +310,7 @@ def help_of(command: str, monkeypatch, capsys, *sub: str) -> tuple[str, list[str
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_an_example(command, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    program = "lm_eval" if command == HARNESS else shown_command(command)
+    program = shown_command(command)
     text, subcommands = help_of(command, monkeypatch, capsys)
     assert re.search(rf"^(example: |  +)?{re.escape(program)}( |$)", text, re.MULTILINE), text
     for sub in subcommands if command != HARNESS else ():
@@ -347,6 +355,8 @@ def test_output_for_scripts(workspace, capsys, flags):
 def test_uiollms_lists_its_commands_and_refuses_others(capsys):
     assert program.main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert all(re.search(rf"^(.*  )?{name}  ", text, re.MULTILINE) for name in MODULES)
+    for name, command in PACKAGE_COMMANDS.items():
+        line = f"  {name:<10}{command.help}\n            uiollms {name} {command.example}\n"
+        assert line in text
     assert program.main(["repport"]) == 2
     assert "no command 'repport'; did you mean 'report'?" in capsys.readouterr().err

@@ -1,7 +1,6 @@
 """Runs local tasks of lm-eval on the tiny model, and compares them with a model that reads token
 by token."""
 
-import importlib
 import json
 import math
 import subprocess
@@ -208,19 +207,13 @@ def test_the_example_task_is_refused_past_the_capacity(lm):
         simple_evaluate(lm, tasks=["sotu"], task_manager=manager, limit=2)
 
 
-# ---- the command lm_eval -------------------------------------------------------------------------
+# ---- the command `uiollms eval` ------------------------------------------------------------------
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:
-    """Runs the installed script lm_eval, or its code if the script belongs to another
-    installation."""
-    script = Path(sys.executable).with_name("lm_eval")
-    program = [str(script)]
-    if not script.exists() or "uiollms" not in script.read_text():
-        code = "from uiollms.cli.lm_eval import main; raise SystemExit(main())"
-        program = [sys.executable, "-c", code]
+    """Runs the command in a new process."""
     return subprocess.run(
-        [*program, *arguments],
+        [sys.executable, "-m", "uiollms", "eval", *arguments],
         capture_output=True,
         text=True,
         timeout=240,
@@ -228,23 +221,20 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_the_commands_that_pyproject_names_exist():
+def test_no_script_of_lm_eval_is_replaced():
+    """lm-eval's scripts are `lm_eval` and `lm-eval`."""
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    # lm-eval has both names.
-    assert scripts.keys() == {"lm_eval", "lm-eval"}
-    for target in scripts.values():
-        module, name = target.split(":")
-        assert callable(getattr(importlib.import_module(module), name))
+    assert scripts.keys() == {"uiollms"}
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"]])
-def test_the_command_lm_eval_has_one_more_model(arguments, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["lm_eval"])
+def test_the_command_has_one_more_model_than_lm_evals(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["uiollms"])
     with pytest.raises(SystemExit) as end:
         main(arguments)
     output = capsys.readouterr().out
     assert end.value.code == 0
-    assert "lm_eval --model uiollms --model_args env_conf=smollm2-8x.json" in output
+    assert "uiollms eval --model uiollms --model_args env_conf=smollm2-8x.json" in output
     assert "lm-eval run --model hf" in output
 
 
@@ -265,7 +255,7 @@ print(get_model("uiollms").__name__)
 
 def test_without_lm_eval_the_command_prints_how_to_install_it(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.setattr(sys, "argv", ["lm_eval"])
+    monkeypatch.setattr(sys, "argv", ["uiollms"])
     assert main(["--help"]) == 2
     expected = "lm_eval: lm-eval is not installed; install it with: pip install -e '.[lm-eval]'\n"
     assert capsys.readouterr().err == expected
@@ -273,7 +263,7 @@ def test_without_lm_eval_the_command_prints_how_to_install_it(monkeypatch, capsy
 
 # It is slow because lm-eval lists its 14,000 tasks first.
 @pytest.mark.slow
-def test_the_command_lm_eval_evaluates_a_task(folder, tmp_path):
+def test_the_command_evaluates_a_task(folder, tmp_path):
     texts = [DOCUMENT, "Short."]
     write_task(
         tmp_path,

@@ -1,4 +1,4 @@
-"""Tests `python -m uiollms report` on complete and incomplete run folders, and `by_length`."""
+"""Tests `uiollms report` on complete and incomplete run folders, and `by_length`."""
 
 import base64
 import io

@@ -1,1 +1,1 @@
-"""The commands of `python -m uiollms`, and the functions that they have in common."""
+"""The commands of `uiollms`, and the functions that they have in common."""

@@ -1,9 +1,9 @@
 """Compresses documents into memories, answers questions about them, and chats with them.
 
-python -m uiollms compress book.txt -o book.mem
-python -m uiollms ask book.mem "Who wrote the letter?" "And why?"
-python -m uiollms ask book.mem another.mem "Where do the two disagree?"
-python -m uiollms chat --memory book.mem
+uiollms compress book.txt -o book.mem
+uiollms ask book.mem "Who wrote the letter?" "And why?"
+uiollms ask book.mem another.mem "Where do the two disagree?"
+uiollms chat --memory book.mem
 
 The default model is that of smollm2-8x.json in the working directory (SmolLM2-135M with the shipped
 adapter). --env_conf FILE selects the model of another config of train.py, and --model FOLDER a
@@ -54,15 +54,13 @@ def main(arguments: list[str] | None = None, stdin: TextIO | None = None) -> Non
 
 def make_parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="python -m uiollms", description=__doc__, formatter_class=raw
-    )
+    parser = argparse.ArgumentParser(prog="uiollms", description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(required=True, metavar="compress | ask | chat")
 
     def command(
         name: str, run: Any, help: str, example: str, json_output: str, quiet: str
     ) -> argparse.ArgumentParser:
-        description = f"{help[0].upper()}{help[1:]}.\n\nexample: python -m uiollms {example}"
+        description = f"{help[0].upper()}{help[1:]}.\n\nexample: uiollms {example}"
         subparser = commands.add_parser(
             name, help=help, description=description, formatter_class=raw
         )

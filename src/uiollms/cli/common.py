@@ -7,6 +7,7 @@ import argparse
 import io
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterable
@@ -99,9 +100,15 @@ def output_arguments(
 def parse_arguments(
     doc: str | None, arguments: list[str] | None, evaluation: bool = False
 ) -> argparse.Namespace:
-    """The arguments of train.py, or with `evaluation` of test.py. doc: the program's docstring."""
+    """The arguments of train.py, or with `evaluation` of test.py.
+
+    doc: the program's docstring, whose examples also show the command's name if it is not the file
+    """
+    command = re.search(r"^uiollms \w+", doc or "", re.MULTILINE)
     parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=command and command[0],
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--env_conf",

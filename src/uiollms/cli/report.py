@@ -1,8 +1,8 @@
 """Writes a run folder as one page: report.html, which contains every plot, and plots/*.png.
 
-python -m uiollms report runs/smollm2-8x
-python -m uiollms report runs/smollm2-8x --attention_tokens 8192
-python -m uiollms report runs/smollm2-8x --no_attention
+uiollms report runs/smollm2-8x
+uiollms report runs/smollm2-8x --attention_tokens 8192
+uiollms report runs/smollm2-8x --no_attention
 
 The attention to memory is measured with the run's model once, and stored in the run folder as
 attention.safetensors. It is measured again if the run has other weights since. Everything else
@@ -35,7 +35,7 @@ from uiollms.weights.adapters import load_weights
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m uiollms report",
+        prog="uiollms report",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -87,7 +87,7 @@ def add_attention(
     tokens: measure again, on so many tokens of the document
     """
     path = run.path / ATTENTION_FILE
-    command = f"python -m uiollms report {run.path}"
+    command = f"uiollms report {run.path}"
     if os.path.lexists(path):
         run.attention = run.part(
             "attention to memory",

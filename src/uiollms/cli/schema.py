@@ -1,8 +1,8 @@
 """Writes the JSON Schemas of the config files, config/schema/, and the page docs/config.md, both
 generated from the typed sections.
 
-python -m uiollms schema                # into the working directory, as `make schema` does
-python -m uiollms schema --out /tmp/x   # into another folder, to compare
+uiollms schema                # into the working directory, as `make schema` does
+uiollms schema --out /tmp/x   # into another folder, to compare
 
 Most editors complete and check a file that names its schema in "$schema".
 """
@@ -19,7 +19,7 @@ from uiollms.files.atomic import make_folder, replace_text, reporting_write_erro
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m uiollms schema",
+        prog="uiollms schema",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -2,15 +2,15 @@
 
 Measure bias and variance with the config's sizes, with small ones in a minute, and with those of
 the paper's Table 4:
-    python -m uiollms.study gradients --env_conf smollm2-8x.json
-    python -m uiollms.study gradients --env_conf smollm2-8x.json --preset quick
-    python -m uiollms.study gradients --env_conf smollm2-8x.json --preset table4
+    uiollms study gradients --env_conf smollm2-8x.json
+    uiollms study gradients --env_conf smollm2-8x.json --preset quick
+    uiollms study gradients --env_conf smollm2-8x.json --preset table4
 Measure time and memory with the sizes of the paper's Figure 7; print the results as JSON only:
-    python -m uiollms.study cost      --env_conf smollm2-8x.json --preset figure7
-    python -m uiollms.study cost      --env_conf smollm2-8x.json --quiet --json
+    uiollms study cost      --env_conf smollm2-8x.json --preset figure7
+    uiollms study cost      --env_conf smollm2-8x.json --quiet --json
 Compare what is learned on real text, and of long dependences:
-    python -m uiollms.study learning  --env_conf config/experiments/learning.json --preset quick
-    python -m uiollms.study recall    --distances 1 4
+    uiollms study learning  --env_conf config/experiments/learning.json --preset quick
+    uiollms study recall    --distances 1 4
 
 The results (JSON, a markdown table, a plot) are written to --out. `learning` and `recall` add a
 line to curves.jsonl after every training. When they are started again, they skip these trainings.
@@ -110,15 +110,13 @@ COMMANDS = {
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        "python -m uiollms.study",
+        "uiollms study",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="what", required=True)
     for name, (what, example) in COMMANDS.items():
-        description = (
-            f"{what[0].upper()}{what[1:]}.\n\nexample: python -m uiollms.study {name} {example}"
-        )
+        description = f"{what[0].upper()}{what[1:]}.\n\nexample: uiollms study {name} {example}"
         raw = argparse.RawDescriptionHelpFormatter
         command = commands.add_parser(name, help=what, description=description, formatter_class=raw)
         command.add_argument("--out", type=file_path, help="folder of the results (runs/study-...)")

@@ -7,11 +7,11 @@
 
 A corpus has a length and reads a document only when it is accessed. JSON lines are read through an
 index of byte offsets (12 bytes per document), hub datasets and parquet files through memory-mapped
-Arrow. `python -m uiollms data` lists all corpora and shows which ones are ready on this machine.
+Arrow. `uiollms data` lists all corpora and shows which ones are ready on this machine.
 
 Faulty data stops the run with the file and the line: a broken or truncated JSON line, bytes that
 are not UTF-8, a missing field, or a field that is not text. Otherwise the document would silently
-be missing from the training. `python -m uiollms data --check NAME` finds all such faults
+be missing from the training. `uiollms data --check NAME` finds all such faults
 beforehand. An empty document (blank text or a blank response) teaches nothing; training skips and
 counts it. Blank lines are not documents.
 

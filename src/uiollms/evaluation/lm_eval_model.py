@@ -1,8 +1,8 @@
 """Runs the tasks of lm-eval on a model with memory.
 
-From a shell, use the command `lm_eval` or `python -m uiollms eval` (uiollms/cli/lm_eval.py):
+From a shell, use the command `uiollms eval` (uiollms/cli/lm_eval.py):
 
-python -m uiollms eval --model uiollms --model_args env_conf=smollm2-8x.json --tasks arc_easy
+uiollms eval --model uiollms --model_args env_conf=smollm2-8x.json --tasks arc_easy
 
 In a program, import this module and call lm_eval.simple_evaluate(model="uiollms",
 model_args="env_conf=smollm2-8x.json", tasks=...).

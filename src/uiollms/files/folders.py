@@ -12,6 +12,14 @@ def cache_dir() -> Path:
     return Path(os.environ.get("UIOLLMS_CACHE") or Path.home() / ".cache" / "uiollms")
 
 
+def shipped_dir() -> Path:
+    """The folder of train.py and test.py, the demo's and the other configs, and the adapters: the
+    folder `shipped` of an installed package, or the root of the checkout."""
+    package = Path(__file__).parents[1]
+    shipped = package / "shipped"
+    return shipped if shipped.is_dir() else package.parents[1]
+
+
 def raw_dir() -> Path:
     """The folder of the files that raw_data/README.md describes: $UIOLLMS_RAW_DATA, else raw_data
     in the working directory."""
