@@ -96,7 +96,6 @@ def test_names_in_tensorboard():
         mean=2.0,
     )
     assert dict(scalars(dict(iteration=3, seconds=1.0, eval=[text, copy]), "document")) == {
-        "eval/0.perplexity.paper.a_b_c.100/truncation": 100,
         "eval/0.perplexity.paper.a_b_c.100/memory/perplexity": 20.0,
         "eval/1.auto_encoding.d/window/bleu4": 4.0,
         "eval/1.auto_encoding.d/mean": 2.0,

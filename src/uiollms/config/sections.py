@@ -307,6 +307,12 @@ class TrainSection(Checked):
         False,
         description="whether the checkpoint with the lowest perplexity of tasks[0] stays, too",
     )
+    log_with: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = Field(
+        ("tensorboard",),
+        description="trackers that receive the numbers of metrics.jsonl, each at most once. wandb, "
+        "trackio and mlflow are packages to install; their environment variables set where the "
+        "data goes. []: none",
+    )
     max_bad_steps: Positive = Field(
         10,
         description=(
@@ -328,6 +334,8 @@ class TrainSection(Checked):
         faults = [fault for fault in (share_fault(self.corpus), stages_fault(self.stages)) if fault]
         if self.keep_best and not self.tasks:
             faults.append("keep_best compares checkpoints by an evaluation; tasks is empty")
+        if len({*self.log_with}) < len(self.log_with):
+            faults.append(f"log_with {as_json(self.log_with)} names a tracker twice: remove one")
         if self.chunk_ranks and not self.chunk_parallel:
             faults.append(
                 f"chunk_ranks {self.chunk_ranks} only has a meaning with chunk_parallel: true"

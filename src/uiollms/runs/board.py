@@ -9,13 +9,15 @@ notice that its folder has been removed.
 from __future__ import annotations
 
 import io
+import json
 import logging
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from uiollms.files.atomic import make_folder
 
@@ -25,9 +27,11 @@ log = logging.getLogger("uiollms")
 class Board:
     """A new event file in `folder`. `purge` is None for a new run. For a resumed run it is the
     first iteration after the checkpoint: TensorBoard drops what it has read from that iteration on
-    in older files of the folder."""
+    in older files of the folder. `constants` are the run's hyperparameters."""
 
-    def __init__(self, folder: Path, purge: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, purge: int | None = None, constants: Mapping[str, Any] | None = None
+    ) -> None:
         self.folder, self.works = folder, True
         began = time.time()
         process = f"{socket.gethostname()}.{os.getpid()}.{time.time_ns() % 10**9}"
@@ -40,6 +44,16 @@ class Board:
             if purge is not None:
                 start = SessionLog(status=SessionLog.START)
                 events.append(Event(wall_time=began, step=purge, session_log=start))
+            if constants:
+                from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+
+                values = {
+                    name: value
+                    if isinstance(value, bool | int | float | str)
+                    else json.dumps(value)
+                    for name, value in constants.items()
+                }
+                events.append(Event(wall_time=began, summary=hparams_pb(values, name)))
             make_folder(folder)
             self.append(events, "xb")
 
@@ -54,6 +68,9 @@ class Board:
             values = [Summary.Value(tag=name, simple_value=number) for name, number in scalars]
             summary = Summary(value=values)
             self.append([Event(wall_time=time.time(), step=iteration, summary=summary)], "r+b")
+
+    def close(self) -> None:
+        """Does nothing: no file is open between two calls of `add`."""
 
     def append(self, events: Iterable[object], mode: str) -> None:
         """Appends events to the file, opened in `mode`. The mode "r+b" creates no file, so it fails

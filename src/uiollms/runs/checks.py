@@ -54,6 +54,7 @@ from uiollms.runs.run_files import (
     check_save_path,
     locked,
 )
+from uiollms.runs.trackers import tracker_fault
 from uiollms.training.schedule import Schedule
 from uiollms.weights.adapters import check_compressor, check_target
 from uiollms.weights.base_models import KNOWN_SHAPES, hub_reachable, load_pretrained, resolve_dtype
@@ -80,6 +81,9 @@ def check_training(config: EnvConfig, path: str | Path, resumes: bool = False) -
         check_weights(config.model.load_ckp, memory)
     folder = run_folder(config.train.run_dir, config.model.save_ckp, path)
     usable = examine_run_folder(folder, RUN_FILES, path, faults)
+    for tracker in config.train.log_with:
+        if fault := tracker_fault(tracker):
+            faults.add(f'{path}: train.log_with: "{tracker}": {fault}')
     if save_ckp := config.model.save_ckp:
         where = f"{path}: model.save_ckp: "
         with faults.collect(where), reporting_write_errors(save_ckp):

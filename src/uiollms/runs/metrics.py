@@ -1,5 +1,5 @@
 """Read and cut the lines of metrics.jsonl, measure a step's use of the machine, and name a line's
-numbers for TensorBoard."""
+numbers for the trackers."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from uiollms.files.json_files import as_json, replace_nonfinite
 from uiollms.files.reading import read_bytes
 
 MOST_METRICS = 2**30  # bytes, enough for millions of steps
+# Fields of an evaluation that its task and corpus set.
+CONSTANTS = ("truncation", "chunk_size", "num_memory", "documents", "scored_tokens")
 ITERATIONS = "iterations"  # key in versions.json: what `iteration` counts, "documents" or "steps"
 
 
@@ -147,8 +149,8 @@ def perplexities(run: Path) -> dict[int, float]:
 
 
 def scalars(line: dict[str, Any], protocol: str) -> Iterator[tuple[str, float]]:
-    """Yields the numbers of a line with their names in TensorBoard. `protocol` is that of the
-    training loss.
+    """Yields the numbers of a line with their names in the trackers. `protocol` is that of the
+    training loss. Numbers that are the same at every evaluation of a task are left out.
 
     a step          train/nll/paper, train/lr, train/grad_norm/all, train/grad_norm/encoder_lora,
                     train/tokens_per_second ...
@@ -169,11 +171,13 @@ def scalars(line: dict[str, Any], protocol: str) -> Iterator[tuple[str, float]]:
             str(part).replace("/", "_").replace(" ", "_") for part in parts if part is not None
         )
         for key, value in result.items():
+            if key in CONSTANTS:
+                continue
             measures = (
                 {f"{key}/{name}": v for name, v in value.items()}
                 if isinstance(value, dict)
                 else {key: value}
             )
             for name, number in measures.items():
-                if isinstance(number, int | float):
+                if isinstance(number, int | float) and not name.endswith("/documents"):
                     yield f"eval/{task}/{name}", number

@@ -6,6 +6,8 @@ Only the first of a run's processes touches the folder, and only one run at a ti
                                           revision and machine
              log.txt, metrics.jsonl       events; one line for every step and every evaluation
              tensorboard/, curve.png      the same numbers for TensorBoard and as a plot
+             trackers.json, wandb/        the run's names in other trackers (train.log_with), and
+                                          wandb's files
              checkpoints/step-00000120/   see state.py
              earlier-1/ ...               files of earlier runs, and files newer than the checkpoint
                                           from which a run was resumed
@@ -43,6 +45,7 @@ from uiollms.runs.signals import StopSignals
 from uiollms.runs.state import (
     CheckpointInfo,
     TrainingState,
+    all_fields,
     check_same_run,
     is_whole,
     load_state,
@@ -192,12 +195,15 @@ class Run:
             clear_leftovers(self.checkpoints)
         self.stack.callback(self.log.close)
         self.log.gpus = gpus_of(state.model)
-        self.log.open(state.iteration, resumed=self.origin is not None)
         self.environment = environment() | {
             "dtype": str(state.model.dtype),
             "device": device_name(self.log.gpus),
             "processes": str(self.world.size),
         }
+        constants = all_fields(self.config, self.compressor)
+        constants |= {f"environment.{name}": value for name, value in self.environment.items()}
+        resumed, log_with = self.origin is not None, self.config.train.log_with
+        self.log.open(state.iteration, resumed, log_with, constants)
         with reporting_write_errors(self.folder):
             replace_text(self.folder / "config.json", self.config.model_dump_json(indent=4) + "\n")
             versions = as_json(self.environment | {ITERATIONS: self.schedule.counts}, indent=4)

@@ -22,6 +22,7 @@ from uiollms.files.reading import file_kind
 TEST_RESULTS = ("test.json", "test-nll.safetensors", "test.png")  # written by test.py
 RUN_FILES = (
     *("checkpoints", "config.json", "versions.json", "metrics.jsonl", "log.txt", "tensorboard"),
+    *("trackers.json", "wandb"),
     *("curve.png", *TEST_RESULTS, "attention.safetensors", "report.html", "plots"),
 )
 LOCK = "lock"

@@ -92,6 +92,7 @@ MAY_CHANGE = {
             "compile_encoder",
             "keep_last",
             "keep_best",
+            "log_with",
             "max_bad_steps",
             "chunk_parallel",
             "chunk_ranks",
