@@ -74,10 +74,10 @@ def main(arguments: list[str] | None = None) -> None:
         ):
             save_token_nlls(scores, work_nlls, test_json=text)
             work.write_text(text, encoding="utf-8")
-        plot_results(results, folder / "test.png")
+        plot = plot_results(results, folder / "test.png")
     args.output.print_text(
-        f"written to {folder}: test.json (all numbers), test-nll.safetensors (every token's NLL), "
-        "test.png"
+        f"written to {folder}: test.json (all numbers), test-nll.safetensors (every token's NLL)"
+        + ", test.png" * (plot is not None)
     )
 
 

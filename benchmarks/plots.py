@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,14 @@ from uiollms.files.atomic import atomic_file
 # column of a table -> the title of its panel, with the unit
 TITLES = {
     "time / token, / first": "time per token\n(relative to the shortest document)",
-    "utilisation": "FLOP/s (fraction of this machine's GEMM peak)",
+    "utilisation": "FLOP/s\n(fraction of this machine's GEMM peak)",
     "peak MiB": "peak memory above the weights (MiB)",
 }
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Draws one row of panels for each model, with a line for training and one for scoring. Writes
-    no file if neither was measured."""
+    """Draws the panels of each model, two in a row, with a line for training and one for scoring.
+    Writes no file if neither was measured."""
     tables = {
         name: {t: rows for t, rows in result["tables"].items() if t.endswith("against length")}
         for name, result in report["models"].items()
@@ -28,10 +29,14 @@ def draw(report: dict[str, Any], path: Path) -> None:
     tables = {name: found for name, found in tables.items() if found}
     if not tables:
         return
-    figure = Figure(figsize=(14, 0.6 + 4 * len(tables)), layout="constrained")
-    grid = figure.subplots(len(tables), len(TITLES), squeeze=False)
-    for line, (name, found) in zip(grid, tables.items(), strict=True):
-        for axes, (column, title) in zip(line, TITLES.items(), strict=True):
+    height = math.ceil(len(TITLES) / 2)  # rows of a model
+    figure = Figure(figsize=(11, 0.6 + 4 * height * len(tables)), layout="constrained")
+    grid = figure.subplots(height * len(tables), 2, squeeze=False)
+    for number, (name, found) in enumerate(tables.items()):
+        panels = grid[number * height : (number + 1) * height].flatten()
+        for axes in panels[len(TITLES) :]:
+            axes.set_axis_off()
+        for axes, (column, title) in zip(panels, TITLES.items(), strict=False):
             for (what, rows), marker in zip(found.items(), "os", strict=False):
                 lengths, values = [r["tokens"] for r in rows], [r[column] for r in rows]
                 axes.plot(lengths, values, marker=marker, label=what.split()[0])
@@ -39,10 +44,10 @@ def draw(report: dict[str, Any], path: Path) -> None:
             axes.set_xticks(lengths, [f"{tokens:,}" for tokens in lengths], rotation=45, ha="right")
             axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_ylim(0, 1.1 * axes.dataLim.ymax)
-            axes.set_title(f"{name}: {title}", fontsize=12)
+            axes.set_title(f"{name}: {title}", fontsize=11)
             axes.set_xlabel("tokens of the document", fontsize=11)
             axes.grid(alpha=0.3)
-    handles, labels = axes.get_legend_handles_labels()
+    handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=11)
     with atomic_file(path) as work:
         figure.savefig(work, dpi=110)

@@ -170,8 +170,8 @@ def test_a_result_reports_bound_and_recovered_of_its_nlls():
     cells = " ".join(cell for row in rows_of(result) for cell in row)
     below = summary["below_window"]
     assert below == pytest.approx(nll["window"] - nll["memory"])
-    assert f"bound 0.500 (0.500 .. 0.500) nats, {below:.3f} (" in cells
-    assert "below window, 69% (50% .. 75%) recovered" in cells and summary["below_recent"] is None
+    assert f"bound 0.500 (0.500 .. 0.500) nats, {below:.3f} (" in cells and "below window" in cells
+    assert "69% (50% .. 75%)" in cells and summary["below_recent"] is None
     assert "may serve as well" not in cells
 
 
@@ -203,7 +203,8 @@ def test_every_evaluation_in_training_reports_the_bound(workspace, capsys):
     settings = [f"--set=train.tasks={tasks}", "--set=train.eval=1"]
     assert call("train.py", "--env_conf", "env.json", *settings) == 0
     table = " ".join(capsys.readouterr().out.split())
-    assert "bound" in table and "recovered" in table and "16 / 2" in table
+    assert "bound" in table and "recovered" in table
+    assert "chunks of 16 tokens in 2 slots" in table
     text = Path("out/metrics.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()]
     evaluations = [line for line in lines if line.get("eval")]

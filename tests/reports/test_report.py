@@ -106,7 +106,7 @@ def test_a_report_shows_a_whole_run_on_one_page(workspace, capsys):
         assert words in page.words, words
     numbers = json.loads(Path("out/test.json").read_text())["results"][0]
     for mode in ("memory", "window", "raw"):
-        assert f"perplexity {numbers[mode]['perplexity']:.2f}" in page.words
+        assert f"{numbers[mode]['perplexity']:.2f}" in page.words
     mass = AttentionMass.load(Path("out/attention.safetensors"))
     assert mass.fractions.shape == (3, 6, 7)
     assert torch.allclose(mass.fractions.sum(2), torch.ones(3, 6), atol=1e-5)

@@ -18,6 +18,7 @@ from rich.console import Console
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
+from uiollms.cli.progress import ProgressBar
 from uiollms.distributed.launch import check_environment
 from uiollms.files.errors import ConfigError, escaped_line, terminal_lines
 from uiollms.files.json_files import as_json
@@ -66,9 +67,9 @@ class Output:
         self.print_json_line(escaped_line(text))
 
     def bar(self, items: Iterable[Any] | None, **settings: Any) -> tqdm:
-        return tqdm(items, **settings, disable=self.quiet)
+        return ProgressBar(items, **settings, disable=self.quiet)
 
-    def console(self, width: int | None, **settings: Any) -> Console:
+    def console(self, width: int | None = None, **settings: Any) -> Console:
         return Console(width=width, quiet=not self.prints_text, **settings)
 
 

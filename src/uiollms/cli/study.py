@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.markdown import Markdown
 
 from uiollms.build import find_weights, load_memory_lm
 from uiollms.cli.common import Output, output_arguments
@@ -51,7 +50,7 @@ from uiollms.study.cost import study_cost
 from uiollms.study.gradients import INFINITE, NAMES, estimators_of, study_gradients
 from uiollms.study.learning import compare, plot_curves, step_seconds, summarise
 from uiollms.study.recall import MAX_CHUNKS, MEMORY, VALUES, recall_samples, train_base
-from uiollms.study.tables import markdown_table, plot
+from uiollms.study.tables import markdown_table, plot, print_rows
 from uiollms.training.weighting import weigh_tokens
 from uiollms.weights.adapters import load_weights
 
@@ -197,7 +196,7 @@ def main(arguments: list[str] | None = None) -> None:
     results = as_json({"setting": setting, "rows": rows}, indent=4) + "\n"
     replace_text(out / "results.json", results)
     replace_text(out / "table.md", markdown_table(rows))
-    args.output.console(150).print(Markdown(markdown_table(rows)))
+    print_rows(rows, args.output.console())
     args.output.print_json(setting=setting, rows=rows)
     args.output.print_text(f"written to {out}")
 

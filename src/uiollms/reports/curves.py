@@ -10,7 +10,7 @@ from typing import Any
 
 from uiollms.evaluation.summaries import checked_estimate
 from uiollms.files.atomic import atomic_file, reporting_write_errors
-from uiollms.reports.plots import COLORS
+from uiollms.reports.plots import COLORS, legend_below, style
 from uiollms.reports.tables import NAMES
 from uiollms.runs.metrics import read_metrics
 
@@ -40,7 +40,7 @@ def plot_training(
     own_panel = bool(evaluations) and evaluations[0][1].get("protocol", "paper") != loss
     bounds = bound_lines(metrics)
     count = 1 + own_panel + bool(bounds)
-    figure = Figure(figsize=(10.5, 1 + 3.7 * count), layout="constrained")
+    figure = Figure(figsize=(8.5, 1 + 4.2 * count), layout="constrained")
     all_panels = figure.subplots(count, squeeze=False).flatten()
     panels = all_panels[: 1 + own_panel]
     if bounds:
@@ -54,21 +54,27 @@ def plot_training(
         color="0.3",
         label=f"mean of the last {width} batches" if width > 1 else "training",
     )
-    for mode, color in COLORS.items():
+    for mode in COLORS:
         points = [
             (iteration, nll_of(task[mode])) for iteration, task in evaluations if mode in task
         ]
         if points:
-            panels[-1].plot(
-                *zip(*points, strict=True), "o-", color=color, label=f"held out, {NAMES[mode]}"
-            )
-    for axes, title in zip(panels, ("Training loss", "Held-out loss"), strict=False):
-        axes.set_title(title if own_panel else "Training and held-out loss")
+            line_style = style(mode) | dict(label=f"held out, {NAMES[mode]}")
+            panels[-1].plot(*zip(*points, strict=True), markersize=6, **line_style)
+    held_out = f"Held-out loss{task_words(evaluations[0][1])}" if evaluations else ""
+    for axes, title in zip(panels, ("Training loss", held_out), strict=False):
+        both = f"Training loss. {held_out}" if held_out else "Training loss"
+        axes.set_title(title if own_panel else both, fontsize=11, parse_math=False)
         axes.set_ylabel("NLL (nats per scored token)")
+    last = max((line["iteration"] for line in metrics), default=1)
     for axes in all_panels:
         mark_stages(axes, metrics)
-        axes.set_xlabel(counted)
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
+        # All panels have the same axis, with space for the points at both ends.
+        axes.set_xlim(-0.03 * last, 1.03 * last)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.set_xlabel(f"training {counted}")
+        legend_below(axes)
         axes.grid(alpha=0.3)
     # The loss of the first steps is often several times that of the others. A logarithmic axis
     # shows both.
@@ -113,7 +119,7 @@ def bound_lines(metrics: Sequence[dict[str, Any]]) -> dict[str, list[Bound]]:
     for line in metrics:
         for i, task in enumerate(line.get("eval") or []):
             if found := checked_estimate(task, "bound"):
-                label = f"{i}: {task['task_type']} of {task['task']}"
+                label = f"task {i + 1}: {task['task_type']} of {task['task']}"
                 point = line["iteration"], found.value, *found.interval_95
                 lines.setdefault(label, []).append(point)
     return lines
@@ -125,8 +131,11 @@ def plot_bounds(lines: dict[str, list[Bound]], axes: Any) -> None:
         iterations, values, low, high = zip(*points, strict=True)
         (line,) = axes.plot(iterations, values, "o-", label=label)
         axes.fill_between(iterations, low, high, alpha=0.2, color=line.get_color())
+        # A band of one point has no width, so every interval has ends of its own too.
+        axes.vlines(iterations, low, high, color=line.get_color(), linewidth=1)
+        axes.plot(iterations * 2, low + high, "_", color=line.get_color(), markersize=8)
     axes.axhline(0, color="0.3", linestyle=":", label="another document's memory serves as well")
-    axes.set_title("What a document's memory gains over another document's")
+    axes.set_title("What a document's memory gains over another document's", fontsize=11)
     axes.set_ylabel("bound (nats per scored token)")
 
 
@@ -146,6 +155,11 @@ def curve_task(loss: str, tasks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     training loss, or else the first. (Early versions logged perplexities under the paper's
     protocol and named no protocol.)"""
     return next((task for task in tasks if task.get("protocol", "paper") == loss), tasks[0])
+
+
+def task_words(task: dict[str, Any]) -> str:
+    """Such as ": perplexity of stdlib.test". Early versions named no task_type."""
+    return f": {task['task_type']} of {task['task']}" if "task_type" in task else ""
 
 
 def smoothed(y: Sequence[float], width: int) -> list[float]:

@@ -15,9 +15,9 @@ from jinja2 import Environment, StrictUndefined
 from uiollms.config.corpora import Stage
 from uiollms.files.atomic import make_folder, replace_text, reporting_write_errors
 from uiollms.reports.curves import plot_steps, plot_training
-from uiollms.reports.plots import plot_attention, plot_lengths, plot_results
+from uiollms.reports.plots import drawable, plot_attention, plot_lengths, plot_results
 from uiollms.reports.run_folder import FAULTS, Missing, RunFolder, config_text
-from uiollms.reports.tables import COLUMNS, rows_of, written_chunks
+from uiollms.reports.tables import HEADINGS, filled_columns, rows_of, sizes_of, written_chunks
 from uiollms.runs.metrics import ITERATIONS, iterations_of
 
 
@@ -43,14 +43,13 @@ def write_report(run: RunFolder) -> tuple[Path, list[Path]]:
     with reporting_write_errors(target):
         make_folder(run.path / "plots")
         drawn = list(draw_pictures(run, run.path / "plots"))
-        rows = list(result_rows(run))
+        tables = list(result_tables(run))
         text = page.render(
             title=f"Run {run.path.resolve().name}",
             facts=list(facts(run)),
             config=run.config and config_text(run.config),
             evaluated=f"From {run.evaluated}",
-            columns=COLUMNS,
-            rows=rows,
+            tables=tables,
             written=written_chunks(run.results),
             pictures=drawn,
             missing=run.missing,
@@ -60,13 +59,32 @@ def write_report(run: RunFolder) -> tuple[Path, list[Path]]:
     return target, [picture.path for picture in drawn]
 
 
-def result_rows(run: RunFolder) -> Iterator[list[tuple[str, ...]]]:
-    """The table cells of every result. Results that cannot be shown are added to `missing`."""
+@dataclass
+class ResultTable:
+    """The numbers of a task: headings, and one row of as many cells for every mode."""
+
+    title: str
+    sizes: str
+    headings: list[str]
+    rows: list[list[str]]
+
+
+def result_tables(run: RunFolder) -> Iterator[ResultTable]:
+    """The table of every result. Results that cannot be shown are added to `missing`."""
     for result in run.results:
         try:
-            yield rows_of(result)
+            rows = rows_of(result)
         except FAULTS as error:
             run.missing.append(Missing(f"the numbers of {result.task.title}", error_reason(error)))
+            continue
+        filled = filled_columns(rows)
+        headings = HEADINGS._replace(result=result.task.main_number[2])
+        yield ResultTable(
+            result.task.title,
+            sizes_of(result.task),
+            [headings[i] for i in filled],
+            [[row[i] for i in filled] for row in rows],
+        )
 
 
 def draw_pictures(run: RunFolder, folder: Path) -> Iterator[Picture]:
@@ -88,7 +106,7 @@ def error_reason(error: Exception) -> str:
     return f"it cannot be shown ({type(error).__name__}: {message})"
 
 
-def pictures(run: RunFolder) -> Iterator[tuple[str, str, str, Callable[[Path], Path]]]:
+def pictures(run: RunFolder) -> Iterator[tuple[str, str, str, Callable[[Path], Path | None]]]:
     """(file name, title, caption, function that draws into a file) of every plot."""
     if any(line.get("nll") is not None for line in run.metrics):
         caption = (
@@ -127,7 +145,7 @@ def pictures(run: RunFolder) -> Iterator[tuple[str, str, str, Callable[[Path], P
             caption,
             partial(plot_lengths, scored),
         )
-    others = [result for result in run.results if result.task.kind != "text"]
+    others = drawable([result for result in run.results if result.task.kind != "text"])
     if others:
         caption = "Accuracy by the depth at which the sentence is hidden; other tasks as bars."
         yield "tasks", "Other tasks", caption, partial(plot_results, others)

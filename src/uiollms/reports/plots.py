@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from uiollms.evaluation.attention_mass import AttentionMass
-from uiollms.evaluation.results import Comparison, ScoredTask, TaskScores, TaskSummary
+from uiollms.evaluation.results import TaskScores, TaskSummary
 from uiollms.evaluation.statistics import by_length
 from uiollms.files.atomic import atomic_file
-from uiollms.reports.tables import NAMES, comparison_words, short
+from uiollms.reports.tables import NAMES, interval_of, short, sizes_of
 
 COLORS = {
     "window": "tab:red",
@@ -24,15 +24,34 @@ COLORS = {
 }
 
 
-def plot_results(results: Sequence[TaskSummary], path: Path) -> Path:
+def plot_results(results: Sequence[TaskSummary], path: Path) -> Path | None:
     """One panel per result, with one line or bar per mode. Text tasks show perplexity by position,
-    retrieval tasks accuracy by depth, other tasks bars of the main number."""
+    retrieval tasks accuracy by depth, other tasks bars of the main number. If no result is
+    `drawable`, the file of an earlier evaluation is removed, and None is returned."""
 
     def draw(result: TaskSummary, axes: Any) -> None:
-        plot = {"text": plot_positions, "retrieval": plot_depths}.get(result.task.kind, plot_bars)
-        plot(result, axes)
+        plot_of(result)(result, axes)
 
-    return plot_panels(results, draw, path)
+    if shown := drawable(results):
+        return plot_panels(shown, draw, path)
+    path.unlink(missing_ok=True)
+    return None
+
+
+def drawable(results: Sequence[TaskSummary]) -> list[TaskSummary]:
+    """The results that have more to show than a table: all but those whose plot would be one bar,
+    a number that needs no picture."""
+    return [
+        result for result in results if plot_of(result) is not plot_bars or len(result.modes) > 1
+    ]
+
+
+def plot_of(result: TaskSummary) -> Callable[[TaskSummary, Any], None]:
+    """The function that draws a result. Trials of one depth have bars instead of a curve."""
+    if result.task.kind == "text":
+        return plot_positions
+    depths = [len(numbers.get("by_depth", [])) for numbers in result.modes.values()]
+    return plot_depths if max(depths, default=0) > 1 else plot_bars
 
 
 def plot_lengths(results: Sequence[TaskScores], path: Path) -> Path:
@@ -45,19 +64,29 @@ Result = TypeVar("Result", TaskSummary, TaskScores)
 
 
 def plot_panels(results: Sequence[Result], draw: Callable[[Result, Any], None], path: Path) -> Path:
-    """One panel per result, up to three in a row. `draw` draws a result into matplotlib axes."""
+    """One panel per result, up to two in a row. `draw` draws a result into matplotlib axes."""
     from matplotlib.figure import Figure  # slow to import, and only runs that plot need it
 
-    columns = min(3, len(results))
+    columns = min(2, len(results))
     rows = math.ceil(len(results) / columns)
-    figure = Figure(figsize=(5.4 * columns, 4.2 * rows), layout="constrained")
+    figure = Figure(figsize=(6.6 * columns, 4.6 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for result, axes in zip(results, panels, strict=False):
         draw(result, axes)
-        axes.set_title(
-            "\n".join(heading(result.task, result.comparison)), fontsize=10, parse_math=False
+        title = textwrap.fill(result.task.title, 60)
+        axes.set_title(title, fontsize=11, fontweight="bold", pad=24, parse_math=False)
+        axes.text(
+            0.5,
+            1.02,
+            sizes_of(result.task),
+            transform=axes.transAxes,
+            ha="center",
+            va="bottom",
+            fontsize=9,
+            color="0.35",
         )
         axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
     for axes in panels[len(results) :]:
         axes.set_axis_off()
     with atomic_file(path) as work:
@@ -65,10 +94,9 @@ def plot_panels(results: Sequence[Result], draw: Callable[[Result, Any], None], 
     return path
 
 
-def heading(task: ScoredTask, comparison: Comparison) -> list[str]:
-    """Lines of a panel's title: the task, its sizes, and memory compared with its controls."""
-    sizes = f"{task.truncation or 'all'} tokens in chunks of {task.size}"
-    return [task.title, sizes, *comparison_words(comparison)]
+def legend_below(axes: Any) -> None:
+    """A legend under the axes, where it covers no point."""
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=9)
 
 
 def style(mode: str) -> dict[str, Any]:
@@ -91,8 +119,8 @@ def plot_positions(result: TaskSummary, axes: Any) -> None:
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.axvline(result.task.chunk_size, color="0.6", linestyle=":", label="first memory")
     axes.set_xlabel("token position (buckets between powers of two)")
-    axes.set_ylabel(f"perplexity ({result.task.protocol} protocol)")
-    axes.legend(fontsize=8)
+    axes.set_ylabel("perplexity")
+    legend_below(axes)
 
 
 def perplexities(buckets: Sequence[dict[str, Any]]) -> list[float]:
@@ -119,8 +147,8 @@ def plot_length(result: TaskScores, axes: Any) -> None:
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.axvline(result.task.chunk_size, color="0.6", linestyle=":", label="first memory")
     axes.set_xlabel("tokens of a document, from its start")
-    axes.set_ylabel(f"perplexity of these tokens ({result.task.protocol} protocol)")
-    axes.legend(fontsize=8)
+    axes.set_ylabel("perplexity of these tokens")
+    legend_below(axes)
 
 
 def plot_depths(result: TaskSummary, axes: Any) -> None:
@@ -130,18 +158,30 @@ def plot_depths(result: TaskSummary, axes: Any) -> None:
     axes.set_ylim(-0.05, 1.05)
     axes.set_xlabel("depth of the hidden sentence (0 = start)")
     axes.set_ylabel("fraction of right answers")
-    axes.legend(fontsize=8)
+    legend_below(axes)
 
 
 def plot_bars(result: TaskSummary, axes: Any) -> None:
-    key, _, measure = result.task.main_number
+    key, interval, measure = result.task.main_number
     modes = [mode for mode in NAMES if mode in result.modes]
     names = [textwrap.fill(NAMES[mode], 12) for mode in modes]  # narrow enough to fit side by side
-    bars = axes.bar(names, [result.modes[mode][key] for mode in modes])
+    values = [result.modes[mode][key] for mode in modes]
+    bars = axes.bar(names, values)
     for mode, bar in zip(modes, bars, strict=True):
         bar.set_color(COLORS[mode])
-    axes.bar_label(bars, fmt=short, fontsize=9)
-    axes.set_ylim(0, 1.15 * max(result.modes[m][key] for m in modes) or 1)
+    intervals = [interval_of(result.modes[mode], interval) for mode in modes]
+    for name, value, ends in zip(names, values, intervals, strict=True):
+        low, high = ends or (None, None)
+        if low is not None and high is not None:
+            # Rounding can put a mean outside its interval by the last digit.
+            sides = [[max(0.0, value - low)], [max(0.0, high - value)]]
+            axes.errorbar(name, value, sides, color="0.2", capsize=4, linewidth=1)
+        above = value if high is None else max(value, high)
+        axes.annotate(
+            short(value), (name, above), (0, 3), textcoords="offset points", ha="center", fontsize=9
+        )
+    axes.margins(y=0.1)
+    axes.set_ylim(bottom=0)
     axes.tick_params(axis="x", labelsize=8)
     axes.set_ylabel(f"{measure} (nats per scored token)" if result.task.kind == "loss" else measure)
 

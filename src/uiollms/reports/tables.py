@@ -6,11 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from rich import box
 from rich.console import Console, JustifyMethod
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from uiollms.evaluation.results import Comparison, TaskSummary
+from uiollms.evaluation.results import ScoredTask, TaskSummary
 
 NAMES = {
     "window": "no memory (window only)",
@@ -20,22 +22,127 @@ NAMES = {
     "raw": "raw context",
 }
 
-COLUMNS = ("task", "documents", "tokens", "chunk", "mode", "result (95 % interval)", "also")
+MOST_STACKED = 120  # columns of a terminal, up to which every task has a table of its own
+
+
+class Row(NamedTuple):
+    """One mode of a task as table cells. A cell is "" where a task has no such number.
+
+    documents:    how many were scored
+    result:       the task's main number, whose name is in `ScoredTask.main_number`
+    interval:     the 95 % interval of `result`; one document has none
+    tokens_right: of copies, in percent
+    by_depth:     right answers by the depth of the hidden sentence, in percent
+    recovered:    `Comparison.recovered` in percent, and in words below zero
+    also:         further numbers in words
+    """
+
+    mode: str
+    documents: str
+    result: str
+    interval: str
+    tokens_right: str
+    by_depth: str
+    recovered: str
+    also: str
+
+
+HEADINGS = Row(
+    "mode",
+    "documents",
+    "result",
+    "95 % interval",
+    "tokens right",
+    "right by depth",
+    "recovered",
+    "also",
+)
+WRAPPED = ("mode", "right by depth", "recovered", "also")
+RIGHT_ALIGNED = ("documents", "tokens", "result", "tokens right")
 
 
 def print_results(results: Sequence[TaskSummary], console: Console | None = None) -> None:
-    """Prints one table of all tasks, with one row per mode, and the chunks of copy tasks."""
-    table = Table(title="evaluation", title_justify="left")
-    for column in COLUMNS:
-        justify: JustifyMethod = "right" if column == "tokens" else "left"
-        table.add_column(column, justify=justify, no_wrap=column not in ("task", "mode", "also"))
-    for result in results:
-        for row in rows_of(result):
-            table.add_row(*row)
-        table.add_section()
-    console = console or Console(width=170)
-    console.print(table)
+    """Prints the numbers of all tasks, and the chunks of copy tasks. On a console of more than
+    `MOST_STACKED` columns it prints one table with a row per mode; on a narrower one, a table of
+    its modes under the title of every task."""
+    console = console or Console()
+    if console.width > MOST_STACKED:
+        console.print(wide_table(results))
+    else:
+        for result in results:
+            print_stacked(result, console)
     print_written(results, console)
+
+
+def wide_table(results: Sequence[TaskSummary]) -> Table:
+    """One table of all tasks. Columns without any cell are left out."""
+    found = [(result, rows_of(result)) for result in results]
+    filled = filled_columns([row for _, rows in found for row in rows])
+    table = Table(title="evaluation", title_justify="left")
+    for column in ("task", "tokens", "chunk", *(HEADINGS[i] for i in filled)):
+        justify: JustifyMethod = "right" if column in RIGHT_ALIGNED else "left"
+        table.add_column(column, justify=justify, no_wrap=column not in ("task", *WRAPPED))
+    for result, rows in found:
+        for i, row in enumerate(rows):
+            title = result.task.title if i == 0 else ""
+            tokens = str(result.task.truncation or "all")
+            named = row._replace(result=f"{result.task.main_number[2]} {row.result}")
+            table.add_row(title, tokens, result.task.size, *(named[c] for c in filled))
+        table.add_section()
+    return table
+
+
+def print_stacked(result: TaskSummary, console: Console) -> None:
+    """Prints a task's title and sizes, a table with a row per mode, and below it the words about
+    every mode."""
+    rows = rows_of(result)
+    console.print(f"\n{result.task.title}", style="bold", markup=False, highlight=False)
+    console.print(f"  {sizes_of(result.task)}", markup=False, highlight=False)
+    table = Table(box=box.SIMPLE, pad_edge=False, show_edge=False)
+    below = (HEADINGS.by_depth, HEADINGS.also)
+    filled = [i for i in filled_columns(rows) if HEADINGS[i] not in below]
+    headings = HEADINGS._replace(result=result.task.main_number[2])
+    for i in filled:
+        justify: JustifyMethod = "right" if HEADINGS[i] in RIGHT_ALIGNED else "left"
+        table.add_column(headings[i], justify=justify, no_wrap=HEADINGS[i] not in WRAPPED)
+    for row in rows:
+        table.add_row(*(row[i] for i in filled))
+    console.print(Padding(table, (0, 0, 0, 2), expand=False))
+    if any(row.by_depth for row in rows):
+        console.print(Padding(depth_table(result), (1, 0, 0, 2), expand=False))
+    for row in rows:
+        if row.also:
+            line = Text(f"{row.mode}: {row.also}")
+            console.print(Padding(line, (0, 0, 0, 2), expand=False), highlight=False)
+
+
+def depth_table(result: TaskSummary) -> Table:
+    """The percentages of right answers, one row per mode and one column per depth."""
+    found = {
+        NAMES[mode]: {d["depth"]: f"{d['accuracy']:.0%}" for d in result.modes[mode]["by_depth"]}
+        for mode in NAMES
+        if mode in result.modes
+    }
+    depths = sorted({depth for mode in found.values() for depth in mode})
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column(HEADINGS.by_depth)
+    for depth in depths:
+        table.add_column(f"{depth:g}", justify="right", no_wrap=True)
+    for mode, answers in found.items():
+        table.add_row(mode, *(answers.get(depth, "") for depth in depths))
+    return table
+
+
+def filled_columns(rows: Sequence[Row]) -> list[int]:
+    """The indices of the columns that have a cell in any row."""
+    return [i for i in range(len(HEADINGS)) if any(row[i] for row in rows)]
+
+
+def sizes_of(task: ScoredTask) -> str:
+    """Such as "up to 768 tokens of a document, chunks of 64 tokens in 16 slots"."""
+    tokens = f"up to {task.truncation:,} tokens" if task.truncation else "all tokens"
+    slots = f" in {task.num_memory} slots" if task.num_memory else ""
+    return f"{tokens} of a document, chunks of {task.chunk_size:,} tokens{slots}"
 
 
 class Chunk(NamedTuple):
@@ -93,24 +200,29 @@ def print_written(results: Sequence[TaskSummary], console: Console) -> None:
         console.print(text, soft_wrap=True)
 
 
-def rows_of(result: TaskSummary) -> list[tuple[str, ...]]:
-    """The cells of a task under `COLUMNS`, one row per mode. The main number has its 95 %
-    interval; the last cell contains further numbers."""
-    key, interval, name = result.task.main_number
-    rows: list[tuple[str, ...]] = []
-    for i, mode in enumerate(mode for mode in NAMES if mode in result.modes):
+def rows_of(result: TaskSummary) -> list[Row]:
+    """The cells of a task, one row per mode."""
+    key, interval, _ = result.task.main_number
+    rows = []
+    for mode in (mode for mode in NAMES if mode in result.modes):
         numbers = result.modes[mode]
-        main = (
-            f"{name} {perplexity_words(numbers)}"
-            if key == "perplexity"
-            else f"{name} {short(numbers[key])}"
+        value = perplexity_words(numbers) if key == "perplexity" else short(numbers[key])
+        rows.append(
+            Row(
+                mode=NAMES[mode],
+                documents=str(numbers["documents"]),
+                result=value,
+                interval=ends(interval_of(numbers, interval)),
+                tokens_right=(
+                    f"{numbers['token_accuracy']:.1%}" if result.task.kind == "copy" else ""
+                ),
+                by_depth=", ".join(
+                    f"{d['depth']:g}: {d['accuracy']:.0%}" for d in numbers.get("by_depth", [])
+                ),
+                recovered=recovered_words(result) if mode == "memory" else "",
+                also=other_numbers(result, mode),
+            )
         )
-        main += between(numbers.get(interval))
-        tokens = str(result.task.truncation or "all")
-        title = result.task.title if i == 0 else ""
-        sizes = tokens, result.task.size
-        documents = str(numbers["documents"])
-        rows.append((title, documents, *sizes, NAMES[mode], main, other_numbers(result, mode)))
     return rows
 
 
@@ -127,43 +239,47 @@ def short(value: float | None) -> str:
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}"
 
 
+def interval_of(numbers: Mapping[str, Any], name: str) -> Sequence[float | None] | None:
+    """The interval `name` of a mode. Intervals come from resampled documents, so one document has
+    none."""
+    return numbers.get(name) if numbers["documents"] > 1 else None
+
+
+def ends(interval: Sequence[float | None] | None) -> str:
+    return f"{short(interval[0])} .. {short(interval[1])}" if interval else ""
+
+
 def between(interval: Sequence[float | None] | None) -> str:
-    return f" ({short(interval[0])} .. {short(interval[1])})" if interval else ""
+    return f" ({ends(interval)})" if interval else ""
 
 
 def other_numbers(result: TaskSummary, mode: str) -> str:
-    """The last cell of a row: numbers of a mode but the main one, in words."""
+    """The last cell of a row: numbers of a mode that have no column, in words."""
     task, numbers = result.task, result.modes[mode]
     parts = []
-    if task.task_type == "perplexity":
+    if task.task_type == "perplexity" and numbers["documents"] > 1:
         parts.append(
             "document mean "
             f"{short(numbers['document_mean'])}{between(numbers['document_mean_interval_95'])}"
         )
-    if task.kind == "retrieval":
-        parts.append(
-            "by depth "
-            + ", ".join(f"{d['depth']:g}: {d['accuracy']:.0%}" for d in numbers["by_depth"])
-        )
     if "rouge_l" in numbers:
         parts.append(f"ROUGE-L {numbers['rouge_l']:.3f}")
-    if task.kind == "copy":
-        parts.append(f"tokens right {numbers['token_accuracy']:.1%}")
     if task.task_type == "language modeling":
         parts.append(f"perplexity {perplexity_words(numbers)}")
     if task.kind != "text":
         parts.append("NLL " + ("-" if numbers["nll"] is None else f"{numbers['nll']:.3f}"))
     if mode == "memory":
-        parts += comparison_words(result.comparison)
+        parts += comparison_words(result)
     return ", ".join(parts)
 
 
-def comparison_words(comparison: Comparison) -> list[str]:
+def comparison_words(result: TaskSummary) -> list[str]:
     """Memory compared with its controls, in words. evaluation/statistics.py defines the numbers."""
-    words = []
+    comparison, words = result.comparison, []
     if comparison.bound:
         value, interval = comparison.bound
-        words.append(f"bound {value:.3f}{between(interval)} nats")
+        shown = interval if shares_several(result, "shuffled") else None
+        words.append(f"bound {value:.3f}{between(shown)} nats")
         if interval[0] <= 0:
             words.append("another document's memory may serve as well")
     for name, below in (
@@ -171,9 +287,36 @@ def comparison_words(comparison: Comparison) -> list[str]:
         ("recent", comparison.below_recent),
     ):
         if below:
-            value, interval = below
-            words.append(f"{value:.3f}{between(interval)} below {name}")
-    if comparison.recovered:
-        value, (low, high) = comparison.recovered
-        words.append(f"{value:.0%} ({low:.0%} .. {high:.0%}) recovered")
+            value, (low, high) = below
+            side, distances = ("below", (low, high)) if value >= 0 else ("above", (-high, -low))
+            shown = distances if shares_several(result, name) else None
+            words.append(f"{abs(value):.3f}{between(shown)} {side} {name}")
     return words
+
+
+def shares_several(result: TaskSummary, *modes: str) -> bool:
+    """Whether a comparison of memory with these modes uses more than one document. Only then does
+    it have an interval."""
+    return min(result.modes[mode]["documents"] for mode in ("memory", *modes)) > 1
+
+
+def recovered_words(result: TaskSummary) -> str:
+    """The part of the raw context's gain that memory gains too, in percent. A negative part is
+    described, because a percentage below zero reads like a small loss, and so is a raw context
+    that gains nothing."""
+    if not result.comparison.recovered:
+        return ""
+    value, interval = result.comparison.recovered
+    if not raw_helps(result):
+        return "nothing to recover: raw context does not help"
+    if value < 0:
+        return "nothing: worse than no memory"
+    low, high = (f"{end:.0%}" if end >= 0 else "below 0" for end in interval)
+    several = shares_several(result, "window", "raw")
+    return f"{value:.0%}" + (f" ({low} .. {high})" if several else "")
+
+
+def raw_helps(result: TaskSummary) -> bool:
+    """Whether the NLL with raw context is below that without memory."""
+    window, raw = (result.modes[mode]["nll"] for mode in ("window", "raw"))
+    return window is not None and raw is not None and raw < window

@@ -198,10 +198,13 @@ def plot_curves(
     """
     from matplotlib.figure import Figure  # slow to import
 
-    figure = Figure(figsize=(6.4 * len(panels) + 2.2, 4.4), layout="constrained")
-    for axes, (title, curves) in zip(
-        figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels.items(), strict=True
-    ):
+    columns = min(2, len(panels))
+    height = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(1.5 + 5.5 * columns, 1 + 4.2 * height), layout="constrained")
+    grid = figure.subplots(height, columns, squeeze=False, sharey=True)
+    for axes in grid.flatten()[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (title, curves) in zip(grid.flatten(), panels.items(), strict=False):
         estimators = list(dict.fromkeys((c["estimator"], c["S"]) for c in curves))
         for i, (name, S) in enumerate(estimators):
             trained = [c for c in curves if (c["estimator"], c["S"]) == (name, S)]
@@ -225,8 +228,9 @@ def plot_curves(
         axes.set_xlabel("optimizer steps", fontsize=11)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("held-out NLL (nats per scored token)", fontsize=11)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("held-out NLL (nats per scored token)", fontsize=11)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", fontsize=10)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=10)
     with atomic_file(path) as work:
         figure.savefig(work, dpi=110)

@@ -7,8 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
+from rich.console import Console, JustifyMethod
+from rich.table import Table
+
 from uiollms.files.atomic import atomic_file
 from uiollms.study.gradients import INFINITE
+
+ROW_NAMES = ("distance", "estimator", "S")
 
 
 def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -18,6 +24,31 @@ def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         lines.append("| " + " | ".join(cell(column, row[column]) for column in columns) + " |")
     return "\n".join(lines) + "\n"
+
+
+def print_rows(rows: Sequence[dict[str, Any]], console: Console) -> None:
+    """Prints rows as tables that fit the console: the columns that name a row, and as many others
+    as there is space for. The remaining columns follow in further tables, with the names again."""
+    cells = {name: [cell(name, row[name]) for row in rows] for name in rows[0]}
+    widths = {
+        name: max([*map(len, name.split()), *map(len, column)]) for name, column in cells.items()
+    }
+    names = [name for name in cells if name in ROW_NAMES]
+    groups: list[list[str]] = [[]]
+    for name in (name for name in cells if name not in ROW_NAMES):
+        shown = [*names, *groups[-1], name]
+        if groups[-1] and sum(widths[n] + 2 for n in shown) > console.width:
+            groups.append([])
+        groups[-1].append(name)
+    for group in groups:
+        table = Table(box=box.SIMPLE, show_edge=False, pad_edge=False)
+        for name in (*names, *group):
+            justify: JustifyMethod = "left" if name == "estimator" else "right"
+            table.add_column(name, justify=justify, min_width=widths[name])
+        for row in zip(*(cells[name] for name in (*names, *group)), strict=True):
+            table.add_row(*row)
+        console.print(table)
+        console.print()
 
 
 def cell(column: str, value: Any) -> str:
@@ -45,12 +76,12 @@ def plot(rows: Sequence[dict[str, Any]], columns: Sequence[str], path: Path) -> 
     line for the exact gradient, which has no S."""
     from matplotlib.figure import Figure  # slow to import
 
-    height = math.ceil(len(columns) / 3)
-    figure = Figure(figsize=(13, 0.6 + 3.9 * height), layout="constrained")
+    height = math.ceil(len(columns) / 2)
+    figure = Figure(figsize=(11, 0.6 + 3.9 * height), layout="constrained")
     sizes = sorted({row["S"] for row in rows if row["estimator"] != "exact"})
     names = list(dict.fromkeys(row["estimator"] for row in rows))
     for number, column in enumerate(columns):
-        axes = figure.add_subplot(height, min(3, len(columns)), number + 1)
+        axes = figure.add_subplot(height, min(2, len(columns)), number + 1)
         for name, marker in zip(names, MARKERS, strict=False):
             found = {row["S"]: row[column] for row in rows if row["estimator"] == name}
             if name == "exact":
