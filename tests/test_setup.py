@@ -15,15 +15,23 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from test_commands import ROOT, call, run
 
+import uiollms
 from uiollms.runs import environment
 from uiollms.runs.environment import unused_gpu
 from uiollms.weights.packaged import PACKAGED, gguf_tokenizer
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_all_files_state_the_same_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    (newest, *_) = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert PROJECT["version"] == uiollms.__version__ == citation["version"] == newest
 
 
 def pins(file: str) -> dict[str, str]:

@@ -33,6 +33,8 @@ from uiollms.training.step import gradient_step
 from uiollms.training.tally import StepResult
 from uiollms.weights.model_folder import load_tokenizer
 
+__version__ = "0.2.0"
+
 # In the order of the API page.
 __all__ = [
     "MemoryLM",

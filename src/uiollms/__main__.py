@@ -13,6 +13,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import NamedTuple
 
+from uiollms import __version__
 from uiollms.cli.common import reporting_errors
 from uiollms.files.folders import shipped_dir
 
@@ -63,6 +64,9 @@ def main(arguments: list[str] | None = None) -> int | None:
     if name in ("-h", "--help"):
         print(help_text())
         return 0
+    if name == "--version":
+        print(f"uiollms {__version__}")
+        return 0
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -87,7 +91,12 @@ def help_text() -> str:
     for name, command in COMMANDS.items():
         lines += [f"  {name:<10}{command.help}", f"            uiollms {name} {command.example}"]
     return "\n".join(
-        [*lines, "", "`uiollms COMMAND --help` describes the options of a command, with examples."]
+        [
+            *lines,
+            "",
+            "`uiollms COMMAND --help` describes the options of a command, with examples.",
+            "`uiollms --version` prints the version.",
+        ]
     )
 
 

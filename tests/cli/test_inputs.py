@@ -29,10 +29,10 @@ from uiollms.cli.study import main as study
 from uiollms.config.load import load_env_config
 from uiollms.config.sections import MemoryConfig
 from uiollms.data import open_corpus
-from uiollms.data.corpora.local import matching_files
 from uiollms.data.readers import json_lines as data_files
 from uiollms.distributed.launch import check_environment
 from uiollms.files.errors import ConfigError, terminal_lines
+from uiollms.files.globs import matching_files
 from uiollms.files.json_files import find_unusable, loads, read_json
 from uiollms.files.reading import check_tree, read_bytes
 from uiollms.model.memory import Memory

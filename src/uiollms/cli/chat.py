@@ -5,9 +5,10 @@ uiollms ask book.mem "Who wrote the letter?" "And why?"
 uiollms ask book.mem another.mem "Where do the two disagree?"
 uiollms chat --memory book.mem
 
-The default model is that of smollm2-8x.json in the working directory (SmolLM2-135M with the shipped
-adapter). --env_conf FILE selects the model of another config of train.py, and --model FOLDER a
-model saved by save_pretrained. Only the model that made a memory can read it.
+The default model is that of smollm2-8x.json, in the working directory or of this package
+(SmolLM2-135M with the shipped adapter). --env_conf FILE selects the model of another config of
+train.py, and --model FOLDER a model saved by save_pretrained. Only the model that made a memory can
+read it.
 """
 
 from __future__ import annotations
@@ -333,10 +334,6 @@ def open_model(
         check_tokenizer(tokenizer, model.config, args.model)
         output.print_text(describe_weights(args.model, model))
         return model, tokenizer
-    if args.env_conf == DEFAULT_CONFIG and not Path(DEFAULT_CONFIG).exists():
-        raise ConfigError(
-            f"there is no {DEFAULT_CONFIG} here; give --env_conf FILE or --model FOLDER"
-        )
     model, tokenizer, weights = load_trained(load_env_config(args.env_conf), args.env_conf)
     output.print_text(describe_weights(weights, model))
     return model, tokenizer

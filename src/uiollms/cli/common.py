@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from uiollms.cli.progress import ProgressBar
 from uiollms.distributed.launch import check_environment
 from uiollms.files.errors import ConfigError, escaped_line, terminal_lines
+from uiollms.files.folders import shipped_dir
 from uiollms.files.json_files import as_json
 from uiollms.kernels.allocator import keep_freed_memory
 from uiollms.kernels.devices import disable_cudnn_attention
@@ -43,7 +44,9 @@ class Output:
 
     @classmethod
     def from_arguments(cls, args: argparse.Namespace) -> Output:
-        """The output that the options of `output_arguments` select."""
+        """The output that the options of `output_arguments` select. With --quiet this package logs
+        nothing but warnings."""
+        log.setLevel(logging.WARNING if args.quiet else logging.NOTSET)
         return cls(args.quiet, args.json)
 
     @property
@@ -73,6 +76,8 @@ class Output:
         return Console(width=width, quiet=not self.prints_text, **settings)
 
 
+# Fields of smollm2-8x.json for `test.py --demo`: always the shipped weights, on few documents.
+TEST_DEMO = ("model.save_ckp=null", "train.run_dir=runs/test-demo", "train.tasks.0.num_instance=4")
 DEFAULT_OUTPUT, SILENT = Output(), Output(quiet=True)
 
 
@@ -111,11 +116,18 @@ def parse_arguments(
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
+    configs = parser.add_mutually_exclusive_group(required=True)
+    configs.add_argument(
         "--env_conf",
-        required=True,
         metavar="FILE",
-        help="environment config, such as smollm2-8x.json",
+        help="environment config, such as smollm2-8x.json, which is found anywhere",
+    )
+    configs.add_argument(
+        "--demo",
+        action="store_true",
+        help="evaluate the shipped adapter on four files, in a minute or two"
+        if evaluation
+        else "train with demo.json of this package: a small model, in some ten minutes",
     )
     parser.add_argument(
         "--set",
@@ -169,6 +181,10 @@ def parse_arguments(
     args = parser.parse_args(arguments)
     if not evaluation and args.device_memory and not args.dry_run:
         parser.error("--device_memory is used with --dry_run only")
+    if args.demo:
+        args.env_conf = str(shipped_dir() / ("smollm2-8x.json" if evaluation else "demo.json"))
+    if args.demo and evaluation:
+        args.set, args.use_env_conf_tasks = [*TEST_DEMO, *args.set], True
     args.output = Output.from_arguments(args)
     return args
 

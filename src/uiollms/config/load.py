@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,11 +11,14 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from uiollms.config.corpora import Checked, TaskEntry
+from uiollms.config.inputs import config_folder, find_config, find_inputs, with_found_files
 from uiollms.config.partial import with_other_faults
 from uiollms.config.sections import EnvConfig, MemoryConfig, TestFile
 from uiollms.files.errors import ConfigError, describe_fault, shortened
+from uiollms.files.folders import set_config_folder
 from uiollms.files.json_files import DEEPEST, find_unusable, loads, read_json
 
+log = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=Checked)
 
 
@@ -38,23 +42,41 @@ def load_env_config(
     """Reads an environment config and apply `overrides`, strings such as "train.max_lr=3e-5" with
     values in JSON. Raises ConfigError with one line for each fault. It also reports the faults
     that `check` finds in the config without its faulty fields, so that all can be mended at once.
+
+    A config of this package is found by its name. Inputs that do not exist in the working directory
+    are looked up beside the config (config/inputs.py).
     """
-    value = read_json(path)
+    file = find_config(path)
+    if file != Path(path):
+        log.info("%s is read from %s", path, file)
+    value = read_json(file if file != Path(path) else path)
+    set_config_folder(config_folder(path))
     for override in overrides or []:
         apply_override(value, override, path)
     try:
-        return parse(EnvConfig, value, path)
+        config = parse(EnvConfig, value, path)
     except ConfigError as error:
-        raise with_other_faults(error, EnvConfig, value, check) from None
+
+        def check_rest(rest: EnvConfig) -> None:
+            assert check is not None
+            check(find_inputs(rest, path))
+
+        raise with_other_faults(error, EnvConfig, value, check and check_rest) from None
+    return find_inputs(config, path)
 
 
 def load_memory_config(path: str | Path) -> MemoryConfig:
     return parse(MemoryConfig, read_json(path), path)
 
 
-def load_tasks(path: str | Path) -> tuple[TaskEntry, ...]:
+def load_tasks(path: str | Path, env_conf: str | Path | None = None) -> tuple[TaskEntry, ...]:
+    """Reads a task file. With `env_conf`, the config that names it, files of tasks that do not
+    exist in the working directory are looked up beside that config."""
     value = read_json(path)
-    return parse(TestFile, {"tasks": value} if isinstance(value, list) else value, path).tasks
+    tasks = parse(TestFile, {"tasks": value} if isinstance(value, list) else value, path).tasks
+    if env_conf is None:
+        return tasks
+    return tuple(with_found_files(task, config_folder(env_conf)) for task in tasks)
 
 
 def apply_override(value: Any, override: str, path: str | Path) -> None:

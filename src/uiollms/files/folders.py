@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from functools import cache
 from pathlib import Path
+
+log = logging.getLogger(__name__)
+_config_folder = Path()  # where `raw_dir` looks, after the working directory
 
 
 def cache_dir() -> Path:
@@ -22,8 +27,26 @@ def shipped_dir() -> Path:
 
 def raw_dir() -> Path:
     """The folder of the files that raw_data/README.md describes: $UIOLLMS_RAW_DATA, else raw_data
-    in the working directory."""
-    return Path(os.environ.get("UIOLLMS_RAW_DATA") or "raw_data")
+    in the working directory, else raw_data beside the config that was read last."""
+    if folder := os.environ.get("UIOLLMS_RAW_DATA"):
+        return Path(folder)
+    here, beside = Path("raw_data"), _config_folder / "raw_data"
+    if here.is_dir() or not beside.is_dir():
+        return here
+    report_raw_dir(beside)
+    return beside
+
+
+@cache
+def report_raw_dir(folder: Path) -> None:
+    """Logs once that corpora are read from a folder outside the working directory."""
+    log.info("raw_data is read from %s", folder)
+
+
+def set_config_folder(folder: Path) -> None:
+    """Sets the folder of the config of this process, in which `raw_dir` looks."""
+    global _config_folder
+    _config_folder = folder
 
 
 def hub_dir() -> Path | None:

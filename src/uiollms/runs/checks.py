@@ -112,7 +112,7 @@ def check_evaluation(
     if not env_conf_tasks:
         tasks, file, prefix = (), config.test, "tasks"
         with faults.collect():
-            tasks = load_tasks(config.test)
+            tasks = load_tasks(config.test, path)
     elif not tasks:
         faults.add(f"{path}: train.tasks: is empty, there is nothing to evaluate")
     entries = {f"{prefix}[{i}]": task for i, task in enumerate(tasks)}
