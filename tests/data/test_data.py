@@ -35,7 +35,8 @@ from uiollms.data.corpora.text import PG19
 from uiollms.data.documents import LazyCorpus
 from uiollms.data.readers import beacons
 from uiollms.data.readers.cleaning import article_spans, collapse_repeats
-from uiollms.data.readers.json_lines import RawFile, element_spans
+from uiollms.data.readers.json_lines import RawFile
+from uiollms.data.readers.json_lists import element_spans
 from uiollms.data.registry import REGISTER
 from uiollms.files.errors import ConfigError
 
@@ -675,7 +676,8 @@ def test_folders_and_nothing(tmp_path: Path) -> None:
         open_corpus(f"files:{tmp_path}/*.txt")
     (tmp_path / "x.csv").write_text("a,b")
     with pytest.raises(
-        ConfigError, match=r"x\.csv has none of the endings \.txt, \.jsonl, \.jsonl\.gz, \.parquet"
+        ConfigError,
+        match=r"x\.csv has none of the endings \.txt, \.jsonl, \.jsonl\.gz, \.jsonl\.zst, \.json, \.parquet",
     ):
         open_corpus(f"files:{tmp_path}/*")
 
@@ -685,6 +687,140 @@ def test_changed_gz_is_unpacked_again(tmp_path: Path) -> None:
     for text in ("first", "second, longer"):
         path.write_bytes(gzip.compress(lines([{"text": text}])))
         assert texts(f"files:{path}") == [text]
+
+
+BAD_LINES = {
+    "broken": (b'{"text": "cut o', "line 3: not JSON"),
+    "not UTF-8": (b'{"text": "\xff"}', "line 3: byte 10 is not UTF-8"),
+    "UTF-8 surrogate": (b'{"text": "\xed\xa0\x80"}', "line 3: byte 10 is not UTF-8"),
+    "escaped surrogate": (
+        rb'{"text": "a\ud800"}',
+        "line 3: field 'text': character 1 is half of a surrogate pair",
+    ),
+    "missing field": (
+        b'{"txt": "x"}',
+        r"line 3: expected a field 'text', 'messages', or fields 'input' and 'output'; found \['txt'\]",
+    ),
+    "missing output": (
+        b'{"input": "x"}',
+        r"line 3: expected a field 'text', .*found \['input'\]",
+    ),
+    "null": (
+        b'{"text": null}',
+        r"line 3: expected a field 'text', .*found \[\], and null \['text'\]",
+    ),
+    "number": (b'{"input": "x", "output": 3}', "line 3: field 'output' is int, expected text"),
+    "no object": (b'["x"]', "line 3: expected a JSON object, found list"),
+    "a list": (b"[", r"line 3: not JSON: .*convert it to lines with jq -c"),
+    "deep": (b"[" * 100_000, "line 3: lists or objects nested deeper than 100 levels"),
+}
+
+
+def zstandard(data: bytes) -> bytes:
+    """One frame of Zstandard."""
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+def test_zstandard_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.jsonl.zst"
+    packed = zstandard(lines([{"text": "one"}]) + b"\n") + zstandard(lines([{"txt": "two"}]))
+    path.write_bytes(packed)
+    documents = open_corpus(f"files:{path}")
+    assert (documents[0].text, documents[0].source) == ("one", f"{path}: line 1")
+    with pytest.raises(ConfigError, match=r"a\.jsonl\.zst: line 3: expected a field 'text'"):
+        documents[1]
+    for damaged in (packed[:-3], b"no frame"):
+        path.write_bytes(damaged)
+        with pytest.raises(ConfigError, match=r"a\.jsonl\.zst: cannot be unpacked: "):
+            open_corpus(f"files:{path}")
+    monkeypatch.setattr("uiollms.data.readers.json_lines.MOST_UNPACKED", 1 << 20)
+    path.write_bytes(zstandard(b" " * (3 << 20)))
+    with pytest.raises(ConfigError, match=r"a\.jsonl\.zst: is not unpacked: it grows past 1 MiB"):
+        open_corpus(f"files:{path}")
+    assert len(list((tmp_path / "cache" / "unpacked").iterdir())) == 1
+
+
+RECORDS = [
+    {"text": 'quotes " and [brackets] {"x": 1}, ü'},
+    {"input": "q", "output": "a", "more": [{"deep": [1, {"er": "}"}]}]},
+    {"text": "last\n"},
+]
+
+
+@pytest.mark.parametrize("indent", [None, 0, 4])
+@pytest.mark.parametrize("start", ["", "\ufeff", "\n \t"])
+def test_a_list_of_objects_is_a_corpus(tmp_path: Path, indent: int | None, start: str) -> None:
+    """The slow twin is a parser, and the first line of each object as a person counts it."""
+    text = start + json.dumps(RECORDS, indent=indent, ensure_ascii=False) + "\n"
+    path = tmp_path / "a.json"
+    path.write_text(text, encoding="utf-8")
+    documents = open_corpus(f"files:{path}")
+    assert [(d.text, d.response) for d in documents] == [
+        (r.get("text", r.get("input")), r.get("output")) for r in RECORDS
+    ]
+    positions = [
+        text.index(
+            json.dumps(r, indent=indent, ensure_ascii=False).replace(
+                "\n", "\n" + " " * (indent or 0)
+            )
+        )
+        for r in RECORDS
+    ]
+    assert [d.source for d in documents] == [
+        f"{path}: line {text[:position].count(chr(10)) + 1}: record {i + 1}"
+        for i, position in enumerate(positions)
+    ]
+    path.write_text("[]")
+    assert len(open_corpus(f"files:{path}")) == 0
+
+
+BAD_LISTS = {
+    "": "is empty",
+    '{"text": "a"}\n{"text": "b"}': "expected one list of objects, .*name the file .jsonl",
+    '"text"': "expected one list of objects",
+    '[{"text": "a"},\n{"text": "b"': "not JSON: 2 brackets are not closed",
+    '[{"text": "a"}\n\n{"text": "b"}]': "line 3: not a list of objects: expected ','",
+    '[{"text": "a"},\n 3, {"text": "b"}]': r"line 1: not a list of objects: .*found ',\\n 3,'",
+    '[{"text": "a"},\n"b"]': "line 1: not a list of objects",
+    '[{"text": "a"},\n]': r"line 1: not a list of objects: expected '\]'",
+    '[{"text": "a"}]\n\n[]': r"line 1: not a list of objects: expected '\]'",
+    '[[{"text": "a"}]]': "line 1: not a list of objects",
+    '[{"text": "a"},\n{"text": "b]': "line 2: not JSON: the text that starts at byte 25 has no end",
+}
+
+
+@pytest.mark.parametrize("content", BAD_LISTS)
+def test_a_faulty_list_is_refused_with_its_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(ConfigError, match=rf"a\.json: {BAD_LISTS[content]}"):
+        open_corpus(f"files:{tmp_path}/a.json")
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in BAD_LINES if kind not in ("broken", "no object", "a list", "deep")]
+)
+def test_a_bad_object_of_a_list_is_refused_with_file_and_line(tmp_path: Path, kind: str) -> None:
+    line, message = BAD_LINES[kind]
+    path = tmp_path / "a.json"
+    path.write_bytes(b'[{"text": "good"},\n\n' + line + b"]")
+    documents = open_corpus(f"files:{path}")
+    assert documents[0].text == "good"
+    expected = message.replace("line 3: ", "line 3: record 2: ")
+    with pytest.raises(ConfigError, match=rf"{path}: {expected}"):
+        documents[1]
+
+
+def test_an_object_that_is_no_json_is_refused_when_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('[{"text": "good"},\n{"text": 1 2}, {"text": "a", "text": "b"}]')
+    documents = open_corpus(f"files:{path}")
+    with pytest.raises(ConfigError, match=r"a\.json: line 2: record 2: not JSON: "):
+        documents[1]
+    with pytest.raises(ConfigError, match=r"a\.json: line 2: record 3: text: written twice"):
+        documents[2]
 
 
 def peak_bytes(path: Path) -> int:
@@ -731,32 +867,6 @@ def test_a_document_is_read_when_it_is_asked_for(tmp_path: Path) -> None:
 
 
 # ---- Bad data ------------------------------------------------------------------------------------
-
-BAD_LINES = {
-    "broken": (b'{"text": "cut o', "line 3: not JSON"),
-    "not UTF-8": (b'{"text": "\xff"}', "line 3: byte 10 is not UTF-8"),
-    "UTF-8 surrogate": (b'{"text": "\xed\xa0\x80"}', "line 3: byte 10 is not UTF-8"),
-    "escaped surrogate": (
-        rb'{"text": "a\ud800"}',
-        "line 3: field 'text': character 1 is half of a surrogate pair",
-    ),
-    "missing field": (
-        b'{"txt": "x"}',
-        r"line 3: expected a field 'text', or fields 'input' and 'output'; found \['txt'\]",
-    ),
-    "missing output": (
-        b'{"input": "x"}',
-        r"line 3: expected a field 'text', or .*found \['input'\]",
-    ),
-    "null": (
-        b'{"text": null}',
-        r"line 3: expected a field 'text', .*found \[\], and null \['text'\]",
-    ),
-    "number": (b'{"input": "x", "output": 3}', "line 3: field 'output' is int, expected text"),
-    "no object": (b'["x"]', "line 3: expected a JSON object, found list"),
-    "a list": (b"[", r"line 3: not JSON: .*convert it to lines with jq -c"),
-    "deep": (b"[" * 100_000, "line 3: lists or objects nested deeper than 100 levels"),
-}
 
 
 @pytest.mark.parametrize("kind", BAD_LINES)

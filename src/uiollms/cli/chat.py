@@ -31,7 +31,8 @@ from uiollms.build import describe_weights, load_trained
 from uiollms.cli.common import Output, output_arguments
 from uiollms.cli.options import MAX_SEED, file_path, fraction, temperature, whole_number
 from uiollms.config.load import load_env_config
-from uiollms.data.readers.json_lines import MOST_TEXT, check_text
+from uiollms.data.readers.fields import check_text
+from uiollms.data.readers.json_lines import MOST_TEXT
 from uiollms.data.tokens import continuation_ids, plain_ids, prefix_ids, tokenize
 from uiollms.files.errors import ConfigError
 from uiollms.files.reading import read_text

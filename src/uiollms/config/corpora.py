@@ -59,7 +59,8 @@ class CorpusEntry(Checked):
     """One source of training documents."""
 
     name: str = Field(
-        description="name of a corpus, or files:my/books/*.txt; see docs/evaluation.md"
+        description="name of a corpus, or files:my/books/*.txt or files:my/chats.jsonl; see "
+        "docs/evaluation.md"
     )
     partition: Fraction = Field(
         description="fraction of the documents that come from this corpus; the fractions sum to 1 "

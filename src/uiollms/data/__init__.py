@@ -27,12 +27,20 @@ from uiollms.data.corpora import (  # noqa: F401  importing them registers their
     local,
     text,
 )
-from uiollms.data.documents import Corpus, Document, NewsDocument, RecallDocument, TokenDocument
+from uiollms.data.documents import (
+    ChatDocument,
+    Corpus,
+    Document,
+    NewsDocument,
+    RecallDocument,
+    TokenDocument,
+)
 from uiollms.data.mixture import Mixture
 from uiollms.data.registry import find_corpus
 from uiollms.files.errors import ConfigError
 
 __all__ = [
+    "ChatDocument",
     "Corpus",
     "Document",
     "Mixture",

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from uiollms.config.corpora import CorpusEntry, TrainingTask
-from uiollms.data import Document, NewsDocument, RecallDocument, TokenDocument
+from uiollms.data import ChatDocument, Document, NewsDocument, RecallDocument, TokenDocument
+from uiollms.data.chat import tokenize_chat
 from uiollms.data.corpora.facts import with_facts
 from uiollms.data.documents import Task
 from uiollms.data.limits import Limited, check_sample, check_teacher
@@ -96,6 +97,9 @@ class SampleBuilder:
         if isinstance(document, RecallDocument):
             length = truncation and min(truncation, self.model.limits.capacity)
             return recall_sample(self.tokenizer, document, chunk_size, length)
+        if isinstance(document, ChatDocument):
+            tokens = tokenize_chat(self.tokenizer, document.messages)
+            return with_teacher(Sample.conversation(*tokens, chunk_size, most), document)
         if document.task == "question answering":
             pair = tokenize_pair(self.tokenizer, document.text, document.response or "")
             answered = Sample.question_answering(*pair, chunk_size, document.train_prompt, most)

@@ -78,6 +78,26 @@ class RecallDocument(Document):
     distance: int | None = None
 
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class ChatDocument(Document):
+    """A conversation. messages: objects with `role` (one of ROLES) and `content`, and further keys
+    that a chat template may read; text: the messages in a form for people, which is not
+    tokenised."""
+
+    messages: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether every message of the assistant is blank, so that there is nothing to learn."""
+        return not any(
+            message["role"] == "assistant" and message["content"].strip()
+            for message in self.messages
+        )
+
+
 Corpus = Sequence[Document]
 
 

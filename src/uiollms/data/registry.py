@@ -43,6 +43,8 @@ class NamedCorpus:
         it has without a truncation; (0, 0) if there is no such limit.
     version: returns the version of the corpus on this machine, which results record; None if the
         corpus never changes.
+    has_messages: returns whether there are conversations among the documents, for which the
+        tokenizer needs a chat template. It may read the first documents.
     """
 
     usage: str
@@ -56,6 +58,7 @@ class NamedCorpus:
     teacher_tokens: Callable[..., int]
     chunk_range: Callable[..., tuple[int, int]]
     version: Callable[..., str | None]
+    has_messages: Callable[..., bool]
 
 
 REGISTER: list[NamedCorpus] = []
@@ -73,6 +76,7 @@ def register_corpus(
     teacher_tokens: Callable[..., int] = lambda *arguments: 0,
     chunk_range: Callable[..., tuple[int, int]] = lambda *arguments: (0, 0),
     version: Callable[..., str | None] = lambda *arguments: None,
+    has_messages: Callable[..., bool] = lambda *arguments: False,
 ) -> Callable[[Opener], Opener]:
     """Returns a decorator that registers an opener; `NamedCorpus` describes the arguments."""
 
@@ -89,6 +93,7 @@ def register_corpus(
             teacher_tokens=teacher_tokens,
             chunk_range=chunk_range,
             version=version,
+            has_messages=has_messages,
         )
         REGISTER.append(found)
         return opener

@@ -232,20 +232,51 @@ class Sample:
             truncation 5 -> prompt 0 3 4: 5 - 2 = 3 tokens, 1 of its start and 2 of its end
         """
         prompt, response = (torch.as_tensor(side).cpu().flatten() for side in (prompt, response))
-        if truncation is not None and len(prompt) + len(response) > truncation:
-            length = truncation - len(response)  # of the prompt
-            if length < 1:
-                raise ValueError(
-                    f"the response has {len(response)} tokens, truncation {truncation} leaves no "
-                    "tokens for a prompt"
-                )
-            prompt = torch.cat(
-                [prompt[: length // 2], prompt[len(prompt) - (length - length // 2) :]]
-            )
         ids = torch.cat([prompt, response])
         labels = ids.clone()
         if not train_prompt:
             labels[: len(prompt)] = IGNORED
+        return cls._answered(ids, labels, len(response), chunk_size, truncation)
+
+    @classmethod
+    def conversation(
+        cls, input_ids: Tensor, labels: Tensor, chunk_size: int, truncation: int | None = None
+    ) -> Sample:
+        """A conversation with labels [T], which are -100 except for the assistant's tokens. These
+        are scored, but no token of chunk 0, which reads no memory. The loss is their mean NLL. What
+        follows the last answer is left out. If the rest is longer than `truncation` tokens, the
+        part before the last answer loses its middle, as the prompt of `question_answering` does.
+
+            ids 0..8, labels at 2 3 and 6 7, chunk_size 4
+            -> reads [0 1 2 3] scores nothing
+             | reads [4 5 6 7] scores 6 7, 1/2 each
+
+            truncation 5 -> 0 4 5 6 7: 5 - 2 = 3 tokens before the answer 6 7, 1 of the start
+        """
+        ids, labels = flatten_ids(input_ids), flatten_ids(labels)
+        scored = (labels != IGNORED).nonzero().flatten().tolist()
+        stop = scored[-1] + 1 if scored else len(ids)
+        start = stop
+        while start and labels[start - 1] != IGNORED:
+            start -= 1
+        return cls._answered(ids[:stop], labels[:stop], stop - start, chunk_size, truncation)
+
+    @classmethod
+    def _answered(
+        cls, ids: Tensor, labels: Tensor, answer: int, chunk_size: int, truncation: int | None
+    ) -> Sample:
+        """A document that ends with an answer of `answer` tokens. If it is longer than
+        `truncation`, the part before the answer loses its middle. Chunk 0 is not scored."""
+        if truncation is not None and len(ids) > truncation:
+            length = truncation - answer  # of the part before the answer
+            if length < 1:
+                raise ValueError(
+                    f"the response has {answer} tokens, truncation {truncation} leaves no tokens "
+                    "for a prompt"
+                )
+            stop = len(ids) - answer - (length - length // 2)
+            ids, labels = (torch.cat([side[: length // 2], side[stop:]]) for side in (ids, labels))
+        labels = labels.clone()
         labels[: chunk_size + 1] = IGNORED  # the token after chunk 0 is predicted in chunk 0
         return cls.beacon(ids, labels, chunk_size)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from uiollms.config.corpora import COPY_TASKS, RETRIEVAL_TASKS, TEXT_TASKS, TaskEntry
-from uiollms.data import Document, RecallDocument, open_corpus
+from uiollms.data import ChatDocument, Document, RecallDocument, open_corpus
 from uiollms.data.builder import SampleBuilder, teaches_memory, with_task
 from uiollms.data.documents import LazyCorpus, Task
 from uiollms.data.recall_sample import last_value
@@ -119,7 +119,7 @@ def make_instance(
                 for chunk in sample.chunks
             )
         )
-    if task.generate and isinstance(document, RecallDocument):
+    if task.generate and isinstance(document, ChatDocument | RecallDocument):
         prompt, response = last_value(sample)
         return Instance((sample,), prompt=prompt, response=response)
     if task.generate:

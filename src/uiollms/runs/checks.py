@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from uiollms.build import (
     Entries,
@@ -32,6 +32,7 @@ from uiollms.config.load import load_tasks
 from uiollms.config.sections import EnvConfig, MemoryConfig
 from uiollms.data import find_corpus
 from uiollms.data.builder import task_fault
+from uiollms.data.chat import check_template
 from uiollms.data.readers.hub import HubDataset, HubSplit
 from uiollms.distributed.device_map import (
     check_local_gpus,
@@ -74,7 +75,7 @@ def check_training(config: EnvConfig, path: str | Path, resumes: bool = False) -
     examine_stages(config, memory, shape, path, faults)
     for number in range(len(config.train.stages)):
         entries = {**entries, **stage_entries(config, number)}
-    examine_data(entries, path, faults)
+    examine_data(entries, config.model.model_name, path, faults)
     examine_base(config, shape, path, faults)
     with faults.collect(f"{path}: model.load_ckp: "):
         check_weights(config.model.load_ckp, memory)
@@ -117,7 +118,7 @@ def check_evaluation(
         faults.add(f"{path}: train.tasks: is empty, there is nothing to evaluate")
     entries = {f"{prefix}[{i}]": task for i, task in enumerate(tasks)}
     examine_entries(entries, memory, shape, file, faults)
-    examine_data(entries, file, faults)
+    examine_data(entries, config.model.model_name, file, faults)
     examine_base(config, shape, path, faults)
     weights = find_weights(config)
     field = next(
@@ -133,9 +134,10 @@ def check_evaluation(
     return tasks
 
 
-def examine_data(entries: Entries, path: str | Path, faults: Faults) -> None:
+def examine_data(entries: Entries, model_name: str, path: str | Path, faults: Faults) -> None:
     """Finds files and packages that are missing, datasets that can neither be read nor downloaded,
-    and tasks for which a corpus has no documents."""
+    tasks for which a corpus has no documents, and conversations for a model whose tokenizer has no
+    chat template. Only for conversations the tokenizer is loaded."""
     for where, entry in entries.items():
         field, name = corpus_field(entry)
         try:
@@ -144,6 +146,7 @@ def examine_data(entries: Entries, path: str | Path, faults: Faults) -> None:
         except ConfigError as error:
             faults.add(f"{path}: {where}.{field}: {error}")
             continue
+        missing = False
         for source in needed:
             message = source.missing()
             if isinstance(source, HubDataset | HubSplit) and source.local_folder() is None:
@@ -153,7 +156,11 @@ def examine_data(entries: Entries, path: str | Path, faults: Faults) -> None:
                     else f"{message}, and {constants.ENDPOINT} cannot be reached"
                 )
             if message:
+                missing = True
                 faults.add(f"{path}: {where}.{field}: {message}")
+        if not missing and corpus.has_messages(*arguments):
+            with faults.collect(f"{path}: {where}.{field}: corpus {name!r}: "):
+                check_template(load_pretrained(AutoTokenizer, model_name), model_name)
         if isinstance(entry, CorpusEntry) and entry.task and not corpus.mixed_tasks:
             kind = "synthetic recall" if any(corpus.chunk_range(*arguments)) else corpus.task
             if fault := task_fault(entry.task, kind):

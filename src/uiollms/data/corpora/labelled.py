@@ -19,16 +19,10 @@ from uiollms.data.documents import (
     with_fields,
 )
 from uiollms.data.readers.beacons import SHORTEST, sampled_corpus
+from uiollms.data.readers.fields import Fields, input_output, plain_text, text_field
 from uiollms.data.readers.hub import HubDataset, HubSplit
-from uiollms.data.readers.json_lines import (
-    Fields,
-    RawFile,
-    input_output,
-    json_lines,
-    json_list,
-    plain_text,
-    text_field,
-)
+from uiollms.data.readers.json_lines import RawFile, json_lines
+from uiollms.data.readers.json_lists import json_list
 from uiollms.data.registry import SIZE, register_corpus
 from uiollms.files.errors import ConfigError
 

@@ -11,9 +11,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from uiollms.data.documents import Corpus, Document, LazyCorpus, concatenate, cut_texts
+from uiollms.data.documents import (
+    ChatDocument,
+    Corpus,
+    Document,
+    LazyCorpus,
+    concatenate,
+    cut_texts,
+)
 from uiollms.data.readers.hub import parquet_file
-from uiollms.data.readers.json_lines import MOST_TEXT, json_lines, json_lines_gz, text_file
+from uiollms.data.readers.json_lines import MOST_TEXT, json_lines, packed_json_lines, text_file
+from uiollms.data.readers.json_lists import json_array
 from uiollms.data.registry import SIZE, register_corpus
 from uiollms.files.errors import ConfigError
 from uiollms.files.globs import matching_files
@@ -127,10 +135,14 @@ def stdlib(split: str, size: str | None) -> Corpus:
     return cut_texts(LazyCorpus(len(files), read), size)
 
 
-READERS: dict[str, Callable[[str], Corpus]] = {
+# Name ending -> a function (path, limit=...) that opens a file, or its first `limit` documents.
+Reader = Callable[..., Corpus]
+READERS: dict[str, Reader] = {
     ".txt": text_file,
     ".jsonl": json_lines,
-    ".jsonl.gz": json_lines_gz,
+    ".jsonl.gz": packed_json_lines,
+    ".jsonl.zst": packed_json_lines,
+    ".json": json_array,
     ".parquet": parquet_file,
 }
 
@@ -152,7 +164,18 @@ class UserFiles:
             return str(error)
         return None
 
-    def readers(self) -> list[tuple[str, Callable[[str], Corpus]]]:
+    def has_messages(self) -> bool:
+        """Whether the first document of any file is a conversation. Faulty files count as none,
+        since opening the corpus reports them."""
+        for path, reader in self.readers():
+            try:
+                if any(isinstance(document, ChatDocument) for document in reader(path, limit=1)):
+                    return True
+            except ConfigError:
+                continue
+        return False
+
+    def readers(self) -> list[tuple[str, Reader]]:
         """Returns every matching file with its reader. Raises ConfigError if no file matches, or if
         one has an unknown ending."""
         paths = sorted(matching_files(self.pattern))
@@ -173,10 +196,15 @@ class UserFiles:
 
 
 @register_corpus(
-    "files:GLOB", r"files:(.+)", mixed_tasks=True, sources_read=lambda pattern: [UserFiles(pattern)]
+    "files:GLOB",
+    r"files:(.+)",
+    mixed_tasks=True,
+    sources_read=lambda pattern: [UserFiles(pattern)],
+    has_messages=lambda pattern: UserFiles(pattern).has_messages(),
 )
 def files(pattern: str) -> Corpus:
-    """The user's files. A `.txt` file is one document; rows of `.jsonl`, `.jsonl.gz` and `.parquet`
-    have a field `text`, or fields `input` and `output`. `**` matches folders of any depth:
+    """The user's files. A `.txt` file is one document; rows of `.jsonl`, `.jsonl.gz`, `.jsonl.zst`
+    and `.parquet`, and the objects of the list in a `.json` file, have a field `text`, a field
+    `messages`, or fields `input` and `output`. `**` matches folders of any depth:
     files:books/**/*.txt"""
     return concatenate([reader(path) for path, reader in UserFiles(pattern).readers()])

@@ -8,8 +8,9 @@ from typing import Any
 
 from uiollms.data.documents import Corpus, Document, LazyCorpus, cut_texts, select_documents
 from uiollms.data.readers.cleaning import article_spans, collapse_repeats
+from uiollms.data.readers.fields import Fields, plain_text, text_field
 from uiollms.data.readers.hub import HubDataset, dataset_documents
-from uiollms.data.readers.json_lines import Fields, RawFile, json_lines, plain_text, text_field
+from uiollms.data.readers.json_lines import RawFile, json_lines
 from uiollms.data.registry import SIZE, register_corpus
 
 MINIPILE = HubDataset("JeanKaddour/minipile")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from uiollms.data.documents import Corpus, LazyCorpus
-from uiollms.data.readers.json_lines import MakeDocument, text_or_qa
+from uiollms.data.readers.fields import MakeDocument, any_fields
 from uiollms.files.errors import ConfigError
 from uiollms.files.folders import hub_dir
 
@@ -191,9 +191,9 @@ def dataset_documents(dataset: Any, source: str, make: MakeDocument) -> Corpus:
     return LazyCorpus(len(dataset), read)
 
 
-def parquet_file(path: str) -> Corpus:
-    """Opens a parquet file with a column `text`, or columns `input` and `output`, or all three with
-    nulls."""
+def parquet_file(path: str, make: MakeDocument = any_fields, limit: int | None = None) -> Corpus:
+    """Opens a parquet file with a column `text`, a column `messages`, or columns `input` and
+    `output`, or several of them with nulls."""
     import datasets
 
     try:
@@ -202,7 +202,9 @@ def parquet_file(path: str) -> Corpus:
         raise ConfigError(
             f"{path}: cannot be read as parquet ({' '.join(str(error).split())[:300]})"
         ) from error
-    columns = ["input", "output"]
-    if "text" in dataset.column_names:
-        columns = ["text", *(name for name in columns if name in dataset.column_names)]
-    return dataset_documents(select_columns(dataset, columns, path), path, text_or_qa)
+    columns = [
+        name for name in ("text", "messages", "input", "output") if name in dataset.column_names
+    ]
+    if columns in ([], ["input"], ["output"]):
+        columns = ["input", "output"]  # the error names the one that is missing
+    return dataset_documents(select_columns(dataset, columns, path), path, make)
