@@ -103,6 +103,8 @@ def example(name: str) -> list[dict[str, Any]]:
 # ---- Names ---------------------------------------------------------------------------------------
 
 NAMES = {
+    "Hub: My-Org/Data_Set": ("hub", ("My-Org/Data_Set", None, None, None)),
+    "hub:org/name:en:Test#Body": ("hub", ("org/name", "en", "Test", "Body")),
     "minipile.train": ("minipile", ("train", None)),
     "MiniPile.Test": ("minipile", ("test", None)),
     "wikitext103.train": ("wikitext103", ("train", None)),
@@ -1010,6 +1012,19 @@ def test_shares_are_kept() -> None:
     stream = Mixture([numbered("a", 5), numbered("b", 5)], [0.05, 0.95], seed=3)
     drawn = [next(stream).corpus for _ in range(4000)]
     assert 0.04 < drawn.count(0) / 4000 < 0.06  # 3 standard deviations
+
+
+def test_a_corpus_that_is_used_up_begins_anew_and_the_others_go_on() -> None:
+    """The corpora alternate at random; a small one with a large share is repeated."""
+    stream = Mixture([numbered("a", 3), numbered("b", 1000)], [0.5, 0.5], seed=0)
+    draws = [next(stream) for _ in range(600)]
+    small, large = ([d.document for d in draws if d.corpus == number] for number in (0, 1))
+    # Four standard deviations of a fair coin that is thrown 600 times are 49.
+    assert abs(len(small) - 300) < 50
+    epochs = [small[i : i + 3] for i in range(0, len(small) - 2, 3)]
+    assert all(sorted(epoch) == [0, 1, 2] for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    assert len(set(large)) == len(large)
 
 
 def test_drawing_opens_nothing() -> None:

@@ -59,7 +59,7 @@ class CorpusEntry(Checked):
     """One source of training documents."""
 
     name: str = Field(
-        description="name of a corpus, or files:my/books/*.txt or files:my/chats.jsonl; see "
+        description="name of a corpus, or files:my/books/*.txt, or hub:org/name; see "
         "docs/evaluation.md"
     )
     partition: Fraction = Field(

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from uiollms.data.corpora import (  # noqa: F401  importing them registers their corpora
     facts,
+    hub,
     labelled,
     local,
     text,

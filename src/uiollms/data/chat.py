@@ -20,13 +20,14 @@ from uiollms.files.errors import ConfigError
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
-def check_template(tokenizer: Any, name: str) -> None:
-    """Raises ConfigError if a tokenizer has no chat template. name: the tokenizer's model."""
+def check_template(tokenizer: Any, name: str, prefix: str = "") -> None:
+    """Raises ConfigError if a tokenizer has no chat template. name: the tokenizer's model; prefix:
+    the start of the message."""
     if not tokenizer.chat_template:
         raise ConfigError(
-            f"the tokenizer of {name} has no chat template, which documents of messages need; use "
-            "the chat model of the same family, set tokenizer.chat_template and save the tokenizer "
-            "in the model's folder, or write the documents as fields input and output"
+            f"{prefix}the tokenizer of {name} has no chat template, which documents of messages "
+            "need; use the chat model of the same family, set tokenizer.chat_template and save the "
+            "tokenizer in the model's folder, or write the documents as fields input and output"
         )
 
 

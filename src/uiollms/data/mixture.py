@@ -26,22 +26,26 @@ class Mixture(Iterator[Draw]):
 
     Drawing opens no document, so each of several processes draws all documents and opens only some
     of them. `state_dict()` is the whole state: a restored stream continues with the same documents.
-    The stream needs 8 bytes of memory per document; the size of the state does not depend on them.
+    A corpus with a `block_size` (data/readers/hub_stream.py) is read in blocks of consecutive
+    documents, each of which is shuffled; any other corpus is one block. The stream needs 8 bytes of
+    memory per document of a block; the size of the state does not depend on them.
     """
 
     def __init__(self, corpora: Sequence[Corpus], shares: Sequence[float], seed: int | str) -> None:
         self.corpora, self.shares = corpora, shares
         self.rng = random.Random(seed)
-        # The remaining documents of each corpus's epoch; the next one is last.
+        # The remaining documents of each corpus's block; the next one is last.
         self.order = [array("q") for _ in corpora]
-        # The state of the generator from which each epoch was shuffled.
+        # The state of the generator from which each block was shuffled, and the block's number.
         self.epochs: list[Any] = [None] * len(corpora)
+        self.blocks = [-1] * len(corpora)
         self.drawn = 0
 
     def __next__(self) -> Draw:
         corpus = self.rng.choices(range(len(self.corpora)), self.shares)[0]
         if not self.order[corpus]:
             self.epochs[corpus] = self.rng.getstate()
+            self.blocks[corpus] += 1
             self.order[corpus] = self.shuffled(corpus, self.rng)
         self.drawn += 1
         return Draw(self.drawn - 1, corpus, self.order[corpus].pop())
@@ -50,18 +54,24 @@ class Mixture(Iterator[Draw]):
         return self.corpora[draw.corpus][draw.document]
 
     def shuffled(self, number: int, rng: random.Random) -> array[int]:
-        if not len(self.corpora[number]):
+        """Shuffles the current block of a corpus. The first block of the next epoch follows the
+        last one."""
+        size = len(self.corpora[number])
+        if not size:
             raise ConfigError(f"train.corpus[{number}] contains no document")
-        order = array("q", range(len(self.corpora[number])))
+        length = getattr(self.corpora[number], "block_size", size)
+        start = self.blocks[number] % -(-size // length) * length
+        order = array("q", range(start, min(start + length, size)))
         rng.shuffle(order)
         return order
 
     def state_dict(self) -> dict[str, Any]:
         """The state as plain lists and numbers (JSON). Its size does not depend on the corpora: the
-        state of the generator and the number of remaining documents determine an epoch's order."""
+        state of the generator and the number of remaining documents determine a block's order."""
         return {
             "rng": self.rng.getstate(),
             "epochs": list(self.epochs),
+            "blocks": list(self.blocks),
             "left": [len(order) for order in self.order],
             "sizes": [len(documents) for documents in self.corpora],
             "drawn": self.drawn,
@@ -76,6 +86,8 @@ class Mixture(Iterator[Draw]):
                 f"{sizes}; it can only go on "
                 "with the same data"
             )
+        # Checkpoints of older versions have no blocks; all of their corpora were one block.
+        self.blocks = list(state.get("blocks", [0] * len(sizes)))
         shuffler = random.Random()
         for number, (epoch, left) in enumerate(zip(state["epochs"], state["left"], strict=True)):
             self.order[number] = array("q")

@@ -34,6 +34,7 @@ from uiollms.data import find_corpus
 from uiollms.data.builder import task_fault
 from uiollms.data.chat import check_template
 from uiollms.data.readers.hub import HubDataset, HubSplit
+from uiollms.data.readers.hub_stream import HubStream
 from uiollms.distributed.device_map import (
     check_local_gpus,
     first_device,
@@ -149,7 +150,10 @@ def examine_data(entries: Entries, model_name: str, path: str | Path, faults: Fa
         missing = False
         for source in needed:
             message = source.missing()
-            if isinstance(source, HubDataset | HubSplit) and source.local_folder() is None:
+            if (
+                isinstance(source, HubDataset | HubSplit | HubStream)
+                and source.local_folder() is None
+            ):
                 message = message and (
                     None
                     if hub_reachable()
@@ -158,9 +162,11 @@ def examine_data(entries: Entries, model_name: str, path: str | Path, faults: Fa
             if message:
                 missing = True
                 faults.add(f"{path}: {where}.{field}: {message}")
-        if not missing and corpus.has_messages(*arguments):
-            with faults.collect(f"{path}: {where}.{field}: corpus {name!r}: "):
-                check_template(load_pretrained(AutoTokenizer, model_name), model_name)
+        if not missing:
+            with faults.collect(f"{path}: {where}.{field}: "):
+                if corpus.has_messages(*arguments):
+                    tokenizer = load_pretrained(AutoTokenizer, model_name)
+                    check_template(tokenizer, model_name, f"corpus {name!r}: ")
         if isinstance(entry, CorpusEntry) and entry.task and not corpus.mixed_tasks:
             kind = "synthetic recall" if any(corpus.chunk_range(*arguments)) else corpus.task
             if fault := task_fault(entry.task, kind):
