@@ -67,6 +67,8 @@ def main(arguments: list[str] | None = None) -> int | None:
     if name == "--version":
         print(f"uiollms {__version__}")
         return 0
+    if name == "--print-completion":
+        return print_completion(rest)
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -85,6 +87,19 @@ def start() -> int:
     return reporting_errors(main)
 
 
+def print_completion(rest: list[str]) -> int:
+    """Prints the completion for the shell that `rest` names. Returns the exit code."""
+    from uiollms.cli import completion
+
+    if len(rest) != 1 or rest[0] not in completion.SHELLS:
+        allowed = ", ".join(completion.SHELLS)
+        print(f"uiollms: --print-completion: expected one of {allowed}", file=sys.stderr)
+        return 2
+    commands = {name: command.help for name, command in COMMANDS.items()}
+    completion.print_completion(rest[0], commands)
+    return 0
+
+
 def help_text() -> str:
     """The text of `uiollms --help`: every command with an example."""
     lines = ["usage: uiollms COMMAND ...", ""]
@@ -96,6 +111,7 @@ def help_text() -> str:
             "",
             "`uiollms COMMAND --help` describes the options of a command, with examples.",
             "`uiollms --version` prints the version.",
+            "`uiollms --print-completion bash` (or zsh, tcsh) prints the completion for a shell.",
         ]
     )
 

@@ -352,6 +352,27 @@ def test_output_for_scripts(workspace, capsys, flags):
         assert tested.out == ""
 
 
+def test_bash_completes_commands_options_and_choices(tmp_path, capsys):
+    assert program.main(["--print-completion", "bash"]) == 0
+    (tmp_path / "completion").write_text(capsys.readouterr().out)
+
+    def completed(*words: str) -> set[str]:
+        """What bash proposes for the last word."""
+        script = f"""source {tmp_path}/completion; COMP_WORDS=({" ".join(map(repr, ["uiollms", *words]))})
+COMP_CWORD={len(words)}; COMP_LINE=; _shtab_uiollms; printf '%s\\n' "${{COMPREPLY[@]}}\""""
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+        return set(done.stdout.split())
+
+    assert completed("") >= PACKAGE_COMMANDS.keys()
+    assert completed("re") == {"report"}
+    assert completed("train", "--re") == {"--resume", "--restart"}
+    assert completed("study", "gr") == {"gradients"}
+    assert "--top_p" in completed("ask", "--t")
+    assert completed("convert", "--dtype", "bf") == {"bf16"}
+    assert program.main(["--print-completion", "fish"]) == 2
+    assert "expected one of bash, zsh, tcsh" in capsys.readouterr().err
+
+
 def test_uiollms_lists_its_commands_and_refuses_others(capsys):
     assert program.main(["--help"]) == 0
     text = capsys.readouterr().out

@@ -103,10 +103,8 @@ def output_arguments(
     )
 
 
-def parse_arguments(
-    doc: str | None, arguments: list[str] | None, evaluation: bool = False
-) -> argparse.Namespace:
-    """The arguments of train.py, or with `evaluation` of test.py.
+def make_parser(doc: str | None, evaluation: bool = False) -> argparse.ArgumentParser:
+    """The parser of train.py, or with `evaluation` of test.py.
 
     doc: the program's docstring, whose examples also show the command's name if it is not the file
     """
@@ -178,6 +176,14 @@ def parse_arguments(
             metavar="SIZES",
             help="for --dry_run: memory of GPU 0, 1, ..., such as 24GiB,24GiB",
         )
+    return parser
+
+
+def parse_arguments(
+    doc: str | None, arguments: list[str] | None, evaluation: bool = False
+) -> argparse.Namespace:
+    """The arguments of train.py, or with `evaluation` of test.py. doc: the program's docstring."""
+    parser = make_parser(doc, evaluation)
     args = parser.parse_args(arguments)
     if not evaluation and args.device_memory and not args.dry_run:
         parser.error("--device_memory is used with --dry_run only")

@@ -16,7 +16,7 @@ from uiollms.weights.adapters import load_weights, save_weights
 from uiollms.weights.base_models import DTYPES
 
 
-def main(arguments: list[str] | None = None) -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="uiollms convert",
         description=__doc__,
@@ -33,7 +33,11 @@ def main(arguments: list[str] | None = None) -> None:
         help="dtype of the written tensors; by default it does not change",
     )
     output_arguments(parser, "the paths and the dtype, as one JSON object", quiet="print no text")
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = make_parser().parse_args(arguments)
     output = Output.from_arguments(args)
     model, _ = load_memory_lm(load_env_config(args.env_conf), args.env_conf)
     load_weights(model, args.source)

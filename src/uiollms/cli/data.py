@@ -28,7 +28,7 @@ from uiollms.files.errors import ConfigError, shortened
 from uiollms.weights.base_models import load_pretrained
 
 
-def main(arguments: list[str] | None = None) -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "uiollms data", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -51,7 +51,11 @@ def main(arguments: list[str] | None = None) -> None:
         "one JSON object per corpus or sampled document, or one for a check",
         quiet="print no text and no table",
     )
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = make_parser().parse_args(arguments)
     output = Output.from_arguments(args)
     tokenizer = load_pretrained(AutoTokenizer, args.tokenizer) if args.tokenizer else None
     if args.sample:

@@ -33,7 +33,7 @@ from uiollms.reports.run_folder import (
 from uiollms.weights.adapters import load_weights
 
 
-def main(arguments: list[str] | None = None) -> int:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="uiollms report",
         description=__doc__,
@@ -58,7 +58,11 @@ def main(arguments: list[str] | None = None) -> int:
         parser,
         "the paths of the page and its plots, and the missing parts, as one JSON object",
     )
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = make_parser().parse_args(arguments)
     output = Output.from_arguments(args)
     run = read_folder(args.run)
     add_attention(run, args.no_attention, args.attention_tokens, output)

@@ -17,7 +17,7 @@ from uiollms.config.json_schema import SCHEMAS, config_page, schema_text
 from uiollms.files.atomic import make_folder, replace_text, reporting_write_errors
 
 
-def main(arguments: list[str] | None = None) -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="uiollms schema",
         description=__doc__,
@@ -30,7 +30,11 @@ def main(arguments: list[str] | None = None) -> None:
         metavar="FOLDER",
         help="folder of config/ and docs/ (the working directory)",
     )
-    out = parser.parse_args(arguments).out
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    out = make_parser().parse_args(arguments).out
     texts = {f"config/schema/{name}": schema_text(name) for name in SCHEMAS} | {
         "docs/config.md": config_page()
     }

@@ -107,7 +107,7 @@ COMMANDS = {
 }
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "uiollms study",
         description=__doc__,
@@ -179,13 +179,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
             command.add_argument(
                 "--iterations", type=whole_number(1, 10**7), default=100, help=help
             )
-    args = parser.parse_args(arguments)
-    args.output = Output.from_arguments(args)
-    return args
+    return parser
 
 
 def main(arguments: list[str] | None = None) -> None:
-    args = parse_arguments(arguments)
+    args = make_parser().parse_args(arguments)
+    args.output = Output.from_arguments(args)
     preset = getattr(args, "preset", None)
     out = args.out or Path("runs") / ("study-" + "-".join(filter(None, [args.what, preset])))
     check_results(out)

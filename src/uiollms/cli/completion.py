@@ -1,0 +1,47 @@
+"""Prints the completion of the command `uiollms` for a shell.
+
+uiollms --print-completion bash > ~/.local/share/bash-completion/completions/uiollms
+uiollms --print-completion zsh > ~/.zfunc/_uiollms
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+
+import shtab
+
+from uiollms.cli import chat, common, convert, data, report, schema, study
+
+SHELLS = ("bash", "zsh", "tcsh")
+
+
+def make_parser(commands: Mapping[str, str]) -> argparse.ArgumentParser:
+    """One parser of all commands, for their completion. It does not run them.
+
+    commands: name -> help. `eval`, whose options are lm-eval's, is completed by its name only.
+    """
+    parsers = {
+        "train": common.make_parser(None),
+        "test": common.make_parser(None, evaluation=True),
+        "data": data.make_parser(),
+        "report": report.make_parser(),
+        "study": study.make_parser(),
+        "convert": convert.make_parser(),
+        "schema": schema.make_parser(),
+    }
+    for action in chat.make_parser()._actions:
+        if isinstance(action, argparse._SubParsersAction):  # compress, ask, chat
+            parsers |= action.choices
+    parser = argparse.ArgumentParser("uiollms")
+    parser.add_argument("--version", action="store_true", help="print the version")
+    parser.add_argument("--print-completion", choices=SHELLS, help="print a shell's completion")
+    group = parser.add_subparsers()
+    for name, help in commands.items():
+        parents = [parsers[name]] if name in parsers else []
+        group.add_parser(name, help=help, parents=parents, add_help=not parents)
+    return parser
+
+
+def print_completion(shell: str, commands: Mapping[str, str]) -> None:
+    print(shtab.complete(make_parser(commands), shell))
