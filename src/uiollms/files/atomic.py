@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import socket
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
@@ -58,8 +59,12 @@ def atomic_file(path: Path) -> Iterator[Path]:
     target = Path(os.path.realpath(path))
     clear_leftovers(target.parent)
     work = work_path(target.parent, target.suffix)  # some writers choose the format by the suffix
+    work.touch()  # with the mode that the umask gives
+    mode = work.stat().st_mode
+    work.unlink()
     try:
         yield work
+        add_permissions(work, mode)
         sync(work)
         os.replace(work, target)
     finally:
@@ -91,12 +96,22 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     try:
         yield work
         for part in sorted(work.rglob("*")):
+            if part.is_file():
+                add_permissions(part, work.stat().st_mode & 0o666)
             sync(part)
         sync(work)
         swap(work, target)
     finally:
         remove(work)  # an incomplete folder, or the one that was replaced
     sync(target.parent)
+
+
+def add_permissions(path: Path, mode: int) -> None:
+    """Adds the permissions of `mode` to a file. Some writers, such as safetensors, create files
+    that only their owner can read, whatever the umask is."""
+    found = stat.S_IMODE(path.stat().st_mode)
+    if added := stat.S_IMODE(mode) & ~found:
+        path.chmod(found | added)
 
 
 def swap(work: Path, target: Path) -> None:
@@ -183,10 +198,10 @@ def read_whole(path: Path, read: Callable[[Path], Value]) -> Value:
 
 def identity(folder: Path) -> tuple[int, int] | None:
     try:
-        stat = os.stat(folder)
+        found = os.stat(folder)
     except OSError:
         return None
-    return stat.st_ino, stat.st_ctime_ns
+    return found.st_ino, found.st_ctime_ns
 
 
 def make_folder(folder: Path) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -12,11 +13,14 @@ from torch import Tensor
 from uiollms.data.tokens import tokenize
 from uiollms.model.memory import Memory, compress
 from uiollms.weights import model_folder
+from uiollms.weights.hub import upload_folder
 
 
 class PretrainedMixin:
     """Mixin of MemoryLM. It replaces the methods of transformers with the same names, which would
     save and load the base's weights under a MemoryLM's names."""
+
+    checkpointing: bool
 
     def compress(
         self,
@@ -40,11 +44,26 @@ class PretrainedMixin:
         return compress(self, torch.as_tensor(document, dtype=torch.int64), source, progress)
 
     def save_pretrained(
-        self: Any, save_directory: str | Path, include_base: bool = False, tokenizer: Any = None
+        self: Any,
+        save_directory: str | Path,
+        include_base: bool = False,
+        tokenizer: Any = None,
+        results: str | Path | None = None,
+        *,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        safe_serialization: bool = True,
+        max_shard_size: int | str | None = None,
     ) -> None:
-        """Writes a folder that `from_pretrained` loads. The arguments are those of
-        `uiollms.weights.model_folder.save`."""
-        model_folder.save(self, save_directory, include_base, tokenizer)
+        """Writes a folder that `from_pretrained` loads. The first arguments are those of
+        `uiollms.weights.model_folder.save`; the others are what transformers' Trainer passes.
+
+        is_main_process: without it nothing is written. max_shard_size: not used, the trained
+        tensors are small. Raises ValueError without safe_serialization."""
+        if not safe_serialization:
+            raise ValueError("save_pretrained: weights are saved as safetensors only")
+        if is_main_process:
+            model_folder.save(self, save_directory, include_base, tokenizer, results, state_dict)
 
     @classmethod
     def from_pretrained(cls: Any, folder: str | Path, **settings: Any) -> Any:
@@ -52,10 +71,40 @@ class PretrainedMixin:
         `uiollms.weights.model_folder.load_model`."""
         return model_folder.load_model(cls, folder, **settings)
 
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> str:
-        """Raises NotImplementedError, because the method of transformers calls `save_pretrained`
-        with options that this class does not have."""
-        raise NotImplementedError(
-            "push_to_hub is not supported; save_pretrained(folder), then huggingface_hub's "
-            "upload_folder"
-        )
+    def push_to_hub(
+        self,
+        repo_id: str,
+        include_base: bool = False,
+        tokenizer: Any = None,
+        results: str | Path | None = None,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        **commit: Any,
+    ) -> str:
+        """Uploads what `save_pretrained` writes to the hub and returns the commit's address.
+        `commit`: revision, create_pr, commit_message and commit_description. The method of
+        transformers would replace the model card by an empty one."""
+        with TemporaryDirectory() as folder:
+            work = Path(folder) / "model"
+            self.save_pretrained(work, include_base, tokenizer, results)
+            return upload_folder(work, repo_id, private, token, **commit)
+
+    # ---- gradient checkpointing as transformers spells it ----------------------------------------
+
+    supports_gradient_checkpointing = True
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, every_n_layers: int = 1, **unused: Any
+    ) -> None:
+        """Sets `checkpointing`. gradient_checkpointing_enable and _disable, and
+        activation_checkpointing_enable and _disable of later versions, call this."""
+        if every_n_layers != 1:
+            raise ValueError("gradient checkpointing is for every layer: leave out every_n_layers")
+        self.checkpointing = enable
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        return self.checkpointing
+
+    is_gradient_checkpointing = is_activation_checkpointing

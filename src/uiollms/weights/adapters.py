@@ -17,7 +17,7 @@ from __future__ import annotations
 import io
 import os
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,7 +42,7 @@ from uiollms.files.atomic import (
 from uiollms.files.errors import ConfigError
 from uiollms.files.reading import check_tree, file_kind
 from uiollms.weights.base_files import shared_name
-from uiollms.weights.fitness import TOKEN, not_finite, slot_input_fault
+from uiollms.weights.fitness import TOKEN, list_names, not_finite, slot_input_fault
 
 if TYPE_CHECKING:
     from uiollms.model.memory_lm import MemoryLM
@@ -77,9 +77,15 @@ def save_weights(model: MemoryLM, path: str | Path, dtype: torch.dtype | None = 
                 write_checksums(work)
 
 
-def write_weights(model: MemoryLM, work: Path, dtype: torch.dtype | None = None) -> None:
-    """Writes the files of the folder format except the checksums into an empty folder."""
-    tensors = cpu_tensors(model, dtype)
+def write_weights(
+    model: MemoryLM,
+    work: Path,
+    dtype: torch.dtype | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Writes the files of the folder format except the checksums into an empty folder. `tensors`
+    is a state dict that replaces the model's trained tensors; its other tensors are ignored."""
+    tensors = cpu_tensors(model, dtype, tensors)
     compressor = model.memory_config.model_dump_json(indent=4) + "\n"
     (work / "memory_config.json").write_text(compressor, encoding="utf-8")
     # One key only, because safetensors writes several keys in a random order.
@@ -99,11 +105,17 @@ def lora_roles(memory: MemoryConfig) -> tuple[str, ...]:
     return ROLES if memory.transfer_head else ROLES[:1]
 
 
-def cpu_tensors(model: MemoryLM, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Returns the trained tensors on the CPU. Raises ConfigError for NaN and infinite numbers."""
+def cpu_tensors(
+    model: MemoryLM, dtype: torch.dtype | None, given: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Returns the trained tensors, of the model or of the state dict `given`, on the CPU. Raises
+    ConfigError for NaN and infinite numbers, and ValueError if `given` lacks a tensor."""
+    own = model.memory_state_dict()
+    if given is not None and (missing := sorted(own.keys() - given.keys())):
+        raise ValueError(f"state_dict lacks {list_names(missing)}: give the state of this model")
     tensors = {
-        name: t.to(device="cpu", dtype=dtype or t.dtype)
-        for name, t in model.memory_state_dict().items()
+        name: t.detach().to(device="cpu", dtype=dtype or t.dtype)
+        for name, t in ((name, own[name] if given is None else given[name]) for name in own)
     }
     if name := not_finite(tensors.items()):
         kind = tensors[name].dtype

@@ -6,16 +6,19 @@ base model or its name.
          base.json            {"model_name": hub id, folder or package:...}
          base/                the base's own weights, if they were included
          tokenizer.json ...   the tokenizer, if it was given
+         README.md            the model card; one that is in the folder already stays
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from uiollms.config.corpora import Checked
@@ -30,9 +33,12 @@ from uiollms.files.atomic import (
 )
 from uiollms.files.errors import ConfigError
 from uiollms.files.json_files import read_json
+from uiollms.files.reading import MOST_JSON, read_text
 from uiollms.kernels.flash_attention import check_request
 from uiollms.weights.adapters import ROLES, WEIGHT_FILES, load_weights, write_weights
+from uiollms.weights.base_files import shared_name
 from uiollms.weights.base_models import DTYPES, load_causal_lm, load_pretrained, resolve_dtype
+from uiollms.weights.hub import CARD, downloaded_folder, model_card
 from uiollms.weights.packaged import PACKAGED, converted_folder
 
 if TYPE_CHECKING:
@@ -41,7 +47,7 @@ if TYPE_CHECKING:
 INCLUDED = "base"  # name of the included base's folder, also in base.json
 # Everything that `save` may have written, with the tokenizer files of transformers. Nothing else is
 # ever replaced.
-SAVED_FILES = [*WEIGHT_FILES, *ROLES, "base.json", INCLUDED]
+SAVED_FILES = [*WEIGHT_FILES, *ROLES, "base.json", INCLUDED, CARD]
 SAVED_FILES += [
     f"{INCLUDED}/{name}"
     for name in ("config.json", "generation_config.json", "model*.safetensors", "model*.index.json")
@@ -71,15 +77,23 @@ class BaseFile(Checked):
 
 
 def save(
-    model: MemoryLM, folder: str | Path, include_base: bool = False, tokenizer: Any = None
+    model: MemoryLM,
+    folder: str | Path,
+    include_base: bool = False,
+    tokenizer: Any = None,
+    results: str | Path | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Saves a model for `MemoryLM.from_pretrained`: the trained weights, the base's name or, with
     `include_base`, the base itself, and the tokenizer if one is given.
 
     A folder that contains a model is replaced atomically; another folder only if it is empty. If
     saving fails, the old folder stays. A base that was loaded from inside the folder is included
-    again. Raises ConfigError if other files would be lost or the folder cannot be written, and
-    ValueError for a base that has no name and is not included.
+    again. The model card contains the test results of the file `results`, a test.json.
+    `state_dict` replaces the model's trained tensors.
+
+    Raises ConfigError if other files would be lost or the folder cannot be written, and ValueError
+    for a base that has no name and is not included.
     """
     folder = Path(folder)
     name = model.config._name_or_path
@@ -93,9 +107,13 @@ def save(
     check_replaceable(folder)
     named = {"model_name": INCLUDED if include_base else public_name(name)}
     remedy = f"; {folder} is as it was" if folder.exists() else ""
+    card = model_card(model.memory_config, shared_name(model.config) or "a language model", results)
+    if (folder / CARD).is_file() and results is None:
+        card = read_text(folder / CARD, MOST_JSON)
     with reporting_write_errors(folder, remedy), atomic_folder(folder) as work:
-        write_weights(model, work)
+        write_weights(model, work, tensors=state_dict)
         write_checksums(work)
+        (work / CARD).write_text(card, encoding="utf-8")
         (work / "base.json").write_text(json.dumps(named, indent=4) + "\n", encoding="utf-8")
         if include_base:
             model.base.save_pretrained(work / INCLUDED)
@@ -156,18 +174,19 @@ def load_model(
         base on the CPU, or a loaded base on its device. In one of several processes on a machine
         "auto" is the process's own GPU. Numbers are the machine's, as in transformers; only those
         of a config count from the process's own GPUs.
-    attn_implementation, revision, token: passed to the base's from_pretrained.
+    folder: a path, or a hub id, whose files are downloaded to the hub's cache.
+    revision, token: of the hub id; if `folder` is a path, those of the base.
+    attn_implementation: passed to the base's from_pretrained.
 
     Other settings of transformers (quantization_config, state_dict, ...) are not supported: load
     the base with them and pass it as `base`. Raises ConfigError if the folder contains no such
     model or its base cannot be loaded.
     """
-    folder = whole_folder(Path(folder))
+    downloaded = downloaded_folder(folder, revision, token)
+    revision = revision if downloaded == Path(folder) else None
+    folder = whole_folder(downloaded)
     if not (folder / "memory_config.json").is_file():
-        raise ConfigError(
-            f"{folder}: no memory_config.json in it: not a folder of save_pretrained (hub ids are "
-            "not looked up)"
-        )
+        raise ConfigError(f"{folder}: no memory_config.json in it: not a folder of save_pretrained")
     memory = load_memory_config(folder / "memory_config.json")
     if base is None or isinstance(base, str):
         settings = {
@@ -213,8 +232,8 @@ def base_name(folder: Path) -> str:
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a model's folder, else that of its base."""
-    folder = whole_folder(Path(folder))
+    """Loads the tokenizer of a model's folder or hub id, else that of its base."""
+    folder = whole_folder(downloaded_folder(folder))
     config = folder / "tokenizer_config.json"
     return load_pretrained(AutoTokenizer, str(folder) if config.is_file() else base_name(folder))
 
