@@ -14,6 +14,7 @@ from jinja2 import Environment, StrictUndefined
 
 from uiollms.config.corpora import Stage
 from uiollms.files.atomic import make_folder, replace_text, reporting_write_errors
+from uiollms.reports.conclusions import conclusions
 from uiollms.reports.curves import plot_steps, plot_training
 from uiollms.reports.plots import drawable, plot_attention, plot_lengths, plot_results
 from uiollms.reports.run_folder import FAULTS, Missing, RunFolder, config_text
@@ -46,6 +47,7 @@ def write_report(run: RunFolder) -> tuple[Path, list[Path]]:
         tables = list(result_tables(run))
         text = page.render(
             title=f"Run {run.path.resolve().name}",
+            conclusions=summary_sentences(run),
             facts=list(facts(run)),
             config=run.config and config_text(run.config),
             evaluated=f"From {run.evaluated}",
@@ -57,6 +59,15 @@ def write_report(run: RunFolder) -> tuple[Path, list[Path]]:
         # JSON files may contain lone surrogates, which UTF-8 cannot encode.
         replace_text(target, text.encode("utf-8", "backslashreplace").decode())
     return target, [picture.path for picture in drawn]
+
+
+def summary_sentences(run: RunFolder) -> list[str]:
+    """`conclusions`, or none if the numbers of the run cannot be read."""
+    try:
+        return conclusions(run)
+    except FAULTS as error:
+        run.missing.append(Missing("the summary", error_reason(error)))
+        return []
 
 
 @dataclass

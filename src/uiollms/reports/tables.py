@@ -227,8 +227,11 @@ def rows_of(result: TaskSummary) -> list[Row]:
 
 
 def perplexity_words(numbers: Mapping[str, Any]) -> str:
-    """The perplexity, written as exp(NLL) past the end of float64."""
+    """The perplexity, written as exp(NLL) past the end of float64. "-" stands for a missing
+    NLL."""
     value = numbers["perplexity"]
+    if value is None and numbers.get("nll") is None:
+        return "-"
     return f"exp({short(numbers['nll'])})" if value is None or value == math.inf else short(value)
 
 
@@ -317,6 +320,6 @@ def recovered_words(result: TaskSummary) -> str:
 
 
 def raw_helps(result: TaskSummary) -> bool:
-    """Whether the NLL with raw context is below that without memory."""
+    """Whether the NLL with raw context is below that without memory. True if either is missing."""
     window, raw = (result.modes[mode]["nll"] for mode in ("window", "raw"))
-    return window is not None and raw is not None and raw < window
+    return window is None or raw is None or raw < window
