@@ -68,8 +68,8 @@ def test_a_report_shows_a_whole_run_on_one_page(workspace, capsys):
     assert report("out", "--no_attention") == 0
     output = capsys.readouterr().out
     assert (
-        "not in the report: attention to memory: --no_attention; this command makes it: python -m "
-        "uiollms report out" in output
+        "not in the report: attention to memory: --no_attention; this command makes it: uiollms "
+        "report out" in output
     )
     (line,) = [line for line in output.splitlines() if "by test.py" in line]
     command = line.split("this command makes it: ")[1]

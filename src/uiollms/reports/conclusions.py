@@ -67,7 +67,7 @@ def memory_sentence(result: Result) -> str:
 
 def own_memory_sentence(result: Result) -> str:
     """Whether the memory contains the document, and the part of raw context's gain it recovers."""
-    bound = result and result.comparison.bound
+    bound = result.comparison.bound if result else None
     if result is None or bound is None:
         return (
             "Memory was not compared with that of another document, so its gain or loss may come "
