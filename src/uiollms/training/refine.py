@@ -1,0 +1,254 @@
+"""Goes on training the memory of one document, with all weights frozen.
+
+The slots become parameters. A step draws passages of the document. The decoder reads all slots,
+then a passage; the teacher, the base, reads the raw text around the passage, then the same passage.
+The loss is KL(teacher || student), so the slots learn what the raw text would tell about the
+passage. Some passages are never trained on; they show what the slots learned besides those of the
+training.
+
+    refinement = Refinement(model, memory)
+    for _ in range(100):
+        refinement.step()
+    refinement.memory().save("refined.mem")
+
+Shapes: L layers, C chunks, l chunk_size, m num_memory, D hidden size, T tokens of a passage. Source
+of the loss: context distillation (Snell et al. 2022, arXiv 2209.15189), with the keys and values of
+a document as the student, as in Cartridges (Eyuboglu et al. 2025, arXiv 2506.06266).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from uiollms.data.sample import IGNORED, Row, Sample
+from uiollms.distributed.division import Division
+from uiollms.distributed.groups import ALONE
+from uiollms.files.atomic import atomic_file
+from uiollms.files.errors import ConfigError
+from uiollms.kernels.indexing import batched
+from uiollms.model.layers import layer_device
+from uiollms.model.memory import Memory
+from uiollms.model.memory_lm import LayerMemory, MemoryLM
+from uiollms.model.passes import decode_rows, prepare_rows, project_all, teacher_hidden
+from uiollms.model.rope import num_positions
+from uiollms.model.state import SharedPrefix, supports_in_place
+from uiollms.training.memory_gradients import MemoryGradients
+from uiollms.training.optimizer import optimizer_step
+
+HELD_OUT = 8  # every eighth passage is never trained on
+
+
+@dataclass(frozen=True)
+class Settings:
+    """passage_size: tokens of a passage; num_passages: passages of a step; lr: learning rate of
+    AdamW, for slots that are divided by the root mean square of their layer; seed: of the order of
+    the passages."""
+
+    passage_size: int = 128
+    num_passages: int = 4
+    lr: float = 0.01
+    seed: int = 0
+
+
+class Refinement:
+    """The training of one memory. The model is not changed.
+
+    Raises ConfigError if another model made the memory, if it does not contain its text (files of
+    version 0.1), or if the text has fewer than HELD_OUT passages. Raises ValueError if slots and
+    passage need more positions than the base has.
+    """
+
+    def __init__(self, model: MemoryLM, memory: Memory, settings: Settings) -> None:
+        memory.check(model)
+        if memory.chunk_ids is None:
+            raise ConfigError("the memory does not contain its text; compress the text again")
+        self.model, self.original, self.settings = model, memory, settings
+        self.text = memory.chunk_ids.flatten()
+        size = settings.passage_size
+        positions = num_positions(model.config)
+        if memory.num_slots + size > positions:
+            raise ValueError(
+                f"{memory.num_slots} slots and a passage of {size} tokens need more than the "
+                f"base's {positions} positions; take shorter passages"
+            )
+        segments = range(0, len(self.text) - size + 1, size)
+        if len(segments) < HELD_OUT:
+            raise ConfigError(
+                f"the memory has {len(self.text)} tokens in full chunks, which are "
+                f"{len(segments)} passages of {size}; at least {HELD_OUT} are needed; take "
+                "shorter passages"
+            )
+        self.held_out = list(segments[HELD_OUT - 1 :: HELD_OUT])
+        self.starts = [
+            start
+            for start in range(len(self.text) - size + 1)
+            if all(abs(start - held_out) >= size for held_out in self.held_out)
+        ]
+        self.rng, self.num_steps = random.Random(settings.seed), 0
+        devices = [layer_device(layer) for layer in model.base.model.layers]
+        slots = [
+            layer.to(device, model.master_dtype)
+            for layer, device in zip(memory.slots, devices, strict=True)
+        ]
+        self.scales = [layer.square().mean().sqrt() for layer in slots]
+        self.parameters = [
+            nn.Parameter(layer / scale) for layer, scale in zip(slots, self.scales, strict=True)
+        ]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.lr, weight_decay=0.0)
+
+    def slots(self) -> LayerMemory:
+        """Returns the slots as they are now, L x [C, m, D] in the model's dtype."""
+        return [
+            (parameter.detach() * scale).to(self.model.dtype)
+            for parameter, scale in zip(self.parameters, self.scales, strict=True)
+        ]
+
+    def memory(self) -> Memory:
+        """Returns the refined memory, which is used as the original is."""
+        slots = torch.stack([layer.cpu() for layer in self.slots()])
+        return replace(self.original, slots=slots)
+
+    def step(self) -> float:
+        """Trains on new passages. Returns their mean KL(teacher || student) before the update, in
+        nats a token."""
+        starts = self.rng.choices(self.starts, k=self.settings.num_passages)
+        loss, grads = distillation_gradients(self.model, self.passages(starts), self.slots())
+        for parameter, scale, grad in zip(self.parameters, self.scales, grads, strict=True):
+            parameter.grad = scale * grad.to(parameter.dtype)
+        optimizer_step(self.optimizer, self.settings.lr, clip_grad=1.0)
+        self.num_steps += 1
+        return loss
+
+    def passages(self, starts: Sequence[int]) -> Sample:
+        """Returns the passages of the text that begin at `starts`, as rows that read all slots,
+        with the texts of the teacher. The loss is the mean over all passages and scored tokens.
+        The first token of a passage is not scored."""
+        size, count = self.settings.passage_size, len(starts)
+        chunks = self.original.chunk_ids
+        assert chunks is not None
+        rows, teachers = [], []
+        for i, start in enumerate(starts):
+            ids = self.text[start : start + size]
+            targets = torch.cat([ids[1:], ids.new_tensor([IGNORED])])
+            weights = torch.full((size,), 1 / (count * (size - 1)), dtype=torch.float64)
+            context = self.context(start)
+            # Recent tokens are for rows that follow the text, so the start is not the text's end.
+            rows.append(
+                Row(ids, targets, weights, len(chunks), start=-1, teacher=(i, len(context)))
+            )
+            teachers.append(torch.cat([context, ids]))
+        return Sample(chunks, tuple(rows), tuple(teachers), kl_weight=1.0)
+
+    def context(self, start: int) -> Tensor:
+        """Returns what the teacher reads before the passage at `start`: the whole text, or as much
+        of it around the passage as the base has positions for."""
+        size = self.settings.passage_size
+        length = min(len(self.text), num_positions(self.model.config) - size)
+        first = min(max(0, start + size - length // 2), len(self.text) - length)
+        return self.text[first : first + length]
+
+    @torch.no_grad()
+    def nll(self, slots: LayerMemory) -> float:
+        """Returns the mean NLL of the passages that are not trained on, in nats a token, after
+        these slots, L x [C', m, D]."""
+        model, sample = self.model, replace(self.passages(self.held_out), teachers=(), kl_weight=0)
+        count = slots[0].shape[0]
+        rows = tuple(replace(row, num_memories=count) for row in sample.rows)
+        sample = replace(sample, chunks=sample.chunks.new_zeros(count, sample.chunks.shape[1]))
+        sample = replace(sample, rows=rows)
+        prefix = SharedPrefix(*project_all(model, slots), supports_in_place(model.base))
+        batches = [*batched(range(len(rows)), model.chunks_per_batch)]
+        found = [
+            decode_rows(model, sample, batch, prefix)[1]
+            for batch in prepare_rows(model, sample, batches)
+        ]
+        return torch.cat(found).double().mean().item()
+
+    # ---- saving and resuming ---------------------------------------------------------------------
+
+    def checksum(self) -> str:
+        """Returns the SHA-256 of the original slots."""
+        data = self.original.slots.contiguous().view(torch.uint8).numpy().tobytes()
+        return hashlib.sha256(data).hexdigest()
+
+    def save_state(self, path: str | Path) -> None:
+        """Writes all that changes, so that `load_state` goes on to the same bits."""
+        tensors = {f"parameter.{i}": p.detach() for i, p in enumerate(self.parameters)}
+        for i, parameter in enumerate(self.parameters):
+            state = self.optimizer.state.get(parameter, {})
+            tensors |= {f"{key}.{i}": tensor for key, tensor in state.items()}
+        facts = dict(
+            memory=self.checksum(),
+            settings=asdict(self.settings),
+            num_steps=self.num_steps,
+            rng=self.rng.getstate(),
+        )
+        with atomic_file(Path(path)) as work:
+            save_file(tensors, work, {"refinement": json.dumps(facts)})
+
+    def load_state(self, path: str | Path) -> None:
+        """Continues where `save_state` was called. Raises ConfigError if the file is damaged, or
+        was written with other settings or for another memory."""
+        try:
+            with safe_open(path, "pt") as file:
+                facts = json.loads(file.metadata()["refinement"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            version, numbers, gauss = facts["rng"]
+            made_for = facts["memory"]
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{path}: no state of a refinement ({error}); begin again without --resume"
+            ) from None
+        if facts["settings"] != asdict(self.settings):
+            raise ConfigError(
+                f"{path}: written with {facts['settings']}, not with {asdict(self.settings)}; use "
+                "the same settings, or begin again without --resume"
+            )
+        if made_for != self.checksum():
+            raise ConfigError(f"{path}: written for another memory; begin again without --resume")
+        self.rng.setstate((version, tuple(numbers), gauss))
+        self.num_steps = facts["num_steps"]
+        states: dict[int, dict[str, Any]] = {}
+        for name, tensor in tensors.items():
+            key, number = name.rsplit(".", 1)
+            if key == "parameter":
+                self.parameters[int(number)].data.copy_(tensor)
+            else:
+                states.setdefault(int(number), {})[key] = tensor
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": states})
+
+
+def distillation_gradients(
+    model: MemoryLM, sample: Sample, slots: LayerMemory
+) -> tuple[float, LayerMemory]:
+    """Returns the loss of a sample whose rows read these slots, L x [C, m, D], and its gradients at
+    the slots. It is stages 2 and 3 of a training step (training/step.py), with frozen weights."""
+    num_chunks, m = len(sample.chunks), model.memory_config.num_memory
+    keys, values = project_all(model, slots)
+    ones = torch.ones(len(sample.rows), num_chunks, dtype=torch.float64)
+    everything = range(num_chunks)
+    gradients = MemoryGradients(keys, values, ones, sample, m, everything, model.master_dtype)
+    teachers, total = teacher_hidden(model, sample), 0.0
+    batches = [*batched(range(len(sample.rows)), model.chunk_batch)]
+    for rows in prepare_rows(model, sample, batches):
+        with torch.enable_grad():
+            prefix = gradients.prefix(rows.numbers, supports_in_place(model.base))
+            losses, _ = decode_rows(model, sample, rows, prefix, teachers)
+            loss = (losses * rows.weights.to(losses)).sum()
+            loss.backward()
+        total += loss.item()
+    division = Division(ALONE, num_chunks, everything)
+    grads = gradients.backward_projection(model, slots, division, everything, None)
+    model.zero_grad()  # of the decoder's LoRA, which stays as it is
+    return total, grads
