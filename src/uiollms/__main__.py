@@ -35,6 +35,9 @@ COMMANDS = {
     "train": Command("train.py", "train the memory of a model", "--env_conf smollm2-8x.json"),
     "test": Command("test.py", "evaluate a model with memory", "--env_conf smollm2-8x.json"),
     "compress": Command("chat", "compress text files into a memory", "book.txt -o book.mem"),
+    "refine": Command(
+        "refine", "go on training the memory of one document", "book.mem -o refined.mem"
+    ),
     "ask": Command("chat", "answer questions about memories", 'book.mem "Who wrote the letter?"'),
     "chat": Command("chat", "chat with a model that has read memories", "--memory book.mem"),
     "data": Command("data", "list the corpora and their documents", "--sample sotu.test -n 3"),

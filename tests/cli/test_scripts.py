@@ -31,6 +31,11 @@ COMMANDS = {
         ["compress", "book0.txt", "-o", "new.mem", *ENV],
         "memory sources held seconds",
     ),
+    "refine": (
+        "uiollms",
+        ["refine", "book.mem", "-o", "new.mem", "--steps=2", "--passage_size=8", *ENV],
+        "memory control steps seconds passages nll bound",
+    ),
     "ask": (
         "uiollms",
         ["ask", "book.mem", "Why?", *ENV, "--max_new_tokens=5"],

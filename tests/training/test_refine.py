@@ -17,33 +17,40 @@ def refinement_of(model, length=8 * 9 + 3, settings=SETTINGS) -> Refinement:
     return Refinement(model, model.compress(random_ids(length), source="a book"), settings)
 
 
-def slow_gradients(model, sample, slots) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def slow_gradients(model, refinement, starts) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Returns loss and gradients of one graph, in which every row has a copy of the memory, and the
     KL comes from all logits."""
-    leaves = [layer.clone().requires_grad_() for layer in slots]
+    sample = refinement.passages(starts)
+    leaves = [layer.clone().requires_grad_() for layer in refinement.slots()]
     keys, values = model.project(leaves, range(len(sample.chunks)))
     loss = torch.zeros((), dtype=torch.float64)
+    first = refinement.context(starts[0])
+    context = refinement.text[first : first + refinement.context_size]
     for row in sample.rows:
         prefix = KVPrefix([[join_slots(k, 1)] for k in keys], [[join_slots(v, 1)] for v in values])
         num_slots = [row.num_memories * model.memory_config.num_memory]
         hidden = model.decode(row.input_ids[None], prefix, num_slots)
         student = model.logits(hidden)[0].log_softmax(-1)
-        text, start = row.teacher
         with torch.no_grad():
-            teacher = model.base(sample.teachers[text][None]).logits[0, start:].log_softmax(-1)
+            logits = model.base(torch.cat([context, row.input_ids])[None]).logits[0]
+        teacher = logits[len(context) :].log_softmax(-1)
         kl = F.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)
         loss = loss + (kl * row.token_weights)[row.scored].sum()
     return loss.detach(), list(torch.autograd.grad(loss, leaves))
+
+
+def gradients_at(refinement, starts) -> tuple[float, list[torch.Tensor]]:
+    sample, teachers = refinement.passages(starts), refinement.teacher_hidden(starts)
+    return distillation_gradients(refinement.model, sample, refinement.slots(), teachers)
 
 
 @pytest.mark.parametrize("chunk_batch", [1, 4])
 def test_gradients_equal_those_of_one_graph(family, chunk_batch):
     model = make_model(family)
     model.chunk_batch = chunk_batch
-    refinement = refinement_of(model)
-    sample, slots = refinement.passages([0, 11, 40]), refinement.slots()
-    expected_loss, expected = slow_gradients(model, sample, slots)
-    loss, found = distillation_gradients(model, sample, slots)
+    refinement, starts = refinement_of(model), [0, 11, 40]
+    expected_loss, expected = slow_gradients(model, refinement, starts)
+    loss, found = gradients_at(refinement, starts)
     assert loss == pytest.approx(expected_loss.item(), rel=ROUNDING) and loss > 0
     for a, b in zip(found, expected, strict=True):
         assert relative_error(a, b) < ROUNDING
@@ -54,11 +61,11 @@ def test_steps_bring_the_student_nearer_to_the_teacher_and_change_no_weight():
     model = make_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     refinement = refinement_of(model)
-    sample = refinement.passages(refinement.starts)
-    first, _ = distillation_gradients(model, sample, refinement.slots())
+    starts = refinement.starts
+    first, _ = gradients_at(refinement, starts)
     for _ in range(20):
         refinement.step()
-    last, _ = distillation_gradients(model, sample, refinement.slots())
+    last, _ = gradients_at(refinement, starts)
     assert last < 0.9 * first
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
@@ -108,10 +115,10 @@ def test_training_never_touches_a_held_out_token():
 def test_the_teacher_reads_the_text_around_a_passage(start):
     """The text of 72 tokens and a passage of 6 do not fit the 64 positions of the base."""
     refinement = refinement_of(make_model())
-    size, context = SETTINGS.passage_size, refinement.context(start)
-    assert len(context) == 64 - size
-    windows = context.unfold(0, size, 1)
-    assert (windows == refinement.text[start : start + size]).all(1).any()
+    size, first = SETTINGS.passage_size, refinement.context(start)
+    assert refinement.context_size == 64 - size
+    assert 0 <= first <= start and start + size <= first + 64 - size <= len(refinement.text)
+    assert len(refinement.starts_of) == 2  # from 0 and 14
 
 
 def test_a_resumed_refinement_gives_the_same_slots(tmp_path):

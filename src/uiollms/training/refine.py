@@ -40,9 +40,9 @@ from uiollms.kernels.indexing import batched
 from uiollms.model.layers import layer_device
 from uiollms.model.memory import Memory
 from uiollms.model.memory_lm import LayerMemory, MemoryLM
-from uiollms.model.passes import decode_rows, prepare_rows, project_all, teacher_hidden
+from uiollms.model.passes import decode_rows, prepare_rows, project_all
 from uiollms.model.rope import num_positions
-from uiollms.model.state import SharedPrefix, supports_in_place
+from uiollms.model.state import KVPrefix, SharedPrefix, supports_in_place
 from uiollms.training.memory_gradients import MemoryGradients
 from uiollms.training.optimizer import optimizer_step
 
@@ -95,6 +95,10 @@ class Refinement:
             for start in range(len(self.text) - size + 1)
             if all(abs(start - held_out) >= size for held_out in self.held_out)
         ]
+        self.starts_of: dict[int, list[int]] = {}  # context -> the passages that it surrounds
+        for start in self.starts:
+            self.starts_of.setdefault(self.context(start), []).append(start)
+        self.context_read: tuple[int, KVPrefix] | None = None
         self.rng, self.num_steps = random.Random(settings.seed), 0
         devices = [layer_device(layer) for layer in model.base.model.layers]
         slots = [
@@ -122,8 +126,12 @@ class Refinement:
     def step(self) -> float:
         """Trains on new passages. Returns their mean KL(teacher || student) before the update, in
         nats a token."""
-        starts = self.rng.choices(self.starts, k=self.settings.num_passages)
-        loss, grads = distillation_gradients(self.model, self.passages(starts), self.slots())
+        first = self.rng.choice(self.starts)
+        near = self.starts_of[self.context(first)]
+        starts = [first, *self.rng.choices(near, k=self.settings.num_passages - 1)]
+        loss, grads = distillation_gradients(
+            self.model, self.passages(starts), self.slots(), self.teacher_hidden(starts)
+        )
         for parameter, scale, grad in zip(self.parameters, self.scales, grads, strict=True):
             parameter.grad = scale * grad.to(parameter.dtype)
         optimizer_step(self.optimizer, self.settings.lr, clip_grad=1.0)
@@ -131,38 +139,59 @@ class Refinement:
         return loss
 
     def passages(self, starts: Sequence[int]) -> Sample:
-        """Returns the passages of the text that begin at `starts`, as rows that read all slots,
-        with the texts of the teacher. The loss is the mean over all passages and scored tokens.
-        The first token of a passage is not scored."""
+        """Returns the passages of the text that begin at `starts`, as rows that read all slots. The
+        loss is the mean KL over all passages and scored tokens. The first token of a passage is not
+        scored."""
         size, count = self.settings.passage_size, len(starts)
         chunks = self.original.chunk_ids
         assert chunks is not None
-        rows, teachers = [], []
+        rows = []
         for i, start in enumerate(starts):
             ids = self.text[start : start + size]
             targets = torch.cat([ids[1:], ids.new_tensor([IGNORED])])
             weights = torch.full((size,), 1 / (count * (size - 1)), dtype=torch.float64)
-            context = self.context(start)
             # Recent tokens are for rows that follow the text, so the start is not the text's end.
-            rows.append(
-                Row(ids, targets, weights, len(chunks), start=-1, teacher=(i, len(context)))
-            )
-            teachers.append(torch.cat([context, ids]))
-        return Sample(chunks, tuple(rows), tuple(teachers), kl_weight=1.0)
+            rows.append(Row(ids, targets, weights, len(chunks), start=-1, teacher=(i, 0)))
+        return Sample(chunks, tuple(rows), kl_weight=1.0)
 
-    def context(self, start: int) -> Tensor:
-        """Returns what the teacher reads before the passage at `start`: the whole text, or as much
-        of it around the passage as the base has positions for."""
-        size = self.settings.passage_size
-        length = min(len(self.text), num_positions(self.model.config) - size)
-        first = min(max(0, start + size - length // 2), len(self.text) - length)
-        return self.text[first : first + length]
+    @property
+    def context_size(self) -> int:
+        """How many tokens the teacher reads before a passage: the whole text, or as many as the
+        base has positions for."""
+        positions = num_positions(self.model.config) - self.settings.passage_size
+        return min(len(self.text), positions)
+
+    def context(self, start: int) -> int:
+        """Returns where the context of the passage at `start` begins. It contains the passage.
+        Contexts of a text that is too long for one begin at multiples of a quarter of their size,
+        so that few of them are read."""
+        size = self.context_size
+        first = max(0, start + self.settings.passage_size - size // 2)
+        return min(first - first % max(1, size // 4), len(self.text) - size)
+
+    @torch.no_grad()
+    def teacher_hidden(self, starts: Sequence[int]) -> list[Tensor]:
+        """Returns the base's normed hidden states [T, D] of the passages, after the raw context of
+        the first one, whose keys and values stay for the next step."""
+        first, size = self.context(starts[0]), self.settings.passage_size
+        if self.context_read is None or self.context_read[0] != first:
+            self.context_read = None  # before the next one needs memory
+            ids = self.text[first : first + self.context_size]
+            self.context_read = first, read_raw(self.model, ids)
+        prefix = self.context_read[1]
+        # One passage at a time, because every row of a batch would have a copy of the context.
+        return [
+            self.model.decode(
+                self.text[None, start : start + size], prefix, [0], local_past=self.context_size
+            )[0]
+            for start in starts
+        ]
 
     @torch.no_grad()
     def nll(self, slots: LayerMemory) -> float:
         """Returns the mean NLL of the passages that are not trained on, in nats a token, after
         these slots, L x [C', m, D]."""
-        model, sample = self.model, replace(self.passages(self.held_out), teachers=(), kl_weight=0)
+        model, sample = self.model, replace(self.passages(self.held_out), kl_weight=0)
         count = slots[0].shape[0]
         rows = tuple(replace(row, num_memories=count) for row in sample.rows)
         sample = replace(sample, chunks=sample.chunks.new_zeros(count, sample.chunks.shape[1]))
@@ -229,17 +258,27 @@ class Refinement:
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": states})
 
 
+@torch.no_grad()
+def read_raw(model: MemoryLM, ids: Tensor) -> KVPrefix:
+    """Returns the keys and values of a text [T], which the base reads raw."""
+    layers = range(len(model.base.model.layers))
+    prefix = KVPrefix([[] for _ in layers], [[] for _ in layers], num_local=len(ids))
+    model.decode(ids[None], prefix, [0])
+    return KVPrefix([[prefix.local[i][0]] for i in layers], [[prefix.local[i][1]] for i in layers])
+
+
 def distillation_gradients(
-    model: MemoryLM, sample: Sample, slots: LayerMemory
+    model: MemoryLM, sample: Sample, slots: LayerMemory, teachers: Sequence[Tensor]
 ) -> tuple[float, LayerMemory]:
     """Returns the loss of a sample whose rows read these slots, L x [C, m, D], and its gradients at
-    the slots. It is stages 2 and 3 of a training step (training/step.py), with frozen weights."""
+    the slots. It is stages 2 and 3 of a training step (training/step.py), with frozen weights.
+    teachers: the teacher's hidden states [T, D] of every row."""
     num_chunks, m = len(sample.chunks), model.memory_config.num_memory
     keys, values = project_all(model, slots)
     ones = torch.ones(len(sample.rows), num_chunks, dtype=torch.float64)
     everything = range(num_chunks)
     gradients = MemoryGradients(keys, values, ones, sample, m, everything, model.master_dtype)
-    teachers, total = teacher_hidden(model, sample), 0.0
+    total = 0.0
     batches = [*batched(range(len(sample.rows)), model.chunk_batch)]
     for rows in prepare_rows(model, sample, batches):
         with torch.enable_grad():
