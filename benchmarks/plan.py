@@ -35,10 +35,10 @@ def planned_bytes(
     """
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        shape.save_pretrained(folder)
-        (folder / "memory.json").write_text(as_json(memory.model_dump()))
-        config = env_config(train, dtype, folder, 0 if on_gpu else "cpu", shape.model_type)
+        work = Path(name)
+        shape.save_pretrained(work)
+        (work / "memory.json").write_text(as_json(memory.model_dump()))
+        config = env_config(train, dtype, work, 0 if on_gpu else "cpu", shape.model_type)
         # The plan needs no such device here.
         simulation = StepSimulation(config, "env.json", {device: 2**50, torch.device("cpu"): 2**50})
         chunks = chunks_in_memory(length, memory.chunk_size)

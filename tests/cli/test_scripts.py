@@ -78,7 +78,8 @@ COMMANDS = {
     "train.py --dry_run": (
         "train.py",
         [*ENV, "--dry_run"],
-        "fits devices tokens chunk_batch flops longest capacity most_chunks steps",
+        "fits devices tokens chunk_batch documents flops pipeline speedup longest capacity "
+        "most_chunks steps",
     ),
 }
 

@@ -90,8 +90,9 @@ def as_json(plan: Plan) -> dict[str, Any]:
         )
         for device, need in plan.need.items()
     ]
-    step = dict(tokens=plan.length, chunk_batch=plan.chunk_batch, documents=plan.documents)
-    step |= dict(flops=plan.flops)
+    step: dict[str, Any] = dict(tokens=plan.length, chunk_batch=plan.chunk_batch)
+    step |= dict(documents=plan.documents, flops=plan.flops)
+    step |= dict(pipeline=plan.pipeline, speedup=plan.speedup)
     most = dict(longest=plan.longest, capacity=plan.capacity, most_chunks=plan.most_chunks)
     return dict(fits=plan.fits, devices=devices) | step | most
 
