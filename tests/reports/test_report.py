@@ -78,7 +78,7 @@ def test_a_report_shows_a_whole_run_on_one_page(workspace, capsys):
     assert pngs(Path("out")).keys() == ALL - {"length", "attention"}
 
     perplexity = dict(task_type="perplexity", num_instance=2, truncation=100)
-    passkey = dict(task_type="passkey", num_instance=1, truncation=230, depths=[0.5])
+    passkey = dict(task_type="passkey", num_instance=1, truncation=230, depths=[0.0, 1.0])
     tasks = [perplexity | dict(compare=["window", "raw"]), passkey]
     files = dict(task_name="files:book*.txt")
     Path("test.json").write_text(json.dumps([task | files for task in tasks]))
