@@ -30,6 +30,8 @@ from uiollms.config.load import load_env_config
 from uiollms.config.sections import MemoryConfig
 from uiollms.data import open_corpus
 from uiollms.data.readers import json_lines as data_files
+from uiollms.data.readers import json_lists
+from uiollms.data.readers.fields import any_fields
 from uiollms.distributed.launch import check_environment
 from uiollms.files.errors import ConfigError, terminal_lines
 from uiollms.files.globs import matching_files
@@ -182,7 +184,8 @@ def test_bytes_after_the_tensors_of_a_header_are_refused(tmp_path):
 
 
 def test_texts_above_the_size_limit_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(data_files, "MOST_TEXT", 2**20)
+    for module in (data_files, json_lists):
+        monkeypatch.setattr(module, "MOST_TEXT", 2**20)
     (tmp_path / "a.txt").write_bytes(b"x" * (2**20 + 1))
     with pytest.raises(ConfigError, match="a.txt: is larger than 1 MiB"):
         open_corpus(f"files:{tmp_path}/a.txt")[0]
@@ -192,7 +195,7 @@ def test_texts_above_the_size_limit_are_refused(tmp_path, monkeypatch):
         open_corpus(f"files:{tmp_path}/a.jsonl")
     (tmp_path / "list.json").write_text(f'{{"train": [{line}]}}')
     with pytest.raises(ConfigError, match=r"train\[0\]: longer than 1 MiB"):
-        data_files.json_list(tmp_path / "list.json", "train", data_files.plain_text)[0]
+        json_lists.json_list(tmp_path / "list.json", "train", any_fields)[0]
 
 
 def test_a_gz_made_to_fill_the_disk_is_refused(tmp_path, monkeypatch):
