@@ -347,6 +347,19 @@ def test_the_first_or_the_full_documents_are_scored(workspace, tiny, fields, exp
     assert all(math.isfinite(document.nll.sum()) for document in result.scores["memory"].values())
 
 
+@pytest.mark.parametrize("documents", ["first", "full"])
+def test_every_document_of_protocol_later_has_a_token_that_reads_memory(workspace, tiny, documents):
+    """Documents of one chunk of 16 and one more token have none."""
+    for length in (9, 17, 18, 40):
+        Path(f"doc-{length}.txt").write_text("x" * length)
+    task = entry(task_name="files:doc-*.txt", truncation=90, num_instance=4)
+    task = task.model_copy(update=dict(documents=documents, protocols=("document", "later")))
+    for result, first in zip(Evaluation(*tiny, [task]).run(), (1, 17), strict=True):
+        scores = result.scores["memory"].values()
+        assert [len(score.nll) for score in scores] == [18 - first, 40 - first]
+        assert math.isfinite(result.summarize().modes["memory"]["perplexity"])
+
+
 def test_a_document_in_one_chunk_is_scored_without_memory(workspace, tiny):
     Path("short.txt").write_text("a few words")
     compared = dict(task_name="files:short.txt", num_instance=1, compare=["window", "raw"])

@@ -157,10 +157,14 @@ def evaluation_documents(
     With `documents` "first" these are the first `num_instance` of the corpus, without blank
     documents and those of one token, which have no scored token. With "full" they are the first
     that fill `truncation`; if these are too few, the first shorter ones of more than a chunk
-    follow. Raises ConfigError if there is no document.
+    follow. Protocol "later" scores none of a document's first chunk and one more token, so with it
+    all documents are longer. Raises ConfigError if there is no document.
     """
     length = min(task.truncation or model.capacity, model.capacity)
-    least = model.memory_config.chunk_size if task.documents == "full" else 1
+    chunk_size = model.memory_config.chunk_size
+    least = chunk_size if task.documents == "full" else 1
+    if "later" in task.protocols:
+        least = chunk_size + 1
     preferred: list[Tensor] = []
     shorter: list[Tensor] = []
     for document in task_documents(task, tokenizer):
