@@ -79,8 +79,8 @@ def run(folder: Path, command: str) -> None:
     while "=" in words[0]:
         name, _, value = words.pop(0).partition("=")
         settings[name] = value
-    assert words.pop(0) == "python"
-    arguments = [sys.executable, *(word.strip('"') for word in words)]
+    program = {"python": [], "uiollms": ["-m", "uiollms"]}[words.pop(0)]
+    arguments = [sys.executable, *program, *(word.strip('"') for word in words)]
     done = subprocess.run(
         arguments, cwd=folder, env=settings, capture_output=True, text=True, timeout=280
     )

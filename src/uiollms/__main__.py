@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int | None:
     if name == "--version":
         print(f"uiollms {__version__}")
         return 0
-    if name == "--print-completion":
+    if name == "--print_completion":
         return print_completion(rest)
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
@@ -96,7 +96,7 @@ def print_completion(rest: list[str]) -> int:
 
     if len(rest) != 1 or rest[0] not in completion.SHELLS:
         allowed = ", ".join(completion.SHELLS)
-        print(f"uiollms: --print-completion: expected one of {allowed}", file=sys.stderr)
+        print(f"uiollms: --print_completion: expected one of {allowed}", file=sys.stderr)
         return 2
     commands = {name: command.help for name, command in COMMANDS.items()}
     completion.print_completion(rest[0], commands)
@@ -114,7 +114,7 @@ def help_text() -> str:
             "",
             "`uiollms COMMAND --help` describes the options of a command, with examples.",
             "`uiollms --version` prints the version.",
-            "`uiollms --print-completion bash` (or zsh, tcsh) prints the completion for a shell.",
+            "`uiollms --print_completion bash` (or zsh, tcsh) prints the completion for a shell.",
         ]
     )
 

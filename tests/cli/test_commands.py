@@ -353,7 +353,7 @@ def test_output_for_scripts(workspace, capsys, flags):
 
 
 def test_bash_completes_commands_options_and_choices(tmp_path, capsys):
-    assert program.main(["--print-completion", "bash"]) == 0
+    assert program.main(["--print_completion", "bash"]) == 0
     (tmp_path / "completion").write_text(capsys.readouterr().out)
 
     def completed(*words: str) -> set[str]:
@@ -364,12 +364,12 @@ COMP_CWORD={len(words)}; COMP_LINE=; _shtab_uiollms; printf '%s\\n' "${{COMPREPL
         return set(done.stdout.split())
 
     assert completed("") >= PACKAGE_COMMANDS.keys()
-    assert completed("re") == {"report"}
+    assert completed("re") == {"report", "refine"}
     assert completed("train", "--re") == {"--resume", "--restart"}
     assert completed("study", "gr") == {"gradients"}
     assert "--top_p" in completed("ask", "--t")
     assert completed("convert", "--dtype", "bf") == {"bf16"}
-    assert program.main(["--print-completion", "fish"]) == 2
+    assert program.main(["--print_completion", "fish"]) == 2
     assert "expected one of bash, zsh, tcsh" in capsys.readouterr().err
 
 

@@ -176,7 +176,7 @@ def test_conversations_of_a_dataset(hub, tmp_path, workspace):
     assert documents[0].messages == TURNS
     with pytest.raises(ConfigError, match="org/chats/train: row 2: field 'messages': message 1: r"):
         documents[1]
-    assert HubStream("org/chats").open().has_messages()
+    assert HubStream("org/chats").open_stream().has_messages()
     config = load_env_config("env.json", ["train.corpus.0.name=hub:org/chats"])
     with pytest.raises(ConfigError, match="corpus 'hub:org/chats': the tokenizer of .* template"):
         check_training(config, "env.json")

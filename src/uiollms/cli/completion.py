@@ -1,7 +1,7 @@
 """Prints the completion of the command `uiollms` for a shell.
 
-uiollms --print-completion bash > ~/.local/share/bash-completion/completions/uiollms
-uiollms --print-completion zsh > ~/.zfunc/_uiollms
+uiollms --print_completion bash > ~/.local/share/bash-completion/completions/uiollms
+uiollms --print_completion zsh > ~/.zfunc/_uiollms
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def make_parser(commands: Mapping[str, str]) -> argparse.ArgumentParser:
             parsers |= action.choices
     parser = argparse.ArgumentParser("uiollms")
     parser.add_argument("--version", action="store_true", help="print the version")
-    parser.add_argument("--print-completion", choices=SHELLS, help="print a shell's completion")
+    parser.add_argument("--print_completion", choices=SHELLS, help="print a shell's completion")
     group = parser.add_subparsers()
     for name, help in commands.items():
         parents = [parsers[name]] if name in parsers else []

@@ -16,9 +16,9 @@ def stream_of(name: str, first: str | None, second: str | None, column: str | No
     r"hub:([^:#/]+/[^:#/]+)(?::([^:#]+))?(?::([^:#]+))?(?:#(.+))?",
     mixed_tasks=True,
     sources_read=lambda *arguments: [stream_of(*arguments)],
-    has_messages=lambda *arguments: stream_of(*arguments).open().has_messages(),
+    has_messages=lambda *arguments: stream_of(*arguments).open_stream().has_messages(),
 )
 def hub(name: str, first: str | None, second: str | None, column: str | None) -> Corpus:
     """A dataset of the hub, read as a stream: the column `text` or `messages`, or the one that
     #COLUMN names. The split is `train` by default. The name is used as it is written."""
-    return stream_of(name, first, second, column).open()
+    return stream_of(name, first, second, column).open_stream()

@@ -53,7 +53,7 @@ class HubStream:
         if self.local_folder() is None:
             return f"hub dataset {self.dataset} is not on this machine; it is read from the hub"
         try:
-            self.open()
+            self.open_stream()
         except ConfigError as error:
             return str(error)
         return None
@@ -73,7 +73,7 @@ class HubStream:
                 f"contains a copy of it as {self.dataset}"
             ) from error
 
-    def open(self) -> StreamedCorpus:
+    def open_stream(self) -> StreamedCorpus:
         """Opens the stream. Raises ConfigError for a dataset, config, split or column that does not
         exist."""
         return self.reading(self._open)
@@ -139,8 +139,8 @@ def count_rows(stream: Any, key: str) -> int:
         count = sum(len(rows) for rows in stream.with_format("arrow").iter(BLOCK))
         make_folder(path.parent)
         with atomic_file(path) as work:
-            work.write_text(str(count))
-    return int(path.read_text())
+            work.write_text(str(count), encoding="utf-8")
+    return int(path.read_text(encoding="utf-8"))
 
 
 class StreamedCorpus(Sequence[Document]):
