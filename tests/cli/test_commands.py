@@ -365,6 +365,7 @@ COMP_CWORD={len(words)}; COMP_LINE=; _shtab_uiollms; printf '%s\\n' "${{COMPREPL
 
     assert completed("") >= PACKAGE_COMMANDS.keys()
     assert completed("re") == {"report", "refine"}
+    assert completed("refine", "--pass") == {"--passage_size", "--passages"}
     assert completed("train", "--re") == {"--resume", "--restart"}
     assert completed("study", "gr") == {"gradients"}
     assert "--top_p" in completed("ask", "--t")

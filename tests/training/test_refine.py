@@ -151,7 +151,7 @@ def test_what_cannot_be_refined_is_refused():
     model = make_model()
     with pytest.raises(ConfigError, match="which are 5 passages of 6; at least 8 are needed"):
         refinement_of(model, length=8 * 4)
-    with pytest.raises(ValueError, match="18 slots and a passage of 50 tokens need more than"):
+    with pytest.raises(ConfigError, match="18 slots and a passage of 50 tokens need more than"):
         refinement_of(model, settings=Settings(passage_size=50))
     with pytest.raises(ConfigError, match="made by another model"):
         Refinement(make_model("qwen2"), refinement_of(model).original, SETTINGS)

@@ -67,14 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
             name, help=help, description=description, formatter_class=raw
         )
         subparser.set_defaults(run=run)
-        models = subparser.add_mutually_exclusive_group()
-        models.add_argument(
-            "--env_conf",
-            metavar="FILE",
-            default=DEFAULT_CONFIG,
-            help=f"environment config ({DEFAULT_CONFIG})",
-        )
-        models.add_argument("--model", metavar="FOLDER", help="a model saved by save_pretrained")
+        model_options(subparser)
         output_arguments(subparser, json_output, quiet)
         return subparser
 
@@ -138,6 +131,18 @@ def make_parser() -> argparse.ArgumentParser:
     )
     generation_options(chat)
     return parser
+
+
+def model_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that `open_model` reads."""
+    models = parser.add_mutually_exclusive_group()
+    models.add_argument(
+        "--env_conf",
+        metavar="FILE",
+        default=DEFAULT_CONFIG,
+        help=f"environment config ({DEFAULT_CONFIG})",
+    )
+    models.add_argument("--model", metavar="FOLDER", help="a model saved by save_pretrained")
 
 
 def generation_options(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,7 @@ import time
 
 import torch
 
-from uiollms.cli.chat import DEFAULT_CONFIG, open_model
+from uiollms.cli.chat import model_options, open_model
 from uiollms.cli.common import Output, output_arguments
 from uiollms.cli.options import file_path, fraction, whole_number
 from uiollms.files.errors import ConfigError
@@ -40,9 +40,8 @@ def main(arguments: list[str] | None = None) -> None:
     memory = Memory.load(args.memory)
     other = Memory.load(args.control) if args.control else None
     model, _ = open_model(args, output)
-    memory.check(model, args.memory)
     settings = Settings(args.passage_size, args.passages, args.lr, args.seed)
-    refinement = Refinement(model, memory, settings)
+    refinement = Refinement(model, memory, settings, args.memory)
     if other is None:
         control = shuffled_tokens(model, memory, args.seed)
     else:
@@ -110,14 +109,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("memory", type=file_path, metavar="NAME.mem", help="memory that `uiollms compress` made")
     add("-o", "--output", required=True, type=file_path, metavar="NAME.mem", help="refined memory")
-    models = parser.add_mutually_exclusive_group()
-    models.add_argument(
-        "--env_conf",
-        metavar="FILE",
-        default=DEFAULT_CONFIG,
-        help=f"environment config ({DEFAULT_CONFIG})",
-    )
-    models.add_argument("--model", metavar="FOLDER", help="a model saved by save_pretrained")
+    model_options(parser)
     add("--control", type=file_path, metavar="NAME.mem", help="memory of another document")
     add("--steps", type=whole_number(), default=200, metavar="N", help="steps in all (200)")
     defaults = Settings()

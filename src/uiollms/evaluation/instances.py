@@ -182,8 +182,9 @@ def evaluation_documents(
 def check_count(found: Sequence[Any], task: TaskEntry) -> None:
     """Raises ConfigError if no document was found; warns if they are fewer than `num_instance`."""
     if not found:
-        text = task.task_type in TEXT_TASKS and task.documents == "first"
-        condition = "has a token to score" if text else "is long enough for memory"
+        any_text = task.task_type in TEXT_TASKS and task.documents == "first"
+        any_text &= "later" not in task.protocols
+        condition = "has a token to score" if any_text else "is long enough for memory"
         raise ConfigError(
             f"corpus {task.task_name!r} has no document for {task.task_type} that {condition}"
         )

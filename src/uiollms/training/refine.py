@@ -62,32 +62,39 @@ class Settings:
 
 
 class Refinement:
-    """The training of one memory. The model is not changed.
+    """The training of one memory. The weights of the model are not changed; gradients at them are
+    cleared.
 
-    Raises ConfigError if another model made the memory, if it does not contain its text (files of
-    version 0.1), or if the text has fewer than HELD_OUT passages. Raises ValueError if slots and
-    passage need more positions than the base has.
+    Raises ConfigError, whose message begins with `name`, if another model made the memory, if it
+    does not contain its text (files of version 0.1), if the text has fewer than HELD_OUT passages,
+    or if slots and a passage need more positions than the base has.
     """
 
-    def __init__(self, model: MemoryLM, memory: Memory, settings: Settings) -> None:
-        memory.check(model)
+    def __init__(
+        self,
+        model: MemoryLM,
+        memory: Memory,
+        settings: Settings,
+        name: str | Path = "the memory",
+    ) -> None:
+        memory.check(model, name)
         if memory.chunk_ids is None:
-            raise ConfigError("the memory does not contain its text; compress the text again")
+            raise ConfigError(f"{name}: does not contain its text; compress the text again")
         self.model, self.original, self.settings = model, memory, settings
         self.text = memory.chunk_ids.flatten()
         size = settings.passage_size
         positions = num_positions(model.config)
         if memory.num_slots + size > positions:
-            raise ValueError(
-                f"{memory.num_slots} slots and a passage of {size} tokens need more than the "
-                f"base's {positions} positions; take shorter passages"
+            raise ConfigError(
+                f"{name}: {memory.num_slots} slots and a passage of {size} tokens need more than "
+                f"the base's {positions} positions; take a smaller passage_size"
             )
         segments = range(0, len(self.text) - size + 1, size)
         if len(segments) < HELD_OUT:
             raise ConfigError(
-                f"the memory has {len(self.text)} tokens in full chunks, which are "
-                f"{len(segments)} passages of {size}; at least {HELD_OUT} are needed; take "
-                "shorter passages"
+                f"{name}: has {len(self.text)} tokens in full chunks, which are "
+                f"{len(segments)} passages of {size}; at least {HELD_OUT} are needed; take a "
+                "smaller passage_size"
             )
         self.held_out = list(segments[HELD_OUT - 1 :: HELD_OUT])
         self.starts = [
