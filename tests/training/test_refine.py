@@ -97,6 +97,14 @@ def test_the_nll_is_of_held_out_passages_after_all_slots():
         nlls.append(F.cross_entropy(logits, ids[1:], reduction="none"))
     found = refinement.nll(refinement.slots())
     assert found == pytest.approx(torch.cat(nlls).mean().item(), rel=ROUNDING)
+    recent = []
+    for start in refinement.held_out:
+        first, end = max(0, start - state.num_slots), start + size
+        logits = model.base(refinement.text[None, first:end]).logits[0, start - first : -1]
+        ids = refinement.text[start + 1 : end]
+        recent.append(F.cross_entropy(logits, ids, reduction="none"))
+    expected = torch.cat(recent).mean().item()
+    assert refinement.nll_of_recent() == pytest.approx(expected, rel=ROUNDING)
     # Slots of another document, of another length.
     other = list(model.compress(random_ids(8 * 4, seed=5), source="other").slots)
     assert refinement.nll(other) != pytest.approx(found, rel=1e-6)

@@ -6,7 +6,8 @@ uiollms refine book.mem -o refined.mem --control other.mem --json
 
 An eighth of the document's passages is not trained on. The bound is the NLL of these passages after
 the control's memory minus their NLL after the memory itself, in nats a token. The control is
-another document, or by default the tokens of the document in random order.
+another document, or by default the tokens of the document in random order. The NLL after as many
+raw tokens as the memory has slots, which are those before the passage, stands beside.
 """
 
 from __future__ import annotations
@@ -47,9 +48,10 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         other.check(model, args.control)
         control = other
-    nll_control, nll_before = (
-        refinement.nll(list(control.slots)),
-        refinement.nll(list(memory.slots)),
+    nll = dict(
+        control=refinement.nll(list(control.slots)),
+        recent=refinement.nll_of_recent(),
+        before=refinement.nll(list(memory.slots)),
     )
     if args.resume:
         refinement.load_state(state_path)
@@ -60,8 +62,8 @@ def main(arguments: list[str] | None = None) -> None:
         if refinement.num_steps % SAVE_EVERY == 0 or refinement.num_steps == args.steps:
             refinement.save_state(state_path)
     refinement.memory().save(args.output)
-    nll_after = refinement.nll(refinement.slots())
-    report(args, output, refinement, (nll_control, nll_before, nll_after), time.monotonic() - began)
+    nll["after"] = refinement.nll(refinement.slots())
+    report(args, output, refinement, nll, time.monotonic() - began)
 
 
 def shuffled_tokens(model: MemoryLM, memory: Memory, seed: int) -> Memory:
@@ -76,18 +78,19 @@ def report(
     args: argparse.Namespace,
     output: Output,
     refinement: Refinement,
-    nlls: tuple[float, float, float],
+    nll: dict[str, float],
     seconds: float,
 ) -> None:
-    """Prints the result. nlls: of the held-out passages after the control, the memory as it was and
-    the refined one."""
-    control, before, after = nlls
+    """Prints the result. nll: of the held-out passages after the control, after as many recent raw
+    tokens as slots, after the memory as it was (before) and after the refined one."""
+    bound = {when: nll["control"] - nll[when] for when in ("before", "after")}
     name = args.control.name if args.control else "its tokens in random order"
     output.print_text(
         f"{args.output}: {refinement.num_steps} steps, {seconds:.1f} s\n"
         f"NLL of {len(refinement.held_out)} held-out passages, nats a token: "
-        f"{before:.4f} -> {after:.4f}; after the control ({name}) {control:.4f}\n"
-        f"bound {control - before:+.4f} -> {control - after:+.4f}"
+        f"{nll['before']:.4f} -> {nll['after']:.4f}; after the control ({name}) "
+        f"{nll['control']:.4f}; after as many recent raw tokens as slots {nll['recent']:.4f}\n"
+        f"bound {bound['before']:+.4f} -> {bound['after']:+.4f}"
     )
     output.print_json(
         memory=str(args.output),
@@ -95,8 +98,8 @@ def report(
         steps=refinement.num_steps,
         seconds=round(seconds, 3),
         passages=len(refinement.held_out),
-        nll=dict(control=control, before=before, after=after),
-        bound=dict(before=control - before, after=control - after),
+        nll=nll,
+        bound=bound,
     )
 
 

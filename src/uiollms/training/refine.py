@@ -30,6 +30,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from uiollms.data.sample import IGNORED, Row, Sample
 from uiollms.distributed.division import Division
@@ -210,6 +211,21 @@ class Refinement:
             for batch in prepare_rows(model, sample, batches)
         ]
         return torch.cat(found).double().mean().item()
+
+    @torch.no_grad()
+    def nll_of_recent(self) -> float:
+        """Returns the mean NLL of the passages that are not trained on, in nats a token, after as
+        many raw tokens as the memory has slots. They are the tokens before the passage; the first
+        passages of the text have fewer."""
+        model, count = self.model, self.original.num_slots
+        found = []
+        for start in self.held_out:
+            ids = self.text[max(0, start - count) : start]
+            passage = self.text[None, start : start + self.settings.passage_size]
+            hidden = model.decode(passage, read_raw(model, ids), [0], local_past=len(ids))
+            targets = passage[0, 1:].to(hidden.device)
+            found.append(F.cross_entropy(model.logits(hidden)[0, :-1].double(), targets))
+        return torch.stack(found).mean().item()
 
     # ---- saving and resuming ---------------------------------------------------------------------
 
