@@ -28,6 +28,7 @@ runs            a run folder: checkpoints, metrics, signals, what is checked bef
 planning        --dry_run: a training step on simulated devices
 study           what gradient estimators cost and what they gain
 reports         tables, plots and pages
+serving         the HTTP server and its page
 cli             the commands
 """
 NAMES = [line.split()[0] for line in ORDER.strip().splitlines()]

@@ -222,7 +222,8 @@ def test_the_lock_satisfies_pyproject():
     locked = locked_versions()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    for text in project["dependencies"] + extras["dev"] + extras["smollm2"] + extras["lm-eval"]:
+    named = [text for name in ("dev", "smollm2", "lm-eval", "serve") for text in extras[name]]
+    for text in project["dependencies"] + named:
         requirement = Requirement(text)
         assert requirement.specifier.contains(locked[requirement.name.lower()]), text
 

@@ -40,6 +40,9 @@ COMMANDS = {
     ),
     "ask": Command("chat", "answer questions about memories", 'book.mem "Who wrote the letter?"'),
     "chat": Command("chat", "chat with a model that has read memories", "--memory book.mem"),
+    "serve": Command(
+        "serve", "answer over HTTP, as OpenAI's API does, with a page", "--folder memories"
+    ),
     "data": Command("data", "list the corpora and their documents", "--sample sotu.test -n 3"),
     "report": Command("report", "write a run folder as one HTML page", "runs/smollm2-8x"),
     "study": Command(

@@ -31,9 +31,10 @@ from uiollms.build import describe_weights, load_trained
 from uiollms.cli.common import Output, output_arguments
 from uiollms.cli.options import MAX_SEED, file_path, fraction, temperature, whole_number
 from uiollms.config.load import load_env_config
+from uiollms.data.prompts import conversation_text, following_ids
 from uiollms.data.readers.fields import check_text
 from uiollms.data.readers.json_lines import MOST_TEXT
-from uiollms.data.tokens import continuation_ids, plain_ids, prefix_ids, tokenize
+from uiollms.data.tokens import continuation_ids, tokenize
 from uiollms.files.errors import ConfigError
 from uiollms.files.reading import read_text
 from uiollms.model.memory import Memory, join
@@ -299,14 +300,9 @@ def answer(
 
 
 def first_turn(tokenizer: Any, question: str, state: MemoryState) -> Tensor:
-    """Token ids [1, T] of a question after `state`. The tokens that the tokenizer starts every text
-    with (for some BOS or a space) are added at the start of the stream only."""
-    text, start = turn_text(tokenizer, [question]), prefix_ids(tokenizer)
-    if state.num_tokens:  # a chat template may contain BOS
-        text = text.removeprefix("".join(tokenizer.convert_ids_to_tokens(start)))
-        return torch.tensor([continuation_ids(tokenizer, text)], dtype=torch.int64)
-    ids = plain_ids(tokenizer, text)
-    return torch.tensor([ids if ids[: len(start)] == start else start + ids], dtype=torch.int64)
+    """Token ids [1, T] of a question after `state`."""
+    ids = following_ids(tokenizer, turn_text(tokenizer, [question]), state.num_tokens)
+    return torch.tensor([ids], dtype=torch.int64)
 
 
 def later_turn(tokenizer: Any, question: str, last: Tensor) -> Tensor:
@@ -318,14 +314,9 @@ def later_turn(tokenizer: Any, question: str, last: Tensor) -> Tensor:
 
 
 def turn_text(tokenizer: Any, turns: list[str]) -> str:
-    """Formats the turns of user and model, alternately, up to the start of the model's next answer.
-    The format is the tokenizer's chat template, or plain text without one."""
-    if not tokenizer.chat_template:
-        return "".join(
-            f" {s}" if i % 2 else f"\n\nQuestion: {s}\nAnswer:" for i, s in enumerate(turns)
-        )
+    """Formats the turns of user and model, alternately, as `conversation_text` does."""
     messages = [{"role": ("user", "assistant")[i % 2], "content": s} for i, s in enumerate(turns)]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return conversation_text(tokenizer, messages)
 
 
 def open_model(

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import shtab
 
-from uiollms.cli import chat, common, convert, data, refine, report, schema, study
+from uiollms.cli import chat, common, convert, data, refine, report, schema, serve, study
 
 SHELLS = ("bash", "zsh", "tcsh")
 
@@ -26,6 +26,7 @@ def make_parser(commands: Mapping[str, str]) -> argparse.ArgumentParser:
         "test": common.make_parser(None, evaluation=True),
         "data": data.make_parser(),
         "refine": refine.make_parser(),
+        "serve": serve.make_parser(),
         "report": report.make_parser(),
         "study": study.make_parser(),
         "convert": convert.make_parser(),
