@@ -178,3 +178,21 @@ def workspace(tmp_path, monkeypatch, tiny_folder) -> Path:
     (tmp_path / "env.json").write_text(json.dumps(env))
     (tmp_path / "test.json").write_text(json.dumps(dict(tasks=[task])))
     return tmp_path
+
+
+@pytest.fixture
+def tiny(workspace):
+    """The model of the workspace with random trained weights, and its tokenizer."""
+    from server import tiny_model
+
+    return tiny_model()
+
+
+@pytest.fixture
+def served(tiny):
+    """A running server of `tiny` with one ready memory, `served.book`."""
+    from server import running
+
+    with running(*tiny, Path("memories")) as server:
+        server.book = server.upload()["id"]
+        yield server
