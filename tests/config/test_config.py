@@ -343,7 +343,23 @@ def changed(path: str, value) -> dict:
         (
             "train.tasks.0.protocols",
             ["release"],
-            "e.json: train.tasks[0].protocols[0]: Input should be 'paper', 'document' or 'later'",
+            "e.json: train.tasks[0].protocols[0]: protocol 'release' is unknown; allowed are paper, "
+            "document, later, beacon, and with a number of tokens sliding.1024, last.256",
+        ),
+        (
+            "train.tasks.0.protocols",
+            ["sliding.256"],
+            "e.json: train.tasks[0].protocols[0]: protocol 'sliding.256': windows advance by 256",
+        ),
+        (
+            "train.tasks.0.protocols",
+            ["last.0"],
+            "e.json: train.tasks[0].protocols[0]: protocol 'last.0' is unknown",
+        ),
+        (
+            "train.tasks.0.protocols",
+            ["paper", "segment.9000"],
+            "e.json: train.tasks[0]: protocols: segment.9000 scores the last 9000 tokens after the",
         ),
         ("train.tasks.0.protocols", [], "e.json: train.tasks[0].protocols: "),
     ],

@@ -6,9 +6,18 @@ Units: lengths are in tokens, `partition` and `share` are fractions of documents
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from uiollms.files.errors import validated
 
@@ -197,6 +206,49 @@ TEXT_TASKS = (
     "language modeling",
 )  # every token of plain text is scored, by a protocol
 RETRIEVAL_TASKS = ("passkey", "needle")
+PLAIN_PROTOCOLS = ("paper", "document", "later", "beacon")
+SIZED_PROTOCOLS = ("sliding", "last", "segment")  # a number of tokens follows the name and a dot
+STRIDE = 256  # tokens by which the windows of protocol sliding advance
+SIZED_NAME = rf"({'|'.join(SIZED_PROTOCOLS)})\.([1-9][0-9]{{0,8}})"
+
+
+def parse_protocol(name: str) -> tuple[str, int]:
+    """Splits the name of a protocol: "paper" -> ("paper", 0), "sliding.1024" -> ("sliding", 1024).
+    Raises ValueError for an unknown name, and for windows no longer than their stride."""
+    if name in PLAIN_PROTOCOLS:
+        return name, 0
+    found = re.fullmatch(SIZED_NAME, name)
+    if not found:
+        raise ValueError(
+            f"protocol {name!r} is unknown; allowed are {', '.join(PLAIN_PROTOCOLS)}, and with a "
+            "number of tokens sliding.1024, last.256 and segment.2048"
+        )
+    kind, tokens = found[1], int(found[2])
+    if kind == "sliding" and tokens <= STRIDE:
+        raise ValueError(
+            f"protocol {name!r}: windows advance by {STRIDE} tokens and do not score their first "
+            f"token, so windows must be longer than {STRIDE}"
+        )
+    return kind, tokens
+
+
+def checked_protocol(name: str) -> str:
+    parse_protocol(name)
+    return name
+
+
+ProtocolName = Annotated[
+    str,
+    AfterValidator(checked_protocol),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"enum": [*PLAIN_PROTOCOLS], "type": "string"},
+                {"pattern": f"^{SIZED_NAME}$", "type": "string"},
+            ]
+        }
+    ),
+]
 MOST_TRIALS = 10_000  # at a depth; all of them are built before the first one is scored
 
 
@@ -238,13 +290,17 @@ class TaskEntry(Checked):
         None,
         description="number of memory slots of a chunk in this task. null: the compressor config's",
     )
-    protocols: tuple[Literal["paper", "document", "later"], ...] = Field(
+    protocols: tuple[ProtocolName, ...] = Field(
         default=("paper",),
         min_length=1,
         description=(
             "which tokens are scored, with one result for each protocol; perplexity and language "
             "modeling only. paper: all except the first of every chunk. document: all except the "
-            "document's first. later: those of document that read a memory"
+            "document's first. later: those of document that read a memory. beacon: as document, "
+            "with equal weights for all documents. sliding.L: windows of L tokens, each of which "
+            "is a document of its own, at every 256 tokens; only a window's new tokens count. "
+            "last.N: the last N tokens. segment.N: the last N tokens, which are read raw after "
+            "the memories of the rest; see docs/protocols.md"
         ),
     )
     depths: tuple[Fraction, ...] | None = Field(
@@ -281,6 +337,14 @@ class TaskEntry(Checked):
                 f"protocols is for {' and '.join(TEXT_TASKS)}; {self.task_type} has one protocol: "
                 "remove it"
             )
+        for protocol in self.protocols:
+            kind, tokens = parse_protocol(protocol)
+            if kind == "segment" and self.truncation is not None and self.truncation <= tokens:
+                faults.append(
+                    f"protocols: {protocol} scores the last {tokens} tokens after the memories of "
+                    f"those before, but truncation is {self.truncation}: it must be larger by at "
+                    "least a chunk"
+                )
         if self.documents != "first" and self.task_type not in TEXT_TASKS:
             faults.append(
                 f"documents is for {' and '.join(TEXT_TASKS)}; {self.task_type} takes the first "

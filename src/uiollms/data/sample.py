@@ -63,6 +63,7 @@ class Sample:
         (1 - kl_weight) * NLL + kl_weight * KL(teacher || student) replaces NLL.
     documents: the number of chunks of each document, in order, if the sample contains several
         documents (see `joined`).
+    start: index in its document of the sample's first token, if the sample is a window of one.
     """
 
     chunks: Tensor
@@ -70,6 +71,7 @@ class Sample:
     teachers: tuple[Tensor, ...] = ()
     kl_weight: float = 0.0
     documents: tuple[int, ...] = ()
+    start: int = 0
 
     @classmethod
     def joined(cls, samples: Sequence[Sample]) -> Sample:
@@ -426,9 +428,12 @@ def flatten_ids(ids: Tensor) -> Tensor:
     return ids
 
 
-# Who is scored in plain text, by the names in configs.
+# Who is scored in plain text, by the names in configs. protocols.py has those with a length. Under
+# "beacon" the same tokens are scored as under "document", and the mean over documents differs
+# (evaluation/results.py).
 PROTOCOLS: dict[str, Callable[[Tensor, int], Sample]] = {
     "paper": Sample.language_modeling,
     "document": Sample.document,
     "later": Sample.later,
+    "beacon": Sample.document,
 }

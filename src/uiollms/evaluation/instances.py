@@ -16,9 +16,11 @@ from uiollms.config.corpora import COPY_TASKS, RETRIEVAL_TASKS, TEXT_TASKS, Task
 from uiollms.data import ChatDocument, Document, RecallDocument, open_corpus
 from uiollms.data.builder import SampleBuilder, teaches_memory, with_task
 from uiollms.data.documents import LazyCorpus, Task
+from uiollms.data.limits import check_sample
+from uiollms.data.protocols import fewest_tokens, protocol_samples
 from uiollms.data.recall_sample import last_value
 from uiollms.data.retrieval import DEPTHS, make_trials
-from uiollms.data.sample import PROTOCOLS, Sample
+from uiollms.data.sample import Sample
 from uiollms.data.tokens import tokenize, tokenize_pair
 from uiollms.files.errors import ConfigError
 from uiollms.model.memory_lm import MemoryLM
@@ -39,7 +41,7 @@ ACCEPTED_KINDS: dict[str, tuple[str, ...]] = {
 class Instance:
     """One document of a task.
 
-    samples:  one sample, for auto encoding one per chunk
+    samples:  one sample, for auto encoding one per chunk, for protocol sliding one per window
     depth:    where a retrieval trial hides its sentence, 0 to 1
     prompt:   [T] token ids that a generated answer continues, for tasks that generate
     response: [T] token ids that the answer is compared with, for tasks that generate
@@ -75,7 +77,7 @@ def task_instances(
     if task.task_type in TEXT_TASKS:
         texts = evaluation_documents(model, tokenizer, task)
         return {
-            p: [Instance((PROTOCOLS[p](ids, chunk_size),)) for ids in texts]
+            p: [Instance(text_samples(model, task, p, ids)) for ids in texts]
             for p in dict.fromkeys(task.protocols)
         }
     if task.task_type in RETRIEVAL_TASKS:
@@ -97,6 +99,20 @@ def task_instances(
             break
     check_count(instances, task)
     return {None: instances}
+
+
+def text_samples(
+    model: MemoryLM, task: TaskEntry, protocol: str, ids: Tensor
+) -> tuple[Sample, ...]:
+    """The samples of a text [T] under a protocol. Raises ConfigError if they exceed the base's
+    positions, as the raw tokens of a segment can."""
+    samples = protocol_samples(protocol, ids, model.memory_config.chunk_size)
+    try:
+        for sample in samples:
+            check_sample(model.limits, sample)
+    except ValueError as error:
+        raise ConfigError(f"{task.task_name}: protocol {protocol}: {error}") from None
+    return samples
 
 
 def make_instance(
@@ -157,19 +173,20 @@ def evaluation_documents(
     With `documents` "first" these are the first `num_instance` of the corpus, without blank
     documents and those of one token, which have no scored token. With "full" they are the first
     that fill `truncation`; if these are too few, the first shorter ones of more than a chunk
-    follow. Protocol "later" scores none of a document's first chunk and one more token, so with it
-    all documents are longer. Raises ConfigError if there is no document.
+    follow. All documents are long enough for every protocol (`fewest_tokens`), such as "later",
+    which scores none of the first chunk and one more token. Raises ConfigError if there is no
+    document.
     """
     length = min(task.truncation or model.capacity, model.capacity)
     chunk_size = model.memory_config.chunk_size
-    least = chunk_size if task.documents == "full" else 1
-    if "later" in task.protocols:
-        least = chunk_size + 1
+    fewest = max(fewest_tokens(protocol, chunk_size) for protocol in task.protocols)
+    if task.documents == "full":
+        fewest = max(fewest, chunk_size + 1)
     preferred: list[Tensor] = []
     shorter: list[Tensor] = []
     for document in task_documents(task, tokenizer):
         ids = tokenize(tokenizer, document.text)[:length]
-        if len(ids) > least and not document.is_empty:
+        if len(ids) >= fewest and not document.is_empty:
             fits = task.documents == "first" or len(ids) == length
             (preferred if fits else shorter).append(ids)
         if len(preferred) == task.num_instance:
@@ -183,7 +200,7 @@ def check_count(found: Sequence[Any], task: TaskEntry) -> None:
     """Raises ConfigError if no document was found; warns if they are fewer than `num_instance`."""
     if not found:
         any_text = task.task_type in TEXT_TASKS and task.documents == "first"
-        any_text &= "later" not in task.protocols
+        any_text &= all(fewest_tokens(protocol, 1) == 2 for protocol in task.protocols)
         condition = "has a token to score" if any_text else "is long enough for memory"
         raise ConfigError(
             f"corpus {task.task_name!r} has no document for {task.task_type} that {condition}"

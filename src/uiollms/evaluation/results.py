@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from uiollms.config.corpora import COPY_TASKS, RETRIEVAL_TASKS, TEXT_TASKS
@@ -82,6 +83,12 @@ class ScoredTask:
         return key, f"{key}_interval_95", name
 
     @property
+    def weighs_documents_equally(self) -> bool:
+        """Whether the NLL is the mean over documents of their mean NLLs, as with Activation Beacon,
+        and not the mean over tokens."""
+        return self.protocol == "beacon"
+
+    @property
     def size(self) -> str:
         """Tokens and memory slots of a chunk, such as "256 / 32"."""
         return f"{self.chunk_size} / {self.num_memory}" if self.num_memory else f"{self.chunk_size}"
@@ -122,8 +129,13 @@ class TaskScores:
 
     @cached_property
     def comparison(self) -> Comparison:
+        equal = self.task.weighs_documents_equally
+
         def nlls(mode: str) -> dict[int, Tensor]:
-            return {i: d.nll for i, d in self.scores.get(mode, {}).items()}
+            found = self.scores.get(mode, {})
+            if equal:  # a document is one number
+                return {i: torch.tensor([d.mean_nll]).double() for i, d in found.items()}
+            return {i: d.nll for i, d in found.items()}
 
         memory, window, raw = nlls("memory"), nlls("window"), nlls("raw")
         return Comparison(
@@ -207,7 +219,8 @@ def mode_numbers(task: ScoredTask, documents: Sequence[DocumentScore]) -> dict[s
     """The numbers of a task's documents in one mode. Losses are in nats per scored token,
     intervals are 95 % and come from resampled documents (BLEU-4 has none), fractions are 0 to 1,
     BLEU-4 is 0 to 100."""
-    weighted = [(d.mean_nll, len(d.nll)) for d in documents]
+    equal = task.weighs_documents_equally
+    weighted = [(d.mean_nll, 1 if equal else len(d.nll)) for d in documents]
     numbers: dict[str, Any] = {
         "documents": len(documents),
         "nll": token_weighted(weighted),
@@ -230,12 +243,15 @@ def mode_numbers(task: ScoredTask, documents: Sequence[DocumentScore]) -> dict[s
 
 def text_numbers(task: ScoredTask, documents: Sequence[DocumentScore]) -> dict[str, Any]:
     perplexities = [exp(d.mean_nll) for d in documents]
-    return {
+    numbers: dict[str, Any] = {
         "document_mean": mean(perplexities),
         "document_mean_interval_95": bootstrap(perplexities, mean),
         "by_position": by_position(documents),
-        "by_chunk": by_chunk(documents, task.chunk_size),
     }
+    # The chunks of a sliding window are its own, and a segment is read as one row.
+    if (task.protocol or "").split(".")[0] not in ("sliding", "segment"):
+        numbers["by_chunk"] = by_chunk(documents, task.chunk_size)
+    return numbers
 
 
 def loss_numbers(task: ScoredTask, documents: Sequence[DocumentScore]) -> dict[str, Any]:

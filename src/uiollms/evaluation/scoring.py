@@ -25,7 +25,8 @@ from torch import Tensor
 
 from uiollms.config.sections import MemoryConfig
 from uiollms.data.limits import check_sample
-from uiollms.data.sample import IGNORED, PROTOCOLS, Row, Sample, flatten_ids
+from uiollms.data.protocols import protocol_samples
+from uiollms.data.sample import IGNORED, Row, Sample, flatten_ids
 from uiollms.kernels.devices import to_device
 from uiollms.kernels.indexing import batched
 from uiollms.kernels.linear_cross_entropy import linear_losses
@@ -71,7 +72,7 @@ def score(
     """NLL per scored token of one document [T] or [1, T].
 
     protocol: "paper" scores all tokens but the first of every chunk, "document" all but the first
-              of the document
+              of the document; data/protocols.py has the others
     mode:     one of MODES, which the module's docstring describes
     other:    the document [T] or [1, T] whose memories mode "shuffled" reads; it must have at
               least as many complete chunks as are read of this one
@@ -79,24 +80,26 @@ def score(
     Raises ValueError if the document is longer than the capacity (mode "raw": than the base's
     positions), and if protocol or mode are unknown.
     """
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"protocol {protocol!r} is unknown; allowed are {', '.join(PROTOCOLS)}")
     if (other is not None) != (mode == "shuffled"):
         found = "without one" if other is None else f"with mode {mode!r}"
         raise ValueError(f"other is the document that mode 'shuffled' reads, found {found}")
     l = model.memory_config.chunk_size
-    sample = PROTOCOLS[protocol](input_ids, l)
-    if other is not None:
-        other = flatten_ids(other)
-        other = other[: len(other) // l * l].view(-1, l)
-    return Score(token_losses(model, sample, mode, other)[1], scored_positions(sample))
+    nll, positions = [], []
+    for sample in protocol_samples(protocol, input_ids, l):
+        chunks = None
+        if other is not None:
+            text = flatten_ids(other)[sample.start :]
+            chunks = text[: len(text) // l * l].view(-1, l)
+        nll.append(token_losses(model, sample, mode, chunks)[1])
+        positions.append(scored_positions(sample))
+    return Score(torch.cat(nll), torch.cat(positions))
 
 
 def scored_positions(sample: Sample) -> Tensor:
     """[T'] int64: the index in its document of every scored token. A row's token predicts the
     token after it. In a copy, whose rows start one token early, it predicts the token at its
     index."""
-    ahead = 0 if any(row.repeat for row in sample.rows) else 1
+    ahead = sample.start + (0 if any(row.repeat for row in sample.rows) else 1)
     return torch.cat([row.start + row.scored + ahead for row in sample.rows])
 
 
