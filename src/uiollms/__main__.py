@@ -43,7 +43,7 @@ COMMANDS = {
     "serve": Command(
         "serve", "answer over HTTP, as OpenAI's API does, with a page", "--folder memories"
     ),
-    "data": Command("data", "list the corpora and their documents", "--sample sotu.test -n 3"),
+    "data": Command("data", "list the corpora and their documents", "--sample stdlib.test -n 3"),
     "report": Command("report", "write a run folder as one HTML page", "runs/smollm2-8x"),
     "study": Command(
         "study",

@@ -18,6 +18,7 @@ import uiollms
 from uiollms import __main__ as program
 from uiollms.__main__ import COMMANDS as PACKAGE_COMMANDS
 from uiollms.build import load_memory_lm
+from uiollms.cli import completion
 from uiollms.cli.common import reporting_errors
 from uiollms.config.load import load_env_config
 from uiollms.data import Document, NewsDocument, TokenDocument
@@ -307,6 +308,20 @@ def help_of(command: str, monkeypatch, capsys, *sub: str) -> tuple[str, list[str
     return capsys.readouterr().out, [name for group in groups for name in group.choices]
 
 
+def test_every_argument_of_uiollms_has_a_help_text():
+    def undescribed(parser: argparse.ArgumentParser) -> list[str]:
+        found = []
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                found += [name for sub in action.choices.values() for name in undescribed(sub)]
+            elif not action.help:
+                found.append(f"{parser.prog} {action.dest}")
+        return found
+
+    helps = {name: command.help for name, command in PACKAGE_COMMANDS.items()}
+    assert not undescribed(completion.make_parser(helps))
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_an_example(command, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
@@ -352,7 +367,7 @@ def test_output_for_scripts(workspace, capsys, flags):
         assert tested.out == ""
 
 
-def test_bash_completes_commands_options_and_choices(tmp_path, capsys):
+def test_bash_completes_commands_options_choices_and_paths(tmp_path, monkeypatch, capsys):
     assert program.main(["--print_completion", "bash"]) == 0
     (tmp_path / "completion").write_text(capsys.readouterr().out)
 
@@ -370,6 +385,17 @@ COMP_CWORD={len(words)}; COMP_LINE=; _shtab_uiollms; printf '%s\\n' "${{COMPREPL
     assert completed("study", "gr") == {"gradients"}
     assert "--top_p" in completed("ask", "--t")
     assert completed("convert", "--dtype", "bf") == {"bf16"}
+    (tmp_path / "books").mkdir()
+    for name in ("book.txt", "book.mem"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    both = {"book.txt", "book.mem"}
+    assert completed("compress", "bo") >= both and completed("ask", "bo") >= both
+    assert completed("compress", "book.txt", "-o", "bo") >= both
+    assert completed("train", "--env_conf", "bo") >= both
+    assert completed("study", "gradients", "--env_conf", "bo") >= both
+    assert completed("convert", "bo") >= both
+    assert completed("report", "bo") == {"books"} == completed("study", "cost", "--out", "bo")
     assert program.main(["--print_completion", "fish"]) == 2
     assert "expected one of bash, zsh, tcsh" in capsys.readouterr().err
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -1106,3 +1107,14 @@ def test_command_runs_as_a_module_without_warnings() -> None:
         2,
         "corpus 'pg18.test' is unknown; did you mean pg19.{train,validation,test}[.SIZE]?\n",
     )
+
+
+@pytest.mark.parametrize("width", [80, 120, 200])
+def test_the_list_of_corpora_fits_the_terminal(width, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    main([])
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= width
+    for entry in REGISTER:  # no name is cut or broken into lines
+        assert re.search(rf"^ *{re.escape(entry.usage)}( {{2}}|$)", text, re.MULTILINE), entry.usage
+    assert "…" not in text

@@ -4,22 +4,30 @@ errors, and the command."""
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from test_commands import call
 
-from uiollms.cli.dry_run import dry_run, parse_memory
+from uiollms.cli.dry_run import FIGURES, dry_run, parse_memory, print_plan
 from uiollms.config.load import load_env_config
 from uiollms.data.stream import TrainingSample, pack_documents
 from uiollms.distributed.device_map import CPU
 from uiollms.files.errors import ConfigError
 from uiollms.planning import step_simulation
-from uiollms.planning.planner import choose_chunk_batch, largest_batch, largest_fitting, make_plan
-from uiollms.planning.step_simulation import StepSimulation
+from uiollms.planning.planner import (
+    Plan,
+    choose_chunk_batch,
+    largest_batch,
+    largest_fitting,
+    make_plan,
+)
+from uiollms.planning.step_simulation import Need, StepSimulation
 from uiollms.training.estimators import make_estimator
 from uiollms.training.step import gradient_step
 
@@ -195,6 +203,30 @@ def test_dry_run_prints_the_plan_and_errors(workspace, capsys):
     assert "GPU 1 does not exist, this machine has 1" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         call("train.py", "--env_conf", "env.json", "--device_memory", "1GiB")
+
+
+@pytest.mark.parametrize("width", [80, 122, 200])
+def test_the_table_of_a_plan_fits_the_terminal(width):
+    need = Need(*(123.456 * 2**30 for _ in Need._fields))
+    devices = [torch.device("cuda", i) for i in range(10)]
+    plan = Plan(
+        length=99_328,
+        chunk_batch=4,
+        capacity=100_320,
+        need=dict.fromkeys(devices, need),
+        available=dict.fromkeys(devices, 80 * 2**30) | {devices[3]: 0},
+    )
+    with open(os.devnull, "w") as nowhere:
+        console = Console(width=width, file=nowhere, record=True)
+        print_plan(plan, 1, 10, console)
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= width
+    text = "\n".join(lines)
+    assert all(text.count(str(device)) == 1 for device in devices)
+    for name in FIGURES:  # no cell is broken into lines or cut
+        assert re.search(rf"[│┃] +{name} +[│┃]", text), name
+    assert text.count("123.46") == 60 and text.count("740.74") == 10 and "…" not in text
+    assert text.count("80.00") == 9 and text.count("not here") == 1
 
 
 @pytest.mark.parametrize(

@@ -72,8 +72,14 @@ class Output:
     def bar(self, items: Iterable[Any] | None, **settings: Any) -> tqdm:
         return ProgressBar(items, **settings, disable=self.quiet)
 
-    def console(self, width: int | None = None, **settings: Any) -> Console:
-        return Console(width=width, quiet=not self.prints_text, **settings)
+    def console(self, piped_width: int | None = None, **settings: Any) -> Console:
+        """A console as wide as the terminal, or as the environment variable COLUMNS sets it.
+
+        piped_width: columns where stdout is no terminal and COLUMNS is not set
+        """
+        if sys.stdout.isatty() or "COLUMNS" in os.environ:
+            piped_width = None
+        return Console(width=piped_width, quiet=not self.prints_text, **settings)
 
 
 # Fields of smollm2-8x.json for `test.py --demo`: always the shipped weights, on few documents.

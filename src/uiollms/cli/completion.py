@@ -14,6 +14,17 @@ import shtab
 from uiollms.cli import chat, common, convert, data, refine, report, schema, serve, study
 
 SHELLS = ("bash", "zsh", "tcsh")
+# Metavar of an argument -> what a shell completes there.
+PATHS = {
+    "FILE": shtab.FILE,
+    "NAME.mem": shtab.FILE,
+    "NAME.mem | QUESTION": shtab.FILE,
+    "CHECKPOINT": shtab.FILE,
+    "SOURCE": shtab.FILE,
+    "TARGET": shtab.FILE,
+    "FOLDER": shtab.DIRECTORY,
+    "RUN": shtab.DIRECTORY,
+}
 
 
 def make_parser(commands: Mapping[str, str]) -> argparse.ArgumentParser:
@@ -42,7 +53,19 @@ def make_parser(commands: Mapping[str, str]) -> argparse.ArgumentParser:
     for name, help in commands.items():
         parents = [parsers[name]] if name in parsers else []
         group.add_parser(name, help=help, parents=parents, add_help=not parents)
+    complete_paths(parser)
     return parser
+
+
+def complete_paths(parser: argparse.ArgumentParser) -> None:
+    """Sets what a shell completes for the arguments of a parser and its commands that are files or
+    folders."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                complete_paths(command)
+        elif isinstance(action.metavar, str) and action.metavar in PATHS:
+            action.complete = PATHS[action.metavar]  # type: ignore[attr-defined]
 
 
 def print_completion(shell: str, commands: Mapping[str, str]) -> None:

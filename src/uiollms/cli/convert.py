@@ -25,8 +25,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--env_conf", required=True, metavar="FILE", help="config of the weights' model"
     )
-    parser.add_argument("source", type=file_path, help="a checkpoint folder, or a .pth file")
-    parser.add_argument("target", type=file_path, help="a folder, or a file name that ends in .pth")
+    add = parser.add_argument
+    add("source", type=file_path, metavar="SOURCE", help="a checkpoint folder, or a .pth file")
+    add(
+        "target",
+        type=file_path,
+        metavar="TARGET",
+        help="a folder, or a file name that ends in .pth",
+    )
     parser.add_argument(
         "--dtype",
         choices=list(DTYPES),

@@ -10,12 +10,12 @@ uiollms data --json
 from __future__ import annotations
 
 import argparse
-import sys
 from itertools import islice
 from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from transformers import AutoTokenizer
 
@@ -67,22 +67,30 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def console_of(output: Output) -> Console:
-    return output.console(None if sys.stdout.isatty() else 160, highlight=False, markup=False)
+    return output.console(160, highlight=False, markup=False)
 
 
 def print_corpora(output: Output) -> None:
-    """Prints one line per corpus."""
+    """Prints a table with a row per corpus if it fits the console, else a paragraph per corpus."""
     console = console_of(output)
+    rows = []
     table = Table("corpus", "documents for", "on this machine", box=box.SIMPLE)
     for entry in REGISTER:
         missing = [source.name for source in entry.sources if source.missing()]
         output.print_json(
             corpus=entry.usage, documents_for=entry.task, ready=not missing, missing=missing
         )
-        table.add_row(
-            entry.usage, entry.task, f"missing: {', '.join(missing)}" if missing else "ready"
-        )
-    console.print(table)
+        state = f"missing: {', '.join(missing)}" if missing else "ready"
+        rows.append((entry.usage, entry.task, state))
+        table.add_row(*rows[-1])
+    unlimited = console.options.update(max_width=10**4)
+    if console.measure(table, options=unlimited).maximum <= console.width:
+        console.print(table)
+    else:
+        for usage, task, state in rows:
+            console.print(usage, style="bold", soft_wrap=True)
+            console.print(Padding(f"{task}; {state}", (0, 0, 0, 4), expand=False))
+        console.print()
     console.print(
         "SIZE is the number of characters that a text is cut to, 128k or 1m. Missing files belong "
         "into raw_data; raw_data/README.md describes how to get them. A missing dataset org/name "

@@ -24,6 +24,18 @@ from uiollms.training.schedule import Schedule
 DOES_NOT_FIT = 3  # exit code
 MAX_GPUS = 128  # of torch
 MAX_MEMORY = 2**50  # bytes of a GPU, a thousand times the largest
+FIGURES = (
+    "weights",
+    "LoRA, optimizer",
+    "memories",
+    "keys, values",
+    "their gradients",
+    "activations",
+    "total",
+    "has",
+    "fits",
+)
+NAME_WIDTH, DEVICE_WIDTH = 19, 11  # columns of a table with a column per device
 SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT])(I?)B", re.IGNORECASE)
 
 
@@ -47,7 +59,7 @@ def dry_run(
         steps = len(Schedule(config.train, config.train.accum_grad).steps())
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    print_plan(plan, config.train.accum_grad, steps, output.console(width=130))
+    print_plan(plan, config.train.accum_grad, steps, output.console(130))
     output.print_json(**as_json(plan), steps=steps)
     return 0 if plan.fits else DOES_NOT_FIT
 
@@ -107,40 +119,54 @@ def describe_pipeline(plan: Plan) -> str:
     return f"; the devices work in turn (with train.pipeline true: {faster}, expected)"
 
 
+def device_tables(plan: Plan, console: Console) -> list[Table]:
+    """The figures of every device in GiB: one table with a row per device if that fits the
+    console, else tables with a column per device."""
+    devices = []
+    for device, need in plan.need.items():
+        available = plan.available[device]
+        devices.append(
+            (
+                str(device),
+                *(f"{size / 2**30:.2f}" for size in (*need, need.total)),
+                f"{available / 2**30:.2f}" if available else "not here",
+                "yes" if need.total <= available else "NO",
+            )
+        )
+    table = Table()
+    for name in ("device", *FIGURES):
+        table.add_column(name, justify="left" if name == "device" else "right")
+    for cells in devices:
+        table.add_row(*cells)
+    unlimited = console.options.update(max_width=10**4)
+    if console.measure(table, options=unlimited).maximum <= console.width:
+        return [table]
+    most = max(1, (console.width - NAME_WIDTH) // DEVICE_WIDTH)
+    tables = []
+    for start in range(0, len(devices), most):
+        table = Table("device")
+        shown = devices[start : start + most]
+        for name, *_ in shown:
+            table.add_column(name, justify="right", no_wrap=True)
+        for name, *figures in zip(FIGURES, *(cells[1:] for cells in shown), strict=True):
+            table.add_row(name, *figures)
+        tables.append(table)
+    return tables
+
+
 def print_plan(plan: Plan, documents: int, steps: int, console: Console) -> None:
     """Prints the plan. documents: of one step; steps: of a run; both with one process."""
     together = (
         "a document of" if plan.documents == 1 else f"{plan.documents} documents at once, of up to"
     )
-    table = Table(
-        title=(
-            f"one training step: {together} {plan.length:,} tokens, chunk_batch "
-            f"{plan.chunk_batch} (GiB)"
-        ),
-        title_justify="left",
+    console.print(
+        f"one training step: {together} {plan.length:,} tokens, chunk_batch {plan.chunk_batch} "
+        "(GiB)",
+        style="italic",
+        highlight=False,
     )
-    for column in (
-        "device",
-        "weights",
-        "LoRA, optimizer",
-        "memories",
-        "keys, values",
-        "their gradients",
-        "activations",
-    ):
-        table.add_column(column, justify="left" if column == "device" else "right")
-    for column in ("total", "has", "fits"):
-        table.add_column(column, justify="right")
-    for device, need in plan.need.items():
-        available = plan.available[device]
-        figures = [f"{size / 2**30:.2f}" for size in (*need, need.total)]
-        table.add_row(
-            str(device),
-            *figures,
-            f"{available / 2**30:.2f}" if available else "not here",
-            "yes" if need.total <= available else "NO",
-        )
-    console.print(table)
+    for table in device_tables(plan, console):
+        console.print(table)
     longest = (
         "none"
         if plan.longest is None

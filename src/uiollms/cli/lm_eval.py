@@ -25,15 +25,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run() -> None:
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
     if find_spec("lm_eval") is None:
-        raise ConfigError(
-            "lm_eval: lm-eval is not installed; install it with: pip install -e '.[lm-eval]'"
-        )
+        raise ConfigError("lm-eval is not installed; run: pip install 'lm-eval>=0.4.13,<0.5'")
     register()
     from lm_eval.__main__ import cli_evaluate
 
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
     cli_evaluate()
 
 

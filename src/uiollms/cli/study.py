@@ -118,12 +118,35 @@ def make_parser() -> argparse.ArgumentParser:
         description = f"{what[0].upper()}{what[1:]}.\n\nexample: uiollms study {name} {example}"
         raw = argparse.RawDescriptionHelpFormatter
         command = commands.add_parser(name, help=what, description=description, formatter_class=raw)
-        command.add_argument("--out", type=file_path, help="folder of the results (runs/study-...)")
+        command.add_argument(
+            "--out",
+            type=file_path,
+            metavar="FOLDER",
+            help="folder of the results (runs/study-...)",
+        )
         output_arguments(command, "the results, as in results.json, as one JSON object")
         if name != "recall":
-            command.add_argument("--env_conf", required=True, metavar="FILE")
-            command.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
-            command.add_argument("--preset", choices=list(PRESETS), default="config")
+            command.add_argument(
+                "--env_conf",
+                required=True,
+                metavar="FILE",
+                help="environment config, such as smollm2-8x.json",
+            )
+            command.add_argument(
+                "--set",
+                action="append",
+                default=[],
+                metavar="FIELD=VALUE",
+                help="override one field of the config with a JSON value; may be given several "
+                "times",
+            )
+            command.add_argument(
+                "--preset",
+                choices=list(PRESETS),
+                default="config",
+                help="sizes: those of the config, small ones, or those of the paper's Table 4 or "
+                "Figure 7 (config)",
+            )
         if name in ("gradients", "cost"):
             command.add_argument(
                 "--corpus", default="sotu.test", help="corpus of the documents (sotu.test)"
