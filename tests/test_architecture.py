@@ -22,6 +22,7 @@ data            corpora -> documents -> samples, batch by batch
 weights         base models, adapters and model folders on disk
 model           the memory-enhanced transformer
 build           a config -> a model with its tokenizer and weights
+alternatives    what a user would pick instead of a learned memory, at equal slots
 evaluation      scores, controls, tasks and their results
 training        estimators, the training step, optimizer and stages
 runs            a run folder: checkpoints, metrics, signals, what is checked before a run

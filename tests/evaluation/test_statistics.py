@@ -22,7 +22,7 @@ from uiollms.data.sample import Sample
 from uiollms.evaluation import statistics
 from uiollms.evaluation.evaluator import Evaluation
 from uiollms.evaluation.results import Comparison, ScoredTask, TaskScores, TaskSummary
-from uiollms.evaluation.scoring import exact_match, token_losses, with_recent_tokens
+from uiollms.evaluation.scoring import exact_match, token_losses
 from uiollms.evaluation.statistics import DRAWS, difference, recovered_fraction
 from uiollms.reports.curves import bound_lines, plot_training
 from uiollms.reports.tables import rows_of
@@ -297,16 +297,6 @@ def test_protocol_later_scores_the_tokens_that_read_memory():
     assert torch.equal(later.nll, whole.nll[L:])
     weights = torch.cat([row.token_weights[row.scored] for row in Sample.later(ids, L).rows])
     assert weights.sum().item() == pytest.approx(1) and len(weights) == 2 * L + 1
-
-
-def test_worked_example_of_recent_tokens():
-    config = MEMORY.model_copy(update=dict(chunk_size=4, num_memory=2))
-    sample = with_recent_tokens(Sample.document(torch.arange(10), 4), config)
-    read = [row.input_ids.tolist() for row in sample.rows]
-    assert read == [[0, 1, 2, 3], [2, 3, 4, 5, 6, 7], [4, 5, 6, 7, 8, 9]]
-    assert [row.start for row in sample.rows] == [0, 2, 4] and not len(sample.chunks)
-    scored = [row.targets[row.scored].tolist() for row in sample.rows]
-    assert scored == [[1, 2, 3, 4], [5, 6, 7, 8], [9]]
 
 
 def test_with_one_slot_per_token_recent_reads_the_whole_context():

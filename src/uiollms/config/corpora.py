@@ -249,6 +249,17 @@ ProtocolName = Annotated[
         }
     ),
 ]
+# Tasks with a question, by which passages can be chosen.
+QUESTION_TASKS = (
+    "question answering",
+    "activation beacons",
+    "news qa summation",
+    "news qa summation v2",
+    *RETRIEVAL_TASKS,
+)
+Mode = Literal["window", "raw", "shuffled", "recent", "streaming", "bm25", "pooled"]
+# A copy is generated from memory alone, so it has only these two.
+COPY_MODES = ("window", "shuffled")
 MOST_TRIALS = 10_000  # at a depth; all of them are built before the first one is scored
 
 
@@ -274,12 +285,15 @@ class TaskEntry(Checked):
         description="largest number of tokens that are read of a document. null: all. For passkey "
         "and needle, the length of a trial",
     )
-    compare: tuple[Literal["window", "raw", "shuffled", "recent"], ...] = Field(
+    compare: tuple[Mode, ...] = Field(
         default=(),
         description=(
             "modes that score the same tokens for comparison. window: without memory. raw: with "
             "the raw context, if it fits the base's positions. shuffled: with the memories of "
-            "another document. recent: with the preceding raw tokens, as many as memory has slots"
+            "another document. The others read as many slots as memory has. recent: the preceding "
+            "raw tokens. streaming: the document's first four tokens and the preceding ones. bm25: "
+            "passages that resemble the question. pooled: averaged keys and values of the raw "
+            "context; see docs/alternatives.md"
         ),
     )
     chunk_size: Positive | None = Field(
@@ -364,10 +378,15 @@ class TaskEntry(Checked):
                 f"num_instance: at most {MOST_TRIALS} trials at each depth, found "
                 f"{self.num_instance}"
             )
-        if self.task_type in COPY_TASKS and {"raw", "recent"} & set(self.compare):
-            compared = " and ".join(mode for mode in self.compare if mode in ("raw", "recent"))
+        if self.task_type in COPY_TASKS and set(self.compare) - set(COPY_MODES):
+            compared = " and ".join(mode for mode in self.compare if mode not in COPY_MODES)
             what = f"{self.task_type} decodes from memory alone; allowed are window and shuffled"
             faults.append(f"compare: {compared}: {what}")
+        if "bm25" in self.compare and self.task_type not in QUESTION_TASKS:
+            faults.append(
+                f"compare: bm25 chooses passages by a question, {self.task_type} has none; allowed "
+                f"with {', '.join(QUESTION_TASKS)}"
+            )
         if "shuffled" in self.compare and self.num_instance < 2:
             faults.append(
                 "compare: shuffled reads another document's memories, num_instance must be at "

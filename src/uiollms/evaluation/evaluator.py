@@ -33,6 +33,7 @@ from uiollms.model.rope import num_positions
 
 log = logging.getLogger("uiollms")
 Progress = Callable[[list[Instance]], Iterable[Instance]]  # wraps the documents in a progress bar
+READS_RAW = ("raw", "pooled")  # modes that the base's positions limit; they are left out past them
 Scores = dict[str, dict[int, DocumentScore]]  # mode -> index of a document -> its score
 
 
@@ -50,8 +51,8 @@ class Measurement:
 class Evaluation:
     """The evaluation tasks of a run.
 
-    Documents are tokenised once. The scores of the frozen base (modes window, raw and recent) are
-    computed once, because training changes only the memory. Copy tasks are the exception: their
+    Documents are tokenised once. The scores of the frozen base (all modes but memory and shuffled)
+    are computed once, because training changes only the memory. Copy tasks are the exception: their
     first token, `repeat_token`, is trained. Raises ConfigError, before anything is scored, for a
     task whose corpus has no documents for it or whose size does not fit the model.
     """
@@ -93,15 +94,15 @@ class Evaluation:
 
     def _measure(self, index: int, measurement: Measurement, progress: Progress) -> TaskScores:
         task = measurement.task
-        base_modes = () if task.task_type in COPY_TASKS else ("window", "raw", "recent")
+        copies = task.task_type in COPY_TASKS
+        base_modes = [mode for mode in task.compare if mode != "shuffled" and not copies]
         if index not in self._base_scores:
-            modes = [mode for mode in base_modes if mode in task.compare]
-            if "raw" in modes and any(
+            too_long = any(
                 longest_text(sample) > num_positions(self.model.config)
                 for instance in measurement.instances
                 for sample in instance.samples
-            ):
-                modes.remove("raw")
+            )
+            modes = [mode for mode in base_modes if not (too_long and mode in READS_RAW)]
             self._base_scores[index] = self._score_all(measurement, modes, progress)
         memory_modes = ["memory", *(mode for mode in task.compare if mode not in base_modes)]
         corpus, arguments = find_corpus(task.task_name)

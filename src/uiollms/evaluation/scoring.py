@@ -1,4 +1,5 @@
-"""Scores of one sample: the NLL and the training loss of every scored token, in one of five modes.
+"""Scores of one sample: the NLL and the training loss of every scored token, in one of several
+modes.
 
     memory    Rows read the memories of the chunks before them. This is the model.
     window    Rows read no memory; each reads its chunk and its recent tokens only. This is the
@@ -7,8 +8,15 @@
               memory without loss would give.
     shuffled  Rows read as many memories, but of another document. The difference to `memory` is
               what the content of memory is worth.
+
+What the same number of slots is worth without any training (see uiollms/alternatives):
+
     recent    The base reads, before each row, as many raw tokens as the row's memories have
-              slots. This is what the same number of slots is worth without any training.
+              slots: those directly before it.
+    streaming As recent, but the first four of these tokens are the document's first.
+    bm25      As recent, but these tokens are passages of the context that resemble the question.
+    pooled    Rows read, in place of memories, the keys and values of the raw context, averaged
+              over as many groups of tokens as there are slots.
 
 Shapes: T tokens of a document, T' scored tokens, C chunks, l chunk_size, N scored tokens of a
 batch of rows, D hidden size, H key/value heads, M memory slots that rows read, K head size.
@@ -16,17 +24,18 @@ batch of rows, D hidden size, H key/value heads, M memory slots that rows read, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from uiollms.config.sections import MemoryConfig
+from uiollms.alternatives.pooled import pool_context
+from uiollms.alternatives.raw_tokens import CHOICES, with_raw_tokens
 from uiollms.data.limits import check_sample
 from uiollms.data.protocols import protocol_samples
-from uiollms.data.sample import IGNORED, Row, Sample, flatten_ids
+from uiollms.data.sample import Row, Sample, flatten_ids
 from uiollms.kernels.devices import to_device
 from uiollms.kernels.indexing import batched
 from uiollms.kernels.linear_cross_entropy import linear_losses
@@ -59,7 +68,8 @@ class Score(NamedTuple):
         return self.nll.double().mean().exp().item()
 
 
-MODES = ("memory", "window", "raw", "shuffled", "recent")
+MODES = ("memory", "window", "raw", "shuffled", "recent", "streaming", "bm25", "pooled")
+ScoredRows = tuple[Sequence[Row], Tensor, Tensor]  # rows, hidden states [N, D], targets [N]
 
 
 def score(
@@ -113,11 +123,20 @@ def token_losses(
 
     other: the chunks [C, l] of another document, for mode "shuffled"
     """
+    return losses_of(model, sample, scored_hidden(model, sample, mode, other))
+
+
+@torch.no_grad()
+def losses_of(
+    model: MemoryLM, sample: Sample, batches: Iterable[ScoredRows]
+) -> tuple[Tensor, Tensor]:
+    """`token_losses` of hidden states that are computed already, in the form that `scored_hidden`
+    yields."""
     if not sample.num_scored:
         return torch.empty(0), torch.empty(0)
     teachers = teacher_hidden(model, sample)
     parts = []
-    for rows, hidden, targets in scored_hidden(model, sample, mode, other):
+    for rows, hidden, targets in batches:
         teacher = scored_teacher_hidden(model, teachers, rows) if teachers else None
         losses = linear_losses(hidden, model.base.lm_head, targets, teacher, sample.kl_weight)
         parts.append(losses)
@@ -132,15 +151,21 @@ def exact_match(
 ) -> bool:
     """Whether every scored token is the likeliest one. This holds exactly if greedy decoding
     generates these tokens."""
+    return all_likeliest(model, scored_hidden(model, sample, mode, other))
+
+
+@torch.no_grad()
+def all_likeliest(model: MemoryLM, batches: Iterable[ScoredRows]) -> bool:
+    """`exact_match` of hidden states that are computed already, in the form that `scored_hidden`
+    yields."""
     return all(
-        bool((model.logits(hidden).argmax(-1) == targets).all())
-        for _, hidden, targets in scored_hidden(model, sample, mode, other)
+        bool((model.logits(hidden).argmax(-1) == targets).all()) for _, hidden, targets in batches
     )
 
 
 def scored_hidden(
     model: MemoryLM, sample: Sample, mode: str, other: Tensor | None = None
-) -> Iterator[tuple[Sequence[Row], Tensor, Tensor]]:
+) -> Iterator[ScoredRows]:
     """Yields batches of the rows that have scored tokens, with the normed hidden states [N, D] at
     their scored positions and the targets [N]. Raises ValueError if the sample is longer than the
     capacity, and if the other document has too few chunks."""
@@ -161,8 +186,8 @@ def scored_hidden(
             chunks=sample.chunks[:0],
             rows=tuple(replace(r, num_memories=0) for r in sample.rows),
         )
-    elif mode == "recent":
-        sample = with_recent_tokens(sample, model.memory_config)
+    elif mode in CHOICES:
+        sample = with_raw_tokens(sample, model.memory_config, mode)
     elif mode == "shuffled":
         if other is None or len(other) < len(sample.chunks):
             raise ValueError(
@@ -171,7 +196,8 @@ def scored_hidden(
             )
         sample = replace(sample, chunks=other[: len(sample.chunks)])
     check_sample(model.limits, sample)
-    keys, values = encode_and_project_all(model, sample.chunks)
+    read_context = pool_context if mode == "pooled" else encode_and_project_all
+    keys, values = read_context(model, sample.chunks)
     scored = [t for t, row in enumerate(sample.rows) if len(row.scored)]
     for batch in prepare_rows(model, sample, [*batched(scored, model.chunks_per_batch)]):
         rows = [sample.rows[t] for t in batch.numbers]
@@ -198,35 +224,6 @@ def with_raw_texts(sample: Sample) -> Sample:
             texts.append(text)
         rows.append(replace(row, teacher=(len(texts) - 1, len(before))))
     return replace(sample, rows=tuple(reversed(rows)), teachers=tuple(texts))
-
-
-def with_recent_tokens(sample: Sample, memory: MemoryConfig) -> Sample:
-    """The sample without memories. Each row starts with the raw tokens directly before it, which
-    are not scored. They are as many as its memories have slots, or fewer near the document's
-    start. Raises ValueError for a copy, which is generated from memory alone.
-
-    2 slots per chunk of 4, ids 0..9 -> the rows are [0 1 2 3] | [2 3 4 5 6 7] | [4 5 6 7 8 9]
-    """
-    rows = []
-    for row in sample.rows:
-        if row.repeat:
-            raise ValueError("mode 'recent': a copy is generated from memory alone")
-        before = sample.chunks[row.memories.start : row.memories.stop].flatten()
-        before = before[: len(before) - row.recent]  # the row contains its recent tokens already
-        before = before[max(0, len(before) - row.num_memories * memory.num_memory) :]
-        unscored = torch.full_like(before, IGNORED)
-        no_weight = torch.zeros(len(before), dtype=row.token_weights.dtype)
-        longer = replace(
-            row,
-            input_ids=torch.cat([before, row.input_ids]),
-            targets=torch.cat([unscored, row.targets]),
-            token_weights=torch.cat([no_weight, row.token_weights]),
-            num_memories=0,
-            start=row.start - len(before),
-            teacher=(row.teacher[0], row.teacher[1] - len(before)),
-        )
-        rows.append(longer)
-    return replace(sample, chunks=sample.chunks[:0], rows=tuple(rows))
 
 
 def longest_text(sample: Sample) -> int:

@@ -19,6 +19,9 @@ COLORS = {
     "window": "tab:red",
     "shuffled": "tab:orange",
     "recent": "tab:purple",
+    "streaming": "tab:pink",
+    "bm25": "tab:brown",
+    "pooled": "tab:olive",
     "memory": "tab:blue",
     "raw": "tab:green",
 }

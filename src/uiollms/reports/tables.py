@@ -18,6 +18,9 @@ NAMES = {
     "window": "no memory (window only)",
     "shuffled": "memory of another document",
     "recent": "recent raw tokens, as many as slots",
+    "streaming": "first and recent raw tokens, as many as slots",
+    "bm25": "passages found by BM25, as many tokens as slots",
+    "pooled": "averaged keys and values, as many as slots",
     "memory": "with memory",
     "raw": "raw context",
 }
