@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,17 +63,17 @@ def pool_context(model: MemoryLM, chunks: Tensor) -> tuple[list[Tensor], list[Te
     return keys, values
 
 
-def unrotated_kv(layer: torch.nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
+def unrotated_kv(layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the keys before rotation and the values, [1, H, T, K] each, that a layer computes
     from hidden states [1, T, D]."""
     attention = layer.self_attn
-    shape = (*hidden.shape[:2], attention.head_dim)  # type: ignore[arg-type]
+    shape = (*hidden.shape[:2], attention.head_dim)
     # A rotation by the angle 0 changes nothing.
     no_rotation = hidden.new_ones(shape), hidden.new_zeros(shape)
-    return project_kv(attention, layer.input_layernorm(hidden), no_rotation)  # type: ignore[operator]
+    return project_kv(attention, layer.input_layernorm(hidden), no_rotation)
 
 
-def rotated(layer: torch.nn.Module, keys: Tensor, rotary: Sequence[Tensor]) -> Tensor:
+def rotated(layer: Any, keys: Tensor, rotary: Sequence[Tensor]) -> Tensor:
     """Returns keys [1, H, S, K], rotated by the family's own function with the cosines and sines
     `rotary` [1, S, K]."""
     rotate = sys.modules[type(layer.self_attn).__module__].apply_rotary_pos_emb
