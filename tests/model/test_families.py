@@ -368,17 +368,17 @@ def test_the_oracle_distinguishes_variants(name, what):
 def test_capacity_follows_from_the_positions_of_the_model_card(name):
     model, _, _ = models_of(name)
     positions = VARIANTS[name].positions
-    assert num_positions(model.config) == positions
+    assert num_positions(model.base.config) == positions
     full = (positions - 8) // 2 + 1
     assert model.capacity == full * 8 + max(0, min(7, positions - full * 2))
     model.check_length(model.capacity)
     with pytest.raises(ValueError) as error:
         model.check_length(model.capacity + 1)
     assert f"the capacity is {model.capacity}: " in str(error.value)
-    if positions == model.config.max_position_embeddings:
+    if positions == model.base.config.max_position_embeddings:
         assert f"max_position_embeddings {positions}, chunk_size 8" in str(error.value)
     else:
-        parameters = model.config.rope_parameters
+        parameters = model.base.config.rope_parameters
         product = (
             f"factor {parameters['factor']:g} * {ORIGINAL} {parameters[ORIGINAL]}), chunk_size 8"
         )

@@ -190,7 +190,7 @@ def flash_attention(model: MemoryLM):
         yield
         assert (
             model.base.config._attn_implementation
-            == model.config._attn_implementation
+            == model.base.config._attn_implementation
             == flash.NAME
         )
 

@@ -263,7 +263,7 @@ def test_a_checkpoint_has_the_same_fingerprint_in_every_dtype(family, tmp_path):
 def test_the_name_of_the_base_may_differ(model):
     memory = model.compress(random_ids(20))
     other = copy.deepcopy(model)
-    other.config._name_or_path = "/elsewhere/renamed"
+    other.base.config._name_or_path = "/elsewhere/renamed"
     assert memory.state(other).num_tokens == 20
 
 

@@ -132,7 +132,7 @@ def test_a_model_is_pushed_and_loaded(hub, model, tmp_path):  # noqa: F811
     (tmp_path / "test.json").write_text(json.dumps({"results": [result]}))
     paths = str(tmp_path / "model"), str(tmp_path / "test.json")
     assert run(hub, PUSH, *paths).strip().endswith(COMMIT)
-    assert Hub.files.keys() == {*WEIGHT_FILES, "base.json", "README.md"}
+    assert Hub.files.keys() == {*WEIGHT_FILES, "base.json", "config.json", "README.md"}
     card = Hub.files["README.md"].decode()
     assert "library_name: uiollms" in card and "| num_memory | 2 |" in card
     assert "| sotu (perplexity) | 100 | memory | perplexity | 20.5 |" in card

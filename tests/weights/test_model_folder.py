@@ -175,6 +175,7 @@ def test_all_that_was_saved_is_replaced(model, tmp_path, tiny_folder):
     assert {path.name for path in folder.iterdir()} == {
         *(p.partition("/")[0] for p in WEIGHT_FILES),
         "base.json",
+        "config.json",
         "README.md",
     }
 

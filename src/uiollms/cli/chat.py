@@ -328,7 +328,7 @@ def open_model(
             MemoryLM.from_pretrained(args.model, device_map="auto"),
             load_tokenizer(args.model),
         )
-        check_tokenizer(tokenizer, model.config, args.model)
+        check_tokenizer(tokenizer, model.base.config, args.model)
         output.print_text(describe_weights(args.model, model))
         return model, tokenizer
     model, tokenizer, weights = load_trained(load_env_config(args.env_conf), args.env_conf)

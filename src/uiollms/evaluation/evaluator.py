@@ -65,7 +65,7 @@ class Evaluation:
         self._base_scores: dict[int, Scores] = {}  # by index of the measurement
         for task in tasks:
             try:
-                size = resized_for_task(model.memory_config, task, model.config).size
+                size = resized_for_task(model.memory_config, task, model.base.config).size
             except ConfigError as error:
                 raise ConfigError(f"{task.task_name}: {error}") from None
             with model.sized(size):
@@ -98,7 +98,7 @@ class Evaluation:
         base_modes = [mode for mode in task.compare if mode != "shuffled" and not copies]
         if index not in self._base_scores:
             too_long = any(
-                longest_text(sample) > num_positions(self.model.config)
+                longest_text(sample) > num_positions(self.model.base.config)
                 for instance in measurement.instances
                 for sample in instance.samples
             )

@@ -73,7 +73,9 @@ def fingerprint(model: Any, covers: Literal["all", "samples"] = "all") -> Finger
     trained = dict(sorted(model.memory_state_dict().items()))
     # Dropout matters in training only, and the schema only to editors.
     compressor = model.memory_config.model_copy(update={"lora_dropout": 0.0, "schema_": None})
-    common = dict(base=Path(model.config._name_or_path).name or "unnamed", compressor=compressor)
+    common = dict(
+        base=Path(model.base.config._name_or_path).name or "unnamed", compressor=compressor
+    )
     if covers == "samples":
         adapter = hash_bytes(t.float() for t in trained.values())
         return Fingerprint(**common, base_weights=hash_samples(model.base), adapter=adapter)

@@ -64,7 +64,7 @@ class Memory:
         begins with `name` and lists what differs."""
         differences = self.made_by.differences(model)
         size = len(self.slots), self.slots.shape[-1]
-        model_size = model.config.num_hidden_layers, model.config.hidden_size
+        model_size = model.base.config.num_hidden_layers, model.base.config.hidden_size
         if not differences and size != model_size:
             differences = [
                 f"slots of {size[0]} layers of {size[1]} numbers, this model's are "
@@ -82,9 +82,9 @@ class Memory:
                 "compress the text again"
             )
         try:
-            check_ids(self.open_ids, model.config.vocab_size)
+            check_ids(self.open_ids, model.base.config.vocab_size)
             if self.chunk_ids is not None:
-                check_ids(self.chunk_ids, model.config.vocab_size)
+                check_ids(self.chunk_ids, model.base.config.vocab_size)
         except ValueError as error:
             raise ConfigError(f"{name}: {error}") from None
 
@@ -209,11 +209,11 @@ def compress(
             "them"
         )
     model.check_length(len(ids))
-    check_ids(ids, model.config.vocab_size)
+    check_ids(ids, model.base.config.vocab_size)
     config, ids = model.memory_config, ids.cpu()
     num_full = len(ids) // config.chunk_size * config.chunk_size  # tokens of full chunks
     chunks = ids[:num_full].view(-1, config.chunk_size)
-    shape = model.config.num_hidden_layers, 0, config.num_memory, model.config.hidden_size
+    shape = model.base.config.num_hidden_layers, 0, config.num_memory, model.base.config.hidden_size
     parts = [torch.empty(shape, dtype=model.dtype)]
     for batch in progress(chunks.split(model.chunk_batch) if len(chunks) else ()):
         layers = model.encode_layers(batch)

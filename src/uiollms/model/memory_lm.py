@@ -37,6 +37,7 @@ from uiollms.kernels.execution import Execution
 from uiollms.kernels.norms import promote_norms
 from uiollms.kernels.quantized import keep_differentiable
 from uiollms.model.attention import AttentionPattern
+from uiollms.model.configuration import MemoryLMConfig, register_auto_classes
 from uiollms.model.generation import Generation
 from uiollms.model.layers import (
     AnyPrefix,
@@ -86,13 +87,20 @@ class MemoryLM(  # type: ignore[misc]
     with weights on disk, when a chunk is encoded.
     """
 
+    config_class = MemoryLMConfig
     main_input_name = "input_ids"
     _supports_sdpa = True
     _supports_flash_attn = True
 
     def __init__(self, base: Any, config: MemoryConfig, masters: str = "fp32") -> None:
         check_base(base, config)
-        super().__init__(base.config)
+        super().__init__(
+            MemoryLMConfig(
+                text_config=base.config,
+                memory=config.model_dump(exclude={"schema_"}),
+                attn_implementation=base.config._attn_implementation,
+            )
+        )
         base.requires_grad_(False)
         base.eval()
         keep_differentiable(base)
@@ -187,7 +195,7 @@ class MemoryLM(  # type: ignore[misc]
     @property
     def limits(self) -> Limits:
         """The limits of a document's size."""
-        config = self.config
+        config = self.base.config
         return Limits(
             self.memory_config,
             num_positions(config),
@@ -295,7 +303,9 @@ class MemoryLM(  # type: ignore[misc]
         m = self.memory_config.num_memory
         positions = slot_positions(chunks, m, self.device)
         like = torch.empty(0, dtype=memory[0].dtype, device=self.device)
-        long_factors = uses_long_factors(self.config, [m], 0)  # as for every row that reads slots
+        long_factors = uses_long_factors(
+            self.base.config, [m], 0
+        )  # as for every row that reads slots
         rotary = rotary_tables(self.base, like, positions, long_factors)
         keys, values = [], []
         layers: Iterator[Any] = zip(self.decoder_layers, self.decoder.layers, memory, strict=True)
@@ -385,3 +395,6 @@ class MemoryLM(  # type: ignore[misc]
         repeat = torch.ones(len(input_ids), dtype=torch.bool)
         num_slots = [self.memory_config.num_memory] * len(input_ids)
         return self.logits(self.decode(shifted, prefix, num_slots, repeat=repeat))
+
+
+register_auto_classes(MemoryLM)

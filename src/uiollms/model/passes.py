@@ -44,7 +44,7 @@ def encode_all(
     graph: LayerMemory = []
     if not len(chunks):
         return [], graph
-    m, size = model.memory_config.num_memory, model.config.hidden_size
+    m, size = model.memory_config.num_memory, model.base.config.hidden_size
     # Allocated before the batches and filled in place, so that these long-lived tensors do not
     # fragment the memory that the batches free.
     layers = model.base.model.layers
@@ -129,7 +129,7 @@ def encode_and_project_all(model: MemoryLM, chunks: Tensor) -> tuple[list[Tensor
 def empty_slots(model: MemoryLM, count: int) -> list[Tensor]:
     """Allocates tensors for the keys, then the values, of `count` chunks: 2L x [count, H, m, K].
     Their strides allow `join_slots` to return views."""
-    layers, heads = model.base.model.layers, model.config.num_key_value_heads
+    layers, heads = model.base.model.layers, model.base.config.num_key_value_heads
     shape = heads, count, model.memory_config.num_memory, layers[0].self_attn.head_dim
     return [
         torch.empty(shape, dtype=model.dtype, device=layer_device(layer)).transpose(0, 1)

@@ -45,7 +45,7 @@ def save_prefix(state: MemoryState, model: Any, folder: str | Path) -> None:
         )
     fed = torch.cat([state.recent_ids, state.open_ids], dim=1)[0]
     most = model.memory_config.chunk_size - state.open_ids.shape[1]
-    window, reach = smallest_window(model.config), slots + len(fed) + most
+    window, reach = smallest_window(model.base.config), slots + len(fed) + most
     if window is not None and window < reach:
         raise ConfigError(
             f"{folder}: the base's sliding window of {window} positions is smaller than {slots} "
@@ -58,7 +58,7 @@ def save_prefix(state: MemoryState, model: Any, folder: str | Path) -> None:
     heads, size = kv.shape[2], kv.shape[4]
     config = PrefixTuningConfig(
         task_type="CAUSAL_LM",
-        base_model_name_or_path=shared_name(model.config),
+        base_model_name_or_path=shared_name(model.base.config),
         num_virtual_tokens=slots,
         num_layers=len(layers),
         token_dim=heads * size,

@@ -9,11 +9,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from uiollms.data.tokens import tokenize
+from uiollms.model.configuration import MemoryLMConfig
 from uiollms.model.memory import Memory, compress
 from uiollms.weights import model_folder
 from uiollms.weights.hub import upload_folder
+
+# What transformers' Auto classes and pipelines add to the arguments of `from_pretrained`.
+ADDED_SETTINGS = (
+    "_commit_hash",
+    "_from_auto",
+    "_from_pipeline",
+    "adapter_kwargs",
+    "trust_remote_code",
+)
 
 
 class PretrainedMixin:
@@ -69,7 +80,15 @@ class PretrainedMixin:
     def from_pretrained(cls: Any, folder: str | Path, **settings: Any) -> Any:
         """Loads a model from a folder. The settings are those of
         `uiollms.weights.model_folder.load_model`."""
+        for name in ADDED_SETTINGS:
+            settings.pop(name, None)
         return model_folder.load_model(cls, folder, **settings)
+
+    @classmethod
+    def _from_config(cls: Any, config: MemoryLMConfig, **settings: Any) -> Any:
+        """Makes a model with random weights, for AutoModelForCausalLM.from_config."""
+        base = AutoModelForCausalLM.from_config(config.text_config, **settings)
+        return cls(base, config.memory_config)
 
     def push_to_hub(
         self,

@@ -37,7 +37,7 @@ class Streaming:
     def _empty_kv(self: Any, batch_size: int) -> list[Tensor]:
         """Returns keys or values of no tokens, for every layer [B, H, 0, K]."""
         head_dim = self.base.model.layers[0].self_attn.head_dim
-        shape = (batch_size, self.config.num_key_value_heads, 0, head_dim)
+        shape = (batch_size, self.base.config.num_key_value_heads, 0, head_dim)
         return [
             torch.empty(shape, dtype=self.dtype, device=layer_device(layer))
             for layer in self.base.model.layers
@@ -79,7 +79,7 @@ class Streaming:
             output = forward_padded(self, input_ids, lengths, state, labels, logits_to_keep)
             return output if return_dict else output.to_tuple()
         self.check_length(state.num_tokens + input_ids.shape[1])
-        check_ids(input_ids, self.config.vocab_size)
+        check_ids(input_ids, self.base.config.vocab_size)
         input_ids = input_ids.to(self.device)
 
         next_state = self._advance(state, input_ids)

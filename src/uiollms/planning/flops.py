@@ -65,7 +65,7 @@ class Flops:
 
     @classmethod
     def of(cls, model: MemoryLM) -> Flops:
-        return cls.of_shape(model.config, model.memory_config)
+        return cls.of_shape(model.base.config, model.memory_config)
 
     @classmethod
     def of_shape(cls, config: PreTrainedConfig, memory: MemoryConfig) -> Flops:

@@ -84,7 +84,7 @@ class Refinement:
         self.model, self.original, self.settings = model, memory, settings
         self.text = memory.chunk_ids.flatten()
         size = settings.passage_size
-        positions = num_positions(model.config)
+        positions = num_positions(model.base.config)
         if memory.num_slots + size > positions:
             raise ConfigError(
                 f"{name}: {memory.num_slots} slots and a passage of {size} tokens need more than "
@@ -166,7 +166,7 @@ class Refinement:
     def context_size(self) -> int:
         """How many tokens the teacher reads before a passage: the whole text, or as many as the
         base has positions for."""
-        positions = num_positions(self.model.config) - self.settings.passage_size
+        positions = num_positions(self.model.base.config) - self.settings.passage_size
         return min(len(self.text), positions)
 
     def context(self, start: int) -> int:

@@ -89,7 +89,7 @@ def write_weights(
     compressor = model.memory_config.model_dump_json(indent=4) + "\n"
     (work / "memory_config.json").write_text(compressor, encoding="utf-8")
     # One key only, because safetensors writes several keys in a random order.
-    header = {"vocab_size": str(model.config.vocab_size)}
+    header = {"vocab_size": str(model.base.config.vocab_size)}
     tokens = {name: tensors[name] for name in TOKENS if name in tensors}
     save_file(tokens, work / "tokens.safetensors", metadata=header)
     for role in lora_roles(model.memory_config):
@@ -201,10 +201,10 @@ def read_folder(model: MemoryLM, path: Path) -> dict[str, Tensor]:
     with safe_open(path / "tokens.safetensors", "pt") as file:
         vocabulary = (file.metadata() or {}).get("vocab_size")
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-    if vocabulary not in (None, str(model.config.vocab_size)):
+    if vocabulary not in (None, str(model.base.config.vocab_size)):
         raise ValueError(
             f"trained with a vocabulary of {vocabulary} tokens, the model has "
-            f"{model.config.vocab_size}"
+            f"{model.base.config.vocab_size}"
         )
     for role in lora_roles(model.memory_config):
         adapter = load_file(path / role / "adapter_model.safetensors")
@@ -274,7 +274,7 @@ def peft_config(model: MemoryLM, lora_projections: list[str]) -> LoraConfig:
     config = model.memory_config
     return LoraConfig(
         task_type="CAUSAL_LM",
-        base_model_name_or_path=shared_name(model.config),
+        base_model_name_or_path=shared_name(model.base.config),
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
         lora_dropout=config.lora_dropout,

@@ -20,7 +20,11 @@ CARD = "README.md"
 
 
 def downloaded_folder(
-    name: str | Path, revision: str | None = None, token: str | bool | None = None
+    name: str | Path,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
 ) -> Path:
     """The folder of a model: `name` itself if it is a path, else the snapshot of the hub id `name`
     in the hub's cache, downloaded if the hub can be reached. Raises ConfigError if that fails."""
@@ -30,7 +34,11 @@ def downloaded_folder(
     try:
         return Path(
             snapshot_download(
-                name, revision=revision, token=token, local_files_only=not hub_reachable()
+                name,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only or not hub_reachable(),
             )
         )
     except Exception as error:  # the client raises anything for networks, tokens and servers

@@ -3,6 +3,8 @@ base model or its name.
 
 <folder>/memory_config.json encoder/ decoder/ tokens.safetensors    see adapters.py; PEFT loads
                               encoder/ and decoder/
+         config.json          the config of transformers' Auto classes: the base's, and the memory
+                              options
          base.json            {"model_name": hub id, folder or package:...}
          base/                the base's own weights, if they were included
          tokenizer.json ...   the tokenizer, if it was given
@@ -42,12 +44,13 @@ from uiollms.weights.hub import CARD, downloaded_folder, model_card
 from uiollms.weights.packaged import PACKAGED, converted_folder
 
 if TYPE_CHECKING:
+    from uiollms.model.configuration import MemoryLMConfig
     from uiollms.model.memory_lm import MemoryLM
 
 INCLUDED = "base"  # name of the included base's folder, also in base.json
 # Everything that `save` may have written, with the tokenizer files of transformers. Nothing else is
 # ever replaced.
-SAVED_FILES = [*WEIGHT_FILES, *ROLES, "base.json", INCLUDED, CARD]
+SAVED_FILES = [*WEIGHT_FILES, *ROLES, "config.json", "base.json", INCLUDED, CARD]
 SAVED_FILES += [
     f"{INCLUDED}/{name}"
     for name in ("config.json", "generation_config.json", "model*.safetensors", "model*.index.json")
@@ -96,7 +99,7 @@ def save(
     for a base that has no name and is not included.
     """
     folder = Path(folder)
-    name = model.config._name_or_path
+    name = model.base.config._name_or_path
     inside = [(parent / INCLUDED).resolve() for parent in (folder, whole_folder(folder))]
     include_base = include_base or bool(name) and Path(name).resolve() in inside
     if not (include_base or name):
@@ -107,12 +110,15 @@ def save(
     check_replaceable(folder)
     named = {"model_name": INCLUDED if include_base else public_name(name)}
     remedy = f"; {folder} is as it was" if folder.exists() else ""
-    card = model_card(model.memory_config, shared_name(model.config) or "a language model", results)
+    card = model_card(
+        model.memory_config, shared_name(model.base.config) or "a language model", results
+    )
     if (folder / CARD).is_file() and results is None:
         card = read_text(folder / CARD, MOST_JSON)
     with reporting_write_errors(folder, remedy), atomic_folder(folder) as work:
         write_weights(model, work, tensors=state_dict)
         write_checksums(work)
+        model.config.save_pretrained(work)
         (work / CARD).write_text(card, encoding="utf-8")
         (work / "base.json").write_text(json.dumps(named, indent=4) + "\n", encoding="utf-8")
         if include_base:
@@ -163,6 +169,9 @@ def load_model(
     attn_implementation: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    config: MemoryLMConfig | None = None,
 ) -> MemoryLM:
     """Loads a model of the class `cls`, MemoryLM, from a folder that `save_pretrained` wrote, or
     from weights of train.py with an added base.json.
@@ -176,18 +185,25 @@ def load_model(
         of a config count from the process's own GPUs.
     folder: a path, or a hub id, whose files are downloaded to the hub's cache.
     revision, token: of the hub id; if `folder` is a path, those of the base.
+    cache_dir, local_files_only: of the download of the hub id, as in transformers.
     attn_implementation: passed to the base's from_pretrained.
+    config: the config of the folder, with other values of `dtype`, `attn_implementation` or
+        `memory`; transformers' Auto classes give it.
 
     Other settings of transformers (quantization_config, state_dict, ...) are not supported: load
     the base with them and pass it as `base`. Raises ConfigError if the folder contains no such
     model or its base cannot be loaded.
     """
-    downloaded = downloaded_folder(folder, revision, token)
+    downloaded = downloaded_folder(folder, revision, token, cache_dir, local_files_only)
     revision = revision if downloaded == Path(folder) else None
     folder = whole_folder(downloaded)
     if not (folder / "memory_config.json").is_file():
         raise ConfigError(f"{folder}: no memory_config.json in it: not a folder of save_pretrained")
     memory = load_memory_config(folder / "memory_config.json")
+    if config is not None:
+        memory = config.memory_config
+        attn_implementation = attn_implementation or config._attn_implementation
+        dtype = config.dtype or dtype if dtype == "auto" else dtype
     if base is None or isinstance(base, str):
         settings = {
             "attn_implementation": attn_implementation,
@@ -204,6 +220,7 @@ def load_model(
     except ValueError as error:
         raise ConfigError(f"{folder}: its base does not support its memory: {error}") from None
     load_weights(model, folder)
+    model.config.name_or_path = model.name_or_path = str(downloaded)
     return model
 
 
