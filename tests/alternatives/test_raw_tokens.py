@@ -103,7 +103,7 @@ def test_mode_bm25_finds_the_answer_in_a_long_context():
     """The question resembles passage 2 of 6. The row reads it in place of 6 memories."""
     size = dict(chunk_size=PASSAGE, num_memory=PASSAGE // 8)
     model = make_model(config=MEMORY.model_copy(update=size))
-    model.config.max_position_embeddings = 8 * PASSAGE
+    model.base.config.max_position_embeddings = 8 * PASSAGE
     context = random_ids(8 * PASSAGE) % 30
     question, answer = torch.tensor([50, 51, 52, 53]), torch.tensor([54])
     context[2 * PASSAGE + 5 : 2 * PASSAGE + 9] = question

@@ -132,7 +132,8 @@ def test_a_model_is_pushed_and_loaded(hub, model, tmp_path):  # noqa: F811
     (tmp_path / "test.json").write_text(json.dumps({"results": [result]}))
     paths = str(tmp_path / "model"), str(tmp_path / "test.json")
     assert run(hub, PUSH, *paths).strip().endswith(COMMIT)
-    assert Hub.files.keys() == {*WEIGHT_FILES, "base.json", "config.json", "README.md"}
+    saved = {*WEIGHT_FILES, "base.json", "config.json", "model.safetensors", "README.md"}
+    assert Hub.files.keys() == saved
     card = Hub.files["README.md"].decode()
     assert "library_name: uiollms" in card and "| num_memory | 2 |" in card
     assert "| sotu (perplexity) | 100 | memory | perplexity | 20.5 |" in card
@@ -147,6 +148,41 @@ def test_a_model_is_pushed_and_loaded(hub, model, tmp_path):  # noqa: F811
     # Offline the cache has it; HF_HUB_OFFLINE allows no request.
     run(hub | {"HF_HUB_OFFLINE": "1"}, LOAD, str(tmp_path / "ids"), str(tmp_path / "again"))
     assert torch.equal(torch.load(tmp_path / "again"), model(ids).logits)
+
+
+TRAIN = """
+import sys, torch
+from transformers import Trainer, TrainingArguments
+from uiollms import MemoryLM
+class Texts(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+    def __getitem__(self, index):
+        ids = torch.arange(3, 43) + index
+        return dict(input_ids=ids, labels=ids)
+model = MemoryLM.from_pretrained(sys.argv[1], dtype="float32")
+arguments = TrainingArguments(
+    output_dir=sys.argv[2], max_steps=2, save_steps=1, report_to="none", use_cpu=True,
+    hub_model_id="someone/small", hub_token="hf_none",
+)
+trainer = Trainer(model=model, args=arguments, train_dataset=Texts())
+trainer.train()
+trainer.push_to_hub()
+torch.save(model.memory_state_dict(), sys.argv[3])
+"""
+
+
+def test_a_trainer_pushes_its_model(hub, model, tmp_path):  # noqa: F811
+    model.save_pretrained(tmp_path / "model")
+    paths = [str(tmp_path / name) for name in ("model", "run", "trained", "ids", "logits")]
+    run(hub, TRAIN, *paths[:3])
+    saved = {*WEIGHT_FILES, "base.json", "config.json", "model.safetensors", "README.md"}
+    assert Hub.files.keys() == {*saved, "training_args.bin"}  # no checkpoints
+    model.load_memory_state_dict(torch.load(paths[2]))
+    ids = random_ids(1, 40)
+    torch.save(ids, paths[3])
+    run(hub, LOAD, *paths[3:])
+    assert torch.equal(torch.load(paths[4]), model(ids).logits)
 
 
 def test_arguments_of_a_trainer(model, tmp_path):  # noqa: F811

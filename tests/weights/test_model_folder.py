@@ -1,6 +1,7 @@
 """save_pretrained and from_pretrained: the same model from a folder, and clear words where there
 is none."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from uiollms import ConfigError, MemoryConfig, MemoryLM
+from uiollms.files.atomic import remove
 from uiollms.model.roles import PROJECTIONS
 from uiollms.weights.adapters import ROLES, WEIGHT_FILES
 from uiollms.weights.base_models import KNOWN_SHAPES, load_pretrained
@@ -133,30 +135,97 @@ def test_what_cannot_be_loaded_is_said_in_one_line(model, tmp_path, tiny_folder)
     assert not (tmp_path / "new").exists()
 
 
-def test_a_saved_model_takes_the_place_of_nothing_else(model, tmp_path, tiny_folder):
+def test_a_saved_model_replaces_no_files_of_others(model, tmp_path, tiny_folder):
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
-    model.save_pretrained(tmp_path / "adapters" / "mine")
     for folder, name, found in (
-        ("adapters", "notes.txt", r"contains other files \(mine\)"),
-        ("data", "book.txt", r"contains other files \(book.txt\)"),
-        ("tokenizer", "tokenizer.json", "contains no memory_config.json, so it is no saved model"),
-        ("adapters/mine", "base/README.md", r"contains other files \(base/README.md\)"),
-        ("adapters/mine/base/README.md", ".", "is not a folder"),
+        ("tokenizer", "tokenizer.json", "tokenizer.json, but there is no memory_config.json"),
+        ("base", "config.json", "config.json, but there is no memory_config.json, so it is no"),
+        ("file", ".", "it, but it is not a folder"),
     ):
         path = tmp_path / folder / name
-        if name != ".":
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("a year of work")
-        with pytest.raises(
-            ConfigError,
-            match=rf"{folder}: save_pretrained would replace it, but it {found}; move it, or",
-        ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("a year of work")
+        with pytest.raises(ConfigError, match=rf"{folder}: save_pretrained would replace {found}"):
             model.save_pretrained(tmp_path / folder, tokenizer=tokenizer)
         assert path.read_text() == "a year of work"
-    assert (
-        MemoryLM.from_pretrained(tmp_path / "adapters" / "mine", dtype=torch.float64).dtype
-        == torch.float64
-    )
+    model.save_pretrained(tmp_path / "tokenizer")  # without a tokenizer it writes none
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_other_files_in_the_folder_stay(model, tmp_path, tiny_folder, fails):
+    folder = tmp_path / "model"
+    others = ["README.md", "notes.txt", "encoder/notes.txt", "checkpoint-2/config.json"]
+    for name in others:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("a year of work")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    model.save_pretrained(folder, include_base=True, tokenizer=tokenizer)
+    first = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with torch.no_grad():
+        model.decoder.get_parameter("repeat_token").add_(1)
+    if fails:
+        with pytest.raises(ConfigError, match="repeat_token holds NaN"):
+            model.decoder.get_parameter("repeat_token").data.fill_(float("nan"))
+            model.save_pretrained(folder)
+        assert first == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    else:
+        model.save_pretrained(folder)
+        names = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+        saved = {*WEIGHT_FILES, "model.safetensors", "config.json", "base.json"}
+        assert names == {*saved, *others, "encoder", "decoder", "checkpoint-2"}
+        loaded = MemoryLM.from_pretrained(folder, dtype=torch.float64)
+        assert torch.equal(
+            loaded.decoder.get_parameter("repeat_token").double(),
+            (model.decoder.get_parameter("repeat_token").double()),
+        )
+    assert all((folder / name).read_text() == "a year of work" for name in others)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_save_among_other_files_that_is_killed_is_noticed(model, tmp_path, monkeypatch):
+    """Whichever of the files is the last to be replaced, the weights are the old ones, the new ones
+    or refused."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "notes.txt").touch()
+    replace, outcomes = os.replace, []
+    for last in range(20):
+        replaced = []
+
+        def replace_few(source, target, last=last, replaced=replaced):
+            if len(replaced) == last:
+                raise KeyboardInterrupt
+            replaced.append(target)
+            replace(source, target)
+
+        for path in folder.iterdir():
+            if path.name != "notes.txt":
+                remove(path)
+        monkeypatch.setattr(os, "replace", replace)
+        model.save_pretrained(folder)
+        expected = [next(iter(model.memory_state_dict().values())).clone()]
+        with torch.no_grad():
+            for parameter in model.trainable_parameters().values():
+                parameter.add_(1)
+        expected.append(next(iter(model.memory_state_dict().values())))
+        monkeypatch.setattr(os, "replace", replace_few)
+        try:
+            model.save_pretrained(folder)
+            outcomes.append("saved")
+        except KeyboardInterrupt:
+            try:
+                loaded = MemoryLM.from_pretrained(folder, dtype=torch.float64).memory_state_dict()
+            except ConfigError as error:
+                assert "the checkpoint is damaged" in str(error)
+                outcomes.append("refused")
+            else:
+                found = next(iter(loaded.values()))
+                (same,) = (i for i in (0, 1) if torch.equal(found, expected[i].to(found.dtype)))
+                outcomes.append(("old", "new")[same])
+    saves = outcomes.count("saved")
+    refused = len(outcomes) - saves - 1
+    assert outcomes == ["old", *["refused"] * refused, *["saved"] * saves]
+    assert refused > 5 and saves > 5
 
 
 def test_all_that_was_saved_is_replaced(model, tmp_path, tiny_folder):
@@ -176,6 +245,7 @@ def test_all_that_was_saved_is_replaced(model, tmp_path, tiny_folder):
         *(p.partition("/")[0] for p in WEIGHT_FILES),
         "base.json",
         "config.json",
+        "model.safetensors",
         "README.md",
     }
 

@@ -46,7 +46,7 @@ def pool_context(model: MemoryLM, chunks: Tensor) -> tuple[list[Tensor], list[Te
     hidden = model.base.model.embed_tokens(to_device(text, model.device))
     inputs = decoder_inputs(model.base, hidden, [0], 0, empty_prefix(model))
     positions = slot_positions(range(num_chunks), m, model.device).view(1, -1)
-    long_factors = uses_long_factors(model.config, [m], 0)  # as for every row that reads slots
+    long_factors = uses_long_factors(model.base.config, [m], 0)  # as for every row that reads slots
     rotary = rotary_tables(model.base, hidden, positions, long_factors)
     execution, last = model.execution(text.shape[1], as_base=True), len(model.decoder_layers) - 1
     keys, values = [], []

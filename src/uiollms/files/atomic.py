@@ -106,6 +106,43 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     sync(target.parent)
 
 
+@contextmanager
+def merged_folder(path: Path, is_own: Callable[[str], bool]) -> Iterator[Path]:
+    """Yields a new, empty folder to fill, with a checksums.json. After the block its files replace
+    those in the folder `path`, one after the other. Of the other files in `path` those that
+    `is_own` selects by their relative name are removed, and the rest stays.
+
+    The checksums are replaced first and the files that they list last, so `verify_checksums`
+    refuses what a process leaves that is killed in between. If the block raises, `path` stays as it
+    is. Only one process at a time may write to `path`.
+    """
+    target = Path(os.path.realpath(path))
+    clear_leftovers(target.parent)
+    work = work_path(target.parent)
+    work.mkdir()
+    try:
+        yield work
+        mode = work.stat().st_mode & 0o666
+        listed = read_json(work / CHECKSUMS)
+        names = [part.relative_to(work).as_posix() for part in work.rglob("*") if part.is_file()]
+        for name in names:
+            add_permissions(work / name, mode)
+            sync(work / name)
+        for name in sorted(names, key=lambda name: (name != CHECKSUMS, name in listed, name)):
+            make_folder((target / name).parent)
+            os.replace(work / name, target / name)
+            sync((target / name).parent)
+        for part in sorted(target.rglob("*"), reverse=True):  # files before their folder
+            name = part.relative_to(target).as_posix()
+            if part.is_file() and name not in names and is_own(name):
+                part.unlink()
+                with suppress(OSError):  # other files are in it
+                    part.parent.rmdir()
+        sync(target)
+    finally:
+        remove(work)
+
+
 def add_permissions(path: Path, mode: int) -> None:
     """Adds the permissions of `mode` to a file. Some writers, such as safetensors, create files
     that only their owner can read, whatever the umask is."""

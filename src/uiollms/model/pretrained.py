@@ -76,6 +76,12 @@ class PretrainedMixin:
         if is_main_process:
             model_folder.save(self, save_directory, include_base, tokenizer, results, state_dict)
 
+    @property
+    def _keys_to_ignore_on_save(self: Any) -> list[str]:
+        """The names of the base's tensors, which are not in model.safetensors. Trainer reads it
+        when it resumes."""
+        return [name for name in self.state_dict() if name.startswith("base.")]
+
     @classmethod
     def from_pretrained(cls: Any, folder: str | Path, **settings: Any) -> Any:
         """Loads a model from a folder. The settings are those of

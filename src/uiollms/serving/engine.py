@@ -247,7 +247,7 @@ class Engine:
         if not len(ids):
             raise ApiError(400, "empty_prompt", "the prompt has no tokens", "prompt")
         try:
-            check_ids(ids, self.model.config.vocab_size)
+            check_ids(ids, self.model.base.config.vocab_size)
         except ValueError as error:
             raise ApiError(400, "invalid_prompt", str(error), "prompt") from None
         return ids

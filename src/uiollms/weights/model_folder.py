@@ -3,6 +3,8 @@ base model or its name.
 
 <folder>/memory_config.json encoder/ decoder/ tokens.safetensors    see adapters.py; PEFT loads
                               encoder/ and decoder/
+         model.safetensors    the trained tensors again, by their names in `state_dict`, from
+                              which transformers' Trainer resumes
          config.json          the config of transformers' Auto classes: the base's, and the memory
                               options
          base.json            {"model_name": hub id, folder or package:...}
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -29,6 +32,7 @@ from uiollms.distributed.device_map import CPU, first_device, place_modules
 from uiollms.distributed.launch import LocalProcess
 from uiollms.files.atomic import (
     atomic_folder,
+    merged_folder,
     reporting_write_errors,
     whole_folder,
     write_checksums,
@@ -37,7 +41,7 @@ from uiollms.files.errors import ConfigError
 from uiollms.files.json_files import read_json
 from uiollms.files.reading import MOST_JSON, read_text
 from uiollms.kernels.flash_attention import check_request
-from uiollms.weights.adapters import ROLES, WEIGHT_FILES, load_weights, write_weights
+from uiollms.weights.adapters import WEIGHT_FILES, cpu_tensors, load_weights, write_weights
 from uiollms.weights.base_files import shared_name
 from uiollms.weights.base_models import DTYPES, load_causal_lm, load_pretrained, resolve_dtype
 from uiollms.weights.hub import CARD, downloaded_folder, model_card
@@ -48,21 +52,18 @@ if TYPE_CHECKING:
     from uiollms.model.memory_lm import MemoryLM
 
 INCLUDED = "base"  # name of the included base's folder, also in base.json
-# Everything that `save` may have written, with the tokenizer files of transformers. Nothing else is
-# ever replaced.
-SAVED_FILES = [*WEIGHT_FILES, *ROLES, "config.json", "base.json", INCLUDED, CARD]
-SAVED_FILES += [
-    f"{INCLUDED}/{name}"
-    for name in ("config.json", "generation_config.json", "model*.safetensors", "model*.index.json")
-]
-SAVED_FILES += [
+TRAINED = "model.safetensors"
+# Everything that `save` may have written. In a folder that contains a model it is replaced.
+BASE_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model*.index.json")
+MODEL_FILES = [*WEIGHT_FILES, TRAINED, "config.json", "base.json"]
+MODEL_FILES += [f"{INCLUDED}/{name}" for name in BASE_FILES]
+TOKENIZER_FILES = [
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
-]
-SAVED_FILES += [
+    "additional_chat_templates/*.jinja",
     "vocab.json",
     "vocab.txt",
     "merges.txt",
@@ -70,7 +71,7 @@ SAVED_FILES += [
     "spiece.model",
     "sentencepiece.bpe.model",
 ]
-SAVED_FILES += ["additional_chat_templates", "additional_chat_templates/*.jinja"]
+SAVED_FILES = [*MODEL_FILES, *TOKENIZER_FILES, CARD]
 
 
 class BaseFile(Checked):
@@ -90,13 +91,14 @@ def save(
     """Saves a model for `MemoryLM.from_pretrained`: the trained weights, the base's name or, with
     `include_base`, the base itself, and the tokenizer if one is given.
 
-    A folder that contains a model is replaced atomically; another folder only if it is empty. If
+    A model in the folder is replaced atomically. Other files in the folder stay; the model's are
+    then replaced one after the other, and `from_pretrained` refuses the weights in between. If
     saving fails, the old folder stays. A base that was loaded from inside the folder is included
     again. The model card contains the test results of the file `results`, a test.json.
     `state_dict` replaces the model's trained tensors.
 
-    Raises ConfigError if other files would be lost or the folder cannot be written, and ValueError
-    for a base that has no name and is not included.
+    Raises ConfigError if files that belong to no model would be lost or the folder cannot be
+    written, and ValueError for a base that has no name and is not included.
     """
     folder = Path(folder)
     name = model.base.config._name_or_path
@@ -107,7 +109,8 @@ def save(
             "save_pretrained: the base was not loaded from anywhere, so it has no name; give "
             "include_base=True"
         )
-    check_replaceable(folder)
+    others = find_others(folder, tokenizer is not None)
+    writing = merged_folder(folder, is_saved) if others else atomic_folder(folder)
     named = {"model_name": INCLUDED if include_base else public_name(name)}
     remedy = f"; {folder} is as it was" if folder.exists() else ""
     card = model_card(
@@ -115,8 +118,10 @@ def save(
     )
     if (folder / CARD).is_file() and results is None:
         card = read_text(folder / CARD, MOST_JSON)
-    with reporting_write_errors(folder, remedy), atomic_folder(folder) as work:
+    with reporting_write_errors(folder, remedy), writing as work:
         write_weights(model, work, tensors=state_dict)
+        trained = cpu_tensors(model, None, state_dict)
+        save_file(trained, work / TRAINED, metadata={"format": "pt"})
         write_checksums(work)
         model.config.save_pretrained(work)
         (work / CARD).write_text(card, encoding="utf-8")
@@ -127,27 +132,32 @@ def save(
             tokenizer.save_pretrained(work)
 
 
-def check_replaceable(folder: Path) -> None:
-    """Raises ConfigError unless `folder` does not exist, is empty, or contains a model and only
-    files that `save` writes."""
+def find_others(folder: Path, with_tokenizer: bool) -> list[str]:
+    """Returns the files in `folder` that belong to no model. Raises ConfigError if `save` would
+    replace one of them, or if `folder` is not a folder. A model card never is replaced."""
     if not (folder.exists() or folder.is_symlink()):
-        return
-    found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
-    others = [
-        path for path in found if not any(fnmatchcase(path, pattern) for pattern in SAVED_FILES)
-    ]
-    if folder.is_dir() and not others and (not found or "memory_config.json" in found):
-        return
-    what = (
-        f"contains other files ({others[0]})"
-        if others
-        else "contains no memory_config.json, so it is no saved model"
-    )
-    raise ConfigError(
-        f"{folder}: save_pretrained would replace it, but it "
-        f"{what if folder.is_dir() else 'is not a folder'}; move it, or "
-        f"choose another folder"
-    )
+        return []
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{folder}: save_pretrained would replace it, but it is not a folder; move it, or "
+            "choose another folder"
+        )
+    files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    if "memory_config.json" in files:
+        return [name for name in files if not is_saved(name)]
+    written = [*MODEL_FILES, *(TOKENIZER_FILES if with_tokenizer else ())]
+    for name in sorted(files):
+        if any(fnmatchcase(name, pattern) for pattern in written):
+            raise ConfigError(
+                f"{folder}: save_pretrained would replace {name}, but there is no "
+                "memory_config.json, so it is no saved model's; move it, or choose another folder"
+            )
+    return files
+
+
+def is_saved(name: str) -> bool:
+    """Whether `save` writes a file of this name, a path in the model's folder."""
+    return any(fnmatchcase(name, pattern) for pattern in SAVED_FILES)
 
 
 def public_name(name: str) -> str:
