@@ -1,5 +1,6 @@
 """Tests what plots show: points inside the axes, units, titles, and panels that fit a page."""
 
+import dataclasses
 import json
 from contextlib import contextmanager
 
@@ -61,6 +62,24 @@ def test_all_held_out_points_are_inside_the_axes(tmp_path, monkeypatch, evaluate
     assert points == len(COLORS) * len(evaluated)
     titles = [axes.get_title() for axes in panels_of(figure)]
     assert "Held-out loss: perplexity of stdlib.test" in titles[loss == "document"]
+
+
+def test_names_of_long_paths_fit_into_the_figures(tmp_path, monkeypatch):
+    path = "files:/scratch/of/a/user/with many folders/" + "texts_of_a_corpus/" * 4 + "*.jsonl"
+    lines = [dict(iteration=i, nll=1.0) for i in (1, 2)] + [evaluation(2, task=path)]
+    summary = positions(text_task())
+    summary = dataclasses.replace(summary, task=dataclasses.replace(summary.task, name=path))
+    with drawn(monkeypatch) as figures:
+        plot_training(lines, tmp_path / "curve.png", loss="later")
+        plot_results([summary], tmp_path / "test.png")
+    for figure in figures:
+        for axes in panels_of(figure):
+            for part in (axes.title, axes.get_legend()):
+                # Pixels; letters are measured at another resolution than that of the file, for
+                # which the figure was laid out, and their sizes are rounded.
+                box, rounding = part.get_window_extent(), 5
+                assert -rounding <= box.x0 and box.x1 <= figure.bbox.width + rounding, part
+                assert -rounding <= box.y0 and box.y1 <= figure.bbox.height + rounding, part
 
 
 def positions(summary: TaskSummary) -> TaskSummary:

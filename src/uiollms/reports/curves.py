@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,8 @@ def plot_training(
     held_out = f"Held-out loss{task_words(evaluations[0][1])}" if evaluations else ""
     for axes, title in zip(panels, ("Training loss", held_out), strict=False):
         both = f"Training loss. {held_out}" if held_out else "Training loss"
-        axes.set_title(title if own_panel else both, fontsize=11, parse_math=False)
+        shown = textwrap.fill(title if own_panel else both, 70)
+        axes.set_title(shown, fontsize=11, parse_math=False)
         axes.set_ylabel("NLL (nats per scored token)")
     last = max((line["iteration"] for line in metrics), default=1)
     for axes in all_panels:

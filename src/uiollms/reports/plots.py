@@ -98,8 +98,17 @@ def plot_panels(results: Sequence[Result], draw: Callable[[Result, Any], None], 
 
 
 def legend_below(axes: Any) -> None:
-    """A legend under the axes, where it covers no point."""
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=9)
+    """A legend under the axes, where it covers no point. Long labels, such as those with the path
+    of a corpus, are broken into lines."""
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(
+        handles,
+        [textwrap.fill(label, 40) for label in labels],
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.16),
+        ncols=2,
+        fontsize=9,
+    )
 
 
 def style(mode: str) -> dict[str, Any]:
