@@ -34,7 +34,7 @@ COMMANDS = {
     "refine": (
         "uiollms",
         ["refine", "book.mem", "-o", "new.mem", "--steps=2", "--passage_size=8", *ENV],
-        "memory control steps seconds passages nll bound",
+        "memory control steps best_step seconds passages nll bound",
     ),
     "ask": (
         "uiollms",

@@ -1,5 +1,7 @@
 """Training of the slots of one memory, with frozen weights."""
 
+import math
+
 import pytest
 import torch
 from conftest import make_model, random_ids, relative_error
@@ -74,6 +76,8 @@ def test_a_refined_memory_is_used_and_saved_as_any_other(tmp_path):
     model = make_model()
     refinement = refinement_of(model)
     refinement.step()
+    refinement.best_nll = math.inf
+    refinement.select()
     memory = refinement.memory()
     memory.save(tmp_path / "refined.mem")
     loaded = Memory.load(tmp_path / "refined.mem", model)
@@ -114,9 +118,26 @@ def test_training_never_touches_a_held_out_token():
     refinement = refinement_of(make_model())
     size = SETTINGS.passage_size
     trained = {t for start in refinement.starts for t in range(start, start + size)}
-    held_out = {t for start in refinement.held_out for t in range(start, start + size)}
-    assert not trained & held_out and len(trained | held_out) == len(refinement.text)
+    measuring, selecting = (
+        {t for start in starts for t in range(start, start + size)}
+        for starts in (refinement.held_out, refinement.selecting)
+    )
+    assert not trained & measuring and not trained & selecting and not measuring & selecting
+    assert len(trained | measuring | selecting) == len(refinement.text)
     assert len(refinement.held_out) == len(refinement.text) // size // HELD_OUT
+    assert len(refinement.selecting) >= len(refinement.held_out)
+
+
+def test_the_result_are_the_slots_that_predict_the_selecting_passages_best():
+    refinement = refinement_of(make_model())
+    tried = [(refinement.nll(refinement.slots(), refinement.selecting), refinement.slots())]
+    assert refinement.best_nll == tried[0][0]
+    for _ in range(12):
+        refinement.step()
+        tried.append((refinement.select(), refinement.slots()))
+    step = min(range(len(tried)), key=lambda i: tried[i][0])
+    assert refinement.best_step == step and refinement.best_nll == tried[step][0]
+    assert torch.equal(refinement.memory().slots, torch.stack(tried[step][1]))
 
 
 @pytest.mark.parametrize("start", [0, 30, 66])
@@ -133,13 +154,19 @@ def test_a_resumed_refinement_gives_the_same_slots(tmp_path):
     whole, first, second = (refinement_of(make_model()) for _ in range(3))
     for _ in range(5):
         whole.step()
+        whole.select()
     for _ in range(3):
         first.step()
+        first.select()
     first.save_state(tmp_path / "state")
     second.load_state(tmp_path / "state")
     assert second.num_steps == 3
+    assert second.best_step == first.best_step and second.best_nll == first.best_nll
+    assert torch.equal(first.memory().slots, second.memory().slots)
     for _ in range(2):
         second.step()
+        second.select()
+    assert torch.equal(torch.stack(whole.slots()), torch.stack(second.slots()))
     assert torch.equal(whole.memory().slots, second.memory().slots)
 
 

@@ -4,10 +4,11 @@ uiollms refine book.mem -o refined.mem --steps 200
 uiollms refine book.mem -o refined.mem --steps 400 --resume
 uiollms refine book.mem -o refined.mem --control other.mem --json
 
-An eighth of the document's passages is not trained on. The bound is the NLL of these passages after
-the control's memory minus their NLL after the memory itself, in nats a token. The control is
-another document, or by default the tokens of the document in random order. The NLL after as many
-raw tokens as the memory has slots, which are those before the passage, stands beside.
+Two eighths of the document's passages are not trained on. One selects the step with the best slots,
+which are the result. The other measures them: the bound is the NLL of these passages after the
+control's memory minus their NLL after the memory itself, in nats a token. The control is another
+document, or by default the tokens of the document in random order. The NLL after as many raw tokens
+as the memory has slots, which are those before the passage, stands beside.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from uiollms.model.memory import Memory
 from uiollms.model.memory_lm import MemoryLM
 from uiollms.training.refine import Refinement, Settings
 
-SAVE_EVERY = 20  # steps
+SAVE_EVERY = 20  # steps; the slots are also tried at these steps
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -60,9 +61,10 @@ def main(arguments: list[str] | None = None) -> None:
         loss = refinement.step()
         bar.set_postfix_str(f"KL {loss:.4f}", refresh=False)
         if refinement.num_steps % SAVE_EVERY == 0 or refinement.num_steps == args.steps:
+            refinement.select()
             refinement.save_state(state_path)
     refinement.memory().save(args.output)
-    nll["after"] = refinement.nll(refinement.slots())
+    nll["after"] = refinement.nll(refinement.best_slots())
     report(args, output, refinement, nll, time.monotonic() - began)
 
 
@@ -81,12 +83,13 @@ def report(
     nll: dict[str, float],
     seconds: float,
 ) -> None:
-    """Prints the result. nll: of the held-out passages after the control, after as many recent raw
+    """Prints the result. nll: of the measuring passages after the control, after as many recent raw
     tokens as slots, after the memory as it was (before) and after the refined one."""
     bound = {when: nll["control"] - nll[when] for when in ("before", "after")}
     name = args.control.name if args.control else "its tokens in random order"
     output.print_text(
-        f"{args.output}: {refinement.num_steps} steps, {seconds:.1f} s\n"
+        f"{args.output}: the slots of step {refinement.best_step} of {refinement.num_steps}, "
+        f"{seconds:.1f} s\n"
         f"NLL of {len(refinement.held_out)} held-out passages, nats a token: "
         f"{nll['before']:.4f} -> {nll['after']:.4f}; after the control ({name}) "
         f"{nll['control']:.4f}; after as many recent raw tokens as slots {nll['recent']:.4f}\n"
@@ -96,6 +99,7 @@ def report(
         memory=str(args.output),
         control=name,
         steps=refinement.num_steps,
+        best_step=refinement.best_step,
         seconds=round(seconds, 3),
         passages=len(refinement.held_out),
         nll=nll,

@@ -3,12 +3,16 @@
 The slots become parameters. A step draws passages of the document. The decoder reads all slots,
 then a passage; the teacher, the base, reads the raw text around the passage, then the same passage.
 The loss is KL(teacher || student), so the slots learn what the raw text would tell about the
-passage. Some passages are never trained on; they show what the slots learned besides those of the
-training.
+passage.
 
-    refinement = Refinement(model, memory)
+Slots that learn passages by heart forget the others. So two of eight passages are never trained
+on. One of them selects the slots: the result is the slots that predict these passages best, at
+first the original ones. The other measures what was gained.
+
+    refinement = Refinement(model, memory, Settings())
     for _ in range(100):
         refinement.step()
+        refinement.select()
     refinement.memory().save("refined.mem")
 
 Shapes: L layers, C chunks, l chunk_size, m num_memory, D hidden size, T tokens of a passage. Source
@@ -20,6 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -47,7 +52,7 @@ from uiollms.model.state import KVPrefix, SharedPrefix, supports_in_place
 from uiollms.training.memory_gradients import MemoryGradients
 from uiollms.training.optimizer import optimizer_step
 
-HELD_OUT = 8  # every eighth passage is never trained on
+HELD_OUT = 8  # of so many passages one is held out to select the slots, and one to measure them
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class Settings:
 
     passage_size: int = 128
     num_passages: int = 4
-    lr: float = 0.01
+    lr: float = 0.001
     seed: int = 0
 
 
@@ -98,10 +103,12 @@ class Refinement:
                 "smaller passage_size"
             )
         self.held_out = list(segments[HELD_OUT - 1 :: HELD_OUT])
+        self.selecting = list(segments[HELD_OUT // 2 - 1 :: HELD_OUT])
+        never_trained = [*self.held_out, *self.selecting]
         self.starts = [
             start
             for start in range(len(self.text) - size + 1)
-            if all(abs(start - held_out) >= size for held_out in self.held_out)
+            if all(abs(start - other) >= size for other in never_trained)
         ]
         self.starts_of: dict[int, list[int]] = {}  # context -> the passages that it surrounds
         for start in self.starts:
@@ -118,17 +125,36 @@ class Refinement:
             nn.Parameter(layer / scale) for layer, scale in zip(slots, self.scales, strict=True)
         ]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.lr, weight_decay=0.0)
+        self.best: list[Tensor] = []  # parameters
+        self.best_step, self.best_nll = 0, math.inf
+        self.select()
 
     def slots(self) -> LayerMemory:
         """Returns the slots as they are now, L x [C, m, D] in the model's dtype."""
+        return self.scaled(self.parameters)
+
+    def best_slots(self) -> LayerMemory:
+        """Returns the selected slots, L x [C, m, D] in the model's dtype."""
+        return self.scaled(self.best)
+
+    def scaled(self, parameters: Sequence[Tensor]) -> LayerMemory:
         return [
             (parameter.detach() * scale).to(self.model.dtype)
-            for parameter, scale in zip(self.parameters, self.scales, strict=True)
+            for parameter, scale in zip(parameters, self.scales, strict=True)
         ]
 
+    def select(self) -> float:
+        """Selects the slots as they are now if they predict the selecting passages better than any
+        before. Returns the mean NLL of these passages, in nats a token."""
+        nll = self.nll(self.slots(), self.selecting)
+        if nll < self.best_nll:
+            self.best = [parameter.detach().clone() for parameter in self.parameters]
+            self.best_step, self.best_nll = self.num_steps, nll
+        return nll
+
     def memory(self) -> Memory:
-        """Returns the refined memory, which is used as the original is."""
-        slots = torch.stack([layer.cpu() for layer in self.slots()])
+        """Returns the memory of the selected slots, which is used as the original is."""
+        slots = torch.stack([layer.cpu() for layer in self.best_slots()])
         return replace(self.original, slots=slots)
 
     def step(self) -> float:
@@ -196,10 +222,11 @@ class Refinement:
         ]
 
     @torch.no_grad()
-    def nll(self, slots: LayerMemory) -> float:
-        """Returns the mean NLL of the passages that are not trained on, in nats a token, after
-        these slots, L x [C', m, D]."""
-        model, sample = self.model, replace(self.passages(self.held_out), kl_weight=0)
+    def nll(self, slots: LayerMemory, starts: Sequence[int] | None = None) -> float:
+        """Returns the mean NLL of the passages that begin at `starts`, in nats a token, after these
+        slots, L x [C', m, D]. starts: by default those of the measuring passages."""
+        passages = self.passages(self.held_out if starts is None else starts)
+        model, sample = self.model, replace(passages, kl_weight=0)
         count = slots[0].shape[0]
         rows = tuple(replace(row, num_memories=count) for row in sample.rows)
         sample = replace(sample, chunks=sample.chunks.new_zeros(count, sample.chunks.shape[1]))
@@ -214,9 +241,9 @@ class Refinement:
 
     @torch.no_grad()
     def nll_of_recent(self) -> float:
-        """Returns the mean NLL of the passages that are not trained on, in nats a token, after as
-        many raw tokens as the memory has slots. They are the tokens before the passage; the first
-        passages of the text have fewer."""
+        """Returns the mean NLL of the measuring passages, in nats a token, after as many raw tokens
+        as the memory has slots. They are the tokens before the passage; the first passages of the
+        text have fewer."""
         model, count = self.model, self.original.num_slots
         found = []
         for start in self.held_out:
@@ -237,6 +264,7 @@ class Refinement:
     def save_state(self, path: str | Path) -> None:
         """Writes all that changes, so that `load_state` goes on to the same bits."""
         tensors = {f"parameter.{i}": p.detach() for i, p in enumerate(self.parameters)}
+        tensors |= {f"best.{i}": tensor for i, tensor in enumerate(self.best)}
         for i, parameter in enumerate(self.parameters):
             state = self.optimizer.state.get(parameter, {})
             tensors |= {f"{key}.{i}": tensor for key, tensor in state.items()}
@@ -244,6 +272,8 @@ class Refinement:
             memory=self.checksum(),
             settings=asdict(self.settings),
             num_steps=self.num_steps,
+            best_step=self.best_step,
+            best_nll=self.best_nll,
             rng=self.rng.getstate(),
         )
         with atomic_file(Path(path)) as work:
@@ -258,6 +288,7 @@ class Refinement:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
             version, numbers, gauss = facts["rng"]
             made_for = facts["memory"]
+            best_step, best_nll = int(facts["best_step"]), float(facts["best_nll"])
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"{path}: no state of a refinement ({error}); begin again without --resume"
@@ -271,11 +302,14 @@ class Refinement:
             raise ConfigError(f"{path}: written for another memory; begin again without --resume")
         self.rng.setstate((version, tuple(numbers), gauss))
         self.num_steps = facts["num_steps"]
+        self.best_step, self.best_nll = best_step, best_nll
         states: dict[int, dict[str, Any]] = {}
         for name, tensor in tensors.items():
             key, number = name.rsplit(".", 1)
             if key == "parameter":
                 self.parameters[int(number)].data.copy_(tensor)
+            elif key == "best":
+                self.best[int(number)].copy_(tensor)
             else:
                 states.setdefault(int(number), {})[key] = tensor
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": states})
