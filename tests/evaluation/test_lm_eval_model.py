@@ -14,6 +14,7 @@ import yaml
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
+from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -22,6 +23,7 @@ from uiollms import ConfigError, MemoryLM
 from uiollms.build import load_memory_lm
 from uiollms.cli.lm_eval import main
 from uiollms.config.load import load_env_config
+from uiollms.evaluation.base_prompts import base_prompt
 from uiollms.evaluation.lm_eval_model import HarnessLM
 from uiollms.weights.adapters import save_weights
 
@@ -205,6 +207,87 @@ def test_the_example_task_is_refused_past_the_capacity(lm):
     manager = TaskManager(include_path=str(ROOT / "examples"), include_defaults=False)
     with pytest.raises(ConfigError, match=PAST):
         simple_evaluate(lm, tasks=["sotu"], task_manager=manager, limit=2)
+
+
+# ---- without memory ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bases(folder) -> tuple[HarnessLM, HFLM]:
+    """Mode raw, and lm-eval's own model of the base."""
+    raw = HarnessLM(**model_args(folder), mode="raw")
+    return raw, HFLM(pretrained=raw.model.base, tokenizer=raw.tokenizer, device="cpu")
+
+
+def test_mode_raw_equals_lm_evals_own_model_of_the_base(bases):
+    raw, base = bases
+    text = DOCUMENT[:80]
+    greedy = dict(until=["zz"], max_gen_toks=20, do_sample=False)
+    for kind, requests in {
+        "loglikelihood": [(text, " And then"), (text[:20], "a"), ("", "Once upon a time")],
+        "loglikelihood_rolling": [(text,), ("Short.",)],
+        "generate_until": [(text, greedy), ("Once upon", greedy)],
+    }.items():
+        found, expected = answers(raw, kind, *requests), answers(base, kind, *requests)
+        if kind == "loglikelihood":
+            assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+            found, expected = ([value for value, _ in side] for side in (found, expected))
+        # lm-eval's model computes log-softmax in float32.
+        assert found == (pytest.approx(expected, rel=1e-5) if "log" in kind else expected)
+
+
+@pytest.mark.parametrize("mode", ["window", "recent", "streaming"])
+def test_other_modes_are_mode_raw_after_fewer_tokens(lm, bases, monkeypatch, mode):
+    raw, _ = bases
+    monkeypatch.setattr(lm, "mode", mode)
+    settings = dict(until=[], max_gen_toks=20, do_sample=False)
+    ids = lm.tok_encode(DOCUMENT)
+    shorter = lm.tokenizer.decode(base_prompt(ids, lm.model.memory_config, mode))
+    assert len(ids) > len(shorter) == len(lm.tok_encode(shorter))
+    found = answers(lm, "generate_until", (DOCUMENT, settings))
+    assert found == answers(raw, "generate_until", (shorter, settings)) and len(found[0]) == 20
+    found = answers(lm, "loglikelihood", (DOCUMENT + "x", "and a word"))
+    ids = lm.tok_encode(DOCUMENT + "x")
+    shorter = lm.tokenizer.decode(base_prompt(ids, lm.model.memory_config, mode))
+    expected = answers(raw, "loglikelihood", (shorter, "and a word"))
+    assert found[0] == pytest.approx(expected[0], rel=1e-9)  # batches differ
+    assert answers(lm, "loglikelihood", ("text", "")) == [(0.0, True)]
+
+
+def test_a_sampled_answer_of_the_base_depends_on_the_seed_alone(bases):
+    raw, _ = bases
+    settings = dict(until=[], max_gen_toks=20, do_sample=True, temperature=9.0)
+    found = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        found += answers(raw, "generate_until", ("Once upon", settings))
+        torch.rand(3)
+    assert found[0] == found[1] != found[2]
+
+
+def test_a_prompt_is_never_truncated(lm, bases, monkeypatch):
+    """The error names the task, the tokens and what fits."""
+    raw, _ = bases
+    settings = dict(until=[], max_gen_toks=8)
+    requests = [request("generate_until", text, settings) for text in ("short", DOCUMENT)]
+    requests[1].task_name = "niah_single_1"
+    message = (
+        r"generate_until \(prompt and max_gen_toks\): 1 of 2 requests are past the base's 128 "
+        r"positions \(mode raw\), the longest has 176 \(number 1 of task niah_single_1\); choose "
+        r"others \(lm-eval's --samples\), or another mode"
+    )
+    with pytest.raises(ConfigError, match=message):
+        raw.generate_until(requests)
+    monkeypatch.setattr(lm, "mode", "recent")
+    lm.generate_until(requests, disable_tqdm=True)  # reads few of the tokens
+    settings["max_gen_toks"] = 128
+    with pytest.raises(ConfigError, match=r"past the base's 128 positions \(mode recent\)"):
+        lm.generate_until(requests)
+
+
+def test_an_unknown_mode_is_refused_before_anything_is_loaded():
+    with pytest.raises(ConfigError, match="mode 'rag' is unknown; allowed are memory, window, raw"):
+        HarnessLM("missing.json", mode="rag")
 
 
 # ---- the command `uiollms eval` ------------------------------------------------------------------

@@ -28,7 +28,9 @@ def run() -> None:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(__doc__)
     if find_spec("lm_eval") is None:
-        raise ConfigError("lm-eval is not installed; run: pip install 'lm-eval>=0.4.13,<0.5'")
+        raise ConfigError(
+            "lm-eval is not installed; run: pip install 'lm-eval[ruler]>=0.4.13,<0.5'"
+        )
     register()
     from lm_eval.__main__ import cli_evaluate
 

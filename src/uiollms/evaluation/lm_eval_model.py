@@ -12,9 +12,7 @@ Shapes: T tokens, B continuations of one context, V vocabulary, l chunk_size, m 
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
@@ -38,10 +36,18 @@ from uiollms.build import load_trained
 from uiollms.config.load import load_env_config
 from uiollms.data.sample import IGNORED, Sample
 from uiollms.data.tokens import common_prefix_length, document_ids, plain_ids
+from uiollms.evaluation.base_prompts import (
+    ANSWER_MODES,
+    base_prompt,
+    generate_with_base,
+    log_probability,
+)
+from uiollms.evaluation.sampling_seeds import repetitions, sampling_seed
 from uiollms.evaluation.scoring import token_losses
 from uiollms.files.errors import ConfigError, shortened
 from uiollms.kernels.devices import to_device
 from uiollms.kernels.indexing import batched
+from uiollms.model.rope import num_positions
 from uiollms.model.state import MemoryState, select_recent_ids
 
 DEFAULT_NEW_TOKENS = 256  # of generate_until, as in lm-eval's Hugging Face model
@@ -56,10 +62,14 @@ class HarnessLM(TemplateLM):
     batch_size: number of continuations of one context that are scored in one call
     device:     has no effect, because the config's model.device_map places the model (lm-eval's
                 command line always passes cuda:0)
+    mode:       what answers a request: "memory", or the base after the tokens that
+                uiollms/evaluation/base_prompts.py describes ("raw", "window", "recent",
+                "streaming", "bm25")
     settings:   fields of the config, as in --set of train.py, such as model.model_dtype=fp32
 
     Texts up to the capacity are read whole, neither cut nor split into sliding windows: full
-    chunks become memory. A longer text raises ConfigError before anything is computed.
+    chunks become memory. A longer text raises ConfigError before anything is computed, and so
+    does one that is longer than the base's positions in mode "raw". No prompt is truncated.
 
     Requests are answered in the order of their tokens. If a text begins with the same chunks as
     the text before it, those chunks are not compressed again. An answer depends on its request
@@ -76,9 +86,13 @@ class HarnessLM(TemplateLM):
         weights: str | None = None,
         batch_size: int | str = 1,
         device: str | None = None,
+        mode: str = "memory",
         **settings: Any,
     ) -> None:
         super().__init__()
+        if mode not in ANSWER_MODES:
+            raise ConfigError(f"mode {mode!r} is unknown; allowed are {', '.join(ANSWER_MODES)}")
+        self.mode = mode
         digits = str(batch_size)
         # Longer numbers overflow, or Python refuses to convert them.
         if not digits.isdecimal() or len(digits) > 9 or int(digits) < 1:
@@ -156,12 +170,17 @@ class HarnessLM(TemplateLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """Entries that lm-eval writes into its results."""
-        return {"weights": self.weights, "model_dtype": str(self.model.dtype)}
+        return {
+            "weights": self.weights,
+            "model_dtype": str(self.model.dtype),
+            "mode": self.mode,
+        }
 
     @property
     def max_length(self) -> int:
-        """Number of tokens of the longest text, including those that become memory."""
-        return self.model.capacity
+        """Number of tokens of the longest text: with memory those that become memory count too,
+        else those that the base reads (`num_read`)."""
+        return self.model.capacity if self.mode == "memory" else num_positions(self.model.config)
 
     # ---- the interface that lm-eval calls --------------------------------------------------------
 
@@ -175,9 +194,11 @@ class HarnessLM(TemplateLM):
         nats, whether greedy decoding generates it). A context is compressed once for all of its
         continuations."""
         self.check_fits(
-            [len(context) + len(continuation) for _, context, continuation in requests],
+            [self.num_read(context) + len(continuation) for _, context, continuation in requests],
             "loglikelihood",
         )
+        if self.mode != "memory":
+            return self.score_with_base(requests, disable_tqdm)
         answers: dict[int, tuple[float, bool]] = {}
         order = sorted(range(len(requests)), key=lambda i: requests[i][1])
         with tqdm(total=len(requests), desc="loglikelihood", disable=disable_tqdm) as progress:
@@ -205,7 +226,9 @@ class HarnessLM(TemplateLM):
         ]
         prefix = [self.prefix_token_id]
         documents = [ids if ids[:1] == prefix else prefix + ids for ids in documents]
-        self.check_fits([len(ids) for ids in documents], "loglikelihood_rolling")
+        # Without memory too, rows are scored that read as many slots as memory has.
+        most = num_positions(self.model.config) if self.mode == "raw" else self.model.capacity
+        self.check_fits([len(ids) for ids in documents], "loglikelihood_rolling", requests, most)
         answers = []
         for request, ids in zip(
             tqdm(requests, desc="loglikelihood_rolling", disable=disable_tqdm),
@@ -213,7 +236,8 @@ class HarnessLM(TemplateLM):
             strict=True,
         ):
             sample = Sample.document(torch.tensor(ids), self.model.memory_config.chunk_size)
-            answers.append(-token_losses(self.model, sample)[1].double().sum().item())
+            losses = token_losses(self.model, sample, self.mode)[1]
+            answers.append(-losses.double().sum().item())
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, answers[-1])
         return answers
 
@@ -226,10 +250,10 @@ class HarnessLM(TemplateLM):
             normalize_gen_kwargs(request.args[1], DEFAULT_NEW_TOKENS) for request in requests
         ]
         lengths = [
-            len(ids) + options["max_gen_toks"]
+            self.num_read(ids) + options["max_gen_toks"]
             for ids, options in zip(prompts, settings, strict=True)
         ]
-        self.check_fits(lengths, "generate_until (prompt and max_gen_toks)")
+        self.check_fits(lengths, "generate_until (prompt and max_gen_toks)", requests)
         seeds = [
             sampling_seed(ids, options, repetition)
             for ids, options, repetition in zip(
@@ -243,16 +267,41 @@ class HarnessLM(TemplateLM):
             self.cache_hook.add_partial("generate_until", requests[i].args, answers[i])
         return [answers[i] for i in range(len(requests))]
 
-    def check_fits(self, lengths: Sequence[int], kind: str) -> None:
-        """Raises ConfigError if a request has more tokens than the capacity."""
-        past = [n for n in lengths if n > self.model.capacity]
-        if past:
-            raise ConfigError(
-                f"{kind}: {len(past)} of {len(lengths)} requests are past the capacity of "
-                f"{self.model.capacity} tokens, the longest has {max(past)} (number "
-                f"{lengths.index(max(past))}); choose others (lm-eval's --samples), or a config "
-                "that compresses harder (smaller num_memory)"
-            )
+    def num_read(self, ids: list[int]) -> int:
+        """Returns how many tokens of a prompt [T] count against `max_length`."""
+        if self.mode == "memory":
+            return len(ids)
+        return len(base_prompt(ids, self.model.memory_config, self.mode))
+
+    def check_fits(
+        self,
+        lengths: Sequence[int],
+        kind: str,
+        requests: Sequence[Any] = (),
+        most: int | None = None,
+    ) -> None:
+        """Raises ConfigError if a request has more tokens than `most`, by default `max_length`. No
+        request is truncated.
+
+        requests: lm-eval's, whose task the error names, if they are given
+        """
+        most = most or self.max_length
+        past = [n for n in lengths if n > most]
+        if not past:
+            return
+        number = lengths.index(max(past))
+        task = getattr(requests[number], "task_name", None) if requests else None
+        limit, other = (
+            f"capacity of {most} tokens",
+            "a config that compresses harder (smaller num_memory)",
+        )
+        if self.mode != "memory" and most != self.model.capacity:
+            limit, other = f"base's {most} positions (mode {self.mode})", "another mode"
+        raise ConfigError(
+            f"{kind}: {len(past)} of {len(lengths)} requests are past the {limit}, the longest has "
+            f"{max(past)} (number {number}{f' of task {task}' if task else ''}); choose others "
+            f"(lm-eval's --samples), or {other}"
+        )
 
     # ---- computation -----------------------------------------------------------------------------
 
@@ -334,6 +383,19 @@ class HarnessLM(TemplateLM):
             state = output.past_key_values
             yield output.logits
 
+    def score_with_base(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool
+    ) -> list[tuple[float, bool]]:
+        """Answers `_loglikelihood_tokens` in a mode without memory, one request after the other."""
+        answers = []
+        for texts, context, continuation in tqdm(
+            requests, desc="loglikelihood", disable=disable_tqdm
+        ):
+            prompt = base_prompt(context, self.model.memory_config, self.mode)
+            answers.append(log_probability(self.model, prompt, continuation))
+            self.cache_hook.add_partial("loglikelihood", texts, answers[-1])
+        return answers
+
     def answer(
         self, ids: list[int], until: list[str], max_gen_toks: int, seed: int, **options: Any
     ) -> str:
@@ -344,6 +406,21 @@ class HarnessLM(TemplateLM):
         if not options["do_sample"]:
             options.pop("temperature", None)
         until = handle_stop_sequences(until, eos=self.tokenizer.decode(self.eot_token_id))
+        if self.mode == "memory":
+            new = self.generate_with_memory(ids, until, max_gen_toks, seed, **options)
+        else:
+            prompt = base_prompt(ids, self.model.memory_config, self.mode)
+            stops = stop_sequences_criteria(self.tokenizer, until, len(prompt), 1)
+            options |= dict(max_new_tokens=max_gen_toks, stopping_criteria=stops)
+            new = generate_with_base(self.model, prompt, seed, **options)
+        return postprocess_generated_text(
+            self.tokenizer.decode(new, skip_special_tokens=True), until, None
+        )
+
+    def generate_with_memory(
+        self, ids: list[int], until: list[str], max_gen_toks: int, seed: int, **options: Any
+    ) -> list[int]:
+        """Returns the tokens that follow the prompt `ids` [T]."""
         state, rest = self.resume(ids)
         output = self.model.generate(
             rest,
@@ -355,29 +432,6 @@ class HarnessLM(TemplateLM):
             return_dict_in_generate=True,
             **options,
         )
-        new = output.sequences[0, rest.shape[1] :].tolist()
         if output.past_key_values.batch_size == 1:  # beam search leaves a state of several rows
             self.last_ids, self.state = ids, output.past_key_values
-        return postprocess_generated_text(
-            self.tokenizer.decode(new, skip_special_tokens=True), until, None
-        )
-
-
-def repetitions(requests: Sequence[Any]) -> list[int]:
-    """How often each request occurs before itself in the list. lm-eval repeats a request by
-    listing the same object again."""
-    counts: Counter[int] = Counter()
-    found = []
-    for request in requests:
-        found.append(counts[id(request)])
-        counts[id(request)] += 1
-    return found
-
-
-def sampling_seed(ids: list[int], settings: dict[str, Any], repetition: int) -> int:
-    """The seed that a request is sampled with. It depends on the prompt, the settings, the number
-    of earlier repetitions and torch's seed (lm-eval's --seed), but not on other requests."""
-    text = json.dumps(
-        [torch.initial_seed(), ids, settings, repetition], sort_keys=True, default=str
-    )
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+        return output.sequences[0, rest.shape[1] :].tolist()
