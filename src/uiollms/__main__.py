@@ -61,6 +61,11 @@ COMMANDS = {
         "run lm-eval's command line with the model `uiollms`",
         "--model uiollms --model_args env_conf=smollm2-8x.json --tasks arc_easy",
     ),
+    "ruler": Command(
+        "ruler",
+        "compare memory with raw and recent tokens on RULER",
+        "--env_conf smollm2-8x.json --lengths 4096 --limit 5",
+    ),
 }
 
 

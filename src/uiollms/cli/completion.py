@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import shtab
 
-from uiollms.cli import chat, common, convert, data, refine, report, schema, serve, study
+from uiollms.cli import chat, common, convert, data, refine, report, ruler, schema, serve, study
 
 SHELLS = ("bash", "zsh", "tcsh")
 # Metavar of an argument -> what a shell completes there.
@@ -39,6 +39,7 @@ def make_parser(commands: Mapping[str, str]) -> argparse.ArgumentParser:
         "refine": refine.make_parser(),
         "serve": serve.make_parser(),
         "report": report.make_parser(),
+        "ruler": ruler.make_parser(),
         "study": study.make_parser(),
         "convert": convert.make_parser(),
         "schema": schema.make_parser(),
