@@ -156,6 +156,13 @@ NAMES = {
     "Recall.Facts.Train.8": ("recall", ("facts", "train", "8")),
     "recall.keys.3": ("recall", ("keys", None, "3")),
     "Files: My Books/*.TXT": ("files", ("My Books/*.TXT",)),
+    "LongBench.RepoBench-P": ("longbench", ("repobench-p",)),
+    "longbench.2wikimqa": ("longbench", ("2wikimqa",)),
+    "longbench-v2": ("longbench_2", (None,)),
+    "LongBench-v2.Short": ("longbench_2", ("short",)),
+    "babilong.qa20.128k": ("babilong", ("qa20", "128k")),
+    "BABILong.QA1.1M": ("babilong", ("qa1", "1m")),
+    "helmet.json_kv.64k": ("helmet", ("json_kv", "64k")),
 }
 
 

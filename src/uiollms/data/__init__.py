@@ -22,6 +22,7 @@ formats), mixture, sample, builder, stream.
 from transformers import PreTrainedTokenizerBase
 
 from uiollms.data.corpora import (  # noqa: F401  importing them registers their corpora
+    benchmarks,
     facts,
     hub,
     labelled,
@@ -33,6 +34,7 @@ from uiollms.data.documents import (
     Corpus,
     Document,
     NewsDocument,
+    QuestionDocument,
     RecallDocument,
     TokenDocument,
 )
@@ -46,6 +48,7 @@ __all__ = [
     "Document",
     "Mixture",
     "NewsDocument",
+    "QuestionDocument",
     "RecallDocument",
     "TokenDocument",
     "find_corpus",

@@ -61,6 +61,22 @@ class NewsDocument(Document):
     distractor: str = ""
 
 
+@dataclass(frozen=True)
+class QuestionDocument(Document):
+    """A question of a benchmark: `text` is the prompt and `response` the first reference answer.
+
+    references: all answers that count as right; metric: the name of the score in
+    uiollms/evaluation/answer_metrics.py; labels: the answers that are possible, for metrics that
+    need them; max_new_tokens: of an answer; first_line: whether only its first line is scored.
+    """
+
+    references: tuple[str, ...] = ()
+    metric: str = "token_f1"
+    labels: tuple[str, ...] = ()
+    max_new_tokens: int = 32
+    first_line: bool = False
+
+
 class Fact(NamedTuple):
     """A statement that contains a value, the question for the value, and the value itself."""
 

@@ -26,6 +26,8 @@ import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from uiollms.data.documents import QuestionDocument
+
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -123,7 +125,7 @@ def choice_match(prediction: str, references: Sequence[str]) -> float:
     (LongBench-v2). The letter, A to D, follows "The correct answer is", with or without brackets;
     asterisks are removed first. A prediction that is only a letter, in brackets or followed by a
     full stop, chooses it too."""
-    text = prediction.strip()
+    text = prediction.replace("*", "").strip()
     match = (
         re.search(r"The correct answer is \(([A-D])\)", text)
         or re.search(r"The correct answer is ([A-D])", text)
@@ -158,6 +160,16 @@ def only_label_match(prediction: str, references: Sequence[str], labels: Sequenc
     named = {label.lower() for label in labels if label.lower() in sentence}
     wanted = [{part.strip() for part in reference.lower().split(",")} for reference in references]
     return float(named in wanted)
+
+
+def score_answer(prediction: str, question: QuestionDocument) -> float:
+    """Returns the score of an answer to a benchmark's question, by the question's metric."""
+    if question.first_line:
+        prediction = prediction.lstrip("\n").split("\n")[0]
+    if question.metric in LABEL_METRICS:
+        metric = LABEL_METRICS[question.metric]
+        return metric(prediction, question.references, question.labels)
+    return METRICS[question.metric](prediction, question.references)
 
 
 METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {

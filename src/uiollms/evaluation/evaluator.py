@@ -16,6 +16,7 @@ from uiollms.build import resized_for_task
 from uiollms.config.corpora import COPY_TASKS, RETRIEVAL_TASKS, Size, TaskEntry
 from uiollms.data.registry import find_corpus
 from uiollms.data.sample import Sample
+from uiollms.evaluation.answer_metrics import score_answer
 from uiollms.evaluation.copying import greedy_copy, greedy_reconstruction, written_chunk
 from uiollms.evaluation.instances import Instance, find_partner, task_instances
 from uiollms.evaluation.results import ScoredTask, TaskScores
@@ -167,6 +168,10 @@ class Evaluation:
             details = self._copy(task.task_type, pairs, mode, show)
         elif instance.prompt is not None and mode in ("memory", "raw"):
             details = {"texts": (self._answer(instance, mode),)}
+        if instance.question and "texts" in details:
+            ((_, text),) = details["texts"]
+            score = score_answer(text, instance.question)
+            details["answer"] = instance.question.metric, score
         return DocumentScore(nll, loss, positions, **details)
 
     def _copy(
@@ -213,9 +218,17 @@ class Evaluation:
             ids,
             attention_mask=torch.ones_like(ids),
             do_sample=False,
-            max_new_tokens=len(instance.response),
+            max_new_tokens=self._answer_length(instance, mode),
         )
         return self._decode(instance.response), self._decode(output[0, ids.shape[1] :])
+
+    def _answer_length(self, instance: Instance, mode: str) -> int:
+        """Largest number of tokens of an answer: the benchmark's, or those of the reference. With
+        the prompt they fit the capacity, in mode raw the base's positions."""
+        assert instance.prompt is not None and instance.response is not None
+        wanted = instance.question.max_new_tokens if instance.question else len(instance.response)
+        most = num_positions(self.model.config) if mode == "raw" else self.model.capacity
+        return max(1, min(wanted, most - len(instance.prompt)))
 
     def _decode(self, ids: Tensor) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))

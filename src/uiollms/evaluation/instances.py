@@ -13,7 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from uiollms.config.corpora import COPY_TASKS, RETRIEVAL_TASKS, TEXT_TASKS, TaskEntry
-from uiollms.data import ChatDocument, Document, RecallDocument, open_corpus
+from uiollms.data import (
+    ChatDocument,
+    Document,
+    QuestionDocument,
+    RecallDocument,
+    open_corpus,
+)
 from uiollms.data.builder import SampleBuilder, teaches_memory, with_task
 from uiollms.data.documents import LazyCorpus, Task
 from uiollms.data.limits import check_sample
@@ -45,12 +51,14 @@ class Instance:
     depth:    where a retrieval trial hides its sentence, 0 to 1
     prompt:   [T] token ids that a generated answer continues, for tasks that generate
     response: [T] token ids that the answer is compared with, for tasks that generate
+    question: the document, if it is a benchmark's question with a metric of its own
     """
 
     samples: tuple[Sample, ...]
     depth: float = 0.0
     prompt: Tensor | None = None
     response: Tensor | None = None
+    question: QuestionDocument | None = None
 
 
 def find_partner(instances: Sequence[Instance], i: int) -> Instance | None:
@@ -141,7 +149,8 @@ def make_instance(
     if task.generate:
         ids = torch.cat([row.input_ids for row in sample.rows])
         _, response = tokenize_pair(builder.tokenizer, document.text, document.response or "")
-        return Instance((sample,), prompt=ids[: -len(response)], response=response)
+        question = document if isinstance(document, QuestionDocument) else None
+        return Instance((sample,), 0.0, ids[: -len(response)], response, question)
     return Instance((sample,))
 
 

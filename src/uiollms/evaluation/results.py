@@ -238,6 +238,10 @@ def mode_numbers(task: ScoredTask, documents: Sequence[DocumentScore]) -> dict[s
         rouge = [rouge_l(d.texts) for d in documents]
         numbers["rouge_l"] = mean(rouge)
         numbers["rouge_l_interval_95"] = bootstrap(rouge, mean)
+    if answers := [d.answer for d in documents if d.answer]:
+        numbers["answer_metric"] = answers[0][0]
+        numbers["answer_score"] = mean([score for _, score in answers])
+        numbers["answer_score_interval_95"] = bootstrap([score for _, score in answers], mean)
     return numbers
 
 

@@ -45,6 +45,7 @@ class DocumentScore:
     positions: [T'] int64, index of every scored token in its document
     texts:     (reference, generated) pairs of tasks that generate
     written:   the first chunk of a copy task and its copies, in the form of `summaries.Written`
+    answer:    (metric, score from 0 to 1) of the answer to a benchmark's question
     hits:      (right tokens, all tokens) of a free-running copy
     correct:   whether a retrieval trial was answered
     depth:     where a retrieval trial hides its sentence, 0 to 1
@@ -55,6 +56,7 @@ class DocumentScore:
     positions: Tensor
     texts: tuple[tuple[str, str], ...] = ()
     written: dict[str, Any] | None = None
+    answer: tuple[str, float] | None = None
     hits: tuple[int, int] = (0, 0)
     correct: bool = False
     depth: float = 0.0

@@ -97,6 +97,9 @@ class Numbers(BaseModel):
     accuracy: float | None = None
     bleu4: float | None = None
     rouge_l: float = 0.0
+    answer_metric: str | None = None
+    answer_score: float | None = None
+    answer_score_interval_95: Pair | None = None
     token_accuracy: float = 0.0
     document_mean: float | None = None
     interval_95: Pair | None = None

@@ -270,6 +270,9 @@ def other_numbers(result: TaskSummary, mode: str) -> str:
         )
     if "rouge_l" in numbers:
         parts.append(f"ROUGE-L {numbers['rouge_l']:.3f}")
+    if numbers.get("answer_score") is not None:
+        interval = numbers["answer_score_interval_95"]
+        parts.append(f"{numbers['answer_metric']} {numbers['answer_score']:.3f}{between(interval)}")
     if task.task_type == "language modeling":
         parts.append(f"perplexity {perplexity_words(numbers)}")
     if task.kind != "text":
