@@ -191,7 +191,7 @@ def longbench_file(name: str) -> BenchmarkFile:
 
 
 @register_corpus(
-    f"longbench.{{{','.join(LONGBENCH_SETS)}}}",
+    "longbench.SET",
     rf"longbench\.({'|'.join(LONGBENCH_SETS)})",
     task="question answering",
     sources=[longbench_file("*")],
@@ -275,7 +275,7 @@ def babilong_file(task: str, length: str) -> BenchmarkFile:
 
 
 @register_corpus(
-    f"babilong.{{qa1..qa20}}.{{{','.join(BABILONG_LENGTHS)}}}",
+    "babilong.TASK.LENGTH",
     rf"babilong\.(qa(?:1\d|20|[1-9]))\.({'|'.join(BABILONG_LENGTHS)})",
     task="question answering",
     sources=[babilong_file("*", "*")],
@@ -361,7 +361,7 @@ def helmet_file(name: str, length: str) -> BenchmarkFile:
 
 
 @register_corpus(
-    f"helmet.{{{','.join(HELMET_SETS)}}}.{{{','.join(HELMET_LENGTHS)}}}",
+    "helmet.SET.LENGTH",
     rf"helmet\.({'|'.join(HELMET_SETS)})\.({'|'.join(HELMET_LENGTHS)})",
     task="question answering",
     sources=[helmet_file("*", "*")],

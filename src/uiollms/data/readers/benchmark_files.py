@@ -34,7 +34,7 @@ class BenchmarkFile:
 
     @property
     def name(self) -> str:
-        return f"{self.datasets[0]} ({self.patterns[0]})"
+        return self.datasets[0]
 
     def find(self) -> Path | None:
         """Returns the path of the file, or of the archive that contains it. None if both are
