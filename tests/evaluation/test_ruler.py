@@ -2,12 +2,14 @@
 
 import inspect
 import json
+import random
 import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from lm_eval.tasks.ruler import cwe_utils, fwe_utils, niah_utils, vt_utils
+from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -15,6 +17,7 @@ from uiollms import ConfigError
 from uiollms.build import load_memory_lm
 from uiollms.cli.ruler import main
 from uiollms.config.load import load_env_config
+from uiollms.evaluation import ruler
 from uiollms.evaluation.lm_eval_model import HarnessLM
 from uiollms.evaluation.ruler import TASKS, load_task, run_ruler
 from uiollms.weights.adapters import save_weights
@@ -44,14 +47,15 @@ def folder(tmp_path_factory) -> Path:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    texts = [inspect.getsource(m) for m in (cwe_utils, fwe_utils, niah_utils, vt_utils)]
+    modules = (ruler.cwe_utils, ruler.fwe_utils, ruler.niah_utils, ruler.vt_utils)
+    texts = [inspect.getsource(module) for module in modules]
     trainer = trainers.BpeTrainer(
         vocab_size=2000,
         special_tokens=["<s>", "</s>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([*texts, " ".join(cwe_utils.WORDS)], trainer)
+    tokenizer.train_from_iterator([*texts, " ".join(ruler.cwe_utils.WORDS)], trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     fast.save_pretrained(folder / "base")
     torch.manual_seed(0)
@@ -127,16 +131,22 @@ def test_a_score_is_the_fraction_of_references_in_the_answer(lm, monkeypatch):
     assert cell.score == 0.5 and cell.interval_95[0] < 0.5 < cell.interval_95[1]
 
 
-def test_modes_read_the_same_prompts_which_depend_on_the_seed(lm, folder):
+@pytest.mark.parametrize("name", TASKS)
+def test_prompts_are_the_first_of_lm_evals_and_depend_on_the_seed_alone(lm, folder, name):
     def prompts(seed: int) -> list[str]:
-        task = load_task("niah_multikey_3", LENGTH, str(folder / "base"), seed)
-        task.build_all_requests(limit=2)
+        task = load_task(name, LENGTH, lm.tokenizer, 2, seed)
+        task.build_all_requests()
         return [request.args[0] for request in task.instances]
 
-    first = prompts(0)
-    load_task("ruler_cwe", LENGTH, str(folder / "base"), 5)
-    assert prompts(0) == first != prompts(1)
-    assert all(text.endswith("mentioned in the provided text is") for text in first)
+    found = prompts(3)
+    assert prompts(4) != found == prompts(3)
+    random.seed(3)
+    np.random.seed(3)
+    metadata = {"max_seq_lengths": [LENGTH], "tokenizer": str(folder / "base")}
+    manager = TaskManager(include_path=str(ruler.FOLDER), include_defaults=False, metadata=metadata)
+    task = manager.load([name])["tasks"][name]
+    task.build_all_requests(limit=2)
+    assert found == [request.args[0] for request in task.instances]
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import lm_eval.tasks
 import nltk
 import numpy as np
+from datasets import Dataset
 from lm_eval.tasks import TaskManager
 
 from uiollms.evaluation.base_prompts import ANSWER_MODES
@@ -27,14 +26,31 @@ from uiollms.evaluation.lm_eval_model import HarnessLM
 from uiollms.evaluation.statistics import bootstrap, mean
 from uiollms.files.errors import ConfigError
 
-TASKS = (
-    "niah_single_1",
-    "niah_multikey_2",
-    "niah_multikey_3",
-    "ruler_vt",
-    "ruler_cwe",
-    "ruler_fwe",
-)
+
+@contextlib.contextmanager
+def without_downloads() -> Iterator[None]:
+    """Prevents nltk's downloads. lm-eval's RULER fetches nltk's punkt_tab as soon as it is
+    imported, for the tasks that split essays into sentences; those of TASKS do not."""
+    download = nltk.download
+    nltk.download = lambda *arguments, **options: False
+    try:
+        yield
+    finally:
+        nltk.download = download
+
+
+with without_downloads():
+    from lm_eval.tasks.ruler import cwe_utils, fwe_utils, niah_utils, prepare_niah, vt_utils
+
+FOLDER = Path(cwe_utils.__file__).parent
+WORD_ORDER = cwe_utils.RNG.getstate()  # of a generator that all prompts of cwe advance
+# name -> (haystack, kind of the keys, kind of the values)
+NEEDLES = {
+    "niah_single_1": ("repeat", "words", "numbers"),
+    "niah_multikey_2": ("needle", "words", "numbers"),
+    "niah_multikey_3": ("needle", "uuids", "uuids"),
+}
+TASKS = (*NEEDLES, "ruler_vt", "ruler_cwe", "ruler_fwe")
 
 
 @dataclass(frozen=True)
@@ -81,7 +97,7 @@ def run_ruler(
 ) -> list[Cell]:
     """Returns the cells of all tasks, lengths and modes, in this order.
 
-    limit: number of prompts of a cell, at most 500
+    limit: number of prompts of a cell
     report: is called with every cell when it is finished
 
     Raises ConfigError for unknown names, and if no cell fits.
@@ -90,15 +106,13 @@ def run_ruler(
         if unknown := [name for name in names if name not in allowed]:
             raise ConfigError(f"{kind} {unknown[0]!r} is unknown; allowed are {', '.join(allowed)}")
     cells = []
-    with TemporaryDirectory() as folder:
-        lm.tokenizer.save_pretrained(folder)  # the tasks measure lengths with it
-        for task_name in tasks:
-            for length in lengths:
-                task = load_task(task_name, length, folder, seed)
-                task.build_all_requests(limit=limit)
-                for mode in modes:
-                    cells.append(run_cell(lm, task, length, mode))
-                    report(cells[-1])
+    for name in tasks:
+        for length in lengths:
+            task = load_task(name, length, lm.tokenizer, limit, seed)
+            task.build_all_requests()
+            for mode in modes:
+                cells.append(run_cell(lm, task, length, mode))
+                report(cells[-1])
     if all(cell.score is None for cell in cells):
         raise ConfigError(f"no prompt fits: {cells[0].fault}")
     return cells
@@ -145,27 +159,36 @@ def run_cell(lm: HarnessLM, task: Any, length: int, mode: str) -> Cell:
     )
 
 
-def load_task(name: str, length: int, tokenizer: str, seed: int) -> Any:
-    """Returns lm-eval's task with prompts of about `length` tokens. Nothing is downloaded.
-
-    tokenizer: a folder with the tokenizer that measures lengths
-    """
+def load_task(name: str, length: int, tokenizer: Any, count: int, seed: int) -> Any:
+    """Returns lm-eval's task with `count` prompts of about `length` tokens of the tokenizer. They
+    are the first of the 500 that lm-eval writes in a new process after the same seed."""
     random.seed(seed)
     np.random.seed(seed)
-    metadata = {"max_seq_lengths": [length], "tokenizer": tokenizer}
-    folder = Path(lm_eval.tasks.__file__).parent / "ruler"
-    manager = TaskManager(include_path=str(folder), include_defaults=False, metadata=metadata)
-    with without_downloads(), contextlib.redirect_stdout(io.StringIO()):  # it prints every attempt
-        return manager.load([name])["tasks"][name]
+    cwe_utils.RNG.setstate(WORD_ORDER)
+    with contextlib.redirect_stdout(io.StringIO()):  # vt prints every attempt
+        rows = write_rows(name, length, tokenizer, count)
+    manager = TaskManager(include_path=str(FOLDER), include_defaults=False)
+    task = {"task": name, "custom_dataset": lambda **metadata: {"test": Dataset.from_list(rows)}}
+    return manager.load([task])["tasks"][name]
 
 
-@contextlib.contextmanager
-def without_downloads() -> Iterator[None]:
-    """Prevents nltk's downloads. lm-eval's RULER fetches nltk's punkt_tab as soon as it is
-    imported, for the tasks that split essays into sentences; those of TASKS do not."""
-    download = nltk.download
-    nltk.download = lambda *arguments, **options: False
-    try:
-        yield
-    finally:
-        nltk.download = download
+def write_rows(name: str, length: int, tokenizer: Any, count: int) -> list[dict[str, Any]]:
+    """Returns the rows of a task, which lm-eval's functions write."""
+    if name == "ruler_vt":
+        (example,) = vt_utils.sys_vartrack_w_noise_random(tokenizer, 1, 500, incremental=5)
+        return vt_utils.sys_vartrack_w_noise_random(tokenizer, count, length, icl_example=example)
+    if name == "ruler_cwe":
+        return cwe_utils.sys_word_pair_random(count, length, tokenizer)
+    if name == "ruler_fwe":
+        return fwe_utils.sys_kwext(tokenizer, length, count)
+    haystack, keys, values = NEEDLES[name]
+    return prepare_niah.generate_samples(
+        prepare_niah.get_haystack(haystack),
+        TOKENIZER=tokenizer,
+        max_seq_length=length,
+        type_haystack=haystack,
+        type_needle_k=keys,
+        type_needle_v=values,
+        template=niah_utils.TEMPLATE,
+        num_samples=count,
+    )
