@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random_ids
-from test_benchmarks import CHOICE, FACTS, PASSAGES, write_lines, write_zip
+from test_benchmark_files import CHOICE, FACTS, PASSAGES, write_lines, write_zip
 from test_commands import call
 from test_evaluator import entry, tiny  # noqa: F401
 
