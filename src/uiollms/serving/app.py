@@ -28,7 +28,7 @@ from uiollms.serving.bodies import AnswerRequest, ChatRequest, CompletionRequest
 from uiollms.serving.compression import Compression
 from uiollms.serving.engine import Engine, Job, Query
 from uiollms.serving.guard import BodyTooLarge, Guard
-from uiollms.serving.settings import ApiError, Settings
+from uiollms.serving.settings import ApiError, Settings, encodable
 from uiollms.serving.states import States
 from uiollms.serving.store import LONGEST_NAME, Document, Store
 from uiollms.serving.turns import Turns
@@ -183,7 +183,7 @@ class Service:
 def clean_name(name: str) -> str:
     """The name of a document as it is stored and shown: at most 255 characters, and characters that
     move a cursor or change the direction of text are replaced. It is never a path."""
-    cut = name.encode("utf-8", "backslashreplace").decode()[:LONGEST_NAME]
+    cut = encodable(name)[:LONGEST_NAME]
     return "".join(c if c.isprintable() else "\ufffd" for c in cut)
 
 

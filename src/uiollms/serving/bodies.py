@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from uiollms.data.readers.fields import check_text
+
 IGNORED = frozenset(
     {"metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"}
 )
@@ -40,7 +42,13 @@ def check_temperature(value: float) -> float:
     return value
 
 
-Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+def check_characters(text: str) -> str:
+    check_text(text, "text")
+    return text
+
+
+Text = Annotated[str, AfterValidator(check_characters)]
+Stop = Annotated[Text, Field(min_length=1, max_length=1000)]
 Identifier = Annotated[str, Field(max_length=100)]
 
 
@@ -53,7 +61,7 @@ class Fields(BaseModel):
 class UploadRequest(Fields):
     """A document as JSON, in place of a multipart form."""
 
-    text: str
+    text: Text
     name: str | None = None
 
 
@@ -102,14 +110,14 @@ class AnswerRequest(Fields):
 
 class TextPart(Fields):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(Fields):
     """A message of a chat. `name` is ignored."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Text | list[TextPart]
     name: str | None = None
 
     @property
@@ -130,7 +138,7 @@ class ChatRequest(AnswerRequest):
 class CompletionRequest(AnswerRequest):
     """prompt: a text or its token ids, or a list with one of them."""
 
-    prompt: str | list[int] | Annotated[list[str | list[int]], Field(min_length=1, max_length=1)]
+    prompt: Text | list[int] | Annotated[list[Text | list[int]], Field(min_length=1, max_length=1)]
 
     @property
     def single_prompt(self) -> str | list[int]:

@@ -24,10 +24,10 @@ HEADERS = [
 
 
 class Guard:
-    """With a token, every path under /v1 needs it as a bearer token. Without one the server is
-    local, and the Host header must name this machine, so that no other site can make its name
-    resolve to it (DNS rebinding). A browser's Origin must be this server in both cases, so no other
-    site can send it forms."""
+    """With a token, every path needs it as a bearer token, except the page, which contains no data.
+    Without one the server is local, and the Host header must name this machine, so that no other
+    site can make its name resolve to it (DNS rebinding). A browser's Origin must be this server in
+    both cases, so no other site can send it forms."""
 
     def __init__(self, app: Any, token: str | None, max_upload: int) -> None:
         self.app, self.max_upload = app, max_upload
@@ -66,7 +66,7 @@ class Guard:
         origin = headers.get(b"origin")
         if origin is not None and urlsplit(origin.decode("latin-1")).netloc != host:
             raise ApiError(403, "wrong_origin", "requests of other sites' pages are refused")
-        if self.token is not None and path.startswith("/v1"):
+        if self.token is not None and path != "/":
             kind, _, given = headers.get(b"authorization", b"").partition(b" ")
             if not hmac.compare_digest(given.strip(), self.token) or kind.lower() != b"bearer":
                 message = "the header `Authorization: Bearer TOKEN` is missing or wrong"

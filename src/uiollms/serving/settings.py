@@ -43,9 +43,9 @@ class ApiError(Exception):
         usual = "invalid_request_error" if self.status < 500 else "server_error"
         return {
             "error": dict(
-                message=self.message,
+                message=encodable(self.message),
                 type=kinds.get(self.status, usual),
-                param=self.param,
+                param=None if self.param is None else encodable(self.param),
                 code=self.code,
             )
         }
@@ -55,3 +55,8 @@ class ApiError(Exception):
         if self.status in (429, 503):
             return {"Retry-After": str(RETRY_AFTER)}
         return {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
+
+
+def encodable(text: str) -> str:
+    """Escapes halves of surrogate pairs, which JSON may contain and UTF-8 cannot encode."""
+    return text.encode("utf-8", "backslashreplace").decode()
