@@ -34,7 +34,11 @@ def start(*options: str) -> tuple[subprocess.Popen, httpx2.Client]:
     """Starts `uiollms serve` as a user does. Returns the process and a client."""
     command = [sys.executable, "-m", "uiollms", "serve", "--env_conf", "env.json", "--port", "0"]
     process = subprocess.Popen(
-        [*command, "--folder", "memories", "--json", *options], stdout=subprocess.PIPE, text=True
+        [*command, "--folder", "memories", "--json", *options],
+        stdout=subprocess.PIPE,
+        text=True,
+        # A shell that put this test into the background lets its children ignore the signal.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     line = json.loads(process.stdout.readline())
     assert (line["model"], line["folder"]) == ("env", "memories")
