@@ -2,6 +2,10 @@
 
 import io
 import json
+import os
+import re
+import subprocess
+from pathlib import Path
 
 import openai
 import pytest
@@ -208,3 +212,24 @@ def test_documents_that_cannot_be_compressed_fail_with_the_reason(served):
     assert binary["error"] == "the document cannot be read: byte 0 is not UTF-8"
     with pytest.raises(openai.ConflictError, match="is failed: the document has 927 tokens"):
         chat(served, memory=long["id"])
+
+
+def test_the_examples_of_the_documentation_run(served, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    (python,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    code = python.replace("http://127.0.0.1:8000", served.url).replace("smollm2-8x", NAME)
+    exec(code, {"memory_id": served.book})
+    expected = chat(served, "Who wrote it?", memory=served.book, max_tokens=None)
+    assert capsys.readouterr().out == expected.choices[0].message.content + "\n"
+    (shell,) = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    Path("book.txt").write_text(TEXT)
+    commands = shell.replace("localhost:8000", f"localhost:{served.port}").replace(" -s ", " -sS ")
+    done = subprocess.run(
+        ["bash", "-c", commands.replace("\ncurl", "\necho; curl")],
+        env=os.environ | {"ID": served.book},
+        capture_output=True,
+        text=True,
+    )
+    uploaded, shown, answered = (json.loads(line) for line in done.stdout.splitlines() if line)
+    assert uploaded["object"] == "memory" and shown["status"] == "ready", done.stderr
+    assert answered["choices"][0]["message"]["content"] == expected.choices[0].message.content

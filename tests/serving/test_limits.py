@@ -164,6 +164,20 @@ def test_forms_without_a_document_are_refused(served):
     assert served.http.post("/v1/memories", files=files).status_code == 400
 
 
+def test_an_upload_that_does_not_arrive_is_ended(tiny):
+    with running(*tiny, Path("memories"), timeout=0.3) as server:
+
+        def stalled():
+            yield b"--x\r\n"
+            time.sleep(1)
+            yield b""
+
+        form = {"content-type": "multipart/form-data; boundary=x"}
+        found = server.http.post("/v1/memories", content=stalled(), headers=form)
+        assert found.status_code == 408 and found.json()["error"]["code"] == "timeout"
+        assert server.service.num_uploads == 0
+
+
 def test_more_memories_than_allowed_are_refused(tiny):
     with running(*tiny, Path("memories"), max_memories=1) as server:
         first = server.upload()["id"]
