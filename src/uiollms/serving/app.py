@@ -33,7 +33,7 @@ from uiollms.serving.states import States
 from uiollms.serving.store import LONGEST_NAME, Document, Store
 from uiollms.serving.turns import Turns
 
-MAX_UPLOADS = 4  # at the same time; each is on the disk twice for a moment
+MAX_UPLOADS = 4  # at the same time; each is on the disk twice for a moment, and others wait
 
 
 class Service:
@@ -48,7 +48,7 @@ class Service:
         self.states = States(model, store, settings.cache_size)
         self.engine = Engine(model, tokenizer, self.states, self.turns, settings)
         self.compression = Compression(model, tokenizer, store, self.turns)
-        self.num_uploads = 0
+        self.uploads = asyncio.Semaphore(MAX_UPLOADS)
 
     # ---- memories --------------------------------------------------------------------------------
 
@@ -82,19 +82,12 @@ class Service:
 
     async def upload(self, request: Request) -> dict[str, Any]:
         """Stores the document of a multipart or JSON body, and has it compressed."""
-        if self.num_uploads >= MAX_UPLOADS:
-            raise ApiError(429, "queue_full", f"{MAX_UPLOADS} uploads are in progress; try again")
-        self.num_uploads += 1
+        is_json = request.headers.get("content-type", "").startswith("application/json")
         try:
-            async with asyncio.timeout(self.settings.timeout):
-                if request.headers.get("content-type", "").startswith("application/json"):
-                    document = await self.store_json(request)
-                else:
-                    document = await self.store_form(request)
+            async with asyncio.timeout(self.settings.timeout), self.uploads:
+                document = await (self.store_json if is_json else self.store_form)(request)
         except TimeoutError:
             raise ApiError(408, "timeout", "the upload took too long") from None
-        finally:
-            self.num_uploads -= 1
         self.compression.add(document)
         return self.memory_json(document)
 

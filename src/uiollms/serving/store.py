@@ -72,7 +72,7 @@ class Store:
     def __init__(self, folder: Path, made_by: Fingerprint, max_memories: int) -> None:
         self.folder, self.made_by, self.max_memories = folder, made_by, max_memories
         self._mutex = threading.Lock()
-        self._lock = FileLock(folder / ".lock")
+        self._lock = FileLock(folder / ".lock", thread_local=False)  # another thread releases it
         with reporting_write_errors(folder):
             make_folder(folder)
             try:
