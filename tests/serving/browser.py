@@ -42,7 +42,7 @@ class Page:
 
     async def until(self, condition: str) -> None:
         """Returns once an expression is true."""
-        while not await self.run(condition):
+        while not await self.run(f"!!({condition})"):
             await asyncio.sleep(0.05)
 
     async def open(self, url: str, width: int = 1200, dark: bool = False) -> None:
