@@ -75,6 +75,11 @@ COMMANDS = {
         ["recall", "--seeds=1", "--iterations=1", "--distances=1", "--out=study"],
         "setting rows",
     ),
+    "study paper-table6 --dry_run": (
+        "uiollms.study",
+        ["paper-table6", "--dry_run", "--out=study"],
+        "setting rows",
+    ),
     "train.py --dry_run": (
         "train.py",
         [*ENV, "--dry_run"],

@@ -27,7 +27,7 @@ from uiollms.evaluation.evaluator import Evaluation
 from uiollms.evaluation.instances import Instance, evaluation_documents, find_partner
 from uiollms.evaluation.results import ScoredTask, TaskScores, TaskSummary
 from uiollms.evaluation.scoring import token_losses
-from uiollms.evaluation.statistics import DocumentScore, bleu4, bootstrap, rouge_l
+from uiollms.evaluation.statistics import DocumentScore, bleu4, bleu4_interval, bootstrap, rouge_l
 from uiollms.reports.curves import plot_training
 from uiollms.reports.tables import print_results, print_written, written_chunks
 
@@ -268,6 +268,17 @@ def test_the_bootstrap_interval_has_the_expected_width():
     assert low == pytest.approx(0.5 - 1.96 * 0.029, abs=0.015)
     assert high == pytest.approx(0.5 + 1.96 * 0.029, abs=0.015)
     assert bootstrap([3.0], max) == (3.0, 3.0)
+
+
+def test_the_interval_of_bleu_equals_that_of_drawn_documents():
+    """The twin computes the corpus BLEU-4 of all pairs of every draw."""
+    words = TEXT.split()
+    documents = [
+        tuple((TEXT, " ".join(words[: n + i])) for i in range(2)) for n in (4, 7, 11, len(words))
+    ]
+    expected = bootstrap(documents, lambda drawn: bleu4([pair for d in drawn for pair in d]))
+    assert bleu4_interval(documents) == pytest.approx(expected)
+    assert expected[0] < bleu4([pair for d in documents for pair in d]) < expected[1]
 
 
 def test_bleu_and_rouge_of_texts():

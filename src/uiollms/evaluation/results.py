@@ -26,6 +26,7 @@ from uiollms.evaluation.statistics import (
     DocumentScore,
     Estimate,
     bleu4,
+    bleu4_interval,
     bootstrap,
     by_chunk,
     by_position,
@@ -217,8 +218,8 @@ class TaskSummary:
 
 def mode_numbers(task: ScoredTask, documents: Sequence[DocumentScore]) -> dict[str, Any]:
     """The numbers of a task's documents in one mode. Losses are in nats per scored token,
-    intervals are 95 % and come from resampled documents (BLEU-4 has none), fractions are 0 to 1,
-    BLEU-4 is 0 to 100."""
+    intervals are 95 % and come from resampled documents, fractions are 0 to 1, and BLEU-4 is 0 to
+    100."""
     equal = task.weighs_documents_equally
     weighted = [(d.mean_nll, 1 if equal else len(d.nll)) for d in documents]
     numbers: dict[str, Any] = {
@@ -290,4 +291,5 @@ def copy_numbers(task: ScoredTask, documents: Sequence[DocumentScore]) -> dict[s
         "token_accuracy": sum(d.hits[0] for d in documents) / sum(d.hits[1] for d in documents),
         "written": documents[0].written,
         "bleu4": bleu4([pair for d in documents for pair in d.texts]),
+        "bleu4_interval_95": bleu4_interval([d.texts for d in documents]),
     }

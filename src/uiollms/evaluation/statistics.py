@@ -232,6 +232,25 @@ def bleu4(texts: Sequence[tuple[str, str]]) -> float:
     ).score
 
 
+def bleu4_interval(documents: Sequence[Sequence[tuple[str, str]]]) -> tuple[float, float]:
+    """The 95 % interval of the corpus BLEU-4 of documents, each with its (reference, generated)
+    pairs, from documents that are drawn again. BLEU-4 depends on sums of counts, which are computed
+    once for every document."""
+    from sacrebleu.metrics import BLEU
+
+    metric = BLEU()
+    sums = []
+    for texts in documents:
+        found = metric.corpus_score([copy for _, copy in texts], [[text for text, _ in texts]])
+        sums.append([*found.counts, *found.totals, found.sys_len, found.ref_len])
+
+    def score(drawn: Sequence[Sequence[int]]) -> float:
+        total = [sum(column) for column in zip(*drawn, strict=True)]
+        return BLEU.compute_bleu(total[:4], total[4:8], total[8], total[9], "exp").score
+
+    return bootstrap(sums, score)
+
+
 def rouge_l(texts: Sequence[tuple[str, str]]) -> float:
     """Mean F-measure of ROUGE-L of (reference, generated) pairs, 0 to 1 (rouge-score, without
     stemming)."""

@@ -105,6 +105,7 @@ class Numbers(BaseModel):
     interval_95: Pair | None = None
     nll_interval_95: Pair | None = None
     loss_interval_95: Pair | None = None
+    bleu4_interval_95: Pair | None = None
     accuracy_interval_95: Pair | None = None
     document_mean_interval_95: Pair | None = None
     by_position: list[Bucket] = []

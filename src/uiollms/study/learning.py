@@ -59,15 +59,14 @@ def learn(
     model.train()
     iterations, nll = [0], [held_out_nll(model, held_out)]
     for iteration, done in enumerate(steps, start=1):
-        for _ in range(train.accum_grad):
-            gradient_step(
-                model,
-                next(samples),
-                estimator=estimator,
-                rng=rng,
-                scale=1 / train.accum_grad,
-                report_all=False,
-            )
+        gradient_step(
+            model,
+            [next(samples) for _ in range(train.accum_grad)],
+            estimator=estimator,
+            rng=[rng] * train.accum_grad,
+            scale=1 / train.accum_grad,
+            report_all=False,
+        )
         optimizer_step(optimizer, train.max_lr * min(1, iteration / warmup), train.clip_grad)
         if schedule.reaches(done, train.eval):
             iterations.append(iteration)

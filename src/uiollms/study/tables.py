@@ -14,7 +14,8 @@ from rich.table import Table
 from uiollms.files.atomic import atomic_file
 from uiollms.study.gradients import INFINITE
 
-ROW_NAMES = ("distance", "estimator", "S")
+LEFT = ("estimator", "row", "number")
+ROW_NAMES = ("distance", "estimator", "S", "row", "number")
 
 
 def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -43,7 +44,7 @@ def print_rows(rows: Sequence[dict[str, Any]], console: Console) -> None:
     for group in groups:
         table = Table(box=box.SIMPLE, show_edge=False, pad_edge=False)
         for name in (*names, *group):
-            justify: JustifyMethod = "left" if name == "estimator" else "right"
+            justify: JustifyMethod = "left" if name in LEFT else "right"
             table.add_column(name, justify=justify, min_width=widths[name])
         for row in zip(*(cells[name] for name in (*names, *group)), strict=True):
             table.add_row(*row)

@@ -1,0 +1,236 @@
+"""What a table of the paper consists of, how its numbers are read from results, and how they are
+written beside the paper's. paper_tables.py has the tables.
+
+A table is a list of `Step`s, each a command of this package, and of `Cell`s, which read one number
+with its interval from the results of a step.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from uiollms.evaluation.statistics import Estimate
+from uiollms.files.atomic import atomic_file
+from uiollms.study.learning import STUDENT_T
+
+SCALES = ("small", "paper")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A config of its own, derived from a shipped one.
+
+    base:    name of the shipped environment config
+    memory:  changed fields of its compressor config
+    model:   changed fields of the section `model`
+    train:   changed fields of the section `train`
+    tasks:   the evaluations of test.py
+    trained: whether it is trained before; otherwise the weights of load_ckp are evaluated
+    """
+
+    base: str
+    memory: Mapping[str, Any] = field(default_factory=dict)
+    model: Mapping[str, Any] = field(default_factory=dict)
+    train: Mapping[str, Any] = field(default_factory=dict)
+    tasks: Sequence[Mapping[str, Any]] = ()
+    trained: bool = True
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command of the package, whose results are in the folder `name` of the table's folder.
+
+    command:    arguments of `uiollms`; "{folder}" stands for the step's folder, "{shared}" for one
+                that all tables share
+    experiment: the config that is written to {folder}/env.json first, None if there is none
+    what:       the work in words, for a dry run
+    """
+
+    name: str
+    command: Sequence[str]
+    experiment: Experiment | None = None
+    what: str = ""
+
+
+class Cell(NamedTuple):
+    """One number of a table.
+
+    row:    the row, in words
+    number: what it is, with its unit
+    step:   the name of the step whose folder `read` reads
+    read:   returns the number and its 95 % interval; the interval is NaN where there is none
+    paper:  the paper's number, None if no source for it is at hand
+    unit:   what the paper's number is, if it is not `number`; such a number is not drawn
+    """
+
+    row: str
+    number: str
+    step: str
+    read: Callable[[Path], Estimate]
+    paper: float | None = None
+    unit: str = ""
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """title: of the paper's table; source: what is known of its settings; notes: what differs
+    here; steps and cells: by scale."""
+
+    title: str
+    source: str
+    notes: Mapping[str, str]
+    steps: Mapping[str, Sequence[Step]]
+    cells: Mapping[str, Sequence[Cell]]
+
+
+# ---- Reading results -----------------------------------------------------------------------------
+
+NO_INTERVAL = (math.nan, math.nan)
+
+
+def of_test(index: int, key: str, mode: str = "memory") -> Callable[[Path], Estimate]:
+    """Reads a number of result `index` of a step's test.json. BLEU-4, ROUGE-L and the like are
+    those of `mode`; "bound" and other comparisons of modes are the task's."""
+
+    def read(folder: Path) -> Estimate:
+        result = json.loads((folder / "test.json").read_text(encoding="utf-8"))["results"][index]
+        numbers = result if key in result else result[mode]
+        interval = numbers.get("interval_95" if key == "perplexity" else f"{key}_interval_95")
+        documents = result["documents"]
+        return Estimate(
+            numbers[key], tuple(interval) if interval and documents > 1 else NO_INTERVAL
+        )
+
+    return read
+
+
+def of_row(column: str, **selected: Any) -> Callable[[Path], Estimate]:
+    """Reads a column of the row of results.json that has the selected values, without interval."""
+
+    def read(folder: Path) -> Estimate:
+        rows = json.loads((folder / "results.json").read_text(encoding="utf-8"))["rows"]
+        (row,) = (r for r in rows if all(r[key] == value for key, value in selected.items()))
+        return Estimate(row[column], NO_INTERVAL)
+
+    return read
+
+
+def of_curves(
+    estimator: str, S: int, minus: tuple[str, str, int] | None = None
+) -> Callable[[Path], Estimate]:
+    """Reads the last held-out NLL of an estimator in the step's curves, as the mean over seeds with
+    its Student interval.
+
+    minus: (step, estimator, S) whose NLL with the same seed is subtracted
+    """
+
+    def last(folder: Path, estimator: str, S: int) -> dict[int, float]:
+        (path,) = folder.glob("distance-*/curves.jsonl")
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[1:]]
+        chosen = [line for line in lines if (line["estimator"], line["S"]) == (estimator, S)]
+        return {line["seed"]: line["nll"][-1] for line in chosen}
+
+    def read(folder: Path) -> Estimate:
+        found = last(folder, estimator, S)
+        if minus:
+            base = last(folder.parent / minus[0], minus[1], minus[2])
+            found = {seed: nll - base[seed] for seed, nll in found.items() if seed in base}
+        return student(list(found.values()))
+
+    return read
+
+
+def student(values: Sequence[float]) -> Estimate:
+    """The mean and its 95 % Student interval, for 2 to 10 values."""
+    mean = statistics.mean(values)
+    if len(values) == 1:
+        return Estimate(mean, NO_INTERVAL)
+    half = STUDENT_T[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
+    return Estimate(mean, (mean - half, mean + half))
+
+
+# ---- Writing them --------------------------------------------------------------------------------
+
+
+def read_cells(cells: Sequence[Cell], folder: Path) -> list[dict[str, Any]]:
+    """The numbers of a table as rows for results.json. folder: that of the table"""
+    rows = []
+    for cell in cells:
+        value, (low, high) = cell.read(folder / cell.step)
+        rows.append(
+            {
+                "row": cell.row,
+                "number": cell.number,
+                "paper": cell.paper,
+                "paper_unit": cell.unit,
+                "here": value,
+                "low": low,
+                "high": high,
+            }
+        )
+    return rows
+
+
+def table_texts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of `read_cells` with texts for people."""
+    return [
+        {
+            "row": row["row"],
+            "number": row["number"],
+            "paper": (
+                "not stated here"
+                if row["paper"] is None
+                else f"{row['paper']:g} {row['paper_unit']}".strip()
+            ),
+            "here (95 % interval)": value_text(row["here"], row["low"], row["high"]),
+        }
+        for row in rows
+    ]
+
+
+def value_text(value: float, low: float, high: float) -> str:
+    digits = 1 if abs(value) >= 100 else 2 if abs(value) >= 10 else 3
+    text = f"{value:.{digits}f}"
+    return text if math.isnan(low) else f"{text} ({low:.{digits}f} .. {high:.{digits}f})"
+
+
+def plot_cells(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draws one panel per kind of number: ours with intervals, and the paper's as crosses where it
+    is known and has the same unit."""
+    from matplotlib.figure import Figure  # slow to import
+
+    numbers = list(dict.fromkeys(row["number"] for row in rows))
+    height = sum(0.34 * sum(r["number"] == n for r in rows) + 1.1 for n in numbers)
+    ratios = [sum(r["number"] == n for r in rows) + 2 for n in numbers]
+    figure = Figure(figsize=(9, height), layout="constrained")
+    grid = figure.subplots(len(numbers), 1, squeeze=False, height_ratios=ratios)
+    for axes, number in zip(grid[:, 0], numbers, strict=True):
+        found = [row for row in rows if row["number"] == number]
+        places = range(len(found))
+        errors = [
+            [0.0 if math.isnan(row[side]) else abs(row["here"] - row[side]) for row in found]
+            for side in ("low", "high")
+        ]
+        axes.errorbar(
+            [r["here"] for r in found], places, xerr=errors, fmt="o", capsize=3, label="here"
+        )
+        known = [
+            (row["paper"], i)
+            for i, row in enumerate(found)
+            if row["paper"] is not None and not row["paper_unit"]
+        ]
+        if known:
+            axes.plot(*zip(*known, strict=True), "x", color="C3", markersize=8, label="paper")
+            axes.legend(fontsize=9)
+        axes.set_yticks(places, [row["row"] for row in found], fontsize=9)
+        axes.invert_yaxis()
+        axes.set_title(number, fontsize=11)
+        axes.grid(alpha=0.3, axis="x")
+    with atomic_file(path) as work:
+        figure.savefig(work, dpi=110)
