@@ -15,9 +15,9 @@ from uiollms.__main__ import main as uiollms_main
 from uiollms.build import check_env
 from uiollms.cli.common import Output
 from uiollms.cli.common import make_parser as program_parser
-from uiollms.cli.paper import describe_table, finished_steps, make_table, prepare
 from uiollms.cli.study import main as study
 from uiollms.cli.study_options import make_parser
+from uiollms.cli.study_paper import describe_table, finished_steps, make_table, prepare
 from uiollms.config.load import load_env_config, load_tasks
 from uiollms.files.errors import ConfigError
 from uiollms.study.paper import (
@@ -95,16 +95,13 @@ def tiny_table() -> PaperTable:
 
 
 @pytest.fixture
-def tiny(workspace, monkeypatch):
-    env = json.loads(Path("env.json").read_text())
-    env["model"]["config"] = str(Path(env["model"]["config"]).resolve())
-    Path("env.json").write_text(json.dumps(env))
-    monkeypatch.setattr("uiollms.cli.paper.shipped_dir", lambda: workspace)
+def with_tiny_table(workspace, monkeypatch):
+    """`paper-table1` is the table of `tiny_table`, with the workspace's config as shipped one."""
+    monkeypatch.setattr("uiollms.cli.study_paper.shipped_dir", lambda: workspace)
     monkeypatch.setitem(TABLES, "paper-table1", tiny_table)
-    return workspace
 
 
-def test_a_table_continues_with_the_step_that_failed(tiny):
+def test_a_table_continues_with_the_step_that_failed(with_tiny_table):
     calls = []
 
     def run(command):
@@ -138,11 +135,11 @@ def test_a_table_continues_with_the_step_that_failed(tiny):
 
     make_table(args, out, run)  # nothing is left to do
     assert len(calls) == 4
-    make_table(arguments("paper-table1", "--set", "train.max_lr=0.01"), out, run)
+    make_table(arguments("paper-table1", "--set", "model.attn_implementation=sdpa"), out, run)
     assert len(calls) == 7  # another config: all steps run again
 
 
-def test_a_dry_run_prints_steps_and_costs_and_runs_nothing(tiny, capsys):
+def test_a_dry_run_prints_steps_and_costs_and_runs_nothing(with_tiny_table, capsys):
     args = arguments("paper-table1", "--dry_run")
     args.output = Output()
     _, rows = describe_table(args, Path("out/table"))
@@ -154,10 +151,9 @@ def test_a_dry_run_prints_steps_and_costs_and_runs_nothing(tiny, capsys):
     assert not list(Path("out/table").glob("*/test.json"))
 
 
-def test_a_failed_command_ends_the_table_with_one_line(tiny, monkeypatch):
-    Path("book0.txt").unlink()
-    for i in range(1, 9):
-        Path(f"book{i}.txt").unlink(missing_ok=True)
+def test_a_failed_command_ends_the_table_with_one_line(with_tiny_table, monkeypatch):
+    for book in Path().glob("book*.txt"):
+        book.unlink()
     with pytest.raises(ConfigError, match="--quiet` ended with exit code 2; started again, the"):
         make_table(arguments("paper-table1"), Path("out/table"))
 
@@ -168,10 +164,10 @@ def test_table6_reads_the_curves_of_its_trainings(workspace, monkeypatch, capsys
     monkeypatch.setattr("uiollms.cli.study.train_base", lambda folder, bar: base)
 
     def run(command):
-        short = {"100": "1", "3": "2"}
+        short = {"80": "1", "3": "2"}
         assert not uiollms_main([short.get(word, word) for word in command])
 
-    monkeypatch.setattr("uiollms.cli.paper.run_command", run)
+    monkeypatch.setattr("uiollms.cli.study_paper.run_command", run)
     study(["paper-table6", "--out", "out/table6"])
     found = json.loads(Path("out/table6/results.json").read_text())
     last = {}

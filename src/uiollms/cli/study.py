@@ -37,8 +37,8 @@ import torch
 
 from uiollms.build import find_weights, load_memory_lm
 from uiollms.cli.common import Output
-from uiollms.cli.paper import describe_table, make_table
 from uiollms.cli.study_options import PRESETS, make_parser
+from uiollms.cli.study_paper import describe_table, make_table
 from uiollms.config.corpora import TaskEntry
 from uiollms.config.load import load_env_config
 from uiollms.config.sections import EnvConfig, MemoryConfig, TrainSection

@@ -7,7 +7,7 @@ from typing import Any
 
 from uiollms.cli.common import output_arguments
 from uiollms.cli.options import file_path, whole_number
-from uiollms.cli.paper import add_arguments
+from uiollms.cli.study_paper import add_arguments
 from uiollms.study.gradients import INFINITE, NAMES
 from uiollms.study.paper_tables import TABLES
 from uiollms.study.recall import MAX_CHUNKS
