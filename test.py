@@ -27,6 +27,7 @@ from uiollms.files.folders import run_folder
 from uiollms.files.json_files import as_json
 from uiollms.kernels.devices import gpus_of
 from uiollms.planning.planner import choose_chunk_batch
+from uiollms.plugins import plugin_versions
 from uiollms.reports.plots import plot_results
 from uiollms.reports.tables import print_results
 from uiollms.runs.checks import check_evaluation
@@ -58,6 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.output.prints_text:
         print_results(results)
     versions = environment() | {"dtype": str(model.dtype), "device": device_name(gpus_of(model))}
+    versions |= plugin_versions(tasks)
     about = {
         "weights": weights and str(weights),
         "config": config.model_dump(mode="json"),

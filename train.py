@@ -38,7 +38,7 @@ from uiollms.reports.tables import print_results
 from uiollms.runs.checks import check_training
 from uiollms.runs.run import Run, open_run
 from uiollms.runs.state import TrainingState
-from uiollms.training.estimators import make_estimator
+from uiollms.training.estimators import configured_estimator
 from uiollms.training.failures import reporting_step_errors
 from uiollms.training.optimizer import (
     apply_gradients,
@@ -79,7 +79,7 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
     if config.model.load_ckp:
         load_weights(model, config.model.load_ckp)
     samples = SampleStream(config, tokenizer, model, partial(weigh_tokens, model))
-    estimator = make_estimator(train.estimator, S=train.tbptt, compensate=train.compensate)
+    estimator = configured_estimator(train)
     optimizer = make_optimizer(model, train)
     parameters = list(model.trainable_parameters().values())
     evaluation = Evaluation(model, tokenizer, train.tasks if world.is_main_process else ())

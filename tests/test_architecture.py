@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "uiollms"
 ORDER = """
 files           reading and writing files as a whole, and errors of one line each
 config          the typed sections of the JSON files
+plugins         corpora, tasks and estimators of other packages
 kernels         devices, memory, and what makes the arithmetic fast
 distributed     processes, division of documents over them, and devices of a base's modules
 data            corpora -> documents -> samples, batch by batch

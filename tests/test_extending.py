@@ -51,6 +51,7 @@ def change(folder: Path, block: str) -> None:
         new = "".join(line[1:] for line in lines if line[0] in " +")
         if not old:
             assert not path.exists(), f"{name} is there already"
+            path.parent.mkdir(exist_ok=True)
             path.write_text(new)
             continue
         text = path.read_text()
@@ -69,17 +70,22 @@ def write(folder: Path, block: str) -> None:
     assert where in (f"# at the end of {name}", f"# new file {name}")
     assert path.exists() == ("at the end" in where)
     before = f"{path.read_text()}\n\n" if path.exists() else ""
+    path.parent.mkdir(exist_ok=True)
     path.write_text(before + code)
 
 
 def run(folder: Path, command: str) -> None:
-    """Runs a command of a recipe, which may begin with environment variables, in the folder."""
+    """Runs a command of a recipe, which may begin with environment variables, in the folder. What
+    pip installs goes into its folder `installed`, which only these commands see."""
     words = re.findall(r'"[^"]*"|\S+', command)
-    settings = dict(os.environ, PYTHONPATH=os.pathsep.join([str(folder / "src"), str(folder)]))
+    paths = [str(folder / name) for name in ("src", "", "installed")]
+    settings = dict(os.environ, PYTHONPATH=os.pathsep.join(paths))
     while "=" in words[0]:
         name, _, value = words.pop(0).partition("=")
         settings[name] = value
-    program = {"python": [], "uiollms": ["-m", "uiollms"]}[words.pop(0)]
+    program = {"python": [], "uiollms": ["-m", "uiollms"], "pip": ["-m", "pip"]}[words.pop(0)]
+    if "pip" in program:
+        words += ["--no-deps", "--no-build-isolation", "--target", str(folder / "installed")]
     arguments = [sys.executable, *program, *(word.strip('"') for word in words)]
     done = subprocess.run(
         arguments, cwd=folder, env=settings, capture_output=True, text=True, timeout=280

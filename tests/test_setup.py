@@ -1,6 +1,7 @@
 """Tests of the installation: versions, the Makefile's choice of torch, a clone without an
 installation, and a GPU that torch cannot use."""
 
+import ast
 import importlib.util
 import json
 import os
@@ -125,6 +126,34 @@ def test_the_package_index_has_every_locked_version(python, tmp_path):
                 of_torch.add(name)
                 queue.append(name)
     assert any(name.startswith("nvidia-") for name in of_torch)
+
+
+def test_every_imported_package_is_declared():
+    """It is not enough that another package requires it."""
+    requirements = [*PROJECT["dependencies"], *sum(PROJECT["optional-dependencies"].values(), [])]
+    declared = {canonicalize_name(Requirement(line).name) for line in requirements}
+    imported = set()
+    for path in (*(ROOT / "src").rglob("*.py"), ROOT / "train.py", ROOT / "test.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                imported.add(node.module.split(".")[0])
+    others = imported - sys.stdlib_module_names - {"uiollms"}
+    assert {"torch", "pyarrow", "lm_eval"} <= others
+    assert {name for name in others if canonicalize_name(name) not in declared} == set()
+
+
+def test_windows_itself_is_refused_in_words():
+    code = "import sys; sys.platform = 'win32'; import uiollms"
+    settings = dict(os.environ, PYTHONPATH=str(ROOT / "src"))
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=settings, capture_output=True, text=True)
+    last = done.stderr.strip().splitlines()[-1]
+    assert (
+        last.startswith("RuntimeError: uiollms does not run on Windows itself") and "WSL 2" in last
+    )
+    assert "\n### Windows\n" in (ROOT / "docs" / "setup.md").read_text()
 
 
 # ---- make setup ----------------------------------------------------------------------------------

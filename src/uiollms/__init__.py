@@ -5,6 +5,15 @@ compressed chunks before the current one. The names on this page are the public 
 modules may change. Their order is that of use: load a model, compress documents, train, evaluate.
 """
 
+import sys
+
+if sys.platform == "win32":
+    raise RuntimeError(
+        "uiollms does not run on Windows itself, which lacks POSIX signals, the module `resource` "
+        "and folders that can be synchronised to disk; use WSL 2, which is Linux: Versions and "
+        "systems in docs/setup.md"
+    )
+
 from uiollms.config.corpora import TaskEntry
 from uiollms.config.sections import MemoryConfig
 from uiollms.data import open_corpus
@@ -18,6 +27,7 @@ from uiollms.files.errors import ConfigError
 from uiollms.model.memory import Memory, join
 from uiollms.model.memory_lm import MemoryLM
 from uiollms.model.state import MemoryState
+from uiollms.plugins import CorpusPlugin, EstimatorPlugin, TaskPlugin
 from uiollms.reports.tables import print_results
 from uiollms.training.estimators import (
     TBPTT,
@@ -66,4 +76,7 @@ __all__ = [
     "TaskScores",
     "TaskSummary",
     "print_results",
+    "CorpusPlugin",
+    "TaskPlugin",
+    "EstimatorPlugin",
 ]

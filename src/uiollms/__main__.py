@@ -44,6 +44,7 @@ COMMANDS = {
         "serve", "answer over HTTP, as OpenAI's API does, with a page", "--folder memories"
     ),
     "data": Command("data", "list the corpora and their documents", "--sample stdlib.test -n 3"),
+    "plugins": Command("plugins", "list the plugins of installed packages", "--json"),
     "report": Command("report", "write a run folder as one HTML page", "runs/smollm2-8x"),
     "study": Command(
         "study",

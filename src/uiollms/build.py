@@ -11,15 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from uiollms.config.corpora import COPY_TASKS, CorpusEntry, Size, TaskEntry
 from uiollms.config.load import load_memory_config
-from uiollms.config.sections import EnvConfig, MemoryConfig
+from uiollms.config.sections import BuiltInEstimator, EnvConfig, MemoryConfig
 from uiollms.data import find_corpus
+from uiollms.data.builder import entry_plugin
 from uiollms.distributed.device_map import first_device, place_modules
 from uiollms.files.atomic import whole_folder
 from uiollms.files.errors import ConfigError, Faults
@@ -27,6 +28,7 @@ from uiollms.kernels.flash_attention import check_request
 from uiollms.kernels.quantized import count_weights
 from uiollms.model.memory_lm import MemoryLM
 from uiollms.model.rope import find_rope_fault, num_positions
+from uiollms.plugins import EstimatorPlugin, is_plugin, make_plugin
 from uiollms.weights.adapters import load_weights
 from uiollms.weights.base_files import FAMILIES
 from uiollms.weights.base_models import (
@@ -122,6 +124,7 @@ def check_env(config: EnvConfig, path: str | Path) -> MemoryConfig:
             f"{path}: train.compile_encoder true does not work with lora_dropout "
             f"{memory.lora_dropout} of {config.model.config}: set one of them to false or 0"
         )
+    examine_estimator(config, path, faults)
     examine_entries(data_entries(config), memory, shape, path, faults)
     examine_stages(config, memory, shape, path, faults)
     faults.report()
@@ -259,6 +262,19 @@ def corpus_field(entry: CorpusEntry | TaskEntry) -> tuple[str, str]:
     return "task_name", entry.task_name
 
 
+def task_field(entry: CorpusEntry | TaskEntry) -> str:
+    """The field of an entry that names its task."""
+    return "task" if isinstance(entry, CorpusEntry) else "task_type"
+
+
+def examine_estimator(config: EnvConfig, path: str | Path, faults: Faults) -> None:
+    """Finds a plugin for `train.estimator` that does not exist or refuses its options."""
+    name, options = config.train.estimator, config.train.estimator_options
+    with faults.collect(f"{path}: train.estimator: "):
+        if is_plugin(name):
+            make_plugin(EstimatorPlugin, name, options, get_args(BuiltInEstimator))
+
+
 def examine_stages(
     config: EnvConfig, memory: MemoryConfig | None, shape: Any, path: str | Path, faults: Faults
 ) -> None:
@@ -290,16 +306,18 @@ def examine_stages(
 def examine_entries(
     entries: Entries, memory: MemoryConfig | None, shape: Any, path: str | Path, faults: Faults
 ) -> None:
-    """Finds corpora that do not exist, truncations past the capacity or so short that no token is
-    predicted from memory, and texts that are too long for a teacher. Without `memory` and `shape`
-    only the names are checked."""
+    """Finds corpora and plugins that do not exist, truncations past the capacity or so short
+    that no token is predicted from memory, and texts that are too long for a teacher. Without
+    `memory` and `shape` only the names are checked."""
     for where, entry in entries.items():
         field, name = corpus_field(entry)
         try:
-            corpus, arguments = find_corpus(name)
+            corpus, arguments = find_corpus(name, entry.corpus_options)
         except ConfigError as error:
             faults.add(f"{path}: {where}.{field}: {error}")
             continue
+        with faults.collect(f"{path}: {where}.{task_field(entry)}: "):
+            entry_plugin(entry)
         sized = None  # the compressor config at the entry's size
         with faults.collect(f"{path}: {where}: "):
             sized = memory and resized_for_task(memory, entry, shape)
@@ -370,6 +388,8 @@ def raw_text_fault(entry: CorpusEntry, task: str, shape: Any) -> str | None:
 def shortest_length(entry: CorpusEntry | TaskEntry, corpus_task: str, chunk_size: int) -> int:
     """The number of tokens of the shortest document from which a sample can be made."""
     task = entry.task_type if isinstance(entry, TaskEntry) else entry.task or corpus_task
+    if is_plugin(task):
+        return chunk_size  # the plugin's own documentation describes what it needs
     if task in (*COPY_TASKS, "memory utilization", "news qa summation", "news qa summation v2"):
         return chunk_size  # one chunk is compressed, and then asked about
     # In training a loss must read memory. The first token after the first chunk is not scored, or

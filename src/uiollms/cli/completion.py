@@ -11,7 +11,19 @@ from collections.abc import Mapping
 
 import shtab
 
-from uiollms.cli import chat, common, convert, data, refine, report, ruler, schema, serve, study
+from uiollms.cli import (
+    chat,
+    common,
+    convert,
+    data,
+    plugins,
+    refine,
+    report,
+    ruler,
+    schema,
+    serve,
+    study,
+)
 
 SHELLS = ("bash", "zsh", "tcsh")
 # Metavar of an argument -> what a shell completes there.
@@ -36,6 +48,7 @@ def make_parser(commands: Mapping[str, str]) -> argparse.ArgumentParser:
         "train": common.make_parser(None),
         "test": common.make_parser(None, evaluation=True),
         "data": data.make_parser(),
+        "plugins": plugins.make_parser(),
         "refine": refine.make_parser(),
         "serve": serve.make_parser(),
         "report": report.make_parser(),

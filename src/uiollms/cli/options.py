@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from uiollms.files.errors import shortened
+from uiollms.files.errors import ConfigError, shortened
+from uiollms.files.json_files import find_unusable, loads
 
 MAX_SEED = 2**63 - 1  # as that of train.seed
 
@@ -52,6 +55,17 @@ def number_or_nan(text: str) -> float:
         return float(text)
     except ValueError:
         return math.nan
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """An object in JSON."""
+    try:
+        value = loads(text, "the option")
+    except (ConfigError, json.JSONDecodeError):
+        value = None
+    if isinstance(value, dict) and not find_unusable(value):
+        return value
+    raise unexpected(text, """an object in JSON, such as '{"files": "books/*.epub"}'""")
 
 
 def file_path(text: str) -> Path:

@@ -7,13 +7,16 @@ Units: lengths are in tokens, `partition` and `share` are fractions of documents
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     WithJsonSchema,
     field_validator,
     model_validator,
@@ -47,6 +50,28 @@ class Checked(BaseModel):
     )
 
 
+PLUGIN = "plugin:"  # names of plugins begin with it; see uiollms/plugins.py
+PluginName = Annotated[str, Field(pattern=r"^plugin:[A-Za-z0-9][A-Za-z0-9_.-]*$"), Tag("(plugin)")]
+BUILT_IN = Tag("(built-in)")
+Options = dict[str, Any]
+
+
+def name_tag(value: Any) -> str:
+    """Which of the two kinds of names a value is to be: only faults of that kind are reported."""
+    is_plugin = isinstance(value, str) and value.startswith(PLUGIN)
+    return "(plugin)" if is_plugin else "(built-in)"
+
+
+NAME = Discriminator(name_tag)
+
+
+def options_fault(field: str, options: Mapping[str, Any], named: str, name: str) -> str | None:
+    """Describes options that no plugin takes. named: the field that names the plugin."""
+    if not options or name_tag(name) == "(plugin)":
+        return None
+    return f"{field} are for a plugin, found with {named} {name!r}: remove them"
+
+
 COPY_TASKS = ("auto encoding", "longdata copy")
 TrainingTask = Literal[
     "language modeling",
@@ -56,11 +81,21 @@ TrainingTask = Literal[
     "memory utilization",
     "synthetic recall",
 ]
+TrainingTaskName = Annotated[Annotated[TrainingTask, BUILT_IN] | PluginName, NAME]
 Size = tuple[Positive, Positive]  # chunk_size, num_memory
+CORPUS_OPTIONS: Any = Field(
+    default={}, description="options of the corpus plugin:NAME, which the plugin describes"
+)
+TASK_OPTIONS: Any = Field(
+    default={}, description="options of the task plugin:NAME, which the plugin describes"
+)
 
 
 def normalised_words(value: Any) -> Any:
-    """Normalises case, spaces and underscores: "Language_Modeling" -> "language modeling"."""
+    """Normalises case, spaces and underscores: "Language_Modeling" -> "language modeling". The
+    names of plugins do not change."""
+    if name_tag(value) == "(plugin)":
+        return value
     return " ".join(value.replace("_", " ").lower().split()) if isinstance(value, str) else value
 
 
@@ -68,9 +103,10 @@ class CorpusEntry(Checked):
     """One source of training documents."""
 
     name: str = Field(
-        description="name of a corpus, or files:my/books/*.txt, or hub:org/name; see "
-        "docs/evaluation.md"
+        description="name of a corpus, or files:my/books/*.txt, or hub:org/name, or plugin:NAME of "
+        "an installed package; see docs/evaluation.md and docs/extending.md"
     )
+    corpus_options: Options = CORPUS_OPTIONS
     partition: Fraction = Field(
         description="fraction of the documents that come from this corpus; the fractions sum to 1 "
         "(within 0.001)"
@@ -81,13 +117,15 @@ class CorpusEntry(Checked):
     crop: Literal["start", "random"] = Field(
         "start", description="which tokens of a longer document are read"
     )
-    task: TrainingTask | None = Field(
+    task: TrainingTaskName | None = Field(
         None,
         description="training task of plain text. language modeling: predict each token. auto "
         "encoding: copy one chunk from its memory. longdata copy: copy all chunks from memory. "
         "memory utilization: reproduce the effect of the raw context on random tokens. synthetic "
-        "recall: answer questions about facts hidden in earlier chunks. null: the corpus's task",
+        "recall: answer questions about facts hidden in earlier chunks. plugin:NAME: the task of "
+        "an installed package. null: the corpus's task",
     )
+    task_options: Options = TASK_OPTIONS
     kl_weight: Fraction | None = Field(
         None,
         description="weight of KL(teacher || student) in the loss; the rest is cross entropy. The "
@@ -110,7 +148,16 @@ class CorpusEntry(Checked):
 
     @model_validator(mode="after")
     def _fields_fit_the_task(self) -> CorpusEntry:
-        faults = []
+        found = [
+            options_fault("corpus_options", self.corpus_options, "name", self.name),
+            options_fault("task_options", self.task_options, "task", self.task or "null"),
+        ]
+        faults = [fault for fault in found if fault]
+        if self.kl_weight is not None and name_tag(self.task) == "(plugin)":
+            faults.append(
+                f"kl_weight {self.kl_weight:g} with {self.task}: the plugin determines its loss; "
+                "remove it"
+            )
         if self.kl_weight and self.task in COPY_TASKS:
             faults.append(
                 f"kl_weight {self.kl_weight:g} with {self.task}: a copy is decoded from memory "
@@ -201,6 +248,7 @@ TaskType = Literal[
     "passkey",
     "needle",
 ]
+TaskTypeName = Annotated[Annotated[TaskType, BUILT_IN] | PluginName, NAME]
 TEXT_TASKS = (
     "perplexity",
     "language modeling",
@@ -266,10 +314,15 @@ MOST_TRIALS = 10_000  # at a depth; all of them are built before the first one i
 class TaskEntry(Checked):
     """One evaluation."""
 
-    task_type: TaskType = Field(description="kind of evaluation; see docs/evaluation.md")
+    task_type: TaskTypeName = Field(
+        description="kind of evaluation, see docs/evaluation.md, or plugin:NAME of an installed "
+        "package, see docs/extending.md"
+    )
+    task_options: Options = TASK_OPTIONS
     task_name: str = Field(
         description="name of a corpus; passkey and needle take their filler text from it"
     )
+    corpus_options: Options = CORPUS_OPTIONS
     num_instance: Positive = Field(
         description="number of documents; for passkey and needle, number of trials at each depth"
     )
@@ -345,7 +398,11 @@ class TaskEntry(Checked):
 
     @model_validator(mode="after")
     def _fields_fit_the_task(self) -> TaskEntry:
-        faults = []
+        found = [
+            options_fault("task_options", self.task_options, "task_type", self.task_type),
+            options_fault("corpus_options", self.corpus_options, "task_name", self.task_name),
+        ]
+        faults = [fault for fault in found if fault]
         if self.protocols != ("paper",) and self.task_type not in TEXT_TASKS:
             faults.append(
                 f"protocols is for {' and '.join(TEXT_TASKS)}; {self.task_type} has one protocol: "

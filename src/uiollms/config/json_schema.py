@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from uiollms.config.corpora import PLUGIN
 from uiollms.config.sections import EnvConfig, MemoryConfig, TestFile
 
 SCHEMAS: dict[str, type[BaseModel]] = {
@@ -89,13 +90,16 @@ def rows(
 def allowed(node: dict[str, Any]) -> str:
     """Describes the values that a node of a JSON Schema allows: "`uio`, `exact`", "integer > 0",
     "string or null"."""
-    if "anyOf" in node:
-        return " or ".join(allowed(option) for option in node["anyOf"])
+    if options := node.get("anyOf") or node.get("oneOf"):
+        return " or ".join(allowed(option) for option in options)
+    if node.get("pattern", "").startswith(f"^{PLUGIN}"):
+        return f"`{PLUGIN}NAME`"
     if "enum" in node:
         return ", ".join(f"`{value}`" for value in node["enum"])
     if "const" in node:
         return f"`{node['const']}`"
-    if "$ref" in node or node["type"] == "object" and "additionalProperties" not in node:
+    names = node.get("additionalProperties")
+    if "$ref" in node or node["type"] == "object" and not isinstance(names, dict):
         return "object"
     if node["type"] == "array" and "prefixItems" in node:
         return f"[{', '.join(allowed(item) for item in node['prefixItems'])}]"

@@ -12,14 +12,19 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import Field, model_validator
 
 from uiollms.config.corpora import (
+    BUILT_IN,
+    NAME,
     Checked,
     CorpusEntry,
     Fraction,
+    Options,
+    PluginName,
     Positive,
     SchemaLink,
     Size,
     Stage,
     TaskEntry,
+    options_fault,
     share_fault,
     stages_fault,
 )
@@ -183,6 +188,10 @@ class ModelSection(Checked):
     )
 
 
+BuiltInEstimator = Literal["uio", "tbptt", "exact", "importance"]
+EstimatorName = Annotated[Annotated[BuiltInEstimator, BUILT_IN] | PluginName, NAME]
+
+
 class TrainSection(Checked):
     """UIO-TBPTT training."""
 
@@ -241,14 +250,18 @@ class TrainSection(Checked):
         )
     )
     tasks: tuple[TaskEntry, ...] = Field((), description="evaluations during training")
-    estimator: Literal["uio", "tbptt", "exact", "importance"] = Field(
+    estimator: EstimatorName = Field(
         "uio",
         description=(
             "which gradients of the memories reach the encoder, and with what weights. uio: for "
             "each loss a uniform sample of S earlier chunks, the paper's method. tbptt: the last S "
             "chunks before the loss. exact: all earlier chunks. importance: S chunks of the "
-            "document, sampled with probabilities that rise with their gradients' norms"
+            "document, sampled with probabilities that rise with their gradients' norms. "
+            "plugin:NAME: the estimator of an installed package, see docs/extending.md"
         ),
+    )
+    estimator_options: Options = Field(
+        {}, description="options of the estimator plugin:NAME, which the plugin describes"
     )
     compensate: bool = Field(
         True,
@@ -332,6 +345,9 @@ class TrainSection(Checked):
     @model_validator(mode="after")
     def _fields_fit_together(self) -> TrainSection:
         faults = [fault for fault in (share_fault(self.corpus), stages_fault(self.stages)) if fault]
+        estimator = ("estimator", self.estimator)
+        if fault := options_fault("estimator_options", self.estimator_options, *estimator):
+            faults.append(fault)
         if self.keep_best and not self.tasks:
             faults.append("keep_best compares checkpoints by an evaluation; tasks is empty")
         if len({*self.log_with}) < len(self.log_with):

@@ -19,6 +19,9 @@ Reading order: documents, registry (the names), corpora/ (the openers), readers/
 formats), mixture, sample, builder, stream.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from transformers import PreTrainedTokenizerBase
 
 from uiollms.data.corpora import (  # noqa: F401  importing them registers their corpora
@@ -56,11 +59,15 @@ __all__ = [
 ]
 
 
-def open_corpus(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> Corpus:
+def open_corpus(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Corpus:
     """Opens the corpus of a name; spaces and case do not matter. Only `beacons sampled` uses the
-    tokenizer. Raises ConfigError for an unknown name, and for data that is not on this machine; the
-    message describes how to get it."""
-    entry, arguments = find_corpus(name)
+    tokenizer. options: those of a plugin, `plugin:NAME`. Raises ConfigError for an unknown name,
+    and for data that is not on this machine; the message describes how to get it."""
+    entry, arguments = find_corpus(name, options)
     if not entry.needs_tokenizer:
         return entry.opener(*arguments)
     if tokenizer is None:

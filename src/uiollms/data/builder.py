@@ -8,13 +8,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import cast, get_args
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from uiollms.config.corpora import CorpusEntry, TrainingTask
+from uiollms.config.corpora import CorpusEntry, TaskEntry, TaskType, TrainingTask
 from uiollms.data import ChatDocument, Document, NewsDocument, RecallDocument, TokenDocument
 from uiollms.data.chat import tokenize_chat
 from uiollms.data.corpora.facts import with_facts
@@ -32,6 +32,7 @@ from uiollms.data.tokens import (
     tokenize_pair,
 )
 from uiollms.files.errors import ConfigError
+from uiollms.plugins import TaskPlugin, is_plugin, make_plugin
 
 
 @dataclass(frozen=True)
@@ -49,17 +50,26 @@ class SampleBuilder:
     weigh: Callable[[Sample], Sample] | None = None
 
     def make(
-        self, document: Document, truncation: int | None, rng: random.Random, crop: str = "start"
+        self,
+        document: Document,
+        truncation: int | None,
+        rng: random.Random,
+        crop: str = "start",
+        plugin: TaskPlugin | None = None,
     ) -> Sample:
         """Builds a sample of at most `truncation` tokens of a document (None: the capacity). Plain
-        text is read from its start or, with `crop` "random", from a random position.
+        text is read from its start or, with `crop` "random", from a random position. A `plugin`
+        makes the sample of its task.
 
         rng: draws that position, the chunk of auto encoding, the probe of memory utilization and
         the position of a news story. Raises ConfigError, naming the document, if the sample exceeds
         the model's limits.
         """
         try:
-            sample = self._build(document, truncation, rng, crop)
+            if plugin:
+                sample = self._plugin_sample(plugin, document, truncation, rng)
+            else:
+                sample = self._build(document, truncation, rng, crop)
             if teaches_memory(sample):
                 check_sample(self.model.limits, sample)
                 check_teacher(self.model.limits, sample)
@@ -72,7 +82,11 @@ class SampleBuilder:
         its corpus entry sets. Raises ConfigError as `make` does, and if the document does not
         support the task."""
         sample = self.make(
-            as_training_document(document, entry, rng), entry.truncation, rng, entry.crop
+            as_training_document(document, entry, rng),
+            entry.truncation,
+            rng,
+            entry.crop,
+            entry_plugin(entry),
         )
         if entry.token_weighting != "context" or not teaches_memory(sample):
             return sample
@@ -129,6 +143,25 @@ class SampleBuilder:
         return with_teacher(
             PROTOCOLS[self.protocol](self._cut(ids, truncation, rng, crop), chunk_size), document
         )
+
+    def _plugin_sample(
+        self, plugin: TaskPlugin, document: Document, truncation: int | None, rng: random.Random
+    ) -> Sample:
+        limits = self.model.limits
+        length = min(truncation or limits.capacity, limits.capacity)
+        chunk_size = limits.memory.chunk_size
+        sample = plugin.make_sample(document, self.tokenizer, chunk_size, length, rng)
+        if not isinstance(sample, Sample):
+            raise ValueError(
+                f"{type(plugin).__name__}.make_sample returned {type(sample).__name__}, expected "
+                "a Sample"
+            )
+        if len(sample.chunks) and sample.chunks.shape[1] != chunk_size:
+            raise ValueError(
+                f"{type(plugin).__name__}.make_sample returned chunks of {sample.chunks.shape[1]} "
+                f"tokens, expected chunk_size {chunk_size}"
+            )
+        return sample
 
     def _news_sample(self, document: NewsDocument, most: int, rng: random.Random) -> Sample:
         """Hides the story in its distractor text, and ask every question and for the summary. Story
@@ -196,10 +229,10 @@ def with_teacher(sample: Sample, document: Document) -> Sample:
 def as_training_document(document: Document, entry: CorpusEntry, rng: random.Random) -> Document:
     """Returns a document with the task and the `kl_weight` of its corpus entry. rng: draws the
     facts of synthetic recall. Raises ConfigError if the document does not support the task."""
-    task = entry.task
+    task, plugin = entry.task, entry_plugin(entry)
     if task is not None and task != document.task:
         recall = isinstance(document, RecallDocument)
-        if fault := task_fault(task, "synthetic recall" if recall else document.task):
+        if fault := task_fault(task, "synthetic recall" if recall else document.task, plugin):
             raise ConfigError(f"{document.source}: {fault}")
         if recall:
             return (
@@ -209,8 +242,8 @@ def as_training_document(document: Document, entry: CorpusEntry, rng: random.Ran
             )
         if task == "synthetic recall":
             document = with_facts(document, rng.choice(("facts", "keys")), rng)
-        else:
-            document = with_task(document, task)
+        elif plugin is None:
+            document = with_task(document, cast(Task, task))
     if entry.kl_weight is None:
         return document
     return replace(document, kl_weight=entry.kl_weight)
@@ -221,8 +254,23 @@ def with_task(document: Document, task: Task) -> Document:
     return replace(document, task=task, kl_weight=float(task == "memory utilization"))
 
 
-def task_fault(task: str, kind: str) -> str | None:
-    """Describes why documents of a `kind` do not support a task. Returns None if they do."""
+def entry_plugin(entry: CorpusEntry | TaskEntry) -> TaskPlugin | None:
+    """The plugin for the task of an entry, None if the task is one of this package. Raises
+    ConfigError if there is no such plugin or its options are faulty."""
+    task = entry.task if isinstance(entry, CorpusEntry) else entry.task_type
+    if task is None or not is_plugin(task):
+        return None
+    built_in = dict.fromkeys((*get_args(TrainingTask), *get_args(TaskType)))
+    return make_plugin(TaskPlugin, task, entry.task_options, built_in)
+
+
+def task_fault(task: str, kind: str, plugin: TaskPlugin | None = None) -> str | None:
+    """Describes why documents of a `kind` do not support a task, which may be a plugin's. Returns
+    None if they do."""
+    if plugin:
+        if kind in plugin.accepts:
+            return None
+        return f"has documents for {kind}, {task} takes documents for {' or '.join(plugin.accepts)}"
     if task == kind or (task, kind) == ("question answering", "synthetic recall"):
         return None
     supported = [other for other in get_args(TrainingTask) if other != "question answering"]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from uiollms.data.documents import Corpus
 from uiollms.files.errors import ConfigError
+from uiollms.plugins import CorpusPlugin, find_plugin, is_plugin, make_plugin
 
 SIZE = r"(?:\.([1-9]\d*[km]))?"  # the optional argument of a corpus name that `cut_texts` takes
 
@@ -101,20 +102,78 @@ def register_corpus(
     return register
 
 
-def find_corpus(name: str) -> tuple[NamedCorpus, tuple[str | None, ...]]:
+def find_corpus(
+    name: str, options: Mapping[str, Any] | None = None
+) -> tuple[NamedCorpus, tuple[str | None, ...]]:
     """Finds the entry for a name, and the arguments that the name contains. Case and spaces do not
-    matter, except in a `files:` pattern. Nothing is opened, so the function also checks the names
-    in a config. Raises ConfigError for an unknown name, with the nearest known one.
+    matter, except in a `files:` pattern and in the name of a plugin. Nothing is opened, so the
+    function also checks the names in a config. options: those of a plugin. Raises ConfigError for
+    an unknown name, with the nearest known one.
 
     "RedPajama book sample.train.1M" -> (entry of redpajama book sample, ("1m",))
     """
+    if is_plugin(name):
+        return plugin_corpus(name, options or {}), ()
     head, colon, tail = name.partition(":")
     key = re.sub(r"\s", "", head).lower() + colon + (tail.strip() if colon else "")
     for entry in REGISTER:
         if match := entry.pattern.fullmatch(key):
             return entry, match.groups()
-    usages = [entry.usage for entry in REGISTER]
-    heads = {re.sub(r"\s", "", re.split(r"[.\[{:]", usage)[0]): usage for usage in reversed(usages)}
+    heads = usage_heads()
     near = difflib.get_close_matches(key.split(".")[0], heads, n=1, cutoff=0.5)
-    hint = f"did you mean {heads[near[0]]}?" if near else f"known: {', '.join(usages)}"
+    known = ", ".join([*(entry.usage for entry in REGISTER), "plugin:NAME"])
+    hint = f"did you mean {heads[near[0]]}?" if near else f"known: {known}"
     raise ConfigError(f"corpus {name!r} is unknown; {hint}")
+
+
+def usage_heads() -> dict[str, str]:
+    """The first part of every corpus's name, and how the first such corpus is written:
+    {"sotu": "sotu.{train,test}[.SIZE]"}"""
+    return {
+        re.sub(r"\s", "", re.split(r"[.\[{:]", entry.usage)[0]): entry.usage
+        for entry in reversed(REGISTER)
+    }
+
+
+@dataclass(frozen=True)
+class PluginSource:
+    """What the corpus of a plugin is read from."""
+
+    name: str
+    plugin: CorpusPlugin
+
+    def missing(self) -> str | None:
+        return self.plugin.missing()
+
+
+def plugin_corpus(name: str, options: Mapping[str, Any]) -> NamedCorpus:
+    """The entry of a plugin's corpus. Raises ConfigError if no package offers it or its options are
+    faulty."""
+    built_in = tuple(usage_heads())
+    plugin = make_plugin(CorpusPlugin, name, options, built_in)
+    installed = find_plugin(CorpusPlugin, name, built_in)
+
+    def open_documents() -> Corpus:
+        documents = plugin.open()
+        if not isinstance(documents, Sequence) or isinstance(documents, str):
+            raise ConfigError(
+                f"{installed.title}: open() returned {type(documents).__name__}, expected a "
+                "sequence of Document"
+            )
+        return documents
+
+    source = PluginSource(installed.title, plugin)
+    return NamedCorpus(
+        usage=name,
+        pattern=re.compile(re.escape(name)),
+        task=plugin.task,
+        sources=(source,),
+        needs_tokenizer=False,
+        opener=open_documents,
+        mixed_tasks=False,
+        sources_read=lambda: (source,),
+        teacher_tokens=lambda: 0,
+        chunk_range=lambda: (0, 0),
+        version=lambda: installed.package,
+        has_messages=lambda: False,
+    )

@@ -107,7 +107,9 @@ class Stream:
         self, builder: SampleBuilder, entries: Sequence[CorpusEntry], seed: int, stage: int = 0
     ) -> None:
         self.builder, self.entries = builder, entries
-        corpora = [open_corpus(entry.name, builder.tokenizer) for entry in entries]
+        corpora = [
+            open_corpus(entry.name, builder.tokenizer, entry.corpus_options) for entry in entries
+        ]
         self.seed = f"{seed} stage {stage}" if stage else str(seed)
         partitions = [entry.partition for entry in entries]
         self.mixture = Mixture(corpora, partitions, self.seed if stage else seed)

@@ -106,7 +106,7 @@ class Evaluation:
             modes = [mode for mode in base_modes if not (too_long and mode in READS_RAW)]
             self._base_scores[index] = self._score_all(measurement, modes, progress)
         memory_modes = ["memory", *(mode for mode in task.compare if mode not in base_modes)]
-        corpus, arguments = find_corpus(task.task_name)
+        corpus, arguments = find_corpus(task.task_name, task.corpus_options)
         return TaskScores(
             ScoredTask(
                 name=task.task_name,

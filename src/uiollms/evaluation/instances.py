@@ -20,7 +20,7 @@ from uiollms.data import (
     RecallDocument,
     open_corpus,
 )
-from uiollms.data.builder import SampleBuilder, teaches_memory, with_task
+from uiollms.data.builder import SampleBuilder, entry_plugin, teaches_memory, with_task
 from uiollms.data.documents import LazyCorpus, Task
 from uiollms.data.limits import check_sample
 from uiollms.data.protocols import fewest_tokens, protocol_samples
@@ -30,6 +30,7 @@ from uiollms.data.sample import Sample
 from uiollms.data.tokens import tokenize, tokenize_pair
 from uiollms.files.errors import ConfigError
 from uiollms.model.memory_lm import MemoryLM
+from uiollms.plugins import TaskPlugin
 
 log = logging.getLogger("uiollms")
 PLAIN = "language modeling"  # the kind of a document that is only text
@@ -41,6 +42,11 @@ ACCEPTED_KINDS: dict[str, tuple[str, ...]] = {
     # The corpus determines which version's loss a document has.
     "news qa summation v2": ("news qa summation",),
 }
+
+
+def accepted_kinds(task_type: str, plugin: TaskPlugin | None) -> tuple[str, ...]:
+    """The kinds of documents that a task takes, which may be a plugin's."""
+    return plugin.accepts if plugin else ACCEPTED_KINDS.get(task_type, (task_type,))
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,10 +138,18 @@ def make_instance(
     # Training draws one chunk of an auto encoding document; evaluation scores every chunk.
     every_chunk = task.task_type == "auto encoding"
     sample = builder.make(
-        replace(document, task="longdata copy") if every_chunk else document, task.truncation, rng
+        replace(document, task="longdata copy") if every_chunk else document,
+        task.truncation,
+        rng,
+        plugin=entry_plugin(task),
     )
     if not teaches_memory(sample):
         return None
+    if {"raw", "recent"} & {*task.compare} and any(row.repeat for row in sample.rows):
+        raise ConfigError(
+            f"{document.source}: {task.task_type} decodes from memory alone, which cannot be "
+            "compared with raw or recent; take them out of compare"
+        )
     if every_chunk:
         return Instance(
             tuple(
@@ -157,8 +171,11 @@ def make_instance(
 def task_documents(task: TaskEntry, tokenizer: PreTrainedTokenizerBase) -> Sequence[Document]:
     """The documents of a task's corpus, converted to the task's kind. Access to a document of a
     kind that the task does not take raises ConfigError."""
-    corpus = open_corpus(task.task_name, tokenizer)
-    kinds = ACCEPTED_KINDS.get(task.task_type, (task.task_type,))
+    corpus = open_corpus(task.task_name, tokenizer, task.corpus_options)
+    plugin = entry_plugin(task)
+    kinds = accepted_kinds(task.task_type, plugin)
+    # These tasks make their samples of plain text themselves.
+    takes_text = plugin or task.task_type in (*TEXT_TASKS, *RETRIEVAL_TASKS)
 
     def read(i: int) -> Document:
         document = corpus[i]
@@ -167,7 +184,7 @@ def task_documents(task: TaskEntry, tokenizer: PreTrainedTokenizerBase) -> Seque
                 f"corpus {task.task_name!r}: {document.source} is for {document.task}, task_type "
                 f"{task.task_type!r} takes documents for {' or '.join(kinds)}"
             )
-        if document.task == PLAIN and task.task_type not in (*TEXT_TASKS, *RETRIEVAL_TASKS):
+        if document.task == PLAIN and not takes_text:
             return with_task(document, cast(Task, task.task_type))
         return document
 

@@ -52,7 +52,7 @@ from uiollms.model.rope import num_positions
 from uiollms.planning.flops import Flops
 from uiollms.planning.pipeline_speed import estimate_speedup
 from uiollms.planning.simulated_devices import SimulatedDevices, simulated
-from uiollms.training.estimators import Estimator, all_pairs, make_estimator
+from uiollms.training.estimators import Estimator, all_pairs, configured_estimator
 from uiollms.training.optimizer import make_optimizer, optimizer_step
 from uiollms.training.step import chunks_with_gradient, gradient_step
 from uiollms.weights.base_models import DTYPES, base_config, computes_bf16
@@ -158,7 +158,7 @@ class StepSimulation:
 
     def estimator(self) -> Estimator:
         train = self.config.train
-        return make_estimator(train.estimator, S=train.tbptt, compensate=train.compensate)
+        return configured_estimator(train)
 
     def draw_chunks(self, chunks: int) -> tuple[list[int], bool]:
         """The chunks that need gradients in one draw of the estimator, and whether all weights
@@ -390,7 +390,7 @@ class Measured(NamedTuple):
 def max_tokens(entry: CorpusEntry, capacity: int, chunk_size: int) -> int:
     """An upper bound of the tokens of a corpus's documents, from its name and truncation."""
     try:
-        corpus, arguments = find_corpus(entry.name)
+        corpus, arguments = find_corpus(entry.name, entry.corpus_options)
     except ConfigError:  # reading the corpus raises the error
         return min(capacity, entry.truncation or capacity)
     if entry.task == "auto encoding":  # a sample is one chunk

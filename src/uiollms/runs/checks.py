@@ -26,12 +26,13 @@ from uiollms.build import (
     examine_training_dtype,
     find_weights,
     stage_entries,
+    task_field,
 )
 from uiollms.config.corpora import CorpusEntry, TaskEntry
 from uiollms.config.load import load_tasks
 from uiollms.config.sections import EnvConfig, MemoryConfig
 from uiollms.data import find_corpus
-from uiollms.data.builder import task_fault
+from uiollms.data.builder import entry_plugin, task_fault
 from uiollms.data.chat import check_template
 from uiollms.data.readers.hub import HubDataset, HubSplit
 from uiollms.data.readers.hub_stream import HubStream
@@ -41,7 +42,7 @@ from uiollms.distributed.device_map import (
     resolve_map,
     this_machine,
 )
-from uiollms.evaluation.instances import ACCEPTED_KINDS
+from uiollms.evaluation.instances import accepted_kinds
 from uiollms.files.atomic import make_folder, read_whole, recover, reporting_write_errors
 from uiollms.files.errors import ConfigError, Faults
 from uiollms.files.folders import run_folder
@@ -56,6 +57,7 @@ from uiollms.runs.run_files import (
     locked,
 )
 from uiollms.runs.trackers import tracker_fault
+from uiollms.training.estimators import configured_estimator
 from uiollms.training.schedule import Schedule
 from uiollms.weights.adapters import check_compressor, check_target
 from uiollms.weights.base_models import KNOWN_SHAPES, hub_reachable, load_pretrained, resolve_dtype
@@ -73,6 +75,8 @@ def check_training(config: EnvConfig, path: str | Path, resumes: bool = False) -
     examine_training_dtype(config, path, faults)
     entries = data_entries(config)
     examine_entries(entries, memory, shape, path, faults)
+    with faults.collect(f"{path}: train.estimator: "):
+        configured_estimator(config.train)
     examine_stages(config, memory, shape, path, faults)
     for number in range(len(config.train.stages)):
         entries = {**entries, **stage_entries(config, number)}
@@ -142,7 +146,7 @@ def examine_data(entries: Entries, model_name: str, path: str | Path, faults: Fa
     for where, entry in entries.items():
         field, name = corpus_field(entry)
         try:
-            corpus, arguments = find_corpus(name)
+            corpus, arguments = find_corpus(name, entry.corpus_options)
             needed = corpus.sources_read(*arguments)
         except ConfigError as error:
             faults.add(f"{path}: {where}.{field}: {error}")
@@ -167,12 +171,17 @@ def examine_data(entries: Entries, model_name: str, path: str | Path, faults: Fa
                 if corpus.has_messages(*arguments):
                     tokenizer = load_pretrained(AutoTokenizer, model_name)
                     check_template(tokenizer, model_name, f"corpus {name!r}: ")
+        try:
+            plugin = entry_plugin(entry)
+        except ConfigError as error:
+            faults.add(f"{path}: {where}.{task_field(entry)}: {error}")
+            continue
         if isinstance(entry, CorpusEntry) and entry.task and not corpus.mixed_tasks:
             kind = "synthetic recall" if any(corpus.chunk_range(*arguments)) else corpus.task
-            if fault := task_fault(entry.task, kind):
+            if fault := task_fault(entry.task, kind, plugin):
                 faults.add(f"{path}: {where}.task: corpus {name!r} {fault}")
         if isinstance(entry, TaskEntry) and not corpus.mixed_tasks:
-            kinds = ACCEPTED_KINDS.get(entry.task_type, (entry.task_type,))
+            kinds = accepted_kinds(entry.task_type, plugin)
             if corpus.task not in kinds:
                 faults.add(
                     f"{path}: {where}: corpus {name!r} has documents for {corpus.task}, task_type "

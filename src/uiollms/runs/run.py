@@ -36,6 +36,7 @@ from uiollms.files.errors import ConfigError
 from uiollms.files.folders import run_folder
 from uiollms.files.json_files import as_json
 from uiollms.kernels.devices import gpus_of
+from uiollms.plugins import plugin_versions
 from uiollms.runs.checks import check_can_save
 from uiollms.runs.environment import device_name, environment
 from uiollms.runs.log import RunLog
@@ -199,6 +200,7 @@ class Run:
             "dtype": str(state.model.dtype),
             "device": device_name(self.log.gpus),
             "processes": str(self.world.size),
+            **plugin_versions(self.config.train.tasks, self.config.train),
         }
         constants = all_fields(self.config, self.compressor)
         constants |= {f"environment.{name}": value for name, value in self.environment.items()}

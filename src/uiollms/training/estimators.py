@@ -17,12 +17,16 @@ Source: UIO-LLMs section 3.3; reservoir: Vitter 1985, algorithm R; systematic sa
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from uiollms.config.sections import TrainSection
+from uiollms.files.errors import ConfigError
+from uiollms.plugins import EstimatorPlugin, is_plugin, make_plugin
 
 
 class Estimator:
@@ -167,14 +171,45 @@ def window_from_draws(
 ESTIMATORS: dict[str, Any] = {"exact": Exact, "tbptt": TBPTT, "uio": UIO, "importance": Importance}
 
 
-def make_estimator(name: str, S: int = 2, compensate: bool = True) -> Estimator:
-    """Returns the estimator with this name in `train.estimator`, with S = `train.tbptt` and
-    `train.compensate`. Raises ValueError for an unknown name."""
+def make_estimator(
+    name: str, S: int = 2, compensate: bool = True, options: Mapping[str, Any] | None = None
+) -> Estimator:
+    """Returns the estimator with this name in `train.estimator`, with S = `train.tbptt`,
+    `train.compensate`, and `options` = `train.estimator_options`, those of a plugin. Raises
+    ValueError for an unknown name."""
+    if is_plugin(name):
+        plugin = make_plugin(EstimatorPlugin, name, options, ESTIMATORS.keys())
+        return checked(plugin.make_estimator(S), name)
     if name not in ESTIMATORS:
         raise ValueError(f"estimator {name!r} is unknown; known: {', '.join(ESTIMATORS)}")
     settings = {"S": S, "compensate": compensate}
     names = {field.name for field in fields(ESTIMATORS[name])}
     return ESTIMATORS[name](**{name: settings[name] for name in names & settings.keys()})
+
+
+def configured_estimator(train: TrainSection) -> Estimator:
+    """Returns the estimator of a training run. Raises ConfigError for a faulty plugin."""
+    return make_estimator(train.estimator, train.tbptt, train.compensate, train.estimator_options)
+
+
+def checked(estimator: Estimator, name: str) -> Estimator:
+    """Returns the estimator of a plugin. Raises ConfigError if it is none, or if the weights that
+    it draws for 4 chunks do not have the form that the training step needs."""
+    if not isinstance(estimator, Estimator):
+        found = type(estimator).__name__
+        raise ConfigError(f"{name}: make_estimator returned {found}, expected an Estimator")
+    weights = estimator.weight_matrix(4, random.Random(0))
+    if not isinstance(weights, Tensor):
+        raise ConfigError(f"{name}: weight_matrix returned {type(weights).__name__}, not a Tensor")
+    form = f"{weights.dtype} {list(weights.shape)}".removeprefix("torch.")
+    if form != "float64 [4, 4]":
+        raise ConfigError(f"{name}: weights of 4 chunks are {form}, expected float64 [4, 4]")
+    if not weights.isfinite().all() or weights.triu().any():
+        raise ConfigError(
+            f"{name}: weights must be finite, and zero on and above the diagonal, because loss t "
+            f"reads the memories before t; found {weights.tolist()}"
+        )
+    return estimator
 
 
 def draw_window(
