@@ -26,6 +26,7 @@ from uiollms.evaluation.copying import written_chunk
 from uiollms.evaluation.evaluator import Evaluation
 from uiollms.evaluation.instances import Instance, evaluation_documents, find_partner
 from uiollms.evaluation.results import ScoredTask, TaskScores, TaskSummary
+from uiollms.evaluation.saved_results import load_token_nlls
 from uiollms.evaluation.scoring import token_losses
 from uiollms.evaluation.statistics import DocumentScore, bleu4, bleu4_interval, bootstrap, rouge_l
 from uiollms.reports.curves import plot_training
@@ -177,6 +178,8 @@ def test_tasks_inside_a_training_run(workspace):
     Path("test.json").write_text(dumped)
     assert call("test.py", "--env_conf", "env.json") == 0
     assert json.loads(Path("out/test.json").read_text())["results"] == logged
+    saved = load_token_nlls(Path("out/test-nll.safetensors"), Path("out/test.json").read_bytes())
+    assert [scores.task.task_type for scores in saved] == task_types
     # No task has the protocol of the training loss, so the evaluation has a separate panel.
     lines = [lines[0], lines[-1] | {"eval": logged[:1]}]
     assert plot_training(lines, Path("two.png")).stat().st_size > 1000

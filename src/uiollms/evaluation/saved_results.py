@@ -87,9 +87,11 @@ def load_token_nlls(path: Path, test_json: bytes | None = None) -> list[TaskScor
                 or positions.shape != nll.shape
             ):
                 raise ValueError(f"{key} and its positions are not numbers of the same tokens")
+            # Copies of chunks count their tokens from 0. No text scores its first token.
+            first = 0 if tasks[int(r)].task_type == "auto encoding" else 1
             if (
                 positions.dtype != torch.int64
-                or not 0 < positions.min() <= positions.max() < MAX_POSITIONS
+                or not first <= positions.min() <= positions.max() < MAX_POSITIONS
             ):
                 raise ValueError(f"{key}: its positions are not those of a document's tokens")
             scores[int(r)].setdefault(mode, {})[int(d)] = score

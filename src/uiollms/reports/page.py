@@ -196,8 +196,8 @@ def facts(run: RunFolder) -> Iterator[tuple[str, str]]:
         yield "gradient", f"{chosen}; loss: {train.loss} protocol"
         yield (
             "optimizer",
-            f"AdamW, peak learning rate {train.max_lr:g}, {train.accum_grad} documents a step, "
-            f"seed {train.seed}",
+            f"AdamW, peak learning rate {train.max_lr:g}, "
+            f"{train.accum_grad} document{'s' * (train.accum_grad > 1)} a step, seed {train.seed}",
         )
         shares = [
             f"{c.name} ({c.partition:.0%}, {c.truncation or 'all'} tokens)" for c in train.corpus
