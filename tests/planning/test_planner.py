@@ -299,7 +299,7 @@ import json, sys, torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 from uiollms import MemoryConfig, MemoryLM, Sample, gradient_step
 from uiollms.planning.simulated_devices import HOST, SimulatedDevices
-from uiollms.study.cost import PeakMemory
+from uiollms.kernels.peak_memory import PeakMemory
 
 torch.set_num_threads(1)
 torch.backends.mkldnn.enabled = False

@@ -12,7 +12,8 @@ from uiollms.cli.study import as_preset
 from uiollms.cli.study import main as study
 from uiollms.config.sections import TrainSection
 from uiollms.files.errors import ConfigError
-from uiollms.study.cost import PeakMemory, study_cost
+from uiollms.kernels.peak_memory import PeakMemory
+from uiollms.study.cost import study_cost
 from uiollms.study.gradients import (
     draw_weights,
     estimators_of,

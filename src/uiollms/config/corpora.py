@@ -6,6 +6,7 @@ Units: lengths are in tokens, `partition` and `share` are fractions of documents
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -305,7 +306,70 @@ QUESTION_TASKS = (
     "news qa summation v2",
     *RETRIEVAL_TASKS,
 )
-Mode = Literal["window", "raw", "shuffled", "recent", "streaming", "bm25", "pooled"]
+PLAIN_MODES = ("window", "raw", "shuffled", "recent", "streaming", "bm25", "pooled")
+# Short names of presses, and their classes in kvpress.
+PRESSES = {
+    "snapkv": "SnapKVPress",
+    "knorm": "KnormPress",
+    "expected_attention": "ExpectedAttentionPress",
+    "kvzip": "KVzipPress",
+}
+PRESS_NAME = r"press:([A-Za-z][A-Za-z0-9]*)(\(.*\))?"
+
+
+def parse_press(mode: str) -> tuple[str, dict[str, Any]]:
+    """Returns the class of a press in kvpress and the arguments of its constructor. Raises
+    ValueError for other text.
+
+    snapkv -> SnapKVPress, {}
+    press:SnapKVPress(window_size=32) -> SnapKVPress, {"window_size": 32}
+    """
+    if mode in PRESSES:
+        return PRESSES[mode], {}
+    form = "expected press:NAME or press:NAME(argument=number, ...)"
+    found = re.fullmatch(PRESS_NAME, mode)
+    if not found:
+        raise ValueError(f"{mode!r} is no mode and no press: {form}")
+    try:
+        call = ast.parse(f"press{found[2] or '()'}", mode="eval").body
+        assert isinstance(call, ast.Call) and not call.args
+        arguments = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError, AssertionError):
+        raise ValueError(f"{mode!r}: its arguments are not numbers with names: {form}") from None
+    if "None" in arguments or "compression_ratio" in arguments:
+        raise ValueError(
+            f"{mode!r}: compression_ratio is computed from the number of memory slots; remove it"
+        )
+    return found[1], arguments
+
+
+def is_press(mode: str) -> bool:
+    return mode in PRESSES or mode.startswith("press:")
+
+
+def checked_mode(mode: str) -> str:
+    if mode not in PLAIN_MODES and not is_press(mode):
+        raise ValueError(
+            f"mode {mode!r} is unknown; allowed are {', '.join((*PLAIN_MODES, *PRESSES))} and "
+            "press:NAME"
+        )
+    if is_press(mode):
+        parse_press(mode)
+    return mode
+
+
+Mode = Annotated[
+    str,
+    AfterValidator(checked_mode),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"enum": [*PLAIN_MODES, *PRESSES], "type": "string"},
+                {"pattern": f"^{PRESS_NAME}$", "type": "string"},
+            ]
+        }
+    ),
+]
 # A copy is generated from memory alone, so it has only these two.
 COPY_MODES = ("window", "shuffled")
 MOST_TRIALS = 10_000  # at a depth; all of them are built before the first one is scored
@@ -346,7 +410,15 @@ class TaskEntry(Checked):
             "another document. The others read as many slots as memory has. recent: the preceding "
             "raw tokens. streaming: the document's first four tokens and the preceding ones. bm25: "
             "passages that resemble the question. pooled: averaged keys and values of the raw "
-            "context; see docs/alternatives.md"
+            "context. snapkv, knorm, expected_attention, kvzip and press:NAME: presses of kvpress, "
+            "which compress the raw context; see docs/alternatives.md"
+        ),
+    )
+    costs: bool = Field(
+        default=False,
+        description=(
+            "whether the cost of every mode is measured too, for the longest context of the first "
+            "document: slots, peak memory, seconds to compress and seconds a token"
         ),
     )
     chunk_size: Positive | None = Field(

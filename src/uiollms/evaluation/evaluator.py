@@ -4,7 +4,7 @@ mode that a task compares, as often as a training run evaluates."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from uiollms.alternatives.costs import MEASURED_MODES, Cost, measure_cost
+from uiollms.alternatives.presses import Presses, PressFailure
 from uiollms.build import resized_for_task
-from uiollms.config.corpora import COPY_TASKS, RETRIEVAL_TASKS, Size, TaskEntry
+from uiollms.config.corpora import COPY_TASKS, RETRIEVAL_TASKS, Size, TaskEntry, is_press
 from uiollms.data.registry import find_corpus
 from uiollms.data.sample import Sample
 from uiollms.evaluation.answer_metrics import score_answer
@@ -21,11 +23,13 @@ from uiollms.evaluation.copying import greedy_copy, greedy_reconstruction, writt
 from uiollms.evaluation.instances import Instance, find_partner, task_instances
 from uiollms.evaluation.results import ScoredTask, TaskScores
 from uiollms.evaluation.scoring import (
-    exact_match,
+    ScoredRows,
+    all_likeliest,
     longest_text,
+    losses_of,
+    pressed_hidden,
     scored_hidden,
     scored_positions,
-    token_losses,
 )
 from uiollms.evaluation.statistics import DocumentScore
 from uiollms.files.errors import ConfigError
@@ -34,7 +38,6 @@ from uiollms.model.rope import num_positions
 
 log = logging.getLogger("uiollms")
 Progress = Callable[[list[Instance]], Iterable[Instance]]  # wraps the documents in a progress bar
-READS_RAW = ("raw", "pooled")  # modes that the base's positions limit; they are left out past them
 Scores = dict[str, dict[int, DocumentScore]]  # mode -> index of a document -> its score
 
 
@@ -63,7 +66,11 @@ class Evaluation:
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.measurements: list[Measurement] = []
-        self._base_scores: dict[int, Scores] = {}  # by index of the measurement
+        self.presses = Presses(model, tokenizer)
+        # By index of the measurement.
+        self._base_scores: dict[int, Scores] = {}
+        self._costs: dict[int, dict[str, Cost]] = {}
+        self._failures: dict[int, dict[str, str]] = {}
         for task in tasks:
             try:
                 size = resized_for_task(model.memory_config, task, model.base.config).size
@@ -103,8 +110,20 @@ class Evaluation:
                 for instance in measurement.instances
                 for sample in instance.samples
             )
-            modes = [mode for mode in base_modes if not (too_long and mode in READS_RAW)]
-            self._base_scores[index] = self._score_all(measurement, modes, progress)
+            modes = [mode for mode in base_modes if not (too_long and reads_raw(mode))]
+            self._failures[index] = {
+                mode: "the context is longer than the base's positions"
+                for mode in base_modes
+                if mode not in modes
+            }
+            self._costs[index] = {}
+            if task.costs and not copies:
+                self._measure_costs(index, measurement, modes)
+            self._base_scores[index] = self._score_all(
+                measurement, [mode for mode in modes if not is_press(mode)], progress
+            )
+            for mode in filter(is_press, modes):
+                self._press(index, measurement, mode)
         memory_modes = ["memory", *(mode for mode in task.compare if mode not in base_modes)]
         corpus, arguments = find_corpus(task.task_name, task.corpus_options)
         return TaskScores(
@@ -118,7 +137,42 @@ class Evaluation:
                 corpus_version=corpus.version(*arguments),
             ),
             self._score_all(measurement, memory_modes, progress) | self._base_scores[index],
+            self._costs[index],
+            self._failures[index],
         )
+
+    def _measure_costs(self, index: int, measurement: Measurement, modes: Sequence[str]) -> None:
+        """Measures memory and the modes that run in this process."""
+        sample = measurement.instances[0].samples[0]
+        for mode in MEASURED_MODES:
+            if mode == "memory" or mode in modes:
+                cost = measure_cost(self.model, sample, mode)
+                if cost is not None:
+                    self._costs[index][mode] = cost
+
+    def _press(self, index: int, measurement: Measurement, mode: str) -> None:
+        """Scores all documents with a press. If it fails, the reason takes the place of scores."""
+        samples = [sample for one in measurement.instances for sample in one.samples]
+        try:
+            pressed = self.presses.run(mode, samples, measurement.task.costs)
+        except PressFailure as failure:
+            log.warning("%s: %s is not scored: %s", measurement.task.task_name, mode, failure)
+            self._failures[index][mode] = str(failure)
+            return
+        if pressed.cost:
+            self._costs[index][mode] = pressed.cost
+        hidden = iter(pressed.hidden)
+        self._base_scores[index][mode] = {
+            i: self._score(
+                measurement.task,
+                instance,
+                mode,
+                None,
+                False,
+                [next(hidden) for _ in instance.samples],
+            )
+            for i, instance in enumerate(measurement.instances)
+        }
 
     def _score_all(
         self, measurement: Measurement, modes: Sequence[str], progress: Progress
@@ -140,19 +194,33 @@ class Evaluation:
         return scores
 
     def _score(
-        self, task: TaskEntry, instance: Instance, mode: str, other: Instance | None, show: bool
+        self,
+        task: TaskEntry,
+        instance: Instance,
+        mode: str,
+        other: Instance | None,
+        show: bool,
+        pressed: Sequence[Tensor] | None = None,
     ) -> DocumentScore:
         """Scores one document in one mode.
 
-        other: the document whose memories are read instead, for mode "shuffled"
-        show:  whether a copy task also stores its first chunk as text
+        other:   the document whose memories are read instead, for mode "shuffled"
+        show:    whether a copy task also stores its first chunk as text
+        pressed: for a press, the hidden states of every sample's scored tokens
         """
         chunks_read: Sequence[Tensor | None] = [None] * len(instance.samples)
         if other is not None:
             # A longer document's last samples are not read.
             chunks_read = [sample.chunks for sample in other.samples[: len(instance.samples)]]
         pairs = list(zip(instance.samples, chunks_read, strict=True))
-        losses = [token_losses(self.model, sample, mode, chunks) for sample, chunks in pairs]
+
+        def batches(number: int) -> Iterator[ScoredRows]:
+            sample, chunks = pairs[number]
+            if pressed is not None:
+                return pressed_hidden(self.model, sample, pressed[number])
+            return scored_hidden(self.model, sample, mode, chunks)
+
+        losses = [losses_of(self.model, s, batches(n)) for n, (s, _) in enumerate(pairs)]
         loss, nll = (torch.cat(column).float() for column in zip(*losses, strict=True))
         if task.task_type == "auto encoding":  # its samples are chunks that all start at 0
             positions = torch.arange(len(nll))
@@ -161,7 +229,7 @@ class Evaluation:
         details: dict[str, Any] = {}
         if task.task_type in RETRIEVAL_TASKS:
             details = {
-                "correct": all(exact_match(self.model, s, mode, c) for s, c in pairs),
+                "correct": all(all_likeliest(self.model, batches(n)) for n in range(len(pairs))),
                 "depth": instance.depth,
             }
         elif task.task_type in COPY_TASKS:
@@ -232,3 +300,8 @@ class Evaluation:
 
     def _decode(self, ids: Tensor) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def reads_raw(mode: str) -> bool:
+    """Whether the base reads the whole raw context in a mode, so that its positions limit it."""
+    return mode in ("raw", "pooled") or is_press(mode)

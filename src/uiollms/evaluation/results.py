@@ -14,13 +14,14 @@ Every kind of task has one main number:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from uiollms.alternatives.costs import Cost
 from uiollms.config.corpora import COPY_TASKS, RETRIEVAL_TASKS, TEXT_TASKS
 from uiollms.evaluation.statistics import (
     DocumentScore,
@@ -37,7 +38,12 @@ from uiollms.evaluation.statistics import (
     rouge_l,
     token_weighted,
 )
-from uiollms.evaluation.summaries import checked_estimate, checked_numbers, checked_task
+from uiollms.evaluation.summaries import (
+    checked_estimate,
+    checked_failures,
+    checked_numbers,
+    checked_task,
+)
 
 
 @dataclass(frozen=True)
@@ -123,10 +129,14 @@ class TaskScores:
 
     scores: mode -> index of a document -> its score. A mode may lack documents: "shuffled" lacks
     those for which no other document is long enough.
+    costs: mode -> what it costs, if the task measures it
+    failures: mode -> why it was not scored
     """
 
     task: ScoredTask
     scores: Mapping[str, Mapping[int, DocumentScore]]
+    costs: Mapping[str, Cost] = field(default_factory=dict)
+    failures: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def comparison(self) -> Comparison:
@@ -159,10 +169,11 @@ class TaskScores:
         }
         modes = {
             mode: mode_numbers(self.task, list(scores.values()))
+            | ({"cost": asdict(self.costs[mode])} if mode in self.costs else {})
             for mode, scores in self.scores.items()
             if scores
         }
-        return TaskSummary(self.task, totals, modes, self.comparison)
+        return TaskSummary(self.task, totals, modes, self.comparison, self.failures)
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,13 +182,15 @@ class TaskSummary:
 
     totals: counts, and mean, max and min of the documents' perplexities, as the released program
             reports them
-    modes:  mode -> its numbers (`mode_numbers`)
+    modes:  mode -> its numbers (`mode_numbers`), with the fields of `Cost` as "cost"
+    failures: mode -> why it was not scored
     """
 
     task: ScoredTask
     totals: Mapping[str, Any]
     modes: Mapping[str, Mapping[str, Any]]
     comparison: Comparison = Comparison()
+    failures: Mapping[str, str] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """One entry of the results in test.json, and of `eval` in metrics.jsonl."""
@@ -192,6 +205,10 @@ class TaskSummary:
             **self.totals,
             **self.modes,
         }
+        if self.failures:
+            # A list, because every object here is a mode's.
+            failures = [{"mode": mode, "why": why} for mode, why in self.failures.items()]
+            summary["not_scored"] = failures
         for name in Comparison.__dataclass_fields__:
             value, interval = getattr(self.comparison, name) or (None, None)
             summary |= {name: value, f"{name}_interval_95": interval}
@@ -213,6 +230,7 @@ class TaskSummary:
             Comparison(
                 *(checked_estimate(found, name) for name in Comparison.__dataclass_fields__)
             ),
+            checked_failures(found),
         )
 
 

@@ -74,7 +74,7 @@ def load_token_nlls(path: Path, test_json: bytes | None = None) -> list[TaskScor
         tasks = [ScoredTask(*checked_task(found[r])) for r in range(len(found))]
         scores: list[dict[str, dict[int, DocumentScore]]] = [{} for _ in tasks]
         for key in (key for key in file.keys() if key.endswith(".nll")):
-            r, d, mode, _ = key.split(".")
+            r, d, mode = key.removesuffix(".nll").split(".", 2)  # a press's arguments may have dots
             nll, positions = file.get_tensor(key), file.get_tensor(f"{r}.{d}.{mode}.positions")
             loss = f"{r}.{d}.{mode}.loss"
             score = DocumentScore(

@@ -36,7 +36,7 @@ from uiollms.alternatives.raw_tokens import CHOICES, with_raw_tokens
 from uiollms.data.limits import check_sample
 from uiollms.data.protocols import protocol_samples
 from uiollms.data.sample import Row, Sample, flatten_ids
-from uiollms.kernels.devices import to_device
+from uiollms.kernels.devices import device_of, to_device
 from uiollms.kernels.indexing import batched
 from uiollms.kernels.linear_cross_entropy import linear_losses
 from uiollms.model.layers import AnyPrefix
@@ -224,6 +224,15 @@ def with_raw_texts(sample: Sample) -> Sample:
             texts.append(text)
         rows.append(replace(row, teacher=(len(texts) - 1, len(before))))
     return replace(sample, rows=tuple(reversed(rows)), teachers=tuple(texts))
+
+
+def pressed_hidden(model: MemoryLM, sample: Sample, hidden: Tensor) -> Iterator[ScoredRows]:
+    """Yields what `scored_hidden` would, for the hidden states [N, D] that a press gave at the
+    sample's scored tokens."""
+    rows = [row for row in sample.rows if len(row.scored)]
+    targets = torch.cat([row.targets[row.scored] for row in rows])
+    device = device_of(model.base.lm_head)
+    yield rows, to_device(hidden, device), to_device(targets, device)
 
 
 def longest_text(sample: Sample) -> int:

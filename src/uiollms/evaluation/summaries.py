@@ -85,6 +85,17 @@ class Written(BaseModel):
     guided: Copy
 
 
+class Cost(BaseModel):
+    """The cost of a mode, see alternatives/costs.py."""
+
+    slots: float
+    compress_seconds: float
+    token_seconds: float
+    peak_bytes: int | None
+    context: int
+    process: str
+
+
 class Numbers(BaseModel):
     """The numbers of one mode that tables and plots show. Any of them may be missing."""
 
@@ -111,6 +122,7 @@ class Numbers(BaseModel):
     by_position: list[Bucket] = []
     by_depth: list[AtDepth] = []
     written: Written | None = None
+    cost: Cost | None = None
 
 
 def checked_numbers(numbers: dict[str, Any], mode: str) -> dict[str, Any]:
@@ -121,6 +133,18 @@ def checked_numbers(numbers: dict[str, Any], mode: str) -> dict[str, Any]:
         fault = error.errors()[0]
         raise ValueError(f"{mode}.{json_path(fault['loc'])}: {fault['msg']}") from None
     return numbers
+
+
+def checked_failures(summary: Mapping[str, Any]) -> dict[str, str]:
+    """The modes that were not scored, and why. Raises ValueError for values of another type."""
+    found = summary.get("not_scored", [])
+    try:
+        failures = {entry["mode"]: entry["why"] for entry in found}
+    except (KeyError, TypeError):
+        failures = {"": None}
+    if not all(isinstance(text, str) for pair in failures.items() for text in pair):
+        raise ValueError(f"not_scored is {found!r}, which is no list of modes and reasons")
+    return failures
 
 
 def whole_number(value: Any) -> bool:

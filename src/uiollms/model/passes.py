@@ -138,6 +138,17 @@ def empty_slots(model: MemoryLM, count: int) -> list[Tensor]:
 
 
 @torch.no_grad()
+def read_raw(model: MemoryLM, ids: Tensor) -> KVPrefix:
+    """Returns the keys and values of a text [T], which the base reads raw."""
+    if not len(ids):
+        return empty_prefix(model)
+    layers = range(len(model.base.model.layers))
+    prefix = KVPrefix([[] for _ in layers], [[] for _ in layers], num_local=len(ids))
+    model.decode(ids[None], prefix, [0])
+    return KVPrefix([[prefix.local[i][0]] for i in layers], [[prefix.local[i][1]] for i in layers])
+
+
+@torch.no_grad()
 def teacher_hidden(model: MemoryLM, sample: Sample) -> list[Tensor]:
     """Returns the base's normed hidden states [T', D] of every teacher text, read raw. Raises
     ValueError if a text is longer than the base's positions."""

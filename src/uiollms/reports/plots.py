@@ -13,7 +13,7 @@ from uiollms.evaluation.attention_mass import AttentionMass
 from uiollms.evaluation.results import TaskScores, TaskSummary
 from uiollms.evaluation.statistics import by_length
 from uiollms.files.atomic import atomic_file
-from uiollms.reports.tables import NAMES, interval_of, short, sizes_of
+from uiollms.reports.tables import interval_of, names_of, short, sizes_of
 
 COLORS = {
     "window": "tab:red",
@@ -24,7 +24,12 @@ COLORS = {
     "pooled": "tab:olive",
     "memory": "tab:blue",
     "raw": "tab:green",
+    "snapkv": "tab:cyan",
+    "knorm": "tab:gray",
+    "expected_attention": "navy",
+    "kvzip": "gold",
 }
+OTHER_COLOR = "black"  # of presses that a config names
 
 
 def plot_results(results: Sequence[TaskSummary], path: Path) -> Path | None:
@@ -116,11 +121,11 @@ def style(mode: str) -> dict[str, Any]:
     with another."""
     solid = mode in ("memory", "raw")
     line = dict(linestyle="-", marker="o") if solid else dict(linestyle="--", marker="s", zorder=3)
-    return line | dict(color=COLORS[mode], label=NAMES[mode])
+    return line | dict(color=COLORS.get(mode, OTHER_COLOR), label=names_of([mode])[mode])
 
 
 def plot_positions(result: TaskSummary, axes: Any) -> None:
-    for mode in (mode for mode in NAMES if mode in result.modes):
+    for mode in names_of(result.modes):
         buckets = result.modes[mode]["by_position"]
         # The first tokens of a document have buckets of one or two tokens, whose perplexity would
         # flatten all other values. They are left out.
@@ -146,7 +151,7 @@ def perplexities(buckets: Sequence[dict[str, Any]]) -> list[float]:
 
 
 def plot_length(result: TaskScores, axes: Any) -> None:
-    for mode in (mode for mode in NAMES if result.scores.get(mode)):
+    for mode in names_of(mode for mode, scores in result.scores.items() if scores):
         points = [
             (p["length"], p["perplexity"]) for p in by_length(list(result.scores[mode].values()))
         ]
@@ -164,7 +169,7 @@ def plot_length(result: TaskScores, axes: Any) -> None:
 
 
 def plot_depths(result: TaskSummary, axes: Any) -> None:
-    for mode in (mode for mode in NAMES if mode in result.modes):
+    for mode in names_of(result.modes):
         points = sorted((d["depth"], d["accuracy"]) for d in result.modes[mode]["by_depth"])
         axes.plot(*zip(*points, strict=True), **style(mode))
     axes.set_ylim(-0.05, 1.05)
@@ -175,12 +180,14 @@ def plot_depths(result: TaskSummary, axes: Any) -> None:
 
 def plot_bars(result: TaskSummary, axes: Any) -> None:
     key, interval, measure = result.task.main_number
-    modes = [mode for mode in NAMES if mode in result.modes]
-    names = [textwrap.fill(NAMES[mode], 12) for mode in modes]  # narrow enough to fit side by side
+    modes = [*names_of(result.modes)]
+    names = [
+        textwrap.fill(name, 12) for name in names_of(result.modes).values()
+    ]  # narrow enough to fit side by side
     values = [result.modes[mode][key] for mode in modes]
     bars = axes.bar(names, values)
     for mode, bar in zip(modes, bars, strict=True):
-        bar.set_color(COLORS[mode])
+        bar.set_color(COLORS.get(mode, OTHER_COLOR))
     intervals = [interval_of(result.modes[mode], interval) for mode in modes]
     for name, value, ends in zip(names, values, intervals, strict=True):
         low, high = ends or (None, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rich import box
@@ -23,7 +23,19 @@ NAMES = {
     "pooled": "averaged keys and values, as many as slots",
     "memory": "with memory",
     "raw": "raw context",
+    "snapkv": "SnapKV, as many slots",
+    "knorm": "key norms, as many slots",
+    "expected_attention": "expected attention, as many slots",
+    "kvzip": "KVzip, as many slots",
 }
+
+
+def names_of(modes: Iterable[str]) -> dict[str, str]:
+    """The names of these modes, in the order of NAMES; presses that a config names come last."""
+    found = set(modes)
+    ordered = [*(m for m in NAMES if m in found), *sorted(found - NAMES.keys())]
+    return {mode: NAMES.get(mode, mode) for mode in ordered}
+
 
 MOST_STACKED = 120  # columns of a terminal, up to which every task has a table of its own
 
@@ -34,6 +46,7 @@ class Row(NamedTuple):
     documents:    how many were scored
     result:       the task's main number, whose name is in `ScoredTask.main_number`
     interval:     the 95 % interval of `result`; one document has none
+    slots, memory, compressed, a_token: the fields of `Cost`, if the task measures them
     tokens_right: of copies, in percent
     by_depth:     right answers by the depth of the hidden sentence, in percent
     recovered:    `Comparison.recovered` in percent, and in words below zero
@@ -44,6 +57,10 @@ class Row(NamedTuple):
     documents: str
     result: str
     interval: str
+    slots: str
+    memory: str
+    compressed: str
+    a_token: str
     tokens_right: str
     by_depth: str
     recovered: str
@@ -55,13 +72,18 @@ HEADINGS = Row(
     "documents",
     "result",
     "95 % interval",
+    "slots",
+    "peak memory",
+    "compressed in",
+    "a token",
     "tokens right",
     "right by depth",
     "recovered",
     "also",
 )
 WRAPPED = ("mode", "right by depth", "recovered", "also")
-RIGHT_ALIGNED = ("documents", "tokens", "result", "tokens right")
+COSTS = ("slots", "peak memory", "compressed in", "a token")
+RIGHT_ALIGNED = ("documents", "tokens", "result", "tokens right", *COSTS)
 
 
 def print_results(results: Sequence[TaskSummary], console: Console | None = None) -> None:
@@ -122,9 +144,8 @@ def print_stacked(result: TaskSummary, console: Console) -> None:
 def depth_table(result: TaskSummary) -> Table:
     """The percentages of right answers, one row per mode and one column per depth."""
     found = {
-        NAMES[mode]: {d["depth"]: f"{d['accuracy']:.0%}" for d in result.modes[mode]["by_depth"]}
-        for mode in NAMES
-        if mode in result.modes
+        name: {d["depth"]: f"{d['accuracy']:.0%}" for d in result.modes[mode]["by_depth"]}
+        for mode, name in names_of(result.modes).items()
     }
     depths = sorted({depth for mode in found.values() for depth in mode})
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
@@ -207,15 +228,16 @@ def rows_of(result: TaskSummary) -> list[Row]:
     """The cells of a task, one row per mode."""
     key, interval, _ = result.task.main_number
     rows = []
-    for mode in (mode for mode in NAMES if mode in result.modes):
+    for mode, name in names_of(result.modes).items():
         numbers = result.modes[mode]
         value = perplexity_words(numbers) if key == "perplexity" else short(numbers[key])
         rows.append(
             Row(
-                mode=NAMES[mode],
+                mode=name,
                 documents=str(numbers["documents"]),
                 result=value,
                 interval=ends(interval_of(numbers, interval)),
+                **cost_cells(numbers.get("cost")),
                 tokens_right=(
                     f"{numbers['token_accuracy']:.1%}" if result.task.kind == "copy" else ""
                 ),
@@ -226,7 +248,25 @@ def rows_of(result: TaskSummary) -> list[Row]:
                 also=other_numbers(result, mode),
             )
         )
+    for mode, name in names_of(result.failures).items():
+        empty = Row(*[""] * len(HEADINGS))
+        why = f"not scored: {result.failures[mode]}"
+        rows.append(empty._replace(mode=name, result="-", also=why))
     return rows
+
+
+def cost_cells(cost: Mapping[str, Any] | None) -> dict[str, str]:
+    """The cells of a mode's cost, which are empty where it was not measured. Of a press that only
+    masks the memory is "-"."""
+    if cost is None:
+        return dict.fromkeys(("slots", "memory", "compressed", "a_token"), "")
+    peak = cost["peak_bytes"]
+    return dict(
+        slots=f"{cost['slots']:,.0f}",
+        memory="-" if peak is None else f"{peak / 2**20:,.0f} MiB",
+        compressed=f"{cost['compress_seconds']:.2f} s",
+        a_token=f"{1000 * cost['token_seconds']:.1f} ms",
+    )
 
 
 def perplexity_words(numbers: Mapping[str, Any]) -> str:

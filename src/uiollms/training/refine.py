@@ -46,7 +46,7 @@ from uiollms.kernels.indexing import batched
 from uiollms.model.layers import layer_device
 from uiollms.model.memory import Memory
 from uiollms.model.memory_lm import LayerMemory, MemoryLM
-from uiollms.model.passes import decode_rows, prepare_rows, project_all
+from uiollms.model.passes import decode_rows, prepare_rows, project_all, read_raw
 from uiollms.model.rope import num_positions
 from uiollms.model.state import KVPrefix, SharedPrefix, supports_in_place
 from uiollms.training.memory_gradients import MemoryGradients
@@ -313,15 +313,6 @@ class Refinement:
             else:
                 states.setdefault(int(number), {})[key] = tensor
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": states})
-
-
-@torch.no_grad()
-def read_raw(model: MemoryLM, ids: Tensor) -> KVPrefix:
-    """Returns the keys and values of a text [T], which the base reads raw."""
-    layers = range(len(model.base.model.layers))
-    prefix = KVPrefix([[] for _ in layers], [[] for _ in layers], num_local=len(ids))
-    model.decode(ids[None], prefix, [0])
-    return KVPrefix([[prefix.local[i][0]] for i in layers], [[prefix.local[i][1]] for i in layers])
 
 
 def distillation_gradients(
