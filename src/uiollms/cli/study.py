@@ -11,6 +11,8 @@ Measure time and memory with the sizes of the paper's Figure 7; print the result
 Compare what is learned on real text, and of long dependences:
     uiollms study learning  --env_conf config/experiments/learning.json --preset quick
     uiollms study recall    --distances 1 4
+Compare memory with its alternatives at equal slots, by number of slots and by length:
+    uiollms study budget    --env_conf smollm2-8x.json --ratios 4 8 --lengths 2048 16384
 
 Make a table of the paper, with its numbers beside ours, on two cores; print what the paper's own
 scale takes:
@@ -37,6 +39,7 @@ import torch
 
 from uiollms.build import find_weights, load_memory_lm
 from uiollms.cli.common import Output
+from uiollms.cli.study_budget import measure_budget
 from uiollms.cli.study_options import PRESETS, make_parser
 from uiollms.cli.study_paper import describe_table, make_table
 from uiollms.config.corpora import TaskEntry
@@ -97,6 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
         "cost": measure,
         "learning": learning,
         "recall": recall,
+        "budget": measure_budget,
         **dict.fromkeys(TABLES, make_table),
     }
     setting, rows = commands[args.what](args, out)

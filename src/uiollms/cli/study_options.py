@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from uiollms.cli import study_budget
 from uiollms.cli.common import output_arguments
 from uiollms.cli.options import file_path, whole_number
 from uiollms.cli.study_paper import add_arguments
@@ -47,6 +48,10 @@ COMMANDS = {
     "recall": (
         "compare what the estimators learn of long dependences",
         "--distances 4 --iterations 250 --seeds 3",
+    ),
+    "budget": (
+        "measure memory and its alternatives by number of slots and by length",
+        "--env_conf smollm2-8x.json --modes window recent streaming raw snapkv --ratios 4 8",
     ),
     "paper-table1": (
         "make the paper's Table 1: copies from memory at 8x and 32x",
@@ -101,6 +106,7 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
                 help="override one field of the config with a JSON value; may be given several "
                 "times",
             )
+        if name in ("gradients", "cost", "learning"):
             command.add_argument(
                 "--preset",
                 choices=list(PRESETS),
@@ -108,6 +114,8 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
                 help="sizes: those of the config, small ones, or those of the paper's Table 4 or "
                 "Figure 7 (config)",
             )
+        if name == "budget":
+            study_budget.add_arguments(command)
         if name in ("gradients", "cost"):
             command.add_argument(
                 "--corpus", default="sotu.test", help="corpus of the documents (sotu.test)"

@@ -14,8 +14,8 @@ from rich.table import Table
 from uiollms.files.atomic import atomic_file
 from uiollms.study.gradients import INFINITE
 
-LEFT = ("estimator", "row", "number")
-ROW_NAMES = ("distance", "estimator", "S", "row", "number")
+LEFT = ("estimator", "row", "number", "sweep", "mode")
+ROW_NAMES = ("distance", "estimator", "S", "row", "number", "sweep", "tokens", "ratio", "mode")
 
 
 def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -55,6 +55,8 @@ def print_rows(rows: Sequence[dict[str, Any]], console: Console) -> None:
 def cell(column: str, value: Any) -> str:
     if column == "S" and value == INFINITE:
         return "inf"
+    if value is None:
+        return "-"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 

@@ -1,0 +1,207 @@
+"""Quality against the number of slots, and against the length of the context, for memory and for
+what a user would pick instead (docs/alternatives.md).
+
+Every point is the NLL of a document's last chunk, without its first token, after all tokens before
+it. So all points of a length score the same tokens.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from uiollms.config.corpora import TaskEntry
+from uiollms.evaluation.evaluator import Evaluation
+from uiollms.evaluation.instances import Instance
+from uiollms.evaluation.results import TaskSummary
+from uiollms.files.atomic import atomic_file
+from uiollms.files.errors import ConfigError
+from uiollms.model.memory_lm import MemoryLM
+
+Bar = Callable[..., Iterable[Any]]
+WITHOUT_SLOTS = ("window", "raw")  # modes whose results do not depend on the number of slots
+
+
+def study_budget(
+    model: MemoryLM,
+    tokenizer: PreTrainedTokenizerBase,
+    task: TaskEntry,
+    ratios: Sequence[int],
+    lengths: Sequence[int],
+    bar: Bar,
+) -> list[dict[str, Any]]:
+    """Returns one row per sweep, point and mode.
+
+    task:    the documents and modes; its chunk_size and truncation are those of the points
+    ratios:  chunk_size / num_memory of the sweep "slots", whose documents have `task.truncation`
+             tokens
+    lengths: tokens of a document of the sweep "length", whose ratio is that of the task
+
+    Raises ConfigError, before anything is scored, for a ratio or a length that does not fit.
+    """
+    chunk_size, tokens, own = task.chunk_size, task.truncation, task.num_memory
+    assert chunk_size and tokens and own
+    for ratio in ratios:
+        if chunk_size % ratio:
+            raise ConfigError(f"--ratios: {ratio} does not divide the chunk size {chunk_size}")
+    for length in (tokens, *lengths):
+        if length % chunk_size or length < 2 * chunk_size:
+            raise ConfigError(
+                f"--tokens and --lengths: {length} is not a multiple of the chunk size "
+                f"{chunk_size}, or has fewer than 2 chunks"
+            )
+    points = [("slots", chunk_size // ratio, tokens) for ratio in ratios]
+    points += [("length", own, length) for length in lengths]
+    evaluations = {
+        (slots, length): evaluation_of(model, tokenizer, task, slots, length)
+        for _, slots, length in points
+    }
+    found: dict[tuple[int, int], TaskSummary] = {}
+    shared: dict[int, TaskSummary] = {}  # by length, a point with all modes
+    rows = []
+    for sweep, slots, length in points:
+        if (slots, length) not in found:
+            evaluation, known = evaluations[slots, length], shared.get(length)
+            measurement = evaluation.measurements[0]
+            if known:
+                rest = tuple(mode for mode in task.compare if mode not in WITHOUT_SLOTS)
+                entry = measurement.task.model_copy(update={"compare": rest})
+                evaluation.measurements[0] = replace(measurement, task=entry)
+            name = f"{chunk_size // slots}x, {length} tokens"
+            summary = evaluation.run(lambda d, name=name: bar(d, desc=name))[0].summarize()
+            if known:
+                kept = {m: known.modes[m] for m in WITHOUT_SLOTS if m in known.modes}
+                whys = {m: known.failures[m] for m in WITHOUT_SLOTS if m in known.failures}
+                summary = replace(
+                    summary, modes={**summary.modes, **kept}, failures={**summary.failures, **whys}
+                )
+            found[slots, length] = summary
+            shared.setdefault(length, summary)
+        rows += rows_of(sweep, found[slots, length], chunk_size // slots, ("memory", *task.compare))
+    return rows
+
+
+def evaluation_of(
+    model: MemoryLM,
+    tokenizer: PreTrainedTokenizerBase,
+    task: TaskEntry,
+    num_memory: int,
+    length: int,
+) -> Evaluation:
+    """Returns the evaluation of one point. Raises ConfigError if `length` exceeds the capacity, and
+    if no document has as many tokens."""
+    changes = dict(
+        truncation=length,
+        num_memory=num_memory,
+        documents="full",
+        protocols=(f"last.{(task.chunk_size or 0) - 1}",),
+        costs=True,
+    )
+    entry = TaskEntry.model_validate(task.model_dump() | changes)
+    evaluation = Evaluation(model, tokenizer, [entry])
+    (measurement,) = evaluation.measurements
+    with model.sized(measurement.size):
+        capacity = model.capacity
+    if length > capacity:
+        raise ConfigError(
+            f"a document of {length} tokens exceeds the capacity {capacity} with {num_memory} "
+            "slots per chunk; choose a smaller length or a larger ratio"
+        )
+
+    def is_full(instance: Instance) -> bool:
+        return instance.samples[0].num_tokens == length
+
+    full = [instance for instance in measurement.instances if is_full(instance)]
+    least = 2 if "shuffled" in task.compare else 1
+    if len(full) < least:
+        raise ConfigError(
+            f"corpus {task.task_name!r} has {len(full)} documents of {length} tokens, {least} are "
+            "needed; choose a smaller length or another --corpus"
+        )
+    evaluation.measurements[0] = replace(measurement, instances=full)
+    return evaluation
+
+
+def rows_of(
+    sweep: str, summary: TaskSummary, ratio: int, modes: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Returns the rows of one point. Numbers of a mode that was not scored are None, and `note` is
+    the reason."""
+    rows = []
+    for mode in modes:
+        numbers = summary.modes.get(mode, {})
+        cost = numbers.get("cost") or {}
+        low, high = numbers.get("nll_interval_95", (None, None))
+        peak, token = cost.get("peak_bytes"), cost.get("token_seconds")
+        rows.append(
+            {
+                "sweep": sweep,
+                "tokens": summary.task.truncation,
+                "ratio": ratio,
+                "mode": mode,
+                "documents": numbers.get("documents", 0),
+                "nll": numbers.get("nll"),
+                "low": low,
+                "high": high,
+                "slots": cost.get("slots"),
+                "peak_mib": None if peak is None else peak / 2**20,
+                "compress_s": cost.get("compress_seconds"),
+                "token_ms": None if token is None else 1000 * token,
+                "process": cost.get("process"),
+                "note": summary.failures.get(mode, ""),
+            }
+        )
+    return rows
+
+
+def csv_text(rows: Sequence[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+AXES = {
+    "slots": ("ratio", "tokens of the context per slot", "NLL against the number of slots"),
+    "length": ("tokens", "tokens of the document", "NLL against the length of the context"),
+}
+
+
+def plot_budget(
+    rows: Sequence[dict[str, Any]], style: Callable[[str], dict[str, Any]], path: Path
+) -> None:
+    """Draws one panel per sweep: the NLL of the last chunk, one line per mode. style: the line
+    style of a mode. A mode that was not scored has no point."""
+    from matplotlib.figure import Figure  # slow to import
+
+    sweeps = [sweep for sweep in AXES if any(row["sweep"] == sweep for row in rows)]
+    figure = Figure(figsize=(6.5 * len(sweeps), 6), layout="constrained")
+    for number, sweep in enumerate(sweeps):
+        key, label, title = AXES[sweep]
+        axes = figure.add_subplot(1, len(sweeps), number + 1)
+        for mode in dict.fromkeys(row["mode"] for row in rows):
+            points = [
+                (row[key], row["nll"])
+                for row in rows
+                if (row["sweep"], row["mode"]) == (sweep, mode) and row["nll"] is not None
+            ]
+            if points:
+                axes.plot(*zip(*sorted(points), strict=True), markersize=5, **style(mode))
+        ticks = sorted({row[key] for row in rows if row["sweep"] == sweep})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.set_xlabel(label)
+        axes.set_ylabel("NLL of the last chunk (nats a token)")
+        axes.set_title(title, fontsize=12)
+        axes.grid(alpha=0.3)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9)
+    with atomic_file(path) as work:
+        figure.savefig(work, dpi=110)
