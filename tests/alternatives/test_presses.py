@@ -185,7 +185,8 @@ def test_an_evaluation_reports_costs_and_what_was_not_scored(tiny, stand_in, tmp
     assert written["not_scored"] == [{"mode": "press:DyingPress", "why": why}]
     assert written[dotted]["documents"] == 2 and written[dotted]["cost"]["slots"] == n
     read = TaskSummary.from_json(written)
-    assert read.failures == result.failures and read.as_json() == written
+    assert read.failures == result.failures
+    assert json.loads(json.dumps(read.as_json())) == written
     rows = {row.mode: row for row in rows_of(read)}
     assert rows["press:DyingPress"].also == f"not scored: {why}"
     assert rows[dotted].slots == str(n) and rows[dotted].a_token.endswith(" ms")
@@ -200,16 +201,17 @@ def test_an_evaluation_reports_costs_and_what_was_not_scored(tiny, stand_in, tmp
 def test_without_kvpress_the_other_modes_are_scored(tiny, monkeypatch, tmp_path):
     model, tokenizer = tiny
     monkeypatch.setenv("UIOLLMS_KVPRESS", str(tmp_path / "absent"))
-    task = TaskEntry(
-        task_type="passkey",
-        task_name="files:book*.txt",
-        num_instance=1,
-        truncation=120,
-        compare=("raw", "snapkv", "bm25"),
-    )
-    (scores,) = Evaluation(model, tokenizer, [task]).run()
-    assert scores.scores.keys() == {"memory", "raw", "bm25"} and not scores.costs
-    assert "which is no environment" in scores.failures["snapkv"]
+    fields = dict(task_name="files:book*.txt", num_instance=2)
+    text = TaskEntry(task_type="perplexity", truncation=60, compare=("raw", "snapkv"), **fields)
+    # 160 tokens are longer than the 128 positions.
+    compare = ("raw", "bm25", "snapkv")
+    passkey = TaskEntry(task_type="passkey", truncation=160, compare=compare, **fields)
+    first, second = Evaluation(model, tokenizer, [text, passkey]).run()
+    assert first.scores.keys() == {"memory", "raw"} and not first.costs
+    assert "which is no environment" in first.failures["snapkv"]
+    assert second.scores.keys() == {"memory", "bm25"}
+    longer = "the context is longer than the base's positions"
+    assert second.failures == dict(raw=longer, snapkv=longer)
 
 
 def test_modes_of_a_config():

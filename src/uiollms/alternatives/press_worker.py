@@ -63,7 +63,7 @@ class Model:
         self.base = AutoModelForCausalLM.from_pretrained(
             jobs["base"], dtype=getattr(torch, jobs["dtype"]), attn_implementation="sdpa"
         )
-        self.base.to(self.device).eval()
+        torch.nn.Module.to(self.base, self.device).eval()
         self.name, self.arguments = jobs["press"], jobs["arguments"]
 
     def compress(self, context: torch.Tensor, slots: int) -> tuple[Any, float, bool]:

@@ -11,6 +11,7 @@ import csv
 import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def study_budget(
                 entry = measurement.task.model_copy(update={"compare": rest})
                 evaluation.measurements[0] = replace(measurement, task=entry)
             name = f"{chunk_size // slots}x, {length} tokens"
-            summary = evaluation.run(lambda d, name=name: bar(d, desc=name))[0].summarize()
+            summary = evaluation.run(partial(bar, desc=name))[0].summarize()
             if known:
                 kept = {m: known.modes[m] for m in WITHOUT_SLOTS if m in known.modes}
                 whys = {m: known.failures[m] for m in WITHOUT_SLOTS if m in known.failures}
