@@ -169,7 +169,8 @@ def load_task(name: str, length: int, tokenizer: Any, count: int, seed: int) -> 
         rows = write_rows(name, length, tokenizer, count)
     manager = TaskManager(include_path=str(FOLDER), include_defaults=False)
     task = {"task": name, "custom_dataset": lambda **metadata: {"test": Dataset.from_list(rows)}}
-    return manager.load([task])["tasks"][name]
+    # Only within a group does lm-eval add these fields to those of the task's own file.
+    return manager.load([{"group": "rows", "task": [task]}])["tasks"][name]
 
 
 def write_rows(name: str, length: int, tokenizer: Any, count: int) -> list[dict[str, Any]]:
