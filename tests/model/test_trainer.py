@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_model, random_ids
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import uiollms
-from uiollms import MemoryLM
+from uiollms import MemoryConfig, MemoryLM
 
 ROUNDING = 1e-5  # float32, over a few hundred operations
 DOCUMENTS = [random_ids(30, seed=seed) for seed in range(16)]  # almost four chunks
@@ -132,3 +132,23 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path, family):
         found.append(gradients.found)
     assert len(found[0]) == 2 * 2 * 2 * 2 + 2 * 2 + 1  # LoRA of encoder and decoder, a token
     assert_equal(found[1], found[0])
+
+
+def test_the_example_of_the_docs(tmp_path, monkeypatch, tiny_folder):
+    """Runs the code of the section of docs/using.md, on a small model and with a small dataset."""
+    page = (Path(__file__).parents[2] / "docs" / "using.md").read_text()
+    section = page.partition("## With the classes of Hugging Face")[2].partition("\n## ")[0]
+    blocks = [block.partition("```")[0] for block in section.split("```python\n")[1:]]
+    assert len(blocks) == 3
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    memory = MemoryConfig(num_memory=2, chunk_size=16, lora_rank=2, lora_alpha=4)
+    monkeypatch.chdir(tiny_folder.parent)  # the base is found by the last part of its path
+    MemoryLM(base, memory).save_pretrained(tmp_path / "my-model")
+    names = {"dataset": Texts()}
+    for block in blocks:
+        for name in ("my-model", "run"):
+            block = block.replace(f'"{name}', f'"{tmp_path / name}')
+        block = block.replace("max_steps=4", "max_steps=4, report_to=[], use_cpu=True")
+        exec(compile(block, "docs/using.md", "exec"), names)
+    assert type(names["model"]) is MemoryLM
+    assert_equal(names["model"].memory_state_dict(), names["trainer"].model.memory_state_dict())

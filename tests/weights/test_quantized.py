@@ -189,6 +189,35 @@ def test_a_run_in_four_bits(workspace, capsys):
     assert fingerprint(again).base_weights != fingerprint(model).base_weights
 
 
+@needs_bitsandbytes
+def test_a_folder_is_loaded_in_four_bits(workspace, tiny_folder):
+    """`quantization` gives the base that a config with nf4 gives."""
+    config = load_env_config("env.json", ["model.quantization=nf4"])
+    expected, _ = load_memory_lm(config, "env.json")
+    expected.save_pretrained("model")
+    for base in (None, str(tiny_folder)):
+        loaded = MemoryLM.from_pretrained(
+            "model", base=base, dtype=torch.float32, quantization="nf4"
+        )
+        assert loaded.base.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
+        assert not fingerprint(loaded).differences(expected)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(quantization="int8"), "quantization 'int8' is not known; use \"nf4\" or None"),
+        (dict(quantization="nf4", dtype="fp64"), 'quantization "nf4" computes in at most 32 bits'),
+        (dict(quantization="nf4", base=make_base()), "the given base is loaded already"),
+    ],
+)
+def test_what_a_folder_in_four_bits_cannot_be(workspace, tiny_folder, settings, message):
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    MemoryLM(base, MEMORY).save_pretrained("model")
+    with pytest.raises(ValueError, match=message):
+        MemoryLM.from_pretrained("model", **settings)
+
+
 def test_the_package_is_missing(workspace, monkeypatch, tiny_folder):
     monkeypatch.setattr(quantized, "find_spec", lambda name: None)
     config = load_env_config("env.json", ["model.quantization=nf4"])

@@ -129,7 +129,9 @@ class Memory:
 
     def to_peft(self, folder: str | Path, model: Any) -> None:
         """Writes the documents as an adapter that PEFT loads onto the plain base, see
-        model/peft_prefix.py. Raises ConfigError as `state` does, and if there are no slots."""
+        model/peft_prefix.py. `model` is needed because a memory contains the encoder's outputs; the
+        keys and values of the adapter are their projections with the decoder's LoRA. Raises
+        ConfigError as `state` does, and if there are no slots."""
         save_prefix(self.state(model), model, folder)
 
     @classmethod

@@ -74,10 +74,16 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # supported bases; SmolLM2 is
 
 
 def shared_name(config: Any) -> str:
-    """Returns the hub id of the base with this transformers config, or the last part of its path:
-    a file that is shared must not contain a path of this machine."""
+    """Returns the hub id of the base with this transformers config, also for its snapshot in the
+    hub's cache, or the last part of its path: a file that is shared must not contain a path of this
+    machine."""
     name = config._name_or_path
-    return Path(name).name if Path(name).is_dir() else name
+    if not Path(name).is_dir():
+        return name
+    parts = Path(name).resolve().parts
+    if parts[-2:-1] == ("snapshots",) and parts[-3].startswith("models--"):
+        return parts[-3].removeprefix("models--").replace("--", "/")
+    return Path(name).name
 
 
 def check_folder_files(folder: Path) -> None:

@@ -181,6 +181,7 @@ def load_model(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    quantization: str | None = None,
     config: MemoryLMConfig | None = None,
 ) -> MemoryLM:
     """Loads a model of the class `cls`, MemoryLM, from a folder that `save_pretrained` wrote, or
@@ -197,6 +198,8 @@ def load_model(
     revision, token: of the hub id; if `folder` is a path, those of the base.
     cache_dir, local_files_only: of the download of the hub id, as in transformers.
     attn_implementation: passed to the base's from_pretrained.
+    quantization: "nf4" stores the weights of the base's layers in 4 bits, as `model.quantization`
+        of a config does. It needs the package bitsandbytes. Not with a loaded base.
     config: the config of the folder, with other values of `dtype`, `attn_implementation` or
         `memory`; transformers' Auto classes give it.
 
@@ -214,6 +217,8 @@ def load_model(
         memory = config.memory_config
         attn_implementation = attn_implementation or config._attn_implementation
         dtype = config.dtype or dtype if dtype == "auto" else dtype
+    if quantization not in (None, "nf4"):
+        raise ValueError(f'quantization {quantization!r} is not known; use "nf4" or None')
     if base is None or isinstance(base, str):
         settings = {
             "attn_implementation": attn_implementation,
@@ -223,7 +228,11 @@ def load_model(
         given = {name: value for name, value in settings.items() if value is not None}
         dtype = parse_dtype(dtype, device_for_dtype(device_map))
         check_request(attn_implementation, f"{folder}: attn_implementation", dtype, device_map)
-        base = load_base(folder, base, dtype=dtype, **given)
+        if quantization and dtype == torch.float64:
+            raise ValueError(f'quantization "{quantization}" computes in at most 32 bits')
+        base = load_base(folder, base, quantization=quantization, dtype=dtype, **given)
+    elif quantization:
+        raise ValueError("quantization: the given base is loaded already; give its name instead")
     move_base(base, device_map, folder)
     try:
         model = cls(base, memory)
