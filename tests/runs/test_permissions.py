@@ -33,7 +33,17 @@ def test_files_of_a_run_follow_the_umask(
         assert call("train.py", *flags) == call("test.py", *flags) == 0
         for command in (
             ["compress", "book0.txt", "-o", "book.mem", *flags],
-            ["refine", "book.mem", "-o", "refined.mem", "--steps", "1", *flags],
+            [
+                "refine",
+                "book.mem",
+                "-o",
+                "refined.mem",
+                "--steps",
+                "1",
+                "--passage_size",
+                "8",
+                *flags,
+            ],
             ["report", "out", "--no_attention"],
         ):
             assert not commands.main(command), command
