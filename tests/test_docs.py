@@ -119,7 +119,8 @@ def test_every_command_a_document_names_exists():
             assert path.exists(), f"{document.name}: {program}"
             if path.name == "lm_eval.py":
                 continue  # its options are lm-eval's
-            parts = [path, *path.parent.glob(f"{path.stem}_*.py"), PACKAGE / "cli" / "common.py"]
+            shared = [PACKAGE / "cli" / name for name in ("common.py", "chat.py")]
+            parts = [path, *path.parent.glob(f"{path.stem}_*.py"), *shared]
             options = "".join(part.read_text() for part in parts)
             for flag in re.findall(r"--\w+", arguments):
                 found += 1
