@@ -7,6 +7,7 @@ Shapes: T tokens of a context, n slots, which is how many tokens are chosen.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -64,6 +65,7 @@ def bm25_scores(passages: list[Tensor], question: Tensor) -> Tensor:
     as token ids (BM25 in Lucene's form, k1 1.5, b 0.75, of the package bm25s)."""
     import bm25s  # half a second, which only this mode needs
 
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs every index
     retriever = bm25s.BM25(method="lucene", k1=1.5, b=0.75)
     terms = [[str(token) for token in passage.tolist()] for passage in passages]
     retriever.index(terms, show_progress=False)
