@@ -138,6 +138,19 @@ def test_a_process_that_fails_gives_its_last_line(stand_in):
         Presses(model_of(), NoTokenizer()).run("press:KnormPress(window=3)", [sample], False)
 
 
+def test_a_base_that_cannot_be_written_is_reported(stand_in, monkeypatch):
+    model, sample = model_of(), Sample.document(random_ids(2 * L), L)
+
+    def fail(folder):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(model.base, "save_pretrained", fail)
+    found = Presses(model, NoTokenizer())
+    for _ in range(2):
+        with pytest.raises(PressFailure, match="could not be written for kvpress: No space left"):
+            found.run("knorm", [sample], False)
+
+
 def test_the_environment_is_found(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(presses, "shipped_dir", lambda: tmp_path / "checkout")

@@ -28,6 +28,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -81,11 +82,15 @@ class Presses:
 
     def base_folder(self) -> str:
         """Returns a folder with the base in the layout of transformers. It is removed with this
-        object."""
+        object. Raises PressFailure if it cannot be written."""
         if self.folder is None:
-            self.folder = TemporaryDirectory(prefix="uiollms-base-")
-            self.model.base.save_pretrained(self.folder.name)
-            self.tokenizer.save_pretrained(self.folder.name)
+            folder = TemporaryDirectory(prefix="uiollms-base-")
+            try:
+                self.model.base.save_pretrained(folder.name)
+                self.tokenizer.save_pretrained(folder.name)
+            except (OSError, SafetensorError) as error:
+                raise PressFailure(f"the base could not be written for kvpress: {error}") from None
+            self.folder = folder
         return self.folder.name
 
     def run(self, mode: str, samples: Sequence[Sample], measured: bool) -> Pressed:
