@@ -3,11 +3,13 @@
 
 import json
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import MEMORY, make_model, random_ids, relative_error
+from rich.console import Console
 from transformers import DynamicCache
 
 from uiollms.alternatives import press_worker, presses
@@ -22,7 +24,7 @@ from uiollms.evaluation.saved_results import load_token_nlls, save_token_nlls
 from uiollms.evaluation.scoring import losses_of, pressed_hidden, token_losses
 from uiollms.files.folders import shipped_dir
 from uiollms.model.memory_lm import MemoryLM
-from uiollms.reports.tables import rows_of
+from uiollms.reports.tables import print_results, rows_of
 
 L, M = MEMORY.chunk_size, MEMORY.num_memory
 REAL = shipped_dir() / FOLDER / "bin" / "python"
@@ -204,6 +206,12 @@ def test_an_evaluation_reports_costs_and_what_was_not_scored(tiny, stand_in, tmp
     assert rows["press:DyingPress"].also == f"not scored: {why}"
     assert rows[dotted].slots == str(n) and rows[dotted].a_token.endswith(" ms")
     assert rows["raw context"].memory.endswith(" MiB")
+    console = Console(width=80, file=StringIO())
+    print_results([read], console)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    start = next(i for i, line in enumerate(lines) if "compressed in" in line)
+    assert dotted in lines[start + 7] and " MiB " in lines[start + 7]
     for broken in (3, ["raw"], [{"mode": "raw", "why": 3}]):
         with pytest.raises(ValueError, match="not_scored is"):
             TaskSummary.from_json(written | dict(not_scored=broken))

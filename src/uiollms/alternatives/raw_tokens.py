@@ -19,7 +19,7 @@ from uiollms.data.sample import IGNORED, Row, Sample
 
 NUM_SINKS = 4  # first tokens of a document, which StreamingLLM always keeps
 PASSAGE = 64  # tokens
-QUESTION = 64  # tokens at most, those directly before the first scored one
+QUESTION = 32  # tokens at most, those directly before the first scored one
 
 
 def recent_tokens(context: Tensor, slots: int, question: Tensor) -> Tensor:

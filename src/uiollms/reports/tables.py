@@ -118,13 +118,13 @@ def wide_table(results: Sequence[TaskSummary]) -> Table:
 
 
 def print_stacked(result: TaskSummary, console: Console) -> None:
-    """Prints a task's title and sizes, a table with a row per mode, and below it the words about
-    every mode."""
+    """Prints a task's title and sizes, a table with a row per mode, and below it the costs and the
+    words about every mode."""
     rows = rows_of(result)
     console.print(f"\n{result.task.title}", style="bold", markup=False, highlight=False)
     console.print(f"  {sizes_of(result.task)}", markup=False, highlight=False)
     table = Table(box=box.SIMPLE, pad_edge=False, show_edge=False)
-    below = (HEADINGS.by_depth, HEADINGS.also)
+    below = (HEADINGS.by_depth, HEADINGS.also, *COSTS)
     filled = [i for i in filled_columns(rows) if HEADINGS[i] not in below]
     headings = HEADINGS._replace(result=result.task.main_number[2])
     for i in filled:
@@ -135,10 +135,24 @@ def print_stacked(result: TaskSummary, console: Console) -> None:
     console.print(Padding(table, (0, 0, 0, 2), expand=False))
     if any(row.by_depth for row in rows):
         console.print(Padding(depth_table(result), (1, 0, 0, 2), expand=False))
+    if any(row.slots for row in rows):
+        console.print(Padding(cost_table(rows), (1, 0, 0, 2), expand=False))
     for row in rows:
         if row.also:
             line = Text(f"{row.mode}: {row.also}")
             console.print(Padding(line, (0, 0, 0, 2), expand=False), highlight=False)
+
+
+def cost_table(rows: Sequence[Row]) -> Table:
+    """The costs of the modes that have them."""
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column(HEADINGS.mode)
+    for heading in COSTS:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        if row.slots:
+            table.add_row(row.mode, row.slots, row.memory, row.compressed, row.a_token)
+    return table
 
 
 def depth_table(result: TaskSummary) -> Table:
