@@ -15,8 +15,9 @@ from transformers import DynamicCache
 from uiollms.alternatives import press_worker, presses
 from uiollms.alternatives.presses import FOLDER, Presses, PressFailure
 from uiollms.build import load_memory_lm
-from uiollms.config.corpora import TaskEntry, parse_press
+from uiollms.config.corpora import TaskEntry
 from uiollms.config.load import load_env_config
+from uiollms.config.modes import parse_press
 from uiollms.data.sample import Sample
 from uiollms.evaluation.evaluator import Evaluation
 from uiollms.evaluation.results import TaskSummary

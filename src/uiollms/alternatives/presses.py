@@ -35,7 +35,7 @@ from transformers import PreTrainedTokenizerBase
 
 from uiollms.alternatives.costs import Cost, measured_row, num_steps
 from uiollms.alternatives.raw_tokens import context_of
-from uiollms.config.corpora import parse_press
+from uiollms.config.modes import parse_press
 from uiollms.data.sample import Row, Sample
 from uiollms.files.folders import shipped_dir
 from uiollms.model.memory_lm import MemoryLM

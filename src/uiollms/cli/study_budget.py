@@ -11,8 +11,9 @@ from pydantic import ValidationError
 
 from uiollms.build import find_weights, load_memory_lm
 from uiollms.cli.options import whole_number
-from uiollms.config.corpora import PRESSES, TaskEntry
+from uiollms.config.corpora import TaskEntry
 from uiollms.config.load import load_env_config
+from uiollms.config.modes import PRESSES
 from uiollms.files.atomic import replace_text
 from uiollms.files.errors import ConfigError
 from uiollms.reports.plots import style

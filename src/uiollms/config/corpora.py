@@ -6,23 +6,21 @@ Units: lengths are in tokens, `partition` and `share` are fractions of documents
 
 from __future__ import annotations
 
-import ast
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ConfigDict,
     Discriminator,
     Field,
     Tag,
-    WithJsonSchema,
     field_validator,
     model_validator,
 )
 
+from uiollms.config.modes import Mode
+from uiollms.config.protocols import ProtocolName, parse_protocol
 from uiollms.files.errors import validated
 
 Positive = Annotated[int, Field(gt=0)]
@@ -255,49 +253,6 @@ TEXT_TASKS = (
     "language modeling",
 )  # every token of plain text is scored, by a protocol
 RETRIEVAL_TASKS = ("passkey", "needle")
-PLAIN_PROTOCOLS = ("paper", "document", "later", "beacon")
-SIZED_PROTOCOLS = ("sliding", "last", "segment")  # a number of tokens follows the name and a dot
-STRIDE = 256  # tokens by which the windows of protocol sliding advance
-SIZED_NAME = rf"({'|'.join(SIZED_PROTOCOLS)})\.([1-9][0-9]{{0,8}})"
-
-
-def parse_protocol(name: str) -> tuple[str, int]:
-    """Splits the name of a protocol: "paper" -> ("paper", 0), "sliding.1024" -> ("sliding", 1024).
-    Raises ValueError for an unknown name, and for windows no longer than their stride."""
-    if name in PLAIN_PROTOCOLS:
-        return name, 0
-    found = re.fullmatch(SIZED_NAME, name)
-    if not found:
-        raise ValueError(
-            f"protocol {name!r} is unknown; allowed are {', '.join(PLAIN_PROTOCOLS)}, and with a "
-            "number of tokens sliding.1024, last.256 and segment.2048"
-        )
-    kind, tokens = found[1], int(found[2])
-    if kind == "sliding" and tokens <= STRIDE:
-        raise ValueError(
-            f"protocol {name!r}: windows advance by {STRIDE} tokens and do not score their first "
-            f"token, so windows must be longer than {STRIDE}"
-        )
-    return kind, tokens
-
-
-def checked_protocol(name: str) -> str:
-    parse_protocol(name)
-    return name
-
-
-ProtocolName = Annotated[
-    str,
-    AfterValidator(checked_protocol),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"enum": [*PLAIN_PROTOCOLS], "type": "string"},
-                {"pattern": f"^{SIZED_NAME}$", "type": "string"},
-            ]
-        }
-    ),
-]
 # Tasks with a question, by which passages can be chosen.
 QUESTION_TASKS = (
     "question answering",
@@ -306,70 +261,6 @@ QUESTION_TASKS = (
     "news qa summation v2",
     *RETRIEVAL_TASKS,
 )
-PLAIN_MODES = ("window", "raw", "shuffled", "recent", "streaming", "bm25", "pooled")
-# Short names of presses, and their classes in kvpress.
-PRESSES = {
-    "snapkv": "SnapKVPress",
-    "knorm": "KnormPress",
-    "expected_attention": "ExpectedAttentionPress",
-    "kvzip": "KVzipPress",
-}
-PRESS_NAME = r"press:([A-Za-z][A-Za-z0-9]*)(\(.*\))?"
-
-
-def parse_press(mode: str) -> tuple[str, dict[str, Any]]:
-    """Returns the class of a press in kvpress and the arguments of its constructor. Raises
-    ValueError for other text.
-
-    snapkv -> SnapKVPress, {}
-    press:SnapKVPress(window_size=32) -> SnapKVPress, {"window_size": 32}
-    """
-    if mode in PRESSES:
-        return PRESSES[mode], {}
-    form = "expected press:NAME or press:NAME(argument=number, ...)"
-    found = re.fullmatch(PRESS_NAME, mode)
-    if not found:
-        raise ValueError(f"{mode!r} is no mode and no press: {form}")
-    try:
-        call = ast.parse(f"press{found[2] or '()'}", mode="eval").body
-        assert isinstance(call, ast.Call) and not call.args
-        arguments = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
-    except (SyntaxError, ValueError, AssertionError):
-        raise ValueError(f"{mode!r}: its arguments are not numbers with names: {form}") from None
-    if "None" in arguments or "compression_ratio" in arguments:
-        raise ValueError(
-            f"{mode!r}: compression_ratio is computed from the number of memory slots; remove it"
-        )
-    return found[1], arguments
-
-
-def is_press(mode: str) -> bool:
-    return mode in PRESSES or mode.startswith("press:")
-
-
-def checked_mode(mode: str) -> str:
-    if mode not in PLAIN_MODES and not is_press(mode):
-        raise ValueError(
-            f"mode {mode!r} is unknown; allowed are {', '.join((*PLAIN_MODES, *PRESSES))} and "
-            "press:NAME"
-        )
-    if is_press(mode):
-        parse_press(mode)
-    return mode
-
-
-Mode = Annotated[
-    str,
-    AfterValidator(checked_mode),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"enum": [*PLAIN_MODES, *PRESSES], "type": "string"},
-                {"pattern": f"^{PRESS_NAME}$", "type": "string"},
-            ]
-        }
-    ),
-]
 # A copy is generated from memory alone, so it has only these two.
 COPY_MODES = ("window", "shuffled")
 MOST_TRIALS = 10_000  # at a depth; all of them are built before the first one is scored

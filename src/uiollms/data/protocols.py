@@ -24,7 +24,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from uiollms.config.corpora import STRIDE, parse_protocol
+from uiollms.config.protocols import STRIDE, parse_protocol
 from uiollms.data.sample import IGNORED, PROTOCOLS, Sample, flatten_ids
 
 

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from uiollms.alternatives.costs import MEASURED_MODES, Cost, measure_cost
 from uiollms.alternatives.presses import Presses, PressFailure
 from uiollms.build import resized_for_task
-from uiollms.config.corpora import COPY_TASKS, RETRIEVAL_TASKS, Size, TaskEntry, is_press
+from uiollms.config.corpora import COPY_TASKS, RETRIEVAL_TASKS, Size, TaskEntry
+from uiollms.config.modes import is_press
 from uiollms.data.registry import find_corpus
 from uiollms.data.sample import Sample
 from uiollms.evaluation.answer_metrics import score_answer
