@@ -45,6 +45,9 @@ COMMANDS = {
     ),
     "data": Command("data", "list the corpora and their documents", "--sample stdlib.test -n 3"),
     "plugins": Command("plugins", "list the plugins of installed packages", "--json"),
+    "answers": Command(
+        "answers", "answer a corpus's questions with the base", "questions.train -o answered.jsonl"
+    ),
     "report": Command("report", "write a run folder as one HTML page", "runs/smollm2-8x"),
     "study": Command(
         "study",

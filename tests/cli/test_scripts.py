@@ -36,6 +36,11 @@ COMMANDS = {
         ["refine", "book.mem", "-o", "new.mem", "--steps=2", "--passage_size=8", *ENV],
         "memory control steps best_step seconds passages nll bound",
     ),
+    "answers": (
+        "uiollms",
+        ["answers", "files:asked.jsonl", "-o", "new.jsonl", *ENV, "--max_new_tokens=4"],
+        "output documents answered",
+    ),
     "ask": (
         "uiollms",
         ["ask", "book.mem", "Why?", *ENV, "--max_new_tokens=5"],
@@ -96,6 +101,7 @@ def ready(workspace, monkeypatch, capsys):
     save_weights(load_memory_lm(load_env_config("env.json"), "env.json")[0], "out/ckp")
     assert call("test.py", *ENV, "--quiet") == 0
     assert run_command("uiollms", ["compress", "book0.txt", "-o", "book.mem", *ENV]) == 0
+    Path("asked.jsonl").write_text('{"input": "Why? ", "output": ""}')
     base = make_base(vocab_size=VOCABULARY, max_position_embeddings=128)
     monkeypatch.setattr("uiollms.cli.study.train_base", lambda folder, bar: base)
     monkeypatch.setattr("sys.stdin", io.StringIO("Hi\n"))

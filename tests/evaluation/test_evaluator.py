@@ -22,6 +22,8 @@ from uiollms.data import Document
 from uiollms.data.builder import SampleBuilder
 from uiollms.data.retrieval import WORDS, make_trials
 from uiollms.data.sample import Sample
+from uiollms.data.tokens import tokenize
+from uiollms.evaluation.answer_metrics import exact_match, token_f1
 from uiollms.evaluation.copying import written_chunk
 from uiollms.evaluation.evaluator import Evaluation
 from uiollms.evaluation.instances import Instance, evaluation_documents, find_partner
@@ -111,7 +113,8 @@ def test_every_task_type_evaluates(workspace, corpora, capsys):
     assert distilled["loss"] != pytest.approx(distilled["nll"])
     answers = named["question answering", None, "longalpaca.test.false"]
     assert 0 <= answers["memory"]["rouge_l"] <= 1
-    assert "rouge_l" in answers["raw"] and "rouge_l" not in answers["window"]
+    for mode in ("memory", "raw", "window"):
+        assert 0 <= answers[mode]["exact_match"] <= answers[mode]["token_f1"] <= 1
     copies = named["auto encoding", None, "minipile copy 256.test"]["memory"]
     assert {"bleu4", "rouge_l", "token_accuracy"} <= copies.keys()
     passkey = named["passkey", None, "sotu.train"]
@@ -293,6 +296,43 @@ def test_bleu_and_rouge_of_texts():
 
 
 # ---- Documents and modes -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("new", [5, None])
+def test_answers_are_those_that_each_mode_generates(workspace, tiny, new):
+    model, tokenizer = tiny
+    documents = [dict(input=f"{i} {TEXT[:50]} Who? ", output=f"Ada {i}") for i in range(2)]
+    Path("q.jsonl").write_text("".join(json.dumps(d) + "\n" for d in documents))
+    modes = ["window", "shuffled", "recent", "raw"]
+    task = entry(
+        "question answering",
+        task_name="files:q.jsonl",
+        generate=True,
+        max_new_tokens=new,
+        compare=modes,
+    )
+    (result,) = Evaluation(model, tokenizer, [task]).run()
+    own, other = (tokenize(tokenizer, d["input"]) for d in documents)
+    start = (len(own) - 1) // 16 * 16
+    prompts = dict(
+        memory=own,
+        window=own[start:],
+        shuffled=torch.cat([other[:start], own[start:]]),
+        recent=own[start - start // 16 * 2 :],
+        raw=own,
+    )
+    for mode, prompt in prompts.items():
+        answering = model if mode in ("memory", "shuffled") else model.base
+        new_tokens = new or len(documents[0]["output"])
+        found = answering.generate(prompt[None], do_sample=False, max_new_tokens=new_tokens)
+        answer = tokenizer.decode(found[0, len(prompt) :], skip_special_tokens=True)
+        ((reference, given),) = result.scores[mode][0].texts
+        assert (reference, given) == (documents[0]["output"], answer), mode
+    pairs = [d.texts[0] for d in result.scores["raw"].values()]
+    numbers = result.summarize().modes["raw"]
+    for name, metric in (("token_f1", token_f1), ("exact_match", exact_match)):
+        expected = sum(metric(given, [wanted]) for wanted, given in pairs) / 2
+        assert numbers[name] == pytest.approx(expected), name
 
 
 def test_the_base_is_scored_once_and_memory_in_every_run(tiny):

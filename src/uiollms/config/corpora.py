@@ -345,7 +345,13 @@ class TaskEntry(Checked):
         default=False,
         description=(
             "whether the model also generates answers greedily, up to the reference's length, "
-            "which are scored by ROUGE-L; question answering only"
+            "which are scored by ROUGE-L, exact match and token F1; question answering only"
+        ),
+    )
+    max_new_tokens: Positive | None = Field(
+        default=None,
+        description=(
+            "largest number of tokens of an answer with generate. null: those of its reference"
         ),
     )
 
@@ -393,6 +399,8 @@ class TaskEntry(Checked):
             faults.append(
                 f"generate is for question answering, found with {self.task_type}: remove it"
             )
+        if self.max_new_tokens is not None and not self.generate:
+            faults.append('max_new_tokens is for tasks with "generate": true: add it')
         if self.task_type in RETRIEVAL_TASKS and self.num_instance > MOST_TRIALS:
             faults.append(
                 f"num_instance: at most {MOST_TRIALS} trials at each depth, found "

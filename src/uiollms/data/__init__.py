@@ -30,6 +30,7 @@ from uiollms.data.corpora import (  # noqa: F401  importing them registers their
     hub,
     labelled,
     local,
+    questions,
     text,
 )
 from uiollms.data.documents import (

@@ -154,14 +154,18 @@ def with_fields(documents: Corpus, **changes: Any) -> Corpus:
 
 
 def cut_texts(documents: Corpus, size: str | None) -> Corpus:
-    """Keeps only the first characters of every document. size: "128k" is 128 * 1024 characters,
-    "1m" is 1024 * 1024, None keeps all."""
+    """Keeps only the first characters of every document. size: None keeps all."""
     if size is None:
         return documents
-    length = int(size[:-1]) * {"k": 1024, "m": 1024 * 1024}[size[-1]]
+    length = num_characters(size)
 
     def read(i: int) -> Document:
         document = documents[i]
         return replace(document, text=document.text[:length])
 
     return LazyCorpus(len(documents), read)
+
+
+def num_characters(size: str) -> int:
+    """The characters of a corpus name's SIZE: "128k" are 128 * 1024, "1m" are 1024 * 1024."""
+    return int(size[:-1]) * {"k": 1024, "m": 1024 * 1024}[size[-1]]

@@ -20,6 +20,7 @@ from uiollms.config.modes import is_press
 from uiollms.data.registry import find_corpus
 from uiollms.data.sample import Sample
 from uiollms.evaluation.answer_metrics import score_answer
+from uiollms.evaluation.base_answers import ANSWER_MODES, base_prompt
 from uiollms.evaluation.copying import greedy_copy, greedy_reconstruction, written_chunk
 from uiollms.evaluation.instances import Instance, find_partner, task_instances
 from uiollms.evaluation.results import ScoredTask, TaskScores
@@ -235,8 +236,8 @@ class Evaluation:
             }
         elif task.task_type in COPY_TASKS:
             details = self._copy(task.task_type, pairs, mode, show)
-        elif instance.prompt is not None and mode in ("memory", "raw"):
-            details = {"texts": (self._answer(instance, mode),)}
+        elif instance.prompt is not None and mode in (*ANSWER_MODES, "shuffled"):
+            details = {"texts": (self._answer(instance, mode, other, task.max_new_tokens),)}
         if instance.question and "texts" in details:
             ((_, text),) = details["texts"]
             score = score_answer(text, instance.question)
@@ -278,26 +279,43 @@ class Evaluation:
             )
         return details
 
-    def _answer(self, instance: Instance, mode: str) -> tuple[str, str]:
-        """(reference, greedy answer), the answer of at most as many tokens as the reference."""
+    def _answer(
+        self, instance: Instance, mode: str, other: Instance | None, most: int | None
+    ) -> tuple[str, str]:
+        """(reference, greedy answer).
+
+        other: the document that replaces the prompt's full chunks, for mode "shuffled"
+        most:  largest number of tokens of the answer, see `_answer_length`
+        """
         assert instance.prompt is not None and instance.response is not None
-        ids = instance.prompt[None].to(self.model.device)
-        answering: Any = self.model if mode == "memory" else self.model.base
+        prompt, memory = instance.prompt, self.model.memory_config
+        answering: Any = self.model
+        if mode == "shuffled":
+            assert other is not None
+            num_chunks = (len(prompt) - 1) // memory.chunk_size
+            others = other.samples[0].chunks[:num_chunks].flatten()
+            prompt = torch.cat([others, prompt[num_chunks * memory.chunk_size :]])
+        elif mode != "memory":
+            answering = self.model.base
+            prompt = torch.tensor(base_prompt(prompt.tolist(), memory, mode))
+        ids = prompt[None].to(self.model.device)
         output = answering.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             do_sample=False,
-            max_new_tokens=self._answer_length(instance, mode),
+            max_new_tokens=self._answer_length(instance, mode, most),
         )
         return self._decode(instance.response), self._decode(output[0, ids.shape[1] :])
 
-    def _answer_length(self, instance: Instance, mode: str) -> int:
-        """Largest number of tokens of an answer: the benchmark's, or those of the reference. With
-        the prompt they fit the capacity, in mode raw the base's positions."""
+    def _answer_length(self, instance: Instance, mode: str, most: int | None) -> int:
+        """Largest number of tokens of an answer: the benchmark's, or `most`, or those of the
+        reference. With the prompt they fit the capacity, in mode raw the base's positions."""
         assert instance.prompt is not None and instance.response is not None
-        wanted = instance.question.max_new_tokens if instance.question else len(instance.response)
-        most = num_positions(self.model.config) if mode == "raw" else self.model.capacity
-        return max(1, min(wanted, most - len(instance.prompt)))
+        wanted = most or len(instance.response)
+        if instance.question:
+            wanted = instance.question.max_new_tokens
+        limit = num_positions(self.model.config) if mode == "raw" else self.model.capacity
+        return max(1, min(wanted, limit - len(instance.prompt)))
 
     def _decode(self, ids: Tensor) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))

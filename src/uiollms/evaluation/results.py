@@ -23,6 +23,7 @@ from torch import Tensor
 
 from uiollms.alternatives.costs import Cost
 from uiollms.config.corpora import COPY_TASKS, RETRIEVAL_TASKS, TEXT_TASKS
+from uiollms.evaluation.answer_metrics import METRICS
 from uiollms.evaluation.statistics import (
     DocumentScore,
     Estimate,
@@ -261,6 +262,13 @@ def mode_numbers(task: ScoredTask, documents: Sequence[DocumentScore]) -> dict[s
         numbers["answer_metric"] = answers[0][0]
         numbers["answer_score"] = mean([score for _, score in answers])
         numbers["answer_score_interval_95"] = bootstrap([score for _, score in answers], mean)
+    elif task.kind == "loss" and any(d.texts for d in documents):
+        for name in ("exact_match", "token_f1"):
+            scores = [
+                METRICS[name](found, [wanted]) for d in documents for wanted, found in d.texts
+            ]
+            numbers[name] = mean(scores)
+            numbers[f"{name}_interval_95"] = bootstrap(scores, mean)
     return numbers
 
 

@@ -111,6 +111,8 @@ class Numbers(BaseModel):
     answer_metric: str | None = None
     answer_score: float | None = None
     answer_score_interval_95: Pair | None = None
+    exact_match: float | None = None
+    token_f1: float | None = None
     token_accuracy: float = 0.0
     document_mean: float | None = None
     interval_95: Pair | None = None

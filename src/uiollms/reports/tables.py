@@ -327,6 +327,9 @@ def other_numbers(result: TaskSummary, mode: str) -> str:
     if numbers.get("answer_score") is not None:
         interval = numbers["answer_score_interval_95"]
         parts.append(f"{numbers['answer_metric']} {numbers['answer_score']:.3f}{between(interval)}")
+    for name, shown in (("exact_match", "exact match"), ("token_f1", "F1")):
+        if numbers.get(name) is not None:
+            parts.append(f"{shown} {numbers[name]:.3f}{between(numbers[f'{name}_interval_95'])}")
     if task.task_type == "language modeling":
         parts.append(f"perplexity {perplexity_words(numbers)}")
     if task.kind != "text":
