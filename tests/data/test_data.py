@@ -151,6 +151,8 @@ NAMES = {
     "sotu.test.128k": ("sotu", ("test", "128k")),
     "stdlib.train": ("stdlib", ("train", None)),
     "stdlib.test.1m": ("stdlib", ("test", "1m")),
+    "questions.train": ("questions", ("train", None)),
+    "Questions.Test.8k": ("questions", ("test", "8k")),
     "recall.facts": ("recall", ("facts", None, None)),
     "recall.keys.test": ("recall", ("keys", "test", None)),
     "Recall.Facts.Train.8": ("recall", ("facts", "train", "8")),

@@ -20,7 +20,7 @@ from uiollms.config.modes import is_press
 from uiollms.data.registry import find_corpus
 from uiollms.data.sample import Sample
 from uiollms.evaluation.answer_metrics import score_answer
-from uiollms.evaluation.base_answers import ANSWER_MODES, base_prompt
+from uiollms.evaluation.base_prompts import ANSWER_MODES, base_prompt
 from uiollms.evaluation.copying import greedy_copy, greedy_reconstruction, written_chunk
 from uiollms.evaluation.instances import Instance, find_partner, task_instances
 from uiollms.evaluation.results import ScoredTask, TaskScores
