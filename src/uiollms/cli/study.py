@@ -61,7 +61,7 @@ from uiollms.study.learning import compare, plot_curves, step_seconds, summarise
 from uiollms.study.paper import table_texts
 from uiollms.study.paper_tables import TABLES
 from uiollms.study.recall import MAX_CHUNKS, MEMORY, VALUES, recall_samples, train_base
-from uiollms.study.tables import markdown_table, plot, print_rows
+from uiollms.study.tables import markdown_table, plot, print_rows, print_texts
 from uiollms.training.weighting import weigh_tokens
 from uiollms.weights.adapters import load_weights
 
@@ -106,9 +106,13 @@ def main(arguments: list[str] | None = None) -> None:
     setting, rows = commands[args.what](args, out)
     results = as_json({"setting": setting, "rows": rows}, indent=4) + "\n"
     replace_text(out / "results.json", results)
-    texts = table_texts(rows) if args.what in TABLES else rows
-    replace_text(out / "table.md", markdown_table(texts))
-    print_rows(texts, args.output.console())
+    if args.what in TABLES:
+        texts = table_texts(rows)
+        replace_text(out / "table.md", markdown_table(texts))
+        print_texts(texts, args.output.console())
+    else:
+        replace_text(out / "table.md", markdown_table(rows))
+        print_rows(rows, args.output.console())
     args.output.print_json(setting=setting, rows=rows)
     args.output.print_text(f"written to {out}")
 

@@ -132,7 +132,7 @@ def write_config(experiment: Experiment, folder: Path, overrides: Sequence[str])
     config["train"] |= experiment.train
     config["train"]["run_dir"] = str(folder)
     config["model"]["config"] = str(folder / "memory.json")
-    config["model"]["save_ckp"] = str(folder / "checkpoint") if experiment.trained else None
+    config["model"]["save_ckp"] = str(folder / "checkpoint")
     for name in ("load_ckp", "released_ckp"):
         weights = config["model"].get(name)
         if weights and (shipped_dir() / weights).exists():

@@ -31,7 +31,6 @@ class Experiment:
     model:   changed fields of the section `model`
     train:   changed fields of the section `train`
     tasks:   the evaluations of test.py
-    trained: whether it is trained before; otherwise the weights of load_ckp are evaluated
     """
 
     base: str
@@ -39,7 +38,6 @@ class Experiment:
     model: Mapping[str, Any] = field(default_factory=dict)
     train: Mapping[str, Any] = field(default_factory=dict)
     tasks: Sequence[Mapping[str, Any]] = ()
-    trained: bool = True
 
 
 @dataclass(frozen=True)
@@ -177,7 +175,7 @@ def read_cells(cells: Sequence[Cell], folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def table_texts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def table_texts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """The rows of `read_cells` with texts for people."""
     return [
         {
@@ -229,7 +227,7 @@ def plot_cells(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             axes.plot(*zip(*known, strict=True), "x", color="C3", markersize=8, label="paper")
             axes.legend(fontsize=9)
         axes.set_yticks(places, [row["row"] for row in found], fontsize=9)
-        axes.invert_yaxis()
+        axes.set_ylim(len(found) - 0.5, -0.5)  # the first row is at the top
         axes.set_title(number, fontsize=11)
         axes.grid(alpha=0.3, axis="x")
     with atomic_file(path) as work:

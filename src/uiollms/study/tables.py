@@ -14,8 +14,8 @@ from rich.table import Table
 from uiollms.files.atomic import atomic_file
 from uiollms.study.gradients import INFINITE
 
-LEFT = ("estimator", "row", "number", "sweep", "mode")
-ROW_NAMES = ("distance", "estimator", "S", "row", "number", "sweep", "tokens", "ratio", "mode")
+LEFT = ("estimator", "sweep", "mode")
+ROW_NAMES = ("distance", "estimator", "S", "sweep", "tokens", "ratio", "mode")
 
 
 def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -50,6 +50,16 @@ def print_rows(rows: Sequence[dict[str, Any]], console: Console) -> None:
             table.add_row(*row)
         console.print(table)
         console.print()
+
+
+def print_texts(rows: Sequence[dict[str, str]], console: Console) -> None:
+    """Prints rows of words as one table, whose cells are wrapped to fit the console."""
+    table = Table(box=box.SIMPLE, show_edge=False, pad_edge=False)
+    for name in rows[0]:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*row.values())
+    console.print(table)
 
 
 def cell(column: str, value: Any) -> str:
