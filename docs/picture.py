@@ -25,6 +25,7 @@ from uiollms.model.attention import decoder_mask, encoder_mask
 from uiollms.model.positions import decoder_positions, encoder_positions
 from uiollms.reports.curves import plot_training
 from uiollms.study.learning import plot_curves
+from uiollms.study.paper import plot_cells
 from uiollms.study.recall import VALUES as RECALL_VALUES
 from uiollms.study.tables import TITLES, plot
 from uiollms.training.estimators import ESTIMATORS, Estimator, make_estimator
@@ -260,9 +261,17 @@ def draw_bench(path: Path) -> None:
     draw(json.loads((RESULTS / "bench/zen4-length.json").read_text()), path)
 
 
+def draw_paper_table(path: Path) -> None:
+    """The numbers of a table of the paper. In JSON a missing end of an interval is null."""
+    rows = json.loads((RESULTS / path.parent.name / "results.json").read_text())["rows"]
+    ends = ("low", "high")
+    plot_cells([row | {e: math.nan for e in ends if row[e] is None} for row in rows], path)
+
+
 # path below docs/results -> the function that draws it
 RESULT_PICTURES: dict[str, Callable[[Path], None]] = {
     "bench/zen4-length.png": draw_bench,
+    "paper-table6/plot.png": draw_paper_table,
     "smollm2-8x-curve.png": draw_training,
     "study-config/plot.png": draw_study,
     "study-cost/plot.png": draw_study,
