@@ -212,8 +212,8 @@ def test_an_evaluation_reports_costs_and_what_was_not_scored(tiny, stand_in, tmp
     lines = console.file.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
     start = next(i for i, line in enumerate(lines) if "compressed in" in line)
-    (cost,) = (line for line in lines[start:] if line.strip().startswith(dotted))
-    assert " MiB " in cost and cost.endswith(" ms")
+    (cost,) = (line for line in lines[start:] if line.strip().startswith(dotted + " "))
+    assert " MiB " in cost and cost.strip().endswith(" ms")
     for broken in (3, ["raw"], [{"mode": "raw", "why": 3}]):
         with pytest.raises(ValueError, match="not_scored is"):
             TaskSummary.from_json(written | dict(not_scored=broken))
