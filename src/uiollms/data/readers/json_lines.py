@@ -25,8 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-
 from uiollms.data.documents import Corpus, Document, LazyCorpus
 from uiollms.data.readers.fields import Fields, MakeDocument, any_fields
 from uiollms.files.atomic import atomic_file, make_folder
@@ -126,6 +124,8 @@ def text_file(
 def open_zstandard(path: str | Path) -> Any:
     """Opens a .zst file, of one or several frames, for reading its contents. pyarrow, on which
     `datasets` is built, contains the decoder; Python's library has one from 3.14 on."""
+    import pyarrow  # here, because machines without `datasets` train on other files
+
     return pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
 
 
