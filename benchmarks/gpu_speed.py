@@ -263,7 +263,7 @@ def main(arguments: list[str] | None = None) -> None:
         plans = {
             case: pool.submit(
                 planned_bytes,
-                model.config,
+                model.base.config,
                 model.memory_config,
                 model.dtype,
                 device.type == "cuda",

@@ -217,7 +217,8 @@ def test_the_schemas_do_not_depend_on_what_is_installed(workspace, examples):
         assert (workspace / "copy/config/schema" / path.name).read_text() == path.read_text()
 
 
-def test_the_list_of_plugins(workspace, examples):
+def test_the_list_of_plugins(workspace, examples, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     code, printed = run([], "plugins")
     assert code == 0 and "no package with plugins is installed" in printed
     offer(workspace / "made", "tasks", {"broken": "made:Task"}, "import nothing_of_this_name")

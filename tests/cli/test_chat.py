@@ -60,7 +60,7 @@ def test_ask_answers_as_generate_does(trained, capsys):
     )
     memory = Memory.load("book.mem", trained)
     assert [(s.name, s.num_tokens) for s in memory.sources] == [("book0.txt", len(text))]
-    tokenizer = AutoTokenizer.from_pretrained(trained.config._name_or_path)
+    tokenizer = AutoTokenizer.from_pretrained(trained.base.config._name_or_path)
     ids = token_ids(tokenizer, "\n\nQuestion: Why?\nAnswer:")
     options = dict(do_sample=False, max_new_tokens=9, stop_strings=["\n"], tokenizer=tokenizer)
     prompt = torch.cat([token_ids(tokenizer, text), ids], 1)

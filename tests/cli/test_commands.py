@@ -267,7 +267,8 @@ MODULES = {
     for command in PACKAGE_COMMANDS.values()
     if not command.module.endswith(".py")
 }
-COMMANDS = sorted(STARTED - {"benchmarks/worker.py", "src/uiollms/__main__.py"} | MODULES)
+WORKERS = {"benchmarks/worker.py", "src/uiollms/alternatives/press_worker.py"}  # of other programs
+COMMANDS = sorted(STARTED - {"src/uiollms/__main__.py"} - WORKERS | MODULES)
 MODULES_OF_BENCHMARKS = {
     name
     for name in COMMANDS

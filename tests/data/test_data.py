@@ -1070,7 +1070,10 @@ def test_sotu_splits_are_disjoint_and_complete() -> None:
     assert {source[5:7] for source in test} == {"17", "18", "19", "20"}  # the centuries
 
 
-def test_command_lists_every_corpus_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_lists_every_corpus_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # a corpus is one row
     main([])
     rows = capsys.readouterr().out.splitlines()
     for entry in REGISTER:

@@ -372,6 +372,9 @@ ALLOWED = {
     "src/uiollms/runs/run_files.py": {"rename"},
     "src/uiollms/runs/run.py": {"rename"},
     "src/uiollms/runs/checks.py": {"NamedTemporaryFile"},
+    # Into temporary folders, for the process of kvpress and back.
+    "src/uiollms/alternatives/presses.py": {"write_text", "save_file", "save_pretrained"},
+    "src/uiollms/alternatives/press_worker.py": {"write_text", "save_file"},
     "test.py": {"NamedTemporaryFile"},
 }
 

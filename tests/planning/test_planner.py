@@ -186,7 +186,8 @@ def test_weights_on_disk_take_the_memory_of_the_largest(workspace):
     assert in_memory.weights - on_disk.weights == matrices - 4 * 32 * 48
 
 
-def test_dry_run_prints_the_plan_and_errors(workspace, capsys):
+def test_dry_run_prints_the_plan_and_errors(workspace, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "130")
     command = ("train.py", "--env_conf", "env.json", "--dry_run")
     one_gpu = ("--device_memory", "1GiB")
     assert call(*command) == 0

@@ -16,7 +16,7 @@ PACKAGE = Path(uiollms.__file__).parent
 # modules that call them: inside atomic_file, atomic_folder and merged_folder, which add what the
 # umask allows, or for files that do not stay.
 PRIVATE = {"mkstemp", "mkdtemp", "NamedTemporaryFile", "TemporaryDirectory"}
-TEMPORARY = {"model/pretrained.py", "runs/checks.py"}
+TEMPORARY = {"alternatives/presses.py", "model/pretrained.py", "runs/checks.py"}
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Tests the documents on disk: restarts, kills, and names that are meant to do harm."""
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -47,16 +46,14 @@ def start(*options: str) -> tuple[subprocess.Popen, httpx2.Client]:
 
 
 def interrupt(end: signal.Signals) -> tuple[str, set[str]]:
-    """Starts a server and ends it in the middle of a document. Returns the document's id, and the
-    endings of the files that stay."""
+    """Starts a server and ends it while it compresses documents, of which the last one waits.
+    Returns its id, and the endings of its files that stay."""
     process, client = start()
-    made = client.post("/v1/memories", files={"file": ("book.txt", LONG)}).json()
-    status = {"status": "waiting"}
-    while status["status"] == "waiting" or not status["chunks_done"]:
-        status = client.get(f"/v1/memories/{made['id']}").json()
+    for _ in range(8):
+        made = client.post("/v1/memories", files={"file": ("book.txt", LONG)}).json()
     process.send_signal(end)
     assert process.wait() == (-signal.SIGKILL if end == signal.SIGKILL else 130)
-    return made["id"], {path.suffix for path in Path("memories").glob("mem-*")}
+    return made["id"], {path.suffix for path in Path("memories").glob(f"{made['id']}*")}
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
@@ -65,20 +62,19 @@ def test_a_server_that_was_ended_compresses_the_document_again(tiny, end):
     model, tokenizer = tiny
     save_weights(model, "out/ckp")
     id, names = interrupt(end)
-    for _ in range(4):  # on a slow machine the document is ready before the signal arrives
-        if ".mem" not in names:
-            break
-        shutil.rmtree("memories")
-        id, names = interrupt(end)
-    assert names == {".json", ".txt"}
+    # In order, a server may compress the last document before it ends.
+    assert names == {".json", ".txt"} or (end == signal.SIGINT and names == {".json", ".mem"})
     (Path("memories") / "mem-0123456789abcdef.txt").write_text("its record was never written")
     with running(model, tokenizer, Path("memories")) as server:
         assert server.wait(id)["status"] == "ready"
-        assert len(server.http.get("/v1/memories").json()["data"]) == 1
+        ids = [document["id"] for document in server.http.get("/v1/memories").json()["data"]]
+        assert len(ids) == 8
         found = Memory.load(Path("memories") / f"{id}.mem", model)
         expected = model.compress(LONG, tokenizer, source="book.txt")
         assert torch.equal(found.slots, expected.slots)
-        server.http.delete(f"/v1/memories/{id}")
+        for each in ids:
+            assert server.wait(each)["status"] == "ready"
+            server.http.delete(f"/v1/memories/{each}")
     assert [path.name for path in Path("memories").iterdir()] == [".lock"]
 
 

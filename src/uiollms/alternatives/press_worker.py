@@ -166,7 +166,7 @@ def resident_bytes() -> int:
 
 
 def main(folder: Path) -> None:
-    jobs = json.loads((folder / "jobs.json").read_text())
+    jobs = json.loads((folder / "jobs.json").read_text(encoding="utf-8"))
     tensors = load_file(folder / "jobs.safetensors")
     torch.set_num_threads(jobs["threads"])
     model = Model(jobs)
@@ -185,7 +185,7 @@ def main(folder: Path) -> None:
             context, row = (tensors[f"{i}.{n}"].to(model.device) for n in ("context", "row"))
             cost = model.measure(context, row, jobs["slots"][i], jobs["steps"])
     save_file(hidden, folder / "results.safetensors")
-    (folder / "results.json").write_text(json.dumps(dict(slots=slots, cost=cost)))
+    (folder / "results.json").write_text(json.dumps(dict(slots=slots, cost=cost)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -141,7 +141,7 @@ def run_worker(
     PressFailure if it fails, with the last line of its errors or the signal that ended it."""
     with TemporaryDirectory(prefix="uiollms-press-") as name:
         folder = Path(name)
-        (folder / "jobs.json").write_text(json.dumps(jobs))
+        (folder / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
         save_file(tensors, folder / "jobs.safetensors")
         # -I: neither PYTHONPATH nor the worker's folder may shadow the environment's packages.
         found = subprocess.run(
@@ -149,6 +149,7 @@ def run_worker(
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
+            encoding="utf-8",
             errors="replace",
             env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(jobs["threads"])},
         )
@@ -162,5 +163,5 @@ def run_worker(
             raise PressFailure(f"the process of kvpress failed: {why}")
         return (
             load_file(folder / "results.safetensors"),
-            json.loads((folder / "results.json").read_text()),
+            json.loads((folder / "results.json").read_text(encoding="utf-8")),
         )
