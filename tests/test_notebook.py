@@ -18,7 +18,8 @@ nbformat = pytest.importorskip("nbformat")
 def run_notebook(monkeypatch, **settings: str) -> str:
     """Runs the notebook in the working directory, with environment variables. Returns what its
     cells print. An exception of a cell is raised here."""
-    for name in ("MODEL", "DOCUMENTS"):
+    # Other programs set MPLBACKEND, and the kernel then draws no pictures.
+    for name in ("MODEL", "DOCUMENTS", "MPLBACKEND"):
         monkeypatch.delenv(name, raising=False)
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
