@@ -1,12 +1,12 @@
 """Tests what the HTML report says first, its markup, and how a browser lays it out."""
 
 import json
-import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from browser import BROWSER, BROWSERS
 from test_plots import positions
 from test_tables import copy_task, retrieval_task, text_task
 
@@ -15,8 +15,6 @@ from uiollms.reports.conclusions import conclusions
 from uiollms.reports.page import write_report
 from uiollms.reports.run_folder import RunFolder
 
-BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
-BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 
 

@@ -2,7 +2,9 @@
 
 import asyncio
 import base64
+import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from contextlib import asynccontextmanager
@@ -73,6 +75,7 @@ async def browser_page():
             [BROWSER, *options, "--remote-debugging-port=0", "about:blank"],
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
         try:
             # "DevTools listening on ws://127.0.0.1:PORT/devtools/browser/..."
@@ -85,6 +88,6 @@ async def browser_page():
                 async with session.ws_connect(address, max_msg_size=2**26) as socket:
                     yield Page(socket)
         finally:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # its renderers too
             process.wait()
             process.stderr.close()
