@@ -110,7 +110,7 @@ def print_completion(rest: list[str]) -> int:
         allowed = ", ".join(completion.SHELLS)
         print(f"uiollms: --print_completion: expected one of {allowed}", file=sys.stderr)
         return 2
-    commands = {name: command.help for name, command in COMMANDS.items()}
+    commands = {name: (command.module, command.help) for name, command in COMMANDS.items()}
     completion.print_completion(rest[0], commands)
     return 0
 

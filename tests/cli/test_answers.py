@@ -13,16 +13,17 @@ ARGUMENTS = ["answers", "files:asked.jsonl", "-o", "new.jsonl", *ENV, "--max_new
 
 @pytest.fixture
 def asked(workspace):
-    lines = [dict(input=f"Text {i}. Why? ", output="") for i in range(3)]
+    lines = [dict(input=f"Text {i}.\u2028 Why? ", output="") for i in range(3)]
     lines[1]["input"] = " "  # a blank document
-    Path("asked.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    Path("asked.jsonl").write_text(text, encoding="utf-8")
 
 
 def test_the_result_is_a_corpus(asked, capsys):
     assert run_command("uiollms", ARGUMENTS) == 0
     assert "new.jsonl: 2 of 3 documents have answers" in capsys.readouterr().out
     corpus = open_corpus("files:new.jsonl")
-    assert [d.text for d in corpus] == ["Text 0. Why? ", "Text 2. Why? "]
+    assert [d.text for d in corpus] == ["Text 0.\u2028 Why? ", "Text 2.\u2028 Why? "]
     assert all(d.response for d in corpus)
 
 

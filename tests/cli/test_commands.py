@@ -319,8 +319,8 @@ def test_every_argument_of_uiollms_has_a_help_text():
                 found.append(f"{parser.prog} {action.dest}")
         return found
 
-    helps = {name: command.help for name, command in PACKAGE_COMMANDS.items()}
-    assert not undescribed(completion.make_parser(helps))
+    commands = {name: (found.module, found.help) for name, found in PACKAGE_COMMANDS.items()}
+    assert not undescribed(completion.make_parser(commands))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -380,6 +380,8 @@ COMP_CWORD={len(words)}; COMP_LINE=; _shtab_uiollms; printf '%s\\n' "${{COMPREPL
         return set(done.stdout.split())
 
     assert completed("") >= PACKAGE_COMMANDS.keys()
+    for command in PACKAGE_COMMANDS.keys() - {"eval", "study"}:  # lm-eval's options; subcommands
+        assert "--json" in completed(command, "--js") or "--out" in completed(command, "--o")
     assert completed("re") == {"report", "refine"}
     assert completed("refine", "--pass") == {"--passage_size", "--passages"}
     assert completed("train", "--re") == {"--resume", "--restart"}

@@ -68,7 +68,8 @@ def as_line(number: int, document: Document) -> str:
 
 def read_lines(path: Path) -> list[str]:
     """Returns the lines that an earlier call wrote. Raises ConfigError for another file."""
-    lines = read_text(path, MOST_TEXT).splitlines(keepends=True)
+    # Not splitlines, which also splits at line separators inside of a text.
+    lines = [f"{line}\n" for line in read_text(path, MOST_TEXT).split("\n") if line]
     try:
         for line in lines:
             int(json.loads(line)["document"])

@@ -7,7 +7,6 @@ uiollms plugins --json
 from __future__ import annotations
 
 import argparse
-import sys
 
 from rich import box
 from rich.table import Table
@@ -43,6 +42,6 @@ def main(arguments: list[str] | None = None) -> None:
             output.print_json(
                 name=name, kind=base.kind, package=plugin.package, options=options, fault=fault
             )
-    console = output.console(None if sys.stdout.isatty() else 160, highlight=False, markup=False)
+    console = output.console(160, highlight=False, markup=False)
     console.print(table if table.row_count else "no package with plugins is installed")
     console.print("docs/extending.md describes how to write a plugin.")
