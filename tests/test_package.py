@@ -78,7 +78,8 @@ def test_the_distributions_contain_what_the_commands_read(distributions):
             assert file.read(f"uiollms/shipped/{path}") == (ROOT / path).read_bytes(), path
         names = {Path(name) for name in file.namelist()}
     sources = {p.relative_to(ROOT / "src") for p in (ROOT / "src/uiollms").rglob("*.py")}
-    assert sources | {Path("uiollms/py.typed"), Path("uiollms/reports/page.html")} <= names
+    others = ("py.typed", "reports/page.html", "serving/page.html")
+    assert sources | {Path("uiollms", name) for name in others} <= names
     assert {name.parts[0] for name in names} == {
         "uiollms",
         f"{wheel.name.split('-py3')[0]}.dist-info",

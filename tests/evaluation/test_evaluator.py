@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_ids
+from conftest import MEMORY, make_base, random_ids
 from rich.console import Console
 from safetensors import safe_open
 from test_commands import ROOT, call
 
 import uiollms
+from uiollms import MemoryLM
 from uiollms.build import load_memory_lm
 from uiollms.config.corpora import TaskEntry, TaskType
 from uiollms.config.load import load_env_config, load_tasks, parse
@@ -333,6 +334,16 @@ def test_answers_are_those_that_each_mode_generates(workspace, tiny, new):
     for name, metric in (("token_f1", token_f1), ("exact_match", exact_match)):
         expected = sum(metric(given, [wanted]) for wanted, given in pairs) / 2
         assert numbers[name] == pytest.approx(expected), name
+
+
+def test_a_raw_answer_may_use_all_positions_of_a_stretched_base():
+    rope = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, rope_theta=1e4)
+    base = make_base(max_position_embeddings=64, rope_parameters=rope)
+    model = MemoryLM(base, MEMORY)
+    instance = Instance((), prompt=random_ids(100), response=random_ids(20))
+    evaluation = Evaluation(model, None, [])
+    assert evaluation._answer_length(instance, "raw", None) == 20
+    assert evaluation._answer_length(instance, "raw", 500) == 256 - 100
 
 
 def test_the_base_is_scored_once_and_memory_in_every_run(tiny):

@@ -327,7 +327,7 @@ def test_a_call_does_not_change_the_results_of_later_calls(name):
         return [*modes, model(ids[None]).logits, model.encode(ids[None, :8])]
 
     first = results()
-    model.base(random_ids(1, 2 * num_positions(model.config)))
+    model.base(random_ids(1, 2 * model.limits.positions))
     buffers = {key: buffer.clone() for key, buffer in model.base.named_buffers()}
     assert all(torch.equal(a, b) for a, b in zip(results(), first, strict=True))
     assert all(torch.equal(buffers[key], buffer) for key, buffer in model.base.named_buffers())

@@ -36,7 +36,6 @@ from uiollms.evaluation.scoring import (
 from uiollms.evaluation.statistics import DocumentScore
 from uiollms.files.errors import ConfigError
 from uiollms.model.memory_lm import MemoryLM
-from uiollms.model.rope import num_positions
 
 log = logging.getLogger("uiollms")
 Progress = Callable[[list[Instance]], Iterable[Instance]]  # wraps the documents in a progress bar
@@ -108,7 +107,7 @@ class Evaluation:
         base_modes = [mode for mode in task.compare if mode != "shuffled" and not copies]
         if index not in self._base_scores:
             too_long = any(
-                longest_text(sample) > num_positions(self.model.base.config)
+                longest_text(sample) > self.model.limits.positions
                 for instance in measurement.instances
                 for sample in instance.samples
             )
@@ -314,7 +313,7 @@ class Evaluation:
         wanted = most or len(instance.response)
         if instance.question:
             wanted = instance.question.max_new_tokens
-        limit = num_positions(self.model.config) if mode == "raw" else self.model.capacity
+        limit = self.model.limits.positions if mode == "raw" else self.model.capacity
         return max(1, min(wanted, limit - len(instance.prompt)))
 
     def _decode(self, ids: Tensor) -> str:

@@ -47,7 +47,6 @@ from uiollms.evaluation.scoring import token_losses
 from uiollms.files.errors import ConfigError, shortened
 from uiollms.kernels.devices import to_device
 from uiollms.kernels.indexing import batched
-from uiollms.model.rope import num_positions
 from uiollms.model.state import MemoryState, select_recent_ids
 
 DEFAULT_NEW_TOKENS = 256  # of generate_until, as in lm-eval's Hugging Face model
@@ -180,7 +179,7 @@ class HarnessLM(TemplateLM):
     def max_length(self) -> int:
         """Number of tokens of the longest text: with memory those that become memory count too,
         else those that the base reads (`num_read`)."""
-        return self.model.capacity if self.mode == "memory" else num_positions(self.model.config)
+        return self.model.capacity if self.mode == "memory" else self.model.limits.positions
 
     # ---- the interface that lm-eval calls --------------------------------------------------------
 
@@ -227,7 +226,7 @@ class HarnessLM(TemplateLM):
         prefix = [self.prefix_token_id]
         documents = [ids if ids[:1] == prefix else prefix + ids for ids in documents]
         # Without memory too, rows are scored that read as many slots as memory has.
-        most = num_positions(self.model.config) if self.mode == "raw" else self.model.capacity
+        most = self.model.limits.positions if self.mode == "raw" else self.model.capacity
         self.check_fits([len(ids) for ids in documents], "loglikelihood_rolling", requests, most)
         answers = []
         for request, ids in zip(

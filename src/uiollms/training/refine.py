@@ -47,7 +47,6 @@ from uiollms.model.layers import layer_device
 from uiollms.model.memory import Memory
 from uiollms.model.memory_lm import LayerMemory, MemoryLM
 from uiollms.model.passes import decode_rows, prepare_rows, project_all, read_raw
-from uiollms.model.rope import num_positions
 from uiollms.model.state import KVPrefix, SharedPrefix, supports_in_place
 from uiollms.training.memory_gradients import MemoryGradients
 from uiollms.training.optimizer import optimizer_step
@@ -89,7 +88,7 @@ class Refinement:
         self.model, self.original, self.settings = model, memory, settings
         self.text = memory.chunk_ids.flatten()
         size = settings.passage_size
-        positions = num_positions(model.base.config)
+        positions = model.limits.positions
         if memory.num_slots + size > positions:
             raise ConfigError(
                 f"{name}: {memory.num_slots} slots and a passage of {size} tokens need more than "
@@ -192,7 +191,7 @@ class Refinement:
     def context_size(self) -> int:
         """How many tokens the teacher reads before a passage: the whole text, or as many as the
         base has positions for."""
-        positions = num_positions(self.model.base.config) - self.settings.passage_size
+        positions = self.model.limits.positions - self.settings.passage_size
         return min(len(self.text), positions)
 
     def context(self, start: int) -> int:
