@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from uiollms.alternatives.costs import Cost
 from uiollms.evaluation.statistics import Estimate
 from uiollms.files.errors import json_path
 
@@ -83,17 +84,6 @@ class Written(BaseModel):
     tokens: int
     alone: Copy
     guided: Copy
-
-
-class Cost(BaseModel):
-    """The cost of a mode, see alternatives/costs.py."""
-
-    slots: float
-    compress_seconds: float
-    token_seconds: float
-    peak_bytes: int | None
-    context: int
-    process: str
 
 
 class Numbers(BaseModel):
