@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from conftest import MEMORY as MEMORY_CONFIG
 from conftest import gradients, make_base, make_model, random_ids, relative_error
 
 import uiollms
@@ -38,8 +39,9 @@ def encoder_gradient(model, **settings) -> torch.Tensor:
     return torch.cat([found[name].flatten() for name in names])
 
 
-def test_pair_gradients_add_up_to_the_gradients_of_a_step(monkeypatch):
-    model = make_model()
+@pytest.mark.parametrize("slot_input", ["token", "last"])
+def test_pair_gradients_add_up_to_the_gradients_of_a_step(monkeypatch, slot_input):
+    model = make_model(config=MEMORY_CONFIG.model_copy(update={"slot_input": slot_input}))
     pairs, vectors, norms = pair_gradients(model, SAMPLE)
     assert sorted(pairs) == [(t, s) for t in range(5) for s in range(t)]
     weights = torch.rand(5, 5, dtype=torch.float64).tril(-1)

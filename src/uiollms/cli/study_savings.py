@@ -71,7 +71,8 @@ def measure_savings(
 
 def join_documents(name: str, tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
     """Returns up to `length` token ids [T] of a corpus's documents, one after the other."""
-    task = TaskEntry(task_type="perplexity", task_name=name, num_instance=1)
+    wanted = {"task_type": "perplexity", "task_name": name, "num_instance": 1}
+    task = TaskEntry.model_validate(wanted)
     parts, found = [], 0
     for document in task_documents(task, tokenizer):
         parts.append(tokenize(tokenizer, document.text))

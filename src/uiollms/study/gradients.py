@@ -81,8 +81,12 @@ def pair_gradients(
     pairs, rows = [], []
     for s in range(count):
         graph = model.encode_layers(sample.chunks[s : s + 1])
+        # With slot_input "last" the first layer's memory is made of frozen embeddings.
+        trained = [i for i, layer in enumerate(graph) if layer.requires_grad]
+        outputs = [graph[i] for i in trained]
         for t in (t for t in range(s + 1, len(sample.rows)) if (t, s) in received):
-            grads = torch.autograd.grad(graph, parameters, received[t, s], retain_graph=True)
+            arrived = [received[t, s][i] for i in trained]
+            grads = torch.autograd.grad(outputs, parameters, arrived, retain_graph=True)
             pairs.append((t, s))
             rows.append(torch.cat([g.flatten() for g in grads]))
     squares = [0.0] * count
