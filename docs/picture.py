@@ -24,8 +24,8 @@ from uiollms.files.atomic import atomic_file
 from uiollms.model.attention import decoder_mask, encoder_mask
 from uiollms.model.positions import decoder_positions, encoder_positions
 from uiollms.reports.curves import plot_training
+from uiollms.study.experiments import plot_cells
 from uiollms.study.learning import plot_curves
-from uiollms.study.paper import plot_cells
 from uiollms.study.recall import VALUES as RECALL_VALUES
 from uiollms.study.tables import TITLES, plot
 from uiollms.training.estimators import ESTIMATORS, Estimator, make_estimator

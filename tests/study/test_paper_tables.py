@@ -17,18 +17,29 @@ from uiollms.cli.common import Output
 from uiollms.cli.common import make_parser as program_parser
 from uiollms.cli.study import main as study
 from uiollms.cli.study_options import make_parser
-from uiollms.cli.study_paper import describe_table, finished_steps, make_table, prepare
+from uiollms.cli.study_tables import (
+    TABLES,
+    describe_table,
+    finished_steps,
+    make_table,
+    prepare,
+)
 from uiollms.config.load import load_env_config, load_memory_config, load_tasks
+from uiollms.evaluation.statistics import Estimate
 from uiollms.files.errors import ConfigError
-from uiollms.study.paper import (
+from uiollms.study.ablations import step_share
+from uiollms.study.experiments import (
     SCALES,
     Cell,
     Experiment,
-    PaperTable,
+    StudyTable,
+    of_seeds,
     of_test,
+    plot_cells,
+    read_cells,
     table_texts,
 )
-from uiollms.study.paper_tables import TABLES, train_and_test
+from uiollms.study.paper_tables import PAPER_TABLES, train_and_test
 from uiollms.study.recall import VOCABULARY
 
 
@@ -38,12 +49,15 @@ def arguments(*words: str):
     return args
 
 
-@pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize(
+    "name, scale", [(name, scale) for name, make in TABLES.items() for scale in make().steps]
+)
 def test_every_step_is_a_command_with_a_valid_config(tmp_path, monkeypatch, name, scale):
     monkeypatch.chdir(tmp_path)
     table = TABLES[name]()
-    assert {cell.step for cell in table.cells[scale]} == {s.name for s in table.steps[scale]}
+    names = [step.name for step in table.steps[scale]]
+    read = {cell.step for cell in table.cells[scale]}
+    assert read == set(names) if table.source else read < set(names)
     for step in table.steps[scale]:
         step = prepare(step, Path("out"), [])
         program, *rest = step.command
@@ -60,6 +74,9 @@ def test_every_step_is_a_command_with_a_valid_config(tmp_path, monkeypatch, name
         assert len(load_tasks(config.test)) >= 1
         if config.model.load_ckp:  # weights are only loaded into a compressor of their sizes
             trained = Path(config.model.load_ckp) / "memory_config.json"
+            if config.model.load_ckp == "out/start/checkpoint":
+                assert names.index("start") < names.index(step.name)
+                trained = Path("out/start/memory.json")
             assert load_memory_config(config.model.config) == load_memory_config(trained)
         if program == "train":  # test.py then evaluates what was trained
             assert config.model.save_ckp == f"out/{step.name}/checkpoint"
@@ -70,7 +87,7 @@ def test_the_papers_numbers_are_those_of_the_faithfulness_page():
     page = (ROOT / "docs/faithfulness.md").read_text() + (ROOT / "docs/results.md").read_text()
     known = {
         cell.paper
-        for make in TABLES.values()
+        for make in PAPER_TABLES.values()
         for scale in SCALES
         for cell in make().cells[scale]
         if cell.paper is not None
@@ -80,7 +97,7 @@ def test_the_papers_numbers_are_those_of_the_faithfulness_page():
         assert f"{number:g}" in page or f"{number:.3f}" in page, number
 
 
-def tiny_table() -> PaperTable:
+def tiny_table() -> StudyTable:
     """A training and an evaluation of the tiny model, and an evaluation alone."""
     task = {"task_type": "perplexity", "task_name": "files:book*.txt", "num_instance": 3}
     task |= {"truncation": 100, "compare": ["window"]}
@@ -94,13 +111,13 @@ def tiny_table() -> PaperTable:
         Cell("two", "window - own", "two", of_test(0, "below_window")),
     ]
     notes = {"small": "tiny"}
-    return PaperTable("a table", "a paper", notes, {"small": steps}, {"small": cells})
+    return StudyTable("a table", "a paper", notes, {"small": steps}, {"small": cells})
 
 
 @pytest.fixture
 def with_tiny_table(workspace, monkeypatch):
     """`paper-table1` is the table of `tiny_table`, with the workspace's config as shipped one."""
-    monkeypatch.setattr("uiollms.cli.study_paper.shipped_dir", lambda: workspace)
+    monkeypatch.setattr("uiollms.cli.study_tables.shipped_dir", lambda: workspace)
     monkeypatch.setitem(TABLES, "paper-table1", tiny_table)
 
 
@@ -170,7 +187,7 @@ def test_table6_reads_the_curves_of_its_trainings(workspace, monkeypatch, capsys
         short = {"80": "1", "3": "2"}
         assert not uiollms_main([short.get(word, word) for word in command])
 
-    monkeypatch.setattr("uiollms.cli.study_paper.run_command", run)
+    monkeypatch.setattr("uiollms.cli.study_tables.run_command", run)
     study(["paper-table6", "--out", "out/table6"])
     found = json.loads(Path("out/table6/results.json").read_text())
     last = {}
@@ -203,3 +220,49 @@ def test_table6_reads_the_curves_of_its_trainings(workspace, monkeypatch, capsys
     assert "not stated here" in Path("out/table6/table.md").read_text()
     shown = " ".join(capsys.readouterr().out.split())
     assert "not stated" in shown and f"{rows[row, 'of']['here']:.3f}" in shown
+
+
+def test_ablations_read_paired_differences(tmp_path):
+    """By hand: seed by seed the variant is 0.5, 0.7 above its base at the end. In equal time it
+    has half of the iterations, where its curve is 1 higher."""
+    for name, shift in (("base", (0.0, 0.0)), ("variant", (0.5, 0.7))):
+        for seed in (0, 1):
+            lines = [
+                {"iteration": i, "eval": [{"bound": 2 - nll, "memory": {"nll": nll}}]}
+                for i, nll in ((10, 3 + seed + shift[seed]), (20, 1 + seed + shift[seed]))
+            ]
+            (tmp_path / f"{name}-{seed}").mkdir()
+            text = "".join(json.dumps(line) + "\n" for line in [{"iteration": 5}, *lines])
+            (tmp_path / f"{name}-{seed}/metrics.jsonl").write_text(text)
+
+    def share(table, variant):
+        assert table == tmp_path
+        return {"base": 1.0, "variant": 0.75}[variant]
+
+    def read(*arguments, **options):
+        return of_seeds("variant", (0, 1), *arguments, **options)(tmp_path / "variant-0")
+
+    assert read("nll").value == pytest.approx((1.5 + 2.7) / 2)
+    value, (low, high) = read("nll", minus="base")
+    half = 12.706 * statistics.stdev([0.5, 0.7]) / math.sqrt(2)
+    assert [value, low, high] == pytest.approx([0.6, 0.6 - half, 0.6 + half])
+    assert read("bound", mode=None, minus="base").value == pytest.approx(-0.6)
+    assert read("nll", minus="base", share=share).value == pytest.approx(0.6 + 1.0)
+
+
+def test_the_share_of_an_estimator_is_that_of_its_step(tmp_path):
+    rows = [{"estimator": "uio, no factor", "seconds": 4.0}, {"estimator": "exact", "seconds": 5.0}]
+    (tmp_path / "cost").mkdir()
+    (tmp_path / "cost/results.json").write_text(json.dumps({"rows": rows}))
+    assert step_share(tmp_path, "uio-no-factor") == 1.0
+    assert step_share(tmp_path, "exact") == 0.8
+
+
+def test_only_the_papers_tables_have_a_column_for_the_paper(tmp_path):
+    cells = [Cell("a", "NLL", "a", lambda folder: Estimate(1.25, (1.0, 1.5)))]
+    rows = read_cells(cells, tmp_path, with_paper=False)
+    assert table_texts(rows) == [
+        {"row": "a", "number": "NLL", "here (95 % interval)": "1.250 (1.000 .. 1.500)"}
+    ]
+    plot_cells(rows, tmp_path / "plot.png")
+    assert table_texts(read_cells(cells, tmp_path))[0]["paper"] == "not stated here"

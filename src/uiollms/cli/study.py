@@ -43,8 +43,8 @@ from uiollms.build import find_weights, load_memory_lm
 from uiollms.cli.common import Output
 from uiollms.cli.study_budget import measure_budget
 from uiollms.cli.study_options import PRESETS, make_parser
-from uiollms.cli.study_paper import describe_table, make_table
 from uiollms.cli.study_savings import measure_savings
+from uiollms.cli.study_tables import TABLES, describe_table, make_table
 from uiollms.config.corpora import TaskEntry
 from uiollms.config.load import load_env_config
 from uiollms.config.sections import EnvConfig, MemoryConfig, TrainSection
@@ -59,10 +59,9 @@ from uiollms.model.memory_lm import MemoryLM
 from uiollms.runs.checks import check_folder
 from uiollms.runs.metrics import read_lines
 from uiollms.study.cost import study_cost
+from uiollms.study.experiments import table_texts
 from uiollms.study.gradients import estimators_of, study_gradients
 from uiollms.study.learning import compare, plot_curves, step_seconds, summarise
-from uiollms.study.paper import table_texts
-from uiollms.study.paper_tables import TABLES
 from uiollms.study.recall import MAX_CHUNKS, MEMORY, VALUES, recall_samples, train_base
 from uiollms.study.tables import markdown_table, plot, print_rows, print_texts
 from uiollms.training.weighting import weigh_tokens

@@ -8,9 +8,8 @@ from typing import Any
 from uiollms.cli import study_budget, study_savings
 from uiollms.cli.common import output_arguments
 from uiollms.cli.options import file_path, whole_number
-from uiollms.cli.study_paper import add_arguments
+from uiollms.cli.study_tables import TABLES, add_arguments
 from uiollms.study.gradients import INFINITE, NAMES
-from uiollms.study.paper_tables import TABLES
 from uiollms.study.recall import MAX_CHUNKS
 
 # number of documents, tokens of each, sizes (None: those of the config), and values of S
@@ -18,6 +17,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "config": dict(
         documents=4, tokens=2048, chunk_size=None, num_memory=None, sizes=[1, 2, 4, 8, INFINITE]
     ),
+    "demo": dict(documents=1, tokens=576, chunk_size=None, num_memory=None, sizes=[1]),
     "quick": dict(documents=2, tokens=320, chunk_size=64, num_memory=8, sizes=[1, 2, 4, INFINITE]),
     "table4": dict(
         documents=8, tokens=2048, chunk_size=128, num_memory=16, sizes=[1, 2, 4, 8, INFINITE]
@@ -72,6 +72,14 @@ COMMANDS = {
         "make the paper's Figure 7: time and memory of a step by S",
         "--scale paper --set model.device_map=0",
     ),
+    "ablation-estimators": (
+        "compare the estimators on facts that lie beyond S chunks",
+        "--out runs/estimators",
+    ),
+    "ablation-design": (
+        "compare slot_input, recent_tokens, the stage of copies and token weighting",
+        "--dry_run",
+    ),
 }
 
 
@@ -94,7 +102,7 @@ def make_parser(description: str | None = None) -> argparse.ArgumentParser:
         )
         output_arguments(command, "the results, as in results.json, as one JSON object")
         if name in TABLES:
-            add_arguments(command)
+            add_arguments(command, name)
         elif name != "recall":
             command.add_argument(
                 "--env_conf",

@@ -13,17 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from uiollms.study.gradients import INFINITE
-from uiollms.study.paper import (
+from uiollms.study.experiments import (
     SCALES,
     Cell,
     Experiment,
-    PaperTable,
     Step,
+    StudyTable,
     of_curves,
     of_row,
     of_test,
 )
+from uiollms.study.gradients import INFINITE
 
 FEW = "stdlib.test"  # held-out text that is on every machine
 LLAMA = {8: "8x.json", 32: "32x.json"}
@@ -45,7 +45,7 @@ def evaluate_shipped(name: str, experiment: Experiment) -> Step:
     return Step(name, command, experiment, f"evaluation: the shipped adapter at {name}")
 
 
-def table1() -> PaperTable:
+def table1() -> StudyTable:
     task = {"task_type": "auto encoding", "compare": ["shuffled"]}
     copied = [{"name": "minipile.train", "partition": 1, "task": "auto encoding"}]
     steps: dict[str, list[Step]] = {scale: [] for scale in SCALES}
@@ -80,7 +80,7 @@ def table1() -> PaperTable:
                     ("rouge_l", "ROUGE-L (0 to 1)"),
                 ):
                     cells[scale].append(Cell(row, number, name, of_test(0, key, mode)))
-    return PaperTable(
+    return StudyTable(
         "Table 1: auto encoding at 8x and 32x",
         "BLEU-4 and ROUGE-L of chunks that are written down from their memory alone, by sacrebleu "
         "and rouge-score",
@@ -96,7 +96,7 @@ def table1() -> PaperTable:
     )
 
 
-def table2() -> PaperTable:
+def table2() -> StudyTable:
     lengths = {8: (4096, 16384, 25600), 32: (4096, 16384, 25600, 32768, 99328)}
     few = (1024, 2048, 3072)
     steps: dict[str, list[Step]] = {scale: [] for scale in SCALES}
@@ -145,7 +145,7 @@ def table2() -> PaperTable:
                 if mode == "window" or scale == "small" or n <= 4096:
                     read = of_test(index, "perplexity", mode)
                     cells[scale].append(Cell(f"{n:,} tokens, {row}", "perplexity", "8x", read))
-    return PaperTable(
+    return StudyTable(
         "Table 2: language modelling",
         "perplexity by length; the lengths are those of the released test.json",
         {
@@ -181,13 +181,13 @@ def gradient_cells(sizes: Sequence[int]) -> list[Cell]:
     return found
 
 
-def table4() -> PaperTable:
+def table4() -> StudyTable:
     def step(env_conf: str, preset: str, corpus: str, what: str, draws: int) -> list[Step]:
         command = ["study", "gradients", "--env_conf", env_conf, "--preset", preset]
         command += ["--corpus", corpus, "--draws", str(draws), "--out", "{folder}"]
         return [Step("gradients", command, what=what)]
 
-    return PaperTable(
+    return StudyTable(
         "Table 4: norm of the estimated gradient over that of the exact one",
         "8 inputs of 2,048 tokens, chunks of 128 in 16 slots, S = 1, 4 and 8",
         {
@@ -231,7 +231,7 @@ def s_ablation(S: int) -> Experiment:
     )
 
 
-def table5() -> PaperTable:
+def table5() -> StudyTable:
     paper = {1: 9.84, 2: 9.75, 4: 9.67, 6: 9.63}
     steps = [
         step
@@ -249,7 +249,7 @@ def table5() -> PaperTable:
     ]
     first = ("recall", "uio", 1)
     small += [Cell(f"S = {S}", gain, "recall", of_curves("uio", S, first)) for S in paper if S > 1]
-    return PaperTable(
+    return StudyTable(
         "Table 5: perplexity of PG19 by S",
         "chunks of 256 tokens, 4,096 tokens of a document",
         {
@@ -271,7 +271,7 @@ def table5() -> PaperTable:
     )
 
 
-def table6() -> PaperTable:
+def table6() -> StudyTable:
     full = s_ablation(2)
     variants = {
         "full": full,
@@ -311,7 +311,7 @@ def table6() -> PaperTable:
         step, estimator = chosen[name]
         read = of_curves(estimator, 2, ("head", "uio", 2))
         cells.append(Cell(names[name], "NLL minus that of the first row (nats)", step, read))
-    return PaperTable(
+    return StudyTable(
         "Table 6: without the transfer head, and TBPTT in place of UIO-TBPTT",
         "a row without transfer head is known; the table's numbers and other rows are not stated "
         "here, so that UIO-TBPTT against TBPTT is added to it",
@@ -331,7 +331,7 @@ def table6() -> PaperTable:
     )
 
 
-def figure7() -> PaperTable:
+def figure7() -> StudyTable:
     sizes = (1, 2, 3, 4, 5, 6)
 
     def step(env_conf: str, preset: str, corpus: str, what: str) -> list[Step]:
@@ -349,7 +349,7 @@ def figure7() -> PaperTable:
         for name, S in (*(("uio", S) for S in sizes), ("exact", INFINITE))
         for chosen in (dict(estimator=name, S=S),)
     ]
-    return PaperTable(
+    return StudyTable(
         "Figure 7: time and memory of a step by S",
         "2,048 tokens in 128 chunks of 16, 4 slots each; in the paper time is flat in S and memory "
         "grows with it. The figure's numbers are not stated here",
@@ -367,7 +367,7 @@ def figure7() -> PaperTable:
     )
 
 
-TABLES: dict[str, Callable[[], PaperTable]] = {
+PAPER_TABLES: dict[str, Callable[[], StudyTable]] = {
     "paper-table1": table1,
     "paper-table2": table2,
     "paper-table4": table4,

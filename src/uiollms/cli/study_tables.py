@@ -1,8 +1,10 @@
-"""Makes a table of the paper: `uiollms study paper-table1` and the others.
+"""Makes a table of several commands: those of the paper, `uiollms study paper-table1` and others,
+and our own, `uiollms study ablation-estimators` and `ablation-design`.
 
     uiollms study paper-table5 --scale small
     uiollms study paper-table5 --scale paper --dry_run
     uiollms study paper-table1 --scale paper --set model.device_map=0
+    uiollms study ablation-estimators
 
 A table consists of steps, which are commands of this package. A finished step is written to
 steps.jsonl in the folder of the results and skipped when the command is started again; a training
@@ -28,24 +30,30 @@ from uiollms.files.errors import ConfigError
 from uiollms.files.folders import cache_dir, shipped_dir
 from uiollms.files.json_files import as_json, read_json
 from uiollms.planning.planner import Plan, make_plan
-from uiollms.study.paper import (
-    SCALES,
+from uiollms.study.ablations import design_table, estimators_table
+from uiollms.study.experiments import (
     Experiment,
-    PaperTable,
     Step,
+    StudyTable,
     plot_cells,
     read_cells,
 )
-from uiollms.study.paper_tables import TABLES
+from uiollms.study.paper_tables import PAPER_TABLES
 
 Rows = list[dict[str, Any]]
 Run = Callable[[Sequence[str]], None]
+TABLES: dict[str, Callable[[], StudyTable]] = {
+    **PAPER_TABLES,
+    "ablation-estimators": estimators_table,
+    "ablation-design": design_table,
+}
 
 
-def add_arguments(command: argparse.ArgumentParser) -> None:
+def add_arguments(command: argparse.ArgumentParser, name: str) -> None:
+    """name: of the table"""
     command.add_argument(
         "--scale",
-        choices=SCALES,
+        choices=list(TABLES[name]().steps),
         default="small",
         help="small: for two cores. paper: Llama-2-7B at the paper's settings, for GPUs (small)",
     )
@@ -78,10 +86,11 @@ def make_table(args: argparse.Namespace, out: Path, run: Run | None = None) -> t
         (run or run_command)([*step.command, "--quiet"])
         with (out / "steps.jsonl").open("a", encoding="utf-8") as file:
             file.write(as_json(record_of(step)) + "\n")
-    rows = read_cells(table.cells[args.scale], out)
+    rows = read_cells(table.cells[args.scale], out, with_paper=table.source is not None)
     plot_cells(rows, out / "plot.png")
     setting = {"table": args.what, "scale": args.scale, "title": table.title, "set": args.set}
-    return setting | {"source": table.source, "notes": table.notes[args.scale]}, rows
+    source = {"source": table.source} if table.source else {}
+    return setting | source | {"notes": table.notes[args.scale]}, rows
 
 
 def finished_steps(out: Path) -> list[Any]:
@@ -134,9 +143,10 @@ def write_config(experiment: Experiment, folder: Path, overrides: Sequence[str])
     config["model"]["config"] = str(folder / "memory.json")
     config["model"]["save_ckp"] = str(folder / "checkpoint")
     for name in ("load_ckp", "released_ckp"):
-        weights = config["model"].get(name)
-        if weights and (shipped_dir() / weights).exists():
-            config["model"][name] = str(shipped_dir() / weights)
+        if weights := config["model"].get(name):
+            shipped = shipped_dir() / weights
+            path = shipped if shipped.exists() else weights.replace("{table}", str(folder.parent))
+            config["model"][name] = str(path)
     config["test"] = str(folder / "tasks.json")
     for part in (config, memory):
         part.pop("$schema", None)
@@ -169,10 +179,9 @@ def shell_line(command: Sequence[str]) -> str:
 def describe_table(args: argparse.Namespace, out: Path) -> tuple[Any, Rows]:
     """Prints the steps of a table with what they cost, and writes only their configs. Returns
     settings and a row per step."""
-    table: PaperTable = TABLES[args.what]()
-    args.output.print_text(
-        f"{table.title}, scale {args.scale}\nThe paper: {table.source}.\n{table.notes[args.scale]}"
-    )
+    table: StudyTable = TABLES[args.what]()
+    source = f"The paper: {table.source}.\n" if table.source else ""
+    args.output.print_text(f"{table.title}, scale {args.scale}\n{source}{table.notes[args.scale]}")
     rows: Rows = []
     for step in table.steps[args.scale]:
         step = prepare(step, out, args.set)

@@ -1,5 +1,6 @@
-"""What a table of the paper consists of, how its numbers are read from results, and how they are
-written beside the paper's. paper_tables.py has the tables.
+"""Tables that are made by several commands: what they consist of, how their numbers are read from
+results, and how they are written. paper_tables.py has those of the paper, with its numbers beside
+ours, and ablations.py has our own.
 
 A table is a list of `Step`s, each a command of this package, and of `Cell`s, which read one number
 with its interval from the results of a step.
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 
 from uiollms.evaluation.statistics import Estimate
 from uiollms.files.atomic import atomic_file
-from uiollms.study.learning import STUDENT_T
+from uiollms.study.learning import STUDENT_T, interpolated
 
 SCALES = ("small", "paper")
 
@@ -28,7 +29,8 @@ class Experiment:
 
     base:    name of the shipped environment config
     memory:  changed fields of its compressor config
-    model:   changed fields of the section `model`
+    model:   changed fields of the section `model`; "{table}" in the path of weights stands for the
+             table's folder
     train:   changed fields of the section `train`
     tasks:   the evaluations of test.py
     """
@@ -76,12 +78,12 @@ class Cell(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PaperTable:
-    """title: of the paper's table; source: what is known of its settings; notes: what differs
-    here; steps and cells: by scale."""
+class StudyTable:
+    """title: of the table; source: what is known of the settings of the paper's table, None for a
+    table that is not the paper's; notes: what differs here; steps and cells: by scale."""
 
     title: str
-    source: str
+    source: str | None
     notes: Mapping[str, str]
     steps: Mapping[str, Sequence[Step]]
     cells: Mapping[str, Sequence[Cell]]
@@ -144,6 +146,46 @@ def of_curves(
     return read
 
 
+def of_seeds(
+    variant: str,
+    seeds: Sequence[int],
+    key: str,
+    mode: str | None = "memory",
+    minus: str | None = None,
+    share: Callable[[Path, str], float] | None = None,
+) -> Callable[[Path], Estimate]:
+    """Reads a number of the evaluations in the metrics.jsonl of a variant's trainings, which are
+    the steps "VARIANT-SEED", as the mean over seeds with its Student interval.
+
+    key:        such as "nll" or "bound", of the first task
+    mode:       the mode that has the number; None if the task has it
+    minus:      the variant whose number with the same seed is subtracted
+    share:      maps the table's folder and a variant to the share of its iterations after which it
+                is read; without it, all variants are read at their ends
+    """
+
+    def curve(folder: Path) -> tuple[list[int], list[float]]:
+        lines = map(json.loads, (folder / "metrics.jsonl").read_text("utf-8").splitlines())
+        found = {line["iteration"]: line["eval"][0] for line in lines if "eval" in line}
+        numbers = [result[mode][key] if mode else result[key] for result in found.values()]
+        return list(found), numbers
+
+    def number_of(folder: Path, name: str, seed: int) -> float:
+        iterations, numbers = curve(folder / f"{name}-{seed}")
+        part = share(folder, name) if share else 1.0
+        return interpolated(iterations, numbers, part * iterations[-1])
+
+    def read(folder: Path) -> Estimate:
+        table = folder.parent
+        found = [number_of(table, variant, seed) for seed in seeds]
+        if minus:
+            base = [number_of(table, minus, seed) for seed in seeds]
+            found = [a - b for a, b in zip(found, base, strict=True)]
+        return student(found)
+
+    return read
+
+
 def student(values: Sequence[float]) -> Estimate:
     """The mean and its 95 % Student interval, for 2 to 10 values."""
     mean = statistics.mean(values)
@@ -156,40 +198,31 @@ def student(values: Sequence[float]) -> Estimate:
 # ---- Writing them --------------------------------------------------------------------------------
 
 
-def read_cells(cells: Sequence[Cell], folder: Path) -> list[dict[str, Any]]:
-    """The numbers of a table as rows for results.json. folder: that of the table"""
+def read_cells(
+    cells: Sequence[Cell], folder: Path, with_paper: bool = True
+) -> list[dict[str, Any]]:
+    """The numbers of a table as rows for results.json. folder: that of the table; with_paper: with
+    the paper's numbers"""
     rows = []
     for cell in cells:
         value, (low, high) = cell.read(folder / cell.step)
-        rows.append(
-            {
-                "row": cell.row,
-                "number": cell.number,
-                "paper": cell.paper,
-                "paper_unit": cell.unit,
-                "here": value,
-                "low": low,
-                "high": high,
-            }
-        )
+        paper = {"paper": cell.paper, "paper_unit": cell.unit} if with_paper else {}
+        numbers = {"here": value, "low": low, "high": high}
+        rows.append({"row": cell.row, "number": cell.number, **paper, **numbers})
     return rows
 
 
 def table_texts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """The rows of `read_cells` with texts for people."""
-    return [
-        {
-            "row": row["row"],
-            "number": row["number"],
-            "paper": (
-                "not stated here"
-                if row["paper"] is None
-                else f"{row['paper']:g} {row['paper_unit']}".strip()
-            ),
-            "here (95 % interval)": value_text(row["here"], row["low"], row["high"]),
-        }
-        for row in rows
-    ]
+    texts = []
+    for row in rows:
+        known = {}
+        if "paper" in row:
+            number = f"{row['paper']:g} {row['paper_unit']}".strip() if row["paper"] else None
+            known["paper"] = number or "not stated here"
+        value = {"here (95 % interval)": value_text(row["here"], row["low"], row["high"])}
+        texts.append({"row": row["row"], "number": row["number"], **known, **value})
+    return texts
 
 
 def value_text(value: float, low: float, high: float) -> str:
@@ -221,7 +254,7 @@ def plot_cells(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         known = [
             (row["paper"], i)
             for i, row in enumerate(found)
-            if row["paper"] is not None and not row["paper_unit"]
+            if row.get("paper") is not None and not row["paper_unit"]
         ]
         if known:
             axes.plot(*zip(*known, strict=True), "x", color="C3", markersize=8, label="paper")
