@@ -111,6 +111,8 @@ def train_steps(options: argparse.Namespace, on: list[str]) -> list[Step]:
             "64",
             "--sizes",
             "64/8/3",
+            "--recent_tokens",
+            "8",
             "--measured",
             "64/8/3",
             "--step_tokens",

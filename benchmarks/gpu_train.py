@@ -297,6 +297,9 @@ def load_model(options: argparse.Namespace, device: torch.device) -> tuple[Memor
         load_weights(model, options.start)
     elif options.start:
         model.load_memory_state_dict(load_file(options.start))
+    # The weights fit any number of recent tokens, so they are loaded before.
+    sizes = dict(recent_tokens=options.recent_tokens)
+    model.memory_config = model.memory_config.model_copy(update=sizes)
     if options.compile:
         torch._dynamo.config.recompile_limit = 64  # with and without a graph, one row or many
         for layer in model.base.model.layers:
@@ -336,6 +339,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--kl_weight", type=float, default=0.5, help="of the raw-context teacher in text losses")
     add("--rank", type=int, default=32)
     add("--slot_input", choices=["token", "last"], default="token", help="of the compressor config")
+    add("--recent_tokens", type=int, default=0, help="of the compressor config")
     add("--step_tokens", type=int, default=24576, help="tokens of text in an optimizer step")
     add("--chunk_sizes", type=int, nargs="+", default=[64, 128, 256])
     add("--sizes", type=as_size, nargs="+", help="sizes to draw from instead, all equally likely: "

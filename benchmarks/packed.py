@@ -4,8 +4,8 @@ All documents of a batch have the same number of chunks. The whole graph fits in
 autograd computes the exact gradient of all documents. `uiollms.gradient_step` computes the same
 gradient with bounded memory (tests/benchmarks/test_packed.py compares them).
 
-Shapes: B documents, N chunks of each, l chunk_size, m num_memory, R rows of the decoder pass,
-A of them copies, L layers, H key/value heads, K head size, D hidden size.
+Shapes: B documents, N chunks of each, l chunk_size, m num_memory, w recent_tokens, R rows of the
+decoder pass, A of them copies, L layers, H key/value heads, K head size, D hidden size.
 Source: UIO-LLMs sections 3.1 to 3.3.
 """
 
@@ -49,7 +49,8 @@ def encode_documents(model: MemoryLM, ids: Tensor) -> Memories:
 def decode_documents(
     model: MemoryLM, ids: Tensor, memories: Memories | None, copied: Sequence[int] = ()
 ) -> tuple[Tensor, Tensor]:
-    """Decodes chunks 1 to N - 1 of [B, N * l] token ids and, in the same pass, copies of chunks.
+    """Decodes chunks 1 to N - 1 of [B, N * l] token ids, each after its w recent tokens, and, in
+    the same pass, copies of chunks.
 
     memories: of chunks 0 to N - 2, or None for the no-memory mode
     copied:   numbers of the compressed chunks, 0 to B * (N - 1) - 1, that are copied. A copy starts
@@ -57,19 +58,20 @@ def decode_documents(
     returns:  normed hidden states of the chunks [B, (N - 1) * l, D] and of the copies [A, l, D]
     """
     c, documents = model.memory_config, len(ids)
-    rows = ids[:, c.chunk_size :].reshape(-1, c.chunk_size)
+    l, w = c.chunk_size, c.recent_tokens
+    rows = ids[:, l - w :].unfold(1, w + l, l).reshape(-1, w + l)
     per_document = len(rows) // documents
     if memories is None:
-        hidden = model.decode(rows, empty_prefix(model), [0] * len(rows))
-        return hidden.view(documents, -1, hidden.shape[-1]), hidden[:0]
+        hidden = model.decode(rows, empty_prefix(model), [0] * len(rows))[:, w:]
+        return hidden.reshape(documents, -1, hidden.shape[-1]), hidden[:0]
     num_slots = [(t + 1) * c.num_memory for t in range(per_document)] * documents
     num_slots += [c.num_memory] * len(copied)
     keys, values = ([kv.repeat_interleave(per_document, dim=0) for kv in of] for of in memories[1:])
     repeat = None
     if copied:
         selected = to_device(torch.tensor(copied), ids.device)
-        chunks = ids[:, : -c.chunk_size].reshape(-1, c.chunk_size)[selected]
-        rows = torch.cat([rows, F.pad(chunks[:, :-1], (1, 0))])
+        chunks = ids[:, :-l].reshape(-1, l)[selected]
+        rows = torch.cat([rows, F.pad(chunks[:, :-1], (1, w))])
         repeat = torch.arange(len(rows)) >= len(rows) - len(copied)
         copy_kv = model.project([layer[selected] for layer in memories.memory], [0] * len(copied))
         width = keys[0].shape[2] - c.num_memory
@@ -83,7 +85,8 @@ def decode_documents(
     prefix = KVPrefix([[k] for k in keys], [[v] for v in values])
     hidden = model.decode(rows, prefix, num_slots, repeat=repeat)
     split = documents * per_document
-    return hidden[:split].reshape(documents, -1, hidden.shape[-1]), hidden[split:]
+    texts, copies = hidden[:split, w:], hidden[split:, :l]
+    return texts.reshape(documents, -1, hidden.shape[-1]), copies
 
 
 def copy_chunks(model: MemoryLM, chunks: Tensor) -> Tensor:

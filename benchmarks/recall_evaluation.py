@@ -1,13 +1,17 @@
 """Scores held-out text with memory and with its controls, many documents in one pass. Every chunk
 but the first is scored in these modes:
 
-    window     the chunk reads nothing before it (the no-memory mode)
+    window     the chunk reads no memory (the no-memory mode)
     shuffled   the chunk reads as many memories, of the next document
     own        the chunk reads the memories of its document
     recent     the chunk reads as many raw tokens before it as memory has slots
     raw        the chunk reads all tokens before it
 
-Shapes: B documents, N chunks of each, T = N * l tokens of a document, l chunk_size, m num_memory.
+In every mode the chunk also reads its recent tokens (`recent_tokens`), which `recent` and `raw`
+have anyway: `recent` reads so many more.
+
+Shapes: B documents, N chunks of each, T = N * l tokens of a document, l chunk_size, m num_memory, w
+recent_tokens.
 """
 
 from __future__ import annotations
@@ -103,10 +107,12 @@ def compared(nll: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def read_recent(model: MemoryLM, ids: Tensor) -> Tensor:
     """Hidden states [B, (N - 1) * l, D] of chunks 1 to N - 1 of [B, N * l] token ids when each
-    reads, instead of memory, as many raw tokens directly before it as memory has slots."""
+    reads, instead of memory, as many raw tokens before its recent ones as memory has slots."""
     l, m = model.memory_config.chunk_size, model.memory_config.num_memory
+    w = model.memory_config.recent_tokens
     rows = []
     for t in range(1, ids.shape[1] // l):
-        read = ids[:, t * (l - m) : (t + 1) * l]  # t * m tokens, then the chunk
+        start = max(0, t * (l - m) - w)
+        read = ids[:, start : (t + 1) * l]  # t * m + w tokens, then the chunk
         rows.append(model.decode(read, empty_prefix(model), [0] * len(ids))[:, -l:])
     return torch.cat(rows, dim=1)

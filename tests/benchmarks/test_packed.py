@@ -5,7 +5,7 @@ import pytest
 import torch
 from benchmarks import packed
 from benchmarks.recall_evaluation import MODES, document_nlls
-from conftest import gradients, make_model, random_ids, worst_error
+from conftest import MEMORY, gradients, make_model, random_ids, worst_error
 
 import uiollms
 from uiollms.data.sample import IGNORED
@@ -14,11 +14,15 @@ from uiollms.evaluation.scoring import scored_positions, token_losses
 L = 8
 
 
-@pytest.mark.parametrize("kl_weight", [0.0, 0.4])
-def test_a_batch_of_documents_gives_the_gradients_of_the_step(family, kl_weight):
+def make_model_with(family: str, recent_tokens: int):
+    return make_model(family, config=MEMORY.model_copy(update={"recent_tokens": recent_tokens}))
+
+
+@pytest.mark.parametrize("kl_weight, recent_tokens", [(0.0, 0), (0.4, 0), (0.4, 3), (0.0, L)])
+def test_a_batch_of_documents_gives_the_gradients_of_the_step(family, kl_weight, recent_tokens):
     """Every chunk but the first is scored. The tolerance 1e-10 in float64 allows for another order
     of summation."""
-    model = make_model(family)
+    model = make_model_with(family, recent_tokens)
     ids, copied = random_ids(3, 4 * L + 1), [0, 4, 8]
     text, recall = torch.zeros(2, 3, 3 * L, dtype=torch.float64)
     text[:2] = 1 / (2 * 3 * L)
@@ -44,10 +48,11 @@ def test_a_batch_of_documents_gives_the_gradients_of_the_step(family, kl_weight)
     assert worst_error(batched, gradients(model)) < 1e-10
 
 
-def test_document_nlls_equal_those_of_score(family):
+@pytest.mark.parametrize("recent_tokens", [0, 3, L])
+def test_document_nlls_equal_those_of_score(family, recent_tokens):
     """The tolerance is 1e-10 in float64, as above. The mode `recent` is compared with the base,
     chunk by chunk."""
-    model, ids = make_model(family), random_ids(2, 4 * L + 1)
+    model, ids = make_model_with(family, recent_tokens), random_ids(2, 4 * L + 1)
     found = document_nlls(model, ids)
     expected: dict[str, list[torch.Tensor]] = {mode: [] for mode in MODES}
     for document, other in zip(ids, ids.flip(0), strict=True):
@@ -58,8 +63,9 @@ def test_document_nlls_equal_those_of_score(family):
             score = uiollms.score(model, document, "document", name)
             expected[mode].append(score.nll[score.positions > L])
         for t in (1, 2, 3):
-            # Memory has two slots for each chunk before, and `recent` as many tokens.
-            start, stop = t * L - 2 * t, (t + 1) * L
+            # Memory has two slots for each chunk before, and `recent` as many tokens. Recent tokens
+            # come on top, as far as the document has so many.
+            start, stop = max(0, t * L - 2 * t - recent_tokens), (t + 1) * L
             logits = model.base(document[None, start:stop]).logits[0, -L:]
             target = document[t * L + 1 : stop + 1]
             expected["recent"].append(
