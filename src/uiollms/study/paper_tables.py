@@ -99,6 +99,12 @@ def table1() -> StudyTable:
 def table2() -> StudyTable:
     lengths = {8: (4096, 16384, 25600), 32: (4096, 16384, 25600, 32768, 99328)}
     few = (1024, 2048, 3072)
+    compare = ["window", "shuffled", "recent", "raw"]
+    controls = {
+        "memory": "",
+        "shuffled": ", another file's memory",
+        "recent": ", as many recent raw tokens",
+    }
     steps: dict[str, list[Step]] = {scale: [] for scale in SCALES}
     cells: dict[str, list[Cell]] = {scale: [] for scale in SCALES}
     for ratio in (8, 32):
@@ -109,7 +115,7 @@ def table2() -> StudyTable:
                 "task_name": f"pg19.test.{'128k' if n <= 4096 else '256k' if n <= 32768 else '1m'}",
                 "num_instance": 100,
                 "truncation": n,
-                "compare": ["window", "raw"],
+                "compare": compare,
             }
             for n in lengths[ratio]
         ]
@@ -124,7 +130,7 @@ def table2() -> StudyTable:
                 "truncation": n,
                 "documents": "full",
                 "num_memory": 256 // ratio,
-                "compare": ["window", "raw"],
+                "compare": compare,
             }
             for n in few
         ]
@@ -135,9 +141,10 @@ def table2() -> StudyTable:
         )
         steps["small"].append(evaluate_shipped(name, small))
         for scale, found in (("paper", lengths[ratio]), ("small", few)):
-            for index, n in enumerate(found):
-                row = f"{n:,} tokens, {name}"
-                cells[scale].append(Cell(row, "perplexity", name, of_test(index, "perplexity")))
+            for mode, words in controls.items():
+                for index, n in enumerate(found):
+                    row, read = f"{n:,} tokens, {name}{words}", of_test(index, "perplexity", mode)
+                    cells[scale].append(Cell(row, "perplexity", name, read))
     for scale, found in (("paper", lengths[8]), ("small", few)):
         for mode, row in (("window", "no memory"), ("raw", "raw context")):
             for index, n in enumerate(found):
