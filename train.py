@@ -77,7 +77,7 @@ def fit(config: EnvConfig, env_conf: str | Path, run: Run, world: World, output:
     model, tokenizer = load_memory_lm(config, env_conf)
     model.compile_encoder = train.compile_encoder
     if config.model.load_ckp:
-        load_weights(model, config.model.load_ckp)
+        load_weights(model, config.model.load_ckp, any_sizes=True)
     samples = SampleStream(config, tokenizer, model, partial(weigh_tokens, model))
     estimator = configured_estimator(train)
     optimizer = make_optimizer(model, train)

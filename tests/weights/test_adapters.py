@@ -63,6 +63,12 @@ def test_another_compressor_is_refused(tmp_path):
         ConfigError, match="trained with another compressor: num_memory 2, the config has 4"
     ):
         load_weights(wider, tmp_path / "ckp")
+    load_weights(wider, tmp_path / "ckp", any_sizes=True)  # as where a training starts
+    for name, tensor in wider.memory_state_dict().items():
+        assert torch.equal(tensor, make_model().memory_state_dict()[name])
+    higher = make_model(config=MEMORY.model_copy(update=dict(lora_rank=4)))
+    with pytest.raises(ConfigError, match="lora_rank 3, the config has 4"):
+        load_weights(higher, tmp_path / "ckp", any_sizes=True)
 
 
 def test_another_base_is_refused(tmp_path):

@@ -83,7 +83,7 @@ def check_training(config: EnvConfig, path: str | Path, resumes: bool = False) -
     examine_data(entries, config.model.model_name, path, faults)
     examine_base(config, shape, path, faults)
     with faults.collect(f"{path}: model.load_ckp: "):
-        check_weights(config.model.load_ckp, memory)
+        check_weights(config.model.load_ckp, memory, any_sizes=True)
     folder = run_folder(config.train.run_dir, config.model.save_ckp, path)
     usable = examine_run_folder(folder, RUN_FILES, path, faults)
     for tracker in config.train.log_with:
@@ -221,14 +221,16 @@ def examine_base(config: EnvConfig, shape: Any, path: str | Path, faults: Faults
             resolve_map(base, model.device_map, path, this_machine(model.device_map))
 
 
-def check_weights(weights: str | None, memory: MemoryConfig | None) -> None:
+def check_weights(
+    weights: str | None, memory: MemoryConfig | None, any_sizes: bool = False
+) -> None:
     """Raises ConfigError if the weights to be loaded do not exist or were trained with another
-    compressor."""
+    compressor. any_sizes: its sizes may differ, as where training starts from weights."""
     if weights is not None:
-        read_whole(Path(weights), lambda path: examine_weights(path, memory))
+        read_whole(Path(weights), lambda path: examine_weights(path, memory, any_sizes))
 
 
-def examine_weights(path: Path, memory: MemoryConfig | None) -> None:
+def examine_weights(path: Path, memory: MemoryConfig | None, any_sizes: bool) -> None:
     """Checks one version of a file or folder of weights, for `check_weights`."""
     if not path.exists():
         raise ConfigError(
@@ -245,7 +247,7 @@ def examine_weights(path: Path, memory: MemoryConfig | None) -> None:
         )
     if memory:
         try:
-            check_compressor(path, memory)
+            check_compressor(path, memory, any_sizes)
         except ConfigError:
             raise
         except ValueError as error:

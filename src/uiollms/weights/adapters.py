@@ -166,17 +166,23 @@ def holds_tensors(path: Path) -> bool:
     return isinstance(found, list) and all(isinstance(t, Tensor) for t in found)
 
 
-def load_weights(model: MemoryLM, path: str | Path) -> None:
+# Fields of the compressor that determine the weights, and fields that they fit at any value.
+LORA_FIELDS = ("lora_rank", "lora_alpha", "transfer_head", "slot_input")
+SIZE_FIELDS = ("num_memory", "chunk_size", "recent_tokens")
+
+
+def load_weights(model: MemoryLM, path: str | Path, any_sizes: bool = False) -> None:
     """Loads trained tensors into `model`. Raises ConfigError for files that are missing, broken or
     differ from checksums.json (if it exists), for a compressor or vocabulary that differs from the
-    model's, and for tensors of other names or shapes."""
+    model's, and for tensors of other names or shapes. any_sizes: SIZE_FIELDS may differ, as where
+    training starts from weights."""
     path = Path(path)
     try:
         if path.suffix == ".pth":
             check_tree(path)
             tensors = read_pth(model, path)
         else:
-            tensors = read_whole(path, lambda folder: read_folder(model, folder))
+            tensors = read_whole(path, lambda folder: read_folder(model, folder, any_sizes))
         model.load_memory_state_dict(tensors)
     except OSError as error:
         raise ConfigError(f"{path}: no checkpoint can be read here ({error})") from None
@@ -186,7 +192,7 @@ def load_weights(model: MemoryLM, path: str | Path) -> None:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def read_folder(model: MemoryLM, path: Path) -> dict[str, Tensor]:
+def read_folder(model: MemoryLM, path: Path, any_sizes: bool) -> dict[str, Tensor]:
     check_tree(path)
     # Without a transfer head there is no decoder; otherwise reading it fails below.
     absent = () if (path / "decoder").exists() else ("decoder",)
@@ -197,7 +203,7 @@ def read_folder(model: MemoryLM, path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{other[0]} is not a file")
     if (path / CHECKSUMS).exists():
         verify_checksums(path, files)
-    check_compressor(path, model.memory_config)
+    check_compressor(path, model.memory_config, any_sizes)
     with safe_open(path / "tokens.safetensors", "pt") as file:
         vocabulary = (file.metadata() or {}).get("vocab_size")
         tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -212,20 +218,13 @@ def read_folder(model: MemoryLM, path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def check_compressor(path: Path, memory: MemoryConfig) -> None:
-    """Raises ValueError if the weights in a folder were trained for another compressor."""
+def check_compressor(path: Path, memory: MemoryConfig, any_sizes: bool = False) -> None:
+    """Raises ValueError if the weights in a folder were trained for another compressor. any_sizes:
+    SIZE_FIELDS may differ."""
     saved = load_memory_config(path / "memory_config.json")
     differing = [
         f"{field} {getattr(saved, field)}, the config has {getattr(memory, field)}"
-        for field in (
-            "num_memory",
-            "chunk_size",
-            "lora_rank",
-            "lora_alpha",
-            "transfer_head",
-            "slot_input",
-            "recent_tokens",
-        )
+        for field in (*(() if any_sizes else SIZE_FIELDS), *LORA_FIELDS)
         if getattr(saved, field) != getattr(memory, field)
     ]
     if differing:
