@@ -65,6 +65,15 @@ def test_points_are_those_of_an_evaluation(study, workspace):
         row = points["slots", 64, 4, mode]
         assert (row["nll"], row["documents"]) == (pytest.approx(numbers["nll"]), 3)
         assert [row["low"], row["high"]] == pytest.approx(numbers["nll_interval_95"])
+    row, summary = points["slots", 64, 4, "window"], scores.summarize()
+    found = [row["above_memory"], row["above_low"], row["above_high"]]
+    gain = summary.comparison.below_window
+    assert found == pytest.approx([gain.value, *gain.interval_95])
+    # At 4x the NLL without slots is that of the point at 2x, the difference is to memory at 4x.
+    nll = {mode: points["slots", 64, 4, mode]["nll"] for mode in ("raw", "memory")}
+    above = points["slots", 64, 4, "raw"]["above_memory"]
+    assert above == pytest.approx(nll["raw"] - nll["memory"])
+    assert points["slots", 64, 4, "memory"]["above_memory"] is None
     with open("b/results.csv") as file:
         table = list(csv.DictReader(file))
     assert [line["mode"] for line in table] == [row["mode"] for row in rows]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerBase
 from uiollms.config.corpora import TaskEntry
 from uiollms.evaluation.evaluator import Evaluation
 from uiollms.evaluation.instances import Instance
-from uiollms.evaluation.results import TaskSummary
+from uiollms.evaluation.results import TaskScores
+from uiollms.evaluation.statistics import difference
 from uiollms.files.atomic import atomic_file
 from uiollms.files.errors import ConfigError
 from uiollms.model.memory_lm import MemoryLM
@@ -63,8 +64,8 @@ def study_budget(
         (slots, length): evaluation_of(model, tokenizer, task, slots, length)
         for _, slots, length in points
     }
-    found: dict[tuple[int, int], TaskSummary] = {}
-    shared: dict[int, TaskSummary] = {}  # by length, a point with all modes
+    found: dict[tuple[int, int], TaskScores] = {}
+    shared: dict[int, TaskScores] = {}  # by length, a point with all modes
     rows = []
     for sweep, slots, length in points:
         if (slots, length) not in found:
@@ -75,16 +76,13 @@ def study_budget(
                 entry = measurement.task.model_copy(update={"compare": rest})
                 evaluation.measurements[0] = replace(measurement, task=entry)
             name = f"{chunk_size // slots}x, {length} tokens"
-            summary = evaluation.run(partial(bar, desc=name))[0].summarize()
+            scores = evaluation.run(partial(bar, desc=name))[0]
             if known:
-                kept = {m: known.modes[m] for m in WITHOUT_SLOTS if m in known.modes}
-                whys = {m: known.failures[m] for m in WITHOUT_SLOTS if m in known.failures}
-                summary = replace(
-                    summary, modes={**summary.modes, **kept}, failures={**summary.failures, **whys}
-                )
-            found[slots, length] = summary
-            shared.setdefault(length, summary)
-        rows += rows_of(sweep, found[slots, length], chunk_size // slots, ("memory", *task.compare))
+                scores = with_modes(scores, known, WITHOUT_SLOTS)
+            found[slots, length] = scores
+            shared.setdefault(length, scores)
+        modes = ("memory", *task.compare)
+        rows += rows_of(sweep, found[slots, length], chunk_size // slots, modes)
     return rows
 
 
@@ -129,16 +127,36 @@ def evaluation_of(
     return evaluation
 
 
+def with_modes(scores: TaskScores, other: TaskScores, modes: Sequence[str]) -> TaskScores:
+    """Adds what another task has of some modes."""
+
+    def chosen(of: Mapping[str, Any]) -> dict[str, Any]:
+        return {mode: of[mode] for mode in modes if mode in of}
+
+    return replace(
+        scores,
+        scores={**scores.scores, **chosen(other.scores)},
+        costs={**scores.costs, **chosen(other.costs)},
+        failures={**scores.failures, **chosen(other.failures)},
+    )
+
+
 def rows_of(
-    sweep: str, summary: TaskSummary, ratio: int, modes: Sequence[str]
+    sweep: str, scores: TaskScores, ratio: int, modes: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Returns the rows of one point. Numbers of a mode that was not scored are None, and `note` is
-    the reason."""
-    rows = []
+    """Returns the rows of one point. `above_memory` is the NLL minus that of memory on the same
+    documents. Numbers of a mode that was not scored are None, and `note` is the reason."""
+    rows, summary = [], scores.summarize()
+    nll = {
+        mode: {number: found.nll for number, found in documents.items()}
+        for mode, documents in scores.scores.items()
+    }
     for mode in modes:
         numbers = summary.modes.get(mode, {})
         cost = numbers.get("cost") or {}
         low, high = numbers.get("nll_interval_95", (None, None))
+        paired = mode in nll and mode != "memory" and difference(nll[mode], nll["memory"])
+        above, (above_low, above_high) = paired or (None, (None, None))
         peak, token = cost.get("peak_bytes"), cost.get("token_seconds")
         rows.append(
             {
@@ -150,6 +168,9 @@ def rows_of(
                 "nll": numbers.get("nll"),
                 "low": low,
                 "high": high,
+                "above_memory": above,
+                "above_low": above_low,
+                "above_high": above_high,
                 "slots": cost.get("slots"),
                 "peak_mib": None if peak is None else peak / 2**20,
                 "compress_s": cost.get("compress_seconds"),
@@ -183,7 +204,7 @@ def plot_budget(
     from matplotlib.figure import Figure  # slow to import
 
     sweeps = [sweep for sweep in AXES if any(row["sweep"] == sweep for row in rows)]
-    figure = Figure(figsize=(6.5 * len(sweeps), 6), layout="constrained")
+    figure = Figure(figsize=(6.5 * len(sweeps), 8 - len(sweeps)), layout="constrained")
     for number, sweep in enumerate(sweeps):
         key, label, title = AXES[sweep]
         axes = figure.add_subplot(1, len(sweeps), number + 1)
@@ -203,6 +224,6 @@ def plot_budget(
         axes.set_title(title, fontsize=12)
         axes.grid(alpha=0.3)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=1 + len(sweeps), fontsize=9)
     with atomic_file(path) as work:
         figure.savefig(work, dpi=110)
