@@ -272,6 +272,7 @@ def draw_paper_table(path: Path) -> None:
 RESULT_PICTURES: dict[str, Callable[[Path], None]] = {
     "bench/zen4-length.png": draw_bench,
     "paper-table1/plot.png": draw_paper_table,
+    "paper-table2/plot.png": draw_paper_table,
     "paper-table4/plot.png": draw_paper_table,
     "paper-table5/plot.png": draw_paper_table,
     "paper-table6/plot.png": draw_paper_table,
