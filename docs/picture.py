@@ -271,6 +271,7 @@ def draw_paper_table(path: Path) -> None:
 # path below docs/results -> the function that draws it
 RESULT_PICTURES: dict[str, Callable[[Path], None]] = {
     "bench/zen4-length.png": draw_bench,
+    "paper-figure7/plot.png": draw_paper_table,
     "paper-table1/plot.png": draw_paper_table,
     "paper-table2/plot.png": draw_paper_table,
     "paper-table4/plot.png": draw_paper_table,
