@@ -24,9 +24,12 @@ from uiollms.files.atomic import atomic_file
 from uiollms.model.attention import decoder_mask, encoder_mask
 from uiollms.model.positions import decoder_positions, encoder_positions
 from uiollms.reports.curves import plot_training
+from uiollms.reports.plots import style
+from uiollms.study.budget import plot_budget
 from uiollms.study.experiments import plot_cells
 from uiollms.study.learning import plot_curves
 from uiollms.study.recall import VALUES as RECALL_VALUES
+from uiollms.study.savings import plot_savings
 from uiollms.study.tables import TITLES, plot
 from uiollms.training.estimators import ESTIMATORS, Estimator, make_estimator
 
@@ -263,14 +266,31 @@ def draw_bench(path: Path) -> None:
 
 def draw_paper_table(path: Path) -> None:
     """The numbers of a table of the paper. In JSON a missing end of an interval is null."""
-    rows = json.loads((RESULTS / path.parent.name / "results.json").read_text())["rows"]
     ends = ("low", "high")
-    plot_cells([row | {e: math.nan for e in ends if row[e] is None} for row in rows], path)
+    rows = [row | {e: math.nan for e in ends if row[e] is None} for row in rows_of(path)]
+    plot_cells(rows, path)
+
+
+def draw_budget(path: Path) -> None:
+    """The numbers of `uiollms study budget`."""
+    plot_budget(rows_of(path), style, path)
+
+
+def draw_savings(path: Path) -> None:
+    """The numbers of `uiollms study savings`."""
+    plot_savings(rows_of(path), style, path)
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """The rows of the study whose plot this is."""
+    return json.loads((RESULTS / path.parent.name / "results.json").read_text())["rows"]
 
 
 # path below docs/results -> the function that draws it
 RESULT_PICTURES: dict[str, Callable[[Path], None]] = {
     "bench/zen4-length.png": draw_bench,
+    "budget-code/plot.png": draw_budget,
+    "budget-novels/plot.png": draw_budget,
     "paper-figure7/plot.png": draw_paper_table,
     "paper-table1/plot.png": draw_paper_table,
     "paper-table2/plot.png": draw_paper_table,

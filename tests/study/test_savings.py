@@ -39,6 +39,10 @@ def test_bytes_are_those_of_the_tensors(workspace):
         assert min(row["context_s"], row["first_s"], row["token_ms"]) > 0
         assert ("past the base's 128 positions" in row["note"]) == ((tokens, mode) == (128, "raw"))
     assert Path("s/plot.png").stat().st_size > 10_000 and Path("s/table.md").exists()
+    main(["savings", *OPTIONS, "--lengths", "64", "128", "--longest_raw", "64"])
+    rows = json.loads(Path("s/results.json").read_text())["rows"]
+    measured = [(row["tokens"], row["mode"]) for row in rows]
+    assert measured == [(64, "memory"), (64, "raw"), (128, "memory")]
 
 
 @pytest.mark.parametrize("mode, recent", [("memory", 0), ("memory", 4), ("raw", 0)])

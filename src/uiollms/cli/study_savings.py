@@ -35,6 +35,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="tokens of a context (4096 8192 16384 32768 63488)",
     )
     command.add_argument(
+        "--longest_raw",
+        type=whole_number(1, 10**7),
+        metavar="TOKENS",
+        help="measure the raw context up to so many tokens only, because its time grows with their "
+        "square (all)",
+    )
+    command.add_argument(
         "--repeats",
         type=whole_number(1, 10**4),
         default=1,
@@ -53,7 +60,7 @@ def measure_savings(
     if weights:
         load_weights(model, weights)
     ids = join_documents(args.corpus, tokenizer, max(args.lengths) + STEPS + 1)
-    rows = study_savings(model, ids, args.lengths, args.repeats, args.output.bar)
+    rows = study_savings(model, ids, args.lengths, args.repeats, args.output.bar, args.longest_raw)
     plot_savings(rows, style, out / "plot.png")
     memory = model.memory_config
     setting = {

@@ -204,7 +204,7 @@ def plot_budget(
     from matplotlib.figure import Figure  # slow to import
 
     sweeps = [sweep for sweep in AXES if any(row["sweep"] == sweep for row in rows)]
-    figure = Figure(figsize=(6.5 * len(sweeps), 8 - len(sweeps)), layout="constrained")
+    figure = Figure(figsize=(max(8, 6.5 * len(sweeps)), 8 - len(sweeps)), layout="constrained")
     for number, sweep in enumerate(sweeps):
         key, label, title = AXES[sweep]
         axes = figure.add_subplot(1, len(sweeps), number + 1)

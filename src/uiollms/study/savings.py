@@ -33,12 +33,14 @@ def study_savings(
     lengths: Sequence[int],
     repeats: int,
     bar: Callable[..., Iterable[Any]],
+    longest_raw: int | None = None,
 ) -> list[dict[str, Any]]:
     """Returns one row per length and mode.
 
     ids:     token ids [T], more than the longest of `lengths` by at least STEPS + 1
     lengths: tokens of a context, multiples of the chunk size
     repeats: turns, of which the medians count
+    longest_raw: tokens up to which the raw context is measured; None for all lengths
 
     kept_mib:  what is kept of the context between calls: memory vectors L x [C, m, D], or the keys
                and values of all tokens
@@ -71,7 +73,12 @@ def study_savings(
             )
     for mode in MODES:  # warm up
         measure_context(model, ids[: chunk_size + 2], chunk_size, mode)
-    points = [(length, mode) for length in lengths for mode in MODES]
+    points = [
+        (length, mode)
+        for length in lengths
+        for mode in MODES
+        if mode == "memory" or longest_raw is None or length <= longest_raw
+    ]
     found: dict[tuple[int, str], list[dict[str, Any]]] = {point: [] for point in points}
     for turn in range(repeats):
         for length, mode in bar(points, desc=f"contexts, turn {turn + 1} of {repeats}"):
@@ -158,6 +165,7 @@ def plot_savings(
     """Draws one panel per column of PANELS, against the tokens of the context. style: the line
     style of a mode."""
     from matplotlib.figure import Figure  # slow to import
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = Figure(figsize=(11, 8), layout="constrained")
     ticks = sorted({row["tokens"] for row in rows})
@@ -165,9 +173,13 @@ def plot_savings(
         axes = figure.add_subplot(2, 2, number + 1)
         for mode in MODES:
             points = [(row["tokens"], row[column]) for row in rows if row["mode"] == mode]
-            axes.plot(*zip(*sorted(points), strict=True), markersize=5, **style(mode))
+            if points:
+                axes.plot(*zip(*sorted(points), strict=True), markersize=5, **style(mode))
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axes.set_xlabel("tokens of the context")
         axes.set_title(title, fontsize=12)
