@@ -290,6 +290,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 RESULT_PICTURES: dict[str, Callable[[Path], None]] = {
     "bench/zen4-length.png": draw_bench,
     "budget-code/plot.png": draw_budget,
+    "budget-length/plot.png": draw_budget,
     "budget-novels/plot.png": draw_budget,
     "paper-figure7/plot.png": draw_paper_table,
     "paper-table1/plot.png": draw_paper_table,
@@ -297,6 +298,7 @@ RESULT_PICTURES: dict[str, Callable[[Path], None]] = {
     "paper-table4/plot.png": draw_paper_table,
     "paper-table5/plot.png": draw_paper_table,
     "paper-table6/plot.png": draw_paper_table,
+    "savings/plot.png": draw_savings,
     "smollm2-8x-curve.png": draw_training,
     "study-config/plot.png": draw_study,
     "study-cost/plot.png": draw_study,
