@@ -165,7 +165,7 @@ def of_seeds(
     """
 
     def curve(folder: Path) -> tuple[list[int], list[float]]:
-        lines = map(json.loads, (folder / "metrics.jsonl").read_text("utf-8").splitlines())
+        lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
         found = {line["iteration"]: line["eval"][0] for line in lines if "eval" in line}
         numbers = [result[mode][key] if mode else result[key] for result in found.values()]
         return list(found), numbers
