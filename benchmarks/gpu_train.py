@@ -277,7 +277,8 @@ def load_model(options: argparse.Namespace, device: torch.device) -> tuple[Memor
     """Loads the base, in bfloat16 if the device supports it, with new or given memory weights."""
     torch.manual_seed(options.seed)
     lora = dict(lora_rank=options.rank, lora_alpha=2 * options.rank)
-    memory = MemoryConfig(chunk_size=256, num_memory=32, slot_input=options.slot_input, **lora)
+    sizes = dict(chunk_size=256, num_memory=32, recent_tokens=options.recent_tokens)
+    memory = MemoryConfig(**sizes, slot_input=options.slot_input, **lora)
     dtype = resolve_dtype("auto", device)
     folder = local_path(options.model) if options.model.startswith("package:") else options.model
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -294,12 +295,9 @@ def load_model(options: argparse.Namespace, device: torch.device) -> tuple[Memor
         base = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model = MemoryLM(base.to(device), memory).to(device)
     if options.start and options.start.is_dir():
-        load_weights(model, options.start)
+        load_weights(model, options.start, any_sizes=True)
     elif options.start:
         model.load_memory_state_dict(load_file(options.start))
-    # The weights fit any number of recent tokens, so they are loaded before.
-    sizes = dict(recent_tokens=options.recent_tokens)
-    model.memory_config = model.memory_config.model_copy(update=sizes)
     if options.compile:
         torch._dynamo.config.recompile_limit = 64  # with and without a graph, one row or many
         for layer in model.base.model.layers:
@@ -339,7 +337,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--kl_weight", type=float, default=0.5, help="of the raw-context teacher in text losses")
     add("--rank", type=int, default=32)
     add("--slot_input", choices=["token", "last"], default="token", help="of the compressor config")
-    add("--recent_tokens", type=int, default=0, help="of the compressor config")
+    add("--recent_tokens", type=int, default=0, help="of the compressor config, at most a chunk")
     add("--step_tokens", type=int, default=24576, help="tokens of text in an optimizer step")
     add("--chunk_sizes", type=int, nargs="+", default=[64, 128, 256])
     add("--sizes", type=as_size, nargs="+", help="sizes to draw from instead, all equally likely: "
@@ -365,6 +363,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.cuda_graphs and not options.sizes:
         parser.error("--cuda_graphs needs --sizes: a graph is recorded for each")
+    sizes = [size.chunk_size for size in (*(options.sizes or ()), *(options.measured or ()))]
+    if options.seconds and not options.sizes or not options.measured:
+        sizes += options.chunk_sizes
+    if not 0 <= options.recent_tokens <= min(sizes):
+        parser.error(
+            f"--recent_tokens: found {options.recent_tokens}, allowed are 0 to {min(sizes)}, the "
+            "smallest chunk size of --sizes, --measured or --chunk_sizes"
+        )
     return options
 
 

@@ -54,6 +54,16 @@ def test_the_commands_for_a_gpu_are_understood(part):
             assert made.parse_args(arguments).device == "cuda"
 
 
+@pytest.mark.parametrize("sizes", [["--sizes", "64/8/3", "256/32/8", "--measured", "256/32/8"], []])
+def test_recent_tokens_of_a_training_fit_its_smallest_chunk(sizes, capsys):
+    assert gpu_train.parse(["--recent_tokens", "64", *sizes]).recent_tokens == 64
+    with pytest.raises(SystemExit):
+        gpu_train.parse(["--recent_tokens", "65", *sizes])
+    assert "found 65, allowed are 0 to 64" in capsys.readouterr().err
+    only = ["--seconds", "0", "--measured", "256/16/8"]  # chunks of 64 are not read
+    assert gpu_train.parse(["--recent_tokens", "112", *only]).recent_tokens == 112
+
+
 def test_no_step_starts_without_time_and_none_outlives_its_part(tmp_path, monkeypatch):
     slow = gpu_check.Step("slow", ["-c", "import time; time.sleep(60)"], 50)
     monkeypatch.setattr(gpu_check, "steps", lambda part, options: [slow, slow])

@@ -84,14 +84,27 @@ def test_points_are_those_of_an_evaluation(study, workspace):
     "options, message",
     [
         (["--ratios", "3"], "--ratios: 3 does not divide the chunk size 16"),
+        (["--ratio", "3"], "--ratio: 3 does not divide the chunk size 16"),
         (["--ratios", "4", "--tokens", "72"], "72 is not a multiple of the chunk size 16"),
         (["--ratios", "--lengths", "16"], "16 .* has fewer than 2 chunks"),
         (["--ratios", "--lengths"], "found no point in either"),
-        (["--ratios", "4", "--tokens", "512"], "has 0 documents of 512 tokens, 2 are needed|excee"),
         (["--modes", "bm25"], "bm25 chooses passages by a question"),
         (["--modes", "snapkV"], "mode 'snapkV' is unknown"),
     ],
 )
-def test_points_that_do_not_fit_are_refused(study, options, message):
+def test_points_that_do_not_fit_are_refused_without_the_model(study, monkeypatch, options, message):
+    monkeypatch.setattr("uiollms.cli.study_budget.load_study_model", None)
     with pytest.raises(ConfigError, match=message):
-        study("--tokens", "64", "--lengths", "64", *options)
+        study("--tokens", "64", "--lengths", "64", "--ratios", "4", *options)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--ratios", "8"], "has 0 documents of 512 tokens, 2 are needed"),
+        (["--ratios", "2"], "a document of 512 tokens exceeds the capacity"),
+    ],
+)
+def test_points_that_no_document_fits_are_refused(study, options, message):
+    with pytest.raises(ConfigError, match=message):
+        study("--tokens", "512", "--lengths", *options)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_model, random_ids
 from torch.nn.functional import cross_entropy
 
 from uiollms.build import load_memory_lm
@@ -60,6 +61,16 @@ def test_the_tokens_that_are_timed_are_predicted_as_ever(workspace, monkeypatch,
     assert torch.allclose(nll, expected.float(), atol=1e-4)  # float32, other batches
 
 
+def test_memory_vectors_and_what_is_read_of_them_have_their_own_sizes():
+    """Here keys and values of a slot, 2 x 2 heads x 16 numbers, are twice its vector of 32."""
+    model = make_model("qwen3", torch.float32)
+    row = measure_context(model, random_ids(4 * 8 + 2), 4 * 8, "memory")
+    slots, layers = 4 * 2, model.base.config.num_hidden_layers
+    assert row["slots"] == slots
+    assert row["kept_mib"] * 2**20 == layers * slots * 32 * 4
+    assert row["read_mib"] * 2**20 == layers * slots * 64 * 4
+
+
 @pytest.mark.parametrize(
     "lengths, message",
     [
@@ -67,7 +78,10 @@ def test_the_tokens_that_are_timed_are_predicted_as_ever(workspace, monkeypatch,
         (["1600000"], "1600000 exceeds the capacity"),
     ],
 )
-def test_lengths_that_do_not_fit_are_refused(workspace, lengths, message):
+def test_lengths_that_do_not_fit_are_refused_without_the_model(
+    workspace, monkeypatch, lengths, message
+):
+    monkeypatch.setattr("uiollms.cli.study_savings.load_study_model", None)
     with pytest.raises(ConfigError, match=message):
         main(["savings", *OPTIONS, "--lengths", *lengths])
 

@@ -39,9 +39,10 @@ from typing import Any
 
 import torch
 
-from uiollms.build import find_weights, load_memory_lm
+from uiollms.build import load_memory_lm
 from uiollms.cli.common import Output
 from uiollms.cli.study_budget import measure_budget
+from uiollms.cli.study_model import load_study_model
 from uiollms.cli.study_options import PRESETS, make_parser
 from uiollms.cli.study_savings import measure_savings
 from uiollms.cli.study_tables import TABLES, describe_table, make_table
@@ -141,16 +142,12 @@ def measure(args: argparse.Namespace, out: Path) -> Result:
     """The commands `gradients` and `cost`, which measure estimators with trained weights."""
     preset = PRESETS[args.preset]
     config = load_env_config(args.env_conf, args.set)
-    model, tokenizer = load_memory_lm(config, args.env_conf)
-    weights = find_weights(config)
+    model, tokenizer, machine = load_study_model(args, config)
     with as_preset(model, preset):
         count = args.documents or preset["documents"]
         limits = dict(num_instance=count, truncation=preset["tokens"], documents="full")
         task = TaskEntry(task_type="perplexity", task_name=args.corpus, **limits)
         documents = evaluation_documents(model, tokenizer, task)
-    if weights:
-        load_weights(model, weights)
-    with as_preset(model, preset):
         if args.what == "gradients":
             rows = study_gradients(model, documents, preset["sizes"], args.draws, args.output.bar)
             columns = [
@@ -176,17 +173,8 @@ def measure(args: argparse.Namespace, out: Path) -> Result:
             "num_memory": model.memory_config.num_memory,
         }
     plot(rows, columns, out / "plot.png")
-    setting |= {
-        "documents": len(documents),
-        "tokens": preset["tokens"],
-        "draws": args.draws,
-        "weights": weights,
-    }
-    machine = {
-        "dtype": str(model.dtype),
-        "threads": torch.get_num_threads(),
-        "chunk_batch": model.chunk_batch,
-    }
+    setting |= {"documents": len(documents), "tokens": preset["tokens"], "draws": args.draws}
+    machine["chunk_batch"] = model.chunk_batch
     return setting | machine | {"corpus": args.corpus}, rows
 
 

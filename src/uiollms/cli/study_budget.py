@@ -6,19 +6,17 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 
-from uiollms.build import find_weights, load_memory_lm
 from uiollms.cli.options import whole_number
+from uiollms.cli.study_model import load_study_model
 from uiollms.config.corpora import TaskEntry
 from uiollms.config.load import load_env_config
 from uiollms.config.modes import PRESSES
 from uiollms.files.atomic import replace_text
 from uiollms.files.errors import ConfigError
 from uiollms.reports.plots import style
-from uiollms.study.budget import csv_text, plot_budget, study_budget
-from uiollms.weights.adapters import load_weights
+from uiollms.study.budget import csv_text, make_points, plot_budget, study_budget
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -65,6 +63,7 @@ def measure_budget(
     config = load_env_config(args.env_conf, args.set)
     if not args.ratios and not args.lengths:
         raise ConfigError("--ratios and --lengths: found no point in either; give one of them")
+    points = make_points(args.chunk_size, args.tokens, args.ratios, args.lengths, args.ratio)
     try:
         task = TaskEntry(
             task_type="perplexity",
@@ -72,26 +71,14 @@ def measure_budget(
             num_instance=args.documents,
             compare=tuple(args.modes),
             chunk_size=args.chunk_size,
-            num_memory=max(1, args.chunk_size // args.ratio),
+            num_memory=args.chunk_size // args.ratio,
             truncation=args.tokens,
         )
     except ValidationError as error:
         raise ConfigError(f"--modes and --corpus: {error.errors()[0]['msg']}") from None
-    model, tokenizer = load_memory_lm(config, args.env_conf)
-    weights = find_weights(config)
-    if weights:
-        load_weights(model, weights)
-    rows = study_budget(model, tokenizer, task, args.ratios, args.lengths, args.output.bar)
+    model, tokenizer, setting = load_study_model(args, config)
+    rows = study_budget(model, tokenizer, task, points, args.output.bar)
     replace_text(out / "results.csv", csv_text(rows))
     plot_budget(rows, style, out / "plot.png")
-    setting = {
-        "corpus": args.corpus,
-        "documents": args.documents,
-        "chunk_size": args.chunk_size,
-        "ratio": args.ratio,
-        "weights": weights and str(weights),
-        "dtype": str(model.dtype),
-        "device": str(model.device),
-        "threads": torch.get_num_threads(),
-    }
-    return setting, rows
+    sizes = {"chunk_size": args.chunk_size, "ratio": args.ratio}
+    return {"corpus": args.corpus, "documents": args.documents, **sizes, **setting}, rows

@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from uiollms.build import find_weights, load_memory_lm
+from uiollms.build import check_model
 from uiollms.cli.options import whole_number
+from uiollms.cli.study_model import load_study_model
 from uiollms.config.corpora import TaskEntry
 from uiollms.config.load import load_env_config
 from uiollms.data.tokens import tokenize
 from uiollms.evaluation.instances import task_documents
+from uiollms.model.rope import num_positions
 from uiollms.reports.plots import style
-from uiollms.study.savings import STEPS, plot_savings, study_savings
-from uiollms.weights.adapters import load_weights
+from uiollms.study.savings import STEPS, check_lengths, plot_savings, study_savings
+from uiollms.weights.base_models import base_config
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -55,25 +57,14 @@ def measure_savings(
     """Measures what memory saves beside the raw context. Writes plot.png to `out`. Returns the
     settings and the rows of the table."""
     config = load_env_config(args.env_conf, args.set)
-    model, tokenizer = load_memory_lm(config, args.env_conf)
-    weights = find_weights(config)
-    if weights:
-        load_weights(model, weights)
+    memory = check_model(config, args.env_conf)
+    check_lengths(args.lengths, memory, num_positions(base_config(config.model.model_name)))
+    model, tokenizer, setting = load_study_model(args, config)
     ids = join_documents(args.corpus, tokenizer, max(args.lengths) + STEPS + 1)
     rows = study_savings(model, ids, args.lengths, args.repeats, args.output.bar, args.longest_raw)
     plot_savings(rows, style, out / "plot.png")
-    memory = model.memory_config
-    setting = {
-        "corpus": args.corpus,
-        "chunk_size": memory.chunk_size,
-        "num_memory": memory.num_memory,
-        "repeats": args.repeats,
-        "weights": weights and str(weights),
-        "dtype": str(model.dtype),
-        "device": str(model.device),
-        "threads": torch.get_num_threads(),
-    }
-    return setting, rows
+    sizes = {"chunk_size": memory.chunk_size, "num_memory": memory.num_memory}
+    return {"corpus": args.corpus, **sizes, "repeats": args.repeats, **setting}, rows
 
 
 def join_documents(name: str, tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:

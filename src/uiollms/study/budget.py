@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -30,36 +30,54 @@ Bar = Callable[..., Iterable[Any]]
 WITHOUT_SLOTS = ("window", "raw")  # modes whose results do not depend on the number of slots
 
 
-def study_budget(
-    model: MemoryLM,
-    tokenizer: PreTrainedTokenizerBase,
-    task: TaskEntry,
-    ratios: Sequence[int],
-    lengths: Sequence[int],
-    bar: Bar,
-) -> list[dict[str, Any]]:
-    """Returns one row per sweep, point and mode.
+class Point(NamedTuple):
+    """sweep: "slots" or "length"; slots: memory slots of a chunk; length: tokens of a document"""
 
-    task:    the documents and modes; its chunk_size and truncation are those of the points
-    ratios:  chunk_size / num_memory of the sweep "slots", whose documents have `task.truncation`
-             tokens
-    lengths: tokens of a document of the sweep "length", whose ratio is that of the task
+    sweep: str
+    slots: int
+    length: int
 
-    Raises ConfigError, before anything is scored, for a ratio or a length that does not fit.
+
+def make_points(
+    chunk_size: int, tokens: int, ratios: Sequence[int], lengths: Sequence[int], ratio: int
+) -> list[Point]:
+    """Returns the points of both sweeps.
+
+    ratios:  chunk_size / num_memory of the sweep "slots", whose documents have `tokens` tokens
+    lengths: tokens of a document of the sweep "length", which has the ratio `ratio`
+
+    Raises ConfigError for numbers that do not fit the chunk size.
     """
-    chunk_size, tokens, own = task.chunk_size, task.truncation, task.num_memory
-    assert chunk_size and tokens and own
-    for ratio in ratios:
-        if chunk_size % ratio:
-            raise ConfigError(f"--ratios: {ratio} does not divide the chunk size {chunk_size}")
+    for option, numbers in (("--ratios", ratios), ("--ratio", [ratio])):
+        for number in numbers:
+            if chunk_size % number:
+                raise ConfigError(f"{option}: {number} does not divide the chunk size {chunk_size}")
     for length in (tokens, *lengths):
         if length % chunk_size or length < 2 * chunk_size:
             raise ConfigError(
                 f"--tokens and --lengths: {length} is not a multiple of the chunk size "
                 f"{chunk_size}, or has fewer than 2 chunks"
             )
-    points = [("slots", chunk_size // ratio, tokens) for ratio in ratios]
-    points += [("length", own, length) for length in lengths]
+    points = [Point("slots", chunk_size // number, tokens) for number in ratios]
+    return points + [Point("length", chunk_size // ratio, length) for length in lengths]
+
+
+def study_budget(
+    model: MemoryLM,
+    tokenizer: PreTrainedTokenizerBase,
+    task: TaskEntry,
+    points: Sequence[Point],
+    bar: Bar,
+) -> list[dict[str, Any]]:
+    """Returns one row per point and mode.
+
+    task: the documents and modes; its chunk_size is that of the points
+
+    Raises ConfigError, before anything is scored, for a point that does not fit the model or the
+    corpus.
+    """
+    chunk_size = task.chunk_size
+    assert chunk_size
     evaluations = {
         (slots, length): evaluation_of(model, tokenizer, task, slots, length)
         for _, slots, length in points

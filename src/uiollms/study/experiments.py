@@ -157,11 +157,11 @@ def of_seeds(
     """Reads a number of the evaluations in the metrics.jsonl of a variant's trainings, which are
     the steps "VARIANT-SEED", as the mean over seeds with its Student interval.
 
-    key:        such as "nll" or "bound", of the first task
-    mode:       the mode that has the number; None if the task has it
-    minus:      the variant whose number with the same seed is subtracted
-    share:      maps the table's folder and a variant to the share of its iterations after which it
-                is read; without it, all variants are read at their ends
+    key:   such as "nll" or "bound", of the first task
+    mode:  the mode that has the number; None if the task has it
+    minus: the variant whose number with the same seed is subtracted
+    share: maps the table's folder and a variant to the share of its iterations after which it is
+           read; without it, all variants are read at their ends
     """
 
     def curve(folder: Path) -> tuple[list[int], list[float]]:
@@ -218,8 +218,11 @@ def table_texts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     for row in rows:
         known = {}
         if "paper" in row:
-            number = f"{row['paper']:g} {row['paper_unit']}".strip() if row["paper"] else None
-            known["paper"] = number or "not stated here"
+            known["paper"] = (
+                "not stated here"
+                if row["paper"] is None
+                else f"{row['paper']:g} {row['paper_unit']}".strip()
+            )
         value = {"here (95 % interval)": value_text(row["here"], row["low"], row["high"])}
         texts.append({"row": row["row"], "number": row["number"], **known, **value})
     return texts

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from uiollms.alternatives.costs import Steps, now
+from uiollms.config.sections import MemoryConfig
 from uiollms.files.atomic import atomic_file
 from uiollms.files.errors import ConfigError
 from uiollms.kernels.peak_memory import PeakMemory
@@ -25,6 +26,22 @@ from uiollms.model.state import KVPrefix
 MODES = ("memory", "raw")
 STEPS = 16  # tokens that are decoded one by one, after a first one
 MEASURED = ("context_s", "first_s", "token_ms", "peak_mib")  # medians of the turns
+
+
+def check_lengths(lengths: Sequence[int], memory: MemoryConfig, positions: int) -> None:
+    """Raises ConfigError for a length that does not fit the compressor, or the base's number of
+    positions."""
+    capacity = memory.capacity(positions)
+    for length in lengths:
+        if length % memory.chunk_size:
+            raise ConfigError(
+                f"--lengths: {length} is not a multiple of the chunk size {memory.chunk_size}"
+            )
+        if length > capacity:
+            raise ConfigError(
+                f"--lengths: {length} exceeds the capacity {capacity}; choose a smaller length, or "
+                "a config with fewer slots per chunk"
+            )
 
 
 def study_savings(
@@ -38,7 +55,7 @@ def study_savings(
     """Returns one row per length and mode.
 
     ids:     token ids [T], more than the longest of `lengths` by at least STEPS + 1
-    lengths: tokens of a context, multiples of the chunk size
+    lengths: tokens of a context, for which `check_lengths` finds no fault
     repeats: turns, of which the medians count
     longest_raw: tokens up to which the raw context is measured; None for all lengths
 
@@ -53,24 +70,14 @@ def study_savings(
     Past the base's positions the raw context is computed all the same. What the base then predicts
     is worth nothing, so such a row has a note.
 
-    Raises ConfigError, before anything is measured, for a length that does not fit.
+    Raises ConfigError, before anything is measured, if `ids` are too few.
     """
-    chunk_size = model.memory_config.chunk_size
-    for length in lengths:
-        if length % chunk_size:
-            raise ConfigError(
-                f"--lengths: {length} is not a multiple of the chunk size {chunk_size}"
-            )
-        if length > model.capacity:
-            raise ConfigError(
-                f"--lengths: {length} exceeds the capacity {model.capacity}; choose a smaller "
-                "length, or a config with fewer slots per chunk"
-            )
-        if len(ids) < length + STEPS + 1:
-            raise ConfigError(
-                f"--lengths: the corpus has {len(ids)} tokens, {length + STEPS + 1} are needed for "
-                f"{length}; choose a smaller length or another --corpus"
-            )
+    chunk_size, longest = model.memory_config.chunk_size, max(lengths)
+    if len(ids) < longest + STEPS + 1:
+        raise ConfigError(
+            f"--lengths: the corpus has {len(ids)} tokens, {longest + STEPS + 1} are needed for "
+            f"{longest}; choose a smaller length or another --corpus"
+        )
     for mode in MODES:  # warm up
         measure_context(model, ids[: chunk_size + 2], chunk_size, mode)
     points = [
