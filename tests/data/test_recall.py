@@ -18,7 +18,7 @@ from uiollms.build import examine_entries
 from uiollms.config.corpora import CorpusEntry, TaskEntry
 from uiollms.data import RecallDocument, open_corpus
 from uiollms.data.corpora import local as corpora_own
-from uiollms.data.corpora.facts import FARTHEST, with_facts
+from uiollms.data.corpora.facts import FARTHEST, FARTHEST_NAMED, with_facts
 from uiollms.data.corpora.local import Library, is_held_out, library_files
 from uiollms.data.documents import Document
 from uiollms.data.recall_sample import MOST_PIECES, last_value, recall_sample
@@ -135,6 +135,21 @@ def test_each_value_was_stated_that_many_chunks_before(tokenizer, kind, distance
             found.append(asked - told)
     assert len(found) > 20
     assert set(found) == {distance} if distance else set(found) == {1, 2, 3, 4, 5}
+
+
+def test_a_named_distance_reaches_32_chunks(tokenizer):
+    document = open_corpus(f"recall.keys.test.{FARTHEST_NAMED}")[0]
+    sample = recall_sample(tokenizer, document, L, None)
+    ids, labels = whole(sample)
+    assert len(ids) == (FARTHEST_NAMED + 1) * L
+    assert [start // L for start, _ in spans(labels)] == [FARTHEST_NAMED] * len(spans(labels))
+    start, stop = spans(labels)[0]
+    asked = tokenizer.decode(ids[:start])
+    (fact,) = [fact for fact in document.facts if asked.endswith(fact.question)]
+    assert fact.statement in tokenizer.decode(ids[:L])
+    assert tokenizer.decode(ids[start:stop]) == fact.value
+    with pytest.raises(ConfigError, match="recall.keys.test.33"):
+        open_corpus("recall.keys.test.33")
 
 
 def test_most_of_a_chunk_may_be_facts_and_the_rest_is_the_text_in_order(tokenizer):

