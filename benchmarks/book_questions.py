@@ -68,26 +68,32 @@ QUESTIONS = (
 )
 
 
+def passage_of(books: Path, question: Question) -> str:
+    """The passage of a book that answers a question. Raises ConfigError if the book or the anchor
+    is missing."""
+    path = books / f"{question.book}.txt"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--books: {path} cannot be read ({error.strerror})") from None
+    place = text.find(question.anchor)
+    if place < 0:
+        raise ConfigError(
+            f"--books: {path} does not contain {question.anchor!r}; use the text of Project "
+            "Gutenberg"
+        )
+    start = max(0, place - BEFORE)
+    passage = text[start : start + LENGTH]
+    assert question.answer in passage, question
+    return passage
+
+
 def write_questions(books: Path, out: Path) -> None:
     """Writes one line per question, with the fields `input` and `output`. Raises ConfigError if a
     book or an anchor is missing."""
     lines = []
     for question in QUESTIONS:
-        path = books / f"{question.book}.txt"
-        try:
-            text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"--books: {path} cannot be read ({error.strerror})") from None
-        place = text.find(question.anchor)
-        if place < 0:
-            raise ConfigError(
-                f"--books: {path} does not contain {question.anchor!r}; use the text of Project "
-                "Gutenberg"
-            )
-        start = max(0, place - BEFORE)
-        passage = text[start : start + LENGTH]
-        assert question.answer in passage, question
-        prompt = f"{passage}\n\nQuestion: {question.question}\nAnswer:"
+        prompt = f"{passage_of(books, question)}\n\nQuestion: {question.question}\nAnswer:"
         lines.append(as_json({"input": prompt, "output": f" {question.answer}"}) + "\n")
     replace_text(out, "".join(lines))
 

@@ -281,6 +281,47 @@ def draw_savings(path: Path) -> None:
     plot_savings(rows_of(path), style, path)
 
 
+RUNS = ("gpu-2026-11-26", "gpu-2026-11-27", "gpu-2026-11-27-h100")
+LOSSES = ("text", "answers about facts", "copies of chunks")
+SMOOTHED = 10  # records of 20 steps
+
+
+def draw_long_run(path: Path) -> None:
+    """Training losses and bounds of the shipped adapter's trainings over all tokens read so far."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    losses, bounds = figure.subplots(1, 2)
+    before = 0
+    for run in RUNS:
+        lines = (RESULTS / run / "train.jsonl").read_text().splitlines()
+        steps = [step for step in map(json.loads, lines) if len(step["losses"]) == len(LOSSES)]
+        for number, (name, color) in enumerate(zip(LOSSES, ("C0", "C1", "C2"), strict=True)):
+            found = torch.tensor([step["losses"][number] for step in steps])
+            middles = found.unfold(0, min(SMOOTHED, len(found)), 1).median(-1).values
+            tokens = [(before + step["tokens"]) / 1e6 for step in steps[-len(middles) :]]
+            label = name if run == RUNS[0] else None
+            losses.plot(tokens, middles.tolist(), color=color, label=label)
+        before += json.loads(lines[-1])["tokens"]
+    losses.set_title("training losses, running medians (nats)", fontsize=12)
+    points = json.loads((RESULTS / path.parent.name / "points.json").read_text())
+    for corpus, color in (("stdlib", "C0"), ("novels", "C3")):
+        rows = [row for row in points if row["corpus"] == corpus]
+        bound = [row["bound"] for row in rows]
+        ends = [
+            [row["bound"] - row["low"] for row in rows],
+            [row["high"] - row["bound"] for row in rows],
+        ]
+        label = f"{corpus}, {rows[0]['documents']} documents"
+        tokens = [row["tokens"] / 1e6 for row in rows]
+        bounds.errorbar(tokens, bound, ends, color=color, marker="o", capsize=4, label=label)
+    bounds.set_title("bound of held-out text, 256 / 32 (nats)", fontsize=12)
+    for axes in (losses, bounds):
+        axes.set(xlabel="million tokens", xlim=(0, None), ylim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    with atomic_file(path) as work:
+        figure.savefig(work, dpi=110)
+
+
 def rows_of(path: Path) -> list[dict[str, Any]]:
     """The rows of the study whose plot this is."""
     return json.loads((RESULTS / path.parent.name / "results.json").read_text())["rows"]
@@ -292,6 +333,7 @@ RESULT_PICTURES: dict[str, Callable[[Path], None]] = {
     "budget-code/plot.png": draw_budget,
     "budget-length/plot.png": draw_budget,
     "budget-novels/plot.png": draw_budget,
+    "long-run/plot.png": draw_long_run,
     "paper-figure7/plot.png": draw_paper_table,
     "paper-table1/plot.png": draw_paper_table,
     "paper-table2/plot.png": draw_paper_table,

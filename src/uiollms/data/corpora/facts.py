@@ -120,16 +120,21 @@ def filler_text(sources: Corpus, rng: random.Random) -> str:
     return text[:FILLER]
 
 
-def draw_facts(rng: random.Random, held_out: bool) -> list[Fact]:
-    """Draws facts about people, at most one for each thing of a person."""
-    pairs = [
+def fact_pairs(held_out: bool) -> list[tuple[str, str]]:
+    """All pairs of a thing and a person that occur in test documents (held_out) or in those for
+    training."""
+    return [
         (thing, person)
         for i, thing in enumerate(THINGS)
         for j, person in enumerate(PEOPLE)
         if ((i + j) % HELD_OUT == 0) == held_out
     ]
+
+
+def draw_facts(rng: random.Random, held_out: bool) -> list[Fact]:
+    """Draws facts about people, at most one for each thing of a person."""
     facts = []
-    for thing, person in rng.sample(pairs, MOST_FACTS):
+    for thing, person in rng.sample(fact_pairs(held_out), MOST_FACTS):
         number = rng.choice((rng.randrange(10, 100), rng.randrange(10_000, 100_000)))
         value = rng.choice((str(number), rng.choice(VALUES)))
         facts.append(make_fact(rng.choice(FORMS), value, thing=thing, person=person))
