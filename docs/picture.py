@@ -281,7 +281,8 @@ def draw_savings(path: Path) -> None:
     plot_savings(rows_of(path), style, path)
 
 
-RUNS = ("gpu-2026-11-26", "gpu-2026-11-27", "gpu-2026-11-27-h100")
+# the folder of a run -> million tokens that its weights had read before
+RUNS = {"gpu-2026-11-26": 0.0, "gpu-2026-11-27": 16.2, "gpu-2026-11-27-h100": 49.6}
 LOSSES = ("text", "answers about facts", "copies of chunks")
 SMOOTHED = 10  # records of 20 steps
 
@@ -290,17 +291,15 @@ def draw_long_run(path: Path) -> None:
     """Training losses and bounds of the shipped adapter's trainings over all tokens read so far."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     losses, bounds = figure.subplots(1, 2)
-    before = 0
-    for run in RUNS:
+    for run, before in RUNS.items():
         lines = (RESULTS / run / "train.jsonl").read_text().splitlines()
         steps = [step for step in map(json.loads, lines) if len(step["losses"]) == len(LOSSES)]
         for number, (name, color) in enumerate(zip(LOSSES, ("C0", "C1", "C2"), strict=True)):
             found = torch.tensor([step["losses"][number] for step in steps])
             middles = found.unfold(0, min(SMOOTHED, len(found)), 1).median(-1).values
-            tokens = [(before + step["tokens"]) / 1e6 for step in steps[-len(middles) :]]
-            label = name if run == RUNS[0] else None
+            tokens = [before + step["tokens"] / 1e6 for step in steps[-len(middles) :]]
+            label = None if before else name
             losses.plot(tokens, middles.tolist(), color=color, label=label)
-        before += json.loads(lines[-1])["tokens"]
     losses.set_title("training losses, running medians (nats)", fontsize=12)
     points = json.loads((RESULTS / path.parent.name / "points.json").read_text())
     for corpus, color in (("stdlib", "C0"), ("novels", "C3")):
