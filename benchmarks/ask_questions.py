@@ -3,10 +3,10 @@
     python -m benchmarks.ask_questions --facts 20 --out asked
     python -m benchmarks.ask_questions --facts 20 --books novels --out asked
 
-A question is the first of a chat: after the memory of its document, after the memory of another
-document, to the base after the raw document, and to the base alone. `uiollms chat` gives the same
-first answer. The document of a fact is
-1,024 tokens of held-out Python sources that contain four held-out facts
+A question is the first of a chat, so `uiollms chat` gives the same answer. It is asked after the
+memory of its document and after that of another document, and of the base: after as many of the
+document's last tokens as memory has slots, after the whole document, and without any text. The
+document of a fact is 1,024 tokens of held-out Python sources that contain four held-out facts
 (`src/uiollms/data/corpora/facts.py`); the passages of books are those of
 `benchmarks.book_questions`. Answers are greedy. An answer is right if it contains the reference.
 """
@@ -37,8 +37,6 @@ from uiollms.model.memory_lm import MemoryLM
 from uiollms.training.teacher_answers import Teacher
 
 FACT_TOKENS, FACTS = 1024, 4  # of a document
-
-
 Bar = Callable[[Iterable[Any]], Iterable[Any]]
 
 
@@ -79,34 +77,44 @@ def book_questions(books: Path) -> list[Asked]:
     return [Asked("books", passage_of(books, q), q.question, q.answer) for q in QUESTIONS]
 
 
+def last_tokens(model: MemoryLM, tokenizer: Any, text: str) -> str:
+    """The end of a text: as many tokens as its memory has slots and raw tokens."""
+    ids = tokenize(tokenizer, text)
+    memory = model.compress(ids)
+    kept = ids[len(ids) - memory.num_slots - len(memory.open_ids) :]
+    return tokenizer.decode(kept, skip_special_tokens=True)
+
+
 @torch.no_grad()
 def answer_all(
     model: MemoryLM, tokenizer: Any, asked: Sequence[Asked], max_new_tokens: int, bar: Bar = iter
 ) -> list[dict[str, Any]]:
-    """Every question with the answers of all modes. bar: shows the progress"""
+    """Returns every question with the answers of all modes. Each kind of question needs two
+    documents. bar: shows the progress"""
     base = Teacher(model.base, tokenizer, max_new_tokens)
 
-    def after_memory(text: str, question: str) -> str:
+    def ask_memory(text: str, question: str) -> str:
         state = model.compress(tokenize(tokenizer, text)).state(model)
         ids = first_turn(tokenizer, question, state)
         options = dict(max_new_tokens=max_new_tokens, do_sample=False)
         new = model.generate(ids, state=state, **options)[0, ids.shape[1] :]
         return tokenizer.decode(new, skip_special_tokens=True).strip()
 
-    def after_text(text: str, question: str) -> str:
-        return base.reply([{"role": "user", "content": f"{text}\n\n{question}".strip()}], "text")
+    def ask_base(text: str, question: str) -> str:
+        content = f"{text}\n\n{question}".strip()
+        return base.reply([{"role": "user", "content": content}], question)
 
     rows = []
-    for number, one in enumerate(bar(asked)):
-        others = [other for other in asked if other.kind == one.kind and other.text != one.text]
-        other = others[number % len(others)].text if others else ""
-        modes: dict[str, Callable[[], str]] = {
-            "memory": lambda: after_memory(one.text, one.question),  # noqa: B023
-            "another's memory": lambda: after_memory(other, one.question),  # noqa: B023
-            "raw": lambda: after_text(one.text, one.question),  # noqa: B023
-            "none": lambda: after_text("", one.question),  # noqa: B023
+    for number, (kind, text, question, answer) in enumerate(bar(asked)):
+        others = [other.text for other in asked if other.kind == kind and other.text != text]
+        answers = {
+            "memory": ask_memory(text, question),
+            "another's memory": ask_memory(others[number % len(others)], question),
+            "recent": ask_base(last_tokens(model, tokenizer, text), question),
+            "raw": ask_base(text, question),
+            "none": ask_base("", question),
         }
-        rows.append(one._asdict() | {"answers": {mode: ask() for mode, ask in modes.items()}})
+        rows.append(dict(kind=kind, question=question, answer=answer, answers=answers, text=text))
     return rows
 
 
@@ -132,7 +140,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     model_options(parser)
-    add("--facts", type=whole_number(), default=20, metavar="N", help="questions for facts (20)")
+    add("--facts", type=whole_number(2), default=20, metavar="N", help="questions for facts (20)")
     add("--books", type=Path, metavar="FOLDER", help="folder of the three novels, for 20 more")
     add("--max_new_tokens", type=whole_number(), default=32, metavar="N", help="of an answer (32)")
     add("--out", type=Path, required=True, metavar="FOLDER", help="where results.json is written")

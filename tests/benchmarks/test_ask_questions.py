@@ -66,7 +66,7 @@ def test_each_mode_reads_what_its_name_says(model):
     rows = answer_all(model, tokenizer, asked, 5)
     assert any(row["answers"]["memory"] != row["answers"]["another's memory"] for row in rows)
     assert [list(row["answers"]) for row in rows] == 2 * [
-        ["memory", "another's memory", "raw", "none"]
+        ["memory", "another's memory", "recent", "raw", "none"]
     ]
 
     def generated(ids, state=None):
@@ -83,7 +83,10 @@ def test_each_mode_reads_what_its_name_says(model):
             state = model.compress(tokenize(tokenizer, text)).state(model)
             ids = first_turn(tokenizer, asked[number].question, state)
             assert row["answers"][mode] == generated(ids, state)
-        for mode, text in (("raw", asked[number].text + "\n\n"), ("none", "")):
+        text = asked[number].text
+        kept = len(text) // 16 * 2 + len(text) % 16  # 2 slots of 16 bytes each, and the open ones
+        before = [("recent", text[-kept:] + "\n\n"), ("raw", text + "\n\n"), ("none", "")]
+        for mode, text in before:
             prompt = f"<user>{text}{asked[number].question}</s><assistant>"
             ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
             assert row["answers"][mode] == generated(ids)
@@ -110,4 +113,4 @@ def test_the_command_writes_every_answer_beside_the_summary(model, tmp_path, cap
     assert [row["kind"] for row in result["rows"]] == ["facts", "facts", "books", "books"]
     assert result["rows"][2]["answer"] == "Admiral Benbow"
     assert json.loads(capsys.readouterr().out)["summary"] == result["summary"]
-    assert len(result["summary"]) == 2 * 4
+    assert len(result["summary"]) == 2 * 5
