@@ -119,7 +119,12 @@ def test_raw_data_beside_the_config(elsewhere, caplog, monkeypatch):
 
 def test_configs_of_the_package_are_found_by_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("smollm2-8x.json", "demo.json", "config/experiments/learning.json"):
+    for name in (
+        "smollm2-8x.json",
+        "smollm2-16x.json",
+        "demo.json",
+        "config/experiments/learning.json",
+    ):
         assert find_config(name) == ROOT / name
         config = load_env_config(name)
         assert Path(config.model.config).is_absolute() and Path(config.model.config).is_file()

@@ -32,6 +32,7 @@ def test_points_are_those_of_an_evaluation(study, workspace):
     options = ["--tokens", "64", "--ratios", "2", "4", "--ratio", "4", "--lengths", "64", "160"]
     rows = study(*options)
     assert len(rows) == 4 * 8
+    assert json.loads(Path("b/results.json").read_text())["setting"]["recent_tokens"] == 0
     points = {(r["sweep"], r["tokens"], r["ratio"], r["mode"]): r for r in rows}
     for ratio in (2, 4):
         # The first context of 3 chunks is 48 tokens.

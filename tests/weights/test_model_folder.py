@@ -20,7 +20,7 @@ from uiollms.weights.model_folder import load_tokenizer, parse_dtype, public_nam
 from uiollms.weights.packaged import PACKAGED, converted_folder
 
 ADAPTERS = Path(__file__).parents[2] / "adapters"
-SHIPPED = ("smollm2-8x", "smollm2-8x-paper", "smollm2-in-training")
+SHIPPED = ("smollm2-8x", "smollm2-8x-paper", "smollm2-16x")
 MEMORY = MemoryConfig(num_memory=2, chunk_size=16, lora_rank=2, lora_alpha=4)
 
 

@@ -80,5 +80,9 @@ def measure_budget(
     rows = study_budget(model, tokenizer, task, points, args.output.bar)
     replace_text(out / "results.csv", csv_text(rows))
     plot_budget(rows, style, out / "plot.png")
-    sizes = {"chunk_size": args.chunk_size, "ratio": args.ratio}
+    sizes = {
+        "chunk_size": args.chunk_size,
+        "ratio": args.ratio,
+        "recent_tokens": model.memory_config.recent_tokens,
+    }
     return {"corpus": args.corpus, "documents": args.documents, **sizes, **setting}, rows
