@@ -17,7 +17,7 @@ except ImportError as error:
     how = "`make setup` and then .venv/bin/python, or `pip install -e .` in your own environment"
     sys.exit(f"{error}; run {how}: see Set-up in README.md")
 
-from uiollms.build import describe_weights, find_weights, load_memory_lm
+from uiollms.build import describe_weights, find_weights, load_found_weights, load_memory_lm
 from uiollms.cli.common import parse_arguments, reporting_errors
 from uiollms.config.load import load_env_config
 from uiollms.evaluation.evaluator import Evaluation
@@ -32,7 +32,6 @@ from uiollms.reports.plots import plot_results
 from uiollms.reports.tables import print_results
 from uiollms.runs.checks import check_evaluation
 from uiollms.runs.environment import device_name, environment
-from uiollms.weights.adapters import load_weights
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -48,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     model, tokenizer = load_memory_lm(config, args.env_conf)
     weights = find_weights(config)
     if weights:
-        load_weights(model, weights)
+        load_found_weights(model, config, weights)
     args.output.print_text(describe_weights(weights, model))
 
     evaluation = Evaluation(model, tokenizer, tasks)

@@ -22,14 +22,14 @@ from uiollms.config.sections import BuiltInEstimator, EnvConfig, MemoryConfig
 from uiollms.data import find_corpus
 from uiollms.data.builder import entry_plugin
 from uiollms.distributed.device_map import first_device, place_modules
-from uiollms.files.atomic import whole_folder
+from uiollms.files.atomic import read_whole, whole_folder
 from uiollms.files.errors import ConfigError, Faults
 from uiollms.kernels.flash_attention import check_request
 from uiollms.kernels.quantized import count_weights
 from uiollms.model.memory_lm import MemoryLM
 from uiollms.model.rope import find_rope_fault, num_positions
 from uiollms.plugins import EstimatorPlugin, is_plugin, make_plugin
-from uiollms.weights.adapters import load_weights
+from uiollms.weights.adapters import load_weights, other_values
 from uiollms.weights.base_files import FAMILIES
 from uiollms.weights.base_models import (
     base_config,
@@ -86,8 +86,14 @@ def load_trained(
             "nor released_ckp; run train.py"
         )
     model, tokenizer = load_memory_lm(config, path)
-    load_weights(model, weights)
+    load_found_weights(model, config, weights)
     return model, tokenizer, weights
+
+
+def load_found_weights(model: MemoryLM, config: EnvConfig, weights: str) -> None:
+    """Loads the weights that `find_weights` returned. Those of load_ckp may have been trained with
+    other sizes than the config's."""
+    load_weights(model, weights, any_sizes=weights == config.model.load_ckp)
 
 
 def find_weights(config: EnvConfig) -> str | None:
@@ -100,8 +106,22 @@ def find_weights(config: EnvConfig) -> str | None:
 
 
 def describe_weights(weights: str | Path | None, model: MemoryLM) -> str:
-    """The line in which a command reports its weights."""
-    return f"weights: {weights or 'untrained'}, base in {model.dtype}"
+    """The line in which a command reports its weights, with the sizes that they were saved with if
+    the model has others."""
+    return f"weights: {weights or 'untrained'}{saved_sizes(weights, model)}, base in {model.dtype}"
+
+
+def saved_sizes(weights: str | Path | None, model: MemoryLM) -> str:
+    """ " (saved with num_memory 16)", or nothing if the model has the same sizes or the weights are
+    in no folder here."""
+
+    def read(folder: Path) -> dict[str, Any]:
+        known = (folder / "memory_config.json").is_file()
+        return other_values(folder, model.memory_config) if known else {}
+
+    others = read_whole(Path(weights), read) if weights else {}
+    text = " and ".join(f"{field} {value}" for field, value in others.items())
+    return f" (saved with {text})" if text else ""
 
 
 def count_parameters(model: MemoryLM) -> tuple[int, int]:

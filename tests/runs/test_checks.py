@@ -292,12 +292,17 @@ def test_weights_of_another_compressor_are_found_without_the_model(workspace, no
     Path("memory.json").write_text(json.dumps(memory | sizes | dict(lora_rank=3)))
     differing = "trained with another compressor: lora_rank 2, the config has 3"
     assert faults_of("model.load_ckp=trained") == [f"model.load_ckp: trained: {differing}"]
-    # Training may start from weights of other sizes; an evaluation of them would be of no training.
+    # Training may start from weights of other sizes, and an evaluation of that start has them too.
+    # Other weights were trained for the config.
     Path("memory.json").write_text(json.dumps(memory | sizes))
     assert faults_of("model.load_ckp=trained") == []
     config = load_env_config("env.json", ["model.load_ckp=trained"])
-    with pytest.raises(ConfigError, match="another compressor: num_memory 2, .*recent_tokens 0"):
-        check_evaluation(config, "env.json", env_conf_tasks=True)
+    assert check_evaluation(config, "env.json", env_conf_tasks=True)
+    for field in ("released_ckp", "save_ckp"):
+        config = load_env_config("env.json", [f"model.{field}=trained"])
+        message = f"model.{field}: .*another compressor: num_memory 2, .*recent_tokens 0"
+        with pytest.raises(ConfigError, match=message):
+            check_evaluation(config, "env.json", env_conf_tasks=True)
 
 
 def test_a_folder_without_permission(tmp_path, monkeypatch):
@@ -330,6 +335,9 @@ def test_save_ckp_is_used_before_load_ckp(workspace, capsys):
     assert capsys.readouterr().out.startswith("weights: first, base in torch.float32\n")
     memory = json.loads(Path("memory.json").read_text())  # the second run may have other sizes
     Path("memory.json").write_text(json.dumps(memory | dict(num_memory=4, recent_tokens=8)))
+    assert call("test.py", "--env_conf", "env.json", *stage) == 0
+    saved = "(saved with num_memory 2 and recent_tokens 0)"
+    assert capsys.readouterr().out.startswith(f"weights: first {saved}, base in torch.float32\n")
     assert call("train.py", "--env_conf", "env.json", *stage, "--set=train.tasks=[]") == 0
     capsys.readouterr()
     assert call("test.py", "--env_conf", "env.json", *stage) == 0

@@ -39,7 +39,7 @@ from typing import Any
 
 import torch
 
-from uiollms.build import load_memory_lm
+from uiollms.build import load_found_weights, load_memory_lm
 from uiollms.cli.common import Output
 from uiollms.cli.study_budget import measure_budget
 from uiollms.cli.study_model import load_study_model
@@ -66,7 +66,6 @@ from uiollms.study.learning import compare, plot_curves, step_seconds, summarise
 from uiollms.study.recall import MAX_CHUNKS, MEMORY, VALUES, recall_samples, train_base
 from uiollms.study.tables import markdown_table, plot, print_rows, print_texts
 from uiollms.training.weighting import weigh_tokens
-from uiollms.weights.adapters import load_weights
 
 RESULTS = ("results.json", "table.md", "plot.png")
 
@@ -191,7 +190,7 @@ def learning(args: argparse.Namespace, out: Path) -> Result:
         )
     model, tokenizer = load_memory_lm(config, args.env_conf)
     if config.model.load_ckp:
-        load_weights(model, config.model.load_ckp)
+        load_found_weights(model, config, config.model.load_ckp)
     with as_preset(model, PRESETS[args.preset]):
         return learn_text(args, out, config, model, tokenizer)
 

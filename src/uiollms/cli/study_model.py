@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from uiollms.build import find_weights, load_memory_lm
+from uiollms.build import find_weights, load_found_weights, load_memory_lm
 from uiollms.config.sections import EnvConfig
 from uiollms.model.memory_lm import MemoryLM
-from uiollms.weights.adapters import load_weights
 
 
 def load_study_model(
@@ -22,7 +21,7 @@ def load_study_model(
     the results say of it: weights, dtype, device and threads."""
     model, tokenizer = load_memory_lm(config, args.env_conf)
     if weights := find_weights(config):
-        load_weights(model, weights)
+        load_found_weights(model, config, weights)
     setting = {
         "weights": weights,
         "dtype": str(model.dtype),

@@ -165,7 +165,8 @@ class ModelSection(Checked):
         None,
         description="weights from which training starts, in either format. null: fresh weights. "
         "They may have been trained with another chunk_size, num_memory and recent_tokens. "
-        "test.py, ask and chat use them as long as save_ckp does not exist",
+        "test.py, ask and chat use them, at the sizes of the config, as long as save_ckp does not "
+        "exist",
     )
     released_ckp: str | None = Field(
         None,

@@ -132,7 +132,7 @@ def check_evaluation(
         if getattr(config.model, field) == weights
     )
     with faults.collect(f"{path}: model.{field}: "):
-        check_weights(weights, memory)
+        check_weights(weights, memory, any_sizes=field == "load_ckp")
     folder = run_folder(config.train.run_dir, config.model.save_ckp, path)
     examine_run_folder(folder, TEST_RESULTS, path, faults)
     faults.report()
@@ -225,7 +225,7 @@ def check_weights(
     weights: str | None, memory: MemoryConfig | None, any_sizes: bool = False
 ) -> None:
     """Raises ConfigError if the weights to be loaded do not exist or were trained with another
-    compressor. any_sizes: its sizes may differ, as where training starts from weights."""
+    compressor. any_sizes: its sizes may differ, as for weights from which training starts."""
     if weights is not None:
         read_whole(Path(weights), lambda path: examine_weights(path, memory, any_sizes))
 

@@ -19,7 +19,7 @@ import os
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig
@@ -174,8 +174,8 @@ SIZE_FIELDS = ("num_memory", "chunk_size", "recent_tokens")
 def load_weights(model: MemoryLM, path: str | Path, any_sizes: bool = False) -> None:
     """Loads trained tensors into `model`. Raises ConfigError for files that are missing, broken or
     differ from checksums.json (if it exists), for a compressor or vocabulary that differs from the
-    model's, and for tensors of other names or shapes. any_sizes: SIZE_FIELDS may differ, as where
-    training starts from weights."""
+    model's, and for tensors of other names or shapes. any_sizes: SIZE_FIELDS may differ, as for
+    weights from which training starts."""
     path = Path(path)
     try:
         if path.suffix == ".pth":
@@ -221,14 +221,26 @@ def read_folder(model: MemoryLM, path: Path, any_sizes: bool) -> dict[str, Tenso
 def check_compressor(path: Path, memory: MemoryConfig, any_sizes: bool = False) -> None:
     """Raises ValueError if the weights in a folder were trained for another compressor. any_sizes:
     SIZE_FIELDS may differ."""
-    saved = load_memory_config(path / "memory_config.json")
+    fields = LORA_FIELDS if any_sizes else SIZE_FIELDS + LORA_FIELDS
     differing = [
-        f"{field} {getattr(saved, field)}, the config has {getattr(memory, field)}"
-        for field in (*(() if any_sizes else SIZE_FIELDS), *LORA_FIELDS)
-        if getattr(saved, field) != getattr(memory, field)
+        f"{field} {value}, the config has {getattr(memory, field)}"
+        for field, value in other_values(path, memory, fields).items()
     ]
     if differing:
         raise ValueError(f"trained with another compressor: {'; '.join(differing)}")
+
+
+def other_values(
+    path: Path, memory: MemoryConfig, fields: tuple[str, ...] = SIZE_FIELDS
+) -> dict[str, Any]:
+    """Returns the fields of the compressor in a folder of weights that differ from those of
+    `memory`, by name."""
+    saved = load_memory_config(path / "memory_config.json")
+    return {
+        field: getattr(saved, field)
+        for field in fields
+        if getattr(saved, field) != getattr(memory, field)
+    }
 
 
 def read_pth(model: MemoryLM, path: Path) -> dict[str, Tensor]:
