@@ -132,7 +132,7 @@ def check_evaluation(
         if getattr(config.model, field) == weights
     )
     with faults.collect(f"{path}: model.{field}: "):
-        check_weights(weights, memory, any_sizes=field == "load_ckp")
+        check_weights(weights, memory, any_sizes=weights == config.model.load_ckp)
     folder = run_folder(config.train.run_dir, config.model.save_ckp, path)
     examine_run_folder(folder, TEST_RESULTS, path, faults)
     faults.report()
