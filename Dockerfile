@@ -1,6 +1,7 @@
 # syntax=docker/dockerfile:1
-# Every package at the version of requirements.lock, as `make setup` installs them. docs/setup.md shows
-# how to build and run the image. Torch's own wheels contain CUDA, so one base image serves both builds:
+# Every package at the version of requirements.lock, as `make setup` installs them. docs/setup.md
+# shows how to build and run the image. Torch's own wheels contain CUDA, so one base image serves
+# both builds:
 #   docker build -t uiollms:cuda .
 #   docker build -t uiollms:cpu --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu .
 FROM python:3.12.11-slim-bookworm
@@ -23,7 +24,7 @@ RUN grep -v '^torch==' requirements.lock > pins.txt \
         "$(grep '^torch==' requirements.lock)"
 
 COPY pyproject.toml MANIFEST.in README.md LICENSE CHANGELOG.md train.py test.py ./
-COPY 32x.json 8x.json demo.json smollm2-8x.json test.json ./
+COPY 32x.json 8x.json demo.json smollm2-16x.json smollm2-8x.json test.json ./
 COPY config ./config
 COPY adapters ./adapters
 COPY src ./src
