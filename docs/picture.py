@@ -328,6 +328,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 # path below docs/results -> the function that draws it
 RESULT_PICTURES: dict[str, Callable[[Path], None]] = {
+    "ablation-design/plot.png": draw_paper_table,
     "ablation-estimators/plot.png": draw_paper_table,
     "bench/zen4-length.png": draw_bench,
     "budget-code/plot.png": draw_budget,
