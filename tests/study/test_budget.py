@@ -32,7 +32,8 @@ def test_points_are_those_of_an_evaluation(study, workspace):
     options = ["--tokens", "64", "--ratios", "2", "4", "--ratio", "4", "--lengths", "64", "160"]
     rows = study(*options)
     assert len(rows) == 4 * 8
-    assert json.loads(Path("b/results.json").read_text())["setting"]["recent_tokens"] == 0
+    setting = json.loads(Path("b/results.json").read_text())["setting"]
+    assert (setting["recent_tokens"], setting["ratio"]) == (0, 4)
     points = {(r["sweep"], r["tokens"], r["ratio"], r["mode"]): r for r in rows}
     for ratio in (2, 4):
         # The first context of 3 chunks is 48 tokens.
@@ -79,6 +80,12 @@ def test_points_are_those_of_an_evaluation(study, workspace):
         table = list(csv.DictReader(file))
     assert [line["mode"] for line in table] == [row["mode"] for row in rows]
     assert Path("b/plot.png").stat().st_size > 10_000 and Path("b/table.md").exists()
+
+
+def test_the_setting_has_no_ratio_that_no_point_used(study):
+    (row, *_) = study("--tokens", "32", "--ratios", "2", "--lengths")
+    assert row["ratio"] == 2
+    assert "ratio" not in json.loads(Path("b/results.json").read_text())["setting"]
 
 
 @pytest.mark.parametrize(

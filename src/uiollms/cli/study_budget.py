@@ -82,7 +82,8 @@ def measure_budget(
     plot_budget(rows, style, out / "plot.png")
     sizes = {
         "chunk_size": args.chunk_size,
-        "ratio": args.ratio,
         "recent_tokens": model.memory_config.recent_tokens,
     }
+    if args.lengths:  # the other sweep has the ratio in its rows
+        sizes["ratio"] = args.ratio
     return {"corpus": args.corpus, "documents": args.documents, **sizes, **setting}, rows
