@@ -1,15 +1,15 @@
 """Asks what limits a memory: what the encoder writes into the slots, or what fits and is read.
 
     python -m benchmarks.refined_slots --documents 6 --out refined
-    python -m benchmarks.refined_slots --documents 6 --corpus 'files:novels/*.txt' --out refined
+    python -m benchmarks.refined_slots --documents 6 --corpus 'files:novels/*.txt' --out novels-out
 
 Each document of `uiollms study budget` is compressed except for its last chunk. Then the slots are
 trained on passages of the compressed text, with all weights frozen, as `uiollms refine` does
 (src/uiollms/training/refine.py). The last chunk, which neither the encoder nor that training has
 read, is scored after no memory, another document's memory, the encoder's own slots, the refined
 slots, and the raw text. Refined slots are as many as the encoder's, and the same decoder reads
-them. So the encoder leaves at least as much as they are better. They are no upper limit: a longer
-or better training of the slots may find more.
+them. So by as much as they are better, the encoder's slots could at least be improved. They are no
+upper limit: a longer or better training of the slots may find more.
 """
 
 from __future__ import annotations
@@ -83,9 +83,9 @@ def refine(
     """Trains the slots of a memory. Returns the selected ones, and what `uiollms refine` prints of
     the passages that measure them."""
     refinement = Refinement(model, memory, settings)
-    for _ in range(steps):
+    for step in range(1, steps + 1):
         refinement.step()
-        if refinement.num_steps % select_every == 0:
+        if step % select_every == 0 or step == steps:
             refinement.select()
     found = dict(
         best_step=refinement.best_step,
