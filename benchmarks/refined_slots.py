@@ -6,10 +6,11 @@
 Each document of `uiollms study budget` is compressed except for its last chunk. Then the slots are
 trained on passages of the compressed text, with all weights frozen, as `uiollms refine` does
 (src/uiollms/training/refine.py). The last chunk, which neither the encoder nor that training has
-read, is scored after no memory, another document's memory, the encoder's own slots, the refined
-slots, and the raw text. Refined slots are as many as the encoder's, and the same decoder reads
-them. So by as much as they are better, the encoder's slots could at least be improved. They are no
-upper limit: a longer or better training of the slots may find more.
+read, is scored after no memory, another document's memory, as many recent raw tokens as slots, the
+encoder's own slots, the refined slots, and the raw text. Refined slots are as many as the
+encoder's, and the same decoder reads them. So by as much as they are better, the encoder's slots
+could at least be improved. They are no upper limit: a longer or better training of the slots may
+find more.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from uiollms.model.memory_lm import MemoryLM
 from uiollms.study.budget import evaluation_of
 from uiollms.training.refine import Refinement, Settings
 
-MODES = ("window", "shuffled", "memory", "refined", "raw")
+MODES = ("window", "shuffled", "recent", "memory", "refined", "raw")
 Bar = Callable[..., Iterable[Any]]
 Nlls = dict[str, dict[int, Tensor]]  # mode -> document -> nats of every scored token
 
@@ -116,6 +117,7 @@ def measure(
         read: dict[str, tuple[Memory | None, Tensor]] = {
             "window": (None, text[:0]),
             "shuffled": (memories[(i + 1) % len(memories)], text),
+            "recent": (None, text[len(text) - memories[i].num_slots :]),
             "memory": (memories[i], text),
             "refined": (refined, text),
             "raw": (None, text),

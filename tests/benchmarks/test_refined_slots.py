@@ -38,7 +38,7 @@ def test_numbers_without_training_are_those_of_study_budget(model, capsys):
     """The same documents, tokens and memories. The tolerance is float32's rounding."""
     options = ["--env_conf", "env.json", "--corpus", "files:book*.txt", "--documents", "3"]
     budget = ["--chunk_size", "16", "--tokens", str(TOKENS), "--ratios", "8", "--lengths"]
-    modes = ["--modes", "window", "shuffled", "raw"]
+    modes = ["--modes", "window", "shuffled", "recent", "raw"]
     study.main(["budget", *options, *budget, *modes, "--ratio", "8", "--out", "b", "--quiet"])
     expected = {row["mode"]: row["nll"] for row in json.load(open("b/results.json"))["rows"]}
     capsys.readouterr()
